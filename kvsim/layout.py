@@ -1,0 +1,95 @@
+"""The shared vocabulary: what a token leaves in a layer, and the tensors that hold it.
+
+A *layer* says what a token leaves behind (:class:`LayerShape`), a *method* says how tokens are
+stored (:class:`Method`), and the answer is a list of *buffers* (:class:`Buffer`), each exactly one
+tensor as ``torch.empty`` would make it.  Nothing here knows any method, model or engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol, runtime_checkable
+
+DTYPE_BITS: dict[str, int] = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "int8": 8,
+    "uint8": 8,
+    "int32": 32,
+    "int64": 64,
+}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor.
+
+    ``sections`` divides its bytes by purpose, ``((name, nbytes), ...)`` in memory order; empty means
+    one section that carries the buffer's own name.  Their sum is ``nbytes``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sections: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by purpose: name -> bytes."""
+        return dict(self.sections) if self.sections else {self.name: self.nbytes}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one token leaves in one layer: ``num_kv_heads`` keys of ``key_dim`` and values of ``value_dim``.
+
+    ``window`` is the number of newest tokens that the layer still needs (``None``: all of them).
+    """
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def num_tokens(self, seq_len: int) -> int:
+        """Tokens the layer really holds after ``seq_len`` tokens were seen (the window applied once, here)."""
+        return seq_len if self.window is None else min(seq_len, self.window)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How tokens are stored.  Implementations are frozen dataclasses, one file each in ``kvsim/methods/``."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables: ``fp16``, ``kivi-2bit-g32-r128``."""
+
+    def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
+        """The tensors that provide for ``num_tokens`` tokens of ``batch_size`` sequences in one layer.
+
+        Raises ``ValueError`` where the method cannot hold such a layer.
+        """
+
+    def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
+        """Bytes that one decode step reads with ``num_tokens`` tokens present, by purpose (name -> bytes)."""
+
+
+def nbytes(buffers: list[Buffer]) -> int:
+    """Total bytes of a list of buffers."""
+    return sum(buffer.nbytes for buffer in buffers)
+
+
+def parts(buffers: list[Buffer]) -> dict[str, int]:
+    """Bytes by purpose over a list of buffers: name -> bytes, in first-seen order."""
+    total: dict[str, int] = {}
+    for buffer in buffers:
+        for name, size in buffer.parts().items():
+            total[name] = total.get(name, 0) + size
+    return total

@@ -1,0 +1,190 @@
+"""KIVI: keys quantized per channel, values per token, the newest tokens in full precision (arXiv 2402.02750).
+
+Order of a row's tokens: the first ``sink_length`` stay exact; the newest lie in a ring of
+``residual_length`` exact slots; everything between is packed into records (:mod:`kvsim.record`).  A record
+is written when the ring is full and a further token needs its oldest slots, so after any append
+
+    num_packed = record_length * ceil(max(0, num_tokens - sink_length - residual_length) / record_length)
+
+and between ``residual_length - record_length + 1`` and ``residual_length`` newest tokens are exact.  (KIVI's
+own code flushes the whole key residual at once, so that at times no newest key is exact, and moves values
+one token at a time; the bytes at full residual are the same.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
+from kvsim.methods.full import SHORT
+from kvsim.record import MAX_TILE, MIN_TOKENS, PLANES, Record, channel_chunks
+
+SEQUENCE = "sequence"
+HEAD = "head"
+PARAM_DTYPE = "float16"
+
+
+@dataclass(frozen=True)
+class Kivi:
+    """KIVI's parameters, spelled as KIVI and transformers spell them.
+
+    ``nbits`` and ``group_size`` serve both streams unless ``key_*`` / ``value_*`` says otherwise.
+    ``key_group_size`` counts tokens, or is ``"sequence"``: one scale a channel for the whole row, frozen at
+    the first flush (later tokens are clamped), records provided for every token.  ``value_group_size``
+    counts channels, or is ``"head"``: all of a token's channels.  ``dtype`` is that of the exact tokens;
+    scales and zeros are float16.
+
+    Raises ``ValueError`` for a width, group or residual that the layout cannot hold.
+    """
+
+    nbits: int = 2
+    group_size: int = 32
+    residual_length: int = 128
+    key_nbits: int | None = None
+    value_nbits: int | None = None
+    key_group_size: int | str | None = None
+    value_group_size: int | str | None = None
+    sink_length: int = 0
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in SHORT:
+            raise ValueError(f"dtype {self.dtype!r}: allowed are {', '.join(SHORT)}")
+        for label, bits in (("nbits", self.nbits), ("key_nbits", self.k_bits), ("value_nbits", self.v_bits)):
+            if bits not in PLANES:
+                raise ValueError(f"{label} {bits}: allowed are {', '.join(map(str, PLANES))}")
+        if self.sink_length < 0:
+            raise ValueError(f"sink_length {self.sink_length}: allowed are 0 and above")
+        group = self.k_group
+        if isinstance(group, str):
+            if group != SEQUENCE:
+                raise ValueError(f"key_group_size {group!r}: allowed are a number of tokens and {SEQUENCE!r}")
+            group = MIN_TOKENS
+        elif group < MIN_TOKENS or group % MIN_TOKENS:
+            raise ValueError(f"key group size {group}: allowed are multiples of {MIN_TOKENS} tokens")
+        if self.residual_length < group or self.residual_length % group:
+            raise ValueError(
+                f"residual_length {self.residual_length} is not a multiple of the key group: "
+                f"allowed are {group}, {2 * group}, {3 * group}, ..."
+            )
+        if isinstance(self.v_group, str):
+            if self.v_group != HEAD:
+                raise ValueError(f"value_group_size {self.v_group!r}: allowed are a number of channels and {HEAD!r}")
+        elif self.v_group < 8:
+            raise ValueError(f"value group size {self.v_group}: allowed are 8 and above")
+
+    @property
+    def k_bits(self) -> int:
+        return self.nbits if self.key_nbits is None else self.key_nbits
+
+    @property
+    def v_bits(self) -> int:
+        return self.nbits if self.value_nbits is None else self.value_nbits
+
+    @property
+    def k_group(self) -> int | str:
+        return self.group_size if self.key_group_size is None else self.key_group_size
+
+    @property
+    def v_group(self) -> int | str:
+        return self.group_size if self.value_group_size is None else self.value_group_size
+
+    @property
+    def name(self) -> str:
+        bits = f"{self.k_bits}bit" if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
+        groups = f"g{self.k_group}" if self.k_group == self.v_group else f"gk{self.k_group}-gv{self.v_group}"
+        sink = f"-s{self.sink_length}" if self.sink_length else ""
+        return f"kivi-{bits}-{groups}-r{self.residual_length}{sink}"
+
+    @property
+    def record_length(self) -> int:
+        """Tokens a record: the key group, doubled while it stays within 64 and divides the residual."""
+        length = MIN_TOKENS if isinstance(self.k_group, str) else self.k_group
+        while 2 * length <= MAX_TILE and self.residual_length % (2 * length) == 0:
+            length *= 2
+        return length
+
+    def record(self, layer: LayerShape) -> Record:
+        """The packed record of one head of ``layer``.
+
+        Raises ``ValueError`` for a head dimension or value group that does not fit it.
+        """
+        for dim in (layer.key_dim, layer.value_dim):
+            channel_chunks(dim)
+        group = layer.value_dim if isinstance(self.v_group, str) else self.v_group
+        if layer.value_dim % group:
+            allowed = [size for size in range(8, layer.value_dim + 1) if layer.value_dim % size == 0]
+            raise ValueError(
+                f"value group size {group} does not divide head dimension {layer.value_dim}: "
+                f"allowed are {', '.join(map(str, allowed))} (or {HEAD!r})"
+            )
+        record = Record(
+            num_tokens=self.record_length,
+            key_dim=layer.key_dim,
+            value_dim=layer.value_dim,
+            key_nbits=self.k_bits,
+            value_nbits=self.v_bits,
+            key_group=0 if isinstance(self.k_group, str) else self.k_group,
+            value_group=group,
+        )
+        record.orders("key"), record.orders("value")  # refuse a record too small for its lanes here, not later
+        return record
+
+    def num_packed(self, num_tokens: int) -> int:
+        """Tokens that lie in records once ``num_tokens`` were appended."""
+        over = max(0, num_tokens - self.sink_length - self.residual_length)
+        return -(-over // self.record_length) * self.record_length
+
+    def num_exact(self, num_tokens: int) -> int:
+        """Exact slots provided for ``num_tokens`` tokens: sink and residual, never more than the tokens."""
+        return min(num_tokens, self.sink_length + self.residual_length)
+
+    def num_records(self, num_tokens: int) -> int:
+        """Records provided for ``num_tokens`` tokens of a row."""
+        if self.k_group == SEQUENCE:
+            return -(-num_tokens // self.record_length)
+        return self.num_packed(num_tokens) // self.record_length
+
+    def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
+        if layer.window is not None:
+            raise ValueError(f"kivi holds full-attention layers only, not a window of {layer.window} tokens")
+        record, heads = self.record(layer), layer.num_kv_heads
+        count, exact = self.num_records(num_tokens), self.num_exact(num_tokens)
+        sections = tuple((name, 4 * words * batch_size * heads * count) for name, _, words in record.sections)
+        out = [
+            Buffer("records", (batch_size, count, heads, record.num_words), "int32", sections),
+            self._exact("key", batch_size, heads, exact, layer.key_dim),
+            self._exact("value", batch_size, heads, exact, layer.value_dim),
+            Buffer("lengths", (batch_size,), "int32"),
+        ]
+        if not record.key_group:
+            shape = (2, batch_size, heads, layer.key_dim)
+            half = batch_size * heads * layer.key_dim * 2
+            out.append(Buffer("key_params", shape, PARAM_DTYPE, (("key_scale", half), ("key_zero", half))))
+        return out
+
+    def _exact(self, stream: str, batch_size: int, heads: int, slots: int, dim: int) -> Buffer:
+        slot = batch_size * heads * dim * DTYPE_BITS[self.dtype] // 8
+        sink = min(slots, self.sink_length)
+        sections = ((f"{stream}_sink", sink * slot), (f"{stream}_residual", (slots - sink) * slot))
+        return Buffer(f"exact_{stream}", (batch_size, heads, slots, dim), self.dtype, sections)
+
+    def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
+        packed, record = self.num_packed(num_tokens), self.record(layer)
+        rows = batch_size * layer.num_kv_heads
+        count = packed // self.record_length
+        out = {name: 4 * words * rows * count for name, _, words in record.sections}
+        if not record.key_group and packed:
+            out |= {name: rows * layer.key_dim * 2 for name in ("key_scale", "key_zero")}
+        sink = min(num_tokens, self.sink_length)
+        for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+            token = rows * dim * DTYPE_BITS[self.dtype] // 8
+            out[f"{stream}_sink"] = sink * token
+            out[f"{stream}_residual"] = (num_tokens - packed - sink) * token
+        out["lengths"] = 4 * batch_size
+        return out
+
+
+def kivi_seed(dtype: str = "float16") -> Kivi:
+    """The seed's layout: 2 bits, key scales over the whole sequence, value scales a head, 32 exact tokens besides."""
+    return Kivi(nbits=2, key_group_size=SEQUENCE, value_group_size=HEAD, residual_length=32, dtype=dtype)

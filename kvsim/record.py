@@ -1,0 +1,188 @@
+"""The packed record: the one description that kvsim's buffers, the packers and the kernels read.
+
+A record holds ``num_tokens`` consecutive tokens of one key/value head as one run of 32-bit words::
+
+    [ key codes | value codes | key scale | key zero | value scale | value zero ]
+
+**Tiles.**  The tokens are cut into tiles of at most 64 (the largest power of two that divides the
+record), the channels into power-of-two chunks (80 = 64 + 16), the bits of a code into planes
+(3 = 2 + 1).  Codes lie as ``[tile][chunk][plane][word]``.
+
+**Words.**  Inside a tile the codes lie in the operand order of the tensor-core instruction
+``mma.m16n8k16`` (PTX ISA, "Matrix fragments for mma.m16n8k16"), so that a warp's 16-byte loads are its
+matrix operand and nothing is shuffled.  Names: a lane is ``r * 4 + c`` (r < 8, c < 4), ``e`` is the
+half of a 32-bit register, ``hi``/``kk`` the row and column halves of a fragment.
+
+    keys    (tokens are the matrix rows)     token = 16 mt + 8 hi + r        channel = c (W/4) + 4 ks + 2 kk + e
+    values  (channels are the matrix rows)   token = 16 ts + 8 kk + 2 c + e  channel = 16 mi + 8 mh + r
+
+For a chunk of ``W`` channels at ``bits`` a code, list the remaining index bits, lowest first:
+
+    keys  kk, ks0, ks1, ..., hi, mt0, mt1        values  mh, mi0, mi1, ..., kk, ts0, ts1
+
+The first ``log2(16 / bits)`` of them choose the field inside a half word (code at bit
+``bits * field + 16 * e``), the next (up to) two the word inside a lane's 16-byte vector, then comes
+the lane, then whatever is left.  So ``code = (word >> (bits * field + 16 * e)) & (2**bits - 1)``.
+
+**Scales and zeros** are float16.  Keys: ``[token group][channel]``, natural order.  Values:
+``[channel group][c][ts][kk][e]`` over the record's tokens, so that a lane's share is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Bits of a code -> the power-of-two planes it is stored in, lowest bits first."""
+
+MAX_TILE = 64
+MIN_TOKENS = 16
+
+
+def channel_chunks(dim: int) -> tuple[int, ...]:
+    """The power-of-two chunks of a head dimension, largest first: 80 -> (64, 16), 128 -> (128,)."""
+    if dim < 16 or dim % 16:
+        raise ValueError(f"head dimension {dim} cannot be packed: allowed are multiples of 16")
+    return tuple(1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1)
+
+
+@dataclass(frozen=True)
+class TileOrder:
+    """How the codes of one tile (tokens x one chunk of channels, one plane) lie in memory.
+
+    ``memory_shape`` are the index bits as array axes in memory order, words first and the code's place
+    inside its word last; ``to_logical`` permutes them to ``token axes + channel axes``, after which a
+    reshape gives ``[tile, width]``.  ``from_logical`` and ``logical_shape`` are the way back.
+    """
+
+    memory_shape: tuple[int, ...]
+    to_logical: tuple[int, ...]
+    logical_shape: tuple[int, ...]
+    from_logical: tuple[int, ...]
+    num_words: int
+    codes_per_word: int
+
+
+def tile_order(stream: str, tile: int, width: int, bits: int) -> TileOrder:
+    """The order of one tile's codes (see the module text).
+
+    Raises ``ValueError`` when the tile has fewer codes than 32 lanes' words can hold.
+    """
+
+    def names(prefix: str, size: int) -> list[str]:  # highest bit first
+        return [f"{prefix}{bit}" for bit in reversed(range(size.bit_length() - 1))]
+
+    if stream == "key":
+        token_axes = [*names("mt", tile // 16), "hi", "r"]
+        channel_axes = ["c", *names("ks", width // 16), "kk", "e"]
+        ladder = ["kk", *reversed(names("ks", width // 16)), "hi", *reversed(names("mt", tile // 16))]
+    elif stream == "value":
+        token_axes = [*names("ts", tile // 16), "kk", "c", "e"]
+        channel_axes = [*names("mi", width // 16), "mh", "r"]
+        ladder = ["mh", *reversed(names("mi", width // 16)), "kk", *reversed(names("ts", tile // 16))]
+    else:
+        raise ValueError(f"stream {stream!r}: allowed are 'key' and 'value'")
+    num_fields = (16 // bits).bit_length() - 1
+    if len(ladder) < num_fields:
+        raise ValueError(
+            f"{bits}-bit codes of {width} channels need at least {tile << (num_fields - len(ladder))} tokens a "
+            f"record, not {tile}: raise the residual length or the key group size"
+        )
+    field, vector, rest = ladder[:num_fields], ladder[num_fields : num_fields + 2], ladder[num_fields + 2 :]
+    memory = [*reversed(rest), "r", "c", *reversed(vector), *reversed(field), "e"]
+    logical = token_axes + channel_axes
+    size = {"r": 8, "c": 4}
+    to_logical = tuple(memory.index(axis) for axis in logical)
+    return TileOrder(
+        memory_shape=tuple(size.get(axis, 2) for axis in memory),
+        to_logical=to_logical,
+        logical_shape=tuple(size.get(axis, 2) for axis in logical),
+        from_logical=tuple(logical.index(axis) for axis in memory),
+        num_words=tile * width * bits // 32,
+        codes_per_word=32 // bits,
+    )
+
+
+@dataclass(frozen=True)
+class Record:
+    """The packed record of one key/value head: sizes and offsets, in 32-bit words unless named otherwise.
+
+    ``key_group`` is the number of tokens that share a key scale; 0 means that the scales are kept
+    outside the record (one a channel over the whole sequence).  ``value_group`` is the number of
+    channels that share a value scale.
+    """
+
+    num_tokens: int
+    key_dim: int
+    value_dim: int
+    key_nbits: int
+    value_nbits: int
+    key_group: int
+    value_group: int
+
+    @cached_property
+    def tile(self) -> int:
+        """Tokens a tile."""
+        return min(MAX_TILE, self.num_tokens & -self.num_tokens)
+
+    def dim(self, stream: str) -> int:
+        return self.key_dim if stream == "key" else self.value_dim
+
+    def nbits(self, stream: str) -> int:
+        return self.key_nbits if stream == "key" else self.value_nbits
+
+    def orders(self, stream: str) -> tuple[tuple[int, int, int, int, TileOrder], ...]:
+        """``(first channel, width, lowest bit, word offset in the tile, order)`` of every chunk and plane."""
+        out = []
+        offset = channel = 0
+        for width in channel_chunks(self.dim(stream)):
+            low = 0
+            for bits in PLANES[self.nbits(stream)]:
+                order = tile_order(stream, self.tile, width, bits)
+                out.append((channel, width, low, offset, order))
+                offset += order.num_words
+                low += bits
+            channel += width
+        return tuple(out)
+
+    def tile_words(self, stream: str) -> int:
+        """Words of one tile's codes."""
+        return self.tile * self.dim(stream) * self.nbits(stream) // 32
+
+    @cached_property
+    def num_key_groups(self) -> int:
+        return self.num_tokens // self.key_group if self.key_group else 0
+
+    @cached_property
+    def num_value_groups(self) -> int:
+        """Value groups a token."""
+        return self.value_dim // self.value_group
+
+    @cached_property
+    def sections(self) -> tuple[tuple[str, int, int], ...]:
+        """``(name, offset, words)`` of every section, in memory order."""
+        key_params = self.num_key_groups * self.key_dim // 2
+        value_params = self.num_tokens * self.num_value_groups // 2
+        sizes = (
+            ("key_codes", self.num_tokens * self.key_dim * self.key_nbits // 32),
+            ("value_codes", self.num_tokens * self.value_dim * self.value_nbits // 32),
+            ("key_scale", key_params),
+            ("key_zero", key_params),
+            ("value_scale", value_params),
+            ("value_zero", value_params),
+        )
+        out, offset = [], 0
+        for name, words in sizes:
+            out.append((name, offset, words))
+            offset += words
+        return tuple(out)
+
+    def offset(self, name: str) -> int:
+        """First word of a section."""
+        return next(offset for section, offset, _ in self.sections if section == name)
+
+    @cached_property
+    def num_words(self) -> int:
+        """Words of the whole record: a multiple of 4, so that every record starts on 16 bytes."""
+        return sum(words for _, _, words in self.sections)
