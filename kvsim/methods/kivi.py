@@ -2,7 +2,7 @@
 
 Order of a row's tokens: the first ``sink_length`` stay exact; the newest lie in a ring of
 ``residual_length`` exact slots; everything between is packed into records (:mod:`kvsim.record`).  A record
-is written when the ring is full and a further token needs its oldest slots, so after any append
+is written when the ring is full and a further token needs its oldest slots, so after appending
 
     num_packed = record_length * ceil(max(0, num_tokens - sink_length - residual_length) / record_length)
 
@@ -155,7 +155,7 @@ class Kivi:
             Buffer("records", (batch_size, count, heads, record.num_words), "int32", sections),
             self._exact("key", batch_size, heads, exact, layer.key_dim),
             self._exact("value", batch_size, heads, exact, layer.value_dim),
-            Buffer("lengths", (batch_size,), "int32"),
+            Buffer("lengths", (2, batch_size), "int32"),  # tokens held, and those of them in records
         ]
         if not record.key_group:
             shape = (2, batch_size, heads, layer.key_dim)
@@ -181,7 +181,7 @@ class Kivi:
             token = rows * dim * DTYPE_BITS[self.dtype] // 8
             out[f"{stream}_sink"] = sink * token
             out[f"{stream}_residual"] = (num_tokens - packed - sink) * token
-        out["lengths"] = 4 * batch_size
+        out["lengths"] = 8 * batch_size
         return out
 
 

@@ -1,0 +1,1 @@
+"""KIVI on real tensors: reference, kernels, and the layer that uses them."""

@@ -1,0 +1,183 @@
+"""One attention layer's KIVI cache: the tensors of ``Kivi.buffers``, filled and read.
+
+On CUDA the Triton kernels run, elsewhere the PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvruntime.kivi import reference
+from kvsim.layout import Buffer, LayerShape
+from kvsim.methods.kivi import Kivi
+
+GROW_TOKENS = 256
+"""Without a known final length, buffers provide for a multiple of this many tokens a row."""
+
+
+class KiviLayer:
+    """Keys and values of ``batch_size`` rows in one layer.
+
+    ``max_seq_len``: tokens a row to provide for at once; ``None`` provides in blocks of ``GROW_TOKENS``.
+    Rows may hold different numbers of tokens.  ``tensors`` are exactly
+    ``method.buffers(shape, batch_size, num_provided)``.
+    """
+
+    def __init__(
+        self,
+        method: Kivi,
+        shape: LayerShape,
+        batch_size: int,
+        max_seq_len: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.method, self.shape, self.batch_size = method, shape, batch_size
+        self.record = method.record(shape)
+        self.max_seq_len, self.device = max_seq_len, torch.device(device)
+        self.row_lengths = [0] * batch_size
+        self.row_packed = [0] * batch_size
+        self.num_provided = 0
+        self.tensors: dict[str, Tensor] = {}
+        self._provide(max_seq_len or 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def _provide(self, num_tokens: int) -> None:
+        if self.tensors and num_tokens <= self.num_provided:
+            return
+        if self.max_seq_len is not None and num_tokens > self.max_seq_len:
+            raise ValueError(f"{num_tokens} tokens do not fit: the cache was made for max_seq_len {self.max_seq_len}")
+        provided = num_tokens if self.max_seq_len is not None else -(-num_tokens // GROW_TOKENS) * GROW_TOKENS
+        for buffer in self.method.buffers(self.shape, self.batch_size, provided):
+            self.tensors[buffer.name] = self._grown(self.tensors.get(buffer.name), buffer)
+        self.num_provided = provided
+
+    def _grown(self, old: Tensor | None, buffer: Buffer) -> Tensor:
+        if old is not None and old.shape == buffer.shape:
+            return old
+        dtype = getattr(torch, buffer.dtype)
+        if old is None:
+            make = torch.zeros if buffer.name == "lengths" else torch.empty
+            return make(buffer.shape, dtype=dtype, device=self.device)
+        new = torch.empty(buffer.shape, dtype=dtype, device=self.device)
+        new[tuple(slice(size) for size in old.shape)] = old
+        return new
+
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
+        """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
+
+        ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
+        not stored); ``None`` takes all.
+        """
+        counts = [key.shape[2]] * self.batch_size if lengths is None else lengths
+        self._provide(max(n + count for n, count in zip(self.row_lengths, counts, strict=True)))
+        store = _kernels("quantize").append if key.is_cuda else reference.append
+        store(
+            key,
+            value,
+            counts,
+            self.row_lengths,
+            self.row_packed,
+            record=self.record,
+            sink=self.method.sink_length,
+            residual=self.method.residual_length,
+            **self._stores(key.is_cuda),
+        )
+        self.row_packed = [self._flushed(row, counts[row]) for row in range(self.batch_size)]
+        self.row_lengths = [n + count for n, count in zip(self.row_lengths, counts, strict=True)]
+        self._write_lengths()
+
+    def _flushed(self, row: int, count: int) -> int:
+        method = self.method
+        return reference.flush_plan(
+            self.row_lengths[row],
+            self.row_packed[row],
+            count,
+            self.record.num_tokens,
+            method.sink_length,
+            method.residual_length,
+        )
+
+    def _write_lengths(self) -> None:
+        lengths = self.tensors["lengths"]
+        for index, rows in enumerate((self.row_lengths, self.row_packed)):
+            if len(set(rows)) == 1:  # a fill needs no copy from the host
+                lengths[index] = rows[0]
+            else:
+                lengths[index] = torch.tensor(rows, dtype=torch.int32).to(self.device, non_blocking=True)
+
+    def _stores(self, kernels: bool) -> dict[str, Tensor | None]:
+        names = ("records", "exact_key", "exact_value", "key_params") + (("lengths_ptr",) if kernels else ())
+        return {name: self.tensors.get(name.removesuffix("_ptr")) for name in names}
+
+    def attend(self, query: Tensor, scale: float, fresh: tuple[Tensor, Tensor, list[int] | None] | None = None) -> Tensor:
+        """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
+
+        ``fresh``: ``(key, value, lengths)`` of L tokens not yet stored, which query i sees up to and with its own;
+        without it L must be 1.  Returns ``[batch_size, num_q_heads, L, value_dim]``; padding queries get zeros.
+        """
+        if fresh is None and query.shape[2] != 1:
+            raise ValueError(f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens")
+        lengths, packed = self.tensors["lengths"]
+        new = None
+        if fresh is not None:
+            counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
+            new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
+        run = _kernels("attention").attend if query.is_cuda else reference.attend
+        return run(
+            query,
+            self.tensors["records"],
+            self.tensors["exact_key"],
+            self.tensors["exact_value"],
+            lengths,
+            packed,
+            self.record,
+            self.method.sink_length,
+            self.method.residual_length,
+            scale,
+            self.tensors.get("key_params"),
+            new,
+        )
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        self.row_lengths = [0] * self.batch_size
+        self.row_packed = [0] * self.batch_size
+        self._write_lengths()
+
+    def reorder(self, index: Tensor) -> None:
+        """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
+        rows = index.tolist()
+        for name, tensor in self.tensors.items():
+            dim = 1 if name in ("lengths", "key_params") else 0
+            self.tensors[name] = tensor.index_select(dim, index.to(self.device))
+        self.row_lengths = [self.row_lengths[row] for row in rows]
+        self.row_packed = [self.row_packed[row] for row in rows]
+        self.batch_size = len(rows)
+
+    def crop(self, num_tokens: int) -> None:
+        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row.
+
+        Raises ``ValueError`` when a row would lose tokens that are packed already.
+        """
+        drop = max(self.row_lengths) - num_tokens
+        if drop <= 0:
+            return
+        sink = self.method.sink_length
+        for length, packed in zip(self.row_lengths, self.row_packed, strict=True):
+            if length - drop < (sink + packed if packed else 0):
+                least = max(self.row_lengths) - (length - sink - packed if packed else length)
+                raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed")
+        self.row_lengths = [length - drop for length in self.row_lengths]
+        self._write_lengths()
+
+
+def _kernels(name: str):  # type: ignore[no-untyped-def]
+    """The Triton kernels, imported where a GPU wants them."""
+    from importlib import import_module
+
+    return import_module(f"kvruntime.kivi.{name}")
