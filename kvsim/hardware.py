@@ -1,0 +1,69 @@
+"""What a card can hold and move: memory, bandwidth, arithmetic, each with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvsim import catalog
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One accelerator in SI base units: bytes, bytes a second, operations a second (dense).
+
+    ``memory_nbytes`` is what a process sees where that is known, else the marketed size;
+    ``memory_source`` says which.  ``None`` where a figure is not known.
+    """
+
+    id: str
+    vendor: str
+    arch: str
+    memory_nbytes: int | None
+    memory_source: str
+    bandwidth: float | None
+    fp16_flops: float | None
+    fp8_flops: float | None
+    fp4_flops: float | None
+    int8_ops: float | None
+    link_bandwidth: float | None
+    source: str
+    note: str = ""
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Hardware:
+        """One row of ``catalog/hardware.json``."""
+        usable, marketed = row.get("memory_usable_mib"), row.get("memory_gb")
+        if usable is not None:
+            memory, memory_source = int(usable) << 20, row["memory_usable_source"]
+        elif marketed is not None:
+            memory, memory_source = int(marketed * 10**9), "marketed size"
+        else:
+            memory, memory_source = None, "not known"
+
+        def scaled(key: str, unit: float) -> float | None:
+            return None if row.get(key) is None else row[key] * unit
+
+        return cls(
+            id=row["id"],
+            vendor=row["vendor"],
+            arch=row["arch"],
+            memory_nbytes=memory,
+            memory_source=memory_source,
+            bandwidth=scaled("mem_bw_gbps", 1e9),
+            fp16_flops=scaled("fp16_bf16_dense_tflops", 1e12),
+            fp8_flops=scaled("fp8_dense_tflops", 1e12),
+            fp4_flops=scaled("fp4_dense_tflops", 1e12),
+            int8_ops=scaled("int8_dense_tops", 1e12),
+            link_bandwidth=scaled("interconnect_gbps_bidirectional", 1e9),
+            source=row["source"],
+            note=row.get("note", ""),
+        )
+
+
+def find_hardware(name: str) -> Hardware:
+    """The card that answers to ``name``.  Raises ``LookupError`` with the nearest names."""
+    row = catalog.find("hardware", name)
+    if row is None:
+        raise LookupError(catalog.unknown("hardware", "GPU", name, "kvsim hardware"))
+    return Hardware.from_row(row)
