@@ -1,0 +1,41 @@
+"""The caches under unmodified transformers: ``model.generate(..., past_key_values=make_cache(model, "kivi"))``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from kvruntime.hf.attention import attach
+from kvruntime.hf.cache import Cache
+from kvruntime.hf.models import layer_shapes
+from kvsim.layout import Method
+from kvsim.methods import METHODS, make_method
+
+__all__ = ["Cache", "make_cache"]
+
+
+def make_cache(
+    model: Any, method: str | Method = "kivi", *, max_seq_len: int | None = None, **options: object
+) -> Cache:
+    """A cache for ``model``, which from now on attends through it wherever it is given one.
+
+    ``method``: a name, with the method's fields as ``options`` (``nbits=2, group_size=32, residual_length=128``;
+    ``dtype``, that of the exact tokens, is the model's unless said otherwise), or a kvsim method object.
+    ``max_seq_len``: tokens a row to allocate for at once; None grows in blocks of 256.  Batch size and device are
+    learnt from the first forward.  The model still takes any other cache, or none.
+
+    Raises ``LookupError`` for an unknown method, ``ValueError`` for an option or a model that cannot be run right.
+    """
+    shapes = layer_shapes(model)
+    if max_seq_len is not None and max_seq_len < 1:
+        raise ValueError(f"max_seq_len {max_seq_len}: allowed are 1 and above")
+    if isinstance(method, str):
+        if method in METHODS and "dtype" in inspect.signature(METHODS[method]).parameters:
+            options = {"dtype": str(model.dtype).removeprefix("torch."), **options}
+        method = make_method(method, **options)
+    elif options:
+        raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
+    for shape in set(shapes):
+        method.buffers(shape, 1, 1)  # says what it cannot hold before anything runs
+    attach(model)
+    return Cache(method, len(shapes), max_seq_len)

@@ -1,0 +1,201 @@
+"""The cache that transformers is given: one kvruntime layer a model layer, and what becomes of new keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+
+from kvruntime.hf.columns import Columns
+from kvruntime.layers import Layer, make_layer
+from kvsim.layout import LayerShape, Method
+from kvsim.methods import Full
+
+
+class Length(int):
+    """A mask length that comes from this cache, so that the mask function can tell."""
+
+
+class Pending:
+    """New keys or values between ``update`` and the attention function: no tensor, and never the past.
+
+    ``fresh`` ``[batch_size, num_kv_heads, L, dim]``; ``shape`` counts the stored columns too, as stock caches do.
+    Anything else that touches it is refused with one clear error.
+    """
+
+    __slots__ = ("device", "dtype", "fresh", "layer", "shape")
+
+    def __init__(self, layer: CacheLayer, fresh: Tensor) -> None:
+        self.layer, self.fresh, self.dtype, self.device = layer, fresh, fresh.dtype, fresh.device
+        self.shape = torch.Size((*fresh.shape[:2], layer.num_columns + fresh.shape[2], fresh.shape[3]))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(name)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        self._refuse("[]")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        cls._refuse(getattr(function, "__name__", str(function)))
+
+    @classmethod
+    def _refuse(cls, name: str) -> NoReturn:
+        raise ValueError(
+            f"{name} touches cached keys or values outside the kvruntime attention interface: this model is not "
+            "supported, or its attention implementation was changed after make_cache"
+        )
+
+
+class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
+    """One layer as transformers sees it.  ``store`` is made at the first update, which tells batch size and device."""
+
+    is_sliding = False
+    store: Layer
+
+    def __init__(self, method: Method, columns: Columns, max_seq_len: int | None) -> None:
+        super().__init__()
+        self.method, self.columns, self.max_seq_len = method, columns, max_seq_len
+        self.num_columns = 0
+        self.is_croppable = isinstance(method, Full)  # packed tokens do not come back
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        batch_size, device = key_states.shape[0], key_states.device
+        with torch.inference_mode(False):  # tensors made under inference_mode could not be written outside it
+            self.store = make_layer(self.method, shape, batch_size, self.max_seq_len, device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """What the attention function is given in place of the full keys and values."""
+        batch_size = key_states.shape[0]
+        if not self.is_initialized or not (self.num_columns or self.store.batch_size == batch_size):
+            self.lazy_initialization(key_states, value_states)
+        if batch_size != self.store.batch_size:
+            raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
+        return Pending(self, key_states), Pending(self, value_states)
+
+    def read_mask(self, mask: Tensor | None, length: int) -> list[int] | None:
+        """Each row's tokens among the ``length`` new columns: ``Columns.read``."""
+        return self.columns.read(mask, self.num_columns, length, self.store.batch_size)
+
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
+        """Stores what an update brought, once the attention function has seen the mask."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.store.append(key, value, lengths)
+        self.num_columns += key.shape[2]
+
+    def get_seq_length(self) -> int:
+        return self.num_columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return Length(self.num_columns + query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_seq_len is None else self.max_seq_len
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def batch_size(self) -> int:
+        if not self.is_initialized:
+            raise AttributeError("batch_size")  # as stock layers before their first update
+        return self.store.batch_size
+
+    def reset(self) -> None:
+        self.num_columns = 0
+        if self.is_initialized:
+            self.store.reset()
+
+    def offload(self) -> NoReturn:
+        raise ValueError("offloading is not supported: the cache stays on the model's device")
+
+    prefetch = offload
+
+
+class Cache(cache_utils.Cache):  # type: ignore[misc]
+    """The cache that ``make_cache`` returns.
+
+    ``method`` is kvsim's object.  Its ``buffers(shape, batch_size, num_provided)`` over the layers are exactly the
+    tensors held.  Left padding is never stored; ``get_seq_length`` counts it all the same, as transformers expects.
+    """
+
+    layers: list[CacheLayer]
+
+    def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
+        self.method, self.max_seq_len, self.columns = method, max_seq_len, Columns()
+        super().__init__(layers=[CacheLayer(method, self.columns, max_seq_len) for _ in range(num_layers)])
+
+    def __repr__(self) -> str:
+        return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes})"
+
+    @property
+    def stores(self) -> list[Layer]:
+        """The layers' kvruntime objects, those that have been used."""
+        return [layer.store for layer in self.layers if layer.is_initialized]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every storage held."""
+        storages = [tensor.untyped_storage() for store in self.stores for tensor in store.tensors.values()]
+        return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
+
+    @property
+    def num_provided(self) -> int:
+        """Tokens a row that the buffers provide for now."""
+        return max((store.num_provided for store in self.stores), default=0)
+
+    def _owner(self, layer_idx: int) -> int:
+        """``layer_idx``, or in a pipeline stage that lacks it the first layer that is here."""
+        here = [index for index, layer in enumerate(self.layers) if layer.is_initialized]
+        return layer_idx if layer_idx in here or not here else here[0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.layers[self._owner(layer_idx)].get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.layers[self._owner(layer_idx)].get_mask_sizes(query_length)
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay for the next sequence."""
+        self.columns.reset()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become ``beam_idx`` (int64, any number of rows, repeats allowed)."""
+        index = beam_idx.cpu()  # once, for the host's books of every layer
+        self.columns.reorder(index.tolist())
+        for store in self.stores:
+            store.reorder(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row ``repeats`` times."""
+        if self.stores:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``, int64 or bool."""
+        if self.stores:
+            self.reorder_cache(torch.arange(self.batch_size)[indices.cpu()])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` columns.
+
+        Raises ``ValueError`` when one of their tokens is packed already, and for a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): allowed is 0 or below, minus the number of tokens to remove")
+        num_columns = self.get_seq_length()
+        keep = max(0, num_columns + tokens_to_remove)
+        if keep == num_columns:
+            return
+        longest = max(self.columns.row_lengths(num_columns))
+        drop = self.columns.crop(num_columns, keep)
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.store.crop(longest - drop)
+                layer.num_columns = keep

@@ -1,0 +1,133 @@
+"""The padded sequence that transformers counts in, against the rows without padding that the layers hold.
+
+A *column* is a position of the padded batch.  The mask of a forward says which columns hold a row's token; this
+file reads it once for all layers, refuses any mask that the layers would not obey, and remembers on the host
+which columns were padding.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 1024
+"""Queries of a mask that are checked at a time."""
+
+HIDES = (
+    "the attention mask hides tokens that the cache holds or shows padding that it dropped: "
+    "give the mask of the whole sequence, unchanged where it was cached"
+)
+RIGHT = "the attention mask has padding after a token: pad on the left"
+SHAPE = "the attention mask is not causal with left padding: no other mask can be followed"
+
+
+class Columns:
+    """Which columns were padding, row by row: ``padding[b]`` lists them as ranges."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every column."""
+        self.padding: list[list[range]] = []
+        self._seen: tuple[int, int, bool] | None = None
+        self._mask: weakref.ref[Tensor] | None = None
+        self._lengths: list[int] | None = None
+
+    def read(self, mask: Tensor | None, start: int, length: int, batch_size: int) -> list[int] | None:
+        """Each row's tokens among the columns ``start : start + length``, always its last; None where all are tokens.
+
+        ``mask``: None (causal, all visible) or ``[batch_size or 1, 1, length, start + length]``, bool or additive.
+        The first layer of a forward reads it, the others are given the same answer.
+        Raises ``ValueError`` unless it is causal with left padding and agrees with what was cached.
+        """
+        seen = (start, length, mask is None)
+        if seen != self._seen or (self._mask and self._mask()) is not mask:
+            rows = self.padding or [[]] * batch_size
+            self.padding = [[span for span in row if span.start < start] for row in rows]
+            self._lengths = self._count(mask, start, length, batch_size)
+            self._seen, self._mask = seen, None if mask is None else weakref.ref(mask)
+            for row, count in enumerate(self._lengths or ()):
+                if count < length:
+                    self.padding[row].append(range(start, start + length - count))
+        return self._lengths
+
+    def _count(self, mask: Tensor | None, start: int, length: int, batch_size: int) -> list[int] | None:
+        if mask is None:
+            if any(self.padding):
+                raise ValueError(f"no attention mask was given: {HIDES}")
+            return None
+        visible, biased = _visible(mask, length, start + length)
+        visible = visible[:, 0].expand(batch_size, -1, -1)
+        real = visible[:, -1]  # [batch_size, start + length]: the newest query sees every token
+        stale = (real[:, :start] != self.tokens(start, mask.device)).any()
+        if mask.is_cuda and length == 1 and start and min(self.row_lengths(start)):
+            # As generate decodes: checked without waiting for the GPU, which stops with the message should it fail.
+            torch._assert_async(~stale & real[:, -1].all(), HIDES)
+            return None
+        new = real[:, start:]
+        right = (new[:, :-1] & ~new[:, 1:]).any()
+        other = biased | _not_causal(visible, real, start)
+        found = torch.cat([torch.stack([stale, right, other]).long(), new.sum(-1)]).tolist()  # waits for the device
+        for wrong, message in zip(found[:3], (HIDES, RIGHT, SHAPE), strict=True):
+            if wrong:
+                raise ValueError(message)
+        counts = found[3:]
+        return None if min(counts) == length else counts
+
+    def row_lengths(self, num_columns: int) -> list[int]:
+        """Tokens of each row among its first ``num_columns`` columns."""
+        return [num_columns - sum(len(range(s.start, min(s.stop, num_columns))) for s in row) for row in self.padding]
+
+    def tokens(self, num_columns: int, device: torch.device) -> Tensor:
+        """Which of the first ``num_columns`` hold a token: bool ``[batch_size, num_columns]``."""
+        column = torch.arange(num_columns, device=device)
+        out = torch.ones(len(self.padding), num_columns, dtype=torch.bool, device=device)
+        for turn in range(max((len(row) for row in self.padding), default=0)):
+            spans = [row[turn] if turn < len(row) else range(0) for row in self.padding]
+            first, last = torch.tensor([[span.start, span.stop] for span in spans]).to(device, non_blocking=True).T
+            out &= (column < first[:, None]) | (column >= last[:, None])
+        return out
+
+    def reorder(self, rows: list[int]) -> None:
+        """Rows become ``rows``."""
+        self.padding = [list(self.padding[row]) for row in rows]
+        self._seen = None
+
+    def crop(self, num_columns: int, keep: int) -> int:
+        """Forget the columns from ``keep`` on; returns how many tokens that takes from every row.
+
+        Raises ``ValueError`` where rows would lose different numbers of tokens.
+        """
+        before, after = self.row_lengths(num_columns), self.row_lengths(keep)
+        lost = [old - new for old, new in zip(before, after, strict=True)]
+        if len(set(lost)) > 1:
+            raise ValueError(f"cannot crop to {keep} tokens: the rest is padding in some rows and tokens in others")
+        self.padding = [[range(s.start, min(s.stop, keep)) for s in row if s.start < keep] for row in self.padding]
+        self._seen = None
+        return lost[0]
+
+
+def _visible(mask: Tensor, length: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """The mask as bool, and whether it adds anything but nothing and minus infinity."""
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (length, num_columns):
+        want = f"[batch_size, 1, {length}, {num_columns}]"
+        raise ValueError(f"attention mask of shape {list(mask.shape)}: allowed is {want}")
+    if mask.dtype == torch.bool:
+        return mask, torch.zeros((), dtype=torch.bool, device=mask.device)
+    visible = mask == 0
+    return visible, (~visible & (mask > torch.finfo(mask.dtype).min / 2)).any()
+
+
+def _not_causal(visible: Tensor, real: Tensor, start: int) -> Tensor:
+    """Whether a token's query sees other columns than the tokens up to its own (padding queries may see anything)."""
+    column = torch.arange(real.shape[1], device=real.device)
+    wrong = torch.zeros((), dtype=torch.bool, device=real.device)
+    for first in range(0, visible.shape[1], QUERY_BLOCK):
+        queries = column[start + first : start + min(first + QUERY_BLOCK, visible.shape[1])]
+        want = real[:, None] & (column <= queries[:, None])
+        got = visible[:, first : first + QUERY_BLOCK]
+        wrong = wrong | ((got != want) & real[:, queries, None]).any()
+    return wrong

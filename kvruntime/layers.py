@@ -1,0 +1,46 @@
+"""Which layer object runs which method: one row a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvruntime.full import Fresh, FullLayer
+from kvruntime.kivi.cache import KiviLayer
+from kvsim.layout import LayerShape, Method
+from kvsim.methods import Full, Kivi
+
+
+class Layer(Protocol):
+    """One attention layer's cache: what ``method.buffers(shape, batch_size, num_provided)`` lists, filled and read."""
+
+    batch_size: int
+    row_lengths: list[int]
+    """Tokens held, row by row."""
+    num_provided: int
+    """Tokens a row that the buffers provide for now."""
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int: ...
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None: ...
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor: ...
+    def reset(self) -> None: ...
+    def reorder(self, index: Tensor) -> None: ...
+    def crop(self, num_tokens: int) -> None: ...
+
+
+LAYERS: dict[type, Callable[..., Layer]] = {Full: FullLayer, Kivi: KiviLayer}
+
+
+def make_layer(
+    method: Method, shape: LayerShape, batch_size: int, max_seq_len: int | None, device: torch.device
+) -> Layer:
+    """The layer object of ``method``; raises ``ValueError`` where nothing runs it yet or it cannot hold ``shape``."""
+    if type(method) not in LAYERS:
+        allowed = ", ".join(kind.__name__ for kind in LAYERS)
+        raise ValueError(f"nothing runs the method {method.name}: allowed are {allowed}")
+    return LAYERS[type(method)](method, shape, batch_size, max_seq_len, device)
