@@ -1,0 +1,414 @@
+"""Triton: quantize whole records and store new tokens (the kernels of :func:`kvruntime.kivi.reference.append`).
+
+``pack_kernel``: one program a record and head.  It takes the record's tokens from the ring of exact slots (those
+stored before) and from the new tokens (the rest), quantizes and writes the record in one pass, words in order.
+``store_kernel``: new tokens that stay exact, to their slots.  Most appended tokens need only the second launch.
+
+Parallel over records, heads and rows; a record's groups lie inside it, so programs share nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvruntime.kivi import reference
+from kvsim import record as layout
+from kvsim.record import PLANES, Record
+
+LIMIT = tl.constexpr(reference.LIMIT)
+channel_chunks = triton.constexpr_function(layout.channel_chunks)  # wrapped, their source counts in the kernels' cache key
+tile_order = triton.constexpr_function(layout.tile_order)
+
+
+@triton.constexpr_function
+def planes(nbits):
+    """``((bits, lowest bit), ...)`` of a code's planes."""
+    out, low = [], 0
+    for bits in PLANES[nbits]:
+        out.append((bits, low))
+        low += bits
+    return tuple(out)
+
+
+@triton.constexpr_function
+def chunks(dim):
+    """``((first channel, width), ...)``."""
+    out, channel = [], 0
+    for width in channel_chunks(dim):
+        out.append((channel, width))
+        channel += width
+    return tuple(out)
+
+
+@triton.constexpr_function
+def order_axes(stream, tile, width, bits, way):
+    """``(shape, permutation)`` of one tile's codes: ``way`` 0 from logical to memory order, 1 back."""
+    order = tile_order(stream, tile, width, bits)
+    return (order.memory_shape, order.to_logical) if way else (order.logical_shape, order.from_logical)
+
+
+@triton.constexpr_function
+def words_before(tile, channel, nbits, width, low):
+    """Word offset inside a tile of the plane that starts at bit ``low`` of the chunk that starts at ``channel``."""
+    return tile * (channel * nbits + width * low) // 32
+
+
+@triton.constexpr_function
+def whole_groups(channel, width, group):
+    """Whether a chunk holds whole value groups, as many as a power of two."""
+    return group & (group - 1) == 0 and group <= width and channel % group == 0
+
+
+@triton.constexpr_function
+def groups_in(channel, width, group):
+    """The value groups that a chunk touches: first, one past the last."""
+    return channel // group, (channel + width - 1) // group + 1
+
+
+@triton.constexpr_function
+def next_power_of_2(n):
+    return triton.next_power_of_2(n)
+
+
+@triton.jit
+def value_param_offset(group, token, RECORD: tl.constexpr):
+    """Place of a value scale inside its section: ``[group][c][ts][kk][e]`` (kvsim/record.py)."""
+    return group * RECORD + (token // 2 % 4) * (RECORD // 4) + token // 16 * 4 + (token // 8 % 2) * 2 + token % 2
+
+
+@triton.jit
+def scale_zero(low, high, has_nan, LEVELS: tl.constexpr):
+    """float16 scale and zero of groups with the given finite range."""
+    scale = tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)).to(tl.float16)
+    nan = tl.full(low.shape, float("nan"), tl.float16)
+    return tl.where(has_nan, nan, scale), tl.where(has_nan, nan, low.to(tl.float16))
+
+
+@triton.jit
+def inverse_of(scale):
+    scale = scale.to(tl.float32)
+    usable = scale > 0
+    return tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
+
+
+@triton.jit
+def encode(x, inverse, zero, LEVELS: tl.constexpr):
+    """Codes of ``x`` (int32), rounding half to even: adding 1.5 * 2**23 leaves no fraction bits."""
+    level = (x - zero.to(tl.float32)) * inverse
+    level = tl.where(level == level, level, 0.0)
+    level = tl.minimum(tl.maximum(level, 0.0), LEVELS)
+    return ((level + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def finite(x):
+    """``(x clamped to +-LIMIT, whether it is NaN)``."""
+    is_nan = x != x
+    return tl.minimum(tl.maximum(tl.where(is_nan, 0.0, x), -LIMIT), LIMIT), is_nan
+
+
+@triton.jit
+def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_new_t, NEW: tl.constexpr,
+                DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``: stored ones from the ring."""
+    slot = SINK + (token - SINK) % RESIDUAL
+    stored = token < length
+    x = tl.load(exact_ptr + slot[:, None] * DIM + channel[None, :], mask=mask & stored[:, None], other=0.0).to(tl.float32)
+    if NEW:
+        y = tl.load(new_ptr + (token - length)[:, None] * stride_new_t + channel[None, :], mask=mask & ~stored[:, None], other=0.0)
+        x = tl.where(stored[:, None], x, y.to(tl.float32))
+    return x
+
+
+@triton.jit
+def store_plane(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+                NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
+    AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 0)
+    WORDS: tl.constexpr = TILE * WIDTH * BITS // 32
+    plane = tl.permute(tl.reshape((codes >> LOW) & ((1 << BITS) - 1), AXES[0]), AXES[1])
+    plane = tl.reshape(plane, (WORDS, 32 // BITS))
+    index = tl.arange(0, 32 // BITS)
+    plane = plane << (BITS * (index >> 1) + 16 * (index & 1))[None, :]
+    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, WORDS)
+    tl.store(words_ptr + at, tl.sum(plane, 1).to(tl.int32))
+
+
+@triton.jit
+def store_codes(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+                NBITS: tl.constexpr):  # fmt: skip
+    """One tile's codes ``[TILE, WIDTH]`` to their words."""
+    PLANE_LIST: tl.constexpr = planes(NBITS)
+    for i in tl.static_range(len(PLANE_LIST)):
+        store_plane(words_ptr, codes, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1])
+
+
+@triton.jit
+def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, stride_new_t, zero_offset,
+              NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
+              GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
+              PARAMS: tl.constexpr):  # fmt: skip
+    """One chunk of a record's key channels."""
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    TILE_WORDS: tl.constexpr = TILE * DIM * NBITS // 32
+    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
+    t = tl.arange(0, TILE)
+    d = C0 + tl.arange(0, W)
+    everything = t[:, None] >= 0
+    if GROUP == 0 or GROUP >= TILE:  # one scale for the whole tile: look at every tile of the group, then pack them
+        SPAN: tl.constexpr = RECORD if GROUP == 0 else GROUP
+        for group in range(RECORD // SPAN):
+            if GROUP == 0:
+                scale = tl.load(params_ptr + d)
+                zero = tl.load(params_ptr + zero_offset + d)
+            else:
+                low = tl.full([W], LIMIT, tl.float32)
+                high = tl.full([W], -LIMIT, tl.float32)
+                nans = tl.zeros([W], tl.int32)
+                for tile in range(SPAN // TILE):
+                    token = first + group * SPAN + tile * TILE + t
+                    x = load_tokens(exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL)
+                    x, is_nan = finite(x)
+                    low = tl.minimum(low, tl.min(x, 0))
+                    high = tl.maximum(high, tl.max(x, 0))
+                    nans = tl.maximum(nans, tl.max(is_nan.to(tl.int32), 0))
+                scale, zero = scale_zero(low, high, nans > 0, LEVELS)
+                tl.store(half_ptr + group * DIM + d, scale)
+                tl.store(half_ptr + (RECORD // SPAN + group) * DIM + d, zero)
+            inverse = inverse_of(scale)
+            for tile in range(SPAN // TILE):
+                token = first + group * SPAN + tile * TILE + t
+                x = load_tokens(exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL)
+                x, is_nan = finite(x)
+                codes = tl.where(is_nan, 0, encode(x, inverse[None, :], zero[None, :], LEVELS))
+                store_codes(record_ptr + (group * (SPAN // TILE) + tile) * TILE_WORDS, codes, "key", TILE, C0, W, NBITS)
+    else:
+        GROUPS: tl.constexpr = TILE // GROUP
+        for tile in range(RECORD // TILE):
+            token = first + tile * TILE + t
+            x = load_tokens(exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL)
+            x, is_nan = finite(x)
+            x = tl.reshape(x, (GROUPS, GROUP, W))
+            nans = tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, GROUP, W)), 1)
+            scale, zero = scale_zero(tl.min(x, 1), tl.max(x, 1), nans > 0, LEVELS)
+            at = (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + d[None, :]
+            tl.store(half_ptr + at, scale)
+            tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
+            codes = encode(x, inverse_of(scale)[:, None, :], zero[:, None, :], LEVELS)
+            store_codes(record_ptr + tile * TILE_WORDS, tl.reshape(codes, (TILE, W)), "key", TILE, C0, W, NBITS)
+
+
+@triton.jit
+def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, count, stride_new_t,
+                NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
+                GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
+                RESIDUAL: tl.constexpr):  # fmt: skip
+    """One chunk of one tile's value channels."""
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    ZEROS: tl.constexpr = RECORD * (DIM // GROUP)
+    GROUPS: tl.constexpr = groups_in(C0, W, GROUP)
+    t = tile * TILE + tl.arange(0, TILE)
+    d = C0 + tl.arange(0, W)
+    x = load_tokens(exact_ptr, new_ptr, first + t, d, t[:, None] >= 0, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL)
+    x, is_nan = finite(x)
+    if whole_groups(C0, W, GROUP):
+        x = tl.reshape(x, (TILE, W // GROUP, GROUP))
+        nans = tl.max(tl.reshape(is_nan.to(tl.int32), (TILE, W // GROUP, GROUP)), 2)
+        scale, zero = scale_zero(tl.min(x, 2), tl.max(x, 2), nans > 0, LEVELS)
+        group = GROUPS[0] + tl.arange(0, W // GROUP)
+        at = value_param_offset(group[None, :], t[:, None], RECORD)
+        tl.store(half_ptr + at, scale)
+        tl.store(half_ptr + at + ZEROS, zero)
+        codes = tl.reshape(encode(x, inverse_of(scale)[:, :, None], zero[:, :, None], LEVELS), (TILE, W))
+    else:  # groups that cross chunks or are no power of two: one at a time
+        codes = tl.zeros([TILE, W], tl.int32)
+        member = tl.arange(0, next_power_of_2(GROUP))
+        inside = (member < GROUP)[None, :]
+        for g in tl.static_range(GROUPS[0], GROUPS[1]):
+            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t, NEW, DIM,
+                            SINK, RESIDUAL)  # fmt: skip
+            y, y_nan = finite(y)
+            low = tl.min(tl.where(inside, y, LIMIT), 1)
+            high = tl.max(tl.where(inside, y, -LIMIT), 1)
+            nans = tl.max((y_nan & inside).to(tl.int32), 1)
+            scale, zero = scale_zero(low, high, nans > 0, LEVELS)
+            at = value_param_offset(g, t, RECORD)
+            tl.store(half_ptr + at, scale)
+            tl.store(half_ptr + at + ZEROS, zero)
+            mine = encode(x, inverse_of(scale)[:, None], zero[:, None], LEVELS)
+            codes = tl.where((d // GROUP == g)[None, :], mine, codes)
+    store_codes(words_ptr, codes, "value", TILE, C0, W, NBITS)
+
+
+@triton.jit
+def pack_kernel(
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, counts_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, num_records, batch_size,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+    VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+    TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) // NUM_HEADS
+    head = tl.program_id(1) % NUM_HEADS
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    number = packed // RECORD + tl.program_id(0)
+    over = length + count - SINK - packed - RESIDUAL
+    if over <= tl.program_id(0) * RECORD:  # this row packs fewer records than the grid provides for
+        return
+    first = SINK + number * RECORD
+    record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
+    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    exact_key_ptr += rows * num_slots * KEY_DIM
+    exact_value_ptr += rows * num_slots * VALUE_DIM
+    start = tl.cast(new_length - count, tl.int64)
+    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + start * stride_kt
+    value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + start * stride_vt
+    row_params_ptr = params_ptr
+    if KEY_GROUP == 0:
+        row_params_ptr = params_ptr + rows * KEY_DIM
+    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+    for i in tl.static_range(len(KEY_CHUNKS)):
+        pack_keys(exact_key_ptr, key_ptr, record_ptr, row_params_ptr, first, length, count, stride_kt,
+                  batch_size * NUM_HEADS * KEY_DIM, NEW, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP,
+                  RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS)  # fmt: skip
+    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+    VALUE_CODES: tl.constexpr = RECORD * KEY_DIM * KEY_NBITS // 32
+    for tile in range(RECORD // TILE):
+        words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
+        for i in tl.static_range(len(VALUE_CHUNKS)):
+            pack_values(exact_value_ptr, value_ptr, words_ptr, half_ptr + 2 * VALUE_PARAMS, tile, first, length, count,
+                        stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD,
+                        TILE, SINK, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
+def store_kernel(
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, counts_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, batch_size, skip,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
+    SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) // NUM_HEADS
+    head = (tl.program_id(1) % NUM_HEADS).to(tl.int64)
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    over = tl.maximum(length + count - SINK - packed - RESIDUAL, 0)
+    packed += (over + RECORD - 1) // RECORD * RECORD
+    block = tl.program_id(0)
+    block += tl.where(block > 0, skip, 0)  # what lies between the sink and the residual is in records
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = length + t - (new_length - count)
+    kept = (t < new_length) & (t >= new_length - count) & ((token < SINK) | (token >= SINK + packed))
+    slot = tl.where(token < SINK, token, SINK + (token - SINK) % RESIDUAL)
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = t.to(tl.int64)[:, None]
+    x = tl.load(key_ptr + row * stride_kb + head * stride_kh + at * stride_kt + d, mask=kept[:, None] & (d < KEY_DIM), other=0.0)
+    out = exact_key_ptr + (rows * num_slots + slot[:, None]) * KEY_DIM + d
+    tl.store(out, x.to(exact_key_ptr.dtype.element_ty), mask=kept[:, None] & (d < KEY_DIM))
+    y = tl.load(value_ptr + row * stride_vb + head * stride_vh + at * stride_vt + d, mask=kept[:, None] & (d < VALUE_DIM), other=0.0)
+    out = exact_value_ptr + (rows * num_slots + slot[:, None]) * VALUE_DIM + d
+    tl.store(out, y.to(exact_value_ptr.dtype.element_ty), mask=kept[:, None] & (d < VALUE_DIM))
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    counts: list[int],
+    lengths: list[int],
+    packed: list[int],
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+    key_params: Tensor | None,
+    lengths_ptr: Tensor,
+) -> None:
+    """Store new tokens: the tensors and their meaning are :func:`reference.append`'s.
+
+    ``lengths_ptr [2, batch_size]`` int32 holds ``lengths`` and ``packed`` on the device, as they are before; it is
+    read, not written.  Channels must be contiguous (stride 1).
+    """
+    batch_size, heads, new_length, _ = key.shape
+    if key.stride(3) != 1:
+        key = key.contiguous()
+    if value.stride(3) != 1:
+        value = value.contiguous()
+    states = list(zip(lengths, packed, counts, strict=True))
+    flushed = [reference.flush_plan(n, p, c, record.num_tokens, sink, residual) - p for n, p, c in states]
+    ragged = None if min(counts) == new_length else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    if max(flushed):
+        if key_params is not None:
+            _freeze_params(key, states, flushed, exact_key, key_params, record, sink, residual)
+        pack_kernel[(max(flushed) // record.num_tokens, batch_size * heads)](
+            key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged,
+            *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
+            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
+            SINK=sink, RESIDUAL=residual, **record_constants(record), num_warps=4,
+        )  # fmt: skip
+    dim = max(record.key_dim, record.value_dim)
+    block = 1 if new_length == 1 else 16
+    skip, blocks = 0, -(-new_length // block)
+    if new_length > residual + sink + 2 * block:  # of a long prompt only both ends are stored
+        tail = -(-(residual + block) // block)
+        head_blocks = -(-(max(new_length - min(counts), 0) + sink) // block)
+        skip = max(0, blocks - tail - 1) if head_blocks <= 1 else 0
+        blocks -= skip
+    store_kernel[(blocks, batch_size * heads)](
+        key, value, exact_key, exact_value, lengths_ptr, ragged,
+        *strides, new_length, exact_key.shape[2], batch_size, skip,
+        NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
+        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), num_warps=1 if block == 1 else 4,
+    )  # fmt: skip
+
+
+def _freeze_params(
+    key: Tensor,
+    states: list[tuple[int, int, int]],
+    flushed: list[int],
+    exact_key: Tensor,
+    key_params: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+) -> None:
+    """Scales of rows that pack for the first time, over all that they pack then."""
+    for row, ((length, before, count), size) in enumerate(zip(states, flushed, strict=True)):
+        if before or not size:
+            continue
+        slots = sink + torch.arange(min(length - sink, size), device=key.device) % residual if length > sink else slice(0, 0)
+        old = exact_key[row][:, slots].to(key.dtype)
+        start = key.shape[2] - count + max(0, sink - length)
+        new = key[row, :, start : start + size - old.shape[1]]
+        key_params[:, row] = torch.stack(reference.group_params(torch.cat([old, new], 1), 1, record.key_nbits))
+
+
+def record_constants(record: Record) -> dict[str, int]:
+    """The record's sizes as the kernels' compile-time constants."""
+    return {
+        "KEY_DIM": record.key_dim,
+        "VALUE_DIM": record.value_dim,
+        "KEY_NBITS": record.key_nbits,
+        "VALUE_NBITS": record.value_nbits,
+        "KEY_GROUP": record.key_group,
+        "VALUE_GROUP": record.value_group,
+        "RECORD": record.num_tokens,
+        "TILE": record.tile,
+        "KEY_PARAMS": record.offset("key_scale"),
+        "VALUE_PARAMS": record.offset("value_scale"),
+        "RECORD_WORDS": record.num_words,
+    }
