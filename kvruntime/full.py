@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvruntime.buffers import grown, tokens_to_provide
+from kvruntime.kivi.reference import Partial
 from kvsim.layout import LayerShape
 from kvsim.methods.full import Full
 
@@ -107,24 +108,24 @@ class FullLayer:
 
     def _merged(self, query: Tensor, length: int, scale: float, fresh: Fresh | None) -> Tensor:
         """Blockwise attention in float32; ``query [batch_size, num_kv_heads, q_per_kv * length, key_dim]``."""
-        softmax = OnlineSoftmax(query, scale, self.shape.value_dim)
+        state = Partial(query, self.shape.value_dim, scale)
         longest = max(self.row_lengths)
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)
             key, value = (self.tensors[name][:, :, start:stop] for name in ("key", "value"))
-            softmax.add(key, value, self._visible(start, stop))
+            state.add(key, value, self._visible(start, stop))
         if fresh is None:
-            return softmax.out()
+            return state.result()
         key, value, lengths = fresh
         position = torch.arange(length, device=query.device)
         causal = position <= position[:, None]  # [L queries, L keys]
         if lengths is None:
-            softmax.add(key, value, causal.repeat(query.shape[2] // length, 1))
-            return softmax.out()
+            state.add(key, value, causal.repeat(query.shape[2] // length, 1))
+            return state.result()
         real = position >= length - self._on_device(lengths)[:, None]  # [batch_size, L]
         visible = causal & real[:, None, None]  # [batch_size, 1, L, L]
-        softmax.add(key, value, visible.repeat(1, 1, query.shape[2] // length, 1))
-        return softmax.out() * real.repeat(1, query.shape[2] // length)[:, None, :, None]
+        state.add(key, value, visible.repeat(1, 1, query.shape[2] // length, 1))
+        return state.result() * real.repeat(1, query.shape[2] // length)[:, None, :, None]
 
     def _visible(self, start: int, stop: int) -> Tensor | None:
         """Which of the slots ``start:stop`` hold a row's token, ``[batch_size, 1, 1, stop - start]``; None for all."""
@@ -157,30 +158,3 @@ class FullLayer:
             least = max(self.row_lengths) - min(self.row_lengths)
             raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
         self.row_lengths = [length - drop for length in self.row_lengths]
-
-
-class OnlineSoftmax:
-    """Attention over blocks of tokens added one after another, in float32 (arXiv 1805.02867)."""
-
-    def __init__(self, query: Tensor, scale: float, value_dim: int) -> None:
-        rows = query.shape[:-1]
-        self.query = query.float() * scale  # [batch_size, num_kv_heads, rows, key_dim]
-        self.peak = self.query.new_full((*rows, 1), -torch.inf)
-        self.total = self.query.new_zeros((*rows, 1))
-        self.sum = self.query.new_zeros((*rows, value_dim))
-
-    def add(self, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
-        """N tokens: ``key [batch_size, num_kv_heads, N, key_dim]``, ``visible`` (None: all) ``[..., rows, N]``."""
-        scores = self.query @ key.float().transpose(-1, -2)
-        if visible is not None:
-            scores.masked_fill_(~visible, -torch.inf)
-        peak = torch.maximum(self.peak, scores.amax(-1, keepdim=True))
-        shift = peak.masked_fill(peak == -torch.inf, 0)  # a row that saw nothing yet
-        weights, decay = (scores - shift).exp_(), (self.peak - shift).exp_()
-        self.total = self.total * decay + weights.sum(-1, keepdim=True)
-        self.sum = self.sum * decay + weights @ value.float()
-        self.peak = peak
-
-    def out(self) -> Tensor:
-        """``[batch_size, num_kv_heads, rows, value_dim]``; zeros where nothing was visible."""
-        return self.sum / self.total.masked_fill(self.total == 0, 1)

@@ -1,0 +1,54 @@
+"""What a cache must give, computed the slow way: everything stored read back, then stock attention over it."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from kvruntime.full import FullLayer
+from kvruntime.kivi.reference import ring_positions, unpack_records
+
+
+def stored(store) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer as floats, ``[batch_size, num_kv_heads, num_tokens, dim]``; rows of equal length."""
+    (length,) = set(store.row_lengths)
+    if isinstance(store, FullLayer):
+        return tuple(store.tensors[name][:, :, :length].float() for name in ("key", "value"))
+    (packed,) = set(store.row_packed)
+    method, params = store.method, store.tensors.get("key_params")
+    records = store.tensors["records"][:, : packed // store.record.num_tokens].transpose(1, 2)
+    out = []
+    lengths = torch.full((store.batch_size,), length), torch.full((store.batch_size,), packed)
+    slots = store.tensors["exact_key"].shape[2]
+    position = ring_positions(*lengths, method.sink_length, method.residual_length, slots)[0]
+    unpacked = unpack_records(records, store.record, None if params is None else (params[0], params[1]))
+    for packed_tokens, exact in zip(unpacked, ("exact_key", "exact_value"), strict=True):
+        tokens = torch.full((*packed_tokens.shape[:2], length, packed_tokens.shape[3]), torch.nan)
+        tokens[:, :, method.sink_length : method.sink_length + packed] = packed_tokens
+        tokens[:, :, position[position >= 0]] = store.tensors[exact][:, :, position >= 0].float()
+        assert not tokens.isnan().any()
+        out.append(tokens)
+    return tuple(out)
+
+
+def stock_past(cache, dtype: torch.dtype, num_tokens: int | None = None) -> DynamicCache:
+    """A stock cache with what ``cache`` holds, read back; the first ``num_tokens`` of it."""
+    past = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        key, value = stored(layer.store)
+        past.update(key[:, :, :num_tokens].to(dtype), value[:, :, :num_tokens].to(dtype), index)
+    return past
+
+
+@torch.no_grad()
+def step(model, cache, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of ``ids`` on ``cache``, and on a stock cache with the same past read back.
+
+    One token is stored (and may push others into a record) before it attends, several are stored after.
+    """
+    before = cache.get_seq_length()
+    past = stock_past(cache, model.dtype) if ids.shape[1] > 1 and before else None
+    got = model(ids, past_key_values=cache).logits
+    if ids.shape[1] == 1:
+        past = stock_past(cache, model.dtype, before)
+    return got, model(ids, past_key_values=past).logits
