@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from kvsim import catalog
 from kvsim.model import Model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_SECONDS = 10
+HUB_SECONDS = 5
 
 
 def load_model(name: str) -> Model:
@@ -57,16 +58,35 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _hub_config(name: str) -> dict[str, Any]:
+    import logging
+
     missing = catalog.unknown("models", "model", name, "kvsim models")
     if not HUB_ID.fullmatch(name):
         raise LookupError(missing)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
     except ImportError:
         raise LookupError(f"{missing} (no model hub: huggingface_hub is not installed)") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    offline = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
     try:
-        file = hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS)
+        file = hf_hub_download(name, "config.json", local_files_only=offline)
     except Exception as error:  # the hub client raises its own, requests' and httpx's errors
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:120]
-        raise LookupError(f"{missing} (model hub: {reason})") from None
+        reason = f"{constants.ENDPOINT} is not reachable" if offline else f"{type(error).__name__}: {error}"
+        raise LookupError(f"{missing} (model hub: {reason.split(chr(10))[0][:120]})") from None
     return read_config(Path(file))
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether a server answers at all; asked first, since the hub client retries for half a minute."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        with urlopen(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS):
+            return True
+    except HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False

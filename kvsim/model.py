@@ -157,8 +157,7 @@ def _refuse_foreign(reader: ConfigReader) -> None:
         window = reader.config.get("sliding_window")
         what = f" (sliding_window {window})" if window is not None else ""
         raise ValueError(
-            f"config key {reader.label('layer_types')} has {other!r}{what}: "
-            "not supported, only 'full_attention' is"
+            f"config key {reader.label('layer_types')} has {other!r}{what}: not supported, only 'full_attention' is"
         )
 
 

@@ -95,5 +95,7 @@ def choose_methods(specs: Sequence[str], shared: Mapping[str, Value], dtype: str
     for key in shared:
         if all(name in METHODS and key not in fields(name) for name in names):
             raise ValueError(f"no method of {', '.join(names)} takes --{key.replace('_', '-')}")
+    if dtype is not None and all(name in METHODS and "dtype" not in fields(name) for name in names) and specs:
+        raise ValueError(f"no method of {', '.join(names)} takes --dtype: each names its own type")
     methods = [parse_method(spec, shared, dtype) for spec in chosen]
     return list(dict.fromkeys(methods)), not specs and not shared

@@ -91,6 +91,8 @@ class Kivi:
 
     @property
     def name(self) -> str:
+        if self == kivi_seed(self.dtype):
+            return "kivi-seed"
         bits = f"{self.k_bits}bit" if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
         groups = f"g{self.k_group}" if self.k_group == self.v_group else f"gk{self.k_group}-gv{self.v_group}"
         sink = f"-s{self.sink_length}" if self.sink_length else ""
@@ -175,7 +177,7 @@ class Kivi:
         count = packed // self.record_length
         out = {name: 4 * words * rows * count for name, _, words in record.sections}
         if not record.key_group and packed:
-            out |= {name: rows * layer.key_dim * 2 for name in ("key_scale", "key_zero")}
+            out |= dict.fromkeys(("key_scale", "key_zero"), rows * layer.key_dim * 2)
         sink = min(num_tokens, self.sink_length)
         for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
             token = rows * dim * DTYPE_BITS[self.dtype] // 8
