@@ -171,7 +171,9 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
         if sink:
             formulas.append(Formula(f"exact_{stream}", f"{stream}_sink", (*rows, (sink, "sink"), *tail)))
         formulas.append(Formula(f"exact_{stream}", f"{stream}_residual", (*rows, (exact - sink, "residual"), *tail)))
-    formulas.append(Formula("lengths", "lengths", ((count, "layers"), (batch_size, "batch"), (4, "bytes"))))
+    formulas.append(
+        Formula("lengths", "lengths", ((count, "layers"), (batch_size, "batch"), (2, "counts"), (4, "bytes")))
+    )
     return numbers, formulas
 
 

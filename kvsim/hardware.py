@@ -57,7 +57,7 @@ class Hardware:
             int8_ops=scaled("int8_dense_tops", 1e12),
             link_bandwidth=scaled("interconnect_gbps_bidirectional", 1e9),
             source=row["source"],
-            note=row.get("note", ""),
+            note=row.get("note") or "",
         )
 
 

@@ -45,6 +45,7 @@ FOREIGN: dict[str, str] = {
 }
 """Keys that change what a token leaves behind, and what each stands for."""
 
+MAX_LAYERS = 4096
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -87,6 +88,8 @@ class Model:
         family = _family(reader, model_type)
         notes = [f"language model only: vision and projector weights of {wrapper!r} are not counted"] if wrapper else []
         num_layers = reader.count("num_layers", family.num_layers)
+        if num_layers > MAX_LAYERS:
+            raise reader.error(family.num_layers, f"allowed are up to {MAX_LAYERS}")
         hidden = reader.count("hidden_size", family.hidden)
         num_q_heads = reader.count("num_q_heads", family.num_q_heads)
         num_kv_heads = _kv_heads(reader, family, model_type, num_q_heads)

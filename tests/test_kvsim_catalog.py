@@ -1,0 +1,113 @@
+"""Every row of the catalogue against literal figures, and against the wider catalogue where it lies beside."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kvsim import catalog
+from kvsim.estimate import cache_nbytes
+from kvsim.hardware import Hardware, find_hardware
+from kvsim.load import load_model
+from kvsim.methods import Full
+from kvsim.model import Model
+
+FIGURES = json.loads(Path(__file__).with_name("kvsim_figures.json").read_text())
+BESIDE = Path(__file__).parents[2] / "shared" / "catalogue"
+ROWS = {row["id"]: row for row in catalog.rows("models")}
+
+
+def test_the_figures_cover_the_catalogue() -> None:
+    assert list(ROWS) == list(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_bytes_and_parameters_of_every_row(name: str) -> None:
+    model = load_model(name)
+    figures = FIGURES[name]
+    assert cache_nbytes(model, Full(), 1, 1) == figures["bytes_per_token"]
+    for num_tokens in (1024, 8192, 32768, 131072):
+        assert cache_nbytes(model, Full(), 1, num_tokens) == figures[str(num_tokens)]
+    assert model.num_params == figures["parameters"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_row_holds_only_keys_that_are_read(name: str) -> None:
+    config = ROWS[name]["config"]
+    read = Model.from_config(config).read
+    nested = config.get("text_config", {})
+    assert set(config) - {"text_config", "dtype"} <= read | ({"model_type"} if nested else set())
+    assert set(nested) <= read
+
+
+@pytest.mark.parametrize("kind", ["models", "hardware"])
+def test_every_row_has_a_source_and_names_of_its_own(kind: str) -> None:
+    owners = Counter(name for row in catalog.rows(kind) for name in catalog.names(row))
+    assert [name for name, count in owners.items() if count > 1] == []
+    assert all(row["source"].strip() for row in catalog.rows(kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("llama-3-8b", "meta-llama/Meta-Llama-3-8B"),
+        ("LLAMA-3-8B", "meta-llama/Meta-Llama-3-8B"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B"),
+        ("gpt2", "openai-community/gpt2"),
+        ("gpt2-medium", "openai-community/gpt2-medium"),
+        ("gpt2-large", "openai-community/gpt2-large"),
+        ("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
+        ("mistral-7b", "mistralai/Mistral-7B-v0.3"),
+        ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
+    ],
+)
+def test_names_that_people_type(name: str, row: str) -> None:
+    assert load_model(name).name == row
+
+
+def test_hardware_units_and_lookup() -> None:
+    card = find_hardware("H100")
+    assert card.id == "h100-sxm"
+    assert card.memory_nbytes == 81559 * 2**20
+    assert card.bandwidth == 3350e9
+    assert card.fp16_flops == 989e12
+    assert find_hardware("a30").memory_nbytes == 24 * 10**9  # only the marketed size is known
+    assert find_hardware("apple-m5-pro").memory_nbytes is None
+    with pytest.raises(LookupError, match="did you mean h100"):
+        find_hardware("h1000")
+
+
+def test_hardware_rows_all_parse() -> None:
+    cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
+    assert len(cards) == 67
+    assert all(card.bandwidth for card in cards)
+
+
+needs_catalogue = pytest.mark.skipif(
+    not (BESIDE / "models.json").is_file(), reason="no shared/catalogue/ beside the checkout to compare with"
+)
+
+
+@needs_catalogue
+def test_plain_rows_equal_the_wider_catalogue_and_the_others_are_refused() -> None:
+    for row in json.loads((BESIDE / "models.json").read_text()):
+        config = dict(row["config"])
+        if set(row["layer_kinds"]) != {"full"}:
+            with pytest.raises(ValueError, match=r"^config key [a-z_.]+ "):
+                Model.from_config(config)
+            continue
+        if row["id"] == "mistralai/Mistral-Large-Instruct-2407":  # a derived row that lacks the key
+            with pytest.raises(ValueError, match="sliding_window is absent"):
+                Model.from_config(config)
+            config["sliding_window"] = None
+        model = Model.from_config(config)
+        assert cache_nbytes(model, Full(), 1, 8192) == row["expected_ideal_kv"]["bytes_at_8192"], row["id"]
+        assert model.num_params == row["params_total"], row["id"]
+        assert load_model(row["id"]).layers == model.layers
+
+
+@needs_catalogue
+def test_cards_equal_the_wider_catalogue() -> None:
+    beside = json.loads((BESIDE / "hardware.json").read_text())["accelerators"]
+    assert [Hardware.from_row(row) for row in beside] == [Hardware.from_row(row) for row in catalog.rows("hardware")]
