@@ -34,7 +34,7 @@ class Formula:
 
     @property
     def text(self) -> str:
-        """``32 layers x 1 batch x ... x 2 bits / 8``."""
+        """``256 rows x 960 packed x 64 head dim x 2 bits / 8``."""
         product = " x ".join(f"{number:,} {what}" for number, what in self.factors)
         return product + (f" / {self.per_byte}" if self.per_byte > 1 else "")
 
@@ -111,11 +111,21 @@ def _full(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
     assert isinstance(method, Full)
     size = DTYPE_BITS[method.dtype] // 8
     held = layer.num_tokens(num_tokens)
-    rows = ((count, "layers"), (batch_size, "batch"), (layer.num_kv_heads, "kv heads"), (held, "tokens"))
-    return [Number("bytes", size, f"dtype {method.dtype}")], [
-        Formula(stream, stream, (*rows, (dim, "head dim"), (size, "bytes")))
+    rows = _rows(layer, count, batch_size)
+    numbers = [_rows_number(layer, count, batch_size), Number("bytes", size, f"dtype {method.dtype}")]
+    return numbers, [
+        Formula(stream, stream, (rows, (held, "tokens"), (dim, "head dim"), (size, "bytes")))
         for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim))
     ]
+
+
+def _rows(layer: LayerShape, count: int, batch_size: int) -> Factor:
+    return (count * batch_size * layer.num_kv_heads, "rows")
+
+
+def _rows_number(layer: LayerShape, count: int, batch_size: int) -> Number:
+    origin = f"layers x batch x kv heads = {count:,} x {batch_size:,} x {layer.num_kv_heads:,}"
+    return Number("rows", count * batch_size * layer.num_kv_heads, origin)
 
 
 def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
@@ -132,6 +142,7 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
         else f"{length} x ceil(max(0, {num_tokens:,} - {method.sink_length} - {method.residual_length}) / {length})"
     )
     numbers = [
+        _rows_number(layer, count, batch_size),
         Number("key bits", method.k_bits, "nbits" if method.key_nbits is None else "key_nbits"),
         Number("value bits", method.v_bits, "nbits" if method.value_nbits is None else "value_nbits"),
         Number("packed", packed, rule),
@@ -142,7 +153,7 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
     ]
     if sink:
         numbers.append(Number("sink", sink, "sink_length"))
-    rows = ((count, "layers"), (batch_size, "batch"), (layer.num_kv_heads, "kv heads"))
+    rows = _rows(layer, count, batch_size)
     tokens: Factor = (packed, "packed")
     if whole:
         key_groups: tuple[Factor, ...] = ()
@@ -156,11 +167,11 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
         Number("value groups", record.num_value_groups, f"head dim / value group of {record.value_group} channels")
     )
     half: Factor = (2, "bytes")  # scales and zeros are float16
-    key_params = (*rows, *key_groups, (layer.key_dim, "head dim"), half)
-    value_params = (*rows, tokens, (record.num_value_groups, "value groups"), half)
+    key_params = (rows, *key_groups, (layer.key_dim, "head dim"), half)
+    value_params = (rows, tokens, (record.num_value_groups, "value groups"), half)
     formulas = [
-        Formula("records", "key_codes", (*rows, tokens, (layer.key_dim, "head dim"), (method.k_bits, "bits")), 8),
-        Formula("records", "value_codes", (*rows, tokens, (layer.value_dim, "head dim"), (method.v_bits, "bits")), 8),
+        Formula("records", "key_codes", (rows, tokens, (layer.key_dim, "head dim"), (method.k_bits, "bits")), 8),
+        Formula("records", "value_codes", (rows, tokens, (layer.value_dim, "head dim"), (method.v_bits, "bits")), 8),
         Formula(params, "key_scale", key_params),
         Formula(params, "key_zero", key_params),
         Formula("records", "value_scale", value_params),
@@ -169,8 +180,8 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
     for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
         tail = ((dim, "head dim"), (size, "bytes"))
         if sink:
-            formulas.append(Formula(f"exact_{stream}", f"{stream}_sink", (*rows, (sink, "sink"), *tail)))
-        formulas.append(Formula(f"exact_{stream}", f"{stream}_residual", (*rows, (exact - sink, "residual"), *tail)))
+            formulas.append(Formula(f"exact_{stream}", f"{stream}_sink", (rows, (sink, "sink"), *tail)))
+        formulas.append(Formula(f"exact_{stream}", f"{stream}_residual", (rows, (exact - sink, "residual"), *tail)))
     formulas.append(
         Formula("lengths", "lengths", ((count, "layers"), (batch_size, "batch"), (2, "counts"), (4, "bytes")))
     )

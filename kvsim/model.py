@@ -199,14 +199,13 @@ def _kv_heads(reader: ConfigReader, family: Family, model_type: str, num_q_heads
 
 def _falcon_kv_heads(reader: ConfigReader, num_q_heads: int) -> int:
     """Falcon has a ``num_kv_heads`` that only the new decoder architecture obeys, and a multi-query switch."""
-    key = "num_kv_heads" if reader.has("num_kv_heads") else "num_key_value_heads"
     if reader.switch(("new_decoder_architecture", False)):
-        return reader.count("num_kv_heads", key)
+        return reader.count("num_kv_heads", "num_kv_heads" if reader.has("num_kv_heads") else "num_key_value_heads")
     if reader.switch(("multi_query", True)):
         reader.sources["num_kv_heads"] = reader.label("multi_query = true")
         return 1
-    if reader.has(key):
-        return reader.count("num_kv_heads", key)
+    if reader.has("num_kv_heads"):
+        return reader.count("num_kv_heads", "num_kv_heads")
     reader.sources["num_kv_heads"] = reader.label("num_attention_heads")
     return num_q_heads
 

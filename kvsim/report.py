@@ -52,12 +52,12 @@ def count(number: float) -> str:
 
 
 def heading(model: Model) -> str:
-    """One line: what was understood of the model."""
+    """The name, and a line of what was understood of the model."""
     layer = model.layers[0]
     dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
     params = f", {model.num_params:,} parameters" if model.num_params else ""
     return (
-        f"{model.name}: {model.num_layers} layers, {layer.num_kv_heads} kv heads of {dims}, "
+        f"{model.name}\n{model.num_layers} layers, {layer.num_kv_heads} kv heads of {dims}, "
         f"{model.num_q_heads} query heads{params}"
     )
 
@@ -184,7 +184,7 @@ def short_source(source: str, width: int = 25) -> str:
 
 
 def model_list(rows: Sequence[tuple[Row, Model]]) -> str:
-    heads = ["model", "L x kv x dim", "10^9 params", "positions", "source"]
+    heads = ["model", "L x kv x dim", "Gparams", "positions", "source"]
     return table(
         heads,
         (
@@ -214,7 +214,7 @@ def hardware_list(rows: Sequence[Hardware]) -> str:
                 "-" if card.memory_nbytes is None else f"{card.memory_nbytes / GIB:.1f}",
                 "-" if card.bandwidth is None else f"{card.bandwidth / 1e9:,.0f}",
                 scaled(card.fp16_flops, 1e12),
-                short_source(card.source, 40),
+                short_source(card.source, 28),
             )
             for card in rows
         ),
