@@ -62,11 +62,14 @@ def room(model: Model, hardware: Hardware, weight_bits: float | None = None, res
             notes.append(f"the config gives no dtype: weights counted at {weight_bits:g} bits each")
     elif not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
+    reserve_nbytes, weight_nbytes = int(hardware.memory_nbytes * reserve), int(model.num_params * weight_bits / 8)
+    if reserve_nbytes + weight_nbytes >= hardware.memory_nbytes:
+        notes.append(f"the weights leave no room for a cache on one {hardware.id}")
     return Room(
         hardware=hardware,
         memory_nbytes=hardware.memory_nbytes,
-        reserve_nbytes=int(hardware.memory_nbytes * reserve),
-        weight_nbytes=int(model.num_params * weight_bits / 8),
+        reserve_nbytes=reserve_nbytes,
+        weight_nbytes=weight_nbytes,
         weight_bits=weight_bits,
         notes=tuple(notes),
     )

@@ -185,6 +185,7 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
     formulas.append(
         Formula("lengths", "lengths", ((count, "layers"), (batch_size, "batch"), (2, "counts"), (4, "bytes")))
     )
+    formulas.sort(key=lambda formula: formula.buffer == "key_params")  # a buffer's sections stay together
     return numbers, formulas
 
 

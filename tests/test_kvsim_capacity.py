@@ -67,3 +67,10 @@ def test_unknown_quantization_needs_the_bits() -> None:
     with pytest.raises(ValueError, match="--weight-bits"):
         room(model, find_hardware("t4"))
     assert room(model, find_hardware("t4"), weight_bits=4.5).weight_nbytes == int(8030261248 * 4.5 / 8)
+
+
+def test_weights_that_do_not_fit_are_said() -> None:
+    space = room(load_model("llama-3-70b"), find_hardware("t4"))
+    assert space.cache_nbytes < 0
+    assert space.notes[-1] == "the weights leave no room for a cache on one t4"
+    assert max_batch(LLAMA, Full(), 1, space.cache_nbytes) == 0

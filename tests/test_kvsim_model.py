@@ -1,9 +1,13 @@
 """The config parser: what is read from which key, and what is refused."""
 
+import contextlib
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kvsim import catalog
 from kvsim.layout import LayerShape
 from kvsim.model import Model
 
@@ -157,3 +161,20 @@ def test_a_vision_wrapper_of_a_plain_decoder() -> None:
 def test_quantized_weights() -> None:
     assert Model.from_config(LLAMA | {"quantization_config": {"quant_method": "fp8"}}).weight_bits == 8
     assert Model.from_config(LLAMA | {"quantization_config": {"quant_method": "gptq"}}).weight_bits is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**12) | st.floats(allow_nan=True) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+READ = sorted({key for row in catalog.rows("models") for key in Model.from_config(row["config"]).read})
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(catalog.rows("models")), st.dictionaries(st.sampled_from(READ), JSON, max_size=3))
+def test_any_value_under_any_key_is_read_or_refused(row: catalog.Row, change: dict[str, Any]) -> None:
+    with contextlib.suppress(ValueError):
+        model = Model.from_config(row["config"] | change)
+        assert model.layers
+        assert all(layer.num_kv_heads > 0 and layer.key_dim > 0 for layer in model.layers)
