@@ -58,16 +58,25 @@ def attention(
     lengths = layer.read_mask(attention_mask, length)
     if not layer.num_columns:
         out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scaling)
-        layer.append(fresh_key, fresh_value, lengths)
+        order = layer.order(attention_mask)
+        layer.append(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths)
         return out, None
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if length == 1:
         layer.append(fresh_key, fresh_value, lengths)
         out = layer.store.attend(query, scale)
     else:
+        order = layer.order(attention_mask)
+        query, fresh_key, fresh_value = (_ordered(x, order) for x in (query, fresh_key, fresh_value))
         out = layer.store.attend(query, scale, (fresh_key, fresh_value, lengths))
         layer.append(fresh_key, fresh_value, lengths)
+        out = _ordered(out, None if order is None else order.argsort(1))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    """``x [batch_size, heads, L, dim]``, each row's L in the order ``[batch_size or 1, L]``; None as they are."""
+    return x if order is None else x.take_along_dim(order[:, None, :, None], 2)
 
 
 def _refuse(module: torch.nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:

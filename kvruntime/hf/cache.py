@@ -83,6 +83,10 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """Each row's tokens among the ``length`` new columns: ``Columns.read``."""
         return self.columns.read(mask, self.num_columns, length, self.store.batch_size)
 
+    def order(self, mask: Tensor | None) -> Tensor | None:
+        """How to bring the new columns' padding before their tokens; None where it is there already."""
+        return self.columns.order(mask, self.num_columns) if self.columns.scattered and mask is not None else None
+
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
         """Stores what an update brought, once the attention function has seen the mask."""
         with torch.inference_mode(False), torch.no_grad():

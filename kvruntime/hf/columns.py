@@ -2,12 +2,14 @@
 
 A *column* is a position of the padded batch.  The mask of a forward says which columns hold a row's token; this
 file reads it once for all layers, refuses any mask that the layers would not obey, and remembers on the host
-which columns were padding.
+which columns were padding.  Padding is mostly to the left, but it may lie anywhere: a second turn of a ragged batch
+has it in the middle.
 """
 
 from __future__ import annotations
 
 import weakref
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,8 +21,7 @@ HIDES = (
     "the attention mask hides tokens that the cache holds or shows padding that it dropped: "
     "give the mask of the whole sequence, unchanged where it was cached"
 )
-RIGHT = "the attention mask has padding after a token: pad on the left"
-SHAPE = "the attention mask is not causal with left padding: no other mask can be followed"
+SHAPE = "the attention mask is not causal over the tokens that are no padding: a kvruntime cache cannot follow it"
 
 
 class Columns:
@@ -35,23 +36,23 @@ class Columns:
         self._seen: tuple[int, int, bool] | None = None
         self._mask: weakref.ref[Tensor] | None = None
         self._lengths: list[int] | None = None
+        self.scattered = False
+        """Whether the columns last read have padding after a token of the same row."""
 
     def read(self, mask: Tensor | None, start: int, length: int, batch_size: int) -> list[int] | None:
-        """Each row's tokens among the columns ``start : start + length``, always its last; None where all are tokens.
+        """How many of the columns ``start : start + length`` hold a token, row by row; None where all do.
 
         ``mask``: None (causal, all visible) or ``[batch_size or 1, 1, length, start + length]``, bool or additive.
         The first layer of a forward reads it, the others are given the same answer.
-        Raises ``ValueError`` unless it is causal with left padding and agrees with what was cached.
+        Raises ``ValueError`` unless it is causal but for padding and agrees with what was cached.
         """
         seen = (start, length, mask is None)
         if seen != self._seen or (self._mask and self._mask()) is not mask:
             rows = self.padding or [[]] * batch_size
             self.padding = [[span for span in row if span.start < start] for row in rows]
+            self.scattered = False
             self._lengths = self._count(mask, start, length, batch_size)
             self._seen, self._mask = seen, None if mask is None else weakref.ref(mask)
-            for row, count in enumerate(self._lengths or ()):
-                if count < length:
-                    self.padding[row].append(range(start, start + length - count))
         return self._lengths
 
     def _count(self, mask: Tensor | None, start: int, length: int, batch_size: int) -> list[int] | None:
@@ -68,14 +69,23 @@ class Columns:
             torch._assert_async(~stale & real[:, -1].all(), HIDES)
             return None
         new = real[:, start:]
-        right = (new[:, :-1] & ~new[:, 1:]).any()
         other = biased | _not_causal(visible, real, start)
-        found = torch.cat([torch.stack([stale, right, other]).long(), new.sum(-1)]).tolist()  # waits for the device
-        for wrong, message in zip(found[:3], (HIDES, RIGHT, SHAPE), strict=True):
-            if wrong:
-                raise ValueError(message)
-        counts = found[3:]
-        return None if min(counts) == length else counts
+        scattered = (new[:, :-1] & ~new[:, 1:]).any()
+        found = torch.cat([torch.stack([stale, other, scattered]).long(), new.sum(-1)])
+        flags: list[int] = found.tolist()  # waits for the device, once a forward
+        if flags[0] or flags[1]:
+            raise ValueError(HIDES if flags[0] else SHAPE)
+        self.scattered, counts = bool(flags[2]), flags[3:]
+        if min(counts) == length:
+            return None
+        for spans, row in zip(self.padding, new.tolist(), strict=True):
+            spans += _padding(row, start)
+        return counts
+
+    def order(self, mask: Tensor, start: int) -> Tensor:
+        """The new columns of ``mask`` with padding first and tokens after, in order: int64 ``[batch_size or 1, L]``."""
+        newest = mask[:, 0, -1, start:]
+        return (newest if mask.dtype == torch.bool else newest == 0).int().argsort(dim=1, stable=True)
 
     def row_lengths(self, num_columns: int) -> list[int]:
         """Tokens of each row among its first ``num_columns`` columns."""
@@ -119,6 +129,17 @@ def _visible(mask: Tensor, length: int, num_columns: int) -> tuple[Tensor, Tenso
         return mask, torch.zeros((), dtype=torch.bool, device=mask.device)
     visible = mask == 0
     return visible, (~visible & (mask > torch.finfo(mask.dtype).min / 2)).any()
+
+
+def _padding(tokens: list[bool], start: int) -> list[range]:
+    """The runs of columns from ``start`` on that hold no token."""
+    spans, at = [], start
+    for is_token, run in groupby(tokens):
+        end = at + len(list(run))
+        if not is_token:
+            spans.append(range(at, end))
+        at = end
+    return spans
 
 
 def _not_causal(visible: Tensor, real: Tensor, start: int) -> Tensor:

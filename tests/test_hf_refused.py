@@ -1,0 +1,118 @@
+"""Models and options that cannot be run right are refused at make_cache, each by the name of the reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from hf_models import GQA, SMALL, tiny
+
+from kvruntime import make_cache
+from kvsim.methods import Full, Kivi
+
+MLA = {
+    **SMALL,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+REFUSED = {
+    "MLA": ("DeepseekV3Config", MLA, r"multi-head latent attention \(config key kv_lora_rank = 16\)"),
+    "softcap": ("Gemma2Config", {**GQA, "head_dim": 32}, r"config key attn_logit_softcapping = 50"),
+    "sinks": (
+        "GptOssConfig",
+        {**GQA, "head_dim": 32, "num_local_experts": 2, "layer_types": ["full_attention"] * 2},
+        r"attention sinks \(parameter sinks\)",
+    ),
+    "window": ("MistralConfig", {**GQA, "sliding_window": 64}, r"sliding windows \(config key sliding_window = 64\)"),
+    "some layers slide": (
+        "Gemma3TextConfig",
+        {**GQA, "head_dim": 32},
+        r"layers of kind sliding_attention \(config key layer_types\)",
+    ),
+    "linear layers": (
+        "Qwen3NextConfig",
+        {**GQA, "layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1},
+        r"layers of kind linear_attention \(config key layer_types\)",
+    ),
+    "no interface": ("FalconConfig", SMALL, "does not go through transformers' attention interface"),
+    "state space": (
+        "MambaConfig",
+        {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+        "MambaForCausalLM is not",
+    ),
+    "cross-attention": (
+        "GPT2Config",
+        {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 97, "add_cross_attention": True},
+        r"cross-attention \(config key add_cross_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_models_are_refused_by_name(reason):
+    config_class, arguments, message = REFUSED[reason]
+    config = getattr(transformers, config_class)(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message) as error:
+        make_cache(model)
+    assert "\n" not in str(error.value)
+    assert model.config._attn_implementation == before
+
+
+def test_encoder_decoders_are_refused():
+    config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="an encoder-decoder"):
+        make_cache(transformers.T5ForConditionalGeneration(config))
+
+
+def test_tensor_parallel_ranks(monkeypatch):
+    """transformers leaves GPT-2 whole on every rank without a word, and fails obscurely where heads do not divide."""
+    monkeypatch.setattr(tiny("GPT-2"), "_tp_size", 2, raising=False)
+    with pytest.raises(
+        ValueError, match="GPT2LMHeadModel is not supported with tp_size 2: it has no tensor-parallel plan"
+    ):
+        make_cache(tiny("GPT-2"))
+    monkeypatch.setattr(tiny("Llama"), "_tp_size", 4, raising=False)
+    with pytest.raises(ValueError, match="tp_size 4: it does not divide 2 kv heads"):
+        make_cache(tiny("Llama"))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "message"),
+    [
+        ("kiwi", {}, LookupError, "unknown method 'kiwi': did you mean kivi"),
+        ("kivi", {"bits": 2}, ValueError, "'kivi' does not take .*bits"),
+        ("kivi", {"nbits": 5}, ValueError, "nbits 5: allowed are"),
+        ("kivi", {"value_group_size": 24}, ValueError, "value group size 24 does not divide head dimension 32"),
+        ("fp16", {"nbits": 2}, ValueError, "'fp16' does not take nbits"),
+        ("kivi", {"max_seq_len": 0}, ValueError, "max_seq_len 0: allowed are 1 and above"),
+        (Kivi(), {"nbits": 4}, ValueError, "options nbits: allowed with a method's name only"),
+    ],
+)
+def test_bad_options(method, options, error, message):
+    with pytest.raises(error, match=message):
+        make_cache(tiny("Llama"), method, **options)
+
+
+def test_what_the_options_mean():
+    model = tiny("Llama")
+    assert make_cache(model).method == Kivi(dtype="float32")
+    assert make_cache(model, "kivi", nbits=4, dtype="float16").method == Kivi(nbits=4)
+    assert make_cache(copy.deepcopy(model).to(torch.bfloat16), "kivi").method == Kivi(dtype="bfloat16")
+    assert make_cache(model, "bf16").method == Full("bfloat16")
+    assert make_cache(model, Kivi(nbits=8)).method == Kivi(nbits=8)
+    cache = make_cache(model, max_seq_len=300)
+    assert (cache.nbytes, cache.num_provided, cache.get_seq_length(), cache.get_max_length()) == (0, 0, 0, 300)
+    assert repr(cache) == "Cache(kivi-2bit-g32-r128, num_layers=2, nbytes=0)"
