@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import transformers
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
 VOCAB = 97
@@ -79,7 +80,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     config_class, arguments, _ = MODELS[family]
     torch.manual_seed(7)
     config_class = getattr(transformers, config_class)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)).eval().to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)).eval().to(DEVICE, dtype)
     with torch.no_grad():  # default weights are near zero: larger ones make attention, and so the cache, matter
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "emb" not in name and "wte" not in name and "wpe" not in name:
@@ -95,7 +96,7 @@ def prompt(batch_size: int, length: int, padding: tuple[int, ...] = (), seed: in
     mask = torch.ones_like(ids)
     for row, count in enumerate(padding):
         ids[row, :count], mask[row, :count] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def readme_table() -> str:

@@ -18,12 +18,12 @@ def stored(store) -> tuple[torch.Tensor, torch.Tensor]:
     method, params = store.method, store.tensors.get("key_params")
     records = store.tensors["records"][:, : packed // store.record.num_tokens].transpose(1, 2)
     out = []
-    lengths = torch.full((store.batch_size,), length), torch.full((store.batch_size,), packed)
+    lengths = (torch.full((store.batch_size,), n, device=store.device) for n in (length, packed))
     slots = store.tensors["exact_key"].shape[2]
     position = ring_positions(*lengths, method.sink_length, method.residual_length, slots)[0]
     unpacked = unpack_records(records, store.record, None if params is None else (params[0], params[1]))
     for packed_tokens, exact in zip(unpacked, ("exact_key", "exact_value"), strict=True):
-        tokens = torch.full((*packed_tokens.shape[:2], length, packed_tokens.shape[3]), torch.nan)
+        tokens = torch.full((*packed_tokens.shape[:2], length, packed_tokens.shape[3]), torch.nan, device=store.device)
         tokens[:, :, method.sink_length : method.sink_length + packed] = packed_tokens
         tokens[:, :, position[position >= 0]] = store.tensors[exact][:, :, position >= 0].float()
         assert not tokens.isnan().any()

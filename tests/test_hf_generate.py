@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import prompt, tiny
+from hf_models import DEVICE, prompt, tiny
 from hf_oracle import step
 from transformers import DynamicCache, GPT2LMHeadModel
 
@@ -218,7 +218,9 @@ def test_a_second_turn_continues_the_cache(family, method):
     for past in (cache, stock):
         out = model.generate(**first, max_new_tokens=6, do_sample=False, past_key_values=past)
         ids = torch.cat([out, more["input_ids"]], 1)
-        mask = torch.cat([first["attention_mask"], torch.ones(2, 6, dtype=torch.int64), more["attention_mask"]], 1)
+        mask = torch.cat(
+            [first["attention_mask"], torch.ones(2, 6, dtype=torch.int64, device=DEVICE), more["attention_mask"]], 1
+        )
         second = model.generate(ids, attention_mask=mask, **GREEDY, max_new_tokens=6, past_key_values=past)
         if past is cache:
             ours = second
@@ -238,7 +240,7 @@ def test_a_shared_prefix_is_copied_and_spread_over_rows(family, method):
     spread = copy.deepcopy(cache)
     spread.batch_repeat_interleave(2)
     assert spread.batch_size == 4
-    spread.batch_select_indices(torch.tensor([True, False, True, True]))
+    spread.batch_select_indices(torch.tensor([True, False, True, True], device=DEVICE))
     tails = prompt(3, 5, seed=9)["input_ids"]
     got = forced(model, spread, tails)
     for row, source in enumerate((0, 1, 1)):

@@ -191,6 +191,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
         Raises ``ValueError`` when one of their tokens is packed already, and for a positive number.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): allowed is 0 or below, minus the number of tokens to remove")
         num_columns = self.get_seq_length()
