@@ -233,20 +233,22 @@ def test_a_second_turn_continues_the_cache(family, method):
 @all_methods
 def test_a_shared_prefix_is_copied_and_spread_over_rows(family, method):
     """deepcopy, batch_repeat_interleave, batch_select_indices: each row goes on as a cache of its own would."""
-    model, prefix = tiny(family), prompt(2, 70)["input_ids"]
+    model, prefix = tiny(family), prompt(2, 70, (0, 9))
     cache = new_cache(model, method)
     with torch.no_grad():
-        model(prefix, past_key_values=cache)
+        model(**prefix, past_key_values=cache)
     spread = copy.deepcopy(cache)
     spread.batch_repeat_interleave(2)
     assert spread.batch_size == 4
     spread.batch_select_indices(torch.tensor([True, False, True, True], device=DEVICE))
-    tails = prompt(3, 5, seed=9)["input_ids"]
-    got = forced(model, spread, tails)
+    tails = prompt(3, 5, seed=9)
+    ids, mask = (torch.cat([prefix[name][[0, 1, 1]], tails[name]], 1) for name in prefix)
+    got = forced(model, spread, ids, mask, start=70)
     for row, source in enumerate((0, 1, 1)):
         alone = copy.deepcopy(cache)
         alone.batch_select_indices(torch.tensor([source]))
-        torch.testing.assert_close(got[row], forced(model, alone, tails[row : row + 1])[0], atol=1e-5, rtol=1e-5)
+        want = forced(model, alone, ids[row : row + 1], mask[row : row + 1], start=70)
+        torch.testing.assert_close(got[row], want[0], atol=1e-5, rtol=1e-5)
     assert cache.batch_size == 2
     assert cache.get_seq_length() == 70
 
