@@ -35,38 +35,38 @@ from kvsim.record import Record
 LOG2E = 1.4426950408889634
 HIDDEN = tl.constexpr(-1.0e30)
 MAX_SPLITS = 128
+COMBINE_D = 32
 
 
 @triton.jit
 def load_plane(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
-               NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
+               NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One plane of a tile's codes as numbers ``[TILE, WIDTH]``: they become ``DOT`` while still in memory order, so that
+    whatever moves between threads is two bytes an element.  In float16 by way of ``1024 + code``, whose last bits are the
+    code."""
     AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 1)
     WORDS: tl.constexpr = TILE * WIDTH * BITS // 32
     at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, WORDS)
     index = tl.arange(0, 32 // BITS)
     plane = tl.load(words_ptr + at)[:, None] >> (BITS * (index >> 1) + 16 * (index & 1))[None, :]
-    plane = tl.permute(tl.reshape(plane & ((1 << BITS) - 1), AXES[0]), AXES[1])
-    return tl.reshape(plane, (TILE, WIDTH))
-
-
-@triton.jit
-def load_codes(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
-               NBITS: tl.constexpr):  # fmt: skip
-    """One tile's codes ``[TILE, WIDTH]`` (int32) from their words."""
-    PLANE_LIST: tl.constexpr = planes(NBITS)
-    codes = load_plane(words_ptr, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[0][0], 0)
-    for i in tl.static_range(1, len(PLANE_LIST)):
-        plane = load_plane(words_ptr, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1])
-        codes = codes | (plane << PLANE_LIST[i][1])
-    return codes
-
-
-@triton.jit
-def as_float(codes, DOT: tl.constexpr):
-    """Codes below 1024 in the type of the dot; in float16 by way of ``1024 + code``, whose last bits are the code."""
+    plane = plane & ((1 << BITS) - 1)
     if DOT == tl.float16:
-        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
-    return codes.to(DOT)
+        level = (plane | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        level = plane.to(DOT)
+    return tl.reshape(tl.permute(tl.reshape(level, AXES[0]), AXES[1]), (TILE, WIDTH))
+
+
+@triton.jit
+def load_levels(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+                NBITS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One tile's codes as numbers ``[TILE, WIDTH]`` of type ``DOT``, exact."""
+    PLANE_LIST: tl.constexpr = planes(NBITS)
+    level = load_plane(words_ptr, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[0][0], 0, DOT)
+    for i in tl.static_range(1, len(PLANE_LIST)):
+        plane = load_plane(words_ptr, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1], DOT)
+        level = level + plane * (1 << PLANE_LIST[i][1])
+    return level
 
 
 @triton.jit
@@ -75,8 +75,7 @@ def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.co
                   TILE: tl.constexpr, KEY_PARAMS: tl.constexpr):  # fmt: skip
     """Keys ``[TILE, W]`` of tile ``tile`` of a record."""
     d = C0 + tl.arange(0, W)
-    codes = load_codes(record_ptr + tile * (TILE * KEY_DIM * KEY_NBITS // 32), "key", TILE, C0, W, KEY_NBITS)
-    x = as_float(codes, DOT)
+    x = load_levels(record_ptr + tile * (TILE * KEY_DIM * KEY_NBITS // 32), "key", TILE, C0, W, KEY_NBITS, DOT)
     if KEY_GROUP == 0:
         scale = tl.load(params_ptr + d).to(DOT)[None, :]
         zero = tl.load(params_ptr + zero_offset + d).to(DOT)[None, :]
@@ -101,8 +100,8 @@ def load_value_tile(record_ptr, half_ptr, tile, C0: tl.constexpr, W: tl.constexp
     GROUPS: tl.constexpr = groups_in(C0, W, VALUE_GROUP)
     ZEROS: tl.constexpr = RECORD * (VALUE_DIM // VALUE_GROUP)
     t = tile * TILE + tl.arange(0, TILE)
-    codes = load_codes(record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32), "value", TILE, C0, W, VALUE_NBITS)
-    x = as_float(codes, DOT)
+    words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
+    x = load_levels(words_ptr, "value", TILE, C0, W, VALUE_NBITS, DOT)
     if GROUPS[1] - GROUPS[0] == 1:
         at = 2 * VALUE_PARAMS + value_param_offset(GROUPS[0], t, RECORD)
         scale = tl.load(half_ptr + at).to(DOT)[:, None]
@@ -273,7 +272,7 @@ def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.cons
     """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     lse = tl.load(lse_ptr + row * num_splits + s, mask=s < num_splits, other=HIDDEN)
     weight = tl.where(lse > HIDDEN, tl.exp2(lse - tl.max(lse, 0)), 0.0)
     total = tl.sum(weight, 0)
@@ -288,9 +287,9 @@ def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
     return max(1, min(4 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
 
 
-def block_rows(rows: int) -> int:
-    """Query rows a program: a power of two from 16 (the matrix unit's least) to 64."""
-    return min(64, max(16, triton.next_power_of_2(rows)))
+def block_rows(rows: int, dim: int) -> int:
+    """Query rows a program: a power of two from 16 (the matrix unit's least) to 64, 32 for heads wider than 128."""
+    return min(64 if dim <= 128 else 32, max(16, triton.next_power_of_2(rows)))
 
 
 def attend(
@@ -322,7 +321,7 @@ def attend(
         new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
         counts = fresh[2]
         strides = (*new_key.stride()[:3], *new_value.stride()[:3])
-    block_m = block_rows(num_queries * q_per_kv)
+    block_m = block_rows(num_queries * q_per_kv, max(record.key_dim, record.value_dim))
     blocks = -(-num_queries * q_per_kv // block_m)
     if num_splits is None:
         sms = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
@@ -339,14 +338,17 @@ def attend(
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record), **launch(record, block_m),
     )  # fmt: skip
     if num_splits > 1:
-        combine_kernel[(batch_size * q_heads * num_queries,)](
-            partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=triton.next_power_of_2(record.value_dim),
+        combine_kernel[(batch_size * q_heads * num_queries, triton.cdiv(record.value_dim, COMBINE_D))](
+            partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=COMBINE_D,
             BLOCK_S=triton.next_power_of_2(num_splits), num_warps=4,
         )  # fmt: skip
     return out
 
 
 def launch(record: Record, block_m: int) -> dict[str, int]:
-    """Warps and pipeline stages for a record: more warps where the tile of a wide head would not fit their registers."""
-    wide = max(record.key_dim, record.value_dim) > 128 or block_m > 32
-    return {"num_warps": 8 if wide else 4, "NUM_STAGES": 2}
+    """Warps and pipeline stages.  Two warps are the fastest that was measured for decoding on an H100 (1.2 to 1.7 times
+    four); where a tile and its scales would not fit the registers of two on some card, and for many queries, more."""
+    dim = max(record.key_dim, record.value_dim)
+    light = dim <= 64 or (dim == 128 and 0 < record.key_group <= 32)
+    warps = 8 if dim > 128 or block_m > 32 else 2 if light and block_m == 16 else 4
+    return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1}

@@ -28,7 +28,9 @@ def group_params(x: Tensor, dim: int, nbits: int) -> tuple[Tensor, Tensor]:
     """``(scale, zero)`` in float16 of groups that lie along ``dim`` of ``x`` (which is reduced)."""
     x = x.float().clamp(-LIMIT, LIMIT)
     low, high = x.amin(dim), x.amax(dim)
-    return ((high - low) / (2**nbits - 1)).half(), low.half()
+    scale = ((high - low) / (2**nbits - 1)).half()
+    nan = low.isnan()  # written as one bit pattern, so that the words are the same everywhere
+    return scale.masked_fill(nan, torch.nan), low.half().masked_fill(nan, torch.nan)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, nbits: int) -> Tensor:

@@ -1,0 +1,131 @@
+"""Compile every kernel for several compute capabilities, without a GPU, and print what each uses as JSON lines.
+
+Run by ``test_kernels_compile.py`` in a process of its own, because the interpreter and the compiler exclude each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvruntime.kivi import attention, quantize
+from kvsim.layout import LayerShape
+from kvsim.methods import Kivi, kivi_seed
+
+TARGETS = (80, 89, 90, 100)
+METHODS = {
+    "2-bit g32 d64": (Kivi(), 64),
+    "2-bit g32 d128": (Kivi(), 128),
+    "2-bit g64 d128": (Kivi(group_size=64), 128),
+    "2-bit g128 d128": (Kivi(group_size=128), 128),
+    "4-bit g64 d128": (Kivi(nbits=4, group_size=64), 128),
+    "8-bit g32 d64": (Kivi(nbits=8), 64),
+    "3-bit g32 d96": (Kivi(nbits=3), 96),
+    "k4v2 gv16 d80": (Kivi(key_nbits=4, value_nbits=2, value_group_size=16), 80),
+    "2-bit g32 d256": (Kivi(), 256),
+    "seed d64": (kivi_seed(), 64),
+}
+INT32 = {name: "*i32" for name in ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr")}
+
+
+def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, int]:
+    """REG, STACK, SHARED, ... as the CUDA binary for compute capability ``sm`` (90 = sm_90) states them, and
+    ``instructions``.  Pointers and strides are 16-byte aligned, as PyTorch's are."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = constants | {name: None for name in kernel.arg_names if name not in types and name not in constants}
+    attrs = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if types.get(name, "").startswith("*") or (name in types and name.startswith("stride"))
+    }
+    source = ASTSource(kernel, signature, constants, attrs)
+    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps}).asm["cubin"]
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        dump = [tools / "cuobjdump", "-res-usage", "-sass", path]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    used = {key: int(value) for key, value in (pair.split(":") for pair in line.split() if pair.count(":") == 1)}
+    return used | {"instructions": sum(line.lstrip().startswith("/*") and ";" in line for line in text.splitlines())}
+
+
+def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
+    """Argument types: pointers to ``dtype`` unless ``fixed`` or ``INT32`` says otherwise, scalars i32."""
+    known = INT32 | fixed
+    names = (name for name in kernel.arg_names if not name.isupper())
+    return {name: known.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
+
+
+def pack(name: str, sm: int) -> dict[str, int]:
+    method, dim = METHODS[name]
+    constants = quantize.record_constants(method.record(LayerShape(8, dim, dim))) | {
+        "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
+    }  # fmt: skip
+    return resources(quantize.pack_kernel, arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16"), constants, sm, 4)
+
+
+def store(name: str, sm: int) -> dict[str, int]:
+    method, dim = METHODS[name]
+    constants = {"NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "SINK": method.sink_length,
+                 "RESIDUAL": method.residual_length, "BLOCK_T": 16, "BLOCK_D": triton.next_power_of_2(dim)}  # fmt: skip
+    return resources(quantize.store_kernel, arguments(quantize.store_kernel, "bf16"), constants, sm, 4)
+
+
+def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16") -> dict[str, int]:
+    method, dim = METHODS[name]
+    record = method.record(LayerShape(8, dim, dim))
+    fixed = {"params_ptr": "*fp16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    types = arguments(attention.attend_kernel, dtype, **fixed)
+    if rows == 4:
+        for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr"):
+            del types[absent]
+    block_m = attention.block_rows(rows, dim)
+    options = attention.launch(record, block_m)
+    constants = quantize.record_constants(record) | {
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
+        "BLOCK_M": block_m, "BLOCK_N": 32, "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],
+    }  # fmt: skip
+    return resources(attention.attend_kernel, types, constants, sm, options["num_warps"])
+
+
+def attend_fresh(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, rows=64, dtype="bf16")
+
+
+def combine(name: str, sm: int) -> dict[str, int]:
+    dim = METHODS[name][1]
+    types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32"}
+    constants = {"VALUE_DIM": dim, "BLOCK_D": attention.COMBINE_D, "BLOCK_S": attention.MAX_SPLITS}
+    return resources(attention.combine_kernel, types, constants, sm, 4)
+
+
+KERNELS = {function.__name__: function for function in (pack, store, attend, attend_fresh, combine)}
+
+
+def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:
+    kernel, name, sm = task
+    try:
+        return kernel, name, sm, KERNELS[kernel](name, sm)
+    except Exception as error:
+        return kernel, name, sm, f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    tasks = [(kernel, name, sm) for kernel in KERNELS for name in METHODS for sm in TARGETS]
+    if len(sys.argv) > 1:
+        tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(one, tasks):
+            print(json.dumps(row), flush=True)

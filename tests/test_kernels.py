@@ -1,0 +1,254 @@
+"""The Triton kernels against the reference: words bit for bit, attention against float64.
+
+On a CUDA device the kernels run there; elsewhere in Triton's interpreter (conftest.py), on the same points.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+from kvruntime.kivi import attention, quantize, reference  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS = 2
+
+
+def poisoned(method: Kivi, shape: LayerShape, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor]:
+    """The method's buffers, every float NaN and every word -7, lengths zero."""
+    out = {}
+    for buffer in method.buffers(shape, batch_size, num_tokens):
+        fill = 0 if buffer.name == "lengths" else -7 if buffer.dtype == "int32" else float("nan")
+        out[buffer.name] = torch.full(buffer.shape, fill, dtype=getattr(torch, buffer.dtype), device=DEVICE)
+    return out
+
+
+def stores(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    return {name: tensors.get(name) for name in ("records", "exact_key", "exact_value", "key_params")}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+PACK = {
+    "2-bit g32": (Kivi(), 64),
+    "2-bit g32 r32": (Kivi(residual_length=32), 64),
+    "2-bit g16 r64": (Kivi(group_size=16, residual_length=64), 128),
+    "2-bit g64": (Kivi(group_size=64), 128),
+    "2-bit g128": (Kivi(group_size=128), 128),
+    "2-bit g32 d256": (Kivi(residual_length=64), 256),
+    "2-bit gk128 gv32": (Kivi(key_group_size=128), 96),
+    "4-bit g64": (Kivi(nbits=4, group_size=64), 128),
+    "4-bit g48 gv20 r96": (Kivi(nbits=4, group_size=48, residual_length=96, value_group_size=20), 80),
+    "8-bit g16 sink": (Kivi(nbits=8, group_size=16, residual_length=64, sink_length=5), 80),
+    "1-bit g64 head": (Kivi(nbits=1, group_size=64, residual_length=64, value_group_size="head"), 256),
+    "3-bit g32": (Kivi(nbits=3, residual_length=64), 96),
+    "3-bit gv40": (Kivi(nbits=3, group_size=64, residual_length=64, value_group_size=40), 80),
+    "k4v2 sink": (Kivi(key_nbits=4, value_nbits=2, residual_length=32, sink_length=3), 96),
+    "seed": (kivi_seed(), 64),
+    "seed sink 4-bit": (Kivi(nbits=4, key_group_size="sequence", residual_length=64, value_group_size="head", sink_length=4), 128),
+}
+STEPS = (  # new tokens, and how many of them are real in each of two rows
+    ((190, (190, 101)), (1, (1, 1)), (40, (40, 3)), (1, (1, 1))),
+    ((33, (33, 32)), *[(1, (1, 1))] * 3, (130, (130, 129)), (129, (0, 129))),
+    ((400, (400, 3)), (1, (1, 1)), (2, (1, 2))),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("steps", range(len(STEPS)))
+@pytest.mark.parametrize("name", PACK)
+def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
+    method, dim = PACK[name]
+    shape = LayerShape(HEADS, dim, dim)
+    record = method.record(shape)
+    generator = torch.Generator().manual_seed(len(name) + steps)
+    wanted, got = (poisoned(method, shape, 2, 460) for _ in range(2))
+    layout = {"record": record, "sink": method.sink_length, "residual": method.residual_length}
+    lengths, packed = [0, 0], [0, 0]
+    for size, counts in STEPS[steps]:
+        key = torch.randn(2, size, HEADS, dim, generator=generator).to(getattr(torch, dtype)).transpose(1, 2)
+        value = torch.randn(2, HEADS, size, dim, generator=generator).to(getattr(torch, dtype))
+        key[..., 3] = 1.5  # channels and tokens without range
+        value[:, :, size // 3] = 0.25
+        key[0, 0, size // 2, 1] = float("inf")
+        key[1, 1, -1, 2] = float("nan")
+        value[1, 0, -1, 7] = float("nan")
+        value[0, 1, 0, 5] = -float("inf")
+        key, value = key.to(DEVICE), value.to(DEVICE)
+        for tensors in (wanted, got):
+            tensors["lengths"].copy_(torch.tensor([lengths, packed]))
+        reference.append(key, value, list(counts), lengths, packed, **stores(wanted), **layout)
+        quantize.append(key, value, list(counts), lengths, packed, **stores(got), **layout, lengths_ptr=got["lengths"])
+        states = list(zip(lengths, packed, counts, strict=True))
+        packed = [
+            reference.flush_plan(n, p, count, record.num_tokens, method.sink_length, method.residual_length)
+            for n, p, count in states
+        ]
+        lengths = [n + count for n, _, count in states]
+        for buffer in wanted:
+            assert torch.equal(bits(wanted[buffer]), bits(got[buffer])), (buffer, size)
+    assert max(packed) > 0
+
+
+METHODS = {
+    "2-bit g32": Kivi(residual_length=64),
+    "2-bit g16": Kivi(group_size=16, residual_length=64, sink_length=4),
+    "2-bit g64": Kivi(group_size=64, value_group_size=16, residual_length=128),
+    "2-bit g128": Kivi(group_size=128, value_group_size="head", residual_length=128),
+    "1-bit g32": Kivi(nbits=1, value_group_size=16, residual_length=64),
+    "3-bit g32": Kivi(nbits=3, value_group_size=16, residual_length=64),
+    "4-bit g32": Kivi(nbits=4, value_group_size=16, residual_length=32),
+    "4-bit g48": Kivi(nbits=4, group_size=48, value_group_size="head", residual_length=96),
+    "8-bit g64": Kivi(nbits=8, group_size=64, value_group_size=8, residual_length=64, sink_length=1),
+    "k4v2": Kivi(key_nbits=4, value_nbits=2, value_group_size=16, residual_length=64),
+    "k2v4": Kivi(key_nbits=2, value_nbits=4, value_group_size="head", residual_length=64, sink_length=2),
+    "seed": kivi_seed(),
+    "seed-4": Kivi(nbits=4, key_group_size="sequence", residual_length=64, value_group_size="head"),
+}
+DIMS = (64, 80, 96, 128, 256)
+Q_PER_KV = (1, 2, 4, 7, 8)
+POINTS = [
+    (name, dim, q_per_kv)
+    for name, dim, q_per_kv in itertools.product(METHODS, DIMS, Q_PER_KV)
+    if name != "2-bit g32" or dim % 32 == 0
+]
+
+
+FLOOR = {
+    torch.float16: 1e-4,
+    torch.bfloat16: 1e-4 if DEVICE == "cuda" else 2.5e-3,  # the interpreter truncates where a device rounds
+    torch.float32: 2e-6,
+}
+
+
+def boundary_lengths(method: Kivi, index: int) -> list[int]:
+    """Three rows' lengths: 0, 1, R-1, R, R+1, 2R-1 and longer ones in turn, the sink counted on top."""
+    full, record = method.residual_length, method.record_length
+    choices = [0, 1, full - 1, full, full + 1, 2 * full - 1, full + record, full + record + 1, 3 * full + 5, 7]
+    return [choices[(index + 3 * row) % len(choices)] + (method.sink_length if row else 0) for row in range(3)]
+
+
+def attention64(query, key, value, scale, visible=None):
+    """Attention in float64: query [heads, q_per_kv, L, dim], key and value [heads, n, dim]."""
+    score = scale * query.double() @ key.double()[:, None].transpose(-1, -2)
+    if visible is not None:
+        score = score.masked_fill(~visible, float("-inf"))
+    return score.softmax(-1) @ value.double()[:, None]
+
+
+@pytest.mark.parametrize(("name", "dim", "q_per_kv"), POINTS)
+def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
+    """Within 2x of the error that PyTorch's own attention makes in that dtype on the dequantized cache."""
+    index = POINTS.index((name, dim, q_per_kv))
+    method = METHODS[name]
+    shape = LayerShape(HEADS, dim, dim)
+    try:
+        record = method.record(shape)
+    except ValueError:
+        method = Kivi(nbits=method.nbits, group_size=64, value_group_size="head", residual_length=64)
+        record = method.record(shape)
+    dtype = (torch.float16, torch.bfloat16, torch.float32)[index % 3]
+    generator = torch.Generator().manual_seed(index)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    lengths = boundary_lengths(method, index)
+    fresh_length = (0, 0, 0, 5)[index % 4]
+    most = max(*lengths, 1)
+    tensors = poisoned(method, shape, 3, most)
+    outliers = 1 + 4 * (randn(1, 1, 1, dim) > 1.6) + 0.0
+    key = ((randn(3, HEADS, most, dim) + 0.5 * randn(1, HEADS, 1, dim)) * outliers).to(dtype).to(DEVICE)
+    value = randn(3, HEADS, most, dim).to(dtype).to(DEVICE)
+    exact = getattr(torch, method.dtype)
+    layout = {"record": record, "sink": method.sink_length, "residual": method.residual_length}
+    reference.append(key, value, lengths, [0] * 3, [0] * 3, **stores(tensors), **layout)
+    packed = [reference.flush_plan(0, 0, n, record.num_tokens, method.sink_length, method.residual_length) for n in lengths]
+    tensors["lengths"].copy_(torch.tensor([lengths, packed]))
+    query = randn(3, HEADS * q_per_kv, fresh_length or 1, dim).to(dtype).to(DEVICE)
+    fresh, counts = None, [1] * 3
+    if fresh_length:
+        counts = [5, 3, 0]
+        new = [randn(3, HEADS, fresh_length, dim).to(dtype).to(DEVICE) for _ in range(2)]
+        fresh = (*new, torch.tensor(counts, dtype=torch.int32, device=DEVICE))
+    scale = dim**-0.5
+    out = attention.attend(
+        query, tensors["records"], tensors["exact_key"], tensors["exact_value"], *tensors["lengths"], record,
+        method.sink_length, method.residual_length, scale, tensors.get("key_params"), fresh, num_splits=1 + index % 4,
+    )  # fmt: skip
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+    params = tensors.get("key_params")
+    for row, (length, size) in enumerate(zip(lengths, packed, strict=True)):
+        sink = min(method.sink_length, length)
+        own_key, own_value = (x[row, :, most - length :].to(exact).float() for x in (key, value))
+        words = tensors["records"][row, : size // record.num_tokens].transpose(0, 1)
+        parts = [
+            reference.unpack_records(words, record, None if params is None else (params[0, row], params[1, row])),
+            (own_key[:, :sink], own_value[:, :sink]),
+            (own_key[:, sink + size :], own_value[:, sink + size :]),
+        ]
+        visible = None
+        if fresh is not None:
+            real = fresh_length - counts[row]
+            parts.append((fresh[0][row, :, real:].float(), fresh[1][row, :, real:].float()))
+            assert not out[row, :, :real].any()
+        held_key, held_value = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        if not held_key.shape[1]:
+            assert not out[row].any()
+            continue
+        new_queries = counts[row] if fresh is not None else 1
+        if not new_queries:
+            continue
+        rows = query[row, :, query.shape[2] - new_queries :].unflatten(0, (HEADS, q_per_kv))
+        if fresh is not None:
+            age = held_key.shape[1] - new_queries + torch.arange(new_queries, device=DEVICE)
+            visible = torch.arange(held_key.shape[1], device=DEVICE) <= age[:, None]
+        truth = attention64(rows, held_key, held_value, scale, visible)
+        torch_out = torch.nn.functional.scaled_dot_product_attention(
+            rows, *(x.to(dtype)[:, None].expand(-1, q_per_kv, -1, -1) for x in (held_key, held_value)),
+            attn_mask=visible, scale=scale,
+        )  # fmt: skip
+        mine = out[row, :, query.shape[2] - new_queries :].unflatten(0, (HEADS, q_per_kv))
+        norm = truth.norm()
+        error, allowed = (mine.double() - truth).norm() / norm, (torch_out.double() - truth).norm() / norm
+        floor = FLOOR[dtype]
+        assert error <= 2 * allowed + floor, (row, length, size, error.item(), allowed.item())
+
+
+def test_enough_points() -> None:
+    assert len(POINTS) >= 300
+
+
+@pytest.mark.parametrize("nbits", [2, 4])
+def test_flat_attention_over_many_tokens(nbits: int) -> None:
+    """Almost flat weights over zero-mean values: the sum cancels, and accumulation errors would show (65,536 tokens on a
+    device, 4,096 in the interpreter)."""
+    length = 65536 if DEVICE == "cuda" else 4096
+    method, shape = Kivi(nbits=nbits, group_size=64), LayerShape(1, 64, 64)
+    record = method.record(shape)
+    tensors = poisoned(method, shape, 1, length)
+    generator = torch.Generator().manual_seed(nbits)
+    key, value = (torch.randn(1, 1, length, 64, generator=generator).half().to(DEVICE) for _ in range(2))
+    query = 0.05 * torch.randn(1, 4, 1, 64, generator=generator).half().to(DEVICE)
+    layout = {"record": record, "sink": 0, "residual": 128}
+    reference.append(key, value, [length], [0], [0], **stores(tensors), **layout)
+    packed = method.num_packed(length)
+    tensors["lengths"].copy_(torch.tensor([[length], [packed]]))
+    out = attention.attend(
+        query, tensors["records"], tensors["exact_key"], tensors["exact_value"], *tensors["lengths"], record, 0, 128, 0.125
+    )
+    held = reference.unpack_records(tensors["records"][0].transpose(0, 1), record)
+    held_key, held_value = (
+        torch.cat([old, new[0, :, packed:].float()], 1) for old, new in zip(held, (key, value), strict=True)
+    )
+    truth = attention64(query[0].unflatten(0, (1, 4)), held_key, held_value, 0.125)
+    assert (out[0].double() - truth[0]).norm() / truth.norm() <= 2e-3
