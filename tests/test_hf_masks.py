@@ -191,3 +191,15 @@ def test_the_check_that_does_not_wait(monkeypatch):
         else:
             assert seen.read(mask, 6, 1, 2) is None
     assert not waits
+
+
+def test_a_pipeline_stage_without_the_first_layer():
+    """transformers asks layer 0 for the length; a stage that never updates it answers with a layer of its own."""
+    cache = make_cache(tiny("Llama"), "fp32")
+    cache.layers[1].update(*[torch.zeros(2, 2, 7, 32, device=DEVICE)] * 2)
+    cache.layers[1].append(*[torch.ones(2, 2, 7, 32, device=DEVICE)] * 2, None)
+    assert cache.get_seq_length() == cache.get_seq_length(0) == 7
+    assert cache.get_mask_sizes(3, 0) == (10, 0)
+    cache.columns.read(None, 0, 7, 2)
+    cache.crop(-2)
+    assert cache.stores[0].row_lengths == [5, 5]
