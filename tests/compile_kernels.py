@@ -35,7 +35,7 @@ METHODS = {
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
 }
-INT32 = {name: "*i32" for name in ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr")}
+INT32 = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr"), "*i32")
 
 
 def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, int]:
@@ -73,13 +73,16 @@ def pack(name: str, sm: int) -> dict[str, int]:
     constants = quantize.record_constants(method.record(LayerShape(8, dim, dim))) | {
         "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
     }  # fmt: skip
-    return resources(quantize.pack_kernel, arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16"), constants, sm, 4)
+    types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
+    return resources(quantize.pack_kernel, types, constants, sm, 4)
 
 
 def store(name: str, sm: int) -> dict[str, int]:
     method, dim = METHODS[name]
-    constants = {"NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "SINK": method.sink_length,
-                 "RESIDUAL": method.residual_length, "BLOCK_T": 16, "BLOCK_D": triton.next_power_of_2(dim)}  # fmt: skip
+    constants = {
+        "NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "BLOCK_T": 16,
+        "SINK": method.sink_length, "RESIDUAL": method.residual_length, "BLOCK_D": triton.next_power_of_2(dim),
+    }  # fmt: skip
     return resources(quantize.store_kernel, arguments(quantize.store_kernel, "bf16"), constants, sm, 4)
 
 

@@ -53,7 +53,10 @@ PACK = {
     "3-bit gv40": (Kivi(nbits=3, group_size=64, residual_length=64, value_group_size=40), 80),
     "k4v2 sink": (Kivi(key_nbits=4, value_nbits=2, residual_length=32, sink_length=3), 96),
     "seed": (kivi_seed(), 64),
-    "seed sink 4-bit": (Kivi(nbits=4, key_group_size="sequence", residual_length=64, value_group_size="head", sink_length=4), 128),
+    "seed sink 4-bit": (
+        Kivi(nbits=4, key_group_size="sequence", residual_length=64, value_group_size="head", sink_length=4),
+        128,
+    ),
 }
 STEPS = (  # new tokens, and how many of them are real in each of two rows
     ((190, (190, 101)), (1, (1, 1)), (40, (40, 3)), (1, (1, 1))),
@@ -171,7 +174,9 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
     exact = getattr(torch, method.dtype)
     layout = {"record": record, "sink": method.sink_length, "residual": method.residual_length}
     reference.append(key, value, lengths, [0] * 3, [0] * 3, **stores(tensors), **layout)
-    packed = [reference.flush_plan(0, 0, n, record.num_tokens, method.sink_length, method.residual_length) for n in lengths]
+    packed = [
+        reference.flush_plan(0, 0, n, record.num_tokens, method.sink_length, method.residual_length) for n in lengths
+    ]
     tensors["lengths"].copy_(torch.tensor([lengths, packed]))
     query = randn(3, HEADS * q_per_kv, fresh_length or 1, dim).to(dtype).to(DEVICE)
     fresh, counts = None, [1] * 3
@@ -230,8 +235,10 @@ def test_enough_points() -> None:
 
 @pytest.mark.parametrize("nbits", [2, 4])
 def test_flat_attention_over_many_tokens(nbits: int) -> None:
-    """Almost flat weights over zero-mean values: the sum cancels, and accumulation errors would show (65,536 tokens on a
-    device, 4,096 in the interpreter)."""
+    """Almost flat weights over zero-mean values: the sum cancels, and accumulation errors would show.
+
+    65,536 tokens on a device, 4,096 in the interpreter.
+    """
     length = 65536 if DEVICE == "cuda" else 4096
     method, shape = Kivi(nbits=nbits, group_size=64), LayerShape(1, 64, 64)
     record = method.record(shape)
@@ -244,7 +251,15 @@ def test_flat_attention_over_many_tokens(nbits: int) -> None:
     packed = method.num_packed(length)
     tensors["lengths"].copy_(torch.tensor([[length], [packed]]))
     out = attention.attend(
-        query, tensors["records"], tensors["exact_key"], tensors["exact_value"], *tensors["lengths"], record, 0, 128, 0.125
+        query,
+        tensors["records"],
+        tensors["exact_key"],
+        tensors["exact_value"],
+        *tensors["lengths"],
+        record,
+        0,
+        128,
+        0.125,
     )
     held = reference.unpack_records(tensors["records"][0].transpose(0, 1), record)
     held_key, held_value = (

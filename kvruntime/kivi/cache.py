@@ -114,14 +114,18 @@ class KiviLayer:
         names = ("records", "exact_key", "exact_value", "key_params") + (("lengths_ptr",) if kernels else ())
         return {name: self.tensors.get(name.removesuffix("_ptr")) for name in names}
 
-    def attend(self, query: Tensor, scale: float, fresh: tuple[Tensor, Tensor, list[int] | None] | None = None) -> Tensor:
+    def attend(
+        self, query: Tensor, scale: float, fresh: tuple[Tensor, Tensor, list[int] | None] | None = None
+    ) -> Tensor:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
 
         ``fresh``: ``(key, value, lengths)`` of L tokens not yet stored, which query i sees up to and with its own;
         without it L must be 1.  Returns ``[batch_size, num_q_heads, L, value_dim]``; padding queries get zeros.
         """
         if fresh is None and query.shape[2] != 1:
-            raise ValueError(f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens")
+            raise ValueError(
+                f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
+            )
         lengths, packed = self.tensors["lengths"]
         new = None
         if fresh is not None:
@@ -171,7 +175,9 @@ class KiviLayer:
         for length, packed in zip(self.row_lengths, self.row_packed, strict=True):
             if length - drop < (sink + packed if packed else 0):
                 least = max(self.row_lengths) - (length - sink - packed if packed else length)
-                raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed")
+                raise ValueError(
+                    f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed"
+                )
         self.row_lengths = [length - drop for length in self.row_lengths]
         self._write_lengths()
 

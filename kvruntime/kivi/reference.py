@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsim.record import PLANES, Record
+from kvsim.record import Record
 
 LIMIT = 32704.0
 BLOCK_TOKENS = 1024
@@ -49,7 +49,9 @@ def pack_codes(codes: Tensor, record: Record, stream: str) -> Tensor:
     for channel, width, low, _, order in record.orders(stream):
         bits = 32 // order.codes_per_word
         plane = tiles[..., channel : channel + width] >> low & (1 << bits) - 1
-        plane = plane.reshape(*tiles.shape[:2], *order.logical_shape).permute(0, 1, *(2 + i for i in order.from_logical))
+        plane = plane.reshape(*tiles.shape[:2], *order.logical_shape).permute(
+            0, 1, *(2 + i for i in order.from_logical)
+        )
         shift = _shifts(order.codes_per_word, codes.device)
         plane = plane.reshape(*tiles.shape[:2], order.num_words, order.codes_per_word).long() << shift
         words.append(plane.sum(-1))
@@ -142,7 +144,12 @@ def unpack_records(
     ts, kk, c, e, group = _value_param_axes(record)
     scale, zero = (
         # [group, c, ts, kk, e] -> [ts, kk, c, e, group]
-        halves(name).unflatten(-1, (group, c, ts, kk, e)).movedim((-5, -4), (-1, -3)).flatten(-5, -2).unsqueeze(-1).float()
+        halves(name)
+        .unflatten(-1, (group, c, ts, kk, e))
+        .movedim((-5, -4), (-1, -3))
+        .flatten(-5, -2)
+        .unsqueeze(-1)
+        .float()
         for name in ("value_scale", "value_zero")
     )
     return key.flatten(-3, -2), (value * scale + zero).flatten(-2).flatten(-3, -2)
@@ -204,7 +211,9 @@ def append(
         kept = (token < sink) | (token >= sink + after)
         slot = torch.where(token < sink, token, sink + (token - sink) % residual)[kept]
         for exact, new in ((exact_key, new_key), (exact_value, new_value)):
-            exact[torch.tensor(rows, device=key.device)[:, None], :, slot] = new[:, :, kept].transpose(1, 2).to(exact.dtype)
+            exact[torch.tensor(rows, device=key.device)[:, None], :, slot] = (
+                new[:, :, kept].transpose(1, 2).to(exact.dtype)
+            )
 
 
 def ring_positions(lengths: Tensor, packed: Tensor, sink: int, residual: int, slots: int) -> Tensor:

@@ -1,0 +1,66 @@
+"""The house: who may import whom, lint and types, and one test command for the README and CI."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {
+    "kvsim": {"kvsim"},
+    "kvruntime": {"kvruntime", "kvsim"},
+    "validation": {"validation", "kvruntime", "kvsim"},
+}
+FORBIDDEN_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of every module that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_import_directions(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        mine = imports(path)
+        assert mine & set(ALLOWED) <= ALLOWED[package], path
+        if package == "kvsim":
+            assert not mine & {"torch", "triton", "transformers"}, path
+
+
+def test_only_hf_and_what_measures_it_know_transformers() -> None:
+    """The layers and kernels know no transformers."""
+    free = [*(ROOT / "kvruntime" / "kivi").rglob("*.py"), *(ROOT / "kvruntime").glob("full.py")]
+    assert len(free) > 4
+    for path in free:
+        assert "transformers" not in imports(path), path
+
+
+def test_no_drawers() -> None:
+    found = [path for package in ALLOWED for path in (ROOT / package).rglob("*.py") if path.name in FORBIDDEN_NAMES]
+    assert not found
+
+
+def test_one_test_command() -> None:
+    command = "python -m pip install -q -e '.[test]' && python -m pytest -n auto"
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == command
+
+
+@pytest.mark.parametrize("arguments", [["ruff", "check", "."], ["mypy"]], ids=["ruff", "mypy"])
+def test_lint_and_types(arguments: list[str]) -> None:
+    pytest.importorskip(arguments[0], reason=f"{arguments[0]} is not installed")
+    run = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
