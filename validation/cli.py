@@ -1,0 +1,213 @@
+"""The command line: ``python -m validation memory | speed | quality | report``.
+
+A bad input is one line on stderr and exit code 2; a cache that does not weigh what was predicted is exit code 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvsim.layout import Method
+from kvsim.methods import Full, Kivi
+from kvsim.options import parse_sizes
+
+JUDGED: tuple[Method, ...] = (Full(), Kivi(8), Kivi(4), Kivi(2))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and exits."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit code."""
+    try:
+        code = cli.main(args=argv, prog_name="validation", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        print("validation: interrupted; what was measured is recorded, --resume goes on", file=sys.stderr)
+        return 130
+    except (KeyError, IndexError):
+        raise  # a fault of ours, though also a LookupError
+    except click.ClickException as error:
+        message = error.format_message()
+    except (ValueError, LookupError, OSError) as error:
+        message = str(error)
+    print(f"validation: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def recording(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that measures."""
+    for option in reversed(
+        (
+            click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]"),
+            click.option("--record", is_flag=True, help="Write validation/results/<device>.json, merged by row."),
+            click.option("--out", type=click.Path(path_type=Path), help="Write this file instead, merged by row."),
+            click.option("--resume", is_flag=True, help="Leave out what the file holds already."),
+            click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def cli() -> None:
+    """What kvsim predicts beside what this machine says."""
+
+
+@cli.command()
+@click.option("--model", "models", multiple=True, help="A catalogue name or a config.json. Repeatable.")
+@click.option("--quick", is_flag=True, help="A small grid, some seconds.")
+@recording
+def memory(models: tuple[str, ...], quick: bool, **given: Any) -> int:
+    """Bytes and peaks: predicted against allocated, at boundary lengths and after every step."""
+    from validation.predict import load_row_model
+    from validation.subjects import grid_for
+
+    for name in models:
+        load_row_model(name)
+    device = _device(given["device"])
+    import torch
+
+    from validation.generated import generate_tasks
+    from validation.memory import layer_tasks
+    from validation.peak import peak_tasks
+
+    place = torch.device(device)
+    grid = grid_for(place.type, quick=quick, models=models)
+    tasks = [*layer_tasks(grid, place), *peak_tasks(grid, place), *generate_tasks(grid, place)]
+    return _run(tasks, device, given)
+
+
+@cli.command()
+@click.option("--model", default="gpt2", show_default=True, help="A catalogue name, a directory, something pulled.")
+@click.option("--batch", help="Batch sizes.  [default: 1,4 on CPU, 1,8,64 on CUDA]")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="[default: 128 on CPU, 512 on CUDA]")
+@click.option("--decode-tokens", type=click.IntRange(1), help="[default: 16 on CPU, 128 on CUDA]")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@recording
+def speed(
+    model: str, batch: str | None, prompt_tokens: int | None, decode_tokens: int | None, repeats: int, **given: Any
+) -> int:
+    """Prefill and decode speed of each method, recorded."""
+    device = _device(given["device"])
+    cpu = device == "cpu"
+    from kvruntime.weights import resolve
+    from validation.speed import speed_tasks
+
+    resolve(model, offline=True, say=_say)  # refuses an unknown name before anything else
+    settings = {
+        "prompt_tokens": prompt_tokens or (128 if cpu else 512),
+        "decode_tokens": decode_tokens or (16 if cpu else 128),
+        "warmup": 1,
+        "repeats": repeats,
+    }
+    batches = parse_sizes(batch or ("1,4" if cpu else "1,8,64"), "batch")
+    return _run(speed_tasks(model, JUDGED, batches, device, settings, _say), device, given)
+
+
+@cli.command()
+@click.option(
+    "--model", default="smollm2-135m", show_default=True, help="A directory with weights, or something pulled."
+)
+@click.option("--text", "text_path", help="A UTF-8 text file.  [default: Python's language reference]")
+@click.option("--window", type=click.IntRange(2), default=1024, show_default=True, help="Tokens scored together.")
+@click.option("--max-tokens", type=click.IntRange(0), help="0: all.  [default: 4096 on CPU, 32768 on CUDA]")
+@click.option("--chunk", type=click.IntRange(1), help="Tokens a step.  [default: 16 on CPU, 1 on CUDA]")
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows side by side.")
+@click.option("--offline", is_flag=True, help="Never download.")
+@recording
+def quality(
+    model: str,
+    text_path: str | None,
+    window: int,
+    max_tokens: int | None,
+    chunk: int | None,
+    batch: int,
+    offline: bool,
+    **given: Any,
+) -> int:
+    """Perplexity of a real model through each cache, recorded."""
+    from kvruntime.eval.text import load_text
+
+    text = load_text(text_path)
+    device = _device(given["device"])
+    cpu = device == "cpu"
+    from kvruntime.weights import resolve
+    from validation.quality import quality_tasks
+
+    source = resolve(model, offline=offline, say=_say)
+    if not source.real:
+        raise ValueError(
+            f"model {model} has {source.weights} weights here: quality needs real ones, such as smollm2-135m"
+        )
+    settings = {"window": window, "chunk": chunk or (16 if cpu else 1), "batch": batch}
+    settings["max_tokens"] = (4096 if cpu else 32768) if max_tokens is None else max_tokens
+    return _run(quality_tasks(source, text, JUDGED, device, settings), device, given)
+
+
+@cli.command()
+@click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("validation-report"), show_default=True)
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def report(folder: Path, files: tuple[Path, ...]) -> None:
+    """One Markdown and one HTML report over FILES, or all of validation/results."""
+    from validation.report import write_report
+    from validation.results import read, read_all
+
+    rows = [row for file in files for row in read(file)] if files else read_all()
+    for path in write_report(rows, folder):
+        click.echo(f"wrote {path}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _device(asked: str | None) -> str:
+    from kvruntime.weights import pick_device
+
+    return pick_device(asked)
+
+
+def _run(tasks: list[Any], device: str, given: dict[str, Any]) -> int:
+    """Measures what the file does not hold yet, writes after every task, prints; 1 where a cache weighs otherwise."""
+    from kvruntime.bench.progress import Progress
+    from validation import compare, tables
+    from validation.results import FOLDER, Results, circumstances, slug
+    from validation.tasks import judged
+
+    facts = circumstances(device, " ".join(["python -m validation", *sys.argv[1:]]))
+    recorded = FOLDER / f"{slug(facts['device_name']) if device != 'cpu' else 'cpu'}.json"
+    results = Results(given["out"] or (recorded if given["record"] else None), facts)
+    todo = [task for task in tasks if not (given["resume"] and results.holds(task.name))]
+    names = {task.name for task in tasks}
+    with Progress([task.cost for task in todo]) as progress:
+        for task in todo:
+            progress.begin(task.name)
+            results.add(judged(task))
+            progress.end()
+    rows = [row for row in results.rows if row["task"] in names]
+    if given["as_json"]:
+        print(json.dumps({"schema": "validation/1", "rows": rows}, indent=1))
+    else:
+        made = (
+            tables.claims_table(rows),
+            tables.peak_table(rows),
+            tables.speed_table(rows),
+            tables.quality_table(rows),
+        )
+        print("\n\n".join(tables.plain(table) for table in made if table[1]))
+    if results.path:
+        _say(f"recorded in {results.path}")
+    wrong = compare.stale(rows)
+    for line in wrong:
+        _say(line)
+    return 1 if wrong else 0

@@ -1,0 +1,107 @@
+"""What is weighed: models, methods and lengths, each list in one place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvsim.layout import Method
+from kvsim.methods import METHODS, Full, Kivi, kivi_seed
+
+MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "smollm2-135m", "llama-3.2-1b")
+"""GPT-2 in three sizes, and two models whose query heads share key/value heads (3 and 4 each)."""
+
+TYPES: dict[str, type] = {type(make()).__name__: type(make()) for make in METHODS.values()}
+"""Class name -> method class, of all that kvsim knows."""
+
+CORE: tuple[Method, ...] = (Full(), Kivi(2), Kivi(4), Kivi(8), kivi_seed())
+"""The methods that every model is weighed with."""
+
+GROUPS = ((32, 32, 32), (32, 32, 256), (64, 64, 128), (128, 64, 256))
+"""(tokens a key scale, channels a value scale, residual) beside the default 32, 32, 128."""
+
+GRID: tuple[Method, ...] = (
+    *CORE,
+    *(
+        Kivi(nbits, key_group_size=key, value_group_size=value, residual_length=residual)
+        for nbits in (2, 4, 8)
+        for key, value, residual in GROUPS
+    ),
+    Kivi(2, sink_length=4),
+    Kivi(key_nbits=4, value_nbits=2),
+    Kivi(key_nbits=2, value_nbits=4, key_group_size=64, value_group_size=16),
+    Kivi(2, dtype="float32"),
+)
+"""The methods that the first model is weighed with."""
+
+BLOCK_EDGES = (255, 256, 257)
+LONG = (1024, 2048)
+
+
+def lengths(method: Method, longest: int = LONG[-1]) -> list[int]:
+    """The lengths at which something changes, ascending: 1, around the residual, a record, a growth block, and long."""
+    edges = {1, *BLOCK_EDGES, *LONG}
+    if isinstance(method, Kivi):
+        exact, record = method.sink_length + method.residual_length, method.record_length
+        edges |= {exact - 1, exact, exact + 1, 2 * method.residual_length - 1}
+        edges |= {exact + record - 1, exact + record, exact + record + 1}
+        edges |= {method.residual_length - 1, method.residual_length, method.residual_length + 1}
+    return sorted(edge for edge in edges if 1 <= edge <= longest)
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """``{"name", "type", and every field}``: enough to build the method again."""
+    return {"name": method.name, "type": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+
+
+def rebuild_method(described: dict[str, Any]) -> Method:
+    """The method that :func:`describe_method` described.  Raises ``ValueError`` for one that kvsim does not know."""
+    fields = {key: value for key, value in described.items() if key not in ("name", "type")}
+    if described["type"] not in TYPES:
+        raise ValueError(f"method type {described['type']!r}: allowed are {', '.join(TYPES)}")
+    method: Method = TYPES[described["type"]](**fields)
+    return method
+
+
+Run = tuple[str, int, int, tuple[Method, ...]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How much is weighed.  ``fill_layers``: layers filled without a model; ``None`` for all of the model's.
+
+    ``generated``: (model, prompt tokens, new tokens, methods) run through ``generate()``.  Peaks of single layers are
+    taken on ``peak_models`` with ``peak_lengths`` tokens.
+    """
+
+    models: tuple[str, ...]
+    fill_layers: int | None
+    grid: tuple[Method, ...]
+    core: tuple[Method, ...]
+    longest: int
+    steps: int
+    step_methods: tuple[Method, ...]
+    generated: tuple[Run, ...]
+    peak_models: tuple[str, ...]
+    peak_lengths: tuple[int, ...]
+
+
+def grid_for(device: str, *, quick: bool, models: tuple[str, ...] = ()) -> Grid:
+    """The grid of a device: everything on CUDA, what 2 cores do in a minute elsewhere, and the quick one for CI.
+
+    ``models`` replaces the default models.
+    """
+    chosen = models or MODELS
+    base = chosen[0]
+    if quick:
+        few = (Full(), Kivi(2), kivi_seed())
+        small = "gpt2" if not models else base
+        return Grid(chosen, 1, GRID[::5], (Kivi(2),), 257, 100, few, ((small, 120, 16, (Kivi(2),)),), (base,), (512,))
+    if device == "cpu":
+        runs: list[Run] = [(base, 120, 60, (Full(), Kivi(2), kivi_seed()))]
+        runs += [(name, 96, 8, (Kivi(4),)) for name in chosen[1:] if name in ("gpt2-medium", "smollm2-135m")]
+        peaks = tuple(dict.fromkeys((base, chosen[-1])))
+        return Grid(chosen, 1, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)
+    runs = [(base, 120, 300, CORE), (base, 1000, 20, CORE)]
+    runs += [(name, 1000, 20, (Full(), Kivi(2))) for name in chosen[1:]]
+    return Grid(chosen, None, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), chosen, LONG)

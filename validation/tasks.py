@@ -1,0 +1,29 @@
+"""One piece of measuring: a name, what it costs beside the others, and the rows it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from validation.predict import error, predict
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """``measure()`` gives rows without ``predicted`` and ``error``; ``name`` is the same in every run."""
+
+    name: str
+    cost: float
+    measure: Callable[[], list[Row]]
+
+
+def judged(task: Task) -> list[Row]:
+    """The task's rows with kvsim's figure and the error beside the measured one."""
+    out = []
+    for row in task.measure():
+        predicted = predict(row)
+        out.append({"task": task.name, **row, "predicted": predicted, "error": error(row["measured"], predicted)})
+    return out
