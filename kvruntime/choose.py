@@ -1,4 +1,4 @@
-"""What a user asks for, understood: the same method options as ``kvsim``, with several values where that makes sense."""
+"""What a user asks for, understood: ``kvsim``'s method options, with several values where that makes sense."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ method_options = options(
         "--method",
         "specs",
         multiple=True,
-        help=f"{', '.join(METHODS)}; or with its options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
+        help=f"{', '.join(METHODS)}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
     ),
     click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
     click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),

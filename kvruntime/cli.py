@@ -68,7 +68,9 @@ text_options = options(
     click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]"),
     click.option("--window", type=int, default=512, show_default=True, help="Tokens a window; windows do not overlap."),
     click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"),
-    click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 4096 on a CPU, else 32768; 0: all]"),
+    click.option(
+        "--max-tokens", type=int, help="Tokens of the text to use.  [default: 4096 on a CPU, else 32768; 0: all]"
+    ),
 )
 record_options = options(
     click.option("--out", type=Path, help="JSON file to record in, after every measurement."),
@@ -85,10 +87,12 @@ record_options = options(
 @click.option("--decode-tokens", type=int, help="For speed.  [default: 16 on a CPU, else 128]")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Speed runs before the timed ones.")
 @click.option("--repeats", type=int, help="Timed speed runs.  [default: 3 on a CPU, else 5]")
-@click.option("--quality-model", help="Real model for quality.  [default: the model if its weights are real, else smollm2-135m]")
+@click.option("--quality-model", help="Real model for quality.  [default: the model if it is real, else smollm2-135m]")
 @text_options
 @click.option("--quality-batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
-@click.option("--only", type=click.Choice(["memory", "speed", "quality"]), multiple=True, help="Not everything. Repeatable.")
+@click.option(
+    "--only", type=click.Choice(["memory", "speed", "quality"]), multiple=True, help="Not everything. Repeatable."
+)
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
 @record_options
 @machine_options

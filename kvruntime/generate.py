@@ -19,12 +19,13 @@ from kvsim.methods import Full
 
 @dataclass(frozen=True)
 class Generated:
-    """``num_tokens`` held by the cache at the end, of them ``num_new`` generated in ``seconds``; bytes measured.
+    """``num_tokens`` held by the cache at the end, room for ``num_provided``; ``num_new`` generated in ``seconds``.
 
-    ``fp16_nbytes``: what an uncompressed float16 cache holds for the same tokens.
+    ``nbytes`` is measured; ``fp16_nbytes`` is what an uncompressed float16 cache with the same room holds.
     """
 
     num_tokens: int
+    num_provided: int
     num_new: int
     seconds: float
     nbytes: int
@@ -70,8 +71,8 @@ def generate(
         )
         seconds = perf_counter() - start
     held = out.shape[1] - 1  # the newest token was never fed back
-    full = sum(nbytes(Full().buffers(shape, 1, held)) for shape in layer_shapes(loaded.model))
-    return Generated(held, out.shape[1] - ids.shape[1], seconds, weigh(cache), full)
+    full = sum(nbytes(Full().buffers(shape, 1, length)) for shape in layer_shapes(loaded.model))
+    return Generated(held, length, out.shape[1] - ids.shape[1], seconds, weigh(cache), full)
 
 
 def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:

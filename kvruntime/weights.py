@@ -73,8 +73,8 @@ class Loaded:
 def resolve(name: str, *, seed: int = SEED, offline: bool = False, say: Callable[[str], None] = print) -> Source:
     """Where the model called ``name`` comes from.
 
-    Tried in this order: a directory; something to pull (pulled now, unless ``offline``); a catalogue alias (real weights only where a hub download of
-    it already lies on this machine, else random ones from ``seed``); a hub id.
+    Tried in this order: a directory; something to pull (pulled now, unless ``offline``); a hub id; a catalogue name
+    (real weights only where a hub download of it already lies on this machine, else random ones from ``seed``).
 
     Raises ``ValueError`` for a directory without a model in it, ``LookupError`` for a name that means nothing (with
     the nearest ones) or was not pulled yet, ``OSError`` for a hub id that ``offline`` keeps away.
@@ -86,7 +86,9 @@ def resolve(name: str, *, seed: int = SEED, offline: bool = False, say: Callable
     if name in PULLS and PULLS[name].is_model:
         folder = pulled(name)
         if folder is None and offline:
-            raise LookupError(f"{name} is not on this machine yet, and --offline forbids a download: `kvruntime pull {name}`")
+            raise LookupError(
+                f"{name} is not on this machine yet, and --offline forbids a download: `kvruntime pull {name}`"
+            )
         return Source(name, PULLS[name].label, path=str(folder or pull(name, say)))
     if name.count("/") == 1:
         if offline and not _in_hub_cache(name):
@@ -200,7 +202,9 @@ def _catalogue_row(name: str) -> tuple[str, Mapping[str, Any]]:
 
     row = catalog.find("models", name)
     if row is None:
-        raise LookupError(catalog.unknown("models", "model", name, "kvsim models") + ", a directory, or a hub id (owner/name)")
+        raise LookupError(
+            catalog.unknown("models", "model", name, "kvsim models") + ", a directory, or a hub id (owner/name)"
+        )
     return row["id"], row["config"].get("text_config", row["config"])
 
 

@@ -41,6 +41,8 @@ def bench(methods: list[Method], **given: Any) -> int:
     """``kvruntime bench``; its exit code."""
     parts = given["only"] or ("memory", "speed", "quality")
     contexts = parse_sizes(given["ctx"])
+    if contexts[0] < 2:
+        raise ValueError(f"ctx {contexts[0]}: allowed are 2 and above (one token to prefill, one to decode)")
     _check(given)
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
@@ -128,7 +130,7 @@ def axes(method: Method, **given: Any) -> int:
 
         return Task(key, measure)
 
-    simulated_cache(loaded.model.config, method, Axes("channel", "token"))  # says what cannot be studied before anything runs
+    simulated_cache(loaded.model.config, method, Axes("channel", "token"))  # refuses what cannot be studied
     return _finish([task(rung, pair) for rung, pair in LADDER.items()], results)
 
 
@@ -154,8 +156,9 @@ def generate(method: Method, **given: Any) -> int:
         seed=given["seed"],
     )
     say(
-        f"{out.num_new} tokens in {out.seconds:.1f} s; the cache held {out.num_tokens} tokens in {out.nbytes:,} B "
-        f"({out.nbytes / 2**20:.2f} MiB), {out.fp16_nbytes / out.nbytes:.2f}x smaller than fp16's {out.fp16_nbytes:,} B"
+        f"{out.num_new} tokens in {out.seconds:.1f} s; the cache, made for {out.num_provided} tokens, weighed "
+        f"{out.nbytes:,} B ({out.nbytes / 2**20:.2f} MiB) against fp16's {out.fp16_nbytes:,} B: "
+        f"{out.fp16_nbytes / out.nbytes:.2f}x smaller"
     )
     return 0
 
@@ -210,7 +213,8 @@ def _real(source: Source, asked: str | None, where: dict[str, Any]) -> Source:
 
 
 def _contenders(methods: list[Method], peers: bool) -> tuple[list[Contender], list[Row]]:
-    contenders, missing = [ours(method) for method in methods], []
+    contenders = [ours(method) for method in methods]
+    missing: list[dict[str, str]] = []
     if peers:
         there, missing = find_peers()
         contenders += there

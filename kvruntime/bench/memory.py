@@ -34,10 +34,12 @@ def measure_memory(loaded: Loaded, contender: Contender, num_tokens: int, batch_
     allocator = _Allocator(loaded.device)
     with torch.inference_mode(), contender.around(loaded.model):
         cache = contender.build(loaded.model, num_tokens)
-        step = _forward(loaded, cache, batch_size, num_tokens, seed) if how == FORWARD else _fill(loaded, cache, batch_size)
+        step = _forward(loaded, cache, batch_size, num_tokens, seed)
+        if how == FILLED:
+            step = _fill(loaded, cache, batch_size)
         step(num_tokens - 1)
         after_prefill = weigh(cache)
-        row = allocator.read("prefill")
+        row: dict[str, Any] = dict(allocator.read("prefill"))
         step(1)
         row |= {"how": how, "nbytes_after_prefill": after_prefill, "nbytes": weigh(cache)} | allocator.read("decode")
     if contender.method is not None:
@@ -74,9 +76,7 @@ def _fill(loaded: Loaded, cache: Any, batch_size: int) -> Callable[[int], None]:
     def step(count: int) -> None:
         for index, shape in enumerate(shapes):
             key, value = (
-                torch.randn(
-                    batch_size, shape.num_kv_heads, count, dim, device=loaded.device, dtype=loaded.model.dtype
-                )
+                torch.randn(batch_size, shape.num_kv_heads, count, dim, device=loaded.device, dtype=loaded.model.dtype)
                 for dim in (shape.key_dim, shape.value_dim)
             )
             fill_layer(cache, index, key, value)
@@ -85,7 +85,7 @@ def _fill(loaded: Loaded, cache: Any, batch_size: int) -> Callable[[int], None]:
 
 
 def fill_layer(cache: Any, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Puts tokens into one layer of any transformers cache: ``key`` and ``value`` ``[batch_size, num_kv_heads, L, dim]``."""
+    """Puts tokens into one layer of any transformers cache: both ``[batch_size, num_kv_heads, L, dim]``."""
     cache.update(key, value, index)
     if hasattr(cache.layers[index], "append"):  # ours stores in the attention function, which does not run here
         cache.layers[index].append(key, value, None)

@@ -21,9 +21,7 @@ NBITS, GROUP_SIZE, RESIDUAL_LENGTH = 2, 64, 128
 def _quantized(backend: str, model: Any, max_seq_len: int) -> Any:
     from transformers import QuantizedCache
 
-    return QuantizedCache(
-        backend, model.config, nbits=NBITS, q_group_size=GROUP_SIZE, residual_length=RESIDUAL_LENGTH
-    )
+    return QuantizedCache(backend, model.config, nbits=NBITS, q_group_size=GROUP_SIZE, residual_length=RESIDUAL_LENGTH)
 
 
 def _turboquant(model: Any, max_seq_len: int) -> Any:

@@ -39,7 +39,9 @@ class Progress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -77,6 +79,7 @@ class Progress:
         return f"  about {seconds / 60:.0f} min left" if seconds > 90 else f"  about {seconds:.0f} s left"
 
     def _show(self) -> None:
-        assert self.bar is not None and self.task is not None
+        assert self.bar is not None
+        assert self.task is not None
         done = (self.finished + self.share * self.costs[self.index]) / self.total
         self.bar.update(self.task, description=self.label, completed=done, left=self._left())

@@ -14,7 +14,7 @@ BASE = ("fp16", "bf16", "fp32")
 def tables(rows: Sequence[Row]) -> str:
     """Memory, speed, quality and axes tables of whatever ``rows`` hold, and what is missing, skipped or failed."""
     blocks = []
-    for kind, table in (("memory", memory_table), ("speed", speed_table), ("quality", quality_table), ("axes", axes_table)):
+    for kind, table in TABLES.items():
         for group in groups(rows, kind):
             blocks.append(table(group))
     blocks += [note(row) for row in rows if row["kind"] in ("missing", "skipped") or "failed" in row]
@@ -23,7 +23,8 @@ def tables(rows: Sequence[Row]) -> str:
 
 def groups(rows: Iterable[Row], kind: str) -> list[list[Row]]:
     """The finished rows of one kind, those of one model, weights, dtype and setting together."""
-    names = ("model", "weights", "dtype", "prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows")
+    setting = ("prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows")
+    names = ("model", "weights", "dtype", *setting)
     out: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["kind"] == kind and "failed" not in row:
@@ -120,11 +121,18 @@ def aligned(head: list[str], body: list[list[str]]) -> str:
     """Columns two blanks apart, text to the left, numbers to the right."""
     lines = [head, *([*cells, *[""] * (len(head) - len(cells))] for cells in body)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    side: list[Callable[[str, int], str]] = [
-        str.rjust if any(line[column][:1].isdigit() or line[column][:1] in "+-" for line in lines[1:] if line[column])
-        else str.ljust
-        for column in range(len(head))
-    ]
-    return "\n".join(
-        "  ".join(put(cell, width) for put, cell, width in zip(side, line, widths, strict=True)).rstrip() for line in lines
-    )
+    numbers = [any(line[column][:1] in DIGITS for line in lines[1:] if line[column]) for column in range(len(head))]
+
+    def put(cell: str, width: int, number: bool) -> str:
+        return cell.rjust(width) if number else cell.ljust(width)
+
+    return "\n".join("  ".join(map(put, line, widths, numbers)).rstrip() for line in lines)
+
+
+DIGITS = "+-0123456789"
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "memory": memory_table,
+    "speed": speed_table,
+    "quality": quality_table,
+    "axes": axes_table,
+}

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Results:
 
     def write(self) -> None:
         """Replaces the file in one step: a reader, or a kill at any moment, finds the old or the new one whole."""
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps({**self.header, "updated": now, "rows": self.rows}, indent=1)
         descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
         try:

@@ -163,7 +163,12 @@ def quality_tasks(loaded: Loaded, contenders: list[Contender], quality: Quality,
     steps = -(-num_windows // quality.batch) * -(-window // quality.chunk)
 
     def task(contender: Contender) -> Task:
-        key = {"kind": "quality", **subject(loaded, contender, seed), "text": quality.text, "text_sha256": quality.sha256}
+        key = {
+            "kind": "quality",
+            **subject(loaded, contender, seed),
+            "text": quality.text,
+            "text_sha256": quality.sha256,
+        }
         key |= {"window": window, "num_windows": num_windows, "chunk": quality.chunk, "batch_size": quality.batch}
         return Task(
             key,

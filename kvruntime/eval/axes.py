@@ -46,7 +46,9 @@ def fake_quantize(x: Tensor, nbits: int, group_size: int, axis: str) -> Tensor:
     """
     dim = {CHANNEL: -2, TOKEN: -1}[axis]
     if x.shape[dim] % group_size:
-        raise ValueError(f"group size {group_size} does not divide {x.shape[dim]} {'tokens' if dim == -2 else 'channels'}")
+        raise ValueError(
+            f"group size {group_size} does not divide {x.shape[dim]} {'tokens' if dim == -2 else 'channels'}"
+        )
     groups = x.float().unflatten(dim, (-1, group_size))
     low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
     scale, zero = ((high - low) / (2**nbits - 1)).half().float(), low.half().float()
@@ -55,7 +57,10 @@ def fake_quantize(x: Tensor, nbits: int, group_size: int, axis: str) -> Tensor:
 
 
 class SimulatedLayer(DynamicLayer):
-    """A stock layer whose older tokens have been through ``fake_quantize``, each once, when a real cache would pack it."""
+    """A stock layer whose older tokens went through ``fake_quantize``, each once, when a real cache would pack it."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, method: Kivi, axes: Axes) -> None:
         super().__init__()
