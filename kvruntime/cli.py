@@ -60,7 +60,7 @@ def cli(context: click.Context) -> None:
 MODEL_HELP = "Catalogue name (random weights), smollm2-135m, a model directory, or a hub id (owner/name)."
 machine_options = options(
     click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]"),
-    click.option("--weights-dtype", help="float16, bfloat16 or float32.  [default: float16 on CUDA, else float32]"),
+    click.option("--weights-dtype", help="fp16, bf16 or fp32.  [default: fp16 on CUDA, else fp32]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Of random weights, tokens and sampling."),
     click.option("--offline", is_flag=True, help="Never download anything."),
 )
@@ -191,7 +191,3 @@ def _methods(given: dict[str, Any]) -> list[Any]:
 def _method(given: dict[str, Any]) -> Any:
     taken = {key: given.pop(key) for key in METHOD_KEYS}
     return chosen_method(taken.pop("specs"), taken.pop("dtype"), taken)
-
-
-if __name__ == "__main__":
-    main()

@@ -179,6 +179,7 @@ BAD = {
     ),
     "window": (["perplexity", "--model", "{tiny}", "--window", "300", "--device", "cpu"], "256 positions"),
     "empty prompt": (["generate", "", "--model", "{tiny}", "--device", "cpu"], "prompt is empty"),
+    "weights dtype": (["bench", "--weights-dtype", "int3"], "dtype 'int3'"),
     "pull": (["pull", "gpt5"], "allowed are smollm2-135m"),
     "results": (["plot", "{text}"], "not valid JSON"),
     "option": (["bench", "--colour"], "No such option"),

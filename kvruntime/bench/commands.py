@@ -24,10 +24,10 @@ from kvruntime.bench.run import (
 )
 from kvruntime.eval.text import load_text, token_windows
 from kvruntime.pull import pulled
-from kvruntime.weights import DTYPES, Loaded, Source, load, pick_device, resolve
+from kvruntime.weights import Loaded, Source, load, pick_device, resolve
 from kvsim.layout import Method
 from kvsim.methods import Kivi
-from kvsim.options import parse_sizes
+from kvsim.options import parse_dtype, parse_sizes
 
 REAL = "smollm2-135m"
 """The real model that quality falls back on."""
@@ -169,8 +169,8 @@ def _or(value: Any, default: Any) -> Any:
 
 def _check(given: dict[str, Any]) -> None:
     """The options that are wrong whatever the machine or model."""
-    if given["weights_dtype"] is not None and given["weights_dtype"] not in DTYPES:
-        raise ValueError(f"weights dtype {given['weights_dtype']!r}: allowed are {', '.join(DTYPES)}")
+    if given["weights_dtype"] is not None:
+        given["weights_dtype"] = parse_dtype(given["weights_dtype"])
     least = {"window": 2, "chunk": 1, "quality_batch": 1, "prompt_tokens": 1, "decode_tokens": 1, "repeats": 1}
     least |= {"warmup": 0, "max_tokens": 0, "max_new_tokens": 1}
     for name, low in least.items():

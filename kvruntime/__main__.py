@@ -1,0 +1,5 @@
+"""``python -m kvruntime``."""
+
+from kvruntime.cli import main
+
+main()
