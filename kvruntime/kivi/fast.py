@@ -1,0 +1,638 @@
+"""Gluon: decode attention (one query a row) over packed records, on the tensor cores and at the speed of the memory.
+
+The dequantized key is ``code * scale + zero``, so with one scale a channel ``d`` and group of tokens, and one a token
+``t`` and group of channels ``g`` for values::
+
+    S[t]   = sum_d (query[d] scale[d]) code[t, d]  +  sum_d query[d] zero[d]
+    out[d] = sum_t (p[t] scale[t, g]) code[t, d]   +  sum_t p[t] zero[t, g]
+
+The scales go to the small operand (query, p) and the codes to the matrix unit as they lie: masked where they stand in
+their word, a code is the float16 subnormal ``code * 2**(nbits * j - 24)``, exactly; ``2**(nbits * j)`` is
+undone in the query and, for values, after the last record.  The records' word order (kvsim/record.py) is the matrix
+operand's, so a program of one warp copies a tile of 64 tokens ahead (cp.async), and masks, multiplies, and is done.
+
+Matrices are ``[tokens or channels, heads]``: 8 columns hold the query heads that share a key/value head.  Rounding: the
+query is exact (scaled by a power of two); ``query * scale`` is held as the sum of two float16 (the second in columns
+4..7 where heads are at most 4, else by a second product); every tile has a fresh accumulator that is added in
+float32, because the matrix unit's own additions truncate; sums of p, and of p * zero, are rows of one more product.
+
+Range: ``query * scale`` is scaled per head to stay below 65,504 for scales up to 511 (nbits 2) or 2,047 (nbits 4), and
+``p * scale`` for value scales up to 255.  Where a result is not finite the program repeats its share with the
+scaling under which ``reference.LIMIT`` excludes an overflow, losing bits of small weights only.
+
+Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvruntime.kivi import attention, reference
+from kvruntime.kivi.quantize import record_constants
+from kvsim import record as layout
+from kvsim.record import Record
+
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9, before it
+
+NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # Triton 3.9
+TILE = gl.constexpr(layout.MAX_TILE)
+CHUNK = gl.constexpr(16)
+HIDDEN = gl.constexpr(-1.0e30)
+HEADROOM = gl.constexpr(8.0)
+MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1, 1], [1, 16, 8]))
+ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
+COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
+WARPS_PER_SM = {64: 16, 128: 12}
+"""Programs of one warp that the registers of a multiprocessor hold, by head dimension."""
+
+tile_order = gluon.constexpr_function(layout.tile_order)
+
+
+@gluon.constexpr_function
+def operand_axes(stream, width, nbits):
+    """``(shape, permutation)`` from a tile's unpacked words to ``[rows, k]`` of the matrix operand.
+
+    :func:`unpack` leaves ``memory_shape`` with its last axes reversed (half word, then field bits from the lowest).  Keys
+    are ``[token, channel]`` with the channel bits in the operand's order (ks, kk, c, e), values ``[channel, token]``.
+    """
+    order = tile_order(stream, layout.MAX_TILE, width, nbits)
+    last = len(order.memory_shape) - 1
+    first = last - ((16 // nbits).bit_length() - 1)
+    shape = order.memory_shape[:first] + (2,) * (last - first + 1)
+    axes = [axis if axis < first else first + last - axis for axis in order.to_logical]
+    if stream == "key":
+        c, *inner, e = axes[4:]
+        return shape, (*axes[:4], *inner, c, e)
+    return shape, (*axes[5:], *axes[:5])
+
+
+@gluon.constexpr_function
+def unpack_asm(nbits):
+    """PTX: one word to its codes, each masked in place in either half of a register; the upper byte moved down first."""
+    fields, step = 16 // nbits, 8 // nbits
+    word, lines = f"${2 * fields}", []
+    for field in range(fields):
+        source = word if field < step else "high"
+        mask = (2**nbits - 1) * 0x00010001 << nbits * (field % step)
+        lines.append(f"and.b32 pair, {source}, {mask:#x}; mov.b32 {{${2 * field}, ${2 * field + 1}}}, pair;")
+    return f"{{ .reg .b32 high, pair; shr.u32 high, {word}, 8; {' '.join(lines)} }}"
+
+
+@gluon.constexpr_function
+def unpack_constraints(nbits):
+    return ",".join(["=h"] * (32 // nbits) + ["r"])
+
+
+@gluon.constexpr_function
+def unpack_types(nbits):
+    return (gl.float16,) * (32 // nbits)
+
+
+@gluon.constexpr_function
+def room(nbits):
+    """Exponent that the scaled query may have so that, times the largest scale, it stays below 65,504."""
+    return int(math.log2(65504 / (2 * reference.LIMIT / (2**nbits - 1))))
+
+
+@gluon.constexpr_function
+def words_layout(vectors):
+    """``[vectors, 32, 4]`` words: 16-byte vectors, lane after lane."""
+    return gl.BlockedLayout([vectors, 1, 4], [1, 32, 1], [1, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def line_layout(size, width):
+    """``[size / width, width]`` halves, copied in vectors of 16 bytes where there are enough of them."""
+    vector = min(8, size // 32)
+    return gl.BlockedLayout([1, vector], [32 * vector // width, width // vector], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def bases(size, axis, rank):
+    return [[bit if i == axis else 0 for i in range(rank)] for bit in (1 << n for n in range(size.bit_length() - 1))]
+
+
+@gluon.constexpr_function
+def share_layout(groups, count):
+    """``[groups, 4, count]``: lane c of a quad holds ``[:, c, :]``, the quads hold the same."""
+    return gl.DistributedLinearLayout(
+        bases(count, 2, 3) + bases(groups, 0, 3), bases(4, 1, 3) + [[0, 0, 0]] * 3, [], [], [groups, 4, count]
+    )
+
+
+@gluon.constexpr_function
+def rows_layout(outer, count):
+    """``[outer, 8, 4, count]``: lane ``r * 4 + c`` holds ``[:, r, c, :]``."""
+    return gl.DistributedLinearLayout(
+        bases(count, 3, 4) + bases(outer, 0, 4), bases(4, 2, 4) + bases(8, 1, 4), [], [], [outer, 8, 4, count]
+    )
+
+
+@gluon.constexpr_function
+def zero_layout(groups, count):
+    """``[8 / groups, groups, 4, count]``: lane ``r * 4 + c`` holds ``[r // groups, r % groups, c, :]``."""
+    lanes = bases(4, 2, 4) + bases(groups, 1, 4) + bases(8 // groups, 0, 4)
+    return gl.DistributedLinearLayout(bases(count, 3, 4), lanes, [], [], [8 // groups, groups, 4, count])
+
+
+@gluon.jit
+def unpack(words, NBITS: gl.constexpr):
+    """Codes of ``words`` as float16 subnormals: ``words.shape + [2 (half), 2 (field bit 0), 2 (field bit 1), ...]``."""
+    pieces = gl.inline_asm_elementwise(
+        unpack_asm(NBITS), unpack_constraints(NBITS), [words], dtype=unpack_types(NBITS), is_pure=True, pack=1
+    )
+    if NBITS == 2:
+        pieces = join_pairs(pieces)
+    if NBITS <= 4:
+        pieces = join_pairs(pieces)
+    pieces = join_pairs(join_pairs(pieces))
+    return pieces[0]
+
+
+@gluon.jit
+def join_pairs(pieces):
+    joined = ()
+    for i in gl.static_range(len(pieces) // 2):
+        joined = joined + (gl.join(pieces[2 * i], pieces[2 * i + 1]),)
+    return joined
+
+
+@gluon.jit
+def code_rows(words, STREAM: gl.constexpr, GROUPS: gl.constexpr, DIM: gl.constexpr, NBITS: gl.constexpr):
+    """A tile's codes as the rows of a product: keys ``[GROUPS, tokens, DIM]``, values ``[GROUPS, channels, TILE]``."""
+    AXES: gl.constexpr = operand_axes(STREAM, DIM, NBITS)
+    codes = unpack(words, NBITS).reshape(AXES[0]).permute(AXES[1])
+    if STREAM == "key":
+        codes = codes.reshape([GROUPS, TILE // GROUPS, DIM])
+    else:
+        codes = codes.reshape([GROUPS, DIM // GROUPS, TILE])
+    return gl.convert_layout(codes, ROWS, assert_trivial=True)
+
+
+@gluon.jit
+def operand_order(share):
+    """``[groups, 4, count]`` by lanes to ``[groups, 4 * count]`` in the order of an operand's k: (ks, kk, c, e)."""
+    GROUPS: gl.constexpr = share.shape[0]
+    COUNT: gl.constexpr = share.shape[2]
+    return share.reshape([GROUPS, 4, COUNT // 4, 2, 2]).permute([0, 2, 3, 1, 4]).reshape([GROUPS, 4 * COUNT])
+
+
+@gluon.jit
+def repeat(x, TIMES: gl.constexpr, AXIS: gl.constexpr):
+    """``x [a, b, n]`` a power of two times along axis 0 or 1, in registers."""
+    if TIMES > 1:
+        A: gl.constexpr = x.shape[0]
+        B: gl.constexpr = x.shape[1]
+        N: gl.constexpr = x.shape[2]
+        if AXIS == 0:
+            x = gl.join(x, x).permute([3, 0, 1, 2]).reshape([2 * A, B, N])
+        else:
+            x = gl.join(x, x).permute([0, 3, 1, 2]).reshape([A, 2 * B, N])
+        x = repeat(x, TIMES // 2, AXIS)
+    return x
+
+
+@gluon.jit
+def swap_halves(x):
+    """Columns n and n ^ 4 of an accumulator exchanged."""
+    return gl.inline_asm_elementwise("shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def product_or_rest(a, b, part):
+    """float16 ``a * b`` where ``part`` is 0, and what its rounding lost (negated ``part`` 1: exact) where it is -1."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 h; mul.rn.f16x2 h, $1, $2; mul.rn.f16x2 h, h, $3; fma.rn.f16x2 $0, $1, $2, h; }",
+        "=r,r,r,r", [a, b, part], dtype=gl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def softmax_step(score, factor, peak, margin):
+    """``(p as an operand, rescale, peak)`` for raw scores ``[1, tokens, 8]``; p is at most ``2**(HEADROOM - margin)``."""
+    TOKENS: gl.constexpr = score.shape[1]
+    PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
+    new_peak = gl.maximum(peak, gl.convert_layout(gl.max(score, axis=1), PER_HEAD) * factor + margin)
+    alpha = gl.exp2(peak - new_peak)
+    score, factor = gl.broadcast(score, factor[:, None, :])
+    score, offset = gl.broadcast(score, (HEADROOM - new_peak)[:, None, :])
+    weight = gl.exp2(gl.fma(score, factor, offset)).to(gl.float16)
+    weight = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [weight], dtype=gl.float16, is_pure=True, pack=2
+    )
+    weight = weight.reshape([1, TOKENS // 8, 8, 8]).permute([0, 1, 3, 2]).reshape([1, TOKENS, 8])
+    return gl.convert_layout(weight, COLUMNS, assert_trivial=True), alpha[:, None, :], new_peak
+
+
+@gluon.jit
+def rescale_add(acc, alpha, part):
+    acc, alpha = gl.broadcast(acc, alpha)
+    return gl.fma(acc, alpha, part)
+
+
+@gluon.jit
+def to_half(x):
+    """float16, clamped to its range; a NaN stays."""
+    if x.dtype == gl.float16:
+        return x
+    x = x.to(gl.float32)
+    return gl.where(x == x, gl.minimum(gl.maximum(x, -65504.0), 65504.0), x).to(gl.float16)
+
+
+@gluon.jit
+def power_of_two(exponent):
+    """``2.0**exponent`` for integers within float32's normal range."""
+    return ((exponent + 127) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+              VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
+              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr):  # fmt: skip
+    """Start copying a tile: key and value codes; key scales and zeros; value zeros and scales."""
+    KEY_WORDS: gl.constexpr = TILE * DIM * KEY_NBITS // 32
+    VALUE_WORDS: gl.constexpr = TILE * DIM * VALUE_NBITS // 32
+    VALUE_CODES: gl.constexpr = RECORD * DIM * KEY_NBITS // 32
+    half_ptr = record_ptr.to(gl.pointer_type(gl.float16), bitcast=True)
+    if KEY_WORDS == VALUE_WORDS:
+        BOTH: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
+        stream = gl.arange(0, 2, layout=gl.SliceLayout(1, BOTH))[:, None]
+        i = gl.arange(0, KEY_WORDS, layout=gl.SliceLayout(0, BOTH))[None, :]
+        copy_async(codes.reshape([2, KEY_WORDS]), record_ptr + tile * KEY_WORDS + (stream * VALUE_CODES + i), mask=wanted)
+    else:
+        VECTORS: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])  # in shared memory the larger comes first
+        KEY_AT: gl.constexpr = 0 if KEY_WORDS > VALUE_WORDS else VALUE_WORDS
+        VALUE_AT: gl.constexpr = KEY_WORDS if KEY_WORDS > VALUE_WORDS else 0
+        i = gl.arange(0, KEY_WORDS, layout=VECTORS)
+        copy_async(codes.slice(KEY_AT, KEY_WORDS), record_ptr + tile * KEY_WORDS + i, mask=wanted)
+        i = gl.arange(0, VALUE_WORDS, layout=VECTORS)
+        copy_async(codes.slice(VALUE_AT, VALUE_WORDS), record_ptr + tile * VALUE_WORDS + (VALUE_CODES + i), mask=wanted)
+
+    KEY_SIZE: gl.constexpr = 2 * KEY_GROUPS * DIM
+    i = gl.arange(0, KEY_SIZE, layout=gl.BlockedLayout([8 if KEY_SIZE >= 256 else KEY_SIZE // 32], [32], [1], [0]))
+    copy_async(key_params, half_ptr + 2 * KEY_PARAMS + i, mask=wanted)
+
+    VALUE_SIZE: gl.constexpr = 2 * VALUE_GROUPS * TILE
+    LINES: gl.constexpr = line_layout(VALUE_SIZE, 16)
+    line = gl.arange(0, VALUE_SIZE // 16, layout=gl.SliceLayout(1, LINES)) ^ (4 * VALUE_GROUPS)  # zeros first
+    i = gl.arange(0, 16, layout=gl.SliceLayout(0, LINES))
+    at = line[:, None] * (RECORD // 4) + i[None, :] + 2 * VALUE_PARAMS
+    copy_async(value_params.reshape([VALUE_SIZE // 16, 16]), half_ptr + tile * 16 + at, mask=wanted)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def held(slot, length, packed, num_slots, SINK: gl.constexpr, RESIDUAL: gl.constexpr):
+    """Whether an exact slot holds a token: the sink's, then the ring's, by distance from the oldest unpacked token."""
+    ahead = slot - SINK - packed % RESIDUAL
+    ahead = gl.where(ahead < 0, ahead + RESIDUAL, ahead)
+    token = gl.where(slot < SINK, slot, SINK + packed + ahead)
+    return (slot < num_slots) & (token < length)
+
+
+@gluon.jit
+def reinterpret_half(words, TOKENS: gl.constexpr, DIM: gl.constexpr):
+    """Shared words as float16 ``[TOKENS, DIM]``, swizzled for ldmatrix."""
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    ALL: gl.constexpr = 2 * words.shape[0] // DIM
+    if NEW_API:
+        return words.reinterpret(gl.float16, [ALL, DIM], SWIZZLED).slice(0, TOKENS)
+    else:
+        return words._reinterpret(gl.float16, [ALL, DIM], SWIZZLED).slice(0, TOKENS)
+
+
+@gluon.jit
+def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first, length, packed, num_slots,
+               VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr,
+               RESIDUAL: gl.constexpr):  # fmt: skip
+    """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values."""
+    KEYS: gl.constexpr = rows_layout(2, DIM // 4)
+    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
+    TRANSPOSED: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
+    WIDTH: gl.constexpr = DIM // VALUE_GROUPS
+    hi = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[:, None, None, None]
+    r = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[None, :, None, None]
+    c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, KEYS))))[None, None, :, None]
+    i = gl.arange(0, DIM // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, KEYS))))[None, None, None, :]
+    slot = first + hi * 8 + r
+    at, mask = gl.broadcast(slot * DIM + c * (DIM // 4) + i, held(slot, length, packed, num_slots, SINK, RESIDUAL))
+    key = gl.load(key_ptr + at, mask=mask, other=0.0)
+    slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
+    at = slot * DIM + gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
+    mask = gl.broadcast(held(slot, length, packed, num_slots, SINK, RESIDUAL), at)[0]
+    value = gl.load(value_ptr + at, mask=mask, other=0.0)
+    key = to_half(key).reshape([2, 8, 4, DIM // 16, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([1, CHUNK, DIM])
+    key = gl.convert_layout(key, ROWS, assert_trivial=True)
+    score = mma_v2(key, query, gl.zeros([1, CHUNK, 8], gl.float32, MMA))
+    if SHARED:
+        score += swap_halves(score)
+    slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    mask = gl.broadcast(held(slot, length, packed, num_slots, SINK, RESIDUAL), score)[0]
+    score = gl.where(mask, score, float("-inf"))
+    weight, alpha, peak = softmax_step(score, factor, peak, 0.0)
+    staged.store(to_half(value))
+    row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, ROWS)))[None, :, None]
+    ones = gl.where(row >= 8, 1.0, 0.0).to(gl.float16)
+    ones = gl.broadcast(ones, gl.zeros([1, 16, CHUNK], gl.float16, ROWS))[0]
+    sums = rescale_add(sums, alpha, mma_v2(ones, weight, gl.zeros([1, 16, 8], gl.float32, MMA)))
+    rows = gl.convert_layout(staged.permute([1, 0]).load(TRANSPOSED).reshape([VALUE_GROUPS, WIDTH, CHUNK]), ROWS, assert_trivial=True)
+    weight = gl.convert_layout(repeat(weight, VALUE_GROUPS, 0), COLUMNS, assert_trivial=True)
+    fresh = mma_v2(rows, weight, gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA))
+    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    fresh, down = gl.broadcast(fresh, power_of_two(VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1)) - 24))
+    alpha = gl.convert_layout(repeat(alpha, VALUE_GROUPS, 0), MMA, assert_trivial=True)
+    return rescale_add(acc, alpha, fresh * down), sums, peak
+
+
+@gluon.jit
+def attend_split(
+    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, split, num_splits, length, packed,
+    num_slots, num_records, scale_log2, column, real,
+    DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
+    VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
+    RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr,
+):  # fmt: skip
+    """One split's ``(acc, sums, peak)``.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
+    output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``."""
+    TILES: gl.constexpr = RECORD // TILE
+    WIDTH: gl.constexpr = DIM // VALUE_GROUPS
+    KEY_STEP: gl.constexpr = 8 // KEY_NBITS  # codes a byte; code j of a byte lies at 2**(nbits * j - 24)
+    KEY_ROOM: gl.constexpr = room(KEY_NBITS)
+    KEY_VECTORS: gl.constexpr = TILE * DIM * KEY_NBITS // 32 // 128
+    VALUE_VECTORS: gl.constexpr = TILE * DIM * VALUE_NBITS // 32 // 128
+    KEY_AT: gl.constexpr = 0 if KEY_VECTORS >= VALUE_VECTORS else VALUE_VECTORS
+    VALUE_AT: gl.constexpr = KEY_VECTORS if KEY_VECTORS >= VALUE_VECTORS else 0
+    PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
+    KEY_SHARE: gl.constexpr = share_layout(KEY_GROUPS, DIM // 4)
+    VALUE_SHARE: gl.constexpr = share_layout(VALUE_GROUPS, TILE // 4)
+    ZERO_ROWS: gl.constexpr = zero_layout(VALUE_GROUPS, TILE // 4)
+    ZERO_SHAPE: gl.constexpr = [8 // VALUE_GROUPS, VALUE_GROUPS, 4, TILE // 4]
+
+    # ---- the first tile is on its way before anything else is known: a record that is provided for may be read
+    copy_tile(codes.index(0), key_params.index(0), value_params.index(0), base_ptr + split.to(gl.int64) * RECORD_STRIDE, 0,
+              split < num_records, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+
+    # ---- the query, its largest element scaled to [1, 2), in the order of an operand
+    k = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
+    channel = (((k >> 1) & 3) * (DIM // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1))[None, :, None]
+    at, mask = gl.broadcast(column + channel, real)
+    query = gl.load(query_ptr + at, mask=mask, other=0.0).to(gl.float32)
+    exponent = (gl.max(gl.abs(query), axis=1).to(gl.int32, bitcast=True) >> 23) - 127
+    exponent = gl.minimum(gl.maximum(exponent, -80), 80)
+    query, down = gl.broadcast(query, power_of_two(-exponent)[:, None, :])
+    query = query * down
+    query, up = gl.broadcast(query, power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None])
+    scaled = (query * up).to(gl.float16)  # at most 2**KEY_ROOM, and a scale at most 65504 / 2**KEY_ROOM
+    if SHARED:
+        n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
+        low = gl.broadcast(n >= 4, query)[0]
+        query = gl.where(low, 0.0, query)
+        part = gl.where(low, -1.0, 0.0).to(gl.float16)
+    query = query.to(gl.float16)
+    group_query = gl.convert_layout(repeat(query, KEY_GROUPS, 0), COLUMNS, assert_trivial=True)
+    factor = gl.convert_layout(power_of_two(exponent), PER_HEAD) * scale_log2  # of exact scores; of packed ones:
+    packed_factor = factor * 2.0 ** (25 - KEY_ROOM)
+    acc = gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA)
+    sums = gl.zeros([1, 16, 8], gl.float32, MMA)
+    peak = gl.full([1, 8], -1.0e20, gl.float32, PER_HEAD)
+
+    # ---- exact tokens, 16 slots a step: the last splits, which have the fewest tiles, begin
+    staged = reinterpret_half(codes.index(1), CHUNK, DIM)
+    for chunk in range(num_splits - 1 - split, (num_slots + CHUNK - 1) // CHUNK, num_splits):
+        acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, exact_key_ptr, exact_value_ptr,
+                                     chunk * CHUNK, length, packed, num_slots, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK,
+                                     RESIDUAL)  # fmt: skip
+
+    # ---- packed records, every num_splits-th one, tile after tile, the next one on its way
+    count = (gl.maximum(packed // RECORD - split, 0) + num_splits - 1) // num_splits * TILES
+    for index in range(count):
+        async_copy.wait_group(0)
+        ahead = index + 1
+        copy_tile(codes.index(ahead % 2), key_params.index(ahead % 2), value_params.index(ahead % 2),
+                  base_ptr + (split + ahead // TILES * num_splits).to(gl.int64) * RECORD_STRIDE, ahead % TILES, ahead < count, DIM,
+                  KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+        lanes = codes.index(index % 2).reshape([codes.shape[1] // 128, 32, 4])
+        key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
+        value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
+        lines = key_params.index(index % 2).reshape([2 * KEY_GROUPS, 4, DIM // 4])
+        key_scale = lines.slice(0, KEY_GROUPS).load(KEY_SHARE)
+        key_zero = lines.slice(KEY_GROUPS, KEY_GROUPS).load(KEY_SHARE)
+        lines = value_params.index(index % 2).reshape([2 * VALUE_GROUPS, 4, TILE // 4])
+        value_zero = lines.slice(0, VALUE_GROUPS).load(gl.SliceLayout(0, ZERO_ROWS))
+        value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(VALUE_SHARE)
+        largest = gl.max(gl.max(gl.max(value_scale, axis=2), axis=1), axis=0).to(gl.float32)
+        margin = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 134, 0).to(gl.float32)  # scales from 2**8 on
+
+        # ---- scores: the zeros' product, the same for every token of a group, starts the accumulators
+        key_zero = gl.convert_layout(operand_order(key_zero), gl.SliceLayout(1, ROWS), assert_trivial=True)[:, None, :]
+        key_zero = gl.broadcast(key_zero, gl.zeros([KEY_GROUPS, 16, DIM], gl.float16, ROWS))[0]
+        start = mma_v2(key_zero, group_query, gl.zeros([KEY_GROUPS, 16, 8], gl.float32, MMA)) * 2.0 ** (KEY_ROOM - 25)
+        start = gl.convert_layout(repeat(start, TILE // KEY_GROUPS // 16, 1), MMA, assert_trivial=True)
+        key_scale = gl.convert_layout(operand_order(key_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
+        wide, key_scale = gl.broadcast(scaled, key_scale)
+        rows = code_rows(key_words, "key", KEY_GROUPS, DIM, KEY_NBITS)
+        if SHARED:
+            score = mma_v2(rows, product_or_rest(wide, key_scale, gl.broadcast(part, wide)[0]), start)
+            score += swap_halves(score)
+        else:
+            rest = product_or_rest(wide, key_scale, gl.full(wide.shape, -1.0, gl.float16, COLUMNS))
+            score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, start))
+        score = gl.convert_layout(score.reshape([1, TILE, 8]), MMA, assert_trivial=True)
+        weight, alpha, peak = softmax_step(score, packed_factor, peak, margin)
+
+        # ---- values: sums of p * zero and p, then the codes
+        value_zero = gl.broadcast(value_zero[None, :, :, :], gl.zeros(ZERO_SHAPE, gl.float16, ZERO_ROWS))[0]
+        zero_rows = gl.join(value_zero, gl.full(ZERO_SHAPE, 1.0, gl.float16, ZERO_ROWS))
+        zero_rows = zero_rows.reshape([8, 4, TILE // 16, 2, 2, 2]).permute([5, 0, 2, 3, 1, 4]).reshape([1, 16, TILE])
+        zero_rows = gl.convert_layout(zero_rows, ROWS, assert_trivial=True)
+        sums = rescale_add(sums, alpha, mma_v2(zero_rows, weight, gl.zeros([1, 16, 8], gl.float32, MMA)))
+        value_scale = gl.convert_layout(operand_order(value_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
+        weight = gl.convert_layout(repeat(weight, VALUE_GROUPS, 0), COLUMNS, assert_trivial=True)
+        weight, value_scale = gl.broadcast(weight, value_scale)
+        rows = code_rows(value_words, "value", VALUE_GROUPS, DIM, VALUE_NBITS)
+        fresh = mma_v2(rows, weight * value_scale, gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA))
+        acc = rescale_add(acc, gl.convert_layout(repeat(alpha, VALUE_GROUPS, 0), MMA, assert_trivial=True), fresh)
+    async_copy.wait_group(0)
+    return acc, sums, peak
+
+
+@gluon.jit
+def attend_kernel(
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, out_ptr, lse_ptr, scale_log2, stride_qb,
+    stride_qh, num_slots, num_records, num_splits,
+    NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+    VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
+    SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
+    RECORD_WORDS: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """A split of one row's tokens, for one key/value head and a block of ``HEADS`` query heads."""
+    if EARLY:
+        gdc_launch_dependents()  # combine_kernel may take its place on the device, and waits there
+    BLOCKS: gl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
+    SHARED: gl.constexpr = HEADS <= 4  # columns 4..7 are free for the low parts
+    WIDTH: gl.constexpr = DIM // VALUE_GROUPS
+    VALUE_STEP: gl.constexpr = 8 // VALUE_NBITS
+    PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
+    split = gl.program_id(0)
+    row = gl.program_id(1) // (NUM_HEADS * BLOCKS)
+    head = gl.program_id(1) // BLOCKS % NUM_HEADS
+    first_head = gl.program_id(1) % BLOCKS * HEADS
+    length = gl.load(lengths_ptr + row)
+    packed = gl.load(packed_ptr + row)
+    codes = gl.allocate_shared_memory(gl.int32, [2, STAGE_WORDS], FLAT)
+    key_params = gl.allocate_shared_memory(gl.float16, [2, 2 * KEY_GROUPS * DIM], FLAT)
+    value_params = gl.allocate_shared_memory(gl.float16, [2, 2 * VALUE_GROUPS * TILE], FLAT)
+    base_ptr = records_ptr + (row.to(gl.int64) * num_records * NUM_HEADS + head) * RECORD_WORDS
+    slots = (row.to(gl.int64) * NUM_HEADS + head) * num_slots * DIM
+    query_ptr += row.to(gl.int64) * stride_qb
+    n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
+    if SHARED:
+        n = n & 3
+    real = (n < HEADS) & (first_head + n < Q_PER_KV)
+    column = (head * Q_PER_KV + first_head + n) * stride_qh
+
+    acc, sums, peak = attend_split(
+        query_ptr, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, split, num_splits,
+        length, packed, num_slots, num_records, scale_log2, column, real, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS,
+        RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
+    )  # fmt: skip
+
+    # ---- (out, lse) of this split; a row that saw nothing is zero
+    sums_row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    total = gl.convert_layout(gl.sum(gl.where(sums_row == 8, sums, 0.0), axis=1), PER_HEAD)  # [1, 8]
+    saw = total != 0
+    inverse = gl.where(saw, 1.0 / gl.where(saw, total, 1.0), 0.0)
+    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    group = gl.arange(0, VALUE_GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
+    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * ((channel >> 3) & (VALUE_STEP - 1))), acc)[0]
+    for g in gl.static_range(VALUE_GROUPS):
+        zeros = gl.convert_layout(gl.sum(gl.where(sums_row == g, sums, 0.0), axis=1), PER_HEAD)[:, None, :]
+        out += gl.where(group == g, zeros, 0.0)
+    out = out * inverse[:, None, :]
+    n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
+    real = (n < HEADS) & (first_head + n < Q_PER_KV)
+    out_row = ((row * NUM_HEADS + head) * Q_PER_KV + first_head + n).to(gl.int64) * num_splits + split
+    at = out_row[:, None, :] * DIM + group * WIDTH + channel
+    gl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=gl.broadcast(real[:, None, :], out)[0])
+    if lse_ptr is not None:
+        lse = gl.where(saw, peak - HEADROOM + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
+        gl.store(lse_ptr + out_row, lse, mask=real)
+
+
+@triton.jit
+def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+                   EARLY: tl.constexpr):  # fmt: skip
+    """Merge one query head's splits: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = s < num_splits
+    if EARLY:
+        gdc_wait()
+    part = tl.load(partial_ptr + (row * num_splits + s)[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
+    lse = tl.load(lse_ptr + row * num_splits + s, mask=inside, other=HIDDEN)
+    weight = tl.exp2(lse - tl.max(lse, 0))  # where no split saw a token every part is zero
+    out = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out_ptr + row * DIM + d, out.to(out_ptr.dtype.element_ty))
+
+
+def constants(record: Record, sink: int, residual: int, num_heads: int, q_per_kv: int) -> dict[str, int]:
+    """The kernel's compile-time constants: as few blocks of at most 8 query heads as hold them all, evenly filled."""
+    own = record_constants(record)
+    blocks = -(-q_per_kv // 8)
+    return {name: own[name] for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS")} | {
+        "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-q_per_kv // blocks), "DIM": record.key_dim,
+        "KEY_GROUPS": max(1, record.tile // record.key_group), "VALUE_GROUPS": record.num_value_groups,
+        "SINK": sink, "RESIDUAL": residual,
+    }  # fmt: skip
+
+
+def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
+    """Splits of a row's tokens: as many one-warp programs as the registers of ``num_sms`` multiprocessors hold, each with
+    at least one of the longest row's ``units`` (records, and 16 exact slots each)."""
+    return max(1, min(WARPS_PER_SM[dim] * num_sms // max(1, programs), units))
+
+
+def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
+    """Whether :func:`attend` takes this record and query: otherwise :func:`attention.attend` does."""
+    return (
+        fresh is None
+        and query.is_cuda
+        and query.shape[2] == 1
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and holds(record)
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def holds(record: Record) -> bool:
+    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64 or 128 channels, 2, 4 or 8 bits."""
+    return (
+        record.tile == layout.MAX_TILE
+        and record.key_dim == record.value_dim
+        and record.key_dim in (64, 128)
+        and {record.key_nbits, record.value_nbits} <= {2, 4, 8}
+        and record.value_group in (32, 64, 128)
+        and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
+    )
+
+
+def attend(
+    query: Tensor,
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    lengths: Tensor,
+    packed: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+    scale: float,
+    key_params: Tensor | None = None,
+    fresh: tuple[Tensor, Tensor, Tensor] | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
+
+    For what :func:`supports` allows.  ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits``
+    overrides the plan.
+    """
+    if not supports(record, query, fresh):
+        raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
+    batch_size, q_heads, _, dim = query.shape
+    heads, num_slots = exact_key.shape[1:3]
+    query = query if query.stride(3) == 1 else query.contiguous()
+    fixed = constants(record, sink, residual, heads, q_heads // heads)
+    programs = batch_size * heads * -(-fixed["Q_PER_KV"] // fixed["HEADS"])
+    if num_splits is None:
+        sms = torch.cuda.get_device_properties(query.device).multi_processor_count
+        num_splits = plan_splits(programs, records.shape[1] + -(-num_slots // CHUNK.value), dim, sms)
+    early = num_splits > 1 and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    out = query.new_empty(batch_size, q_heads, 1, dim)
+    partial, lse = out, None
+    if num_splits > 1:
+        partial = out.new_empty(batch_size, q_heads, num_splits, dim, dtype=torch.float32)
+        lse = out.new_empty(batch_size, q_heads, num_splits, dtype=torch.float32)
+    attend_kernel[(num_splits, programs)](
+        query, records, exact_key, exact_value, lengths, packed, partial, lse, scale * attention.LOG2E, *query.stride()[:2],
+        num_slots, records.shape[1], num_splits, **fixed, EARLY=early, num_warps=1,
+    )  # fmt: skip
+    if num_splits > 1:
+        block_s = triton.next_power_of_2(num_splits)
+        block_d = min(dim, max(16, 4096 // block_s))
+        combine_kernel[(batch_size * q_heads, dim // block_d)](
+            partial, lse, out, num_splits, DIM=dim, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
+            num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
+    return out
