@@ -32,6 +32,7 @@ METHODS = {
     "8-bit g32 d64": (Kivi(nbits=8), 64),
     "3-bit g32 d96": (Kivi(nbits=3), 96),
     "k4v2 gv16 d80": (Kivi(key_nbits=4, value_nbits=2, value_group_size=16), 80),
+    "3-bit gv40 d80": (Kivi(nbits=3, group_size=64, residual_length=64, value_group_size=40), 80),
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
 }
@@ -94,7 +95,7 @@ def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16") -> dict[str, 
     if rows == 4:
         for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr"):
             del types[absent]
-    block_m = attention.block_rows(rows, dim)
+    block_m = attention.block_rows(rows)
     options = attention.launch(record, block_m)
     constants = quantize.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,

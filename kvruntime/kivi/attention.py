@@ -15,6 +15,8 @@ accumulate in float32; float32 models multiply in float32.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -287,9 +289,15 @@ def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
     return max(1, min(4 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
 
 
-def block_rows(rows: int, dim: int) -> int:
-    """Query rows a program: a power of two from 16 (the matrix unit's least) to 64, 32 for heads wider than 128."""
-    return min(64 if dim <= 128 else 32, max(16, triton.next_power_of_2(rows)))
+def block_rows(rows: int) -> int:
+    """Query rows a program: 16 (the matrix unit's least) or 32.  Not 64: there Triton 3.6 goes over to Hopper's warp-group
+    instructions, and heads of 96 channels came out wrong (up to 0.4 of the norm)."""
+    return 16 if rows <= 16 else 32
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def attend(
@@ -321,10 +329,10 @@ def attend(
         new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
         counts = fresh[2]
         strides = (*new_key.stride()[:3], *new_value.stride()[:3])
-    block_m = block_rows(num_queries * q_per_kv, max(record.key_dim, record.value_dim))
+    block_m = block_rows(num_queries * q_per_kv)
     blocks = -(-num_queries * q_per_kv // block_m)
     if num_splits is None:
-        sms = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 1
+        sms = num_multiprocessors(query.device) if query.is_cuda else 1
         num_splits = plan_splits(batch_size * heads * blocks, records.shape[1] * record.num_tokens + num_slots, sms)
     out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
     partial, lse = out, None
@@ -345,10 +353,12 @@ def attend(
     return out
 
 
+@cache
 def launch(record: Record, block_m: int) -> dict[str, int]:
     """Warps and pipeline stages.  Two warps are the fastest that was measured for decoding on an H100 (1.2 to 1.7 times
     four); where a tile and its scales would not fit the registers of two on some card, and for many queries, more."""
     dim = max(record.key_dim, record.value_dim)
     light = dim <= 64 or (dim == 128 and 0 < record.key_group <= 32)
-    warps = 8 if dim > 128 or block_m > 32 else 2 if light and block_m == 16 else 4
+    heavy = dim > 128 or (block_m > 16 and dim & (dim - 1))
+    warps = 8 if heavy else 2 if light and block_m == 16 else 4
     return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1}

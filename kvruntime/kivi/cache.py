@@ -5,15 +5,15 @@ On CUDA the Triton kernels run, elsewhere the PyTorch reference.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from kvruntime.buffers import grown, tokens_to_provide
 from kvruntime.kivi import reference
-from kvsim.layout import Buffer, LayerShape
+from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
-
-GROW_TOKENS = 256
-"""Without a known final length, buffers provide for a multiple of this many tokens a row."""
 
 
 class KiviLayer:
@@ -49,23 +49,12 @@ class KiviLayer:
     def _provide(self, num_tokens: int) -> None:
         if self.tensors and num_tokens <= self.num_provided:
             return
-        if self.max_seq_len is not None and num_tokens > self.max_seq_len:
-            raise ValueError(f"{num_tokens} tokens do not fit: the cache was made for max_seq_len {self.max_seq_len}")
-        provided = num_tokens if self.max_seq_len is not None else -(-num_tokens // GROW_TOKENS) * GROW_TOKENS
+        provided = tokens_to_provide(num_tokens, self.max_seq_len)
         for buffer in self.method.buffers(self.shape, self.batch_size, provided):
-            self.tensors[buffer.name] = self._grown(self.tensors.get(buffer.name), buffer)
+            old = self.tensors.get(buffer.name)
+            if old is None or old.shape != buffer.shape:
+                self.tensors[buffer.name] = grown(old, buffer, self.device)
         self.num_provided = provided
-
-    def _grown(self, old: Tensor | None, buffer: Buffer) -> Tensor:
-        if old is not None and old.shape == buffer.shape:
-            return old
-        dtype = getattr(torch, buffer.dtype)
-        if old is None:
-            make = torch.zeros if buffer.name == "lengths" else torch.empty
-            return make(buffer.shape, dtype=dtype, device=self.device)
-        new = torch.empty(buffer.shape, dtype=dtype, device=self.device)
-        new[tuple(slice(size) for size in old.shape)] = old
-        return new
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
@@ -87,28 +76,23 @@ class KiviLayer:
             residual=self.method.residual_length,
             **self._stores(key.is_cuda),
         )
-        self.row_packed = [self._flushed(row, counts[row]) for row in range(self.batch_size)]
+        packed = [self._flushed(*state) for state in zip(self.row_lengths, self.row_packed, counts, strict=True)]
         self.row_lengths = [n + count for n, count in zip(self.row_lengths, counts, strict=True)]
-        self._write_lengths()
+        self._write_lengths(packed)
 
-    def _flushed(self, row: int, count: int) -> int:
+    def _flushed(self, length: int, packed: int, count: int) -> int:
         method = self.method
         return reference.flush_plan(
-            self.row_lengths[row],
-            self.row_packed[row],
-            count,
-            self.record.num_tokens,
-            method.sink_length,
-            method.residual_length,
+            length, packed, count, self.record.num_tokens, method.sink_length, method.residual_length
         )
 
-    def _write_lengths(self) -> None:
+    def _write_lengths(self, packed: list[int]) -> None:
+        """Tell the device the rows' lengths, and their packed tokens where those changed."""
         lengths = self.tensors["lengths"]
-        for index, rows in enumerate((self.row_lengths, self.row_packed)):
-            if len(set(rows)) == 1:  # a fill needs no copy from the host
-                lengths[index] = rows[0]
-            else:
-                lengths[index] = torch.tensor(rows, dtype=torch.int32).to(self.device, non_blocking=True)
+        _write(lengths[0], self.row_lengths)
+        if packed != self.row_packed:
+            _write(lengths[1], packed)
+        self.row_packed = packed
 
     def _stores(self, kernels: bool) -> dict[str, Tensor | None]:
         names = ("records", "exact_key", "exact_value", "key_params") + (("lengths_ptr",) if kernels else ())
@@ -150,8 +134,7 @@ class KiviLayer:
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self.row_lengths = [0] * self.batch_size
-        self.row_packed = [0] * self.batch_size
-        self._write_lengths()
+        self._write_lengths([0] * self.batch_size)
 
     def reorder(self, index: Tensor) -> None:
         """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
@@ -179,9 +162,17 @@ class KiviLayer:
                     f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed"
                 )
         self.row_lengths = [length - drop for length in self.row_lengths]
-        self._write_lengths()
+        self._write_lengths(self.row_packed)
 
 
+def _write(target: Tensor, rows: list[int]) -> None:
+    if min(rows, default=0) == max(rows, default=0):  # a fill needs no copy from the host
+        target.fill_(rows[0] if rows else 0)
+    else:
+        target.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
+
+
+@cache
 def _kernels(name: str):  # type: ignore[no-untyped-def]
     """The Triton kernels, imported where a GPU wants them."""
     from importlib import import_module

@@ -9,6 +9,8 @@ Parallel over records, heads and rows; a record's groups lie inside it, so progr
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -54,6 +56,12 @@ def order_axes(stream, tile, width, bits, way):
 def words_before(tile, channel, nbits, width, low):
     """Word offset inside a tile of the plane that starts at bit ``low`` of the chunk that starts at ``channel``."""
     return tile * (channel * nbits + width * low) // 32
+
+
+@triton.constexpr_function
+def field_bits(bits):
+    """log2 of the codes a half word."""
+    return (16 // bits).bit_length() - 1
 
 
 @triton.constexpr_function
@@ -127,13 +135,17 @@ def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_
 def store_plane(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
                 NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
     AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 0)
-    WORDS: tl.constexpr = TILE * WIDTH * BITS // 32
+    FIELD_BITS: tl.constexpr = field_bits(BITS)
     plane = tl.permute(tl.reshape((codes >> LOW) & ((1 << BITS) - 1), AXES[0]), AXES[1])
-    plane = tl.reshape(plane, (WORDS, 32 // BITS))
-    index = tl.arange(0, 32 // BITS)
-    plane = plane << (BITS * (index >> 1) + 16 * (index & 1))[None, :]
-    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, WORDS)
-    tl.store(words_ptr + at, tl.sum(plane, 1).to(tl.int32))
+    # The two half words, then field by field.  Not tl.sum of shifted codes: over a permuted axis Triton 3.6 adds up the
+    # wrong ones on a device (values at 4 and 8 bits, and at 2 bits with 128 channels), though not in the interpreter.
+    even, odd = tl.split(tl.reshape(plane, (TILE * WIDTH // 2, 2)))
+    word = even | (odd << 16)
+    for i in tl.static_range(FIELD_BITS):
+        even, odd = tl.split(tl.reshape(word, (TILE * WIDTH >> (i + 2), 2)))
+        word = even | (odd << (BITS << i))
+    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, TILE * WIDTH * BITS // 32)
+    tl.store(words_ptr + at, word)
 
 
 @triton.jit
@@ -226,7 +238,9 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
         codes = tl.zeros([TILE, W], tl.int32)
         member = tl.arange(0, next_power_of_2(GROUP))
         inside = (member < GROUP)[None, :]
-        for g in tl.static_range(GROUPS[0], GROUPS[1]):
+        FIRST: tl.constexpr = GROUPS[0]
+        LAST: tl.constexpr = GROUPS[1]
+        for g in tl.static_range(FIRST, LAST):
             y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t, NEW, DIM,
                             SINK, RESIDUAL)  # fmt: skip
             y, y_nan = finite(y)
@@ -397,6 +411,7 @@ def _freeze_params(
         key_params[:, row] = torch.stack(reference.group_params(torch.cat([old, new], 1), 1, record.key_nbits))
 
 
+@cache
 def record_constants(record: Record) -> dict[str, int]:
     """The record's sizes as the kernels' compile-time constants."""
     return {
