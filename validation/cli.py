@@ -65,26 +65,22 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--model", "models", multiple=True, help="A catalogue name or a config.json. Repeatable.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: 1 on CPU, most cores on CUDA]")
 @click.option("--quick", is_flag=True, help="A small grid, some seconds.")
 @recording
-def memory(models: tuple[str, ...], quick: bool, **given: Any) -> int:
+def memory(models: tuple[str, ...], jobs: int | None, quick: bool, **given: Any) -> int:
     """Bytes and peaks: predicted against allocated, at boundary lengths and after every step."""
     from validation.predict import load_row_model
-    from validation.subjects import grid_for
 
     for name in models:
         load_row_model(name)
     device = _device(given["device"])
-    import torch
+    from validation.memory_tasks import memory_tasks
+    from validation.parallel import default_jobs, run_tasks
 
-    from validation.generated import generate_tasks
-    from validation.memory import layer_tasks
-    from validation.peak import peak_tasks
-
-    place = torch.device(device)
-    grid = grid_for(place.type, quick=quick, models=models)
-    tasks = [*layer_tasks(grid, place), *peak_tasks(grid, place), *generate_tasks(grid, place)]
-    return _run(tasks, device, given)
+    tasks = memory_tasks(device, quick, models)
+    jobs = jobs or default_jobs(device.partition(":")[0])
+    return _run(tasks, device, given, lambda todo: run_tasks(todo, jobs, device, quick, models))
 
 
 @cli.command()
@@ -177,12 +173,20 @@ def _device(asked: str | None) -> str:
     return pick_device(asked)
 
 
-def _run(tasks: list[Any], device: str, given: dict[str, Any]) -> int:
+def _one_by_one(tasks: list[Any]) -> Any:
+    from validation.tasks import judged
+
+    for task in tasks:
+        yield task, judged(task)
+
+
+def _run(
+    tasks: list[Any], device: str, given: dict[str, Any], measure: Callable[[list[Any]], Any] = _one_by_one
+) -> int:
     """Measures what the file does not hold yet, writes after every task, prints; 1 where a cache weighs otherwise."""
     from kvruntime.bench.progress import Progress
     from validation import compare, tables
     from validation.results import FOLDER, Results, circumstances, slug
-    from validation.tasks import judged
 
     facts = circumstances(device, " ".join(["python -m validation", *sys.argv[1:]]))
     recorded = FOLDER / f"{slug(facts['device_name']) if device != 'cpu' else 'cpu'}.json"
@@ -190,9 +194,9 @@ def _run(tasks: list[Any], device: str, given: dict[str, Any]) -> int:
     todo = [task for task in tasks if not (given["resume"] and results.holds(task.name))]
     names = {task.name for task in tasks}
     with Progress([task.cost for task in todo]) as progress:
-        for task in todo:
+        for task, rows in measure(todo):
             progress.begin(task.name)
-            results.add(judged(task))
+            results.add(rows)
             progress.end()
     rows = [row for row in results.rows if row["task"] in names]
     if given["as_json"]:

@@ -11,6 +11,10 @@ from validation.predict import measured_trace, predict, predicted_trace
 Row = dict[str, Any]
 
 
+COUNTERS = {"live": "live tensors", "allocated": "allocator's blocks", "requested": "asked of the allocator"}
+"""What a counter counts, in a table's words."""
+
+
 @dataclass(frozen=True)
 class Line:
     """Rows of one claim together.  ``weighings``: how many figures were compared; ``low``, ``high``: their errors."""
@@ -35,10 +39,10 @@ def deviations(row: Row) -> list[int]:
 def claim(row: Row) -> str:
     """The words that a table has for the row's kind."""
     where = {"layers": "layers alone", "generate": "generate()"}.get(row.get("way", ""), "")
-    if row["kind"] == "peak":
-        return f"peak during {row['phase']}, {where}"
-    names = {"memory": "bytes held, unique storages", "allocated": "bytes held, allocator"}
-    return f"{names[row['kind']]}, {where}"
+    if row["kind"] == "memory":
+        return f"bytes held, unique storages, {where}"
+    what = "bytes held" if row["kind"] == "held" else f"peak during {row['phase']}"
+    return f"{what}, {COUNTERS[row['counter']]}, {where}"
 
 
 def summary(rows: Sequence[Row]) -> list[Line]:

@@ -36,7 +36,7 @@ def agreement(axes: Any, rows: Sequence[Row]) -> bool:
     """Predicted against measured, all caches, both axes in powers."""
     points: dict[str, list[tuple[int, int]]] = {}
     for row in rows:
-        if row["kind"] in ("memory", "allocated", "peak"):
+        if row["kind"] in ("memory", "held", "peak"):
             points.setdefault(row["kind"], []).append((row["predicted"], row["measured"]))
     if not points:
         return False

@@ -10,10 +10,9 @@ import torch
 
 from kvsim.layout import Method
 from kvsim.load import load_config
-from kvsim.methods import Kivi
 from validation.allocator import Allocator
 from validation.memory import SEED, activations, base_row, fits, note
-from validation.peak import planned_splits
+from validation.peak import splits
 from validation.subjects import Grid
 from validation.tasks import Row, Task
 from validation.transients import modelled
@@ -63,10 +62,10 @@ def _task(holder: ModelHolder, name: str, method: Method, prompt: int, new: int)
     def measure() -> list[Row]:
         model = holder.get(name)
         if holder.device.type == "cuda":  # compiles the kernels, so that nothing of that is in the peak
-            _run(model, method, prompt, 2, holder.device)
-        return _rows(name, method, prompt, _run(model, method, prompt, new, holder.device), holder.device)
+            _run(model, name, method, prompt, 2, holder.device)
+        return _run(model, name, method, prompt, new, holder.device)
 
-    return Task(f"generate {name} {method.name} {prompt}+{new}", 300 + 30 * new, measure)
+    return Task(f"generate {name} {method.name} {prompt}+{new}", 2000 + 300 * new, f"generate {name}", measure)
 
 
 class Observer:
@@ -75,13 +74,14 @@ class Observer:
     def __init__(self, cache: Any, held: Allocator, prompt: int) -> None:
         self.cache, self.held, self.num_tokens = cache, held, prompt
         self.trace: list[list[int]] = []
-        self.prefill = self.decode = 0
+        self.prefill: dict[str, int] = {}
+        self.decode: dict[str, int] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         peak = self.held.peak
         if self.trace:
             self.num_tokens += 1
-            self.decode = max(self.decode, peak)
+            self.decode = {name: max(self.decode.get(name, 0), value) for name, value in peak.items()}
         else:
             self.prefill = peak
         note(self.trace, self.num_tokens, weigh(self.cache))
@@ -89,7 +89,7 @@ class Observer:
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _run(model: Any, method: Method, prompt: int, new: int, device: torch.device) -> dict[str, Any]:
+def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: torch.device) -> list[Row]:
     from transformers import StoppingCriteriaList
 
     from kvruntime import make_cache
@@ -109,22 +109,16 @@ def _run(model: Any, method: Method, prompt: int, new: int, device: torch.device
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([observer]),
             )
-        allocated = held.now
-    splits = {}
-    if device.type == "cuda" and isinstance(method, Kivi):
-        splits = {"num_splits": planned_splits(method, cache.stores[0], device)}
-    peaks = {"prefill": observer.prefill, "decode": observer.decode}
-    return {
-        "trace": observer.trace,
-        "peaks": peaks,
-        "allocated": allocated,
-        "measured": weigh(cache),
-        "known": known,
-        "num_tokens": observer.num_tokens,
-        "rounding": held.rounding,
-        "splits": splits,
-        "layers": len(cache.layers),
-    }
+        left = held.now
+    row = base_row("memory", "generate", name, method, len(cache.layers), device)
+    row |= {"weights": f"random (seed {SEED})", "provided": "known", "max_seq_len": known}
+    row |= {"prompt_tokens": prompt, "num_tokens": observer.num_tokens}
+    rows = [row | {"every_step": True, "measured": weigh(cache), "trace": observer.trace}]
+    rows += held.rows(row | {"kind": "held"}, left)
+    if modelled(load_config(name)[1]):
+        for phase, peak in (("prefill", observer.prefill), ("decode", observer.decode)):
+            rows += held.rows(row | {"kind": "peak", "phase": phase, **splits(method, cache.stores[0], device)}, peak)
+    return rows
 
 
 @contextmanager
@@ -134,16 +128,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _rows(name: str, method: Method, prompt: int, ran: dict[str, Any], device: torch.device) -> list[Row]:
-    row = base_row("memory", "generate", name, method, ran["layers"], device)
-    row |= {"weights": f"random (seed {SEED})", "provided": "known", "max_seq_len": ran["known"]}
-    row |= {"prompt_tokens": prompt, "num_tokens": ran["num_tokens"]}
-    rows = [row | {"every_step": True, "measured": ran["measured"], "trace": ran["trace"]}]
-    rounding = {"rounding": ran["rounding"]}
-    rows.append(row | rounding | {"kind": "allocated", "measured": ran["allocated"]})
-    if modelled(load_config(name)[1]):
-        for phase, peak in ran["peaks"].items():
-            rows.append(row | rounding | {"kind": "peak", "phase": phase, "measured": peak, **ran["splits"]})
-    return rows

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -25,27 +24,36 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: list[torch.Tensor] | None = None) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.at_peak: list[int] = []
         self._seen: dict[int, tuple[weakref.ref[Any], int]] = {}
         for tensor in known or []:
             self._count(tensor, counted=True)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and the guard around every operator costs more than the counting
 
     def restart(self) -> None:
         """The peak starts anew from what is alive now."""
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            self._count(leaf, counted=False)
+        for item in args:
+            self._count_all(item, counted=False)
+        for item in (kwargs or {}).values():
+            self._count_all(item, counted=False)
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            self._count(leaf, counted=True)
+        self._count_all(out, counted=True)
         return out
 
-    def _count(self, leaf: Any, *, counted: bool) -> None:
-        if not isinstance(leaf, torch.Tensor):
-            return
-        storage = leaf.untyped_storage()
+    def _count_all(self, item: Any, *, counted: bool) -> None:
+        if isinstance(item, torch.Tensor):
+            self._count(item, counted=counted)
+        elif isinstance(item, (list, tuple)):
+            for inner in item:
+                self._count_all(inner, counted=counted)
+
+    def _count(self, tensor: torch.Tensor, *, counted: bool) -> None:
+        storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:
             return
@@ -58,4 +66,3 @@ class LiveBytes(TorchDispatchMode):
         self.now += nbytes
         if self.now > self.peak:
             self.peak = self.now
-            self.at_peak = sorted((size for _, size in self._seen.values() if size), reverse=True)

@@ -92,11 +92,11 @@ def _boundary_task(grid: Grid, name: str, method: Method, device: torch.device, 
         row |= {"provided": kind, "max_seq_len": points[-1] if known else None, "num_tokens": points[-1]}
         rows = [{**row, "measured": trace[-1][1], "trace": trace}]
         if held:
-            rows.append({**row, "kind": "allocated", "rounding": held.rounding, "measured": held.now})
+            rows += held.rows({**row, "kind": "held"}, held.now)
         return rows
 
     cost = points[-1] * (grid.fill_layers or 4) * (1 if known else 0.7)
-    return Task(f"layers {name} {method.name} {method_dtype(method)} {kind}", cost, measure)
+    return Task(f"layers {name} {method.name} {method_dtype(method)} {kind}", cost, f"{name} {method}", measure)
 
 
 def method_dtype(method: Method) -> str:
@@ -120,7 +120,7 @@ def _step_task(grid: Grid, name: str, method: Method, device: torch.device) -> T
         row |= {"provided": "grown", "max_seq_len": None, "num_tokens": grid.steps, "every_step": True}
         return [{**row, "measured": weigh(layer), "trace": trace}]
 
-    return Task(f"steps {name} {method.name} {grid.steps}", 4 * grid.steps, measure)
+    return Task(f"steps {name} {method.name} {grid.steps}", 4 * grid.steps, f"{name} {method}", measure)
 
 
 def note(trace: list[list[int]], num_tokens: int, nbytes: int) -> None:

@@ -5,6 +5,8 @@ On CUDA the caching allocator's peak counter is asked, elsewhere live tensors ar
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kvruntime.layers import make_layer
@@ -38,45 +40,34 @@ def _task(name: str, method: Method, num_tokens: int, device: torch.device) -> T
         warm.append(key[:, :, :num_tokens], value[:, :, :num_tokens])
         warm.attend(query, shape.key_dim**-0.5)
         del warm
-        base = base_row("peak", "layers", name, method, 1, device) | {"num_tokens": num_tokens, "provided": "known"}
-        rows = []
+        base = base_row("peak", "layers", name, method, 1, device) | {"num_tokens": num_tokens}
+        known = base | {"provided": "known", "max_seq_len": num_tokens}
         with Allocator(device) as held:
             layer = make_layer(method, shape, 1, num_tokens, device)
             layer.append(key[:, :, :num_tokens], value[:, :, :num_tokens])
-            base |= {"max_seq_len": num_tokens, "rounding": held.rounding}
-            rows.append(base | {"phase": "append", "measured": held.peak})
+            rows = held.rows(known | {"phase": "append"}, held.peak)
             held.restart()
             layer.attend(query, shape.key_dim**-0.5)
-            rows.append(
-                base | {"phase": "attend", "measured": held.peak, **_splits(model.num_q_heads, method, layer, device)}
-            )
+            rows += held.rows(known | {"phase": "attend", **splits(method, layer, device)}, held.peak)
         del layer
-        if num_tokens % 256 == 0:
-            with Allocator(device) as held:
-                layer = make_layer(method, shape, 1, None, device)
-                layer.append(key[:, :, :num_tokens], value[:, :, :num_tokens])
-                held.restart()
-                layer.append(key[:, :, num_tokens:], value[:, :, num_tokens:])
-                grown = {"phase": "grow", "provided": "grown", "max_seq_len": None, "measured": held.peak}
-                rows.append(base | grown)
+        with Allocator(device) as held:
+            layer = make_layer(method, shape, 1, None, device)
+            layer.append(key[:, :, :num_tokens], value[:, :, :num_tokens])
+            held.restart()
+            layer.append(key[:, :, num_tokens:], value[:, :, num_tokens:])
+            rows += held.rows(base | {"phase": "grow", "provided": "grown", "max_seq_len": None}, held.peak)
         return rows
 
-    return Task(f"peak {name} {method.name} {num_tokens}", num_tokens * 2, measure)
+    return Task(f"peak {name} {method.name} {num_tokens}", num_tokens * 2, f"{name} {method}", measure)
 
 
-def _splits(num_q_heads: int, method: Method, layer: object, device: torch.device) -> dict[str, int]:
-    """How many ways the decode kernel splits the tokens, as it plans it itself."""
+def splits(method: Method, layer: Any, device: torch.device) -> dict[str, int]:
+    """How many ways the decode kernel splits the tokens for one query a row of ``layer``, as it plans it itself."""
     if device.type != "cuda" or not isinstance(method, Kivi):
         return {}
-    return {"num_splits": planned_splits(method, layer, device)}
-
-
-def planned_splits(method: Kivi, layer: object, device: torch.device) -> int:
-    """The decode kernel's splits for one query a row of ``layer``."""
     from kvruntime.kivi.attention import plan_splits
 
-    tensors = layer.tensors  # type: ignore[attr-defined]
-    slots, records = tensors["exact_key"].shape[2], tensors["records"].shape[1]
-    programs = tensors["exact_key"].shape[0] * tensors["exact_key"].shape[1]
+    batch_size, num_heads, slots = layer.tensors["exact_key"].shape[:3]
+    tokens = layer.tensors["records"].shape[1] * method.record_length + slots
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return plan_splits(programs, records * method.record_length + slots, sms)
+    return {"num_splits": plan_splits(batch_size * num_heads, tokens, sms)}

@@ -13,7 +13,7 @@ from kvsim.layout import Buffer, LayerShape
 from kvsim.load import load_model
 from kvsim.model import Model
 from validation.subjects import rebuild_method
-from validation.transients import transient
+from validation.transients import storing_one, transient
 
 Row = dict[str, Any]
 
@@ -39,14 +39,15 @@ def cache_nbytes(row: Row, num_tokens: int) -> int:
 
 def predict(row: Row) -> int | None:
     """The row's ``predicted``, in its unit; None for what kvsim makes no statement about (speed, quality)."""
-    if row["kind"] in ("memory", "allocated"):
+    if row["kind"] in ("memory", "held"):
         return cache_nbytes(row, row["num_tokens"])
     if row["kind"] != "peak":
         return None
     shape = shapes(row)[0]
     if row["phase"] == "grow":  # one layer's tensors one by one: new beside old
         old, new = (buffers(row, shape, count) for count in (row["num_tokens"], row["num_tokens"] + 1))
-        return max(_growing(old, new, row))
+        live = storing_one(row, rebuild_method(row["method"]), shape, row["num_tokens"])
+        return max(*_growing(old, new, row), sum(rounded(buffer.nbytes, row) for buffer in new) + sum(live))
     live = transient(row, load_row_model(row["model"]), rebuild_method(row["method"]), shape)
     return cache_nbytes(row, row["num_tokens"]) + sum(rounded(size, row) for size in live)
 

@@ -45,6 +45,6 @@ def quality_tasks(
             return [row | {"measured": figures["ppl"], "nll": figures["nll"], "seconds": figures["seconds"]}]
 
         shown = f"{text.name} {windows.shape[0]}x{windows.shape[1]} chunk {settings['chunk']}"
-        return Task(f"quality {source.name} {method.name} {shown}", windows.numel(), measure)
+        return Task(f"quality {source.name} {method.name} {shown}", windows.numel(), "quality", measure)
 
     return [task(method) for method in methods]

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 SCHEMA = "validation/1"
 FOLDER = Path(__file__).with_name("results")
 
-KEY = ("task", "kind", "way", "phase", "device")
+KEY = ("task", "kind", "way", "phase", "counter", "device")
 """What makes two rows the same measurement: a task's name says model, method, lengths and settings."""
 
 

@@ -50,6 +50,6 @@ def speed_tasks(
                 },
             ]
 
-        return Task(f"speed {name} {method.name} batch {batch_size}", batch_size, measure)
+        return Task(f"speed {name} {method.name} batch {batch_size}", batch_size, "speed", measure)
 
     return [task(method, batch_size) for batch_size in batches for method in methods]

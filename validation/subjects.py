@@ -101,7 +101,7 @@ def grid_for(device: str, *, quick: bool, models: tuple[str, ...] = ()) -> Grid:
         runs: list[Run] = [(base, 120, 60, (Full(), Kivi(2), kivi_seed()))]
         runs += [(name, 96, 8, (Kivi(4),)) for name in chosen[1:] if name in ("gpt2-medium", "smollm2-135m")]
         peaks = tuple(dict.fromkeys((base, chosen[-1])))
-        return Grid(chosen, 1, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)
+        return Grid(chosen, 2, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)
     runs = [(base, 120, 300, CORE), (base, 1000, 20, CORE)]
     runs += [(name, 1000, 20, (Full(), Kivi(2))) for name in chosen[1:]]
     return Grid(chosen, None, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), chosen, LONG)

@@ -41,10 +41,10 @@ def memory_table(rows: Sequence[Row]) -> Table:
 
 def peak_table(rows: Sequence[Row]) -> Table:
     """Every peak."""
-    head = ["model", "method", "phase", "tokens", "predicted B", "measured B", "error"]
+    head = ["model", "method", "phase", "counter", "tokens", "predicted B", "measured B", "error"]
     body = [
-        [row["model"], title(row["method"]), row["phase"], f"{row['num_tokens']:,}", f"{row['predicted']:,}",
-         f"{row['measured']:,}", percent(row["error"])]
+        [row["model"], title(row["method"]), row["phase"], row["counter"], f"{row['num_tokens']:,}",
+         f"{row['predicted']:,}", f"{row['measured']:,}", percent(row["error"])]
         for row in rows if row["kind"] == "peak"
     ]  # fmt: skip
     return head, body

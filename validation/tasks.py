@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from validation.predict import error, predict
@@ -13,17 +14,26 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """``measure()`` gives rows without ``predicted`` and ``error``; ``name`` is the same in every run."""
+    """``measure()`` gives rows without ``predicted`` and ``error``; ``name`` is the same in every run.
+
+    Tasks of one ``group`` share compiled kernels or a loaded model.
+    """
 
     name: str
     cost: float
+    group: str
     measure: Callable[[], list[Row]]
 
 
 def judged(task: Task) -> list[Row]:
     """The task's rows with kvsim's figure and the error beside the measured one."""
+    start = perf_counter()
+    rows = task.measure()
+    seconds = {"seconds": round(perf_counter() - start, 3)}
     out = []
-    for row in task.measure():
+    for row in rows:
         predicted = predict(row)
-        out.append({"task": task.name, **row, "predicted": predicted, "error": error(row["measured"], predicted)})
+        out.append(
+            {"task": task.name, **row, "predicted": predicted, "error": error(row["measured"], predicted), **seconds}
+        )
     return out

@@ -79,6 +79,10 @@ def decode(row: dict[str, Any], model: Model, method: Method, shape: LayerShape)
     return [
         [*ids, logits * 4, logits * DTYPE_BITS[row["dtype"]] // 8, logits * 4],
         [*ids, logits * 4, *attend(row, model, method, shape)],
+        *(
+            [*ids, logits * 4, *storing_one(row, method, shape, held)]
+            for held in range(row["prompt_tokens"], row["num_tokens"])
+        ),
     ]
 
 
@@ -98,18 +102,22 @@ def append(row: dict[str, Any], method: Method, shape: LayerShape) -> list[int]:
     if not packed:
         kept = channels // 2 * new
         return [*given, kept * element, kept * 2 * (element != DTYPE_BITS[method.dtype] // 8)]
-    # What is packed, codes of both streams and a plane of them (int32), and the shifted plane twice (int64)
     half = channels // 2 * packed
-    return [
-        *given,
-        2 * half * element,
-        4 * half,
-        4 * half,
-        4 * half,
-        8 * half,
-        8 * half,
-        half * (method.k_bits + 4) // 8,
-    ]
+    return [*given, 2 * half * element, *encoding(half, method)]
+
+
+def storing_one(row: dict[str, Any], method: Method, shape: LayerShape, held: int) -> list[int]:
+    """Storing one token where ``held`` are: by PyTorch and with a flush, a record's tokens on their way to codes."""
+    if row["device"] != "cpu" or not isinstance(method, Kivi) or method.num_packed(held + 1) == method.num_packed(held):
+        return []
+    half = row["batch_size"] * shape.num_kv_heads * (shape.key_dim + shape.value_dim) // 2 * method.record_length
+    given, exact = DTYPE_BITS[row["dtype"]] // 8, DTYPE_BITS[method.dtype] // 8
+    return [2 * half * exact, 2 * half * given, *encoding(half, method)]
+
+
+def encoding(half: int, method: Kivi) -> list[int]:
+    """The reference at its worst: codes of both streams and a plane (int32), the plane shifted twice (int64), words."""
+    return [4 * half, 4 * half, 4 * half, 8 * half, 8 * half, half * (method.k_bits + 4) // 8]
 
 
 def attend(row: dict[str, Any], model: Model, method: Method, shape: LayerShape) -> list[int]:
@@ -125,8 +133,8 @@ def attend(row: dict[str, Any], model: Model, method: Method, shape: LayerShape)
     if not isinstance(method, Kivi):
         stored = DTYPE_BITS[method.buffers(shape, 1, 1)[0].dtype] // 8
         block = min(row["num_tokens"], REFERENCE_BLOCK)
-        before = REFERENCE_BLOCK if row["num_tokens"] > REFERENCE_BLOCK else 0
-        return [out * element] if stored == element else [channels * block * 4]
+        scores = rows * model.num_q_heads * block * 4
+        return [out * element] if stored == element else [channels // 2 * block * 4, scores, scores, scores]
     packed = method.num_packed(row["num_tokens"])
     exact = min(row["num_tokens"], method.sink_length + method.residual_length)
     last = packed - (packed - 1) // REFERENCE_BLOCK * REFERENCE_BLOCK if packed else 0
@@ -134,7 +142,7 @@ def attend(row: dict[str, Any], model: Model, method: Method, shape: LayerShape)
     half = channels // 2
     # Keys read back in float32, values' codes, their float32, its product with the scale; the block before still held
     unpacking = [4 * half * before] * 2 + [4 * half * last] * 4 + [half * last * method.v_bits // 8]
-    reading = [4 * half * (last or 0)] * 2 + [4 * half * exact] * 3
+    reading = [4 * half * (last or 0)] * 2 + [4 * half * exact] * 2
     return max(unpacking, reading, key=sum)
 
 

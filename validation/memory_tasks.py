@@ -1,0 +1,18 @@
+"""All that ``validation memory`` measures on a device, in order."""
+
+from __future__ import annotations
+
+import torch
+
+from validation.generated import generate_tasks
+from validation.memory import layer_tasks
+from validation.peak import peak_tasks
+from validation.subjects import grid_for
+from validation.tasks import Task
+
+
+def memory_tasks(device: str, quick: bool, models: tuple[str, ...]) -> list[Task]:
+    """Layers alone, single layers' peaks, ``generate()``."""
+    place = torch.device(device)
+    grid = grid_for(place.type, quick=quick, models=models)
+    return [*layer_tasks(grid, place), *peak_tasks(grid, place), *generate_tasks(grid, place)]
