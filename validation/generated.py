@@ -65,7 +65,7 @@ def _task(holder: ModelHolder, name: str, method: Method, prompt: int, new: int)
             _run(model, name, method, prompt, 2, holder.device)
         return _run(model, name, method, prompt, new, holder.device)
 
-    return Task(f"generate {name} {method.name} {prompt}+{new}", 2000 + 300 * new, f"generate {name}", measure)
+    return Task(f"generate {name} {method.name} {prompt}+{new}", 2000 + 300 * new, f"{name} {method}", measure)
 
 
 class Observer:

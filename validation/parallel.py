@@ -17,7 +17,7 @@ from validation.tasks import Row, Task, judged
 
 def default_jobs(device_type: str) -> int:
     """Processes: one on the CPU, whose cores a single one uses already; on CUDA most of the machine's cores."""
-    return 1 if device_type == "cpu" else max(1, min(12, (os.cpu_count() or 2) - 4))
+    return 1 if device_type == "cpu" else max(1, min(12, len(os.sched_getaffinity(0)) - 4))
 
 
 def run_tasks(

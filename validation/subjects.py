@@ -104,4 +104,5 @@ def grid_for(device: str, *, quick: bool, models: tuple[str, ...] = ()) -> Grid:
         return Grid(chosen, 2, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)
     runs = [(base, 120, 300, CORE), (base, 1000, 20, CORE)]
     runs += [(name, 1000, 20, (Full(), Kivi(2))) for name in chosen[1:]]
-    return Grid(chosen, None, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), chosen, LONG)
+    peaks = tuple(dict.fromkeys((base, chosen[len(chosen) // 2], chosen[-1])))
+    return Grid(chosen, None, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 class Task:
     """``measure()`` gives rows without ``predicted`` and ``error``; ``name`` is the same in every run.
 
-    Tasks of one ``group`` share compiled kernels or a loaded model.
+    Tasks of one ``group`` share compiled kernels.
     """
 
     name: str
