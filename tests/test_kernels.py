@@ -171,7 +171,6 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
     outliers = 1 + 4 * (randn(1, 1, 1, dim) > 1.6) + 0.0
     key = ((randn(3, HEADS, most, dim) + 0.5 * randn(1, HEADS, 1, dim)) * outliers).to(dtype).to(DEVICE)
     value = randn(3, HEADS, most, dim).to(dtype).to(DEVICE)
-    exact = getattr(torch, method.dtype)
     layout = {"record": record, "sink": method.sink_length, "residual": method.residual_length}
     reference.append(key, value, lengths, [0] * 3, [0] * 3, **stores(tensors), **layout)
     packed = [
@@ -185,12 +184,24 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
         new = [randn(3, HEADS, fresh_length, dim).to(dtype).to(DEVICE) for _ in range(2)]
         fresh = (*new, torch.tensor(counts, dtype=torch.int32, device=DEVICE))
     scale = dim**-0.5
-    out = attention.attend(
-        query, tensors["records"], tensors["exact_key"], tensors["exact_value"], *tensors["lengths"], record,
-        method.sink_length, method.residual_length, scale, tensors.get("key_params"), fresh, num_splits=1 + index % 4,
-    )  # fmt: skip
-    assert out.dtype == dtype
-    assert torch.isfinite(out).all()
+    stored = [tensors[name] for name in ("records", "exact_key", "exact_value")]
+    arguments = (query, *stored, *tensors["lengths"], record, method.sink_length, method.residual_length, scale)
+    runs = [attention.attend]
+    if DEVICE == "cuda":
+        from kvruntime.kivi import fast
+
+        runs += [fast.attend] if fast.supports(record, query, fresh) else []
+    for run in runs:
+        out = run(*arguments, tensors.get("key_params"), fresh, num_splits=1 + index % 4)
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all()
+        hold_to_float64(out, query, key, value, tensors, method, record, lengths, packed, counts, fresh, scale)
+
+
+def hold_to_float64(out, query, key, value, tensors, method, record, lengths, packed, counts, fresh, scale):
+    """Each row of ``out`` against float64 on its dequantized cache: at most twice PyTorch's own error."""
+    dtype, exact, most = query.dtype, getattr(torch, method.dtype), key.shape[2]
+    q_per_kv, fresh_length = query.shape[1] // HEADS, query.shape[2]
     params = tensors.get("key_params")
     for row, (length, size) in enumerate(zip(lengths, packed, strict=True)):
         sink = min(method.sink_length, length)

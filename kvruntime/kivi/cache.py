@@ -76,9 +76,10 @@ class KiviLayer:
             residual=self.method.residual_length,
             **self._stores(key.is_cuda),
         )
-        packed = [self._flushed(*state) for state in zip(self.row_lengths, self.row_packed, counts, strict=True)]
+        states = list(zip(self.row_lengths, self.row_packed, counts, strict=True))
+        plans = {state: self._flushed(*state) for state in set(states)}  # rows are mostly alike
         self.row_lengths = [n + count for n, count in zip(self.row_lengths, counts, strict=True)]
-        self._write_lengths(packed)
+        self._write_lengths([plans[state] for state in states])
 
     def _flushed(self, length: int, packed: int, count: int) -> int:
         method = self.method
@@ -115,7 +116,10 @@ class KiviLayer:
         if fresh is not None:
             counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
             new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
-        run = _kernels("attention").attend if query.is_cuda else reference.attend
+        run = reference.attend
+        if query.is_cuda:
+            fast = _kernels("fast")
+            run = fast.attend if fast.supports(self.record, query, new) else _kernels("attention").attend
         return run(
             query,
             self.tensors["records"],

@@ -362,13 +362,14 @@ def append(
     if value.stride(3) != 1:
         value = value.contiguous()
     states = list(zip(lengths, packed, counts, strict=True))
-    flushed = [reference.flush_plan(n, p, c, record.num_tokens, sink, residual) - p for n, p, c in states]
+    plans = {state: reference.flush_plan(*state, record.num_tokens, sink, residual) - state[1] for state in set(states)}
+    most = max(plans.values())
     ragged = None if min(counts) == new_length else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
     strides = (*key.stride()[:3], *value.stride()[:3])
-    if max(flushed):
+    if most:
         if key_params is not None:
-            _freeze_params(key, states, flushed, exact_key, key_params, record, sink, residual)
-        pack_kernel[(max(flushed) // record.num_tokens, batch_size * heads)](
+            _freeze_params(key, states, [plans[state] for state in states], exact_key, key_params, record, sink, residual)
+        pack_kernel[(most // record.num_tokens, batch_size * heads)](
             key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged,
             *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,

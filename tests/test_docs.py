@@ -1,0 +1,60 @@
+"""What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
+
+``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
+tests/hf_models.py runs, ``<!-- results -->`` the tables of what validation/results holds.
+``python tests/test_docs.py`` writes all of them anew.
+"""
+
+import re
+import shlex
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kvsim.md")
+BLOCK = re.compile(r"(<!-- (kvsim|models|results)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def block(kind: str, arguments: str) -> str:
+    if kind == "models":
+        pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+        from hf_models import readme_table
+
+        return readme_table()
+    if kind == "results":
+        from validation.readme import tables
+
+        return tables()
+    from kvsim.cli import run
+
+    out = StringIO()
+    with redirect_stdout(out):
+        assert run(shlex.split(arguments)) == 0
+    return f"```text\n{out.getvalue().strip()}\n```"
+
+
+def regenerated(text: str) -> str:
+    return BLOCK.sub(lambda match: f"{match[1]}{block(match[2], match[3])}\n{match[5]}", text)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_the_blocks_are_what_the_code_prints(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(BLOCK.findall(text)) >= 3
+    assert text == regenerated(text)
+
+
+def test_links_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), (path.name, target)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    for document in DOCUMENTS:
+        document.write_text(regenerated(document.read_text(encoding="utf-8")), encoding="utf-8")
