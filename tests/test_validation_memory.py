@@ -80,7 +80,7 @@ def test_the_grid_covers_what_it_claims():
     assert all(fits(name, method) for name in MODELS for method in CORE)
     assert all(fits(MODELS[0], method) for method in GRID)
     assert {1, 127, 128, 129, 191, 192, 193, 255, 256, 257, 1024, 2048} <= set(lengths(Kivi(2)))
-    assert {3, 4, 5} <= set(lengths(Kivi(2, group_size=16, residual_length=16, sink_length=4))) or True
+    assert {19, 20, 21} <= set(lengths(Kivi(2, group_size=16, residual_length=16, sink_length=4)))
     assert {31, 32, 33, 63} <= set(lengths(kivi_seed()))
     assert predict.GROW_TOKENS == GROW_TOKENS
 
@@ -125,9 +125,30 @@ def test_the_peaks_of_a_model_that_shares_heads(tmp_path):
     for task in generate_tasks(grid, CPU):
         rows = judged(task)
         assert all(set(compare.deviations(row)) == {0} for row in rows if row["kind"] == "memory")
-        assert all(abs(row["error"]) < 0.03 for row in rows), [
+        assert all(abs(row["error"]) < 0.02 for row in rows), [
             (row["task"], row.get("phase"), row["error"]) for row in rows
         ]
+
+
+def test_resuming_leaves_out_what_is_there(quick, capsys):
+    before = quick.read_text()
+    assert (
+        cli.run(["memory", "--quick", "--device", "cpu", "--model", "gpt2", "--out", str(quick), "--resume", "--json"])
+        == 0
+    )
+    assert quick.read_text() == before
+    assert json.loads(capsys.readouterr().out)["rows"] == read(quick)
+
+
+def test_two_processes_find_the_same(quick, tmp_path):
+    from validation.memory_tasks import memory_tasks
+    from validation.parallel import run_tasks
+
+    tasks = [task for task in memory_tasks("cpu", True, ("gpt2",)) if task.name.startswith("layers gpt2 kivi")][:4]
+    found = {task.name: [row["measured"] for row in rows] for task, rows in run_tasks(tasks, 2, "cpu", True, ("gpt2",))}
+    assert len(found) == 4
+    for name, measured in found.items():
+        assert measured == [row["measured"] for row in read(quick) if row["task"] == name]
 
 
 def test_help_needs_no_torch():

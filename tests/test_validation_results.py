@@ -57,7 +57,7 @@ def example(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_prediction_is_the_layouts_figure():
-    """12 layers x 12 heads x 64, 2048 tokens: 31 records of 64 tokens at 3 bits a code, 128 exact tokens, 8 bytes a layer."""
+    """12 layers of 12 x 64 channels, 2048 tokens: 31 records of 64 at 3 bits a code, 128 exact tokens, 8 bytes more."""
     records = 31 * 64 * 2 * 12 * 64 * 3 // 8
     exact = 128 * 2 * 12 * 64 * 2
     assert example()["predicted"] == 12 * (records + exact + 8)

@@ -96,6 +96,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
 
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
+    mask = torch.ones_like(ids)  # a random token may be the padding one: not to be taken for padding
     known = prompt + new - 1  # the last token is not fed back
     with Allocator(device) as held, torch.inference_mode():
         cache = make_cache(model, method, max_seq_len=known)
@@ -103,6 +104,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
         with _quiet():
             model.generate(
                 ids,
+                attention_mask=mask,
                 past_key_values=cache,
                 max_new_tokens=new,
                 do_sample=False,
