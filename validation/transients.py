@@ -25,7 +25,7 @@ IDS = 8
 """Bytes of a token id."""
 
 REFERENCE_BLOCK = 1024
-"""Packed tokens that the PyTorch reference reads at a time."""
+"""Tokens that the PyTorch reference packs, and reads back, at a time."""
 
 
 def transient(row: dict[str, Any], model: Model, method: Method, shape: LayerShape) -> list[int]:
@@ -90,20 +90,14 @@ def append(row: dict[str, Any], method: Method, shape: LayerShape) -> list[int]:
     """Storing ``num_tokens`` new tokens in an empty layer, beside the key and value given."""
     if not isinstance(method, Kivi):
         return []
+    if row["device"] != "cpu":
+        return []
     element = DTYPE_BITS[row["dtype"]] // 8
     new, packed = row["num_tokens"], method.num_packed(row["num_tokens"])
-    channels = row["batch_size"] * shape.num_kv_heads * (shape.key_dim + shape.value_dim)
-    if row["device"] != "cpu":
-        if not packed or isinstance(method.k_group, int):
-            return []
-        keys = shape.num_kv_heads * shape.key_dim * packed  # of one row: scales over the sequence, by PyTorch
-        return [keys * element, keys * 4, keys * 4]
-    given = [channels * new * element]  # the rows' tokens, gathered
+    half = row["batch_size"] * shape.num_kv_heads * (shape.key_dim + shape.value_dim) // 2
     if not packed:
-        kept = channels // 2 * new
-        return [*given, kept * element, kept * 2 * (element != DTYPE_BITS[method.dtype] // 8)]
-    half = channels // 2 * packed
-    return [*given, 2 * half * element, *encoding(half, method)]
+        return [half * new * element, half * new * 2 * (element != DTYPE_BITS[method.dtype] // 8)]
+    return encoding(half * min(packed, REFERENCE_BLOCK // method.record_length * method.record_length), method)
 
 
 def storing_one(row: dict[str, Any], method: Method, shape: LayerShape, held: int) -> list[int]:
@@ -111,8 +105,7 @@ def storing_one(row: dict[str, Any], method: Method, shape: LayerShape, held: in
     if row["device"] != "cpu" or not isinstance(method, Kivi) or method.num_packed(held + 1) == method.num_packed(held):
         return []
     half = row["batch_size"] * shape.num_kv_heads * (shape.key_dim + shape.value_dim) // 2 * method.record_length
-    given, exact = DTYPE_BITS[row["dtype"]] // 8, DTYPE_BITS[method.dtype] // 8
-    return [2 * half * exact, 2 * half * given, *encoding(half, method)]
+    return [2 * half * DTYPE_BITS[row["dtype"]] // 8, *encoding(half, method)]
 
 
 def encoding(half: int, method: Kivi) -> list[int]:

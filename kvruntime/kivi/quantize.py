@@ -405,11 +405,11 @@ def _freeze_params(
     for row, ((length, before, count), size) in enumerate(zip(states, flushed, strict=True)):
         if before or not size:
             continue
-        slots = sink + torch.arange(min(length - sink, size), device=key.device) % residual if length > sink else slice(0, 0)
-        old = exact_key[row][:, slots].to(key.dtype)
+        stored = min(max(length - sink, 0), size)
+        slots = sink + torch.arange(stored, device=key.device) % residual
         start = key.shape[2] - count + max(0, sink - length)
-        new = key[row, :, start : start + size - old.shape[1]]
-        key_params[:, row] = torch.stack(reference.group_params(torch.cat([old, new], 1), 1, record.key_nbits))
+        parts = [exact_key[row][:, slots], key[row, :, start : start + size - stored]]
+        key_params[:, row] = torch.stack(reference.sequence_params(parts, record.key_nbits))
 
 
 @cache

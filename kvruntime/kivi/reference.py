@@ -26,11 +26,23 @@ BLOCK_TOKENS = 1024
 
 def group_params(x: Tensor, dim: int, nbits: int) -> tuple[Tensor, Tensor]:
     """``(scale, zero)`` in float16 of groups that lie along ``dim`` of ``x`` (which is reduced)."""
-    x = x.float().clamp(-LIMIT, LIMIT)
-    low, high = x.amin(dim), x.amax(dim)
+    return range_params(x.amin(dim), x.amax(dim), nbits)
+
+
+def range_params(low: Tensor, high: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+    """``(scale, zero)`` in float16 of groups with these least and greatest values."""
+    low, high = (x.float().clamp(-LIMIT, LIMIT) for x in (low, high))
     scale = ((high - low) / (2**nbits - 1)).half()
     nan = low.isnan()  # written as one bit pattern, so that the words are the same everywhere
     return scale.masked_fill(nan, torch.nan), low.half().masked_fill(nan, torch.nan)
+
+
+def sequence_params(parts: list[Tensor], nbits: int) -> tuple[Tensor, Tensor]:
+    """:func:`group_params` over the tokens of several tensors ``[..., tokens, channels]``, some perhaps without any."""
+    parts = [part for part in parts if part.shape[-2]]
+    low = torch.stack([part.amin(-2).float() for part in parts]).amin(0)
+    high = torch.stack([part.amax(-2).float() for part in parts]).amax(0)
+    return range_params(low, high, nbits)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, nbits: int) -> Tensor:
@@ -161,6 +173,19 @@ def flush_plan(length: int, packed: int, count: int, record_length: int, sink: i
     return packed + -(-over // record_length) * record_length
 
 
+def tokens_after_sink(
+    exact: Tensor, new: Tensor, length: int, first: int, last: int, sink: int, residual: int
+) -> Tensor:
+    """A row's tokens ``first`` to ``last`` after its sink: those of the ``length`` stored from the ring ``exact``, the
+    rest from ``new``, all ``[rows, num_kv_heads, tokens, dim]``."""
+    stored = min(max(length - sink - first, 0), last - first)
+    fresh = new[:, :, sink + first + stored - length : sink + last - length]
+    if not stored:
+        return fresh
+    slot = sink + torch.arange(first, first + stored, device=new.device) % residual
+    return torch.cat([exact[:, :, slot].to(new.dtype), fresh], 2)
+
+
 def append(
     key: Tensor,
     value: Tensor,
@@ -188,32 +213,31 @@ def append(
     alike: dict[tuple[int, int, int], list[int]] = {}
     for row, state in enumerate(zip(lengths, packed, counts, strict=True)):
         alike.setdefault(state, []).append(row)
-    for (length, before, count), rows in alike.items():
+    for (length, before, count), same in alike.items():
         if not count:
             continue
+        rows: slice | list[int] = slice(None) if len(same) == len(counts) else same
         after = flush_plan(length, before, count, record.num_tokens, sink, residual)
-        new_key, new_value = (x[rows, :, x.shape[2] - count :] for x in (key, value))
-        if after > before:
-            token = torch.arange(sink + before, sink + after, device=key.device)
-            old = token[token < length]
-            slot, taken = sink + (old - sink) % residual, token[token >= length] - length
-            old_key, old_value = (x[rows][:, :, slot] for x in (exact_key, exact_value))
-            packing_key = torch.cat([old_key.to(key.dtype), new_key[:, :, taken]], 2)
-            packing_value = torch.cat([old_value.to(value.dtype), new_value[:, :, taken]], 2)
-            params = None
-            if key_params is not None:
-                if not before:
-                    key_params[:, rows] = torch.stack(group_params(packing_key, -2, record.key_nbits))
-                params = (key_params[0, rows], key_params[1, rows])
-            words = pack_records(packing_key, packing_value, record, params).transpose(1, 2)
-            records[rows, before // record.num_tokens : after // record.num_tokens] = words
+        new = [x[rows, :, x.shape[2] - count :] for x in (key, value)]
+        exact = [exact_key[rows], exact_value[rows]]
+        if key_params is not None and after > before == 0:
+            packing = tokens_after_sink(exact[0], new[0], length, 0, after, sink, residual)
+            key_params[:, rows] = torch.stack(sequence_params([packing], record.key_nbits))
+        params = None if key_params is None else (key_params[0, rows], key_params[1, rows])
+        step = max(1, BLOCK_TOKENS // record.num_tokens) * record.num_tokens
+        for first in range(before, after, step):
+            last = min(first + step, after)
+            both = [
+                tokens_after_sink(x, y, length, first, last, sink, residual) for x, y in zip(exact, new, strict=True)
+            ]
+            words = pack_records(*both, record, params).transpose(1, 2)
+            records[rows, first // record.num_tokens : last // record.num_tokens] = words
         token = torch.arange(length, length + count, device=key.device)
-        kept = (token < sink) | (token >= sink + after)
-        slot = torch.where(token < sink, token, sink + (token - sink) % residual)[kept]
-        for exact, new in ((exact_key, new_key), (exact_value, new_value)):
-            exact[torch.tensor(rows, device=key.device)[:, None], :, slot] = (
-                new[:, :, kept].transpose(1, 2).to(exact.dtype)
-            )
+        token = token[(token < sink) | (token >= sink + after)]
+        slot = torch.where(token < sink, token, sink + (token - sink) % residual)
+        index = torch.tensor(same, device=key.device)[:, None]
+        for store, given in zip((exact_key, exact_value), new, strict=True):
+            store[index, :, slot] = given[:, :, token - length].transpose(1, 2).to(store.dtype)
 
 
 def ring_positions(lengths: Tensor, packed: Tensor, sink: int, residual: int, slots: int) -> Tensor:
