@@ -118,8 +118,8 @@ class KiviLayer:
             new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
         run = reference.attend
         if query.is_cuda:
-            fast = _kernels("fast")
-            run = fast.attend if fast.supports(self.record, query, new) else _kernels("attention").attend
+            fast = _fast()
+            run = fast.attend if fast and fast.supports(self.record, query, new) else _kernels("attention").attend
         return run(
             query,
             self.tensors["records"],
@@ -174,6 +174,15 @@ def _write(target: Tensor, rows: list[int]) -> None:
         target.fill_(rows[0] if rows else 0)
     else:
         target.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
+
+
+@cache
+def _fast():  # type: ignore[no-untyped-def]
+    """The tensor-core kernel, or None under a Triton whose Gluon language has moved on."""
+    try:
+        return _kernels("fast")
+    except (ImportError, AttributeError):
+        return None
 
 
 @cache
