@@ -16,9 +16,9 @@ query is exact (scaled by a power of two); ``query * scale`` is held as the sum 
 4..7 where heads are at most 4, else by a second product); every tile has a fresh accumulator that is added in
 float32, because the matrix unit's own additions truncate; sums of p, and of p * zero, are rows of one more product.
 
-Range: ``query * scale`` is scaled per head to stay below 65,504 for scales up to 511 (nbits 2) or 2,047 (nbits 4), and
-``p * scale`` for value scales up to 255.  Where a result is not finite the program repeats its share with the
-scaling under which ``reference.LIMIT`` excludes an overflow, losing bits of small weights only.
+Range, whatever the cache holds: the query is scaled so that ``query * scale`` cannot pass 65,504 for any scale that
+``reference.LIMIT`` allows, and where a tile has a value scale of 256 or more its weights are made smaller.  A key
+scale below about 2**-8 leaves ``query * scale`` fewer than 11 bits.
 
 Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
 """
@@ -48,11 +48,16 @@ TILE = gl.constexpr(layout.MAX_TILE)
 CHUNK = gl.constexpr(16)
 HIDDEN = gl.constexpr(-1.0e30)
 HEADROOM = gl.constexpr(8.0)
+EXACT_UNITS = gl.constexpr(2)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1, 1], [1, 16, 8]))
 ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
-WARPS_PER_SM = {64: 16, 128: 12}
-"""Programs of one warp that the registers of a multiprocessor hold, by head dimension."""
+STAGES = 2
+"""Tiles that a program holds in shared memory: the one it works on and those under way."""
+PROGRAMS_PER_SM = {64: 12, 128: 8}
+"""Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
+MAX_ROWS = 1024
+MAX_PARTS = 256
 
 tile_order = gluon.constexpr_function(layout.tile_order)
 
@@ -290,6 +295,17 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
     async_copy.commit_group()
 
 
+@triton.jit
+def units_of(packed, chunks):
+    """Work of one head of a row, in tiles: chunks of exact slots first, each as much as ``EXACT_UNITS`` tiles."""
+    return packed // TILE + EXACT_UNITS * chunks
+
+
+@triton.jit
+def add(a, b):
+    return a + b
+
+
 @gluon.jit
 def held(slot, length, packed, num_slots, SINK: gl.constexpr, RESIDUAL: gl.constexpr):
     """Whether an exact slot holds a token: the sink's, then the ring's, by distance from the oldest unpacked token."""
@@ -305,16 +321,19 @@ def reinterpret_half(words, TOKENS: gl.constexpr, DIM: gl.constexpr):
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     ALL: gl.constexpr = 2 * words.shape[0] // DIM
     if NEW_API:
-        return words.reinterpret(gl.float16, [ALL, DIM], SWIZZLED).slice(0, TOKENS)
+        tokens = words.reinterpret(gl.float16, [ALL, DIM], SWIZZLED)
     else:
-        return words._reinterpret(gl.float16, [ALL, DIM], SWIZZLED).slice(0, TOKENS)
+        tokens = words._reinterpret(gl.float16, [ALL, DIM], SWIZZLED)
+    return tokens.slice(0, TOKENS)
 
 
 @gluon.jit
 def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first, length, packed, num_slots,
                VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr,
-               RESIDUAL: gl.constexpr):  # fmt: skip
-    """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values."""
+               RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+    """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values.
+
+    ``AT_ONCE``: empty slots are read too, so that nothing waits for ``length`` and ``packed``."""
     KEYS: gl.constexpr = rows_layout(2, DIM // 4)
     VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
     TRANSPOSED: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
@@ -324,12 +343,17 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first
     c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, KEYS))))[None, None, :, None]
     i = gl.arange(0, DIM // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, KEYS))))[None, None, None, :]
     slot = first + hi * 8 + r
-    at, mask = gl.broadcast(slot * DIM + c * (DIM // 4) + i, held(slot, length, packed, num_slots, SINK, RESIDUAL))
-    key = gl.load(key_ptr + at, mask=mask, other=0.0)
+    wanted = slot < num_slots if AT_ONCE else held(slot, length, packed, num_slots, SINK, RESIDUAL)
+    at, wanted = gl.broadcast(slot * DIM + c * (DIM // 4) + i, wanted)
+    key = gl.load(key_ptr + at, mask=wanted, other=0.0)
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
     at = slot * DIM + gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
     mask = gl.broadcast(held(slot, length, packed, num_slots, SINK, RESIDUAL), at)[0]
-    value = gl.load(value_ptr + at, mask=mask, other=0.0)
+    if AT_ONCE:
+        value = gl.load(value_ptr + at, mask=gl.broadcast(slot < num_slots, at)[0], other=0.0)
+        value = gl.where(mask, value, 0.0).to(value.dtype)
+    else:
+        value = gl.load(value_ptr + at, mask=mask, other=0.0)
     key = to_half(key).reshape([2, 8, 4, DIM // 16, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([1, CHUNK, DIM])
     key = gl.convert_layout(key, ROWS, assert_trivial=True)
     score = mma_v2(key, query, gl.zeros([1, CHUNK, 8], gl.float32, MMA))
@@ -355,13 +379,14 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first
 
 @gluon.jit
 def attend_split(
-    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, split, num_splits, length, packed,
-    num_slots, num_records, scale_log2, column, real,
+    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, count, certain,
+    first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
-    RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr,
+    RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, AT_ONCE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One split's ``(acc, sums, peak)``.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
+    """``(acc, sums, peak)`` of ``count`` tiles from ``first`` on and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
     output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``."""
     TILES: gl.constexpr = RECORD // TILE
     WIDTH: gl.constexpr = DIM // VALUE_GROUPS
@@ -377,9 +402,12 @@ def attend_split(
     ZERO_ROWS: gl.constexpr = zero_layout(VALUE_GROUPS, TILE // 4)
     ZERO_SHAPE: gl.constexpr = [8 // VALUE_GROUPS, VALUE_GROUPS, 4, TILE // 4]
 
-    # ---- the first tile is on its way before anything else is known: a record that is provided for may be read
-    copy_tile(codes.index(0), key_params.index(0), value_params.index(0), base_ptr + split.to(gl.int64) * RECORD_STRIDE, 0,
-              split < num_records, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+    # ---- the first tiles are on their way before anything else is known; those below ``certain`` may be read
+    for index in gl.static_range(STAGES - 1):
+        tile = first + index * step
+        copy_tile(codes.index(index), key_params.index(index), value_params.index(index),
+                  base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, tile < certain, DIM, KEY_NBITS, VALUE_NBITS,
+                  KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     k = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
@@ -405,31 +433,33 @@ def attend_split(
     sums = gl.zeros([1, 16, 8], gl.float32, MMA)
     peak = gl.full([1, 8], -1.0e20, gl.float32, PER_HEAD)
 
-    # ---- exact tokens, 16 slots a step: the last splits, which have the fewest tiles, begin
-    staged = reinterpret_half(codes.index(1), CHUNK, DIM)
-    for chunk in range(num_splits - 1 - split, (num_slots + CHUNK - 1) // CHUNK, num_splits):
-        acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, exact_key_ptr, exact_value_ptr,
-                                     chunk * CHUNK, length, packed, num_slots, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK,
-                                     RESIDUAL)  # fmt: skip
+    # ---- exact tokens, 16 slots a step
+    staged = reinterpret_half(codes.index(STAGES - 1), CHUNK, DIM)
+    for chunk in range(first_chunk, end_chunk, step_chunk):
+        acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, exact_key_ptr, exact_value_ptr, chunk * CHUNK, length,
+                                     packed, num_slots, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL, AT_ONCE)  # fmt: skip
 
-    # ---- packed records, every num_splits-th one, tile after tile, the next one on its way
-    count = (gl.maximum(packed // RECORD - split, 0) + num_splits - 1) // num_splits * TILES
+    # ---- packed tokens, tile after tile, the next ones on their way
+    stage = 0
     for index in range(count):
-        async_copy.wait_group(0)
-        ahead = index + 1
-        copy_tile(codes.index(ahead % 2), key_params.index(ahead % 2), value_params.index(ahead % 2),
-                  base_ptr + (split + ahead // TILES * num_splits).to(gl.int64) * RECORD_STRIDE, ahead % TILES, ahead < count, DIM,
-                  KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
-        lanes = codes.index(index % 2).reshape([codes.shape[1] // 128, 32, 4])
+        async_copy.wait_group(STAGES - 2)
+        ahead = index + (STAGES - 1)
+        tile = first + ahead * step
+        free = gl.where(stage == 0, STAGES - 1, stage - 1)
+        copy_tile(codes.index(free), key_params.index(free), value_params.index(free),
+                  base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, ahead < count, DIM, KEY_NBITS, VALUE_NBITS,
+                  KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+        lanes = codes.index(stage).reshape([codes.shape[1] // 128, 32, 4])
         key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
         value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
-        lines = key_params.index(index % 2).reshape([2 * KEY_GROUPS, 4, DIM // 4])
+        lines = key_params.index(stage).reshape([2 * KEY_GROUPS, 4, DIM // 4])
         key_scale = lines.slice(0, KEY_GROUPS).load(KEY_SHARE)
         key_zero = lines.slice(KEY_GROUPS, KEY_GROUPS).load(KEY_SHARE)
-        lines = value_params.index(index % 2).reshape([2 * VALUE_GROUPS, 4, TILE // 4])
+        lines = value_params.index(stage).reshape([2 * VALUE_GROUPS, 4, TILE // 4])
         value_zero = lines.slice(0, VALUE_GROUPS).load(gl.SliceLayout(0, ZERO_ROWS))
         value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(VALUE_SHARE)
         largest = gl.max(gl.max(gl.max(value_scale, axis=2), axis=1), axis=0).to(gl.float32)
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         margin = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 134, 0).to(gl.float32)  # scales from 2**8 on
 
         # ---- scores: the zeros' product, the same for every token of a group, starts the accumulators
@@ -466,85 +496,164 @@ def attend_split(
 
 
 @gluon.jit
-def attend_kernel(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, out_ptr, lse_ptr, scale_log2, stride_qb,
-    stride_qh, num_slots, num_records, num_splits,
+def attend_part(
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
+    first, step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
+    stride_qh,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
-    RECORD_WORDS: gl.constexpr, EARLY: gl.constexpr,
+    RECORD_WORDS: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A split of one row's tokens, for one key/value head and a block of ``HEADS`` query heads."""
-    if EARLY:
-        gdc_launch_dependents()  # combine_kernel may take its place on the device, and waits there
+    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``."""
     BLOCKS: gl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
     SHARED: gl.constexpr = HEADS <= 4  # columns 4..7 are free for the low parts
     WIDTH: gl.constexpr = DIM // VALUE_GROUPS
-    VALUE_STEP: gl.constexpr = 8 // VALUE_NBITS
     PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
-    split = gl.program_id(0)
-    row = gl.program_id(1) // (NUM_HEADS * BLOCKS)
-    head = gl.program_id(1) // BLOCKS % NUM_HEADS
-    first_head = gl.program_id(1) % BLOCKS * HEADS
-    length = gl.load(lengths_ptr + row)
-    packed = gl.load(packed_ptr + row)
-    codes = gl.allocate_shared_memory(gl.int32, [2, STAGE_WORDS], FLAT)
-    key_params = gl.allocate_shared_memory(gl.float16, [2, 2 * KEY_GROUPS * DIM], FLAT)
-    value_params = gl.allocate_shared_memory(gl.float16, [2, 2 * VALUE_GROUPS * TILE], FLAT)
-    base_ptr = records_ptr + (row.to(gl.int64) * num_records * NUM_HEADS + head) * RECORD_WORDS
-    slots = (row.to(gl.int64) * NUM_HEADS + head) * num_slots * DIM
-    query_ptr += row.to(gl.int64) * stride_qb
+    row = (block // (NUM_HEADS * BLOCKS)).to(gl.int64)
+    head = block // BLOCKS % NUM_HEADS
+    first_head = block % BLOCKS * HEADS
+    base_ptr = records_ptr + (row * num_records * NUM_HEADS + head) * RECORD_WORDS
+    slots = (row * NUM_HEADS + head) * num_slots * DIM
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
     if SHARED:
         n = n & 3
     real = (n < HEADS) & (first_head + n < Q_PER_KV)
     column = (head * Q_PER_KV + first_head + n) * stride_qh
-
     acc, sums, peak = attend_split(
-        query_ptr, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, split, num_splits,
-        length, packed, num_slots, num_records, scale_log2, column, real, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS,
-        RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
+        query_ptr + row * stride_qb, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, first,
+        step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, DIM, KEY_NBITS,
+        VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
+        AT_ONCE, STAGES,
     )  # fmt: skip
 
-    # ---- (out, lse) of this split; a row that saw nothing is zero
+    # ---- (out, lse); where no token was seen, zero and HIDDEN
     sums_row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     total = gl.convert_layout(gl.sum(gl.where(sums_row == 8, sums, 0.0), axis=1), PER_HEAD)  # [1, 8]
     saw = total != 0
     inverse = gl.where(saw, 1.0 / gl.where(saw, total, 1.0), 0.0)
     channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     group = gl.arange(0, VALUE_GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
-    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * ((channel >> 3) & (VALUE_STEP - 1))), acc)[0]
+    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1))), acc)[0]
     for g in gl.static_range(VALUE_GROUPS):
         zeros = gl.convert_layout(gl.sum(gl.where(sums_row == g, sums, 0.0), axis=1), PER_HEAD)[:, None, :]
         out += gl.where(group == g, zeros, 0.0)
     out = out * inverse[:, None, :]
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
-    real = (n < HEADS) & (first_head + n < Q_PER_KV)
-    out_row = ((row * NUM_HEADS + head) * Q_PER_KV + first_head + n).to(gl.int64) * num_splits + split
-    at = out_row[:, None, :] * DIM + group * WIDTH + channel
-    gl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=gl.broadcast(real[:, None, :], out)[0])
-    if lse_ptr is not None:
-        lse = gl.where(saw, peak - HEADROOM + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
-        gl.store(lse_ptr + out_row, lse, mask=real)
+    at = slot * HEADS + n
+    gl.store(partial_ptr + at[:, None, :] * DIM + group * WIDTH + channel, out, mask=gl.broadcast((n < HEADS)[:, None, :], out)[0])
+    lse = gl.where(saw, peak - HEADROOM + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
+    gl.store(lse_ptr + at, lse, mask=n < HEADS)
 
 
-@triton.jit
-def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-                   EARLY: tl.constexpr):  # fmt: skip
-    """Merge one query head's splits: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
+@gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits"])
+def attend_kernel(
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb,
+    stride_qh, num_slots, num_records, batch_size, num_splits,
+    NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+    VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
+    SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
+    RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
+):  # fmt: skip
+    """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk.  Else all blocks' units lie in one line
+    (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks."""
+    if EARLY:
+        gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
+    BLOCKS: gl.constexpr = NUM_HEADS * ((Q_PER_KV + HEADS - 1) // HEADS)  # of a row
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE_WORDS], FLAT)
+    key_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * KEY_GROUPS * DIM], FLAT)
+    value_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * VALUE_GROUPS * TILE], FLAT)
+    chunks = (num_slots + CHUNK - 1) // CHUNK
+    if BLOCK_B == 0:
+        split = gl.program_id(0)
+        block = gl.program_id(1)
+        length = gl.load(lengths_ptr + block // BLOCKS)
+        packed = gl.load(packed_ptr + block // BLOCKS)
+        count = (gl.maximum(packed // TILE - split, 0) + num_splits - 1) // num_splits
+        attend_part(
+            query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
+            block * num_splits + split, split, num_splits, count, num_records * (RECORD // TILE), num_splits - 1 - split, num_splits,
+            chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM,
+            KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE,
+            STAGES,
+        )  # fmt: skip
+    else:
+        LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        b = gl.arange(0, BLOCK_B, layout=LANES)
+        units = units_of(gl.load(packed_ptr + b, mask=b < batch_size, other=0), chunks) * BLOCKS
+        units = gl.where(b < batch_size, units, 0)
+        ends = gl.associative_scan(units, 0, add)
+        total = gl.sum(units, axis=0)
+        share = (total + num_splits - 1) // num_splits
+        unit = gl.program_id(0) * share
+        end = gl.minimum(unit + share, total)
+        while unit < end:
+            row = gl.sum((ends <= unit).to(gl.int32), axis=0)
+            length = gl.load(lengths_ptr + row)
+            packed = gl.load(packed_ptr + row)
+            own = units_of(packed, chunks)
+            inside = unit - gl.sum(gl.where(b < row, units, 0), axis=0)
+            block = row * BLOCKS + inside // own
+            start = inside % own
+            stop = gl.minimum(own, start + end - unit)
+            exact = EXACT_UNITS * chunks
+            first = gl.maximum(start - exact, 0)
+            last = gl.maximum(stop - exact, 0)
+            attend_part(
+                query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
+                gl.program_id(0) + block, first, 1, last - first, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
+                (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
+                stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
+                RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE, STAGES,
+            )  # fmt: skip
+            unit += stop - start
+
+
+@triton.jit(do_not_specialize=["num_slots", "batch_size", "num_splits"])
+def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, num_slots, batch_size, num_splits, NUM_HEADS: tl.constexpr,
+                   Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+    BLOCKS: tl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
+    query_head = tl.program_id(0)
+    member = query_head % Q_PER_KV
+    block = query_head // Q_PER_KV * BLOCKS + member // HEADS
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = s < num_splits
+    if BLOCK_B == 0:
+        slot = block * num_splits
+        parts = num_splits
+    else:  # the programs whose shares reach into this block
+        b = tl.arange(0, BLOCK_B)
+        chunks = (num_slots + CHUNK - 1) // CHUNK
+        units = units_of(tl.load(packed_ptr + b, mask=b < batch_size, other=0), chunks)
+        units = tl.where(b < batch_size, units, 0)
+        row = block // (NUM_HEADS * BLOCKS)
+        own = tl.sum(tl.where(b == row, units, 0), 0)
+        start = tl.sum(tl.where(b < row, units, 0), 0) * (NUM_HEADS * BLOCKS) + block % (NUM_HEADS * BLOCKS) * own
+        share = (tl.sum(units, 0) * (NUM_HEADS * BLOCKS) + num_splits - 1) // num_splits
+        slot = start // share + block
+        parts = (start + own - 1) // share - start // share + 1
     if EARLY:
         gdc_wait()
-    part = tl.load(partial_ptr + (row * num_splits + s)[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
-    lse = tl.load(lse_ptr + row * num_splits + s, mask=inside, other=HIDDEN)
-    weight = tl.exp2(lse - tl.max(lse, 0))  # where no split saw a token every part is zero
-    out = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out_ptr + row * DIM + d, out.to(out_ptr.dtype.element_ty))
+    peak = tl.full([], HIDDEN, tl.float32)
+    total = tl.zeros([], tl.float32)
+    out = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, parts, BLOCK_S):
+        s = begin + tl.arange(0, BLOCK_S)
+        at = (slot + s) * HEADS + member % HEADS
+        part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=(s < parts)[:, None], other=0.0)
+        lse = tl.load(lse_ptr + at, mask=s < parts, other=HIDDEN)
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        weight = tl.where(lse > HIDDEN, tl.exp2(lse - new_peak), 0.0)
+        alpha = tl.exp2(peak - new_peak)
+        peak = new_peak
+        total = total * alpha + tl.sum(weight, 0)
+        out = out * alpha + tl.sum(part * weight[:, None], 0)
+    out = out / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + query_head * DIM + d, out.to(out_ptr.dtype.element_ty))
 
 
 def constants(record: Record, sink: int, residual: int, num_heads: int, q_per_kv: int) -> dict[str, int]:
@@ -559,9 +668,9 @@ def constants(record: Record, sink: int, residual: int, num_heads: int, q_per_kv
 
 
 def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
-    """Splits of a row's tokens: as many one-warp programs as the registers of ``num_sms`` multiprocessors hold, each with
-    at least one of the longest row's ``units`` (records, and 16 exact slots each)."""
-    return max(1, min(WARPS_PER_SM[dim] * num_sms // max(1, programs), units))
+    """Splits of a row: ``PROGRAMS_PER_SM`` programs on each of ``num_sms`` multiprocessors, each with at least two of the
+    longest row's ``units`` (tiles, and chunks of exact slots)."""
+    return max(1, min(PROGRAMS_PER_SM[dim] * num_sms // max(1, programs), units // 2))
 
 
 def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
@@ -602,11 +711,13 @@ def attend(
     key_params: Tensor | None = None,
     fresh: tuple[Tensor, Tensor, Tensor] | None = None,
     num_splits: int | None = None,
+    equal_shares: bool = False,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
-    For what :func:`supports` allows.  ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits``
-    overrides the plan.
+    For what :func:`supports` allows.  ``lengths`` and ``packed`` are int32 and stay on the device.  Every row is cut into
+    ``num_splits`` splits (default: the plan's).  ``equal_shares``: all rows' tokens lie in one line instead, and each of
+    ``num_splits`` programs has an equal share of it, for up to ``MAX_ROWS`` rows of very different lengths.
     """
     if not supports(record, query, fresh):
         raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
@@ -614,25 +725,33 @@ def attend(
     heads, num_slots = exact_key.shape[1:3]
     query = query if query.stride(3) == 1 else query.contiguous()
     fixed = constants(record, sink, residual, heads, q_heads // heads)
-    programs = batch_size * heads * -(-fixed["Q_PER_KV"] // fixed["HEADS"])
-    if num_splits is None:
-        sms = torch.cuda.get_device_properties(query.device).multi_processor_count
-        num_splits = plan_splits(programs, records.shape[1] + -(-num_slots // CHUNK.value), dim, sms)
-    early = num_splits > 1 and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    if not num_slots:  # nothing is provided for, nothing is held
+        return query.new_zeros(batch_size, q_heads, 1, dim)
+    blocks = heads * -(-fixed["Q_PER_KV"] // fixed["HEADS"])
+    sms = torch.cuda.get_device_properties(query.device).multi_processor_count
+    block_b = max(32, triton.next_power_of_2(batch_size)) if equal_shares and batch_size <= MAX_ROWS else 0
+    splits = num_splits
+    if splits is None and block_b:
+        splits = PROGRAMS_PER_SM[dim] * sms
+    elif splits is None:
+        units = records.shape[1] * (record.num_tokens // TILE.value) + -(-num_slots // CHUNK.value)
+        splits = plan_splits(batch_size * blocks, units, dim, sms)
+    early = torch.cuda.get_device_capability(query.device) >= (9, 0)
+    slots = batch_size * blocks + splits if block_b else batch_size * blocks * splits
+    partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
+    lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
     out = query.new_empty(batch_size, q_heads, 1, dim)
-    partial, lse = out, None
-    if num_splits > 1:
-        partial = out.new_empty(batch_size, q_heads, num_splits, dim, dtype=torch.float32)
-        lse = out.new_empty(batch_size, q_heads, num_splits, dtype=torch.float32)
-    attend_kernel[(num_splits, programs)](
+    attend_kernel[(splits,) if block_b else (splits, batch_size * blocks)](
         query, records, exact_key, exact_value, lengths, packed, partial, lse, scale * attention.LOG2E, *query.stride()[:2],
-        num_slots, records.shape[1], num_splits, **fixed, EARLY=early, num_warps=1,
+        num_slots, records.shape[1], batch_size, splits,
+        **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES, EARLY=early, num_warps=1,
     )  # fmt: skip
-    if num_splits > 1:
-        block_s = triton.next_power_of_2(num_splits)
-        block_d = min(dim, max(16, 4096 // block_s))
-        combine_kernel[(batch_size * q_heads, dim // block_d)](
-            partial, lse, out, num_splits, DIM=dim, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
-            num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
-        )  # fmt: skip
+    parts = splits // (batch_size * blocks) + 2 if block_b else splits
+    block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
+    block_d = min(dim, max(16, 4096 // block_s))
+    combine_kernel[(batch_size * q_heads, dim // block_d)](
+        partial, lse, packed, out, num_slots, batch_size, splits, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
+        HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
+        num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return out

@@ -1,0 +1,125 @@
+"""Compile the Gluon kernel for several compute capabilities, without a GPU, and print what each build uses as JSON.
+
+Run by ``test_fast.py`` in a process of its own, because the interpreter and the compiler exclude each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from kvruntime.kivi import fast
+from kvsim.layout import LayerShape
+from kvsim.methods import Kivi
+
+METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
+    "2-bit g32 d128": (Kivi(), 128, 4, "fp16"),
+    "2-bit g64 d128": (Kivi(group_size=64), 128, 4, "fp16"),
+    "2-bit g64 d128 bf16": (Kivi(group_size=64), 128, 4, "bf16"),
+    "2-bit g64 d128 q8": (Kivi(group_size=64), 128, 8, "fp16"),
+    "2-bit g128 d128": (Kivi(group_size=128), 128, 4, "fp16"),
+    "4-bit g64 d128": (Kivi(nbits=4, group_size=64), 128, 4, "fp16"),
+    "8-bit g64 d128": (Kivi(nbits=8, group_size=64), 128, 1, "fp16"),
+    "k4v2 g64 d128": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 128, 4, "fp16"),
+    "2-bit g32 d64": (Kivi(), 64, 1, "fp16"),
+    "2-bit g64 d64": (Kivi(group_size=64), 64, 1, "fp16"),
+}
+EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64")
+POINTERS = {"records_ptr": "*i32", "lengths_ptr": "*i32", "packed_ptr": "*i32"} | dict.fromkeys(
+    ("partial_ptr", "lse_ptr"), "*fp32"
+)
+
+
+def arguments(kernel, dtype: str) -> dict[str, str]:
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    types = {name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in names}
+    return types | ({"scale_log2": "fp32"} if "scale_log2" in types else {})
+
+
+def build(kernel, source, types: dict[str, str], constants: dict[str, object], sm: int, warps: int) -> dict[str, int]:
+    """REG, STACK, ... as the binary states them; of its innermost loop that copies and multiplies, the number of
+    instructions (``loop``) and of those that touch local memory (``loop_local``)."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride")]
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    binary = triton.compile(
+        source(kernel, signature, constants, attrs), target=GPUTarget("cuda", sm, 32), options={"num_warps": warps}
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        dump = [tools / "cuobjdump", "-res-usage", "-sass", path]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    line = next(line for line in text.splitlines() if "REG:" in line)
+    used = {key: int(value) for key, value in (pair.split(":") for pair in line.split() if pair.count(":") == 1)}
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)]
+    loops = []
+    for at, what in code:
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", what)
+        if jump and int(jump[1], 16) < at:
+            body = [text for place, text in code if int(jump[1], 16) <= place <= at]
+            if any("HMMA" in text for text in body) and any("LDGSTS" in text for text in body):
+                loops.append(body)
+    inner = min(loops, key=len, default=[])
+    local = sum(bool(re.search(r"\b(LDL|STL)", text)) for text in inner)
+    return used | {"instructions": len(code), "loop": len(inner), "loop_local": local}
+
+
+def attend(name: str, sm: int, shares: bool = False) -> dict[str, int]:
+    method, dim, q_per_kv, dtype = METHODS[name]
+    constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv) | {
+        "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "EARLY": sm >= 90,
+    }  # fmt: skip
+    used = build(fast.attend_kernel, GluonASTSource, arguments(fast.attend_kernel, dtype), constants, sm, 1)
+    return used | {"elements": 2 * 64 * dim // 32}
+
+
+def attend_shares(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, shares=True)
+
+
+def combine(name: str, sm: int) -> dict[str, int]:
+    _, dim, q_per_kv, dtype = METHODS[name]
+    constants = {
+        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim,
+        "BLOCK_S": 32, "EARLY": sm >= 90,
+    }  # fmt: skip
+    return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype), constants, sm, 4)
+
+
+KERNELS = {function.__name__: function for function in (attend, attend_shares, combine)}
+
+
+def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:
+    kernel, name, sm = task
+    try:
+        return kernel, name, sm, KERNELS[kernel](name, sm)
+    except Exception as error:
+        return kernel, name, sm, f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    tasks = [
+        (kernel, name, sm)
+        for kernel in KERNELS
+        for name in METHODS
+        for sm in (80, 89, 90, 100)
+        if sm == 90 or name in EVERYWHERE
+    ]
+    if len(sys.argv) > 1:
+        tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for row in pool.map(one, tasks):
+            print(json.dumps(row), flush=True)

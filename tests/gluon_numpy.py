@@ -1,0 +1,289 @@
+"""Run a Gluon kernel file in NumPy: what its programs compute, without a GPU (Triton's interpreter takes no Gluon).
+
+Values are arrays, layouts are nothing (that a layout conversion moves no data is asserted when the kernel is compiled),
+asynchronous copies happen at once, inline PTX is the few instructions of ``ASM``.  New shared memory is poisoned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+ids = (0, 0, 0)
+
+
+class Value:
+    """A block of values (0-d: a scalar) with the operations that kernels use."""
+
+    def __init__(self, array):
+        self.a = np.asarray(array)
+
+    shape = property(lambda self: list(self.a.shape))
+    dtype = property(lambda self: self.a.dtype)
+
+    def to(self, dtype, bitcast=False):
+        if bitcast:
+            return Value(self.a.view(dtype))
+        with np.errstate(over="ignore"):
+            return Value(self.a.astype(dtype))
+
+    def reshape(self, shape):
+        return Value(self.a.reshape(shape))
+
+    def permute(self, order):
+        return Value(self.a.transpose(order))
+
+    def __getitem__(self, index):
+        return Value(self.a[index])
+
+    def __bool__(self):
+        return bool(self.a)
+
+    def __index__(self):
+        return int(self.a)
+
+
+def raw(x):
+    return x.a if isinstance(x, Value) else x
+
+
+def operator(name):
+    def apply(self, other):
+        if isinstance(other, Pointer):
+            return NotImplemented
+        with np.errstate(all="ignore"):
+            return Value(getattr(self.a, name)(raw(other)))
+
+    return apply
+
+
+BOTH = ("add", "sub", "mul", "truediv", "floordiv", "and", "or")
+for symbol in (*BOTH, "mod", "xor", "lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Value, f"__{symbol}__", operator(f"__{symbol}__"))
+for symbol in BOTH:
+    setattr(Value, f"__r{symbol}__", operator(f"__r{symbol}__"))
+Value.__neg__ = lambda self: Value(-self.a)
+Value.__hash__ = None
+
+
+class Pointer:
+    def __init__(self, memory, at=0):
+        self.memory, self.at = memory, at  # memory: a flat array
+
+    dtype = property(lambda self: SimpleNamespace(element_ty=self.memory.dtype))
+
+    def __add__(self, offset):
+        return Pointer(self.memory, self.at + np.asarray(raw(offset), np.int64))
+
+    __radd__ = __add__
+
+    def to(self, dtype, bitcast):
+        ratio = self.memory.itemsize // np.dtype(dtype).itemsize
+        return Pointer(self.memory.view(dtype), self.at * ratio)
+
+
+class Shared:
+    def __init__(self, array):
+        self.a = array
+
+    shape = property(lambda self: list(self.a.shape))
+
+    def index(self, i):
+        return Shared(self.a[int(raw(i))])
+
+    def slice(self, start, size):
+        assert start + size <= self.a.shape[0]
+        return Shared(self.a[start : start + size])
+
+    def reshape(self, shape):
+        return Shared(self.a.reshape(shape))
+
+    def permute(self, order):
+        return Shared(self.a.transpose(order))
+
+    def reinterpret(self, dtype, shape, layout):
+        return Shared(self.a.view(dtype).reshape(shape))
+
+    _reinterpret = reinterpret
+
+    def load(self, layout):
+        return Value(self.a.copy())
+
+    def store(self, value):
+        self.a[...] = value.a
+
+
+class Layout:
+    def __init__(self, *_, **__):
+        self.value = self
+
+
+class Integer(int):
+    value = property(int)
+
+
+class Real(float):
+    value = property(float)
+
+
+def constexpr(x):
+    return Integer(x) if isinstance(x, int) else Real(x) if isinstance(x, float) else x
+
+
+def load(pointer, mask=True, other=0):
+    at, mask = np.broadcast_arrays(pointer.at, raw(mask))
+    assert ((at >= 0) & (at < pointer.memory.size))[mask].all(), "a load outside its tensor"
+    out = np.full(at.shape, raw(other), pointer.memory.dtype)
+    out[mask] = pointer.memory[at[mask]]
+    return Value(out)
+
+
+def store(pointer, value, mask=True):
+    at, mask, value = np.broadcast_arrays(pointer.at, raw(mask), raw(value))
+    assert ((at >= 0) & (at < pointer.memory.size))[mask].all(), "a store outside its tensor"
+    pointer.memory[at[mask]] = value[mask]
+
+
+def copy_async(shared, pointer, mask=True):
+    shared.a[...] = np.broadcast_to(load(pointer, mask).a, shared.a.shape)
+
+
+def mma_v2(a, b, acc):
+    assert a.dtype == b.dtype == np.float16
+    with np.errstate(all="ignore"):
+        return Value((np.matmul(a.a.astype(np.float64), b.a.astype(np.float64)) + acc.a).astype(np.float32))
+
+
+def swap(x):
+    return x[..., np.arange(8) ^ 4]
+
+
+def rest(a, b, part):
+    a, b, part = (x.astype(np.float64) for x in (a, b, part))
+    h = (a * b).astype(np.float16) * part
+    return (a * b + h.astype(np.float16)).astype(np.float16)
+
+
+def transpose_blocks(x):
+    return x.reshape(-1, 8, 8).swapaxes(1, 2).reshape(x.shape)
+
+
+def unpack(word, outputs):
+    nbits, word = 32 // outputs, word.view(np.uint32)
+    step, halves = 8 // nbits, []
+    for field in range(16 // nbits):
+        source = word if field < step else word >> 8
+        pair = source & np.uint32((2**nbits - 1) * 0x00010001 << nbits * (field % step))
+        halves += [(pair & 0xFFFF).astype(np.uint16).view(np.float16), (pair >> 16).astype(np.uint16).view(np.float16)]
+    return tuple(Value(half) for half in halves)
+
+
+ASM = {"shfl.sync.bfly": swap, "mul.rn.f16x2": rest, "movmatrix": transpose_blocks}
+
+
+def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    if isinstance(dtype, tuple):
+        assert re.search(r"and\.b32 .* mov\.b32", asm)
+        return unpack(args[0].a, len(dtype))
+    return Value(next(run for name, run in ASM.items() if name in asm)(*(x.a for x in args)).astype(dtype))
+
+
+def unary(function):
+    def apply(x):
+        with np.errstate(all="ignore"):
+            return Value(function(x.a).astype(x.dtype))
+
+    return apply
+
+
+def binary(function):
+    return lambda a, b: Value(function(raw(a), raw(b)))
+
+
+def fma(a, b, c):
+    return Value((a.a.astype(np.float64) * b.a + c.a).astype(np.float32))
+
+
+def broadcast(*values):
+    return tuple(Value(x.copy()) for x in np.broadcast_arrays(*(x.a for x in values)))
+
+
+def allocate(dtype, shape, layout):
+    return Shared(np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 0xFF, np.uint8).view(dtype).reshape(shape))
+
+
+def where(condition, a, b):
+    if not isinstance(a, Value) and not isinstance(b, Value):
+        kind = np.float32 if isinstance(a, float) or isinstance(b, float) else np.int32
+        a = Value(np.asarray(a, kind))
+    kind = (a if isinstance(a, Value) else b).dtype
+    return Value(np.where(raw(condition), raw(a), raw(b)).astype(kind))
+
+
+GL = SimpleNamespace(
+    float16=np.float16, float32=np.float32, int32=np.int32, int64=np.int64, pointer_type=lambda dtype: dtype,
+    constexpr=constexpr, shared_memory_descriptor=Shared, program_id=lambda axis: Value(np.int32(ids[axis])),
+    arange=lambda start, end, layout=None: Value(np.arange(start, end, dtype=np.int32)),
+    zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)),
+    full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
+    load=load, store=store, join=lambda a, b: Value(np.stack([a.a, b.a], -1)), broadcast=broadcast, where=where,
+    convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range,
+    maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp2=unary(np.exp2), log2=unary(np.log2),
+    max=lambda x, axis=None: Value(np.fmax.reduce(x.a, axis)), fma=fma,
+    sum=lambda x, axis=None: Value(np.sum(x.a, axis, dtype=x.dtype)),
+    associative_scan=lambda x, axis, function: Value(np.cumsum(x.a, axis, dtype=x.dtype)),
+    inline_asm_elementwise=inline_asm_elementwise, allocate_shared_memory=allocate,
+    BlockedLayout=Layout, SliceLayout=Layout, DotOperandLayout=Layout, NVMMADistributedLayout=Layout,
+    SwizzledSharedLayout=Layout, DistributedLinearLayout=Layout,
+)  # fmt: skip
+
+
+class Jit:
+    """A kernel or a function of one: called inside a kernel, launched with ``[grid]``."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            global ids
+            constants = {name: value for name, value in options.items() if name.isupper()}
+            values = [as_argument(x) for x in args]
+            for point in itertools.product(*map(range, grid)):
+                ids = (*point, 0, 0)
+                self.function(*values, **constants)
+
+        return launch
+
+
+def as_argument(x):
+    if isinstance(x, torch.Tensor):
+        assert x.untyped_storage().nbytes() >= x.nbytes
+        whole = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        return Pointer(whole.numpy(), x.storage_offset())
+    return Value(np.float32(x)) if isinstance(x, float) else Value(np.int32(x)) if isinstance(x, int) else x
+
+
+def jit(function=None, **_):
+    return Jit(function) if function else Jit
+
+
+def run_file(path) -> dict[str, object]:
+    """The names of a kernel file whose kernels run here."""
+    text = re.sub(r"^(import triton|from triton).*\n", "", path.read_text(), flags=re.MULTILINE)
+    names = {
+        "__name__": "kernels_in_numpy", "gl": GL, "tl": GL,
+        "gluon": SimpleNamespace(jit=jit, constexpr_function=lambda function: function),
+        "triton": SimpleNamespace(jit=jit, next_power_of_2=lambda n: 1 << (n - 1).bit_length()), "mma_v2": mma_v2,
+        "async_copy": SimpleNamespace(async_load=copy_async, commit_group=lambda: None, wait_group=lambda n: None),
+        "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
+    }  # fmt: skip
+    exec(compile(text, str(path), "exec"), names)
+    return names

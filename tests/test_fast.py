@@ -1,0 +1,232 @@
+"""The Gluon decode kernel against float64 on the dequantized cache.
+
+On a CUDA device (sm_80 on) the kernel runs there; elsewhere in NumPy (gluon_numpy.py), on the same points.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+import gluon_numpy  # noqa: E402
+
+from kvruntime.kivi import fast, reference  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+
+HERE = Path(__file__).parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+METHODS = {
+    "2-bit g16 r64": Kivi(group_size=16, residual_length=64, value_group_size=32),
+    "2-bit g32": Kivi(),
+    "2-bit g64 sink": Kivi(group_size=64, sink_length=4),
+    "2-bit gk128": Kivi(key_group_size=128, value_group_size=64),
+    "2-bit g64 head": Kivi(group_size=64, value_group_size="head", residual_length=192),
+    "4-bit g32": Kivi(nbits=4),
+    "4-bit g64": Kivi(nbits=4, group_size=64, sink_length=1),
+    "8-bit g64": Kivi(nbits=8, group_size=64),
+    "k4v2": Kivi(key_nbits=4, value_nbits=2),
+    "k2v8": Kivi(key_nbits=2, value_nbits=8, group_size=64),
+}
+Q_PER_KV = (1, 2, 4, 7, 8, 12)
+SHARING = {"plan": {}, "one split": {"num_splits": 1}, "five": {"num_splits": 5}, "shares": {"equal_shares": True}}
+POINTS = [(name, dim, sharing, "float16") for name in METHODS for dim in (64, 128) for sharing in SHARING]
+POINTS += [(name, 64, "shares", dtype) for name in METHODS for dtype in ("bfloat16", "float32")]
+
+
+@pytest.fixture(scope="module")
+def attend():
+    if DEVICE == "cuda":
+        if torch.cuda.get_device_capability() < (8, 0):
+            pytest.skip("the kernel needs a device of compute capability 8.0 or higher")
+        return fast.attend
+    names = gluon_numpy.run_file(Path(fast.__file__))
+    names["supports"] = lambda *_: True
+    cuda = SimpleNamespace(
+        get_device_properties=lambda _: SimpleNamespace(multi_processor_count=2), get_device_capability=lambda _: (9, 0)
+    )
+    names["torch"] = SimpleNamespace(cuda=cuda, float32=torch.float32)
+    return names["attend"]
+
+
+class Filled:
+    """Buffers of ``method``, poisoned and then filled, rows of ``lengths`` tokens, and what they hold in float64."""
+
+    def __init__(self, method, dim, heads, lengths, key, value):
+        self.method, self.lengths, self.record = method, lengths, method.record(LayerShape(heads, dim, dim))
+        self.tensors = {}
+        for buffer in method.buffers(LayerShape(heads, dim, dim), len(lengths), max(lengths)):
+            fill = 0 if buffer.name == "lengths" else -7 if buffer.dtype == "int32" else float("nan")
+            dtype = key.dtype if buffer.name.startswith("exact") else getattr(torch, buffer.dtype)
+            self.tensors[buffer.name] = torch.full(buffer.shape, fill, dtype=dtype, device=DEVICE)
+        names = ("records", "exact_key", "exact_value")
+        self.stores = [self.tensors[name] for name in names]
+        layout = (self.record, method.sink_length, method.residual_length)
+        none = [0] * len(lengths)
+        reference.append(key, value, list(lengths), none, none, *self.stores, *layout)
+        self.packed = [method.num_packed(n) for n in lengths]
+        self.tensors["lengths"].copy_(torch.tensor([lengths, self.packed]))
+        self.arguments = (*self.stores, *self.tensors["lengths"], *layout)
+        self.new = key, value
+
+    def held(self, row):
+        sink, packed = self.method.sink_length, self.packed[row]
+        words = self.tensors["records"][row, : packed // self.record.num_tokens].transpose(0, 1)
+        out = []
+        for old, new in zip(reference.unpack_records(words, self.record), self.new, strict=True):
+            own = new[row, :, new.shape[2] - self.lengths[row] :].double()
+            out.append(torch.cat([own[:, :sink], old.double(), own[:, sink + packed :]], 1))
+        return out
+
+    def error(self, out, query, scale, row):
+        """Relative to float64 attention; the largest value of a row that holds nothing."""
+        if not self.lengths[row]:
+            return out[row].abs().max().item()
+        key, value = self.held(row)
+        rows = query[row].double().unflatten(0, (key.shape[0], -1)).squeeze(2)
+        truth = (scale * rows @ key.transpose(1, 2)).softmax(-1) @ value
+        return ((out[row].double().view_as(truth) - truth).norm() / truth.norm()).item()
+
+
+def normal(seed, *shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def sized(x, dtype=torch.float16):
+    return x.to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize(("name", "dim", "sharing", "dtype"), POINTS)
+def test_error(attend, name, dim, sharing, dtype) -> None:
+    """Rows of many lengths, the ring's boundaries among them.  ``dtype``: the exact tokens'; float32 has float16 queries."""
+    if dtype == "bfloat16" and DEVICE == "cpu":
+        pytest.skip("NumPy has no bfloat16")
+    method = METHODS[name]
+    point = (list(METHODS).index(name) + 3 * list(SHARING).index(sharing) + dim // 64) % len(Q_PER_KV)
+    q_per_kv, heads, full = Q_PER_KV[point], 2, method.residual_length
+    choices = [0, 1, full - 1, full, full + 1, 2 * full - 1, 517, 300, 3 * full + 5]
+    lengths = [choices[(point + 3 * row) % len(choices)] + method.sink_length * (row % 2) for row in range(3)]
+    most = max(lengths)
+    key, value, query = normal(point, (3, heads, most, dim), (3, heads, most, dim), (3, heads * q_per_kv, 1, dim))
+    cache = Filled(method, dim, heads, lengths, sized(key, getattr(torch, dtype)), sized(value, getattr(torch, dtype)))
+    query = sized(query, torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+    out = attend(query, *cache.arguments, dim**-0.5, **SHARING[sharing])
+    assert out.dtype == query.dtype
+    allowed = 4e-3 if dtype == "bfloat16" else 2e-3  # rounding the result to bfloat16 alone makes 1.7e-3
+    errors = [cache.error(out, query, dim**-0.5, row) for row in range(3)]
+    assert max(errors) <= allowed, (lengths, q_per_kv, errors)
+
+
+def test_one_row(attend) -> None:
+    """A single row's programs read ahead of its lengths: records and slots that hold nothing must not show."""
+    method = METHODS["2-bit g64 sink"]
+    for length in (1, 3, 70, 131, 197, 460):
+        key, value, query = normal(length, (1, 2, 700, 64), (1, 2, 700, 64), (1, 8, 1, 64))
+        cache = Filled(method, 64, 2, [700], sized(key), sized(value))
+        cache.lengths, cache.packed = [length], [method.num_packed(length)]
+        for tensor in cache.stores:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+        key, value = (sized(x)[:, :, :length] for x in (key, value))
+        reference.append(key, value, [length], [0], [0], *cache.stores, *cache.arguments[5:])
+        cache.tensors["lengths"].copy_(torch.tensor([cache.lengths, cache.packed]))
+        cache.new = key, value
+        out = attend(sized(query), *cache.arguments, 0.125)
+        assert cache.error(out, sized(query), 0.125, 0) <= 2e-3, length
+
+
+@pytest.mark.parametrize("kind", ["flat", "sharp", "limit", "sink"])
+@pytest.mark.parametrize(
+    ("name", "dim", "q_per_kv"), [("2-bit g64 sink", 64, 4), ("2-bit gk128", 128, 4), ("4-bit g64", 128, 8)]
+)
+def test_hard_cases(attend, name, dim, q_per_kv, kind) -> None:
+    """Near-flat weights over 65,536 tokens (2,048 in NumPy), a sharp softmax over outlier channels, values that reach
+    ``reference.LIMIT``, and a first token that takes most of the weight and adds nothing."""
+    length = 65536 if kind == "flat" and DEVICE == "cuda" else 2048
+    key, value, query = normal(7, (1, 1, length, dim), (1, 1, length, dim), (1, q_per_kv, 1, dim))
+    if kind == "flat":
+        query *= 0.05
+    elif kind == "sharp":
+        key[..., ::23] *= 20
+        query *= 4
+    elif kind == "limit":
+        key, value, query = (2e4 * key).clamp(-6e4, 6e4), (2e4 * value).clamp(-6e4, 6e4), 2e-5 * query
+    else:
+        key[:, :, 0], value[:, :, 0] = 1.4 * query[:, 0], 0
+    cache = Filled(METHODS[name], dim, 1, [length], sized(key), sized(value))
+    query = sized(query)
+    for sharing in ({}, {"equal_shares": True}):
+        out = attend(query, *cache.arguments, dim**-0.5, **sharing)
+        assert cache.error(out, query, dim**-0.5, 0) <= 2e-3
+
+
+def test_nan_shows(attend) -> None:
+    """A NaN that was packed reaches the output of its head, and of no other."""
+    key, value, query = normal(3, (1, 2, 400, 64), (1, 2, 400, 64), (1, 4, 1, 64))
+    key[0, 1, 10, 5] = float("nan")
+    cache = Filled(METHODS["2-bit g32"], 64, 2, [400], sized(key), sized(value))
+    out = attend(sized(query), *cache.arguments, 0.125)
+    assert out[0, 2:].isnan().all()
+    assert not out[0, :2].isnan().any()
+
+
+def test_supports() -> None:
+    """What the kernel takes, and that anything else is refused with the record's name."""
+    for method in METHODS.values():
+        for dim in (64, 128):
+            assert fast.holds(method.record(LayerShape(2, dim, dim)))
+    refused = [
+        (Kivi(residual_length=32), 64, 64), (Kivi(nbits=3, residual_length=64), 64, 64), (kivi_seed(), 64, 64),
+        (Kivi(group_size=96, residual_length=96, value_group_size=32), 64, 64), (Kivi(), 96, 96), (Kivi(), 256, 256),
+        (Kivi(), 128, 64), (Kivi(value_group_size=16), 64, 64),
+    ]  # fmt: skip
+    for method, key_dim, value_dim in refused:
+        assert not fast.holds(method.record(LayerShape(2, key_dim, value_dim))), method
+    query = torch.zeros(1, 4, 2, 64, dtype=torch.float16)
+    record = Kivi().record(LayerShape(2, 64, 64))
+    assert not fast.supports(record, query)
+    with pytest.raises(ValueError, match="2 queries"):
+        fast.attend(query, *[None] * 5, record, 0, 128, 0.125)
+
+
+def test_plan() -> None:
+    """Programs fill the device; a split has two units at least."""
+    assert fast.plan_splits(64, 520, 128, 132) == 16
+    assert fast.plan_splits(8, 520, 128, 132) == 132
+    assert fast.plan_splits(8, 134, 128, 132) == 67
+    assert fast.plan_splits(768, 22, 64, 132) == 2
+    assert fast.plan_splits(5000, 22, 64, 132) == 1
+
+
+CEILINGS = {"2-bit g32 d128": 2.1, "8-bit g64 d128": 2.2, "2-bit g32 d64": 2.2, "2-bit g64 d64": 1.95}
+"""Instructions of the tile loop per code and lane; 1.75 for all others."""
+
+
+def test_compiles() -> None:
+    """For sm_80, sm_89, sm_90 and sm_100, without a GPU: nothing spilled in the loop over tiles, and its length."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), environment.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, HERE / "compile_fast.py"], capture_output=True, text=True, env=environment, cwd=HERE.parent
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {sm for _, _, sm, _ in rows} == {80, 89, 90, 100}
+    failed = [row for row in rows if isinstance(row[3], str)]
+    assert not failed, failed
+    for kernel, name, sm, used in rows:
+        assert not used["LOCAL"], (kernel, name, sm, used)
+        assert used["STACK"] <= (32 if kernel == "attend_shares" else 0), (kernel, name, sm, used)
+        if kernel != "combine":
+            assert used["loop"], (kernel, name, sm, used)
+            assert not used["loop_local"], (kernel, name, sm, used)
+            assert used["loop"] / used["elements"] <= CEILINGS.get(name, 1.75), (kernel, name, sm, used)
