@@ -227,10 +227,10 @@ def append(
         step = max(1, BLOCK_TOKENS // record.num_tokens) * record.num_tokens
         for first in range(before, after, step):
             last = min(first + step, after)
-            both = [
+            packing_key, packing_value = (
                 tokens_after_sink(x, y, length, first, last, sink, residual) for x, y in zip(exact, new, strict=True)
-            ]
-            words = pack_records(*both, record, params).transpose(1, 2)
+            )
+            words = pack_records(packing_key, packing_value, record, params).transpose(1, 2)
             records[rows, first // record.num_tokens : last // record.num_tokens] = words
         token = torch.arange(length, length + count, device=key.device)
         token = token[(token < sink) | (token >= sink + after)]
