@@ -108,7 +108,7 @@ def sized(x, dtype=torch.float16):
 
 @pytest.mark.parametrize(("name", "dim", "sharing", "dtype"), POINTS)
 def test_error(attend, name, dim, sharing, dtype) -> None:
-    """Rows of many lengths, the ring's boundaries among them; ``dtype`` is the exact tokens' (float32: float16 query)."""
+    """Rows of many lengths, the ring's boundaries too; ``dtype`` is the exact tokens' (float32: float16 query)."""
     if dtype == "bfloat16" and DEVICE == "cpu":
         pytest.skip("NumPy has no bfloat16")
     method = METHODS[name]
