@@ -75,7 +75,7 @@ def pack(name: str, sm: int) -> dict[str, int]:
         "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
     }  # fmt: skip
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
-    return resources(quantize.pack_kernel, types, constants, sm, 4)
+    return resources(quantize.pack_kernel, types, constants, sm, quantize.pack_warps(method.record(LayerShape(8, dim, dim))))
 
 
 def store(name: str, sm: int) -> dict[str, int]:
@@ -95,11 +95,11 @@ def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16") -> dict[str, 
     if rows == 4:
         for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr"):
             del types[absent]
-    block_m = attention.block_rows(rows)
+    block_m = attention.block_rows(rows, dim)
     options = attention.launch(record, block_m)
     constants = quantize.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
-        "BLOCK_M": block_m, "BLOCK_N": 32, "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],
+        "BLOCK_M": block_m, "BLOCK_N": options["BLOCK_N"], "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],
     }  # fmt: skip
     return resources(attention.attend_kernel, types, constants, sm, options["num_warps"])
 

@@ -91,7 +91,7 @@ def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.co
         scale = tl.load(half_ptr + at).to(DOT)[:, None, :]
         zero = tl.load(half_ptr + at + RECORD // KEY_GROUP * KEY_DIM).to(DOT)[:, None, :]
         x = tl.reshape(x, (GROUPS, KEY_GROUP, W))
-    return tl.reshape(x * scale + zero, (TILE, W))
+    return tl.reshape(tl.fma(x, scale, zero), (TILE, W))  # one rounding, whatever the compiler may fuse
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def load_value_tile(record_ptr, half_ptr, tile, C0: tl.constexpr, W: tl.constexp
         at = 2 * VALUE_PARAMS + value_param_offset(group[None, :], t[:, None], RECORD)
         scale = tl.load(half_ptr + at).to(DOT)
         zero = tl.load(half_ptr + at + ZEROS).to(DOT)
-    return tl.reshape(x * scale + zero, (TILE, W))
+    return tl.reshape(tl.fma(x, scale, zero), (TILE, W))  # one rounding, whatever the compiler may fuse
 
 
 @triton.jit
@@ -289,10 +289,13 @@ def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
     return max(1, min(4 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
 
 
-def block_rows(rows: int) -> int:
-    """Query rows a program: 16 (the matrix unit's least) or 32.  Not 64: there Triton 3.6 goes over to Hopper's warp-group
-    instructions, and heads of 96 channels came out wrong (up to 0.4 of the norm)."""
-    return 16 if rows <= 16 else 32
+def block_rows(rows: int, dim: int) -> int:
+    """Query rows a program: 16 (the matrix unit's least), or 32 where the registers allow.
+
+    Not 64: there Triton 3.6 goes over to Hopper's warp-group instructions, and heads of 96 channels came out wrong (up to
+    0.4 of the norm).
+    """
+    return 16 if rows <= 16 or dim & (dim - 1) else 32
 
 
 @cache
@@ -329,7 +332,7 @@ def attend(
         new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
         counts = fresh[2]
         strides = (*new_key.stride()[:3], *new_value.stride()[:3])
-    block_m = block_rows(num_queries * q_per_kv)
+    block_m = block_rows(num_queries * q_per_kv, max(record.key_dim, record.value_dim))
     blocks = -(-num_queries * q_per_kv // block_m)
     if num_splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
@@ -342,7 +345,7 @@ def attend(
     attend_kernel[(num_splits, batch_size * heads, blocks)](
         query, records, exact_key, exact_value, key_params, lengths, packed, new_key, new_value, counts, partial, lse,
         scale * LOG2E, *query.stride()[:3], *strides, num_queries, num_slots, records.shape[1], batch_size, num_splits,
-        NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, BLOCK_N=32,
+        NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m,
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record), **launch(record, block_m),
     )  # fmt: skip
     if num_splits > 1:
@@ -355,10 +358,13 @@ def attend(
 
 @cache
 def launch(record: Record, block_m: int) -> dict[str, int]:
-    """Warps and pipeline stages.  Two warps are the fastest that was measured for decoding on an H100 (1.2 to 1.7 times
-    four); where a tile and its scales would not fit the registers of two on some card, and for many queries, more."""
+    """Warps, pipeline stages and exact tokens a step.
+
+    Two warps are the fastest that was measured for decoding on an H100 (1.2 to 1.7 times four); where a tile and its
+    scales would not fit the registers of two on some card, and for many queries, more.
+    """
     dim = max(record.key_dim, record.value_dim)
+    odd = dim & (dim - 1) != 0
     light = dim <= 64 or (dim == 128 and 0 < record.key_group <= 32)
-    heavy = dim > 128 or (block_m > 16 and dim & (dim - 1))
-    warps = 8 if heavy else 2 if light and block_m == 16 else 4
-    return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1}
+    warps = 8 if dim > 128 or odd or block_m > 16 else 2 if light else 4
+    return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1, "BLOCK_N": 16 if odd else 32}

@@ -373,7 +373,7 @@ def append(
             key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged,
             *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
-            SINK=sink, RESIDUAL=residual, **record_constants(record), num_warps=4,
+            SINK=sink, RESIDUAL=residual, **record_constants(record), num_warps=pack_warps(record),
         )  # fmt: skip
     dim = max(record.key_dim, record.value_dim)
     block = 1 if new_length == 1 else 16
@@ -410,6 +410,11 @@ def _freeze_params(
         start = key.shape[2] - count + max(0, sink - length)
         parts = [exact_key[row][:, slots], key[row, :, start : start + size - stored]]
         key_params[:, row] = torch.stack(reference.sequence_params(parts, record.key_nbits))
+
+
+def pack_warps(record: Record) -> int:
+    """Warps a record: a tile of a wide head does not fit the registers of four."""
+    return 4 if max(record.key_dim, record.value_dim) <= 64 else 8
 
 
 @cache
