@@ -71,11 +71,12 @@ def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
 
 def pack(name: str, sm: int) -> dict[str, int]:
     method, dim = METHODS[name]
-    constants = quantize.record_constants(method.record(LayerShape(8, dim, dim))) | {
+    record = method.record(LayerShape(8, dim, dim))
+    constants = quantize.record_constants(record) | {
         "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
     }  # fmt: skip
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
-    return resources(quantize.pack_kernel, types, constants, sm, quantize.pack_warps(method.record(LayerShape(8, dim, dim))))
+    return resources(quantize.pack_kernel, types, constants, sm, quantize.pack_warps(record))
 
 
 def store(name: str, sm: int) -> dict[str, int]:
