@@ -360,8 +360,8 @@ def attend(
 def launch(record: Record, block_m: int) -> dict[str, int]:
     """Warps, pipeline stages and exact tokens a step.
 
-    Two warps are the fastest that was measured for decoding on an H100 (1.2 to 1.7 times four); where a tile and its
-    scales would not fit the registers of two on some card, and for many queries, more.
+    Two warps are the fastest that was measured for decoding on an H100 (of 2, 4, 8); where a tile and its scales would
+    not fit the registers of two on some card, and for many queries, more.
     """
     dim = max(record.key_dim, record.value_dim)
     odd = dim & (dim - 1) != 0
