@@ -10,7 +10,7 @@ import itertools
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
-pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
 from kvruntime.kivi import attention, quantize, reference  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
@@ -125,9 +125,11 @@ POINTS = [
 ]
 
 
+ROUNDS_ONCE = DEVICE == "cuda" or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+"""Whether a fused multiply-add is one: the interpreters before 3.9 round the product too."""
 FLOOR = {
-    torch.float16: 1e-4 if DEVICE == "cuda" else 1e-3,  # NumPy rounds code * scale before it adds the zero
-    torch.bfloat16: 1e-4 if DEVICE == "cuda" else 2.5e-3,  # the interpreter truncates where a device rounds
+    torch.float16: 1e-4 if ROUNDS_ONCE else 1e-3,
+    torch.bfloat16: 1e-4 if DEVICE == "cuda" else 5e-4,  # the interpreter truncates where a device rounds
     torch.float32: 2e-6,
 }
 

@@ -11,21 +11,25 @@ text="$(realpath "${1:-/dev/null}")"
 cd "$(dirname "$0")/.."
 bench=validation/results/bench
 mkdir -p "$bench"
-python3 -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA device" >&2; exit 2; }
+python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no CUDA device" >&2; exit 2; }
 name="$(python3 -c 'import torch; from validation.results import slug; print(slug(torch.cuda.get_device_name()))')"
 
-tests="python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) / 2)) tests/test_kernels.py tests/test_hf_generate.py"
-$tests tests/test_hf_honesty.py tests/test_hf_masks.py &
-python3 -m validation memory --device cuda --jobs $(($(nproc) / 4)) --record --resume >"$bench/../memory.log" &
+python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) / 2)) tests/test_kernels.py tests/test_fast.py \
+    tests/test_hf_generate.py tests/test_hf_honesty.py tests/test_hf_masks.py &
+tests=$!
+python3 -m validation memory --device cuda --jobs $(($(nproc) / 4)) --record --resume >/dev/null &
+memory=$!
+failed=""
 if [ -f "$text" ] && [ "$text" != /dev/null ]; then
     folder="$(dirname "$text")" file="$(basename "$text")" out="$PWD/$bench" root="$PWD"
     (cd "$folder" && PYTHONPATH="$root" python3 -m kvruntime perplexity --text "$file" --window 1024 --chunk 1 --batch 296 \
-        --max-tokens 0 --nbits 8 --nbits 4 --nbits 2 --resume --out "$out/$name-wikitext2.json")
+        --max-tokens 0 --nbits 8 --nbits 4 --nbits 2 --resume --out "$out/$name-wikitext2.json") || failed+=" perplexity"
 fi
-wait
-rm -f "$bench/../memory.log"
+wait "$tests" || failed+=" tests"
+wait "$memory" || failed+=" memory"
 for model in gpt2 gpt2-medium gpt2-large; do # speed alone on the device
     python3 -m kvruntime bench --model "$model" --only memory --only speed --nbits 2 --nbits 4 --batch 1,64 \
-        --resume --out "$bench/$name-$model.json"
+        --resume --out "$bench/$name-$model.json" || failed+=" bench:$model"
 done
-python3 tests/test_docs.py
+python3 tests/test_docs.py || failed+=" documents"
+[ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
