@@ -18,6 +18,7 @@ import click
 
 from kvsim import __version__, catalog, report
 from kvsim.capacity import Room, max_batch, max_context, room
+from kvsim.commands import LazyGroup
 from kvsim.estimate import Estimate, check_sizes, estimate
 from kvsim.explain import Explanation, explain, model_numbers
 from kvsim.hardware import Hardware, find_hardware
@@ -67,7 +68,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="kvsim")
 @click.pass_context
 def cli(context: click.Context) -> None:

@@ -1,0 +1,35 @@
+"""Commands that are imported only when called: one module each, so that `kvsim --help` stays as light as `estimate`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+LAZY: dict[str, str] = {}
+"""Name -> one-line help.  ``kvsim.commands.<name>`` holds the command itself, as ``command``."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows the commands of :data:`LAZY` by name and help, and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *LAZY})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        command = import_module(f"kvsim.commands.{cmd_name}").command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"kvsim.commands.{cmd_name}.command is no click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        rows = []
+        for name in names:
+            here = None if name in LAZY else super().get_command(ctx, name)
+            if here is None or not here.hidden:
+                rows.append((name, LAZY[name] if here is None else here.get_short_help_str(200)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
