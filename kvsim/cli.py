@@ -356,7 +356,7 @@ def _json(command: str, model: Model, inputs: dict[str, Any], notes: list[str]) 
 
 
 def _model(model: Model) -> dict[str, Any]:
-    layer = model.layers[0]
+    layer = model.cache_layers[0]
     return {
         "model_type": model.model_type,
         "num_layers": model.num_layers,

@@ -73,7 +73,7 @@ def estimate(model: Model, method: Method, batch_size: int, num_tokens: int) -> 
     check_sizes(batch_size, num_tokens)
     stored: dict[str, int] = {}
     read: dict[str, int] = {}
-    for layer, count in Counter(model.layers).items():
+    for layer, count in Counter(model.cache_layers).items():
         for total, one in (
             (stored, parts(method.buffers(layer, batch_size, num_tokens))),
             (read, method.read_parts(layer, batch_size, num_tokens)),
@@ -87,7 +87,7 @@ def cache_nbytes(model: Model, method: Method, batch_size: int, num_tokens: int)
     """Bytes of the whole cache: every buffer of every layer."""
     return sum(
         count * sum(buffer.nbytes for buffer in method.buffers(layer, batch_size, num_tokens))
-        for layer, count in Counter(model.layers).items()
+        for layer, count in Counter(model.cache_layers).items()
     )
 
 

@@ -63,7 +63,7 @@ class Explanation:
 
 def model_numbers(model: Model, batch_size: int, num_tokens: int) -> list[Number]:
     """The numbers that every method shares."""
-    layer = model.layers[0]
+    layer = model.cache_layers[0]
     return [
         Number("layers", model.num_layers, model.source("num_layers")),
         Number("kv heads", layer.num_kv_heads, model.source("num_kv_heads")),
@@ -80,7 +80,7 @@ def explain(model: Model, method: Method, batch_size: int, num_tokens: int) -> E
     """
     numbers: dict[str, Number] = {}
     formulas: list[Formula] = []
-    for layer, count in Counter(model.layers).items():
+    for layer, count in Counter(model.cache_layers).items():
         rule = RULES.get(type(method), _any_method)
         more, written = rule(method, layer, count, batch_size, num_tokens)
         numbers |= {number.name: number for number in more}

@@ -50,17 +50,43 @@ class Buffer:
 class LayerShape:
     """What one token leaves in one layer: ``num_kv_heads`` keys of ``key_dim`` and values of ``value_dim``.
 
-    ``window`` is the number of newest tokens that the layer still needs (``None``: all of them).
+    ``window`` is the number of newest tokens that the layer still needs (``None``: all of them), ``stride`` the
+    number of tokens that share one entry (compressed attention; an unfilled block has none).  ``kind`` labels the
+    stream: ``full``, ``sliding``, ``chunked``, ``mla``, ``compressed``, ``indexer`` ...; empty means ``sliding``
+    where there is a window, ``compressed`` where there is a stride, else ``full``.
     """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    stride: int = 1
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            kind = "compressed" if self.stride > 1 else "full" if self.window is None else "sliding"
+            object.__setattr__(self, "kind", kind)
 
     def num_tokens(self, seq_len: int) -> int:
-        """Tokens the layer really holds after ``seq_len`` tokens were seen (the window applied once, here)."""
-        return seq_len if self.window is None else min(seq_len, self.window)
+        """Entries the layer really holds after ``seq_len`` tokens were seen (window and stride applied once, here)."""
+        entries = seq_len // self.stride
+        return entries if self.window is None else min(entries, self.window)
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """The constant-size state of one layer (Mamba, gated delta net, KDA ...): what a sequence leaves, however long.
+
+    ``tensors``: ``(name, shape without the batch, dtype)`` each.  No method stores it otherwise.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...], str], ...]
+    kind: str = "state"
+
+    def buffers(self, batch_size: int) -> list[Buffer]:
+        """The tensors for ``batch_size`` sequences: ``[batch_size, *shape]`` each."""
+        return [Buffer(name, (batch_size, *shape), dtype) for name, shape, dtype in self.tensors]
 
 
 @runtime_checkable

@@ -14,8 +14,8 @@ from typing import Any
 
 from kvsim.config import ConfigReader
 from kvsim.families import FAMILIES, WRAPPERS, Family
-from kvsim.layout import LayerShape
-from kvsim.parameters import count_parameters
+from kvsim.layout import LayerShape, StateShape
+from kvsim.parameters import Weights, count_parameters
 
 FOREIGN: dict[str, str] = {
     "kv_lora_rank": "multi-head latent attention",
@@ -61,9 +61,11 @@ class Model:
 
     name: str
     model_type: str
-    layers: tuple[LayerShape, ...]
+    layers: tuple[LayerShape | StateShape, ...]
     num_q_heads: int
-    num_params: int | None
+    hidden_size: int
+    vocab_size: int | None
+    weights: Weights | None
     max_positions: int | None
     dtype: str | None
     weight_bits: float | None
@@ -105,7 +107,7 @@ class Model:
             if reader.switch(("new_decoder_architecture", False)) and num_kv_heads != num_q_heads:
                 notes.append(f"transformers caches falcon's keys and values broadcast to all {num_q_heads} query heads")
         shape = LayerShape(num_kv_heads, head_dim, head_dim)
-        num_params = count_parameters(reader, family, num_layers, num_q_heads, shape, hidden, norms)
+        weights = count_parameters(reader, family, num_layers, num_q_heads, shape, hidden, norms)
         notes += _left_out(reader)
         dtype = _dtype(reader, config)
         return cls(
@@ -113,7 +115,9 @@ class Model:
             model_type=model_type,
             layers=(shape,) * num_layers,
             num_q_heads=num_q_heads,
-            num_params=num_params,
+            hidden_size=hidden,
+            vocab_size=reader.count_or_none("vocab_size", "vocab_size"),
+            weights=weights,
             max_positions=max_positions,
             dtype=dtype,
             weight_bits=_weight_bits(reader, config, dtype),
@@ -126,6 +130,26 @@ class Model:
     def num_layers(self) -> int:
         """Layers with a cache."""
         return len(self.layers)
+
+    @property
+    def num_params(self) -> int | None:
+        """All weights of the language model, ``None`` where the config does not tell."""
+        return None if self.weights is None else self.weights.total
+
+    @property
+    def cache_layers(self) -> tuple[LayerShape, ...]:
+        """The keys and values that grow with the tokens."""
+        return tuple(s for s in self.layers if isinstance(s, LayerShape) and s.kind != "indexer")
+
+    @property
+    def index_layers(self) -> tuple[LayerShape, ...]:
+        """The index keys beside them (DeepSeek-V3.2's kind): weighed apart, no method stores them."""
+        return tuple(s for s in self.layers if isinstance(s, LayerShape) and s.kind == "indexer")
+
+    @property
+    def state_layers(self) -> tuple[StateShape, ...]:
+        """The states that do not grow with the tokens."""
+        return tuple(layer for layer in self.layers if isinstance(layer, StateShape))
 
     def source(self, name: str) -> str:
         """The config key that a number came from."""

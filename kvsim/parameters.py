@@ -8,9 +8,47 @@ model.parameters())`` gives it); where it cannot be, the answer is ``None``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from kvsim.config import AbsentKeyError, ConfigReader
 from kvsim.families import Experts, Family
 from kvsim.layout import LayerShape
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameter counts by how a decode step reads them.
+
+    ``embedding``: the input table, of which a step reads a row a token; ``head``: an output projection of its own
+    (0 where tied: then the embedding is read as the head); ``dense``: read at every step (attention, norms, dense
+    MLPs, routers, shared experts); ``routed``: the routed experts of all layers, ``experts_per_token`` of
+    ``num_experts`` of which a token uses; ``lookup``: further tables of which a step reads rows (positions,
+    per-layer embeddings).
+    """
+
+    embedding: int
+    head: int
+    dense: int
+    routed: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    lookup: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.dense + self.routed + self.lookup
+
+    def read(self, num_tokens: int) -> float:
+        """Expected parameters that one step over ``num_tokens`` tokens reads; routing is taken as uniform."""
+        share = 1.0
+        if self.num_experts:
+            share -= (1 - min(1.0, self.experts_per_token / self.num_experts)) ** num_tokens
+        return (self.head or self.embedding) + self.dense + self.routed * share
+
+    @property
+    def active(self) -> float:
+        """Parameters that one token multiplies with."""
+        return self.read(1)
 
 
 def count_parameters(
@@ -21,7 +59,7 @@ def count_parameters(
     shape: LayerShape,
     hidden: int,
     norms: int,
-) -> int | None:
+) -> Weights | None:
     """Weights of the language model, head and embedding counted once where they are tied.
 
     ``norms`` is the number of norms a layer.  ``None`` where the config lacks a size, or the family's count is
@@ -31,20 +69,34 @@ def count_parameters(
         return None
     try:
         layer = _attention(reader, family, num_q_heads, shape, hidden) + norms * family.norm_vectors * hidden
-        return _outer(reader, family, hidden) + num_layers * layer + _mlps(reader, family, num_layers, hidden)
+        vocab = reader.count("vocab_size", "vocab_size")
+        tied = reader.switch(("tie_word_embeddings", family.tied))
+        lookup = reader.count("max_positions", family.positions) * hidden if family.learned_positions else 0
+        routed = _routed(reader, family, num_layers, hidden)
+        bias = vocab if reader.switch(family.head_bias) else 0
+        mlps = _mlps(reader, family, num_layers, hidden) - routed
+        experts = family.experts
+        return Weights(
+            embedding=vocab * hidden,
+            head=0 if tied else vocab * hidden,
+            dense=num_layers * layer + mlps + family.norm_vectors * hidden + bias,
+            routed=routed,
+            num_experts=reader.count("num_experts", experts.count) if experts and routed else 0,
+            experts_per_token=(reader.count_or_none("experts_per_token", "num_experts_per_tok") or 0) if routed else 0,
+            lookup=lookup,
+        )
     except AbsentKeyError:
         return None
 
 
-def _outer(reader: ConfigReader, family: Family, hidden: int) -> int:
-    """Embedding, learned positions, last norm and head."""
-    vocab = reader.count("vocab_size", "vocab_size")
-    total = vocab * hidden + family.norm_vectors * hidden
-    if family.learned_positions:
-        total += reader.count("max_positions", family.positions) * hidden
-    if not reader.switch(("tie_word_embeddings", family.tied)):
-        total += vocab * hidden
-    return total + (vocab if reader.switch(family.head_bias) else 0)
+def _routed(reader: ConfigReader, family: Family, num_layers: int, hidden: int) -> int:
+    """Weights of the routed experts alone."""
+    experts = family.experts
+    sparse = _sparse_layers(reader, experts, num_layers) if experts else 0
+    if not experts or not sparse:
+        return 0
+    inner = reader.count("expert_size", experts.inner)
+    return sparse * reader.count("num_experts", experts.count) * 3 * hidden * inner
 
 
 def _attention(reader: ConfigReader, family: Family, num_q_heads: int, shape: LayerShape, hidden: int) -> int:

@@ -53,7 +53,7 @@ def count(number: float) -> str:
 
 def heading(model: Model) -> str:
     """The name, and a line of what was understood of the model."""
-    layer = model.layers[0]
+    layer = model.cache_layers[0]
     dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
     params = f", {model.num_params:,} parameters" if model.num_params else ""
     return (
@@ -190,7 +190,7 @@ def model_list(rows: Sequence[tuple[Row, Model]]) -> str:
         (
             (
                 row["id"].rsplit("/", 1)[-1],
-                f"{model.num_layers} x {model.layers[0].num_kv_heads} x {model.layers[0].key_dim}",
+                f"{model.num_layers} x {model.cache_layers[0].num_kv_heads} x {model.cache_layers[0].key_dim}",
                 f"{model.num_params / 1e9:.2f}" if model.num_params else "-",
                 f"{model.max_positions:,}" if model.max_positions else "-",
                 short_source(row["source"]),
@@ -232,8 +232,8 @@ def model_detail(row: Row, model: Model) -> str:
         "note": row["note"],
         "layers": f"{model.num_layers} ({sources['num_layers']})",
         "query heads": f"{model.num_q_heads} ({sources['num_q_heads']})",
-        "kv heads": f"{model.layers[0].num_kv_heads} ({sources['num_kv_heads']})",
-        "head dim": f"{model.layers[0].key_dim} ({sources['head_dim']})",
+        "kv heads": f"{model.cache_layers[0].num_kv_heads} ({sources['num_kv_heads']})",
+        "head dim": f"{model.cache_layers[0].key_dim} ({sources['head_dim']})",
         "positions": model.max_positions and f"{model.max_positions:,} ({sources['max_positions']})",
         "parameters": model.num_params and f"{model.num_params:,}",
         "dtype": model.dtype,

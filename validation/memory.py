@@ -39,7 +39,7 @@ def layer_tasks(grid: Grid, device: torch.device) -> list[Task]:
 def fits(name: str, method: Method) -> bool:
     """Whether the method holds the model's heads (a group of 64 channels does not divide a head of 80)."""
     try:
-        for shape in set(load_row_model(name).layers):
+        for shape in set(load_row_model(name).cache_layers):
             method.buffers(shape, 1, 1)
     except ValueError:
         return False
@@ -72,7 +72,7 @@ def _boundary_task(grid: Grid, name: str, method: Method, device: torch.device, 
     kind = "exactly" if known else "grown"
 
     def measure() -> list[Row]:
-        shapes = load_row_model(name).layers[: grid.fill_layers]
+        shapes = load_row_model(name).cache_layers[: grid.fill_layers]
         filling = {shape: random_tokens(shape, 1, points[-1], device, activations(device)) for shape in set(shapes)}
         layers: list[Layer] = []
         trace = []
@@ -107,7 +107,7 @@ def method_dtype(method: Method) -> str:
 def _step_task(grid: Grid, name: str, method: Method, device: torch.device) -> Task:
     def measure() -> list[Row]:
         model = load_row_model(name)
-        shape, dtype = model.layers[0], activations(device)
+        shape, dtype = model.cache_layers[0], activations(device)
         key, value = random_tokens(shape, 1, grid.steps, device, dtype)
         query = torch.randn(1, model.num_q_heads, 1, shape.key_dim, device=device, dtype=dtype)
         layer = make_layer(method, shape, 1, None, device)

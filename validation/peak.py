@@ -33,7 +33,7 @@ def peak_tasks(grid: Grid, device: torch.device) -> list[Task]:
 def _task(name: str, method: Method, num_tokens: int, device: torch.device) -> Task:
     def measure() -> list[Row]:
         model, dtype = load_row_model(name), activations(device)
-        shape = model.layers[0]
+        shape = model.cache_layers[0]
         key, value = random_tokens(shape, 1, num_tokens + 1, device, dtype)
         query = torch.randn(1, model.num_q_heads, 1, shape.key_dim, device=device, dtype=dtype)
         warm = make_layer(method, shape, 1, num_tokens, device)  # compiles kernels, brings library workspaces

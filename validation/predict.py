@@ -96,7 +96,7 @@ def error(measured: float, predicted: float | None) -> float | None:
 
 def shapes(row: Row) -> tuple[LayerShape, ...]:
     """The model's layers."""
-    return load_row_model(row["model"]).layers
+    return load_row_model(row["model"]).cache_layers
 
 
 @cache
