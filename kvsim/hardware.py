@@ -13,7 +13,8 @@ class Hardware:
     """One accelerator in SI base units: bytes, bytes a second, operations a second (dense).
 
     ``memory_nbytes`` is what a process sees where that is known, else the marketed size;
-    ``memory_source`` says which.  ``None`` where a figure is not known.
+    ``memory_source`` says which.  ``num_sms`` are its multiprocessors (compute units), ``l2_nbytes`` its last
+    cache before memory.  ``None`` where a figure is not known.
     """
 
     id: str
@@ -29,6 +30,8 @@ class Hardware:
     link_bandwidth: float | None
     source: str
     note: str = ""
+    num_sms: int | None = None
+    l2_nbytes: int | None = None
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Hardware:
@@ -58,6 +61,8 @@ class Hardware:
             link_bandwidth=scaled("interconnect_gbps_bidirectional", 1e9),
             source=row["source"],
             note=row.get("note") or "",
+            num_sms=row.get("num_sms"),
+            l2_nbytes=None if row.get("l2_mib") is None else int(row["l2_mib"] * 2**20),
         )
 
 
