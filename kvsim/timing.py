@@ -28,6 +28,7 @@ from kvsim.attention_curve import DEFAULT_SMS, Curve, Kernel
 from kvsim.hardware import Hardware
 from kvsim.layout import LayerShape, Method
 from kvsim.model import Model
+from kvsim.traced import Vectorized
 
 PARTS = ("weights", "compute", "kv", "dequantize", "overhead", "communication")
 
@@ -140,14 +141,14 @@ def decode_seconds(
     """:func:`decode_step` over integer arrays that broadcast together: seconds, low and high (float64 arrays)."""
     import numpy
 
-    batch, tokens = numpy.broadcast_arrays(numpy.asarray(batch_size), numpy.asarray(num_tokens))
+    batch, tokens = numpy.asarray(batch_size), numpy.asarray(num_tokens)  # not broadcast yet: grids stay separable
     if batch.size and (batch.min() < 1 or tokens.min() < 1):
         raise ValueError("batch and context: allowed are 1 and above")
     fixed = profile or constants()
     parts = _decode_parts(
         fixed, model, method, hardware, batch, tokens, weight_bits, tensor_parallel, engine, numpy.maximum
     )
-    value = sum(parts.values(), numpy.zeros(batch.shape))
+    value = sum(parts.values(), numpy.zeros(numpy.broadcast_shapes(batch.shape, tokens.shape)))
     return value, value * fixed.decode_band[0], value * fixed.decode_band[1]
 
 
@@ -335,14 +336,19 @@ def _kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str) ->
 
 
 def _read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
-    """Bytes that a step reads of one layer and sequence; for an array, once a distinct context."""
+    """Bytes that a step reads of one layer and sequence, for numbers and arrays alike."""
     if isinstance(num_tokens, int):
         return sum(method.read_parts(layer, 1, num_tokens).values())
     import numpy
 
-    distinct, place = numpy.unique(num_tokens, return_inverse=True)
-    sizes = [float(sum(method.read_parts(layer, 1, int(tokens)).values())) for tokens in distinct]
-    return numpy.asarray(sizes)[place].reshape(numpy.shape(num_tokens))
+    tokens = num_tokens.astype(numpy.int64).reshape(-1, 1)
+    read = _read_formula(method, layer)(numpy.ones((1, 1), numpy.int64), tokens)  # type: ignore[arg-type]  # every method is frozen
+    return read.reshape(num_tokens.shape).astype(numpy.float64)
+
+
+@cache
+def _read_formula(method: Method, layer: LayerShape) -> Vectorized:
+    return Vectorized(lambda batch_size, num_tokens: sum(method.read_parts(layer, batch_size, num_tokens).values()))
 
 
 def _held(layer: LayerShape, num_tokens: Any, maximum: Any) -> Any:
