@@ -407,6 +407,8 @@ def _formulas(row: Explanation) -> dict[str, Any]:
                 "section": formula.section,
                 "nbytes": formula.nbytes,
                 "formula": formula.text,
+                "layer": formula.layer,
+                "apart": formula.apart,
                 "factors": [{"value": value, "name": name} for value, name in formula.factors],
             }
             for formula in row.formulas

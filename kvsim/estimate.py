@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from kvsim.layout import Method, parts
-from kvsim.methods import Full
+from kvsim.engines import Engine, Ideal
+from kvsim.layout import Method
+from kvsim.methods import Full, placed
 from kvsim.model import Model
+
+IDEAL = Ideal()
 
 SPLIT = ("codes", "scales", "zeros", "residual", "other")
 """The kinds of bytes in the tables: packed codes, scales, zeros, exact tokens, bookkeeping."""
@@ -23,10 +25,12 @@ def kind(part: str) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one method's cache weighs.
+    """What one method's cache weighs under one engine.
 
-    ``parts``: bytes stored by purpose, over all layers and the batch.  ``read_parts``: bytes that one decode
-    step reads.  ``fp16_nbytes``: the float16 cache of the same shape.
+    ``parts``: bytes taken for keys and values by purpose, over all layers and the batch, the engine's rounding among
+    them.  ``read_parts``: bytes that one decode step reads.  ``fp16_nbytes``: the float16 cache of the same shape,
+    rounded by nobody.  ``state_parts`` and ``index_parts``: the constant state of hybrid models and the index keys of
+    sparse attention, which no method stores and which are not in ``nbytes``.
     """
 
     method: Method
@@ -35,10 +39,26 @@ class Estimate:
     parts: dict[str, int]
     read_parts: dict[str, int]
     fp16_nbytes: int
+    state_parts: dict[str, int] = field(default_factory=dict)
+    index_parts: dict[str, int] = field(default_factory=dict)
+    engine: str = "ideal"
 
     @property
     def nbytes(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def state_nbytes(self) -> int:
+        return sum(self.state_parts.values())
+
+    @property
+    def index_nbytes(self) -> int:
+        return sum(self.index_parts.values())
+
+    @property
+    def total_nbytes(self) -> int:
+        """Cache, state and index keys: what must fit."""
+        return self.nbytes + self.state_nbytes + self.index_nbytes
 
     @property
     def read_nbytes(self) -> int:
@@ -54,7 +74,7 @@ class Estimate:
 
     @property
     def compression(self) -> float:
-        return self.fp16_nbytes / self.nbytes
+        return self.fp16_nbytes / self.nbytes if self.nbytes else 1.0
 
     @property
     def split(self) -> dict[str, int]:
@@ -65,30 +85,53 @@ class Estimate:
         return out
 
 
-def estimate(model: Model, method: Method, batch_size: int, num_tokens: int) -> Estimate:
-    """Weighs ``method`` on every layer of ``model``.
+def estimate(
+    model: Model, method: Method, batch_size: int, num_tokens: int, engine: Engine = IDEAL, shared_prefix: int = 0
+) -> Estimate:
+    """Weighs ``method`` on every layer of ``model``, as ``engine`` takes it.
 
-    Raises ``ValueError`` for a batch or context below 1, or a layer that the method cannot hold.
+    ``shared_prefix``: first tokens that all sequences have in common, stored once (:mod:`kvsim.prefix`).
+    Raises ``ValueError`` for a batch or context below 1, a layer that the method cannot hold, or a method that the
+    engine does not have.
     """
     check_sizes(batch_size, num_tokens)
-    stored: dict[str, int] = {}
     read: dict[str, int] = {}
-    for layer, count in Counter(model.cache_layers).items():
-        for total, one in (
-            (stored, parts(method.buffers(layer, batch_size, num_tokens))),
-            (read, method.read_parts(layer, batch_size, num_tokens)),
-        ):
-            for name, size in one.items():
-                total[name] = total.get(name, 0) + count * size
-    return Estimate(method, batch_size, num_tokens, stored, read, cache_nbytes(model, Full(), batch_size, num_tokens))
+    for (layer, chosen), count in placed(method, model.cache_layers).items():
+        for name, size in chosen.read_parts(layer, batch_size, num_tokens).items():
+            read[name] = read.get(name, 0) + count * size
+    taken = engine.parts(model, method, batch_size, num_tokens)
+    if shared_prefix:
+        from kvsim.prefix import without_copies
+
+        taken = without_copies(taken, model, method, engine, batch_size, num_tokens, shared_prefix)
+    groups: dict[str, dict[str, int]] = {"state": {}, "index": {}, "": {}}
+    for name, size in taken.items():
+        prefix = name.partition("_")[0]
+        groups[prefix if prefix in groups else ""][name] = size
+    return Estimate(
+        method,
+        batch_size,
+        num_tokens,
+        parts=groups[""],
+        read_parts=read,
+        fp16_nbytes=cache_nbytes(model, Full(), batch_size, num_tokens),
+        state_parts=groups["state"],
+        index_parts=groups["index"],
+        engine=engine.name,
+    )
 
 
 def cache_nbytes(model: Model, method: Method, batch_size: int, num_tokens: int) -> int:
-    """Bytes of the whole cache: every buffer of every layer."""
+    """Bytes of the keys and values: every buffer of every layer, rounded by nobody."""
     return sum(
-        count * sum(buffer.nbytes for buffer in method.buffers(layer, batch_size, num_tokens))
-        for layer, count in Counter(model.cache_layers).items()
+        count * sum(buffer.nbytes for buffer in chosen.buffers(layer, batch_size, num_tokens))
+        for (layer, chosen), count in placed(method, model.cache_layers).items()
     )
+
+
+def taken_nbytes(model: Model, method: Method, batch_size: int, num_tokens: int, engine: Engine = IDEAL) -> int:
+    """Bytes that ``engine`` takes: cache, constant state and index keys."""
+    return sum(engine.parts(model, method, batch_size, num_tokens).values())
 
 
 def check_sizes(batch_size: int, num_tokens: int) -> None:

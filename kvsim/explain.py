@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, Method
-from kvsim.methods import Full, Kivi
+from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, Method, StateShape
+from kvsim.methods import Evict, Fp8, Full, Ggml, Kivi, Nvfp4, Paged, PerTokenHead, placed
+from kvsim.methods.ggml import PLAIN as GGML_PLAIN
 from kvsim.methods.kivi import SEQUENCE
 from kvsim.model import Model
 
@@ -21,12 +22,18 @@ Factor = tuple[int, str]
 
 @dataclass(frozen=True)
 class Formula:
-    """One section's bytes: the product of ``factors``, over 8 where the last factor counts bits."""
+    """One section's bytes: the product of ``factors``, over 8 where the last factor counts bits.
+
+    ``layer`` says which layers, where the model or the method has several kinds; ``apart`` marks bytes beside the
+    cache that the method stores (constant state, index keys).
+    """
 
     buffer: str
     section: str
     factors: tuple[Factor, ...]
     per_byte: int = 1
+    layer: str = ""
+    apart: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +57,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A method's numbers and formulas; the formulas' bytes add up to the cache."""
+    """A method's numbers and formulas; the bytes of those that do not stand apart add up to the cache."""
 
     method: Method
     numbers: tuple[Number, ...]
@@ -58,37 +65,99 @@ class Explanation:
 
     @property
     def nbytes(self) -> int:
-        return sum(formula.nbytes for formula in self.formulas)
+        return sum(formula.nbytes for formula in self.formulas if not formula.apart)
+
+    @property
+    def apart_nbytes(self) -> int:
+        """Constant state and index keys."""
+        return sum(formula.nbytes for formula in self.formulas if formula.apart)
 
 
 def model_numbers(model: Model, batch_size: int, num_tokens: int) -> list[Number]:
-    """The numbers that every method shares."""
-    layer = model.cache_layers[0]
-    return [
-        Number("layers", model.num_layers, model.source("num_layers")),
-        Number("kv heads", layer.num_kv_heads, model.source("num_kv_heads")),
-        Number("head dim", layer.key_dim, model.source("head_dim")),
-        Number("batch", batch_size, "--batch"),
-        Number("tokens", num_tokens, "--ctx"),
-    ]
+    """The numbers that every method shares; of each kind of layer its own where there are several."""
+    kinds = Counter(model.layers)
+    numbers = []
+    for layer, count in kinds.items():
+        label = f" ({layer.kind})" if len(kinds) > 1 else ""
+        numbers.append(Number("layers" + label, count, model.source("num_layers")))
+        if isinstance(layer, LayerShape):
+            numbers += _shape_numbers(layer, label, model)
+    numbers.append(Number("batch", batch_size, "--batch"))
+    numbers.append(Number("tokens", num_tokens, "--ctx"))
+    return list(dict.fromkeys(numbers))
+
+
+def _shape_numbers(layer: LayerShape, label: str, model: Model) -> list[Number]:
+    numbers = [Number("kv heads" + label, layer.num_kv_heads, model.source("num_kv_heads"))]
+    if not layer.value_dim:
+        what = "one vector for keys and values" if layer.kind != "indexer" else "index key"
+        numbers.append(Number("latent" + label, layer.key_dim, model.source("head_dim") or what))
+    else:
+        numbers.append(Number("head dim" + label, layer.key_dim, model.source("head_dim")))
+        if layer.value_dim != layer.key_dim:
+            numbers.append(Number("value dim" + label, layer.value_dim, model.source("value_dim")))
+    if layer.window is not None:
+        numbers.append(Number("window" + label, layer.window, model.source("window")))
+    if layer.stride > 1:
+        numbers.append(Number("stride" + label, layer.stride, "tokens an entry"))
+    return numbers
 
 
 def explain(model: Model, method: Method, batch_size: int, num_tokens: int) -> Explanation:
-    """The formulas of ``method``'s cache for every distinct layer of ``model``.
+    """The formulas of ``method``'s cache for every distinct layer of ``model``, its index keys and its state last.
 
     Raises ``ValueError`` where the method cannot hold such a layer.
     """
-    numbers: dict[str, Number] = {}
+    numbers: dict[tuple[str, str], Number] = {}
     formulas: list[Formula] = []
-    for layer, count in Counter(model.cache_layers).items():
-        rule = RULES.get(type(method), _any_method)
-        more, written = rule(method, layer, count, batch_size, num_tokens)
-        numbers |= {number.name: number for number in more}
-        formulas += written
+    pieces = placed(method, model.cache_layers)
+    several = len(pieces) > 1
+    for (layer, chosen), count in pieces.items():
+        more, written = _written(chosen, layer, count, batch_size, num_tokens)
+        label = layer_label(layer, count, chosen if chosen != method else None) if several else ""
+        for number in more:
+            shown = replace(number, name=f"{number.name} ({layer.kind})") if several else number
+            numbers[shown.name, shown.origin] = shown
+        formulas += [replace(formula, layer=label) for formula in written if formula.nbytes or not several]
+    for layer, count in Counter(model.index_layers).items():
+        _, written = _full(Full(), layer, count, batch_size, num_tokens)
+        label = layer_label(layer, count, None)
+        formulas += [
+            replace(formula, layer=label, buffer="index", section=f"index_{formula.section}", apart=True)
+            for formula in written
+            if formula.nbytes
+        ]
+    for state, count in Counter(model.state_layers).items():
+        formulas += _state(state, count, batch_size)
     return Explanation(method, tuple(numbers.values()), tuple(formulas))
 
 
+def layer_label(layer: LayerShape, count: int, method: Method | None) -> str:
+    """``52 sliding layers: 16 kv heads of 128, window 1,024`` and, where given, the method of these layers."""
+    dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
+    window = f", window {layer.window:,}" if layer.window is not None else ""
+    stride = f", one entry a {layer.stride} tokens" if layer.stride > 1 else ""
+    named = f", {method.name}" if method is not None else ""
+    plural = "s" if count > 1 else ""
+    return f"{count} {layer.kind} layer{plural}: {layer.num_kv_heads} kv heads of {dims}{window}{stride}{named}"
+
+
+def _state(state: StateShape, count: int, batch_size: int) -> list[Formula]:
+    plural = "s" if count > 1 else ""
+    out = []
+    for name, shape, dtype in state.tensors:
+        axes = tuple((size, f"[{axis}]") for axis, size in enumerate(shape))
+        factors = ((count, "layers"), (batch_size, "batch"), *axes, (DTYPE_BITS[dtype] // 8, f"bytes ({dtype})"))
+        label = f"{count} {state.kind} layer{plural}: constant state, whatever the tokens"
+        out.append(Formula("state", f"state_{name}", factors, layer=label, apart=True))
+    return out
+
+
 Written = tuple[list[Number], list[Formula]]
+
+
+def _written(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    return RULES.get(type(method), _any_method)(method, layer, count, batch_size, num_tokens)
 
 
 def _any_method(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
@@ -110,13 +179,91 @@ def _shaped(buffer: Buffer, count: int) -> Formula:
 def _full(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
     assert isinstance(method, Full)
     size = DTYPE_BITS[method.dtype] // 8
-    held = layer.num_tokens(num_tokens)
-    rows = _rows(layer, count, batch_size)
-    numbers = [_rows_number(layer, count, batch_size), Number("bytes", size, f"dtype {method.dtype}")]
+    rows, tokens, numbers = _held(layer, count, batch_size, num_tokens)
+    numbers.append(Number("bytes", size, f"dtype {method.dtype}"))
     return numbers, [
-        Formula(stream, stream, (rows, (held, "tokens"), (dim, "head dim"), (size, "bytes")))
+        Formula(stream, stream, (rows, tokens, (dim, "head dim"), (size, "bytes")))
         for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim))
     ]
+
+
+def _held(layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> tuple[Factor, Factor, list[Number]]:
+    """The rows, the tokens that a row holds, and both as numbers."""
+    held = layer.num_tokens(num_tokens)
+    numbers = [_rows_number(layer, count, batch_size)]
+    if held != num_tokens:
+        entries = f"{num_tokens:,} // stride {layer.stride}" if layer.stride > 1 else f"{num_tokens:,}"
+        origin = f"min({entries}, window {layer.window:,})" if layer.window is not None else entries
+        numbers.append(Number("held", held, origin))
+    return _rows(layer, count, batch_size), (held, "tokens"), numbers
+
+
+def _fp8(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    rows, tokens, numbers = _held(layer, count, batch_size, num_tokens)
+    return numbers, [
+        Formula(f"{stream}_codes", f"{stream}_codes", (rows, tokens, (dim, "head dim"), (1, "byte")))
+        for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim))
+    ]
+
+
+def _per_token_head(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    assert isinstance(method, PerTokenHead)
+    bits, scale = (4 if method.format == "int4" else 8), DTYPE_BITS[method.scale_dtype] // 8
+    rows, tokens, numbers = _held(layer, count, batch_size, num_tokens)
+    numbers += [Number("bits", bits, f"format {method.format}"), Number("scale bytes", scale, "scale_dtype")]
+    out = []
+    for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+        if dim:
+            codes = (rows, tokens, (dim, "head dim"), (bits, "bits"))
+            out.append(Formula(f"{stream}_codes", f"{stream}_codes", codes, 8))
+            out.append(Formula(f"{stream}_scale", f"{stream}_scale", (rows, tokens, (scale, "scale bytes"))))
+    return numbers, out
+
+
+def _nvfp4(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    rows, tokens, numbers = _held(layer, count, batch_size, num_tokens)
+    numbers.append(Number("block", 16, "channels that share an fp8 scale"))
+    out = []
+    for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+        out.append(Formula(f"{stream}_codes", f"{stream}_codes", (rows, tokens, (dim, "head dim"), (4, "bits")), 8))
+        scales = (rows, tokens, (dim // 16, "blocks"), (1, "byte"))
+        out.append(Formula(f"{stream}_scale", f"{stream}_scale", scales))
+    return numbers, out
+
+
+def _ggml(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    assert isinstance(method, Ggml)
+    rows, tokens, numbers = _held(layer, count, batch_size, num_tokens)
+    numbers.append(Number("block", 32, "channels, float16 scales (ggml-common.h)"))
+    out = []
+    sides = (("key", method.key_type, layer.key_dim), ("value", method.value_type, layer.value_dim))
+    for stream, kind, dim in sides:
+        if kind in GGML_PLAIN:
+            size = DTYPE_BITS[GGML_PLAIN[kind]] // 8
+            out.append(Formula(stream, stream, (rows, tokens, (dim, "head dim"), (size, "bytes"))))
+            continue
+        bits = {"q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4, "iq4_nl": 4}[kind]
+        codes = (rows, tokens, (dim, "head dim"), (bits, "bits"))
+        out.append(Formula(stream, f"{stream}_codes", codes, 8))
+        halves = ("scale", "zero") if kind.endswith("_1") else ("scale",)
+        for half in halves:
+            out.append(Formula(stream, f"{stream}_{half}", (rows, tokens, (dim // 32, "blocks"), (2, "bytes"))))
+    return numbers, out
+
+
+def _evict(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    assert isinstance(method, Evict)
+    kept = method.num_kept(layer, num_tokens)
+    numbers, out = _written(method.inner, replace(layer, window=None, stride=1), count, batch_size, kept)
+    return [Number("kept", kept, f"min({num_tokens:,} tokens, budget {method.budget:,})"), *numbers], out
+
+
+def _paged(method: Method, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+    assert isinstance(method, Paged)
+    provided = method.num_provided(layer, num_tokens)
+    numbers, out = _written(method.inner, replace(layer, window=None, stride=1), count, batch_size, provided)
+    rule = f"{provided // method.block_size:,} blocks of {method.block_size}"
+    return [Number("provided", provided, rule), *numbers], out
 
 
 def _rows(layer: LayerShape, count: int, batch_size: int) -> Factor:
@@ -190,5 +337,14 @@ def _kivi(method: Method, layer: LayerShape, count: int, batch_size: int, num_to
 
 
 Rule = Callable[[Method, LayerShape, int, int, int], Written]
-RULES: dict[type, Rule] = {Full: _full, Kivi: _kivi}
+RULES: dict[type, Rule] = {
+    Full: _full,
+    Kivi: _kivi,
+    Fp8: _fp8,
+    PerTokenHead: _per_token_head,
+    Nvfp4: _nvfp4,
+    Ggml: _ggml,
+    Evict: _evict,
+    Paged: _paged,
+}
 """Method -> its formulas, one row a method; without a row the shapes themselves are shown."""

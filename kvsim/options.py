@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
@@ -15,6 +16,9 @@ FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
 Value = int | str
+
+NESTED = frozenset({"inner", "exact"})
+"""Fields of a method that hold another."""
 
 
 def parse_size(text: str, what: str = "ctx") -> int:
@@ -51,8 +55,9 @@ def parse_reserve(text: str) -> float:
 
 
 def parse_value(text: str) -> Value:
-    """A method option's value: a whole number, else the text itself (``sequence``, ``head``, ``bfloat16``)."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    """A method option's value: a whole number (``-1``, ``4k``), else the text itself (``sequence``, ``bfloat16``)."""
+    match = re.fullmatch(r"(-?\d+)([kKmM]?)", text)
+    return int(match[1]) * FACTOR[match[2].lower()] if match else text
 
 
 def fields(name: str) -> frozenset[str]:
@@ -63,21 +68,61 @@ def fields(name: str) -> frozenset[str]:
 def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = None) -> Method:
     """``name`` or ``name:field=value,field=value``; ``shared`` options apply where the method has the field.
 
+    A field that holds a method takes a spec, in parentheses where it has options of its own:
+    ``paged:block_size=16,inner=fp8``, ``evict:budget=2048,inner=(kivi:nbits=4,group_size=64)``.
     Raises ``LookupError`` for an unknown method, ``ValueError`` for an unknown field or a bad value.
     """
-    name, _, given = spec.partition(":")
-    name = name.strip().lower()
-    options: dict[str, Value] = {key: value for key, value in shared.items() if key in fields(name)}
+    name, given = _head(spec)
+    options: dict[str, Any] = {key: value for key, value in shared.items() if key in fields(name)}
     if dtype is not None and "dtype" in fields(name):
         options["dtype"] = dtype
-    for item in filter(None, given.split(",")):
+    for item in given:
         field, equals, value = item.partition("=")
-        field = field.strip().replace("-", "_")
+        field, value = field.strip().replace("-", "_"), value.strip()
         if not equals or (name in METHODS and field not in fields(name)):
             allowed = ", ".join(sorted(fields(name))) or "none"
             raise ValueError(f"method {spec!r}: option {item!r} is not one of {allowed} (field=value)")
-        options[field] = parse_dtype(value) if field == "dtype" else parse_value(value.strip())
+        if field in NESTED:
+            options[field] = parse_method(value, shared, dtype)
+        else:
+            options[field] = parse_dtype(value) if field == "dtype" else parse_value(value)
     return make_method(name, **options)
+
+
+def _head(spec: str) -> tuple[str, list[str]]:
+    """A spec's own name and its items, outer parentheses taken off."""
+    text = spec.strip()
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1]
+    name, _, given = text.partition(":")
+    return name.strip().lower(), [item for item in _split(given, spec) if item.strip()]
+
+
+def _split(text: str, spec: str) -> list[str]:
+    """``text`` at the commas outside parentheses.  Raises ``ValueError`` where these do not pair."""
+    items, depth = [""], 0
+    for char in text:
+        depth += (char == "(") - (char == ")")
+        if depth < 0:
+            break
+        if char == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += char
+    if depth:
+        raise ValueError(f"method {spec!r}: its parentheses do not pair")
+    return items
+
+
+def names_within(spec: str) -> list[str]:
+    """The method names of a spec, those inside it too."""
+    name, given = _head(spec)
+    out = [name]
+    for item in given:
+        field, _, value = item.partition("=")
+        if field.strip().replace("-", "_") in NESTED:
+            out += names_within(value)
+    return out
 
 
 def choose_methods(specs: Sequence[str], shared: Mapping[str, Value], dtype: str | None) -> tuple[list[Method], bool]:
@@ -91,7 +136,7 @@ def choose_methods(specs: Sequence[str], shared: Mapping[str, Value], dtype: str
         baseline = SHORT[dtype or "float16"]
         bits_given = any("nbits" in key for key in shared)
         chosen = [baseline, "kivi"] if bits_given else [baseline, *(f"kivi:nbits={bits}" for bits in (8, 4, 2))]
-    names = [spec.partition(":")[0].strip().lower() for spec in chosen]
+    names = [name for spec in chosen for name in names_within(spec)]
     for key in shared:
         if all(name in METHODS and key not in fields(name) for name in names):
             raise ValueError(f"no method of {', '.join(names)} takes --{key.replace('_', '-')}")

@@ -152,13 +152,17 @@ def explanations(shared: Sequence[Number], rows: Sequence[Explanation]) -> str:
     """The numbers with their origin, then every section's formula."""
     out = [_numbers(shared)]
     for row in rows:
-        out.append(f"{row.method.name}: {row.nbytes:,} B")
+        apart = f", and {row.apart_nbytes:,} B that no method stores" if row.apart_nbytes else ""
+        out.append(f"{row.method.name}: {row.nbytes:,} B{apart}")
         if row.numbers:
             out.append(_numbers(row.numbers))
         width = max(len(formula.section) for formula in row.formulas)
         size = max(len(f"{formula.nbytes:,}") for formula in row.formulas)
-        lines, buffer = [], ""
+        lines, buffer, layer = [], "", ""
         for formula in row.formulas:
+            if formula.layer != layer:
+                layer, buffer = formula.layer, ""
+                lines += ["", layer] if lines else [layer]
             if formula.buffer != buffer:
                 buffer = formula.buffer
                 lines.append(buffer)

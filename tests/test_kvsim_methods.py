@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kvsim.estimate import estimate
 from kvsim.layout import LayerShape, nbytes, parts
 from kvsim.load import load_model
-from kvsim.methods import METHODS, Full, Kivi, kivi_seed, make_method
+from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, placed
+from kvsim.options import parse_method
 
 MIB = 1 << 20
 
@@ -44,7 +45,8 @@ def test_bits_an_element_as_in_the_paper(group_size: int, bits: float) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_named_method_weighs_and_divides_its_bytes(name: str) -> None:
-    layer, method = LayerShape(4, 64, 64), make_method(name)
+    layer = LayerShape(4, 64, 64)
+    method = at(make_method(name), layer, 5, 12)
     for num_tokens in (0, 1, 31, 32, 33, 127, 128, 129, 1000):
         buffers = method.buffers(layer, 3, num_tokens)
         assert all(sum(buffer.parts().values()) == buffer.nbytes for buffer in buffers)
@@ -146,3 +148,145 @@ def test_a_group_that_does_not_divide_the_head() -> None:
         Kivi().buffers(LayerShape(1, 72, 72), 1, 100)
     with pytest.raises(LookupError, match="did you mean kivi"):
         make_method("kivy")
+
+
+BITS = {
+    "fp16": 16,
+    "bf16": 16,
+    "fp32": 32,
+    "fp8": 8,
+    "fp8-e5m2": 8,
+    "fp8-token-head": 8 + 32 / 128,  # one float32 scale a token and head of 128
+    "int8": 8 + 32 / 128,
+    "int4": 4 + 32 / 128,
+    "nvfp4": 4.5,  # one fp8 scale for 16
+    "q8_0": 8.5,  # 34, 24, 22, 20 and 18 bytes for 32
+    "q5_1": 6,
+    "q5_0": 5.5,
+    "q4_1": 5,
+    "q4_0": 4.5,
+    "ggml": 8.5,
+}
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_bits_an_element_as_published(name: str) -> None:
+    layer, method = LayerShape(8, 128, 128), make_method(name)
+    assert 8 * nbytes(method.buffers(layer, 3, 100)) == BITS[name] * 3 * 8 * 2 * 128 * 100
+    windowed = LayerShape(8, 128, 128, window=64)
+    assert nbytes(method.buffers(windowed, 3, 100)) == nbytes(method.buffers(layer, 3, 64))
+    assert method.read_parts(layer, 3, 100) == parts(method.buffers(layer, 3, 100))
+    latent = LayerShape(1, 576, 0)
+    scales = 32 if "int" in name or "token" in name else 0
+    expected = (BITS[name] - (scales / 128 if scales else 0)) * 576 + scales
+    assert 8 * nbytes(method.buffers(latent, 1, 10)) == 10 * expected
+
+
+def test_llama_cpp_keys_and_values_apart() -> None:
+    model = load_model("llama-3.1-8b")
+    assert estimate(model, make_method("q8_0"), 1, 8192).nbytes == 544 << 20  # llama.cpp prints 544.00 MiB for 8192
+    assert estimate(model, make_method("q8_0", value_type="q4_0"), 1, 8192).nbytes == (272 + 144) << 20
+    assert estimate(model, make_method("ggml", key_type="f16", value_type="q4_0"), 1, 8192).nbytes == (512 + 144) << 20
+    with pytest.raises(ValueError, match="blocks of 32 channels"):
+        make_method("q4_0").buffers(LayerShape(4, 80, 80), 1, 10)
+
+
+def test_eviction_keeps_the_budget() -> None:
+    layer, method = LayerShape(8, 128, 128), Evict(budget=256, sink_length=4)
+    for num_tokens in (1, 255, 256, 257, 10_000):
+        assert nbytes(method.buffers(layer, 2, num_tokens)) == nbytes(Full().buffers(layer, 2, min(num_tokens, 256)))
+    narrow = LayerShape(8, 128, 128, window=64)
+    assert nbytes(method.buffers(narrow, 2, 10_000)) == nbytes(Full().buffers(layer, 2, 64))
+    composed = Evict(budget=256, inner=Kivi(nbits=2))
+    assert nbytes(composed.buffers(layer, 2, 10_000)) == nbytes(Kivi(nbits=2).buffers(layer, 2, 256))
+    with pytest.raises(ValueError, match="sink_length 300: allowed are 0 to the budget 256"):
+        Evict(budget=256, sink_length=300)
+
+
+def test_paging_rounds_to_blocks() -> None:
+    layer, method = LayerShape(8, 128, 128), Paged(block_size=16)
+    for num_tokens, provided in ((0, 0), (1, 16), (16, 16), (17, 32), (1000, 1008)):
+        assert method.num_provided(layer, num_tokens) == provided
+        assert nbytes(method.buffers(layer, 2, num_tokens)) == nbytes(Full().buffers(layer, 2, provided))
+        assert method.read_parts(layer, 2, num_tokens) == Full().read_parts(layer, 2, num_tokens)
+    narrow = LayerShape(8, 128, 128, window=64)
+    touched = {start // 16 for start in range(9, 9 + 64)}  # 64 tokens that begin inside a block
+    assert method.num_provided(narrow, 64) == 64
+    assert method.num_provided(narrow, 65) == 16 * len(touched)
+
+
+@pytest.mark.parametrize("name", ["paged", "evict"])
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4000), st.sampled_from([None, 1, 17, 128, 1024]), st.integers(1, 64))
+def test_wrappers_never_shrink(name: str, num_tokens: int, window: int | None, block: int) -> None:
+    method = Paged(block) if name == "paged" else Evict(budget=block * 16, sink_length=0)
+    layer = LayerShape(2, 64, 64, window=window)
+    assert nbytes(method.buffers(layer, 1, num_tokens)) <= nbytes(method.buffers(layer, 1, num_tokens + 1))
+
+
+def test_a_mix_goes_by_place() -> None:
+    model = load_model("gpt2")
+    mix = LayerMix(first=1, last=2, exact=Full("bfloat16"), inner=make_method("int8"))
+    weighed = estimate(model, mix, 2, 100)
+    assert weighed.nbytes == 2 * 12 * 100 * (3 * 2 * 64 * 2 + 9 * 2 * (64 + 4))  # 12 heads
+    assert dict(placed(mix, model.cache_layers)) == {
+        (model.cache_layers[0], Full("bfloat16")): 3,
+        (model.cache_layers[0], make_method("int8")): 9,
+    }
+    with pytest.raises(ValueError, match="place in the model"):
+        mix.buffers(model.cache_layers[0], 1, 10)
+    nested = Paged(16, LayerMix(first=12, inner=Kivi()))
+    assert estimate(model, nested, 2, 100).nbytes == 2 * 12 * 12 * 112 * 2 * 64 * 2
+
+
+def test_windows_may_stay_exact_in_a_mix() -> None:
+    narrow, wide = LayerShape(2, 64, 64, window=32), LayerShape(2, 64, 64)
+    mix = LayerMix(first=0, last=0, windows=1, inner=Kivi())
+    assert dict(placed(mix, (narrow, wide, narrow))) == {(narrow, Full()): 2, (wide, Kivi()): 1}
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        (LayerShape(1, 576, 0), "kivi holds full-attention layers only, not a latent"),
+        (LayerShape(4, 64, 64, window=100), "not a window of 100 tokens"),
+        (LayerShape(1, 512, 64, stride=4), "not a compressed layer"),
+    ],
+)
+def test_kivi_names_what_it_cannot_hold(layer: LayerShape, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        Kivi().buffers(layer, 1, 1000)
+    with pytest.raises(ValueError, match=what):
+        Kivi().read_parts(layer, 1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("paged:block_size=16,inner=fp8", "paged-16(fp8)"),
+        ("evict:budget=2048,sink_length=0,inner=(kivi:nbits=4,group_size=64)", "evict-2048(kivi-4bit-g64-r128)"),
+        ("paged:inner=(evict:budget=64,inner=(q8_0:value_type=q4_0)),block_size=8", "paged-8(evict-64-s4(q8_0-q4_0))"),
+        ("mix:first=1,last=1,exact=bf16,inner=nvfp4", "mix-1-1(bf16,nvfp4)"),
+        ("(fp8)", "fp8"),
+    ],
+)
+def test_specs_nest(spec: str, name: str) -> None:
+    assert parse_method(spec, {}).name == name
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("paged:inner=(kivi:nbits=4", "parentheses do not pair"),
+        ("paged:inner=fp9", "unknown method 'fp9'"),
+        ("paged:block_size=0", "block_size 0: allowed"),
+        ("evict:budget=many", "evict.*budget='many'"),
+        ("fp8:format=e3m4", "fp8 format 'e3m4'"),
+        ("int8:scale_dtype=int8", "scale_dtype 'int8'"),
+        ("ggml:key_type=q9", "key_type 'q9'"),
+        ("mix:first=-1", "first -1"),
+    ],
+)
+def test_bad_specs_are_one_clear_line(spec: str, message: str) -> None:
+    with pytest.raises((ValueError, LookupError), match=message):
+        parse_method(spec, {})

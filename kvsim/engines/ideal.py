@@ -6,16 +6,21 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvsim.layout import LayerShape, Method, parts
+from kvsim.layout import Method, parts
+from kvsim.methods import Full, placed
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
     from kvsim.model import Model
 
 
+INDEX = Full()
+"""How index keys are weighed where no engine says otherwise: 16 bits each."""
+
+
 @dataclass(frozen=True)
 class Ideal:
-    """Every layer's own buffers at their exact size: the lower bound of every engine."""
+    """Every layer's own buffers at their exact size: keys and values by the method, index keys at 16 bits, states."""
 
     @property
     def name(self) -> str:
@@ -23,13 +28,17 @@ class Ideal:
 
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
         total: dict[str, int] = {}
-        for layer, count in Counter(model.layers).items():
-            if isinstance(layer, LayerShape):
-                one, prefix = parts(method.buffers(layer, batch_size, num_tokens)), ""
-            else:
-                one, prefix = parts(layer.buffers(batch_size)), "state_"
+
+        def add(prefix: str, one: dict[str, int], count: int) -> None:
             for name, size in one.items():
                 total[prefix + name] = total.get(prefix + name, 0) + count * size
+
+        for (layer, chosen), count in placed(method, model.cache_layers).items():
+            add("", parts(chosen.buffers(layer, batch_size, num_tokens)), count)
+        for layer, count in Counter(model.index_layers).items():
+            add("index_", parts(INDEX.buffers(layer, batch_size, num_tokens)), count)
+        for state, count in Counter(model.state_layers).items():
+            add("state_", parts(state.buffers(batch_size)), count)
         return total
 
     def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:

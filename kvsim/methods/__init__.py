@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from inspect import signature
 
 from kvsim.layout import Method
+from kvsim.methods.evict import Evict
+from kvsim.methods.fp8 import Fp8
 from kvsim.methods.full import Full
+from kvsim.methods.ggml import Ggml
 from kvsim.methods.kivi import Kivi, kivi_seed
+from kvsim.methods.layer_mix import LayerMix
+from kvsim.methods.nvfp4 import Nvfp4
+from kvsim.methods.paged import Paged
+from kvsim.methods.per_token_head import PerTokenHead
+from kvsim.methods.place import at, placed
 
 METHODS: dict[str, Callable[..., Method]] = {
     "fp16": lambda: Full("float16"),
@@ -15,6 +24,21 @@ METHODS: dict[str, Callable[..., Method]] = {
     "fp32": lambda: Full("float32"),
     "kivi": Kivi,
     "kivi-seed": kivi_seed,
+    "fp8": Fp8,
+    "fp8-e5m2": lambda: Fp8("e5m2"),
+    "fp8-token-head": lambda scale_dtype="float32": PerTokenHead("fp8", scale_dtype),
+    "int8": lambda scale_dtype="float32": PerTokenHead("int8", scale_dtype),
+    "int4": lambda scale_dtype="float32": PerTokenHead("int4", scale_dtype),
+    "nvfp4": Nvfp4,
+    "q8_0": lambda value_type="q8_0": Ggml("q8_0", value_type),
+    "q5_1": lambda value_type="q5_1": Ggml("q5_1", value_type),
+    "q5_0": lambda value_type="q5_0": Ggml("q5_0", value_type),
+    "q4_1": lambda value_type="q4_1": Ggml("q4_1", value_type),
+    "q4_0": lambda value_type="q4_0": Ggml("q4_0", value_type),
+    "ggml": Ggml,
+    "evict": Evict,
+    "paged": Paged,
+    "mix": LayerMix,
 }
 """Name -> factory; keyword arguments are the method's own fields."""
 
@@ -31,7 +55,26 @@ def make_method(name: str, **options: object) -> Method:
     try:
         return METHODS[name](**options)
     except TypeError:
-        raise ValueError(f"method {name!r} does not take {', '.join(sorted(options))}") from None
+        unknown = sorted(options.keys() - signature(METHODS[name]).parameters.keys())
+        if unknown:
+            raise ValueError(f"method {name!r} does not take {', '.join(unknown)}") from None
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise ValueError(f"method {name!r}: a value of the wrong kind among {given}") from None
 
 
-__all__ = ["METHODS", "Full", "Kivi", "kivi_seed", "make_method"]
+__all__ = [
+    "METHODS",
+    "Evict",
+    "Fp8",
+    "Full",
+    "Ggml",
+    "Kivi",
+    "LayerMix",
+    "Nvfp4",
+    "Paged",
+    "PerTokenHead",
+    "at",
+    "kivi_seed",
+    "make_method",
+    "placed",
+]

@@ -111,6 +111,10 @@ class Kivi:
 
         Raises ``ValueError`` for a head dimension or value group that does not fit it.
         """
+        if layer.window is not None or layer.stride > 1 or not layer.value_dim:
+            what = "latent (MLA) layer" if not layer.value_dim else "compressed layer"
+            what = what if layer.window is None else f"window of {layer.window} tokens"
+            raise ValueError(f"kivi holds full-attention layers only, not a {what}")
         for dim in (layer.key_dim, layer.value_dim):
             channel_chunks(dim)
         group = layer.value_dim if isinstance(self.v_group, str) else self.v_group
@@ -148,8 +152,6 @@ class Kivi:
         return self.num_packed(num_tokens) // self.record_length
 
     def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
-        if layer.window is not None:
-            raise ValueError(f"kivi holds full-attention layers only, not a window of {layer.window} tokens")
         record, heads = self.record(layer), layer.num_kv_heads
         count, exact = self.num_records(num_tokens), self.num_exact(num_tokens)
         sections = tuple((name, 4 * words * batch_size * heads * count) for name, _, words in record.sections)

@@ -1,0 +1,49 @@
+"""Paging: a row's tokens are provided for in blocks of ``block_size`` (arXiv 2309.06180); another method fills them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from kvsim.layout import Buffer, LayerShape, Method
+from kvsim.methods.full import Full
+from kvsim.methods.place import at
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Whole blocks of ``block_size`` tokens a row and layer; ``inner`` stores the tokens.
+
+    A window of W tokens can begin inside a block, so once it slides it is provided for with the most blocks that W
+    consecutive tokens touch, ``ceil((W - 1) / block_size) + 1``.  The block table (4 bytes a block) is not counted.
+    Raises ``ValueError`` for a block below 1.
+    """
+
+    block_size: int = 16
+    inner: Method = field(default_factory=Full)
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size {self.block_size}: allowed are 1 token and above")
+
+    @property
+    def name(self) -> str:
+        return f"paged-{self.block_size}({self.inner.name})"
+
+    def at(self, layer: LayerShape, index: int, num_layers: int) -> Paged:
+        """This method with ``inner`` for one place (:func:`kvsim.methods.place.at`)."""
+        return replace(self, inner=at(self.inner, layer, index, num_layers))
+
+    def num_provided(self, layer: LayerShape, num_tokens: int) -> int:
+        """Tokens of a row that the blocks provide for."""
+        held = layer.num_tokens(num_tokens)
+        blocks = -(-held // self.block_size)
+        if layer.window is not None and num_tokens // layer.stride > layer.window:
+            blocks = -(-(layer.window - 1) // self.block_size) + 1
+        return blocks * self.block_size
+
+    def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
+        provided = self.num_provided(layer, num_tokens)
+        return self.inner.buffers(replace(layer, window=None, stride=1), batch_size, provided)
+
+    def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
+        return self.inner.read_parts(layer, batch_size, num_tokens)

@@ -1,0 +1,54 @@
+"""Whole numbers (or fp8) with one scale a token and head: ``int8``, ``int4``, ``fp8-token-head``.
+
+As vLLM stores ``--kv-cache-dtype int8_per_token_head`` and its kin (0.32, ``TritonAttentionBackend.customize_spec``):
+the codes of a token and head, then one float32 scale, for keys and values apart.  Four-bit codes are two a byte;
+their zero point lies in the low bits of the scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, parts
+
+CODES = {"int8": ("int8", 1), "int4": ("uint8", 2), "fp8": ("float8_e4m3fn", 1)}
+"""Format -> the stored type, and codes an element of it."""
+SCALES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class PerTokenHead:
+    """Codes ``[batch_size, num_kv_heads, num_tokens, dim]`` and scales ``[batch_size, num_kv_heads, num_tokens]``.
+
+    ``format``: ``int8``, ``int4`` or ``fp8``; ``scale_dtype``: type of a scale.  Raises ``ValueError`` for another.
+    """
+
+    format: str = "int8"
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.format not in CODES:
+            raise ValueError(f"format {self.format!r}: allowed are {', '.join(CODES)}")
+        if self.scale_dtype not in SCALES:
+            raise ValueError(f"scale_dtype {self.scale_dtype!r}: allowed are {', '.join(SCALES)}")
+
+    @property
+    def name(self) -> str:
+        base = "fp8-token-head" if self.format == "fp8" else self.format
+        bits = DTYPE_BITS[self.scale_dtype]
+        return base if bits == 32 else f"{base}-s{bits}"
+
+    def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
+        dtype, packed = CODES[self.format]
+        out = []
+        rows = (batch_size, layer.num_kv_heads, layer.num_tokens(num_tokens))
+        for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+            if dim % packed:
+                raise ValueError(f"{self.name} packs two codes a byte: head dimension {dim} is not even")
+            if dim:
+                out.append(Buffer(f"{stream}_codes", (*rows, dim // packed), dtype))
+                out.append(Buffer(f"{stream}_scale", rows, self.scale_dtype))
+        return out
+
+    def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
+        return parts(self.buffers(layer, batch_size, num_tokens))
