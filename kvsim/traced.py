@@ -218,8 +218,9 @@ class Vectorized:
         known: dict[int, Any] = {id(_BATCH): batch_size, id(_TOKENS): num_tokens}
         holds: Any = np.ones((1, 1), bool)
         for condition, outcome in path:
-            decided = _evaluate(condition, known)
-            holds = holds & (decided if outcome else ~np.asarray(decided))
+            decided = np.asarray(_evaluate(condition, known))
+            if not (decided if outcome else ~decided).all():  # what holds everywhere needs no mask
+                holds = holds & (decided if outcome else ~decided)
         return cast("Bool", holds)
 
     def _trace(self, left: Bool, batch_size: Int64, num_tokens: Int64) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 
-from kvsim.estimate import cache_nbytes  # noqa: E402
+from kvsim.estimate import estimate  # noqa: E402
 from kvsim.load import load_model  # noqa: E402
 from kvsim.methods import METHODS, make_method  # noqa: E402
 from kvsim.traced import Vectorized  # noqa: E402
@@ -33,15 +32,12 @@ def check(function, batches: list[int], tokens: list[int]) -> Vectorized:
 def test_every_method_is_traced_and_exact(name: str) -> None:
     model, method = load_model("llama-3-8b"), make_method(name)
     tokens = [1, 2, 31, 32, 33, 63, 64, 127, 128, 129, 160, 161, 255, 256, 257, 4096, 4097, 99999, 131072]
-    stored = check(partial(cache_nbytes, model, method), [1, 3, 64], tokens)
-    read = check(lambda b, n: estimate_read(model, method, b, n), [1, 3, 64], tokens)
-    assert stored.traceable
-    assert read.traceable
-    assert 1 <= len(stored.pieces) <= 12
-
-
-def estimate_read(model, method, batch: int, tokens: int) -> int:
-    return sum(size for layer in model.cache_layers[:1] for size in method.read_parts(layer, batch, tokens).values())
+    for quantity in ("nbytes", "read_nbytes"):
+        found = check(
+            lambda b, n, quantity=quantity: getattr(estimate(model, method, b, n), quantity), [1, 3, 64], tokens
+        )
+        assert found.traceable
+        assert 1 <= len(found.pieces) <= 16
 
 
 def test_points_on_both_sides_of_a_condition_on_the_batch() -> None:

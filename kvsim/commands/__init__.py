@@ -6,7 +6,9 @@ from importlib import import_module
 
 import click
 
-LAZY: dict[str, str] = {}
+LAZY: dict[str, str] = {
+    "sweep": "Grids over models, methods, contexts, batches and cards, as CSV, Parquet or JSON.",
+}
 """Name -> one-line help.  ``kvsim.commands.<name>`` holds the command itself, as ``command``."""
 
 

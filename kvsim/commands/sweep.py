@@ -1,0 +1,147 @@
+"""``kvsim sweep``: the command line of :mod:`kvsim.sweep`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvsim import catalog
+from kvsim.engines import ENGINES, make_engine
+from kvsim.hardware import find_hardware
+from kvsim.load import load_model
+from kvsim.options import choose_methods, parse_reserve
+
+NOT_MODELLED = (
+    "Not modelled: what an engine holds beside weights and cache (but for --reserve), prefill, scheduling, several "
+    "cards, the network."
+)
+REPORT_SECONDS = 2.0
+
+
+class Meter:
+    """Progress on stderr: a line that overwrites itself on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, rows_per_chunk: float, quiet: bool) -> None:
+        self.rows_per_chunk, self.quiet = rows_per_chunk, quiet
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done - 1
+        if self.quiet or (now - self.last < (0.1 if sys.stderr.isatty() else REPORT_SECONDS) and done < total):
+            return
+        self.last = now
+        rate = (done - self.first) * self.rows_per_chunk / max(1e-9, now - self.start)
+        line = f"{done:,} of {total:,} chunks, {rate:,.0f} rows/s"
+        print(f"\r{line}" if sys.stderr.isatty() else line, end="\n" if done == total else "", file=sys.stderr)
+        if not sys.stderr.isatty() and done < total:
+            print(file=sys.stderr)
+        sys.stderr.flush()
+
+
+@click.command("sweep")
+@click.option("--model", "names", multiple=True, required=True, help="Model; repeatable; 'all': the whole catalogue.")
+@click.option("--method", "specs", multiple=True, help="Method, as in estimate; repeatable.  [default: fp16 and kivi]")
+@click.option(
+    "--ctx",
+    default="1k:128k:*2",
+    show_default=True,
+    metavar="AXIS",
+    help="Tokens: 1k,8k; 16:4k:16 (from:to:step); 1k:1M:*2 (a factor).",
+)
+@click.option("--batch", default="1", show_default=True, metavar="AXIS", help="Sequences, like --ctx.")
+@click.option("--gpu", "gpus", multiple=True, help="Card: what fits, and seconds a token; repeatable.")
+@click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes: {', '.join(ENGINES)}.")
+@click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
+@click.option("--reserve", default="10%", show_default=True, help="Share of the card's memory held back.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write: .csv, .parquet or .json.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Without --out the rows as one JSON object, else a summary.")
+def command(
+    names: tuple[str, ...],
+    specs: tuple[str, ...],
+    ctx: str,
+    batch: str,
+    gpus: tuple[str, ...],
+    engine: str,
+    weight_bits: float | None,
+    reserve: str,
+    out: Path | None,
+    workers: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Grids over models, methods, contexts, batches and cards, as CSV, Parquet or JSON.
+
+    Bytes are those of `kvsim estimate`, to the byte.  An interrupted sweep goes on where it stopped when the same
+    command is given again; the file appears only when it is whole.
+    """
+    try:
+        import numpy  # noqa: F401
+    except ImportError:
+        raise ValueError("sweep needs numpy: pip install 'kvsim[plan]'") from None
+    from kvsim import rowfile
+    from kvsim.sweep import Grid, parse_axis
+
+    if out is None and not as_json:
+        raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
+    everything = [row["id"] for row in catalog.rows("models")] if "all" in names else list(names)
+    methods, _ = choose_methods(specs, {}, None)
+    grid = Grid(
+        models=tuple(dict.fromkeys(load_model(name) for name in everything)),
+        methods=tuple(methods),
+        contexts=parse_axis(ctx, "ctx"),
+        batches=parse_axis(batch, "batch"),
+        cards=tuple(dict.fromkeys(find_hardware(name) for name in gpus)),
+        weight_bits=weight_bits,
+        reserve=parse_reserve(reserve),
+        engine=make_engine(engine),
+    )
+    if not grid.cells:
+        raise ValueError("; ".join(grid.left_out))
+    inputs: dict[str, Any] = {
+        "models": [model.name for model in grid.models],
+        "methods": [method.name for method in grid.methods],
+        "ctx": ctx,
+        "batch": batch,
+        "gpus": [card.id for card in grid.cards],
+        "engine": engine,
+        "weight_bits": weight_bits,
+        "reserve": grid.reserve,
+    }
+    notes = list(dict.fromkeys([*grid.left_out, *(note for cell in grid.cells for note in cell.notes)]))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if out is None:
+        rowfile.stream(grid, inputs, sys.stdout.buffer)
+        return
+    start = time.monotonic()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else nullcontext()
+    meter = Meter(grid.num_rows / grid.num_chunks, quiet)
+    with pool as executor:
+        there = rowfile.write(grid, out, inputs, executor, meter, 4 * workers)
+    seconds = time.monotonic() - start
+    fresh = grid.num_rows * (grid.num_chunks - there) / grid.num_chunks
+    if as_json:
+        summary = {"path": str(out), "num_rows": grid.num_rows, "seconds": seconds, "chunks_resumed": there}
+        rows = [
+            {"model": cell.model.name, "method": cell.method.name, "gpu": cell.card.id if cell.card else None}
+            for cell in grid.cells
+        ]
+        document = {"schema": "kvsim.sweep-summary/1", "inputs": inputs, "notes": notes, **summary, "rows": rows}
+        click.echo(json.dumps(document, indent=2))
+        return
+    resumed = f", {there} of {grid.num_chunks} chunks were there" if there else ""
+    click.echo(f"wrote {out}: {grid.num_rows:,} rows, {fresh / seconds:,.0f} rows/s{resumed}")
+    click.echo(NOT_MODELLED)

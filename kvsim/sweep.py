@@ -1,0 +1,272 @@
+"""A grid of configurations, evaluated chunk by chunk with NumPy: bytes, what fits, seconds a token.
+
+A *cell* is one model, method and card; within it contexts and batches span a table.  Bytes are those of
+:func:`kvsim.estimate.estimate`, exactly (:mod:`kvsim.traced`), seconds those of :func:`kvsim.timing.decode_step`.
+A chunk holds at most ``CHUNK_ROWS`` rows, so memory is bounded on any grid, and chunks may run anywhere: any
+``concurrent.futures.Executor`` takes :func:`evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, TypeVar
+
+from kvsim.capacity import RESERVE, room
+from kvsim.engines import Engine
+from kvsim.estimate import IDEAL, estimate
+from kvsim.hardware import Hardware
+from kvsim.layout import Method
+from kvsim.model import Model
+from kvsim.options import parse_size, parse_sizes
+from kvsim.timing import decode_seconds, decode_step
+from kvsim.traced import Vectorized
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+CHUNK_ROWS = 1 << 18
+NBYTES_LIMIT = 1 << 55
+"""Bytes up to which int64 arithmetic is exact at every step (bits and products of a few bytes included)."""
+
+Answer = TypeVar("Answer")
+
+
+def parse_axis(text: str, what: str) -> Sequence[int]:
+    """``1k,4k,8k``; ``16:4096:16`` (from, to, step; a range, however long); ``1k:1M:*2`` (a factor).  Ends included.
+
+    Raises ``ValueError`` for anything else.
+    """
+    bounds = text.split(":")
+    if len(bounds) == 1:
+        return tuple(parse_sizes(text, what))
+    if len(bounds) > 3:
+        raise ValueError(f"{what} {text!r}: allowed are from:to, from:to:step, from:to:*factor")
+    first, last = parse_size(bounds[0], what), parse_size(bounds[1], what)
+    if first > last:
+        raise ValueError(f"{what} {text!r}: {first} is above {last}")
+    if len(bounds) == 2 or not bounds[2].startswith("*"):
+        return range(first, last + 1, parse_size(bounds[2], what) if len(bounds) == 3 else 1)
+    factor = parse_size(bounds[2][1:], what)
+    if factor < 2:
+        raise ValueError(f"{what} {text!r}: allowed are factors from 2")
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, method and card of a grid.  ``notes`` says why a column is empty."""
+
+    model: Model
+    method: Method
+    card: Hardware | None
+    available_nbytes: int | None
+    timed: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of models, methods, cards, contexts and batches.
+
+    ``contexts`` (tokens) and ``batches`` (sequences) are tuples or ranges of numbers from 1.  ``cards`` may be
+    empty: bytes only.  ``weight_bits``: bits a weight (``None``: the config's).  ``reserve``: share of a card's
+    memory held back.  ``engine``: whose bytes.  Raises ``ValueError`` for an empty axis, a number below 1, or bytes
+    beyond int64.
+    """
+
+    models: tuple[Model, ...]
+    methods: tuple[Method, ...]
+    contexts: Sequence[int]
+    batches: Sequence[int] = (1,)
+    cards: tuple[Hardware, ...] = ()
+    weight_bits: float | None = None
+    reserve: float = RESERVE
+    engine: Engine = IDEAL
+
+    def __post_init__(self) -> None:
+        for name in ("models", "methods", "contexts", "batches"):
+            if not len(getattr(self, name)):
+                raise ValueError(f"sweep without {name}")
+        for name, axis in (("contexts", self.contexts), ("batches", self.batches)):
+            if _ends(axis)[0] < 1:
+                raise ValueError(f"{name} {_ends(axis)[0]}: allowed are 1 and above")
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells in order; combinations that a method cannot hold are left out (see :attr:`left_out`)."""
+        return tuple(cell for cell in self._all if isinstance(cell, Cell))
+
+    @cached_property
+    def left_out(self) -> tuple[str, ...]:
+        """A line a combination that no row is made for, with the reason."""
+        return tuple(dict.fromkeys(line for line in self._all if isinstance(line, str)))
+
+    @cached_property
+    def _all(self) -> list[Cell | str]:
+        found: list[Cell | str] = []
+        for model in self.models:
+            for method in self.methods:
+                try:
+                    most, longest = _ends(self.batches)[1], _ends(self.contexts)[1]
+                    largest = estimate(model, method, most, longest, self.engine).total_nbytes
+                except ValueError as error:
+                    found.append(f"{model.name} with {method.name} left out: {error}")
+                    continue
+                if largest > NBYTES_LIMIT:
+                    raise ValueError(f"the largest cache of {model.name} has {largest:,} bytes: too many to count here")
+                for card in self.cards or (None,):
+                    found.append(self._cell(model, method, card))
+        return found
+
+    def _cell(self, model: Model, method: Method, card: Hardware | None) -> Cell:
+        notes: list[str] = []
+        available, timed = None, False
+        if card is not None:
+            try:
+                available = room(model, card, self.weight_bits, self.reserve).cache_nbytes
+            except ValueError as error:
+                notes.append(str(error))
+            try:
+                decode_step(model, method, card, 1, 1, weight_bits=self.weight_bits)
+                timed = True
+            except ValueError as error:
+                notes.append(str(error))
+        return Cell(model, method, card, available, timed, tuple(notes))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.cells) * len(self.contexts) * len(self.batches)
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        """Contexts and batches a chunk."""
+        batches = min(len(self.batches), CHUNK_ROWS)
+        return max(1, min(len(self.contexts), CHUNK_ROWS // batches)), batches
+
+    @property
+    def _chunks_per_axis(self) -> tuple[int, int]:
+        contexts, batches = self._blocks
+        return -(-len(self.contexts) // contexts), -(-len(self.batches) // batches)
+
+    @property
+    def num_chunks(self) -> int:
+        contexts, batches = self._chunks_per_axis
+        return len(self.cells) * contexts * batches
+
+    def chunk(self, index: int) -> tuple[Cell, Sequence[int], Sequence[int]]:
+        """The cell of chunk ``index``, its contexts and its batches."""
+        (per_context, per_batch), (contexts, batches) = self._blocks, self._chunks_per_axis
+        cell, inside = divmod(index, contexts * batches)
+        first, second = divmod(inside, batches)
+        return (
+            self.cells[cell],
+            self.contexts[first * per_context : (first + 1) * per_context],
+            self.batches[second * per_batch : (second + 1) * per_batch],
+        )
+
+
+def _ends(axis: Sequence[int]) -> tuple[int, int]:
+    """Smallest and largest entry, without a walk along a range."""
+    ends = (axis[0], axis[-1]) if isinstance(axis, range) else axis
+    return min(ends), max(ends)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one cell, contexts outside, batches inside: arrays of one length.
+
+    ``nbytes``, ``state_nbytes`` and ``index_nbytes`` (constant state and index keys, beside ``nbytes``) and
+    ``read_nbytes`` are int64, ``fits`` is bool or ``None`` without a card's memory, ``seconds``, ``low`` and ``high``
+    are float64 or ``None`` without its time.
+    """
+
+    cell: Cell
+    batch: NDArray[np.int64]
+    ctx: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+    state_nbytes: NDArray[np.int64]
+    index_nbytes: NDArray[np.int64]
+    read_nbytes: NDArray[np.int64]
+    fits: NDArray[np.bool_] | None
+    seconds: NDArray[np.float64] | None
+    low: NDArray[np.float64] | None
+    high: NDArray[np.float64] | None
+
+
+def evaluate(grid: Grid, index: int) -> Chunk:
+    """Chunk ``index`` of the grid."""
+    import numpy as np
+
+    cell, contexts, batches = grid.chunk(index)
+    batch, tokens = np.array(batches, np.int64)[None, :], np.array(contexts, np.int64)[:, None]
+    formulas = _formulas(cell.model, cell.method, grid.engine)  # type: ignore[arg-type]  # all of them are frozen
+    nbytes, state, index_nbytes, read = (formula(batch, tokens) for formula in formulas)
+    shape = nbytes.shape
+    fits = None if cell.available_nbytes is None else (nbytes + state + index_nbytes <= cell.available_nbytes).ravel()
+    times: list[NDArray[np.float64] | None] = [None, None, None]
+    if cell.timed and cell.card is not None:
+        found = decode_seconds(cell.model, cell.method, cell.card, batch, tokens, weight_bits=grid.weight_bits)
+        times = [np.broadcast_to(each, shape).ravel() for each in found]
+    return Chunk(
+        cell,
+        np.broadcast_to(batch, shape).ravel(),
+        np.broadcast_to(tokens, shape).ravel(),
+        nbytes.ravel(),
+        state.ravel(),
+        index_nbytes.ravel(),
+        read.ravel(),
+        fits,
+        *times,
+    )
+
+
+QUANTITIES = ("nbytes", "state_nbytes", "index_nbytes", "read_nbytes")
+
+
+@lru_cache(maxsize=256)
+def _formulas(model: Model, method: Method, engine: Engine) -> tuple[Vectorized, ...]:
+    """The :data:`QUANTITIES` of :func:`kvsim.estimate.estimate`, over arrays."""
+
+    def formula(quantity: str) -> Vectorized:
+        return Vectorized(lambda batch, tokens: getattr(estimate(model, method, batch, tokens, engine), quantity))
+
+    return tuple(map(formula, QUANTITIES))
+
+
+def chunks(grid: Grid, executor: Executor | None = None) -> Iterator[Chunk]:
+    """All chunks, in any order where an executor computes them."""
+    for _, chunk in spread(partial(evaluate, grid), range(grid.num_chunks), executor):
+        yield chunk
+
+
+def spread(
+    task: Callable[[int], Answer], indices: Sequence[int], executor: Executor | None = None, ahead: int = 8
+) -> Iterator[tuple[int, Answer]]:
+    """``(index, task(index))`` for every index; at most ``ahead`` are under way or waiting at a time."""
+    if executor is None:
+        for index in indices:
+            yield index, task(index)
+        return
+    waiting: dict[Future[Answer], int] = {}
+    remaining = iter(indices)
+    try:
+        while True:
+            for index in remaining:
+                waiting[executor.submit(task, index)] = index
+                if len(waiting) >= ahead:
+                    break
+            if not waiting:
+                return
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield waiting.pop(future), future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
