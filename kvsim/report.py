@@ -158,7 +158,8 @@ def explanations(shared: Sequence[Number], rows: Sequence[Explanation]) -> str:
             out.append(_numbers(row.numbers))
         width = max(len(formula.section) for formula in row.formulas)
         size = max(len(f"{formula.nbytes:,}") for formula in row.formulas)
-        lines, buffer, layer = [], "", ""
+        lines: list[str] = []
+        buffer = layer = ""
         for formula in row.formulas:
             if formula.layer != layer:
                 layer, buffer = formula.layer, ""

@@ -12,6 +12,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kvsim.engines.ideal import Ideal
+from kvsim.engines.kvruntime import Kvruntime
+from kvsim.engines.llama_cpp import LlamaCpp
+from kvsim.engines.vllm import Vllm
 from kvsim.layout import Method
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ class Engine(Protocol):
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "ideal": Ideal,
+    "vllm": Vllm,
+    "llama.cpp": LlamaCpp,
+    "kvruntime": Kvruntime,
 }
 """Name -> factory; keyword arguments are the engine's own fields."""
 
@@ -70,4 +76,4 @@ def engine_fields(name: str) -> frozenset[str]:
     return frozenset(field.name for field in fields(factory)) if is_dataclass(factory) else frozenset()
 
 
-__all__ = ["ENGINES", "Engine", "Ideal", "engine_fields", "make_engine"]
+__all__ = ["ENGINES", "Engine", "Ideal", "Kvruntime", "LlamaCpp", "Vllm", "engine_fields", "make_engine"]

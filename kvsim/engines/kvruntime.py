@@ -1,0 +1,63 @@
+"""kvruntime, this project's own runtime: the method's buffers as they are, provided for in blocks of 256 tokens.
+
+Without a known final length every layer's buffers provide for ``256 * ceil(n / 256)`` tokens a row
+(kvruntime/buffers.py); with ``max_seq_len`` they are allocated for it once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvsim.engines.ideal import Ideal
+from kvsim.layout import Method
+from kvsim.methods import Full, Kivi, placed
+
+if TYPE_CHECKING:
+    from kvsim.hardware import Hardware
+    from kvsim.model import Model
+
+GROW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Kvruntime:
+    """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256."""
+
+    max_seq_len: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len < 0:
+            raise ValueError(f"max_seq_len {self.max_seq_len}: allowed are 0 and above")
+
+    @property
+    def name(self) -> str:
+        return "kvruntime"
+
+    def provided(self, num_tokens: int) -> int:
+        """Tokens a row that the buffers provide for.  Raises ``ValueError`` beyond ``max_seq_len``."""
+        if not self.max_seq_len:
+            return -(-num_tokens // GROW_TOKENS) * GROW_TOKENS
+        if num_tokens > self.max_seq_len:
+            raise ValueError(f"kvruntime: {num_tokens:,} tokens do not fit max_seq_len {self.max_seq_len:,}")
+        return self.max_seq_len
+
+    def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
+        if model.state_layers or model.index_layers:
+            raise ValueError("kvruntime runs models of full-attention layers only: this one has states or index keys")
+        for layer, chosen in placed(method, model.cache_layers):
+            if not isinstance(chosen, (Full, Kivi)):
+                raise ValueError(f"kvruntime does not store {chosen.name}: it has fp16, bf16, fp32 and kivi")
+            if layer.window is not None or not layer.value_dim or layer.stride > 1:
+                raise ValueError(f"kvruntime holds full-attention layers only, not {layer.kind} ones")
+        exact = Ideal().parts(model, method, batch_size, num_tokens)
+        provided = Ideal().parts(model, method, batch_size, self.provided(num_tokens))
+        return exact | {"padding": sum(provided.values()) - sum(exact.values())}
+
+    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
+        return {}
+
+    def notes(self, model: Model, method: Method) -> tuple[str, ...]:
+        if self.max_seq_len:
+            return (f"allocated for {self.max_seq_len:,} tokens a row at once",)
+        return (f"grows in blocks of {GROW_TOKENS} tokens a row",)

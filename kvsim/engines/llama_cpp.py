@@ -1,0 +1,113 @@
+"""llama.cpp: one tensor a layer for keys and one for values, allocated whole when the context is made.
+
+Read in src/llama-context.cpp, llama-kv-cache.cpp and llama-kv-cache-iswa.cpp (2026).
+
+* ``n_ctx`` is padded to 256 cells.  Streams of their own (``kv_unified`` off) divide it among ``n_seq_max`` sequences
+  and pad each to 256; a unified cache is one stream for all.  Both are counted here at what ``batch_size`` sequences
+  of ``num_tokens`` tokens need.
+* Layers with a window have a cache of their own: ``pad256(min(n_ctx, n_swa * (sequences if unified else 1) +
+  n_ubatch))`` cells a stream.
+* Latents (MLA) are stored once, as keys.  A quantized value type needs flash attention.
+* States are float32, one cell a sequence, whatever the model's own type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvsim.engines.ideal import Ideal
+from kvsim.layout import LayerShape, Method, nbytes
+from kvsim.methods import Full, Ggml, placed
+from kvsim.methods.ggml import PLAIN
+
+if TYPE_CHECKING:
+    from kvsim.hardware import Hardware
+    from kvsim.model import Model
+
+PAD = 256
+MIB = 1 << 20
+OVERHEAD_BAND: dict[str, tuple[float, float]] = {"compute": (0.5, 2.0), "runtime": (0.5, 1.6)}
+"""Low and high over the estimate."""
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp's ``--ubatch-size``, ``--flash-attn``, ``--kv-unified`` and ``--swa-full``, with its defaults.
+
+    ``flash_attn``: without it a quantized value cache is refused, as llama.cpp refuses it.
+    """
+
+    n_ubatch: int = 512
+    flash_attn: bool = True
+    kv_unified: bool = False
+    swa_full: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_ubatch < 1:
+            raise ValueError(f"n_ubatch {self.n_ubatch}: allowed are 1 and above")
+
+    @property
+    def name(self) -> str:
+        return "llama.cpp"
+
+    def cells(self, layer: LayerShape, batch_size: int, num_tokens: int) -> int:
+        """Cells of one layer's cache over all streams."""
+        streams = 1 if self.kv_unified else batch_size
+        context = _padded(batch_size * num_tokens // streams)
+        if layer.window is None or self.swa_full:
+            return streams * context
+        sequences = batch_size if self.kv_unified else 1
+        return streams * _padded(min(context, layer.window * sequences + self.n_ubatch))
+
+    def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
+        total = 0
+        for (layer, chosen), count in placed(method, model.cache_layers).items():
+            self._check(layer, chosen)
+            cells = self.cells(layer, batch_size, num_tokens)
+            total += count * nbytes(chosen.buffers(replace(layer, window=None, kind=""), 1, cells))
+        out = Ideal().parts(model, method, batch_size, num_tokens)
+        cache = sum(size for name, size in out.items() if not name.startswith(("state_", "index_")))
+        out["padding"] = total - cache
+        for state in set(model.state_layers):
+            for name, shape, dtype in state.tensors:
+                if dtype != "float32":
+                    several = sum(1 for layer in model.state_layers if layer == state)
+                    elements = several * batch_size
+                    for size in shape:
+                        elements *= size
+                    key = f"state_{name}"
+                    out[key] += 4 * elements - elements * {"float16": 2, "bfloat16": 2}.get(dtype, 4)
+        return out
+
+    def _check(self, layer: LayerShape, method: Method) -> None:
+        if not isinstance(method, (Full, Ggml)):
+            allowed = "fp16, bf16, fp32, q8_0, q5_1, q5_0, q4_1, q4_0 and ggml"
+            raise ValueError(f"llama.cpp does not store {method.name}: it has {allowed}")
+        if layer.stride > 1:
+            raise ValueError(f"llama.cpp: its cache for {layer.kind} layers is not modelled")
+        if isinstance(method, Ggml) and method.value_type not in PLAIN and not self.flash_attn and layer.value_dim:
+            raise ValueError(f"llama.cpp: values in {method.value_type} need flash attention (--flash-attn on)")
+
+    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
+        """``compute``: the graph's buffer, logits and activations of one micro-batch; ``runtime``: the CUDA context."""
+        widest = max(4 * (model.vocab_size or 0), 4 * 8 * model.hidden_size)
+        return {"compute": self.n_ubatch * (widest + 4 * 2 * model.hidden_size), "runtime": 400 * MIB}
+
+    def notes(self, model: Model, method: Method) -> tuple[str, ...]:
+        out = [f"the context is padded to {PAD} cells and allocated whole"]
+        if any(layer.window is not None for layer in model.cache_layers):
+            out.append(
+                "windows at the full context (--swa-full)"
+                if self.swa_full
+                else f"a window keeps its width and {self.n_ubatch} cells (n_ubatch), padded to {PAD}"
+            )
+        if model.state_layers:
+            out.append("states in float32")
+        if isinstance(method, Ggml) and method.value_type not in PLAIN:
+            out.append("a quantized value cache needs flash attention")
+        return tuple(out)
+
+
+def _padded(cells: int) -> int:
+    return -(-cells // PAD) * PAD
