@@ -1,29 +1,33 @@
 """What fits beside the weights: the largest batch at a context, the largest context at a batch.
 
-Both are exact inverses of :func:`kvsim.estimate.cache_nbytes`, found by doubling and bisection (a cache never
-shrinks as it grows longer or wider), some forty evaluations each.
+Both are exact inverses of what an engine takes (:meth:`kvsim.parallel.Deployment.rank_nbytes`), found by doubling and
+bisection (a cache never shrinks as it grows longer or wider), some forty evaluations each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from kvsim.estimate import cache_nbytes
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
 from kvsim.model import Model
+from kvsim.parallel import SINGLE, Deployment, Sharding, pipeline_layers
 
 RESERVE = 0.10
 """Share of the memory held back for activations, workspaces and the allocator (vLLM holds back as much)."""
 
 DEFAULT_WEIGHT_BITS = 16
+HEAD_BITS = 16
 SEARCH_LIMIT = 1 << 50
 
 
 @dataclass(frozen=True)
 class Room:
-    """The memory of one card, divided: bytes."""
+    """The memory of one card (of the fullest, where several share the model), divided: bytes.
+
+    ``overhead``: what the engine holds beside weights and cache, by name: estimates.
+    """
 
     hardware: Hardware
     memory_nbytes: int
@@ -31,18 +35,30 @@ class Room:
     weight_nbytes: int
     weight_bits: float
     notes: tuple[str, ...]
+    overhead: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def cache_nbytes(self) -> int:
         """What is left for the cache; below zero where the weights alone do not fit."""
-        return self.memory_nbytes - self.reserve_nbytes - self.weight_nbytes
+        return self.memory_nbytes - self.reserve_nbytes - self.weight_nbytes - sum(self.overhead.values())
 
 
-def room(model: Model, hardware: Hardware, weight_bits: float | None = None, reserve: float = RESERVE) -> Room:
+def room(
+    model: Model,
+    hardware: Hardware,
+    weight_bits: float | None = None,
+    reserve: float = RESERVE,
+    *,
+    quantized: bool = False,
+    overhead: Mapping[str, int] | None = None,
+    sharding: Sharding = SINGLE,
+) -> Room:
     """The memory that ``model`` leaves on one card.
 
     ``weight_bits``: bits a parameter (``None``: as the config says, else 16).  ``reserve``: share of the memory
-    held back, from 0 to below 1.  Raises ``ValueError`` where the memory or the number of weights is not known.
+    held back, from 0 to below 1.  ``quantized``: ``weight_bits`` are those of the layers, embedding and head keep
+    16.  ``overhead``: bytes of the engine by name.  ``sharding``: the fullest rank's share of the weights.
+    Raises ``ValueError`` where the memory or the number of weights is not known.
     """
     if hardware.memory_nbytes is None:
         raise ValueError(f"GPU {hardware.id}: its memory is not known")
@@ -62,7 +78,10 @@ def room(model: Model, hardware: Hardware, weight_bits: float | None = None, res
             notes.append(f"the config gives no dtype: weights counted at {weight_bits:g} bits each")
     elif not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
-    reserve_nbytes, weight_nbytes = int(hardware.memory_nbytes * reserve), int(model.num_params * weight_bits / 8)
+    if quantized and weight_bits < HEAD_BITS:
+        notes.append(f"layers at {weight_bits:g} bits a weight, embedding and head at {HEAD_BITS}")
+    reserve_nbytes = int(hardware.memory_nbytes * reserve)
+    weight_nbytes = _rank_weights(model, weight_bits, quantized, sharding)
     if reserve_nbytes + weight_nbytes >= hardware.memory_nbytes:
         notes.append(f"the weights leave no room for a cache on one {hardware.id}")
     return Room(
@@ -72,17 +91,55 @@ def room(model: Model, hardware: Hardware, weight_bits: float | None = None, res
         weight_nbytes=weight_nbytes,
         weight_bits=weight_bits,
         notes=tuple(notes),
+        overhead=dict(overhead or {}),
     )
+
+
+def _rank_weights(model: Model, bits: float, quantized: bool, sharding: Sharding) -> int:
+    """Weights of the fullest rank: its stage's layers, and the embedding or head of the first or last stage."""
+    weights = model.weights
+    assert weights is not None
+    wide = max(bits, HEAD_BITS) if quantized else bits
+    if sharding == SINGLE:
+        tables = weights.embedding + weights.head + weights.lookup
+        return int(((weights.dense + weights.routed) * bits + tables * wide) / 8)
+    counts = pipeline_layers(len(model.layers), sharding.pipeline_parallel_size)
+    heaviest = 0.0
+    for stage, count in enumerate(counts):
+        size = (weights.dense + weights.routed) * bits * count / len(model.layers)
+        if stage == 0:
+            size += (weights.embedding + weights.lookup) * wide
+        if stage == len(counts) - 1 and (weights.head or len(counts) > 1):
+            size += (weights.head or weights.embedding) * wide
+        heaviest = max(heaviest, size)
+    return int(heaviest / 8 / sharding.tensor_parallel_size)
 
 
 def max_batch(model: Model, method: Method, num_tokens: int, available: int) -> int | None:
     """The most sequences of ``num_tokens`` tokens within ``available`` bytes; ``None``: no limit found."""
-    return _largest(lambda batch_size: cache_nbytes(model, method, batch_size, num_tokens), available)
+    return largest_batch(Deployment(model, method), num_tokens, available)
 
 
 def max_context(model: Model, method: Method, batch_size: int, available: int) -> int | None:
     """The most tokens a sequence, ``batch_size`` of them, within ``available`` bytes; ``None``: no limit found."""
-    return _largest(lambda num_tokens: cache_nbytes(model, method, batch_size, num_tokens), available)
+    return largest_context(Deployment(model, method), batch_size, available)
+
+
+def largest_batch(deployment: Deployment, num_tokens: int, available: int) -> int | None:
+    """The most sequences of ``num_tokens`` tokens of which every rank's share fits ``available`` bytes."""
+    return _largest(lambda batch_size: deployment.rank_nbytes(batch_size, num_tokens), available)
+
+
+def largest_context(deployment: Deployment, batch_size: int, available: int) -> int | None:
+    """The most tokens a sequence, ``batch_size`` of them, of which every rank's share fits ``available`` bytes.
+
+    With a shared prefix no fewer than its tokens; 0 where not even those fit.
+    """
+    least = max(1, deployment.shared_prefix)
+    if deployment.rank_nbytes(batch_size, least) > available:
+        return 0
+    found = _largest(lambda more: deployment.rank_nbytes(batch_size, least + more), available)
+    return None if found is None else least + found
 
 
 def _largest(weigh: Callable[[int], int], available: int) -> int | None:

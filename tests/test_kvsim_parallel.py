@@ -1,0 +1,184 @@
+"""Sharding and shared prefixes: bytes per rank, copies of heads, what does not divide."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvsim.capacity import largest_batch, largest_context, room
+from kvsim.engines import Engine, Ideal, LlamaCpp, Vllm
+from kvsim.estimate import estimate
+from kvsim.hardware import find_hardware
+from kvsim.layout import LayerShape, StateShape
+from kvsim.load import load_model
+from kvsim.methods import Evict, Fp8, Full, Kivi, Paged, make_method
+from kvsim.model import Model
+from kvsim.parallel import Deployment, Sharding, pipeline_layers, stages
+
+GIB = 1 << 30
+LLAMA = load_model("llama-3.1-8b")  # 32 layers, 8 kv heads of 128
+LATENT = replace(LLAMA, layers=(LayerShape(1, 576, 0, kind="mla"),) * 61, num_q_heads=128)
+
+
+def rank(model: Model, tokens: int = 4096, batch: int = 1, **sizes: int) -> int:
+    return Deployment(model, Full(), sharding=Sharding(**sizes)).rank_nbytes(batch, tokens)
+
+
+def test_heads_are_split_then_copied() -> None:
+    whole = rank(LLAMA)
+    for ranks, share in ((1, 1), (2, 2), (4, 4), (8, 8), (16, 8), (32, 8)):
+        assert rank(LLAMA, tensor_parallel_size=ranks) == whole // share
+        deployment = Deployment(LLAMA, Full(), sharding=Sharding(tensor_parallel_size=ranks))
+        assert deployment.all_nbytes(1, 4096) == whole * ranks // share
+
+
+def test_a_latent_is_on_every_rank() -> None:
+    assert rank(LATENT, tensor_parallel_size=8) == rank(LATENT) == 4096 * 61 * 576 * 2
+    assert rank(LATENT, tensor_parallel_size=8, decode_context_parallel_size=8) == rank(LATENT) // 8
+
+
+def test_context_parallel_spreads_tokens() -> None:
+    a_token = rank(LLAMA, 1) // 4
+    sizes = {"tensor_parallel_size": 16, "decode_context_parallel_size": 2}
+    assert rank(LLAMA, 1001, **sizes) == 501 * a_token // 2
+    assert rank(LLAMA, 1000, prefill_context_parallel_size=4) == 250 * a_token * 4
+    assert Sharding(tensor_parallel_size=2, pipeline_parallel_size=3, prefill_context_parallel_size=2).ranks == 12
+
+
+@pytest.mark.parametrize(
+    ("layers", "ranks", "counts"),
+    [(32, 1, (32,)), (32, 4, (8, 8, 8, 8)), (61, 2, (31, 30)), (62, 4, (15, 16, 16, 15)), (23, 4, (6, 6, 6, 5))],
+)
+def test_pipeline_layers_as_vllm_splits_them(layers: int, ranks: int, counts: tuple[int, ...]) -> None:
+    assert pipeline_layers(layers, ranks) == counts
+    assert sum(counts) == layers
+
+
+def test_stages_hold_their_layers() -> None:
+    sizes = {"pipeline_parallel_size": 4, "tensor_parallel_size": 2}
+    parts = stages(LLAMA, Sharding(**sizes))
+    assert [len(stage.layers) for stage in parts] == [8, 8, 8, 8]
+    assert {stage.cache_layers[0].num_kv_heads for stage in parts} == {4}
+    assert rank(LLAMA, **sizes) == rank(LLAMA) // 8
+    index = LayerShape(1, 128, 0, kind="indexer")
+    sparse = replace(LATENT, layers=LATENT.layers + (index,) * 61)
+    assert [(len(s.cache_layers), len(s.index_layers)) for s in stages(sparse, Sharding(pipeline_parallel_size=2))] == [
+        (31, 31),
+        (30, 30),
+    ]
+
+
+def test_data_parallel_splits_sequences() -> None:
+    assert rank(LLAMA, batch=9, data_parallel_size=4) == 3 * rank(LLAMA)
+
+
+def test_states_are_split() -> None:
+    state = StateShape((("conv", (10240, 3), "bfloat16"), ("ssm", (48, 128, 128), "float32")))
+    hybrid = replace(LLAMA, layers=(state,) * 3 + LLAMA.layers[:1])
+    deployment = Deployment(hybrid, Full(), sharding=Sharding(tensor_parallel_size=8))
+    assert deployment.rank_nbytes(2, 100) == Deployment(hybrid, Full()).rank_nbytes(2, 100) // 8
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "message"),
+    [
+        (LLAMA, {"tensor_parallel_size": 3}, "does not divide the 32 query heads"),
+        (LLAMA, {"tensor_parallel_size": 0}, "tensor-parallel-size 0: allowed"),
+        (LLAMA, {"tensor_parallel_size": 4, "decode_context_parallel_size": 3}, "divisors of the tensor-parallel"),
+        (LLAMA, {"tensor_parallel_size": 8, "decode_context_parallel_size": 2}, "keeps 1 copy of a kv head"),
+        (LLAMA, {"pipeline_parallel_size": 33}, "allowed are 1 to the 32 layers"),
+        (replace(LLAMA, layers=(LayerShape(6, 64, 64),), num_q_heads=24), {"tensor_parallel_size": 4}, "6 kv heads"),
+        (replace(LLAMA, layers=(LayerShape(6, 64, 64),), num_q_heads=24), {"tensor_parallel_size": 8}, "6 kv heads"),
+        (
+            replace(LLAMA, layers=(LayerShape(8, 64, 64, window=10),)),
+            {"prefill_context_parallel_size": 2},
+            "layers with a window",
+        ),
+    ],
+)
+def test_what_does_not_divide(model: Model, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rank(model, **sizes)
+
+
+def test_engines_round_a_ranks_share() -> None:
+    """Llama-3.1-8B in 63.76 GiB of each of two H100s: 1,044,688 tokens (vLLM 0.19.0, as in test_kvsim_engines)."""
+    (stage,) = stages(LLAMA, Sharding(tensor_parallel_size=2))
+    tokens = [Vllm().pool(stage, Full(), int((63.76 + step) * GIB), 8192).num_tokens_before for step in (-5e-3, 5e-3)]
+    assert tokens[0] <= 1_044_688 <= tokens[1]
+
+
+def test_the_weights_of_a_rank() -> None:
+    """GiB that vLLM 0.19.0 printed for Llama-3.1-8B: 14.99, 7.51 on two ranks, 4.26 on four stages, 8.49 with fp8."""
+    card = find_hardware("h100-sxm")
+    for printed, sharding, bits in (
+        (14.99, Sharding(), 16),
+        (7.51, Sharding(tensor_parallel_size=2), 16),
+        (3.77, Sharding(tensor_parallel_size=4), 16),
+        (4.26, Sharding(pipeline_parallel_size=4), 16),
+        (8.49, Sharding(), 8),
+    ):
+        space = room(LLAMA, card, bits, quantized=True, sharding=sharding)
+        assert space.weight_nbytes / GIB == pytest.approx(printed, rel=0.01)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([Ideal(), Vllm(), LlamaCpp()]),
+    st.sampled_from([Full(), Fp8()]),
+    st.sampled_from([1, 2, 8]),
+    st.integers(10**8, 10**11),
+)
+def test_inverses_are_exact_with_an_engines_rounding(engine: Engine, method: Full, ranks: int, available: int) -> None:
+    if isinstance(engine, LlamaCpp):
+        method = Full()
+    deployment = Deployment(LLAMA, method, engine, Sharding(tensor_parallel_size=ranks))
+    batch = largest_batch(deployment, 3000, available)
+    assert batch is not None
+    assert not batch or deployment.rank_nbytes(batch, 3000) <= available
+    assert available < deployment.rank_nbytes(batch + 1, 3000)
+    tokens = largest_context(deployment, 3, available)
+    assert tokens is not None
+    assert not tokens or deployment.rank_nbytes(3, tokens) <= available
+    assert available < deployment.rank_nbytes(3, tokens + 1)
+
+
+def test_a_shared_prefix_is_stored_once() -> None:
+    a_token = 131072
+    for method, token in ((Full(), a_token), (Fp8(), a_token // 2)):
+        row = estimate(LLAMA, method, 10, 1000, shared_prefix=300)
+        assert row.nbytes == token * (300 + 10 * 700)
+    vllm = estimate(LLAMA, Full(), 10, 1000, Vllm(), shared_prefix=300)
+    alone = estimate(LLAMA, Full(), 10, 1000, Vllm())
+    assert alone.nbytes - vllm.nbytes == 9 * 288 * a_token  # 18 whole blocks of 16
+    paged = estimate(LLAMA, Paged(64), 10, 1000, shared_prefix=300)
+    assert paged.nbytes == a_token * (256 + 10 * (1024 - 256))
+    deployment = Deployment(LLAMA, Full(), shared_prefix=300)
+    assert deployment.rank_nbytes(10, 1000) == a_token * (300 + 10 * 700)
+    assert largest_batch(deployment, 1000, a_token * (300 + 10 * 700)) == 10
+    assert largest_context(deployment, 10, a_token * (300 + 10 * 700)) == 1000
+    assert largest_context(deployment, 10, a_token * 299) == 0
+
+
+def test_a_window_moves_past_the_prefix() -> None:
+    layer = LayerShape(8, 128, 128, window=512)
+    model = replace(LLAMA, layers=(layer,))
+    a_token = 8 * 2 * 128 * 2
+    assert estimate(model, Full(), 4, 1000, shared_prefix=600).nbytes == a_token * (112 + 4 * 400)
+    assert estimate(model, Full(), 4, 2000, shared_prefix=600).nbytes == a_token * 4 * 512
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "prefix", "message"),
+    [
+        (Kivi(), Ideal(), 10, "kivi-2bit-g32-r128 does not share prefixes"),
+        (Evict(), Ideal(), 10, "does not share prefixes"),
+        (Full(), LlamaCpp(), 10, "llama.cpp does not share prefixes: allowed are ideal and vllm"),
+        (Full(), Ideal(), 101, "shared prefix 101: allowed are 0 to the 100 tokens"),
+        (make_method("int8"), Ideal(), -1, "shared prefix -1"),
+    ],
+)
+def test_what_does_not_share(method: Full, engine: Engine, prefix: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(LLAMA, method, 2, 100, engine, shared_prefix=prefix)
