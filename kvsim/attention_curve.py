@@ -1,11 +1,15 @@
-"""How long one layer's decode attention takes: fixed latency, work per sequence and head, and the KV stream.
+"""How long one layer's decode attention takes: a launch, work dealt out to multiprocessors, and the stream of bytes.
 
-    seconds = fixed + ((item * max(1, items / SMs))^P + (nbytes * g / (E * bandwidth))^P)^(1/P)
+    seconds = fixed + split + ((item * waves)^P + stream^P)^(1/P)
+    waves   = max(1, items / SMs)
+    stream  = nbytes * miss / (efficiency * bandwidth), or the arithmetic where that takes longer
+    split   = merge * tokens / (tokens + half), where items < SMs
 
-``items`` is batch_size * num_kv_heads, the work that an engine can deal out without splitting a sequence; a card
-with more multiprocessors takes them in fewer waves, a card with more bandwidth streams the bytes faster.  Split-KV
-lets few long sequences fill the card, so the stream's efficiency ``E`` is one constant.  ``g`` is 1 where the cache
-comes from memory (a model's layers evict one another from L2) and falls to ``WARM`` for a cache that stays in L2.
+``items`` are the pieces that a kernel deals out before it splits sequences: one a sequence and kv head, or one a
+query head.  A card with more multiprocessors takes them in fewer waves, one with more bandwidth streams the bytes
+faster.  Few long sequences are split, and what the split computes is merged.  ``miss`` is 1 where the cache comes
+from memory, as in a model, whose layers evict one another; a benchmark that reads one cache again and again
+finds it in L2 while it fits.  ``fixed``, ``item`` and ``efficiency`` are an engine's kernel's, the rest is shared.
 """
 
 from __future__ import annotations
@@ -16,49 +20,58 @@ from typing import Any
 DEFAULT_SMS = 132
 """Multiprocessors of a card whose count is not known (an H100 SXM's)."""
 
+STEEPNESS = 4.0
+"""How suddenly a cache that outgrows L2 misses it."""
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """One engine's kernel for one type of cache: ``fixed`` seconds a launch, ``item`` seconds a work item of one
-    multiprocessor, ``efficiency`` of the card's bandwidth when it streams, and the ``spread`` of its measurements
-    around the curve (a factor either way that nine in ten stay within)."""
+    """One engine's kernel for one width of cache.
+
+    ``fixed``: seconds a launch.  ``item``: seconds a multiprocessor takes for a piece however short.
+    ``efficiency``: share of the card's bandwidth when it streams.  ``item_is``: what a piece is, ``kv_head`` or
+    ``query_head`` of a sequence.  ``merges``: whether a split costs more than ``fixed`` holds (a kernel that always
+    splits has it there).  ``low``, ``high``: factors that nine in ten measurements stay within.
+    """
 
     fixed: float
     item: float
     efficiency: float
-    spread: float
     source: str
+    item_is: str = "kv_head"
+    merges: bool = True
+    low: float = 0.7
+    high: float = 1.4
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The constants that all kernels share: the norm's exponent and what a cache in L2 gains."""
+    """The constants that all kernels share: exponent, seconds and tokens of a split, and what L2 saves."""
 
-    power: float = 2.0
-    warm: float = 0.4
-    l2_share: float = 0.8
-    steepness: float = 6.0
+    power: float
+    merge: float
+    half: float
+    warm: float
+    l2_share: float
 
     def seconds(
         self,
         kernel: Kernel,
         items: Any,
-        nbytes: Any,
-        bandwidth: float,
+        tokens: Any,
+        stream: Any,
         num_sms: int | None,
         maximum: Any = max,
-        l2_nbytes: int | None = None,
     ) -> Any:
-        """Seconds of one layer's attention; ``items`` and ``nbytes`` are numbers, or arrays with ``numpy.maximum``.
+        """Seconds of one layer's attention over ``tokens`` tokens a sequence: numbers, or arrays that broadcast
+        together with ``maximum`` as ``numpy.maximum``.  ``stream``: seconds of the bytes alone."""
+        sms = num_sms or DEFAULT_SMS
+        waves = maximum(1.0, items / sms)
+        split = self.merge * (items < sms) * (tokens / (tokens + self.half)) if kernel.merges else 0.0
+        return kernel.fixed + split + ((kernel.item * waves) ** self.power + stream**self.power) ** (1 / self.power)
 
-        ``l2_nbytes`` only where the same cache is read again and again (a micro-benchmark); ``None`` means cold.
-        """
-        waves = maximum(1.0, items / (num_sms or DEFAULT_SMS))
-        stream = nbytes / (kernel.efficiency * bandwidth)
-        if l2_nbytes:
-            stream = stream * self.miss(nbytes / (self.l2_share * l2_nbytes))
-        return kernel.fixed + ((kernel.item * waves) ** self.power + stream**self.power) ** (1 / self.power)
-
-    def miss(self, fill: Any) -> Any:
-        """Time of a byte against one from memory, for a cache ``fill`` times the L2's usable size."""
-        return self.warm + (1 - self.warm) / (1 + (fill + 1e-9) ** -self.steepness)
+    def miss(self, nbytes: Any, l2_nbytes: int | None) -> Any:
+        """Time of a byte, against one from memory, of ``nbytes`` bytes that are read again and again."""
+        if not l2_nbytes:
+            return 1.0
+        return self.warm + (1 - self.warm) / (1 + (nbytes / (self.l2_share * l2_nbytes) + 1e-9) ** -STEEPNESS)
