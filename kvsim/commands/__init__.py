@@ -7,6 +7,7 @@ from importlib import import_module
 import click
 
 LAZY: dict[str, str] = {
+    "plan": "How many cards, which method and batch for so many users within these latencies, and at what price.",
     "sweep": "Grids over models, methods, contexts, batches and cards, as CSV, Parquet or JSON.",
 }
 """Name -> one-line help.  ``kvsim.commands.<name>`` holds the command itself, as ``command``."""

@@ -1,0 +1,265 @@
+"""``kvsim plan``: the command line of :mod:`kvsim.plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from kvsim import report
+from kvsim.engines import ENGINES, make_engine
+from kvsim.hardware import Hardware
+from kvsim.lengths import Lengths, constant, parse_lengths
+from kvsim.load import load_model
+from kvsim.memory_risk import OCCUPANCIES
+from kvsim.options import choose_methods, parse_reserve, parse_size
+from kvsim.plan import INPUT_SHARE, MAX_BATCH, NOT_MODELLED, RISK, Demand, Plan, plan
+from kvsim.prices import Price, given, lowest
+from kvsim.quantities import milliseconds, parse_card, parse_seconds
+
+METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
+
+
+@click.command("plan")
+@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    required=True,
+    help="CARD, or CARD:COUNT where COUNT cards share the model (else 1, 2, 4, 8 are tried). Repeatable.",
+)
+@click.option("--users", type=int, required=True, help="Requests in flight at once.")
+@click.option("--slo-tpot", metavar="TIME", help="Longest time per output token: 30ms.")
+@click.option("--slo-ttft", metavar="TIME", help="Longest time to the first token, of 95 % of the requests: 2s.")
+@click.option("--input-len", default="2k", show_default=True, help="Tokens of a prompt.")
+@click.option("--output-len", default="512", show_default=True, help="Tokens of an answer.")
+@click.option(
+    "--lengths",
+    "spec",
+    help="lognormal:mean=2000,sigma=0.8[,output_mean=300,output_sigma=0.6][,max=32k], or a CSV trace.",
+)
+@click.option("--max-model-len", help="Tokens at which requests are cut.  [default: the model's positions]")
+@click.option("--method", "specs", multiple=True, help=f"Cache method; repeatable.  [default: {', '.join(METHODS)}]")
+@click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
+@click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
+@click.option("--risk", type=float, default=RISK, show_default=True, help="Accepted probability of too little memory.")
+@click.option(
+    "--occupancy",
+    type=click.Choice(OCCUPANCIES),
+    default="full",
+    show_default=True,
+    help="Requests at the end of their answers, or at random moments.",
+)
+@click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes: {', '.join(ENGINES)}.")
+@click.option("--reserve", default="10%", show_default=True, help="Share of a card's memory held back.")
+@click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
+@click.option("--tensor-parallel-size", type=click.IntRange(1), help="As vLLM's: cards that share the model.")
+@click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
+@click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    model_name: str,
+    gpus: tuple[str, ...],
+    users: int,
+    slo_tpot: str | None,
+    slo_ttft: str | None,
+    input_len: str,
+    output_len: str,
+    spec: str | None,
+    max_model_len: str | None,
+    specs: tuple[str, ...],
+    weight_bits: float | None,
+    price: float | None,
+    risk: float,
+    occupancy: str,
+    engine: str,
+    reserve: str,
+    gpu_memory_utilization: float | None,
+    tensor_parallel_size: int | None,
+    max_num_seqs: int,
+    max_cards: int | None,
+    as_json: bool,
+) -> int:
+    """How many cards, which method and batch for so many users within these latencies, and at what price.
+
+    Exit code 1 where no card and method meets the demand.
+    """
+    try:
+        import numpy  # noqa: F401
+    except ImportError:
+        raise ValueError("plan needs numpy: pip install 'kvsim[plan]'") from None
+    if weight_bits is not None and not 0 < weight_bits <= 64:
+        raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
+    if price is not None:
+        given("", price)
+    cards = [parse_card(gpu) for gpu in gpus]
+    if tensor_parallel_size is not None:
+        cards = [(card, count or tensor_parallel_size) for card, count in cards]
+    if gpu_memory_utilization is not None:
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu-memory-utilization {gpu_memory_utilization:g}: allowed are above 0 to 1")
+        reserve = str(1 - gpu_memory_utilization)
+    made = parse_size(output_len, "output-len")
+    lengths = parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
+    model = load_model(model_name)
+    longest = parse_size(max_model_len, "max-model-len") if max_model_len else model.max_positions
+    lengths, notes = _held(lengths, longest)
+    demand = Demand(
+        users,
+        lengths,
+        parse_seconds(slo_tpot, "slo-tpot") if slo_tpot else None,
+        parse_seconds(slo_ttft, "slo-ttft") if slo_ttft else None,
+        risk,
+        occupancy,
+    )
+
+    def cost(card: Hardware, num_cards: int) -> Price | None:
+        return lowest(card.id, num_cards) if price is None else given(card.id, price)
+
+    ways = plan(
+        model,
+        choose_methods(specs or METHODS, {}, None)[0],
+        cards,
+        demand,
+        cost,
+        weight_bits=weight_bits,
+        reserve=parse_reserve(reserve),
+        engine=make_engine(engine),
+        max_cards=max_cards,
+        max_num_seqs=max_num_seqs,
+    )
+    if as_json:
+        inputs = {
+            "model": model.name,
+            "gpus": [{"card": card.id, "cards_per_replica": count} for card, count in cards],
+            "users": users,
+            "lengths": lengths.label,
+            "slo_tpot_seconds": demand.slo_tpot,
+            "slo_ttft_seconds": demand.slo_ttft,
+            "max_model_len": longest,
+            "weight_bits": weight_bits,
+            "risk": risk,
+            "occupancy": occupancy,
+            "engine": engine,
+            "reserve": parse_reserve(reserve),
+        }
+        document = {"schema": "kvsim.plan/1", "inputs": inputs, "notes": notes, "not_modelled": NOT_MODELLED}
+        click.echo(json.dumps(document | {"rows": [_row(way) for way in ways]}, indent=2))
+    else:
+        click.echo("\n\n".join(_screen(model.name, demand, ways, notes)))
+    return 0 if any(way.refusal is None for way in ways) else 1
+
+
+def _held(lengths: Lengths, longest: int | None) -> tuple[Lengths, list[str]]:
+    if longest is None:
+        return lengths, []
+    lengths, share = lengths.cut(longest)
+    return lengths, [f"{share:.2%} of the requests are longer than {longest:,} tokens and cut there"] if share else []
+
+
+def _row(way: Plan) -> dict[str, Any]:
+    return {
+        "method": way.method.name,
+        "gpu": way.card.id,
+        "cards_per_replica": way.cards_per_replica,
+        "fits": way.refusal is None,
+        "refusal": way.refusal,
+        "num_cards": way.num_cards,
+        "num_replicas": way.num_replicas,
+        "batch_per_replica": way.batch_size,
+        "max_batch": way.max_batch,
+        "batch_bound": way.batch_bound,
+        "max_ctx": way.max_context,
+        "tpot_seconds": way.tpot._asdict() if way.tpot else None,
+        "ttft_seconds": way.ttft._asdict() if way.ttft else None,
+        "bound": way.bound,
+        "tokens_per_second": way.tokens_per_second,
+        "out_of_memory_probability": way.runs_out,
+        "usd_per_mtok": way.usd_per_mtok,
+        "price": asdict(way.price) if way.price else None,
+    }
+
+
+def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> list[str]:
+    limits = [
+        f"{what} within {milliseconds(limit)} ms"
+        for what, limit in (("a token", demand.slo_tpot), ("the first token", demand.slo_ttft))
+        if limit is not None
+    ]
+    blocks = [f"{name}: {demand.users:,} users, {demand.lengths.label}" + "".join(f"; {limit}" for limit in limits)]
+    good = [way for way in ways if way.refusal is None]
+    if good:
+        best = good[0]
+        cost = f", ${best.usd_per_mtok:.2f} a million output tokens" if best.usd_per_mtok else ""
+        blocks.append(
+            f"{best.num_cards} x {best.card.id} with {best.method.name}: {best.num_replicas} "
+            f"replica{'s' if best.num_replicas > 1 else ''} of {best.cards_per_replica}, "
+            f"{best.tokens_per_second:,.0f} tokens/s{cost}"
+        )
+        blocks.append(_table(good))
+    else:
+        blocks.append("nothing meets this demand")
+    refused = [
+        f"  {way.cards_per_replica} x {way.card.id}, {way.method.name}: {way.refusal}" for way in ways if way.refusal
+    ]
+    if refused:
+        blocks.append("\n".join(["Not possible:", *refused]))
+    prices = dict.fromkeys(way.price.label for way in good if way.price)
+    unpriced = dict.fromkeys(way.card.id for way in good if not way.price)
+    lines = [
+        "a token, first token: prediction (low to high); the first token of "
+        f"{INPUT_SHARE:.0%} of the requests, waiting for one step; a token includes the other requests' prefills",
+        f"P(out): probability, by convolution, that a replica's requests do not fit at once, each {_moment(demand)}",
+        *(f"price: {label}" for label in prices),
+        *(f"no price of {card} is listed: give --price" for card in unpriced),
+        *notes,
+    ]
+    blocks.append(report.notes(lines))
+    blocks.append("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
+    return blocks
+
+
+def _moment(demand: Demand) -> str:
+    return "at its full length" if demand.occupancy == "full" else "at a random moment of its answer"
+
+
+def _table(ways: list[Plan]) -> str:
+    heads = [
+        "plan",
+        "cards",
+        "batch",
+        "most",
+        "bound",
+        "max ctx",
+        "ms a token",
+        "first token ms",
+        "tok/s",
+        "P(out)",
+        "$/Mtok",
+    ]
+    return report.table(
+        heads,
+        (
+            (
+                f"{way.cards_per_replica} x {way.card.id} {way.method.name}",
+                f"{way.num_cards:,}",
+                f"{way.batch_size:,}",
+                f"{way.max_batch:,}",
+                way.batch_bound,
+                f"{way.max_context:,}",
+                _band(way.tpot),
+                _band(way.ttft),
+                f"{way.tokens_per_second:,.0f}",
+                f"{way.runs_out:.1g}" if way.runs_out else "0",
+                f"{way.usd_per_mtok:.3f}" if way.usd_per_mtok else "-",
+            )
+            for way in ways
+        ),
+    )
+
+
+def _band(band: Any) -> str:
+    return f"{milliseconds(band.value)} ({milliseconds(band.low)}-{milliseconds(band.high)})"

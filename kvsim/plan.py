@@ -1,0 +1,276 @@
+"""How to serve so many users within these latencies: cards, method, batch, tokens a second, and dollars a million.
+
+A *replica* is the model on one card or on several (tensor parallel).  Its batch is limited by memory (at a stated
+risk that requests outgrow it) and by the time per output token; replicas are added until all users are in flight.
+
+    time per output token = decode step at the mean context + batch * mean prefill / mean output
+
+The second term is the time that the other requests' prefills take from the decode steps, in a steady state where
+every request that ends is followed by a new one.  Time to the first token is the prefill of a prompt that 95 of
+100 do not exceed, and one decode step to wait for.  Largest batches and contexts are bisections on functions that
+never fall: exact inverses, not scans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from kvsim.capacity import RESERVE, room
+from kvsim.engines import Engine
+from kvsim.estimate import IDEAL, taken_nbytes
+from kvsim.hardware import Hardware
+from kvsim.layout import LayerShape, Method
+from kvsim.lengths import Lengths
+from kvsim.memory_risk import MemoryRisk
+from kvsim.model import Model
+from kvsim.prices import Price
+from kvsim.timing import Band, decode_step, prefill
+
+RISK = 1e-3
+INPUT_SHARE = 0.95
+RANKS = (1, 2, 4, 8)
+MAX_BATCH = 1 << 16
+MAX_CONTEXT = 1 << 40
+
+NOT_MODELLED = (
+    "queueing and bursts (every user always has one request in flight)",
+    "an engine's scheduler, preemption and recomputation",
+    "prefix sharing, speculative decoding",
+    "the network between replicas and users",
+    "what a method costs in quality",
+)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked for: ``users`` requests in flight, their ``lengths``, and limits in seconds (``None``: none).
+
+    ``risk``: accepted probability that a replica's requests do not fit at once.  ``occupancy``: see
+    :class:`kvsim.memory_risk.MemoryRisk`.
+    """
+
+    users: int
+    lengths: Lengths
+    slo_tpot: float | None = None
+    slo_ttft: float | None = None
+    risk: float = RISK
+    occupancy: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.users < 1:
+            raise ValueError(f"users {self.users}: allowed are 1 and above")
+        for name, limit in (("slo-tpot", self.slo_tpot), ("slo-ttft", self.slo_ttft)):
+            if limit is not None and not 0 < limit < 1e6:
+                raise ValueError(f"{name} {limit:g} s: allowed are times above 0")
+        if not 0 <= self.risk < 1:
+            raise ValueError(f"risk {self.risk:g}: allowed are 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A replica's place: ``num_cards`` of one card, and the bytes that each leaves for its share of the cache."""
+
+    card: Hardware
+    num_cards: int
+    weight_bits: float
+    cache_nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to serve the demand; ``refusal`` says why where it cannot (and what follows is then ``None`` or 0).
+
+    ``batch_size``: requests in flight a replica; ``max_batch``: the most that memory and the time limit allow;
+    ``batch_bound``: which of them (``memory``, ``latency``), or ``users`` where one replica has them all.
+    ``max_context``: tokens a request could have at this batch.  Seconds are bands.  ``usd_per_mtok``: a million
+    output tokens.
+    """
+
+    method: Method
+    card: Hardware
+    cards_per_replica: int
+    refusal: str | None = None
+    num_replicas: int = 0
+    batch_size: int = 0
+    max_batch: int = 0
+    batch_bound: str = ""
+    max_context: int = 0
+    tpot: Band | None = None
+    ttft: Band | None = None
+    bound: str = ""
+    tokens_per_second: float = 0.0
+    runs_out: float | None = None
+    usd_per_mtok: float | None = None
+    price: Price | None = None
+
+    @property
+    def num_cards(self) -> int:
+        return self.num_replicas * self.cards_per_replica
+
+
+def largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest n of 0 to ``limit`` with ``holds(n)``; ``holds`` is true of 0 and, once false, stays so."""
+    low, high = 0, 1
+    while high <= limit and holds(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def share_of(model: Model, ranks: int) -> Model:
+    """What one of ``ranks`` tensor-parallel cards holds: whole kv heads, at least one (then copies of it).
+
+    Constant state is counted whole.  Raises ``ValueError`` where the query heads do not divide.
+    """
+    if model.num_q_heads % ranks:
+        raise ValueError(f"{model.num_q_heads} query heads do not divide over {ranks} cards")
+
+    def cut(layer: LayerShape) -> LayerShape:
+        return replace(layer, num_kv_heads=max(1, -(-layer.num_kv_heads // ranks)))
+
+    layers = tuple(cut(layer) if isinstance(layer, LayerShape) else layer for layer in model.layers)
+    return replace(model, layers=layers)
+
+
+def site(
+    model: Model, card: Hardware, num_cards: int, weight_bits: float | None = None, reserve: float = RESERVE
+) -> Site:
+    """The room for the cache on each of ``num_cards`` cards that share the model.
+
+    Raises ``ValueError`` where memory or weights are not known, or the weights do not fit.
+    """
+    space = room(model, card, weight_bits, reserve)
+    left = space.memory_nbytes - space.reserve_nbytes - -(-space.weight_nbytes // num_cards)
+    if left <= 0:
+        cards = f"{num_cards} cards" if num_cards > 1 else "one card"
+        raise ValueError(f"the weights alone do not fit on {cards}")
+    return Site(card, num_cards, space.weight_bits, left)
+
+
+def plan(
+    model: Model,
+    methods: Sequence[Method],
+    cards: Sequence[tuple[Hardware, int | None]],
+    demand: Demand,
+    price: Callable[[Hardware, int], Price | None],
+    *,
+    weight_bits: float | None = None,
+    reserve: float = RESERVE,
+    engine: Engine = IDEAL,
+    max_cards: int | None = None,
+    max_num_seqs: int = MAX_BATCH,
+) -> list[Plan]:
+    """Every way that was weighed, the cheapest first (by price, else by cards), refusals last.
+
+    ``cards``: a card with the number a replica takes, or ``None`` to try :data:`RANKS`.  ``price(card, num_cards)``:
+    what a card-hour costs.  ``max_num_seqs``: the largest batch of a replica.  A way that cannot be (its reason in
+    ``refusal``) is listed, not raised.
+    """
+    found = []
+    places = dict.fromkeys((card, ranks) for card, given in cards for ranks in ((given,) if given else RANKS))
+    for card, ranks in places:
+        for method in methods:
+            way = Plan(method, card, ranks)
+            try:
+                way = _serve(
+                    model, method, site(model, card, ranks, weight_bits, reserve), demand, engine, max_num_seqs
+                )
+                way = _priced(way, price(card, way.num_cards))
+            except ValueError as error:
+                way = replace(way, refusal=str(error))
+            if way.refusal is None and max_cards is not None and way.num_cards > max_cards:
+                way = replace(way, refusal=f"takes {way.num_cards} cards, more than {max_cards}")
+            found.append(way)
+    return sorted(found, key=_cost)
+
+
+def _cost(way: Plan) -> tuple[bool, bool, float, int]:
+    price = way.usd_per_mtok
+    return way.refusal is not None, price is None, price or 0.0, way.num_cards or way.cards_per_replica
+
+
+def _priced(way: Plan, price: Price | None) -> Plan:
+    if price is None:
+        return way
+    hourly = price.usd_per_hour * way.num_cards
+    return replace(way, price=price, usd_per_mtok=hourly / 3600 / way.tokens_per_second * 1e6)
+
+
+def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: Engine, max_num_seqs: int) -> Plan:
+    """Raises ``ValueError``, saying why, where no batch meets the demand."""
+    lengths, ranks = demand.lengths, place.num_cards
+    part = share_of(model, ranks)
+    weigh = partial(taken_nbytes, part, method, engine=engine)
+    clock = Clock(model, method, place, lengths)
+    ttft = clock.ttft(1)
+    if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
+        raise ValueError(
+            f"time to first token {ttft.value * 1e3:,.0f} ms even alone, over {demand.slo_ttft * 1e3:g} ms"
+        )
+    risk = MemoryRisk(weigh, lengths, place.cache_nbytes, demand.occupancy)
+    by_memory = min(MAX_BATCH, max_num_seqs, risk.most(demand.risk))
+    if not by_memory:
+        raise ValueError(
+            f"no request of {lengths.longest:,} tokens fits beside the weights at a risk of {demand.risk:g}"
+        )
+    by_time = largest(lambda batch: clock.within(batch, demand), by_memory)
+    if not by_time:
+        raise ValueError(
+            f"{clock.tpot(1).value * 1e3:,.1f} ms a token even alone, over {(demand.slo_tpot or 0) * 1e3:g} ms"
+        )
+    replicas = -(-demand.users // by_time)
+    batch = -(-demand.users // replicas)
+    tpot = clock.tpot(batch)
+    return Plan(
+        method,
+        place.card,
+        ranks,
+        num_replicas=replicas,
+        batch_size=batch,
+        max_batch=by_time,
+        batch_bound="users" if batch == demand.users else "memory" if by_time == by_memory else "latency",
+        max_context=largest(lambda tokens: weigh(batch, tokens) <= place.cache_nbytes, MAX_CONTEXT),
+        tpot=tpot,
+        ttft=clock.ttft(batch),
+        bound=clock.bound(batch),
+        tokens_per_second=demand.users / tpot.value,
+        runs_out=risk.runs_out(batch),
+    )
+
+
+class Clock:
+    """The times of one replica: its decode steps and prefills at the lengths' means."""
+
+    def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths) -> None:
+        self._step = partial(
+            decode_step, model, method, place.card, weight_bits=place.weight_bits, tensor_parallel=place.num_cards
+        )
+        first = partial(prefill, model, place.card, 1, weight_bits=place.weight_bits, tensor_parallel=place.num_cards)
+        self.context = max(1, round(lengths.mean_context))
+        self.mean_output = lengths.mean_output
+        self.mean_prefill = first(max(1, round(lengths.mean_input))).seconds
+        self.long_prefill = first(lengths.input_quantile(INPUT_SHARE)).seconds
+
+    def tpot(self, batch_size: int) -> Band:
+        """Time per output token, the other requests' prefills included."""
+        step, share = self._step(batch_size, self.context).seconds, (batch_size - 1) / self.mean_output
+        return Band(*(one + share * other for one, other in zip(step, self.mean_prefill, strict=True)))
+
+    def ttft(self, batch_size: int) -> Band:
+        """Time to the first token: one step to wait for, then a long prompt's prefill."""
+        step = self._step(batch_size, self.context).seconds
+        return Band(*(one + other for one, other in zip(step, self.long_prefill, strict=True)))
+
+    def bound(self, batch_size: int) -> str:
+        return self._step(batch_size, self.context).bound
+
+    def within(self, batch_size: int, demand: Demand) -> bool:
+        """Whether both limits hold at this batch."""
+        slow = demand.slo_tpot is not None and self.tpot(batch_size).value > demand.slo_tpot
+        late = demand.slo_ttft is not None and self.ttft(batch_size).value > demand.slo_ttft
+        return not (slow or late)

@@ -1,0 +1,36 @@
+"""What a user types of times and cards: ``30ms``, ``2s``, ``h100-sxm:2``."""
+
+from __future__ import annotations
+
+import re
+
+from kvsim.hardware import Hardware, find_hardware
+
+SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
+UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+MAX_RANKS = 1024
+
+
+def parse_seconds(text: str, what: str) -> float:
+    """``30ms``, ``2s``, ``1.5 min``; a bare number is seconds.  Raises ``ValueError``."""
+    match = SECONDS.fullmatch(text.strip())
+    seconds = float(match[1]) * UNIT[match[2] or "s"] if match else 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"{what} {text!r}: allowed are times such as 30ms or 2s")
+    return seconds
+
+
+def parse_card(text: str) -> tuple[Hardware, int | None]:
+    """``h100-sxm`` or ``h100-sxm:2``: a card, and how many share the model.  Raises ``LookupError``, ``ValueError``."""
+    name, colon, count = text.partition(":")
+    if not colon:
+        return find_hardware(name), None
+    if not count.isascii() or not count.isdigit() or not 1 <= int(count) <= MAX_RANKS:
+        raise ValueError(f"gpu {text!r}: allowed is CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2")
+    return find_hardware(name), int(count)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, in ms."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

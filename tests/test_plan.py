@@ -1,0 +1,213 @@
+"""kvsim plan: every limit it reports is tight, every cost adds up, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+
+import pytest
+
+pytest.importorskip("numpy", reason="numpy is not installed")
+
+from kvsim import catalog
+from kvsim.cli import run
+from kvsim.estimate import taken_nbytes
+from kvsim.hardware import find_hardware
+from kvsim.lengths import constant, parse_lengths
+from kvsim.load import load_model
+from kvsim.methods import make_method
+from kvsim.plan import Clock, Demand, largest, plan, share_of, site
+from kvsim.prices import given, lowest, prices
+from kvsim.quantities import parse_card, parse_seconds
+from kvsim.timing import decode_step
+
+LLAMA, H100 = load_model("llama-3-8b"), find_hardware("h100-sxm")
+METHODS = [make_method(name) for name in ("fp16", "fp8", "kivi")]
+COMMAND = ["plan", "--model", "llama-3-8b", "--users", "200", "--slo-tpot", "30ms", "--slo-ttft", "2s"]
+
+
+def ways(**more):
+    demand = {"users": 200, "lengths": constant(2048, 512), "slo_tpot": 0.03, "slo_ttft": 2.0}
+    demand |= {key: more.pop(key) for key in list(more) if key in Demand.__dataclass_fields__}
+    cards = more.pop("cards", [(H100, None)])
+    model = more.pop("model", LLAMA)
+    return plan(model, METHODS, cards, Demand(**demand), lambda card, count: lowest(card.id, count), **more)
+
+
+def test_what_fits_is_tight() -> None:
+    """One request more, or one token more, breaks a limit: nothing was left on the table, nothing overdrawn."""
+    demand = Demand(200, constant(2048, 512), 0.03, 2.0)
+    good = [way for way in ways() if way.refusal is None]
+    assert len(good) >= 8
+    for way in good:
+        place = site(LLAMA, H100, way.cards_per_replica)
+        part = share_of(LLAMA, way.cards_per_replica)
+        clock = Clock(LLAMA, way.method, place, demand.lengths)
+
+        def fits(batch: int, tokens: int, part=part, way=way, place=place) -> bool:
+            return taken_nbytes(part, way.method, batch, tokens) <= place.cache_nbytes
+
+        assert fits(way.max_batch, 2560)
+        assert clock.within(way.max_batch, demand)
+        assert not (fits(way.max_batch + 1, 2560) and clock.within(way.max_batch + 1, demand))
+        assert fits(way.batch_size, way.max_context)
+        assert not fits(way.batch_size, way.max_context + 1)
+        assert way.batch_size <= way.max_batch
+        assert (way.num_replicas - 1) * way.max_batch < 200 <= way.num_replicas * way.batch_size
+        assert way.tpot.value <= 0.03
+        assert way.ttft.value <= 2
+        assert way.tpot.low < way.tpot.value < way.tpot.high
+        assert way.runs_out == 0
+
+
+def test_money_and_tokens_add_up() -> None:
+    for way in ways():
+        if way.refusal is None:
+            assert way.tokens_per_second == pytest.approx(200 / way.tpot.value)
+            hourly = way.num_cards * way.price.usd_per_hour
+            assert way.usd_per_mtok == pytest.approx(hourly / (way.tokens_per_second * 3600 / 1e6))
+    costs = [way.usd_per_mtok for way in ways() if way.refusal is None]
+    assert costs == sorted(costs)
+
+
+def test_a_token_includes_the_others_prefills() -> None:
+    place, lengths = site(LLAMA, H100, 1), constant(2048, 512)
+    clock = Clock(LLAMA, METHODS[0], place, lengths)
+    step = decode_step(LLAMA, METHODS[0], H100, 50, 2048 + 256, weight_bits=place.weight_bits).seconds.value
+    assert clock.tpot(50).value == pytest.approx(step + 49 * clock.mean_prefill.value / 512)
+    assert clock.tpot(1).value < step
+
+
+def test_risk_limits_the_batch() -> None:
+    lengths = parse_lengths("lognormal:mean=4000,sigma=1", 512)
+    strict, loose = (
+        next(
+            way
+            for way in ways(lengths=lengths, risk=risk, slo_tpot=None, users=5000, cards=[(H100, 1)])
+            if way.method == METHODS[0]
+        )
+        for risk in (1e-6, 0.1)
+    )
+    assert strict.max_batch < loose.max_batch
+    assert strict.runs_out <= 1e-6 < loose.runs_out <= 0.1
+    assert strict.batch_bound == loose.batch_bound == "memory"
+
+
+def test_steady_moments_leave_room() -> None:
+    lengths = parse_lengths("lognormal:mean=1000,sigma=1", 4000)
+    full, steady = (
+        max(way.max_batch for way in ways(lengths=lengths, occupancy=kind, slo_tpot=None, cards=[(H100, 1)]))
+        for kind in ("full", "steady")
+    )
+    assert full < steady
+
+
+def test_refusals_say_why() -> None:
+    big = {way.cards_per_replica: way for way in ways(model=load_model("llama-3-70b")) if way.method == METHODS[0]}
+    assert "weights alone do not fit on one card" in big[1].refusal
+    assert big[8].refusal is None
+    assert all("a token even alone" in way.refusal for way in ways(slo_tpot=1e-4))
+    assert all("first token" in way.refusal for way in ways(slo_ttft=1e-3))
+    assert all("no request of" in way.refusal for way in ways(lengths=constant(10**9, 1), slo_ttft=None))
+    assert all("more than 1" in way.refusal for way in ways(users=10**5, max_cards=1))
+    assert all("heads do not divide" in way.refusal for way in ways(cards=[(H100, 5)]))
+
+
+def test_a_share_has_whole_heads() -> None:
+    assert {layer.num_kv_heads for layer in share_of(LLAMA, 2).layers} == {4}
+    assert {layer.num_kv_heads for layer in share_of(LLAMA, 16).layers} == {1}
+
+
+@pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 8, 9, 999, 1000])
+def test_largest(answer: int) -> None:
+    calls = []
+    assert largest(lambda n: calls.append(n) or n <= answer, 1000) == answer
+    assert len(calls) <= 2 * 11
+
+
+def test_prices_are_dated_known_and_lowest() -> None:
+    assert len(prices()) >= 15
+    for price in prices():
+        assert catalog.find("hardware", price.card)["id"] == price.card
+        assert date(2026, 1, 1) <= date.fromisoformat(price.date)
+        assert 0.1 < price.usd_per_hour < 20
+        assert price.source.startswith("https://")
+    assert lowest("h100-sxm").usd_per_hour == min(
+        p.usd_per_hour for p in prices() if p.card == "h100-sxm" and p.min_cards == 1
+    )
+    assert lowest("a100-sxm-40gb", 1).provider == "Lambda"
+    assert lowest("rtx-a6000", 1) is None
+    assert lowest("rtx-a6000", 4) is not None
+    assert lowest("tpu-v4") is None
+
+
+@pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_price_is_above_zero(price: float) -> None:
+    with pytest.raises(ValueError, match="price"):
+        given("h100-sxm", price)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("30ms", 0.03), ("2s", 2), ("2", 2), ("1.5 min", 90), ("250us", 2.5e-4)])
+def test_seconds(text: str, seconds: float) -> None:
+    assert parse_seconds(text, "slo") == pytest.approx(seconds)
+
+
+def test_cards() -> None:
+    assert parse_card("h100-sxm") == (H100, None)
+    assert parse_card("H100-SXM:2") == (H100, 2)
+
+
+def test_the_screen(capsys) -> None:
+    assert run([*COMMAND, "--gpu", "h100-sxm:2"]) == 0
+    out = capsys.readouterr().out
+    assert "$/Mtok" in out
+    assert "RunPod" in out
+    assert out.strip().splitlines()[-1].startswith("Not modelled:")
+
+
+def test_json(capsys) -> None:
+    assert run([*COMMAND, "--gpu", "h100-sxm", "--price", "2.5", "--json", "--tensor-parallel-size", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["schema"], document["inputs"]["users"]) == ("kvsim.plan/1", 200)
+    assert {row["cards_per_replica"] for row in document["rows"]} == {2}
+    for row in document["rows"]:
+        assert row["price"]["usd_per_hour"] == 2.5
+        assert row["tpot_seconds"]["low"] <= row["tpot_seconds"]["value"] <= row["tpot_seconds"]["high"]
+
+
+def test_exit_1_where_nothing_meets_the_demand(capsys) -> None:
+    assert run([*COMMAND, "--gpu", "t4:1"]) == 1
+    assert "nothing meets this demand" in capsys.readouterr().out
+    assert run([*COMMAND, "--gpu", "t4:1", "--json"]) == 1
+    assert not any(row["fits"] for row in json.loads(capsys.readouterr().out)["rows"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--gpu", "h100-sxm:0"],
+        ["--gpu", "h100-sxm:x"],
+        ["--gpu", "h1000"],
+        ["--gpu", "h100-sxm", "--slo-tpot", "fast"],
+        ["--gpu", "h100-sxm", "--users", "0"],
+        ["--gpu", "h100-sxm", "--price", "-3"],
+        ["--gpu", "h100-sxm", "--risk", "1.5"],
+        ["--gpu", "h100-sxm", "--weight-bits", "-1"],
+        ["--gpu", "h100-sxm", "--lengths", "lognormal:mean=3"],
+        ["--gpu", "h100-sxm", "--gpu-memory-utilization", "1.2"],
+        ["--gpu", "h100-sxm", "--engine", "vlm"],
+        ["--gpu", "h100-sxm", "--method", "kiwi"],
+        ["--gpu", "h100-sxm", "--max-model-len", "1"],
+    ],
+)
+def test_bad_input_is_one_line(more: list[str], capsys) -> None:
+    assert run([*COMMAND, *more]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("kvsim: error: ")
+    assert err.count("\n") == 1
+
+
+def test_long_requests_are_cut_and_said(capsys) -> None:
+    assert run([*COMMAND, "--gpu", "h100-sxm:1", "--lengths", "lognormal:mean=4000,sigma=1"]) == 0
+    assert "cut there" in capsys.readouterr().out
