@@ -3,12 +3,10 @@
 A *replica* is the model on one card or on several (tensor parallel).  Its batch is limited by memory (at a stated
 risk that requests outgrow it) and by the time per output token; replicas are added until all users are in flight.
 
-    time per output token = decode step at the mean context + batch * mean prefill / mean output
-
-The second term is the time that the other requests' prefills take from the decode steps, in a steady state where
-every request that ends is followed by a new one.  Time to the first token is the prefill of a prompt that 95 of
-100 do not exceed, and one decode step to wait for.  Largest batches and contexts are bisections on functions that
-never fall: exact inverses, not scans.
+The times are those of :mod:`kvsim.timing`, for requests in a steady state where each that ends is followed by a
+new one: a token waits for the prompts of the others, a first token for its own prompt (one that 95 of 100 do not
+exceed) and for those in front of it.  Largest batches and contexts are bisections on functions that never fall:
+exact inverses, not scans.
 """
 
 from __future__ import annotations
@@ -19,14 +17,15 @@ from functools import partial
 
 from kvsim.capacity import RESERVE, room
 from kvsim.engines import Engine
-from kvsim.estimate import IDEAL, taken_nbytes
+from kvsim.estimate import IDEAL
 from kvsim.hardware import Hardware
-from kvsim.layout import LayerShape, Method
+from kvsim.layout import Method
 from kvsim.lengths import Lengths
 from kvsim.memory_risk import MemoryRisk
 from kvsim.model import Model
+from kvsim.parallel import Deployment, Sharding
 from kvsim.prices import Price
-from kvsim.timing import Band, decode_step, prefill
+from kvsim.timing import Band, first_token, prefill, token_step
 
 RISK = 1e-3
 INPUT_SHARE = 0.95
@@ -122,21 +121,6 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def share_of(model: Model, ranks: int) -> Model:
-    """What one of ``ranks`` tensor-parallel cards holds: whole kv heads, at least one (then copies of it).
-
-    Constant state is counted whole.  Raises ``ValueError`` where the query heads do not divide.
-    """
-    if model.num_q_heads % ranks:
-        raise ValueError(f"{model.num_q_heads} query heads do not divide over {ranks} cards")
-
-    def cut(layer: LayerShape) -> LayerShape:
-        return replace(layer, num_kv_heads=max(1, -(-layer.num_kv_heads // ranks)))
-
-    layers = tuple(cut(layer) if isinstance(layer, LayerShape) else layer for layer in model.layers)
-    return replace(model, layers=layers)
-
-
 def site(
     model: Model, card: Hardware, num_cards: int, weight_bits: float | None = None, reserve: float = RESERVE
 ) -> Site:
@@ -144,12 +128,11 @@ def site(
 
     Raises ``ValueError`` where memory or weights are not known, or the weights do not fit.
     """
-    space = room(model, card, weight_bits, reserve)
-    left = space.memory_nbytes - space.reserve_nbytes - -(-space.weight_nbytes // num_cards)
-    if left <= 0:
+    space = room(model, card, weight_bits, reserve, sharding=Sharding(tensor_parallel_size=num_cards))
+    if space.cache_nbytes <= 0:
         cards = f"{num_cards} cards" if num_cards > 1 else "one card"
         raise ValueError(f"the weights alone do not fit on {cards}")
-    return Site(card, num_cards, space.weight_bits, left)
+    return Site(card, num_cards, space.weight_bits, space.cache_nbytes)
 
 
 def plan(
@@ -204,9 +187,8 @@ def _priced(way: Plan, price: Price | None) -> Plan:
 def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: Engine, max_num_seqs: int) -> Plan:
     """Raises ``ValueError``, saying why, where no batch meets the demand."""
     lengths, ranks = demand.lengths, place.num_cards
-    part = share_of(model, ranks)
-    weigh = partial(taken_nbytes, part, method, engine=engine)
-    clock = Clock(model, method, place, lengths)
+    weigh = Deployment(model, method, engine, Sharding(tensor_parallel_size=ranks)).rank_nbytes
+    clock = Clock(model, method, place, lengths, engine)
     ttft = clock.ttft(1)
     if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
         raise ValueError(
@@ -244,30 +226,32 @@ def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: En
 
 
 class Clock:
-    """The times of one replica: its decode steps and prefills at the lengths' means."""
+    """The times of one replica at the lengths' means; its batch is known to fit, so nobody waits for memory."""
 
-    def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths) -> None:
-        self._step = partial(
-            decode_step, model, method, place.card, weight_bits=place.weight_bits, tensor_parallel=place.num_cards
+    def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine = IDEAL) -> None:
+        card = replace(place.card, memory_nbytes=None)
+        options = {"weight_bits": place.weight_bits, "tensor_parallel": place.num_cards, "engine": engine.name}
+        output = max(1, round(lengths.mean_output))
+        given = max(1, round(lengths.mean_context - output / 2))  # so that a step finds the mean context
+        self._token = partial(token_step, model, method, card, input_len=given, output_len=output, **options)
+        self._first = partial(first_token, model, method, card, input_len=given, output_len=output, **options)
+        mean, long = (
+            prefill(model, card, 1, tokens, **options).seconds  # type: ignore[arg-type]
+            for tokens in (given, lengths.input_quantile(INPUT_SHARE))
         )
-        first = partial(prefill, model, place.card, 1, weight_bits=place.weight_bits, tensor_parallel=place.num_cards)
-        self.context = max(1, round(lengths.mean_context))
-        self.mean_output = lengths.mean_output
-        self.mean_prefill = first(max(1, round(lengths.mean_input))).seconds
-        self.long_prefill = first(lengths.input_quantile(INPUT_SHARE)).seconds
+        self._longer = Band(*(one - other for one, other in zip(long, mean, strict=True)))
 
     def tpot(self, batch_size: int) -> Band:
-        """Time per output token, the other requests' prefills included."""
-        step, share = self._step(batch_size, self.context).seconds, (batch_size - 1) / self.mean_output
-        return Band(*(one + share * other for one, other in zip(step, self.mean_prefill, strict=True)))
+        """Time per output token."""
+        return self._token(batch_size=batch_size).seconds
 
     def ttft(self, batch_size: int) -> Band:
-        """Time to the first token: one step to wait for, then a long prompt's prefill."""
-        step = self._step(batch_size, self.context).seconds
-        return Band(*(one + other for one, other in zip(step, self.long_prefill, strict=True)))
+        """Time to the first token of a long prompt."""
+        seconds = self._first(batch_size=batch_size).seconds
+        return Band(*(max(0.0, one + other) for one, other in zip(seconds, self._longer, strict=True)))
 
     def bound(self, batch_size: int) -> str:
-        return self._step(batch_size, self.context).bound
+        return self._token(batch_size=batch_size).bound
 
     def within(self, batch_size: int, demand: Demand) -> bool:
         """Whether both limits hold at this batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -11,15 +12,15 @@ pytest.importorskip("numpy", reason="numpy is not installed")
 
 from kvsim import catalog
 from kvsim.cli import run
-from kvsim.estimate import taken_nbytes
 from kvsim.hardware import find_hardware
 from kvsim.lengths import constant, parse_lengths
 from kvsim.load import load_model
 from kvsim.methods import make_method
-from kvsim.plan import Clock, Demand, largest, plan, share_of, site
+from kvsim.parallel import Deployment, Sharding
+from kvsim.plan import Clock, Demand, largest, plan, site
 from kvsim.prices import given, lowest, prices
 from kvsim.quantities import parse_card, parse_seconds
-from kvsim.timing import decode_step
+from kvsim.timing import first_token, token_step
 
 LLAMA, H100 = load_model("llama-3-8b"), find_hardware("h100-sxm")
 METHODS = [make_method(name) for name in ("fp16", "fp8", "kivi")]
@@ -41,11 +42,11 @@ def test_what_fits_is_tight() -> None:
     assert len(good) >= 8
     for way in good:
         place = site(LLAMA, H100, way.cards_per_replica)
-        part = share_of(LLAMA, way.cards_per_replica)
+        cache = Deployment(LLAMA, way.method, sharding=Sharding(way.cards_per_replica))
         clock = Clock(LLAMA, way.method, place, demand.lengths)
 
-        def fits(batch: int, tokens: int, part=part, way=way, place=place) -> bool:
-            return taken_nbytes(part, way.method, batch, tokens) <= place.cache_nbytes
+        def fits(batch: int, tokens: int, cache=cache, place=place) -> bool:
+            return cache.rank_nbytes(batch, tokens) <= place.cache_nbytes
 
         assert fits(way.max_batch, 2560)
         assert clock.within(way.max_batch, demand)
@@ -70,12 +71,14 @@ def test_money_and_tokens_add_up() -> None:
     assert costs == sorted(costs)
 
 
-def test_a_token_includes_the_others_prefills() -> None:
-    place, lengths = site(LLAMA, H100, 1), constant(2048, 512)
+def test_times_are_those_of_the_time_model() -> None:
+    place, lengths, card = site(LLAMA, H100, 1), constant(2048, 512), replace(H100, memory_nbytes=None)
     clock = Clock(LLAMA, METHODS[0], place, lengths)
-    step = decode_step(LLAMA, METHODS[0], H100, 50, 2048 + 256, weight_bits=place.weight_bits).seconds.value
-    assert clock.tpot(50).value == pytest.approx(step + 49 * clock.mean_prefill.value / 512)
-    assert clock.tpot(1).value < step
+    assert clock.tpot(50) == token_step(LLAMA, METHODS[0], card, 50, 2048, 512).seconds
+    assert clock.ttft(50) == first_token(LLAMA, METHODS[0], card, 50, 2048, 512).seconds
+    long = Clock(LLAMA, METHODS[0], place, parse_lengths("lognormal:mean=2048,sigma=1", 512))
+    assert long.tpot(50).value == pytest.approx(clock.tpot(50).value, rel=0.01)
+    assert long.ttft(50).value > 1.2 * clock.ttft(50).value
 
 
 def test_risk_limits_the_batch() -> None:
@@ -110,12 +113,7 @@ def test_refusals_say_why() -> None:
     assert all("first token" in way.refusal for way in ways(slo_ttft=1e-3))
     assert all("no request of" in way.refusal for way in ways(lengths=constant(10**9, 1), slo_ttft=None))
     assert all("more than 1" in way.refusal for way in ways(users=10**5, max_cards=1))
-    assert all("heads do not divide" in way.refusal for way in ways(cards=[(H100, 5)]))
-
-
-def test_a_share_has_whole_heads() -> None:
-    assert {layer.num_kv_heads for layer in share_of(LLAMA, 2).layers} == {4}
-    assert {layer.num_kv_heads for layer in share_of(LLAMA, 16).layers} == {1}
+    assert all("does not divide" in way.refusal for way in ways(cards=[(H100, 5)]))
 
 
 @pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 8, 9, 999, 1000])
