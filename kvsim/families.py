@@ -1,218 +1,1192 @@
 """What each ``model_type`` of a config.json means: which keys hold the numbers, and what a layer is made of.
 
-One row a family, read from the model's class in transformers 5.17 to 5.23.  :mod:`kvsim.model` reads the
-keys, :mod:`kvsim.parameters` counts the weights.
+One row a family, read from the model's class in transformers 5.17 to 5.23 (or, where it is not there, from the
+code published with the model).  :mod:`kvsim.model` reads the keys, :mod:`kvsim.parameters` counts the weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-Switch = bool | tuple[str, bool]
-"""A fact of the family, or ``(config key, its value where the key is absent)``."""
+from kvsim import kinds
+from kvsim.attention import Attention, Compressed, Latent
+from kvsim.body import Body, Count, Shapes
+from kvsim.config import ConfigReader, Keys, Switch
+from kvsim.feedforward import Experts, Mlp, after, if_any, if_enabled, interleaved, listed_or, none, periodic, ranged
+from kvsim.feedforward import stepped as stepped_layers
+from kvsim.layout import LayerShape
+from kvsim.state import DeltaNet, Kda, Lightning, Mamba, Mamba2, RgLru, Rwkv, ShortConv
 
 
-@dataclass(frozen=True)
-class Experts:
-    """A mixture-of-experts block: the config keys of its sizes, and which layers have it."""
+class Mixer(Protocol):
+    """What mixes tokens in a layer: attention, or a recurrence."""
 
-    count: str = "num_local_experts"
-    inner: str = "intermediate_size"
-    shared_inner: str | None = None  # key: width of the shared expert, which has a gate of its own
-    shared_count: str | None = None  # key: number of shared experts as wide as a routed one
-    stepped: bool = False  # decoder_sparse_step and mlp_only_layers choose the layers
-    first_dense: str | None = None  # key: number of leading layers with a plain MLP
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        """What it leaves: per token, or per sequence."""
+
+    def params(self, body: Body) -> int:
+        """Its weights."""
+
+
+Mixers = Mapping[str, tuple[Mixer, ...]]
 
 
 @dataclass(frozen=True)
 class Family:
     """How to read one ``model_type``.  The defaults are Llama's."""
 
-    num_layers: str = "num_hidden_layers"
-    hidden: str = "hidden_size"
-    num_q_heads: str = "num_attention_heads"
-    num_kv_heads: str | None = "num_key_value_heads"  # None: as many as query heads
-    kv_heads_required: bool = True  # False: an absent key means as many as query heads
-    head_dim: str | None = "head_dim"  # None: always hidden size / query heads
-    head_dim_required: bool = False  # True: transformers would fill in a number of its own
-    positions: str = "max_position_embeddings"
-    inner: str = "intermediate_size"
-    inner_required: bool = True  # False: an absent key means 4 x hidden size
-    multi_query: str | None = None  # key of a switch (on where absent): one key/value head
-    window: str | None = None  # "plain": sliding_window; "required": the same, and absent means a window; "switched"
+    num_layers: Keys = "num_hidden_layers"
+    hidden: Keys = "hidden_size"
+    num_q_heads: Keys | None = "num_attention_heads"  # None: a family without attention
+    positions: Keys = "max_position_embeddings"
+    vocab: Keys = "vocab_size"
+    mixers: Mixers = field(default_factory=lambda: {"full": (Attention(),)})
+    kinds: kinds.Kinds = kinds.full
+    listed: Keys | None = None  # a list of layer kinds, which goes before the rule
+    window: Keys | None = None  # key of the sliding window; without one no layer slides
+    window_plus: int = 0  # the class's window is this much longer than the key says
+    chunk: str | None = None
+    sharing: str | None = None  # key: number of last layers that use an earlier layer's cache
+    streams: int = 1  # caches a layer
+    single: bool = False  # a layer is a mixer or an MLP, not both
+    nested: tuple[str, ...] = ()  # objects whose keys are read as `object.key`
+    forced_last: str | None = None  # kind that the class gives the last layer whatever the config says
+    check: Callable[[Body, list[str]], None] | None = None  # refuses what the class's kinds do not allow
+    layers: Callable[[Body], list[Shapes]] | None = None  # a rule of its own for what every layer leaves
+    inert: tuple[str, ...] = ()  # keys, beside those read, that look like the cache's and do not change it
     # What follows only serves the parameter count.
     countable: bool = True
+    count_if: Callable[[Body], bool] | None = None
     tied: bool = False
-    learned_positions: bool = False
+    learned_positions: int | None = None  # rows of the position table beside the positions
     norm_vectors: int = 1  # weight; 2: weight and bias; 0: a norm without parameters
     norms: int = 2  # norms a layer
-    gated: bool = True
-    qkv_bias: Switch = False
-    out_bias: Switch = False
-    mlp_bias: Switch = False
+    final_norm: bool = True
+    mlp: Mlp | None = field(default_factory=Mlp)
+    mlps: int = 1  # plain MLPs a layer
     head_bias: Switch = False
-    qk_norm: str | None = None  # "head": over head_dim; "full": over all heads of a token
-    qk_norm_if: Switch = True
     experts: Experts | None = None
+    layer_extra: Count | None = None
+    outer_extra: Count | None = None
+    lookup_extra: Count | None = None
 
 
 ATTENTION_BIAS = ("attention_bias", False)
 MLP_BIAS = ("mlp_bias", False)
+BIASED = Attention(qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS)
+LENIENT = replace(BIASED, kv_required=False)
+HEADED = replace(BIASED, head_dim_required=True)
+NORMED = replace(HEADED, qk_norm="head")
+SINKS: Callable[[int, int, int, int], int] = lambda hidden, heads, kv, dim: heads  # noqa: E731
+ALL_BIASED = Attention(num_kv_heads=None, head_dim=None, qkv_bias=True, out_bias=True)
 
+
+def _one(*mixers: Mixer) -> Mixers:
+    return {"full": mixers}
+
+
+def _slide(mixer: Mixer, sliding: Mixer | None = None) -> Mixers:
+    return {"full": (mixer,), "sliding": (sliding or mixer,)}
+
+
+class FalconAttention(Attention):
+    """Falcon has a ``num_kv_heads`` that only the new decoder architecture obeys, and a multi-query switch."""
+
+    def _kv_heads(self, body: Body) -> int:
+        reader = body.reader
+        if reader.switch(("new_decoder_architecture", False)):
+            return reader.count("num_kv_heads", "num_kv_heads" if reader.has("num_kv_heads") else "num_key_value_heads")
+        if reader.switch(("multi_query", True)):
+            reader.sources["num_kv_heads"] = reader.label("multi_query = true")
+            return 1
+        if reader.has("num_kv_heads"):
+            return reader.count("num_kv_heads", "num_kv_heads")
+        reader.sources["num_kv_heads"] = reader.label("num_attention_heads")
+        return body.num_q_heads
+
+
+def _overrides(body: Body) -> ConfigReader | None:
+    """What ``per_layer_config`` says of the full layers, ``None`` where it is not there."""
+    each = body.reader.child("per_layer_config")
+    if each is None or not each.config:
+        return None
+    values = list(each.config.values())
+    first = values[0]
+    if not isinstance(first, Mapping) or any(value != first for value in values):
+        raise body.reader.error("per_layer_config", "allowed is one and the same JSON object for every full layer")
+    odd = set(first) - {"head_dim", "num_key_value_heads"}
+    if odd:
+        raise body.reader.error("per_layer_config", f"{min(map(str, odd))} is not known of this model type")
+    return ConfigReader(first, body.reader.label("per_layer_config."))
+
+
+def _per_layer_config(body: Body, kinds_of: list[str]) -> None:
+    """``per_layer_config`` must speak of the full layers, all of them and no others."""
+    each = body.reader.child("per_layer_config")
+    if each is not None and each.config:
+        named = {int(key) for key in each.config if str(key).isdecimal() and len(str(key)) < 6}
+        if len(named) != len(each.config) or named != {at for at, kind in enumerate(kinds_of) if kind == "full"}:
+            raise body.reader.error("per_layer_config", "allowed are the full layers, all of them")
+
+
+class GlobalAttention(Attention):
+    """Gemma 4's full layers: ``global_head_dim``, and with ``attention_k_eq_v`` heads of their own."""
+
+    def _kv_heads(self, body: Body) -> int:
+        reader = body.reader
+        told = _overrides(body)
+        if told is not None:
+            return (
+                told.count("num_kv_heads", "num_key_value_heads")
+                if told.has("num_key_value_heads")
+                else (super()._kv_heads(body))
+            )
+        if reader.switch(("attention_k_eq_v", False)):
+            given = reader.count_or_none("num_kv_heads", "num_global_key_value_heads")
+            if given is not None:
+                return given
+        return super()._kv_heads(body)
+
+    def _head_dim(self, body: Body) -> int:
+        told = _overrides(body)
+        if told is not None:
+            return told.count("head_dim", "head_dim") if told.has("head_dim") else super()._head_dim(body)
+        given = body.reader.count_or_none("head_dim", "global_head_dim")
+        if given is not None:
+            return given
+        body.reader.sources["head_dim"] = "global_head_dim (absent: 512 by its class)"
+        return 512
+
+
+class DoubledAttention(Attention):
+    """MiMo-V2's sliding layers: ``swa_num_key_value_heads``, or twice the full layers'."""
+
+    def _kv_heads(self, body: Body) -> int:
+        given = body.reader.count_or_none("num_kv_heads", "swa_num_key_value_heads")
+        return given or 2 * body.reader.count("num_kv_heads", "num_key_value_heads")
+
+
+class AdjustedMlp(Mlp):
+    """LFM2's: two thirds of ``block_ff_dim``, scaled and rounded up (unless told not to)."""
+
+    def width(self, body: Body) -> int:
+        reader = body.reader
+        inner = reader.count("intermediate_size", ("block_ff_dim", "intermediate_size"))
+        if not reader.switch(("block_auto_adjust_ff_dim", True)):
+            return inner
+        scale, multiple = reader.value("block_ffn_dim_multiplier"), reader.value("block_multiple_of")
+        inner = int(2 * inner / 3)
+        if isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < 1000:
+            inner = int(scale * inner)
+        step = reader.count("block_multiple_of", "block_multiple_of", fill=True) if multiple else 1
+        return step * -(-inner // step)
+
+
+class GroupedAttention(Attention):
+    """ChatGLM's: ``multi_query_group_num`` heads where ``multi_query_attention`` is on."""
+
+    def _kv_heads(self, body: Body) -> int:
+        if body.reader.switch(("multi_query_attention", False)):
+            return body.reader.count("num_kv_heads", "multi_query_group_num")
+        body.reader.sources["num_kv_heads"] = body.reader.label("num_attention_heads")
+        return body.num_q_heads
+
+
+def _falcon_norms(body: Body) -> int:
+    """Parameters of a Falcon layer's norms."""
+    reader = body.reader
+    norms = 2
+    if reader.switch(("parallel_attn", True)):
+        given = reader.count_or_none("norms", "num_ln_in_parallel_attn")
+        norms = given or (2 if reader.switch(("new_decoder_architecture", False)) else 1)
+    return norms * body.norm_vectors * body.hidden
+
+
+def nas_blocks(body: Body) -> list[Shapes]:
+    """Nemotron's ``block_configs``: a layer's ``n_heads_in_group`` query heads share one kv head, or no attention."""
+    reader = body.reader
+    blocks = reader.listed("block_configs", body.num_layers)
+    if blocks is None:
+        raise reader.error("block_configs", "this model type must describe its blocks")
+    head_dim = body.hidden // body.num_q_heads
+    reader.sources |= {
+        "num_kv_heads": f"{reader.label('num_attention_heads')} / block_configs attention.n_heads_in_group",
+        "head_dim": f"{reader.sources['hidden_size']} / num_attention_heads",
+    }
+    out: list[Shapes] = []
+    for at, block in enumerate(blocks):
+        attention = block.get("attention") if isinstance(block, dict) else None
+        where = f"config key {reader.label('block_configs')}[{at}].attention"
+        if not isinstance(attention, dict):
+            raise ValueError(f"{where} is {str(attention)[:40]}: allowed is a JSON object")
+        if attention.get("no_op") is True or attention.get("replace_with_linear") is True:
+            out.append(())
+            continue
+        for key in ("window_length", "num_sink_tokens", "sparsify", "unshifted_sink"):
+            if attention.get(key):
+                raise ValueError(f"{where}.{key} is {attention[key]!r}: not supported")
+        group = attention.get("n_heads_in_group")
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1 or body.num_q_heads % group:
+            raise ValueError(
+                f"{where}.n_heads_in_group is {group!r}: allowed are divisors of the {body.num_q_heads} query heads"
+            )
+        out.append((LayerShape(body.num_q_heads // group, head_dim, head_dim),))
+    return out
+
+
+def _gemma3n_layer(body: Body) -> int:
+    """AltUp, LAuReL and per-layer inputs of one Gemma 3n layer."""
+    reader, hidden = body.reader, body.hidden
+    inputs, rank, width = (
+        reader.count(key, key, fill=True) for key in ("altup_num_inputs", "laurel_rank", "hidden_size_per_layer_input")
+    )
+    altup = 2 * hidden + inputs * inputs + inputs * inputs * inputs + inputs * hidden
+    return altup + 2 * rank * hidden + hidden + 2 * width * hidden + hidden
+
+
+def _gemma3n_outer(body: Body) -> int:
+    reader, hidden = body.reader, body.hidden
+    inputs, width = (reader.count(key, key, fill=True) for key in ("altup_num_inputs", "hidden_size_per_layer_input"))
+    return body.num_layers * width * hidden + width + 2 * (inputs - 1) * hidden * hidden
+
+
+def _per_layer_lookup(body: Body) -> int:
+    """The per-layer embeddings of Gemma 3n and 4."""
+    reader = body.reader
+    width = reader.count_or_none("per_layer", "hidden_size_per_layer_input", zero=True, fill=True) or 0
+    return reader.count("per_layer_vocab", "vocab_size_per_layer_input", fill=True) * body.num_layers * width
+
+
+def _gemma4_layer(body: Body) -> int:
+    """A scalar, the norms of the expert block, and the per-layer inputs of one Gemma 4 layer."""
+    reader, hidden = body.reader, body.hidden
+    width = reader.count_or_none("per_layer", "hidden_size_per_layer_input", zero=True, fill=True) or 0
+    total = 2 * width * hidden + hidden if width else 0
+    return total + (3 * hidden if reader.switch(("enable_moe_block", False)) else 0)
+
+
+def _gemma4_outer(body: Body) -> int:
+    width = body.reader.count_or_none("per_layer", "hidden_size_per_layer_input", zero=True, fill=True) or 0
+    return body.num_layers * width * body.hidden + width if width else 0
+
+
+def _streams(body: Body) -> int:
+    return body.reader.count("hc_mult", "hc_mult", fill=True)
+
+
+def _v4_layer(body: Body) -> int:
+    """DeepSeek-V4's hyper-connections around attention and MLP."""
+    many = _streams(body)
+    width = many * (many + 2)
+    return 2 * (width * many * body.hidden + width + 3)
+
+
+def _v4_outer(body: Body) -> int:
+    many = _streams(body)
+    return many * many * body.hidden + many + 1
+
+
+def _opt_outer(body: Body) -> int:
+    """OPT's projections between the width of words and the hidden width, less the embedding's difference."""
+    reader = body.reader
+    width = reader.count_or_none("word_embed_proj_dim", "word_embed_proj_dim") or body.hidden
+    vocab = reader.count("vocab_size", "vocab_size")
+    return 0 if width == body.hidden else 2 * width * body.hidden + vocab * (width - body.hidden)
+
+
+def _no_list(key: str) -> Callable[[Body], bool]:
+    return lambda body: len(set(map(str, body.reader.listed(key) or []))) <= 1
+
+
+DSA = Latent(indexer=True)
+_DEEPSEEK_MOE = Experts(
+    ("n_routed_experts", "num_experts"),
+    "moe_intermediate_size",
+    shared_count=("n_shared_experts", "num_shared_experts"),
+    sparse=after("first_k_dense_replace", 0),
+)
 _GPT2 = Family(
     num_layers="n_layer",
     hidden="n_embd",
     num_q_heads="n_head",
-    num_kv_heads=None,
-    head_dim=None,
     positions="n_positions",
-    inner="n_inner",
-    inner_required=False,
+    mixers=_one(ALL_BIASED),
+    mlp=Mlp("n_inner", required=False, gated=False, bias=True),
     tied=True,
-    learned_positions=True,
+    learned_positions=0,
     norm_vectors=2,
-    gated=False,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
 )
-_LLAMA = Family(kv_heads_required=False, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS, mlp_bias=MLP_BIAS)
-_QWEN2 = Family(window="switched", qkv_bias=True)
-_QWEN3 = Family(
-    head_dim_required=True, window="switched", qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS, qk_norm="head"
+_GPTJ = replace(
+    _GPT2,
+    mixers=_one(Attention(num_kv_heads=None, head_dim=None)),
+    tied=False,
+    learned_positions=None,
+    norms=1,
+    head_bias=True,
 )
+_LLAMA = Family(mixers=_one(LENIENT), mlp=Mlp(bias=MLP_BIAS))
+_WINDOWED = Family(window="sliding_window", kinds=kinds.windowed, listed="layer_types")
+_QWEN2 = replace(
+    _WINDOWED,
+    mixers=_slide(Attention(qkv_bias=True)),
+    kinds=kinds.switched,
+    inert=("max_window_layers", "use_sliding_window"),
+)
+_QWEN3 = replace(_QWEN2, mixers=_slide(NORMED))
+_STEPPED = Experts(("num_experts", "num_local_experts"), "moe_intermediate_size", sparse=stepped_layers)
+_GEMMA2 = Family(
+    mixers=_slide(HEADED),
+    window="sliding_window",
+    kinds=kinds.every(2),
+    listed="layer_types",
+    tied=True,
+    norms=4,
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    mixers=_slide(NORMED),
+    kinds=kinds.every("sliding_window_pattern", default=6),
+    inert=("sliding_window_pattern", "_sliding_window_pattern"),
+)
+_COHERE = Family(mixers=_one(replace(LENIENT, qk_norm="full", qk_norm_if=("use_qk_norm", False))), tied=True, norms=1)
+_DEEPSEEK = Family(
+    mixers=_one(Latent()),
+    experts=_DEEPSEEK_MOE,
+)
+_OPT = Family(
+    mixers=_one(replace(ALL_BIASED, qkv_bias=("enable_bias", True), out_bias=("enable_bias", True))),
+    mlp=Mlp("ffn_dim", gated=False, bias=("enable_bias", True)),
+    tied=True,
+    learned_positions=2,
+    norm_vectors=2,
+)
+_GLM_MOE = Family(
+    mixers=_one(
+        replace(HEADED, out_bias=False, qkv_bias=ATTENTION_BIAS, qk_norm="head", qk_norm_if=("use_qk_norm", False))
+    ),
+    experts=Experts(
+        ("n_routed_experts", "num_experts"),
+        "moe_intermediate_size",
+        shared_count="n_shared_experts",
+        sparse=after("first_k_dense_replace"),
+    ),
+)
+_QWEN_HYBRID = Family(
+    mixers={
+        "full": (replace(NORMED, q_width=2),),
+        "linear": (DeltaNet(),),
+    },
+    kinds=kinds.qwen_hybrid,
+    listed="layer_types",
+    inert=(
+        "full_attention_interval",
+        "linear_allow_neg_eigval",
+        "mamba_ssm_dtype",
+        "mtp_num_hidden_layers",
+        "attn_output_gate",
+    ),
+)
+_SHARED_GATED = Experts(
+    ("num_experts", "num_local_experts"),
+    "moe_intermediate_size",
+    shared_inner="shared_expert_intermediate_size",
+    shared_gate=True,
+    sparse=stepped_layers,
+)
+_BAMBA_MAMBA = Mamba2(
+    heads="mamba_n_heads",
+    head_dim="mamba_d_head",
+    groups="mamba_n_groups",
+    state="mamba_d_state",
+    kernel="mamba_d_conv",
+    expand="mamba_expand",
+    bias=("mamba_proj_bias", False),
+    conv_bias=("mamba_conv_bias", True),
+)
+_MAMBA_KEYS = ("mamba_expand", "mamba_chunk_size", "chunk_size", "use_mamba_kernels", "mamba_hidden_act")
+_BAMBA = Family(
+    mixers={"full": (LENIENT,), "linear": (_BAMBA_MAMBA,)},
+    kinds=kinds.indexed("attn_layer_indices", rest="linear"),
+    inert=_MAMBA_KEYS,
+    mlp=Mlp(bias=MLP_BIAS),
+)
+_LFM2 = Family(
+    mixers={"full": (Attention(head_dim=None, qk_norm="head"),), "conv": (ShortConv(),)},
+    kinds=kinds.indexed("full_attn_idxs", rest="conv"),
+    listed="layer_types",
+    tied=True,
+    inert=("full_attn_idxs", "conv_L_cache", "conv_bias", "conv_dim", "conv_dim_out", "conv_use_xavier_init"),
+    mlp=AdjustedMlp(),
+)
+_KIMI_LINEAR = Family(
+    positions=("model_max_length", "max_position_embeddings"),
+    mixers={"full": (Latent(),), "linear": (Kda(),)},
+    kinds=kinds.kimi,
+    listed="layer_types",
+    inert=("linear_attn_config",),
+    experts=Experts(
+        "num_experts",
+        "moe_intermediate_size",
+        ("num_experts_per_token", "num_experts_per_tok"),
+        shared_count="num_shared_experts",
+        sparse=listed_or(1),
+    ),
+)
+_GRANITE_MOE = Experts("num_local_experts", "intermediate_size", shared_inner="shared_intermediate_size")
+_EXAONE4 = Family(
+    mixers=_slide(replace(LENIENT, qkv_bias=False, out_bias=False, qk_norm="head")),
+    window="sliding_window",
+    kinds=kinds.exaone4,
+    listed="layer_types",
+    inert=("sliding_window_pattern",),
+)
+_MAMBA = Family(num_q_heads=None, kinds=kinds.linear, mixers={"linear": (Mamba(),)}, tied=True, norms=1, mlp=None)
 
 FAMILIES: dict[str, Family] = {
+    # GPT-2 and its kin
     "gpt2": _GPT2,
-    "gpt_bigcode": replace(_GPT2, multi_query="multi_query"),
-    "gptj": replace(
-        _GPT2, tied=False, learned_positions=False, norms=1, qkv_bias=False, out_bias=False, head_bias=True
+    "gpt_bigcode": replace(_GPT2, mixers=_one(replace(ALL_BIASED, multi_query="multi_query"))),
+    "gpt_neo": replace(
+        _GPT2,
+        num_layers="num_layers",
+        hidden="hidden_size",
+        num_q_heads="num_heads",
+        positions="max_position_embeddings",
+        mixers=_slide(replace(ALL_BIASED, qkv_bias=False)),
+        kinds=kinds.gpt_neo,
+        window="window_size",
+        inert=("attention_types", "attention_layers"),
+        mlp=Mlp("intermediate_size", required=False, gated=False, bias=True),
     ),
+    "gptj": _GPTJ,
+    "codegen": _GPTJ,
     "gpt_neox": Family(
-        num_kv_heads=None,
-        head_dim=None,
+        mixers=_one(replace(ALL_BIASED, qkv_bias=("attention_bias", True), out_bias=("attention_bias", True))),
         norm_vectors=2,
-        gated=False,
-        qkv_bias=("attention_bias", True),
-        out_bias=("attention_bias", True),
-        mlp_bias=True,
+        mlp=Mlp(gated=False, bias=True),
     ),
+    "openai-gpt": replace(_GPT2, final_norm=False, mlp=Mlp((), required=False, gated=False, bias=True)),
+    "opt": replace(
+        _OPT, outer_extra=_opt_outer, count_if=lambda body: body.reader.switch(("do_layer_norm_before", True))
+    ),
+    "biogpt": replace(_OPT, mixers=_one(ALL_BIASED), mlp=Mlp(gated=False, bias=True)),
+    "xglm": replace(
+        _OPT,
+        num_layers=("num_layers", "num_hidden_layers"),
+        hidden=("d_model", "hidden_size"),
+        num_q_heads=("attention_heads", "num_attention_heads"),
+        mixers=_one(ALL_BIASED),
+        mlp=Mlp("ffn_dim", gated=False, bias=True),
+        learned_positions=None,
+    ),
+    "bloom": Family(
+        num_layers=("n_layer", "num_hidden_layers"),
+        hidden=("hidden_size", "n_embed"),
+        num_q_heads=("n_head", "num_attention_heads"),
+        positions="seq_length",
+        mixers=_one(ALL_BIASED),
+        mlp=Mlp((), required=False, gated=False, bias=True),
+        tied=True,
+        norm_vectors=2,
+        outer_extra=lambda body: 2 * body.hidden,
+    ),
+    "mpt": Family(
+        num_layers="n_layers",
+        hidden="d_model",
+        num_q_heads="n_heads",
+        positions="max_seq_len",
+        mixers=_one(Attention(num_kv_heads=None, head_dim=None)),
+        nested=("attn_config",),
+        mlp=Mlp((), required=False, gated=False),
+        tied=True,
+        count_if=lambda body: body.reader.value("expansion_ratio") == 4,
+    ),
+    "dbrx": Family(
+        num_layers="n_layers",
+        hidden="d_model",
+        num_q_heads="n_heads",
+        positions="max_seq_len",
+        mixers=_one(Attention("attn_config.kv_n_heads", head_dim=None)),
+        nested=("attn_config", "ffn_config"),
+        mlp=None,
+        experts=Experts("ffn_config.moe_num_experts", "ffn_config.ffn_hidden_size", "ffn_config.moe_top_k"),
+        inert=("num_key_value_heads",),
+    ),
+    "falcon": Family(
+        mixers=_one(FalconAttention(head_dim=None, qkv_bias=("bias", False), out_bias=("bias", False))),
+        mlp=Mlp("ffn_hidden_size", required=False, gated=False, bias=("bias", False)),
+        tied=True,
+        norm_vectors=2,
+        norms=0,
+        layer_extra=_falcon_norms,
+        inert=("num_kv_heads", "num_key_value_heads", "multi_query"),
+    ),
+    "persimmon": Family(
+        mixers=_one(replace(ALL_BIASED, qk_norm="head", qk_norm_if=("qk_layernorm", True))),
+        mlp=Mlp(gated=False, bias=True),
+        norm_vectors=2,
+    ),
+    "stablelm": Family(
+        mixers=_one(
+            Attention(
+                head_dim=None,
+                qkv_bias=("use_qkv_bias", False),
+                qk_norm="full",
+                qk_norm_if=("qk_layernorm", False),
+                qk_norm_vectors=1,
+            )
+        ),
+        norm_vectors=2,
+        count_if=lambda body: not body.reader.switch(("use_parallel_residual", False)),
+    ),
+    # Llama and its kin
     "llama": _LLAMA,
-    "mistral": Family(window="required"),
-    "ministral3": Family(head_dim_required=True, window="plain"),
-    "mixtral": Family(window="plain", experts=Experts()),
+    "mistral": replace(_WINDOWED, mixers=_slide(Attention()), kinds=kinds.mistral),
+    "ministral": replace(_WINDOWED, mixers=_slide(Attention(kv_required=False))),
+    "ministral3": replace(_WINDOWED, mixers=_slide(Attention(head_dim_required=True))),
+    "mixtral": replace(_WINDOWED, mixers=_slide(Attention()), mlp=None, experts=Experts()),
+    "gemma": Family(mixers=_one(HEADED), tied=True),
+    "gemma2": _GEMMA2,
+    "vaultgemma": replace(_GEMMA2, norms=2),
+    "gemma3_text": _GEMMA3,
+    "gemma3n_text": replace(
+        _GEMMA3,
+        kinds=kinds.every(5),
+        sharing="num_kv_shared_layers",
+        layer_extra=_gemma3n_layer,
+        outer_extra=_gemma3n_outer,
+        lookup_extra=_per_layer_lookup,
+    ),
+    "gemma4_text": Family(
+        mixers=_slide(
+            GlobalAttention(
+                qkv_bias=ATTENTION_BIAS,
+                out_bias=ATTENTION_BIAS,
+                qk_norm="head",
+                shared_value=("attention_k_eq_v", False),
+            ),
+            NORMED,
+        ),
+        window="sliding_window",
+        kinds=kinds.every(6),
+        listed="layer_types",
+        forced_last="full",
+        check=_per_layer_config,
+        sharing="num_kv_shared_layers",
+        tied=True,
+        norms=4,
+        experts=Experts(
+            "num_experts",
+            "moe_intermediate_size",
+            ("top_k_experts", "num_experts_per_tok"),
+            sparse=if_enabled("enable_moe_block"),
+            router_vectors=1,
+            dense_too=True,
+            extra=lambda hidden, count: hidden,
+        ),
+        layer_extra=_gemma4_layer,
+        outer_extra=_gemma4_outer,
+        lookup_extra=_per_layer_lookup,
+        count_if=lambda body: not body.reader.get("use_double_wide_mlp"),
+    ),
+    "cohere": _COHERE,
+    "cohere2": replace(
+        _COHERE,
+        mixers=_slide(replace(LENIENT, head_dim=None)),
+        window="sliding_window",
+        kinds=kinds.every("sliding_window_pattern", default=4),
+        listed="layer_types",
+        inert=("sliding_window_pattern", "_sliding_window_pattern"),
+    ),
+    "olmo": Family(mixers=_one(LENIENT), norm_vectors=0),
+    "olmo2": Family(mixers=_one(replace(LENIENT, qk_norm="full"))),
+    "olmo3": Family(
+        mixers=_slide(replace(LENIENT, qk_norm="full")),
+        window="sliding_window",
+        kinds=kinds.every(4),
+        listed="layer_types",
+    ),
+    "olmoe": Family(mixers=_one(replace(LENIENT, qk_norm="full")), mlp=None, experts=Experts("num_experts")),
+    "flex_olmo": Family(mixers=_one(replace(LENIENT, qk_norm="full")), mlp=None, experts=Experts("num_experts")),
+    "granite": _LLAMA,
+    "granitemoe": Family(mixers=_one(LENIENT), mlp=None, experts=Experts()),
+    "granitemoeshared": Family(mixers=_one(LENIENT), mlp=None, experts=_GRANITE_MOE),
+    "granite_swa": replace(
+        _WINDOWED,
+        mixers=_slide(replace(LENIENT, extra=SINKS)),
+        kinds=kinds.every(4, first=True),
+        mlp=Mlp(bias=MLP_BIAS),
+        tied=True,
+    ),
+    "granitemoe_swa": replace(
+        _WINDOWED,
+        mixers=_slide(replace(LENIENT, extra=SINKS)),
+        kinds=kinds.every(4, first=True),
+        mlp=None,
+        experts=_GRANITE_MOE,
+    ),
+    "arcee": Family(mixers=_one(LENIENT), mlp=Mlp(gated=False, bias=MLP_BIAS)),
+    "apertus": Family(
+        mixers=_one(replace(LENIENT, head_dim=None, qk_norm="head")),
+        mlp=Mlp(gated=False, extra=lambda hidden, inner: 2),
+    ),
+    "bitnet": Family(
+        mixers=_one(replace(LENIENT, head_dim=None, extra=lambda hidden, heads, kv, dim: hidden)),
+        mlp=Mlp(extra=lambda hidden, inner: inner),
+    ),
+    "diffllama": Family(mixers=_one(replace(LENIENT, extra=lambda hidden, heads, kv, dim: 4 * dim))),
+    "cwm": replace(
+        _WINDOWED, mixers=_slide(Attention(kv_required=False)), kinds=kinds.every(4, first=True), mlp=Mlp(bias=MLP_BIAS)
+    ),
+    "nemotron": Family(mixers=_one(BIASED), norm_vectors=2, mlp=Mlp(gated=False, bias=MLP_BIAS)),
+    "nanochat": Family(mixers=_one(replace(LENIENT, head_dim=None)), mlp=Mlp(gated=False), norm_vectors=0),
+    "phi": Family(
+        mixers=_one(
+            Attention(
+                kv_required=False,
+                head_dim=None,
+                qkv_bias=True,
+                out_bias=True,
+                qk_norm="head",
+                qk_norm_if=("qk_layernorm", False),
+            )
+        ),
+        norm_vectors=2,
+        norms=1,
+        mlp=Mlp(gated=False, bias=True),
+        head_bias=True,
+    ),
+    "phi3": replace(_WINDOWED, mixers=_slide(Attention(kv_required=False))),
+    "phimoe": replace(
+        _WINDOWED,
+        mixers=_slide(BIASED),
+        norm_vectors=2,
+        mlp=None,
+        head_bias=("lm_head_bias", False),
+        experts=Experts(),
+    ),
+    "glm": Family(mixers=_one(replace(HEADED, qkv_bias=("attention_bias", True), out_bias=False))),
+    "glm4": Family(mixers=_one(replace(HEADED, qkv_bias=("attention_bias", True), out_bias=False)), norms=4),
+    "glm4_moe": _GLM_MOE,
+    "helium": Family(mixers=_one(replace(HEADED, out_bias=False)), mlp=Mlp(bias=MLP_BIAS)),
+    "exaone4": _EXAONE4,
+    "exaone_moe": replace(
+        _EXAONE4,
+        experts=Experts("num_experts", "moe_intermediate_size", shared_count="num_shared_experts", sparse=listed_or(1)),
+    ),
     "qwen2": _QWEN2,
     "mimo": _QWEN2,
     "qwen2_moe": replace(
         _QWEN2,
-        qkv_bias=("qkv_bias", True),
-        experts=Experts(
-            "num_experts", "moe_intermediate_size", shared_inner="shared_expert_intermediate_size", stepped=True
-        ),
+        mixers=_slide(Attention(qkv_bias=("qkv_bias", True))),
+        kinds=kinds.switched_even,
+        experts=_SHARED_GATED,
     ),
     "qwen3": _QWEN3,
-    "qwen3_moe": replace(_QWEN3, experts=Experts("num_experts", "moe_intermediate_size", stepped=True)),
-    "gemma": Family(head_dim_required=True, tied=True, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS),
-    "phi": Family(
-        kv_heads_required=False,
-        head_dim=None,
-        norm_vectors=2,
-        norms=1,
-        gated=False,
-        qkv_bias=True,
-        out_bias=True,
-        mlp_bias=True,
-        head_bias=True,
-        qk_norm="head",
-        qk_norm_if=("qk_layernorm", False),
+    "qwen3_moe": replace(_QWEN3, kinds=kinds.switched_all, experts=_STEPPED),
+    "dots1": replace(
+        _WINDOWED,
+        mixers=_slide(replace(NORMED, head_dim_required=False)),
+        kinds=kinds.windowed_from,
+        experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 0)),
+        inert=("max_window_layers", "use_sliding_window"),
     ),
-    "phi3": Family(kv_heads_required=False, window="plain"),
-    "phimoe": Family(
-        window="plain",
+    "smollm3": replace(
+        _WINDOWED,
+        mixers=_slide(BIASED),
+        kinds=kinds.smollm3,
+        mlp=Mlp(bias=MLP_BIAS),
+        tied=True,
+        inert=("use_sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval"),
+    ),
+    "starcoder2": replace(
+        _WINDOWED,
+        mixers=_slide(Attention(qkv_bias=("use_bias", True), out_bias=("use_bias", True))),
+        tied=True,
         norm_vectors=2,
-        qkv_bias=ATTENTION_BIAS,
-        out_bias=ATTENTION_BIAS,
-        head_bias=("lm_head_bias", False),
+        mlp=Mlp(gated=False, bias=("use_bias", True)),
+    ),
+    "seed_oss": Family(
+        mixers=_one(
+            Attention(head_dim_required=True, qkv_bias=("attention_bias", True), out_bias=("attention_out_bias", False))
+        ),
+        mlp=Mlp(bias=MLP_BIAS),
+    ),
+    "ernie4_5": Family(
+        mixers=_one(Attention(head_dim_required=True, qkv_bias=("use_bias", False), out_bias=("use_bias", False))),
+        tied=True,
+        mlp=Mlp(bias=("use_bias", False)),
+    ),
+    "ernie4_5_moe": Family(
+        mixers=_one(Attention(qkv_bias=("use_bias", False), out_bias=("use_bias", False))),
+        tied=True,
+        mlp=Mlp(bias=("use_bias", False)),
+        experts=Experts(
+            "moe_num_experts",
+            "moe_intermediate_size",
+            "moe_k",
+            sparse=ranged,
+            shared_count="moe_num_shared_experts",
+            router_vectors=1,
+        ),
+        count_if=lambda body: not body.reader.switch(("use_bias", False)),
+    ),
+    "hunyuan_v1_dense": Family(mixers=_one(replace(LENIENT, qk_norm="head"))),
+    "hunyuan_v1_moe": Family(
+        mixers=_one(replace(LENIENT, qk_norm="head")),
+        mlp=None,
+        experts=Experts("num_experts", "intermediate_size", "moe_topk", shared_inner="intermediate_size"),
+        count_if=lambda body: all(
+            isinstance(body.reader.get(key), int | None) for key in ("num_experts", "intermediate_size", "moe_topk")
+        ),
+    ),
+    "hy_v3": Family(
+        mixers=_one(replace(NORMED, kv_required=True)),
+        mlp=Mlp(bias=MLP_BIAS),
+        experts=Experts("num_experts", "moe_intermediate_size", shared_count="num_shared_experts", sparse=listed_or(1)),
+    ),
+    "hyperclovax": Family(mixers=_one(LENIENT), mlp=Mlp(bias=MLP_BIAS), norms=4),
+    "internlm3": Family(
+        mixers=_one(replace(LENIENT, qkv_bias=("qkv_bias", False), out_bias=("bias", False))),
+        mlp=Mlp(bias=("bias", False)),
+    ),
+    "iquestcoder": _LLAMA,
+    "jais2": Family(
+        mixers=_one(replace(LENIENT, qkv_bias=("attention_bias", True), out_bias=("attention_bias", True))),
+        mlp=Mlp(gated=False, bias=("mlp_bias", True)),
+        norm_vectors=2,
+    ),
+    "aria_text": Family(
+        mixers=_one(LENIENT),
+        mlp=None,
+        experts=Experts("moe_num_experts", "intermediate_size", "moe_topk", shared_count="moe_num_shared_experts"),
+    ),
+    "afmoe": replace(
+        _WINDOWED,
+        mixers=_slide(replace(LENIENT, qk_norm="head", extra=lambda hidden, heads, kv, dim: hidden * heads * dim)),
+        kinds=kinds.every("global_attn_every_n_layers", default=4),
+        inert=("global_attn_every_n_layers",),
+        norms=4,
+        experts=Experts(
+            "num_experts",
+            "moe_intermediate_size",
+            shared_count="num_shared_experts",
+            sparse=after("num_dense_layers", 1),
+            router_vectors=1,
+        ),
+    ),
+    "gpt_oss": Family(
+        mixers=_slide(
+            replace(LENIENT, qkv_bias=("attention_bias", True), out_bias=("attention_bias", True), extra=SINKS)
+        ),
+        window="sliding_window",
+        kinds=kinds.every(2),
+        listed="layer_types",
+        mlp=None,
+        experts=Experts("num_local_experts", bias=True),
+        inert=("initial_context_length",),
+    ),
+    "llama4_text": Family(
+        mixers={"full": (LENIENT,), "chunked": (LENIENT,)},
+        chunk="attention_chunk_size",
+        kinds=kinds.chunked,
+        listed="layer_types",
+        mlp=Mlp("intermediate_size_mlp"),
+        experts=Experts("num_local_experts", "intermediate_size", sparse=interleaved, shared_inner="intermediate_size"),
+        inert=("no_rope_layers", "no_rope_layer_interval", "attn_temperature_tuning"),
+    ),
+    "laguna": replace(
+        _WINDOWED,
+        mixers=_slide(replace(HEADED, qk_norm="head", extra=lambda hidden, heads, kv, dim: hidden * heads)),
+        kinds=kinds.full,
+        experts=replace(_SHARED_GATED, shared_gate=False, sparse=listed_or(1), router_vectors=1),
+        count_if=lambda body: (
+            _no_list("num_attention_heads_per_layer")(body) and body.reader.get("gating") in (None, True, "per-head")
+        ),
+        inert=("num_attention_heads_per_layer", "gating"),
+    ),
+    "mellum": replace(
+        _WINDOWED,
+        mixers=_slide(NORMED),
+        kinds=kinds.full,
+        experts=Experts(("num_local_experts", "num_experts"), "moe_intermediate_size", sparse=listed_or(0)),
+    ),
+    "solar_open": Family(
+        mixers=_one(replace(HEADED, head_dim_required=False)),
+        mlp=None,
+        experts=replace(_DEEPSEEK_MOE, sparse=None),
+    ),
+    "minimax_m2": Family(
+        mixers=_one(Attention(head_dim_required=True, qk_norm="full")),
+        mlp=None,
         experts=Experts(),
+        inert=("shared_intermediate_size", "mtp_transformer_layers"),
     ),
-    "olmo": Family(kv_heads_required=False, norm_vectors=0, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS),
-    "olmo2": Family(kv_heads_required=False, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS, qk_norm="full"),
-    "olmoe": Family(
-        kv_heads_required=False,
-        qkv_bias=ATTENTION_BIAS,
-        out_bias=ATTENTION_BIAS,
-        qk_norm="full",
-        experts=Experts("num_experts"),
+    "minimax_m3": Family(
+        mixers=_one(Attention(head_dim_required=True)),
+        countable=False,
+        inert=(
+            "mlp_layer_types",
+            "index_n_heads",
+            "index_head_dim",
+            "index_block_size",
+            "index_topk_blocks",
+            "index_local_blocks",
+            "sparse_attention_config",
+            "shared_intermediate_size",
+            "attention_output_gate",
+        ),
     ),
-    "falcon": Family(
-        num_kv_heads="num_kv_heads",
-        head_dim=None,
-        inner="ffn_hidden_size",
-        inner_required=False,
-        tied=True,
-        norm_vectors=2,
-        gated=False,
-        qkv_bias=("bias", False),
-        out_bias=("bias", False),
-        mlp_bias=("bias", False),
-    ),
-    "cohere": Family(
-        kv_heads_required=False,
-        tied=True,
-        norms=1,
-        qkv_bias=ATTENTION_BIAS,
-        out_bias=ATTENTION_BIAS,
-        qk_norm="full",
-        qk_norm_if=("use_qk_norm", False),
-    ),
-    "nemotron": Family(
-        kv_heads_required=False,
-        norm_vectors=2,
-        gated=False,
-        qkv_bias=ATTENTION_BIAS,
-        out_bias=ATTENTION_BIAS,
-        mlp_bias=MLP_BIAS,
-    ),
-    "glm4_moe": Family(
-        head_dim_required=True,
-        qkv_bias=ATTENTION_BIAS,
-        qk_norm="head",
-        qk_norm_if=("use_qk_norm", False),
+    "mimo_v2_flash": Family(
+        mixers=_slide(
+            Attention(head_dim_required=True, value_dim="v_head_dim", qkv_bias=ATTENTION_BIAS),
+            DoubledAttention(
+                "swa_num_key_value_heads",
+                head_dim=("swa_head_dim", "head_dim"),
+                value_dim=("swa_v_head_dim", "v_head_dim"),
+                qkv_bias=ATTENTION_BIAS,
+                extra=SINKS,
+            ),
+        ),
+        window=("sliding_window_size", "sliding_window"),
+        window_plus=1,
+        kinds=kinds.mimo_v2,
+        listed="layer_types",
+        inert=(
+            "hybrid_layer_pattern",
+            "sliding_window",
+            "attention_chunk_size",
+            "swa_num_attention_heads",
+            "add_swa_attention_sink_bias",
+            "swa_rope_theta",
+            "hybrid_block_size",
+        ),
         experts=Experts(
             "n_routed_experts",
             "moe_intermediate_size",
             shared_count="n_shared_experts",
-            first_dense="first_k_dense_replace",
+            sparse=after("first_k_dense_replace", 1),
         ),
     ),
-    "minimax_m2": Family(head_dim_required=True, qk_norm="full", experts=Experts()),
-    "minimax_m3": Family(head_dim_required=True, countable=False),
-    "smollm3": Family(
-        window="switched", tied=True, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS, mlp_bias=MLP_BIAS
+    # Latent attention
+    "deepseek_v2": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 0))),
+    "deepseek_v3": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3))),
+    "kimi_k2": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3))),
+    "deepseek_v32": Family(
+        mixers=_one(DSA),
+        listed="layer_types",
+        experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3)),
+        inert=("indexer_rope_interleave",),
     ),
-    "starcoder2": Family(
-        window="plain",
+    "glm_moe_dsa": Family(
+        mixers={"full": (DSA,), "latent": (Latent(),)},
+        kinds=kinds.glm_dsa,
+        experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3)),
+        inert=(
+            "indexer_rope_interleave",
+            "indexer_types",
+            "index_topk_pattern",
+            "index_topk_freq",
+            "index_skip_topk_offset",
+        ),
+    ),
+    "glm4_moe_lite": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 1))),
+    "mistral4": replace(_DEEPSEEK, countable=False),  # its class is in no AutoModel to hold a count to
+    "minicpm3": Family(
+        mixers=_one(Latent()),
         tied=True,
+        mlp=Mlp(bias=MLP_BIAS),
+    ),
+    "youtu": Family(
+        mixers=_one(Latent()),
+        tied=True,
+    ),
+    "axk1": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1), extra=lambda hidden, count: hidden)),
+    "longcat_flash": Family(
+        num_layers=("num_layers", "num_hidden_layers"),
+        mixers=_one(Latent(), Latent()),
+        norms=4,
+        mlp=Mlp("ffn_hidden_size"),
+        mlps=2,
+        experts=Experts(
+            "n_routed_experts", "expert_ffn_hidden_size", "moe_topk", zero_count="zero_expert_num", dense_too=True
+        ),
+        countable=False,
+    ),
+    "deepseek_v4": Family(
+        mixers={
+            "sliding": (Compressed(),),
+            "csa": (Compressed(4, indexer=True),),
+            "hca": (Compressed(128),),
+        },
+        window="sliding_window",
+        kinds=kinds.deepseek_v4,
+        listed="layer_types",
+        experts=replace(_DEEPSEEK_MOE, sparse=None),
+        mlp=None,
+        layer_extra=_v4_layer,
+        outer_extra=_v4_outer,
+        inert=(
+            "mlp_layer_types",
+            "compress_ratios",
+            "compress_rope_theta",
+            "num_hash_layers",
+            "hc_sinkhorn_iters",
+            "expert_dtype",
+            "o_groups",
+            "compress_rates",
+        ),
+    ),
+    # Recurrences and hybrids
+    "qwen3_next": replace(_QWEN_HYBRID, experts=_SHARED_GATED),
+    "qwen3_5_text": _QWEN_HYBRID,
+    "qwen3_5_moe_text": replace(_QWEN_HYBRID, mlp=None, experts=replace(_SHARED_GATED, sparse=None)),
+    "olmo_hybrid": Family(
+        mixers={"full": (replace(LENIENT, qk_norm="full"),), "linear": (DeltaNet(),)},
+        kinds=kinds.olmo_hybrid,
+        listed="layer_types",
+        inert=(
+            "linear_allow_neg_eigval",
+            "linear_a_log_min",
+            "linear_a_log_max",
+            "linear_dt_min",
+            "linear_dt_max",
+            "linear_dt_init_floor",
+        ),
+    ),
+    "kimi_linear": _KIMI_LINEAR,
+    "bailing_hybrid": replace(
+        _KIMI_LINEAR,
+        mixers={
+            "full": (Latent(extra=lambda hidden, heads, kv, dim: hidden * heads),),
+            "linear": (Kda(low_rank=False),),
+        },
+        kinds=kinds.every("layer_group_size", rest="linear", default=6),
+        inert=("layer_group_size", "short_conv_kernel_size", "kda_safe_gate", "kda_lower_bound"),
+        countable=False,
+    ),
+    "nemotron_h": Family(
+        mixers={
+            "full": (replace(LENIENT, head_dim=("head_dim", "attention_head_dim"), fixed_head_dim=128),),
+            "linear": (
+                Mamba2(
+                    groups=("mamba_n_groups", "n_groups"),
+                    kernel=("mamba_d_conv", "conv_kernel"),
+                    bias=("use_bias", False),
+                    conv_bias=("use_conv_bias", True),
+                ),
+            ),
+        },
+        kinds=kinds.letters,
+        listed=("layers_block_type", "layer_types"),
+        single=True,
+        norms=1,
+        mlp=Mlp(gated=False, bias=MLP_BIAS),
+        experts=Experts(
+            "n_routed_experts", "moe_intermediate_size", shared_inner="moe_shared_expert_intermediate_size", gated=False
+        ),
+        count_if=lambda body: not (body.reader.get("moe_latent_size") or body.reader.switch(MLP_BIAS)),
+        inert=(
+            *_MAMBA_KEYS,
+            "hybrid_override_pattern",
+            "mamba_ssm_cache_dtype",
+            "expand",
+            "num_logits_to_keep",
+            "mtp_hybrid_override_pattern",
+            "mtp_layers_block_type",
+            "mamba_proj_bias",
+        ),
+    ),
+    "bamba": _BAMBA,
+    "falcon_h1": Family(
+        mixers={
+            "hybrid": (
+                replace(
+                    LENIENT,
+                ),
+                replace(_BAMBA_MAMBA, inner="mamba_d_ssm", norm=("mamba_rms_norm", False)),
+            )
+        },
+        kinds=kinds.hybrid,
+        mlp=Mlp(bias=MLP_BIAS),
+        inert=(
+            *_MAMBA_KEYS,
+            "mamba_expand",
+            "mamba_d_head",
+            "mamba_use_mlp",
+            "ssm_multipliers",
+            "ssm_in_multiplier",
+            "ssm_out_multiplier",
+            "mamba_norm_before_gate",
+        ),
+    ),
+    "granitemoehybrid": Family(
+        mixers={"full": (LENIENT,), "linear": (_BAMBA_MAMBA,)},
+        kinds=kinds.linear,
+        listed=("layer_types", "layers_block_type"),
+        mlp=None,
+        experts=replace(_GRANITE_MOE, sparse=None),
+        inert=_MAMBA_KEYS,
+        count_if=lambda body: bool(body.reader.get("num_local_experts")),
+    ),
+    "jamba": Family(
+        mixers={
+            "full": (Attention(kv_required=False, head_dim=None),),
+            "linear": (
+                Mamba(
+                    expand="mamba_expand",
+                    state="mamba_d_state",
+                    kernel="mamba_d_conv",
+                    rank="mamba_dt_rank",
+                    bias=("mamba_proj_bias", False),
+                    conv_bias=("mamba_conv_bias", True),
+                    normed=True,
+                ),
+            ),
+        },
+        kinds=kinds.periodic,
+        listed=("layers_block_type", "layer_types"),
+        experts=Experts("num_experts", "intermediate_size", sparse=periodic),
+        inert=(*_MAMBA_KEYS, "attn_layer_period", "attn_layer_offset", "mamba_inner_layernorms"),
+    ),
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "mamba2": replace(
+        _MAMBA,
+        mixers={"linear": (Mamba2(heads="num_heads", head_dim="head_dim", state="state_size"),)},
+        inert=("chunk_size",),
+        tied=False,
+    ),
+    "zamba": Family(
+        mixers={
+            "linear": (
+                Mamba(
+                    expand="mamba_expand",
+                    state="mamba_d_state",
+                    kernel="mamba_d_conv",
+                    heads="n_mamba_heads",
+                    rank="mamba_dt_rank",
+                ),
+            ),
+            "hybrid": (
+                Attention(head_dim="attention_head_dim", kv_required=False),
+                Mamba(
+                    expand="mamba_expand",
+                    state="mamba_d_state",
+                    kernel="mamba_d_conv",
+                    heads="n_mamba_heads",
+                    rank="mamba_dt_rank",
+                ),
+            ),
+        },
+        kinds=kinds.zamba,
+        listed=("layers_block_type", "layer_types"),
+        inert=(
+            *_MAMBA_KEYS,
+            "attn_layer_period",
+            "attn_layer_offset",
+            "hidden_mamba_act",
+            "mamba_conv_bias",
+            "mamba_proj_bias",
+            "attention_hidden_size",
+            "mamba_dt_rank",
+            "num_logits_to_keep",
+        ),
+        tied=True,
+        countable=False,
+    ),
+    "minimax": Family(
+        mixers={"full": (Attention(),), "linear": (Lightning(),)},
+        kinds=kinds.minimax,
+        listed="layer_types",
+        mlp=None,
+        experts=Experts(),
+        inert=(
+            "attn_type_list",
+            "block_size",
+            "linear_attn_alpha_factor",
+            "linear_attn_beta_factor",
+            "full_attn_alpha_factor",
+            "full_attn_beta_factor",
+            "layernorm_linear_attention_alpha",
+            "layernorm_linear_attention_beta",
+            "layernorm_full_attention_alpha",
+            "layernorm_full_attention_beta",
+            "shared_intermediate_size",
+            "shared_moe_mode",
+        ),
+    ),
+    "lfm2": _LFM2,
+    "lfm2_moe": replace(
+        _LFM2,
+        mlp=Mlp(),
+        experts=Experts("num_experts", "moe_intermediate_size", sparse=after("num_dense_layers", 2)),
+    ),
+    "recurrent_gemma": Family(
+        mixers={
+            "sliding": (Attention(kv_required=False, head_dim=None, qkv_bias=ATTENTION_BIAS, out_bias=True),),
+            "linear": (RgLru(),),
+        },
+        window="attention_window_size",
+        kinds=kinds.cycled("block_types"),
+        mlp=Mlp(bias=True, half=True),
+        tied=True,
+        inert=("_block_types",),
+    ),
+    "rwkv": Family(
+        num_q_heads=None,
+        positions="context_length",
+        mixers={"linear": (Rwkv(),)},
+        kinds=kinds.linear,
+        mlp=None,
         norm_vectors=2,
-        gated=False,
-        qkv_bias=("use_bias", True),
-        out_bias=("use_bias", True),
-        mlp_bias=("use_bias", True),
+        outer_extra=lambda body: 2 * body.hidden,
     ),
-    "seed_oss": Family(
-        head_dim_required=True,
-        qkv_bias=("attention_bias", True),
-        out_bias=("attention_out_bias", False),
-        mlp_bias=MLP_BIAS,
+    # Published with code of their own
+    "nemotron-nas": Family(layers=nas_blocks, countable=False, inert=("block_configs",)),
+    "internlm2": Family(mixers=_one(Attention(kv_required=False, qkv_bias=("bias", False), out_bias=("bias", False)))),
+    "internlm": Family(mixers=_one(Attention(None, head_dim=None, qkv_bias=("bias", True), out_bias=("bias", True)))),
+    "baichuan": Family(
+        positions=("max_position_embeddings", "model_max_length"), mixers=_one(Attention(None, head_dim=None))
     ),
-    "ernie4_5": Family(
-        head_dim_required=True,
-        tied=True,
-        qkv_bias=("use_bias", False),
-        out_bias=("use_bias", False),
-        mlp_bias=("use_bias", False),
+    "chatglm": Family(
+        num_layers="num_layers",
+        positions="seq_length",
+        vocab=("padded_vocab_size", "vocab_size"),
+        mixers=_one(GroupedAttention(head_dim="kv_channels", qkv_bias=("add_qkv_bias", False))),
+        mlp=Mlp("ffn_hidden_size"),
+        inert=("multi_query_attention", "multi_query_group_num"),
     ),
+    "qwen": Family(
+        positions=("seq_length", "max_position_embeddings"),
+        mixers=_one(Attention(None, head_dim="kv_channels", qkv_bias=True)),
+        mlp=Mlp(half=True),
+        inert=("use_cache_quantization", "use_cache_kernel"),
+    ),
+    "exaone": Family(num_layers=("num_layers", "num_hidden_layers"), mixers=_one(Attention(kv_required=False))),
+    "minicpm": _LLAMA,
 }
 
-WRAPPERS = ("mistral3", "ministral3")
-"""Outer model types whose ``text_config`` is a plain decoder of the table above."""
+for alias, known in {
+    "kimi_k25_text": "kimi_k2",
+    "minimax_text_01": "minimax",
+    "minimax_m1": "minimax",
+    "gpt-sw3": "gpt2",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "minimax_m3_vl_text": "minimax_m3",
+}.items():
+    FAMILIES[alias] = FAMILIES[known]
+
+WRAPPERS = (
+    "mistral3", "ministral3", "llama4", "gemma3", "gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe", "kimi_k25",
+    "llava", "llava_next", "vipllava", "paligemma", "internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm",
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "got_ocr2", "lfm2_vl", "minimax_m3_vl", "kimi_vl",
+)  # fmt: skip
+"""Outer model types whose ``text_config`` is a decoder of the table above."""
+
+__all__ = ["FAMILIES", "WRAPPERS", "Family", "Mixer", "if_any", "none"]

@@ -1,51 +1,70 @@
 """A model as the cache sees it: a tuple of layers, and the counts that weigh it, read from its config.json.
 
-Plain full-attention decoders only.  Whatever else a config asks for (sliding windows, chunked attention, MLA,
-recurrent or hybrid layers, layers that share a cache, per-layer blocks, nested configs) is refused with one
-line that names the key, never guessed.
+One parser for every family of :mod:`kvsim.families`.  What a config asks for and its family does not know (a key
+that smells of changing the cache, an unknown kind of layer, a combination that the class does not have) is refused
+with one line that names the key and the value, never guessed.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from kvsim.config import ConfigReader
+from kvsim import catalog
+from kvsim.body import MAX_LAYERS, Body, Shapes
+from kvsim.config import ConfigReader, Keys
 from kvsim.families import FAMILIES, WRAPPERS, Family
+from kvsim.kinds import spelled
 from kvsim.layout import LayerShape, StateShape
-from kvsim.parameters import Weights, count_parameters
+from kvsim.parameters import Weights, count_weights, mixer_kind
 
 FOREIGN: dict[str, str] = {
-    "kv_lora_rank": "multi-head latent attention",
-    "attention_chunk_size": "chunked attention",
-    "block_configs": "layers that differ block by block (NAS)",
-    "hybrid_override_pattern": "hybrid layers",
-    "hybrid_layer_pattern": "hybrid layers",
-    "layers_block_type": "hybrid layers",
-    "full_attention_interval": "linear-attention layers",
-    "linear_attn_config": "linear-attention layers",
-    "linear_num_key_heads": "linear-attention layers",
-    "attn_layer_period": "hybrid layers",
-    "attn_layer_indices": "hybrid layers",
-    "mamba_num_heads": "recurrent layers",
-    "mamba_d_state": "recurrent layers",
-    "ssm_cfg": "recurrent layers",
-    "num_kv_shared_layers": "layers that share another layer's cache",
-    "cla_share_factor": "layers that share another layer's cache",
-    "compress_ratios": "compressed attention",
-    "index_topk": "sparse attention with an index of its own",
-    "sliding_window_pattern": "sliding windows",
-    "global_head_dim": "layers of different head dimensions",
-    "attention_layers": "local-attention layers",
-    "attention_types": "local-attention layers",
-    "add_cross_attention": "cross attention",
-    "is_encoder_decoder": "an encoder and cross attention",
+    r"lora_rank|kv_latent": "multi-head latent attention",
+    r"chunk": "chunked attention",
+    r"block_config": "layers that differ block by block (NAS)",
+    r"hybrid|layers_block_type|block_types": "hybrid layers",
+    r"interval|linear_attn|^linear_|lightning|delta|full_attn": "linear-attention layers",
+    r"attn_layer|attn_type|attention_type|attention_layers|layer_types|attention_pattern": "layers of several kinds",
+    r"mamba|ssm|^conv_|_conv\b|d_conv|d_state|recurrent|lru_|rwkv|time_mix|short_conv": "recurrent layers",
+    r"kv_shared|shared_kv|cla_|share_factor|cross_layer|yoco|kv_sharing": "layers that share another layer's cache",
+    r"compress": "compressed attention",
+    r"^index|indexer|sparse_attention|_topk_blocks|nsa_": "sparse attention with an index of its own",
+    r"sliding|window|^swa_|attention_sink": "sliding windows",
+    r"global_|kv_head|key_value_head|_groups?$|n_head_kv|multi_query|kv_channels|kv_n_heads": "other key/value heads",
+    r"head_dim|value_dim|key_dim|_head_size|d_kv|d_head": "other head dimensions",
+    r"per_layer_config|_per_layer$": "layers that differ one by one",
+    r"cross_attention|encoder": "an encoder and cross attention",
+    r"bidirectional": "attention both ways, over other windows",
+    r"cache|kv_quant|kv_bits": "a cache of another kind",
 }
-"""Keys that change what a token leaves behind, and what each stands for."""
+"""What a key that changes the cache smells of (a pattern over its name), and what it stands for."""
 
-MAX_LAYERS = 4096
+NEUTRAL: dict[str, Any] = {
+    "full_attn_mod": 1,
+    "use_bidirectional_attention": "vision",
+    "cla_share_factor": 1,
+    "attn_config.attn_type": "multihead_attention",
+}
+"""Keys that smell and are understood at one value alone."""
+
+INERT = frozenset(
+    {
+        "attn_logit_softcapping", "audio_config", "cache_implementation", "chunk_size_feed_forward",
+        "cross_attention_hidden_size", "embedding_initializer_range", "encoder_no_repeat_ngram_size",
+        "final_logit_softcapping", "global_rope_theta", "index_share_for_mtp_iteration", "initializer_range",
+        "moe_expert_groups", "moe_group", "mtp_layer_types", "mtp_num_hidden_layers", "n_group", "num_attention_groups",
+        "num_beam_groups", "num_expert_group", "num_key_value_groups", "pretraining_tp", "qk_head_dim", "rope_head_dim",
+        "rope_local_base_freq", "rope_parameters", "rope_scaling", "rotary_emb_base", "topk_group", "use_cache",
+        "use_cache_kernel", "use_cache_quantization", "use_mrope", "vision_config",
+    }
+)  # fmt: skip
+"""Keys that smell and do not change what a token leaves behind."""
+
+_SMELL = re.compile("|".join(FOREIGN))
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -53,10 +72,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 class Model:
     """What the planner needs to know of one model.
 
-    ``layers`` holds one :class:`LayerShape` a layer with a cache of its own.  ``num_params`` and ``dtype`` are
-    ``None`` where the config does not tell, ``max_positions`` likewise.  ``weight_bits`` are the bits a
-    parameter (of ``dtype``, or of the ``quantization_config``).  ``sources`` names the config key of every
-    number, ``read`` all keys that were looked at.
+    ``layers`` holds, for every layer with a cache of its own, one :class:`LayerShape` a stream that grows with the
+    tokens and one :class:`StateShape` a constant state (a layer may have several, or both).  ``weights`` and
+    ``dtype`` are ``None`` where the config does not tell, ``max_positions`` likewise.  ``weight_bits`` are the bits
+    a parameter (of ``dtype``, or of the ``quantization_config``).  ``sources`` names the config key of every
+    number, ``read`` all keys that were looked at.  ``kinds`` counts the layers by kind, ``none`` and ``shared``
+    (another layer's cache) among them.
     """
 
     name: str
@@ -71,65 +92,51 @@ class Model:
     weight_bits: float | None
     sources: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    kinds: tuple[tuple[str, int], ...] = ()
     read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "") -> Model:
         """Reads a ``config.json`` object.
 
-        Raises ``ValueError``, naming the key, for a config that is incomplete or not a plain full-attention
-        decoder.
+        Raises ``ValueError``, naming the key, for a config that is incomplete, contradictory, or of an unknown kind.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"a config is a JSON object, not {type(config).__name__}")
-        reader, wrapper = ConfigReader(config), None
-        if config.get("text_config") is not None:
-            reader, wrapper = _text_config(reader)
-        _refuse_foreign(reader)
-        model_type = reader.get("model_type")
-        family = _family(reader, model_type)
-        notes = [f"language model only: vision and projector weights of {wrapper!r} are not counted"] if wrapper else []
-        num_layers = reader.count("num_layers", family.num_layers)
-        if num_layers > MAX_LAYERS:
-            raise reader.error(family.num_layers, f"allowed are up to {MAX_LAYERS}")
-        hidden = reader.count("hidden_size", family.hidden)
-        num_q_heads = reader.count("num_q_heads", family.num_q_heads)
-        num_kv_heads = _kv_heads(reader, family, model_type, num_q_heads)
-        if num_q_heads % num_kv_heads:
-            key = reader.sources["num_kv_heads"].removeprefix(reader.prefix)
-            raise reader.error(key, f"allowed are divisors of the {num_q_heads} query heads")
-        head_dim = _head_dim(reader, family, hidden, num_q_heads)
-        max_positions = reader.count_or_none("max_positions", family.positions)
-        notes += _check_window(reader, family, num_layers, max_positions)
-        norms = family.norms
-        if model_type == "falcon":
-            norms = _falcon_norms(reader)
-            if reader.switch(("new_decoder_architecture", False)) and num_kv_heads != num_q_heads:
-                notes.append(f"transformers caches falcon's keys and values broadcast to all {num_q_heads} query heads")
-        shape = LayerShape(num_kv_heads, head_dim, head_dim)
-        weights = count_parameters(reader, family, num_layers, num_q_heads, shape, hidden, norms)
-        notes += _left_out(reader)
+        reader, wrapper, model_type, family = _open(config)
+        for key in family.nested:
+            reader = _flattened(reader, key)
+        body = _body(reader, family, config)
+        if wrapper:
+            body.note(f"language model only: vision and projector weights of {wrapper!r} are not counted")
+        plan = _plan(body, family)
+        layers, kinds = _layers(body, family, [kind for kind, _ in plan])
+        weights = count_weights(body, family, plan)
+        _left_out(body, model_type, layers)
+        _refuse_foreign(reader, family, layers)
         dtype = _dtype(reader, config)
+        vocab = next((reader.count("vocab_size", key) for key in _each(family.vocab) if reader.has(key)), None)
         return cls(
             name=name or str(config.get("_name_or_path") or model_type),
             model_type=model_type,
-            layers=(shape,) * num_layers,
-            num_q_heads=num_q_heads,
-            hidden_size=hidden,
-            vocab_size=reader.count_or_none("vocab_size", "vocab_size"),
+            layers=layers,
+            num_q_heads=body.num_q_heads,
+            hidden_size=body.hidden,
+            vocab_size=vocab,
             weights=weights,
-            max_positions=max_positions,
+            max_positions=body.max_positions,
             dtype=dtype,
             weight_bits=_weight_bits(reader, config, dtype),
             sources=tuple(reader.sources.items()),
-            notes=tuple(notes),
+            notes=tuple(body.notes),
+            kinds=kinds,
             read=frozenset(reader.used),
         )
 
     @property
     def num_layers(self) -> int:
-        """Layers with a cache."""
-        return len(self.layers)
+        """Layers with a cache of keys and values."""
+        return len(self.cache_layers)
 
     @property
     def num_params(self) -> int | None:
@@ -156,36 +163,39 @@ class Model:
         return dict(self.sources).get(name, "")
 
 
-def _text_config(reader: ConfigReader) -> tuple[ConfigReader, str]:
-    outer, inner = reader.get("model_type"), reader.get("text_config")
-    if not isinstance(inner, Mapping):
-        raise reader.error("text_config", "allowed is a JSON object")
-    nested = ConfigReader(inner, "text_config.")
-    _refuse_foreign(nested)
-    if outer not in WRAPPERS:
-        raise ValueError(
-            f"config key text_config of model_type {outer!r}: nested configs are not supported, "
-            f"except of {' and '.join(WRAPPERS)}"
-        )
-    return nested, outer
+def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Family]:
+    """The reader of the decoder's config, the wrapper's model type if there is one, the model type, the family."""
+    outer = ConfigReader(config)
+    model_type = outer.get("model_type")
+    inner, wrapper = config.get("text_config"), None
+    prefix, nested = "", False
+    if inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
+        if not isinstance(inner, Mapping):
+            raise outer.error("text_config", "allowed is a JSON object")
+        if model_type not in WRAPPERS:
+            raise ValueError(
+                f"config key text_config of model_type {model_type!r}: nested configs are supported of "
+                f"{', '.join(WRAPPERS)}"
+            )
+        wrapper, prefix, nested, config = str(model_type), "text_config.", True, inner
+        model_type = inner.get("model_type", INNER.get(wrapper))
+    family = _family(ConfigReader(config, prefix), model_type)
+    reader = ConfigReader(config, prefix, catalog.defaults(model_type), nested)
+    reader.get("model_type")
+    if wrapper and "tie_word_embeddings" not in config and outer.get("tie_word_embeddings") is not None:
+        reader.config = {**config, "tie_word_embeddings": outer.config["tie_word_embeddings"]}
+    return reader, wrapper, model_type, family
 
 
-def _refuse_foreign(reader: ConfigReader) -> None:
-    for key, what in FOREIGN.items():
-        if reader.config.get(key):
-            raise reader.error(key, f"{what}: not supported, only plain full attention is")
-    types = reader.get("layer_types")
-    if types is None:
-        return
-    if not isinstance(types, list):
-        raise reader.error("layer_types", "allowed is a list")
-    other = next((kind for kind in types if kind != "full_attention"), None)
-    if other is not None:
-        window = reader.config.get("sliding_window")
-        what = f" (sliding_window {window})" if window is not None else ""
-        raise ValueError(
-            f"config key {reader.label('layer_types')} has {other!r}{what}: not supported, only 'full_attention' is"
-        )
+INNER = {
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "gemma3": "gemma3_text",
+    "llava": "llama",
+    "llava_next": "llama",
+    "paligemma": "gemma",
+}
+"""What a wrapper's ``text_config`` is where it does not say its ``model_type``."""
 
 
 def _family(reader: ConfigReader, model_type: Any) -> Family:
@@ -193,99 +203,172 @@ def _family(reader: ConfigReader, model_type: Any) -> Family:
         return FAMILIES[model_type]
     if not isinstance(model_type, str):
         raise reader.error("model_type", f"allowed are {', '.join(FAMILIES)}")
-    window = reader.config.get("sliding_window")
-    if window is not None:
-        raise ValueError(
-            f"config key {reader.label('sliding_window')} is {window!r} in model_type {model_type!r}: "
-            "sliding windows are not supported, only plain full attention is"
-        )
-    near = get_close_matches(model_type, FAMILIES, n=3, cutoff=0.6)
+    near = get_close_matches(model_type[:60], FAMILIES, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise reader.error("model_type", f"{hint}supported are {', '.join(FAMILIES)}")
 
 
-def _kv_heads(reader: ConfigReader, family: Family, model_type: str, num_q_heads: int) -> int:
-    if model_type == "falcon":
-        return _falcon_kv_heads(reader, num_q_heads)
-    if family.multi_query and reader.switch((family.multi_query, True)):
-        reader.sources["num_kv_heads"] = reader.label(f"{family.multi_query} = true")
-        return 1
-    key = family.num_kv_heads
-    if key is not None:
-        given = reader.get(key)
+def _flattened(reader: ConfigReader, key: str) -> ConfigReader:
+    """The same config with the object under ``key`` read as ``key.inner``."""
+    child = reader.child(key)
+    inner = {} if child is None else {f"{key}.{name}": value for name, value in child.config.items()}
+    out = ConfigReader({**reader.config, **inner}, reader.prefix, reader.defaults, reader.lenient)
+    out.used = reader.used
+    return out
+
+
+def _each(keys: Keys | None) -> tuple[str, ...]:
+    return (keys,) if isinstance(keys, str) else tuple(keys or ())
+
+
+def _body(reader: ConfigReader, family: Family, config: Mapping[str, Any]) -> Body:
+    num_layers = _num_layers(reader, family)
+    if num_layers > MAX_LAYERS:
+        raise reader.error(reader.first(family.num_layers), f"allowed are up to {MAX_LAYERS}")
+    hidden = reader.count("hidden_size", family.hidden)
+    num_q_heads = 1 if family.num_q_heads is None else reader.count("num_q_heads", family.num_q_heads)
+    return Body(
+        reader=reader,
+        num_layers=num_layers,
+        hidden=hidden,
+        num_q_heads=num_q_heads,
+        max_positions=reader.count_or_none("max_positions", family.positions, fill=reader.lenient),
+        norm_vectors=family.norm_vectors,
+        dtype=_activations(reader, config),
+    )
+
+
+def _num_layers(reader: ConfigReader, family: Family) -> int:
+    for key in _each(family.listed) if family.single else ():
+        given = reader.listed(key)
+        if given:
+            return len(given)
+    return reader.count("num_layers", family.num_layers)
+
+
+def _activations(reader: ConfigReader, config: Mapping[str, Any]) -> str:
+    given = next((source.get(key) for source in (reader.config, config) for key in ("dtype", "torch_dtype")
+                  if source.get(key)), None)  # fmt: skip
+    short = str(given).removeprefix("torch.")
+    return short if short in ("float16", "bfloat16") else "bfloat16"
+
+
+def _plan(body: Body, family: Family) -> list[tuple[str, bool]]:
+    """Every layer's mixer and whether it has experts."""
+    reader = body.reader
+    allowed = set(family.mixers) | ({"sliding"} if family.window else set()) | ({"chunked"} if family.chunk else set())
+    if family.single:
+        allowed |= {"dense", "sparse"}
+    kinds = None
+    for key in _each(family.listed):
+        given = reader.listed(key)
+        if given and kinds is None:
+            if len(given) < body.num_layers or (len(given) != body.num_layers and not family.experts):
+                raise reader.error(key, f"{len(given)} entries for {body.num_layers} layers")
+            kinds = spelled(reader, key, given[: body.num_layers], allowed)
+            reader.sources["kinds"] = reader.label(key)
+    if kinds is None:
+        kinds = family.kinds(body)
+        given = reader.listed("layer_types", body.num_layers) if not family.listed else None
         if given is not None:
-            return reader.count("num_kv_heads", key)
-        if family.kv_heads_required and key not in reader.config:
-            raise reader.error(key, f"model_type {model_type!r} must say how many key/value heads it has")
-    reader.sources["num_kv_heads"] = reader.label(family.num_q_heads)
-    return num_q_heads
+            spelled(reader, "layer_types", given, {"full"})
+    if family.forced_last and kinds and kinds[-1] != family.forced_last:
+        body.note(f"the last layer counts as {family.forced_last}: its class makes it so")
+        kinds[-1] = family.forced_last
+    if family.check is not None:
+        family.check(body, kinds)
+    if family.single:
+        return [(kind, kind == "sparse") for kind in kinds]
+    sparse = [False] * body.num_layers
+    if family.experts:
+        rule = family.experts.sparse
+        sparse = [True] * body.num_layers if rule is None else rule(body)
+    return list(zip(kinds, sparse, strict=True))
 
 
-def _falcon_kv_heads(reader: ConfigReader, num_q_heads: int) -> int:
-    """Falcon has a ``num_kv_heads`` that only the new decoder architecture obeys, and a multi-query switch."""
-    if reader.switch(("new_decoder_architecture", False)):
-        return reader.count("num_kv_heads", "num_kv_heads" if reader.has("num_kv_heads") else "num_key_value_heads")
-    if reader.switch(("multi_query", True)):
-        reader.sources["num_kv_heads"] = reader.label("multi_query = true")
-        return 1
-    if reader.has("num_kv_heads"):
-        return reader.count("num_kv_heads", "num_kv_heads")
-    reader.sources["num_kv_heads"] = reader.label("num_attention_heads")
-    return num_q_heads
+def _layers(
+    body: Body, family: Family, kinds: list[str]
+) -> tuple[tuple[LayerShape | StateShape, ...], tuple[tuple[str, int], ...]]:
+    """What all layers leave, and how many there are of each kind."""
+    reader = body.reader
+    if family.layers is not None:
+        each = family.layers(body)
+    else:
+        made = {kind: _made(body, family, kind) for kind in dict.fromkeys(kinds)}
+        each = [made[kind] for kind in kinds]
+    labels = ["none" if not shapes else "+".join(dict.fromkeys(shape.kind for shape in shapes)) for shapes in each]
+    if family.sharing:
+        shared = reader.count_or_none("num_shared", family.sharing, zero=True, fill=True) or 0
+        if shared >= body.num_layers and shared:
+            raise reader.error(family.sharing, f"allowed are fewer than the {body.num_layers} layers")
+        if shared:
+            owners, users = set(kinds[: body.num_layers - shared]), kinds[body.num_layers - shared :]
+            lost = next((kind for kind in users if kind not in owners), None)
+            if lost is not None:
+                raise reader.error(family.sharing, f"no layer of kind {lost} is left to share")
+            each[-shared:], labels[-shared:] = [()] * shared, ["shared"] * shared
+    return tuple(shape for shapes in each for shape in shapes), tuple(Counter(labels).items())
 
 
-def _falcon_norms(reader: ConfigReader) -> int:
-    if not reader.switch(("parallel_attn", True)):
-        return 2
-    if reader.has("num_ln_in_parallel_attn"):
-        return reader.count("norms", "num_ln_in_parallel_attn")
-    return 2 if reader.switch(("new_decoder_architecture", False)) else 1
+def _made(body: Body, family: Family, kind: str) -> Shapes:
+    """What one layer of ``kind`` leaves."""
+    reader = body.reader
+    window, label = None, ""
+    if kind in ("sliding", "chunked") or (family.window and kind in ("csa", "hca")):
+        keys = family.chunk if kind == "chunked" else family.window
+        key = reader.first(keys or ())
+        window = reader.count("window", key, fill=True)
+        if key == "sliding_window_size":
+            window += family.window_plus
+        label = "chunked" if kind == "chunked" else ""
+        if body.max_positions is not None and window >= body.max_positions:
+            body.note(
+                f"{reader.label(key)} {window} is no shorter than the {body.max_positions} positions: full attention"
+            )
+            window, label = None, ""
+    out: list[LayerShape | StateShape] = []
+    for mixer in family.mixers.get(mixer_kind(family, kind), ()):
+        out += mixer.shapes(body, window, label)
+    return tuple(out)
 
 
-def _head_dim(reader: ConfigReader, family: Family, hidden: int, num_q_heads: int) -> int:
-    if family.head_dim is not None:
-        given = reader.count_or_none("head_dim", family.head_dim)
-        if given is not None:
-            return given
-        if family.head_dim_required:
-            raise reader.error(family.head_dim, "this model type must say its head dimension")
-    if hidden % num_q_heads:
-        raise reader.error(family.num_q_heads, f"allowed are divisors of {family.hidden} {hidden}")
-    reader.sources["head_dim"] = reader.label(f"{family.hidden} / {family.num_q_heads}")
-    return hidden // num_q_heads
+def _refuse_foreign(reader: ConfigReader, family: Family, layers: tuple[LayerShape | StateShape, ...]) -> None:
+    """Refuses a key that smells of changing the cache and was not understood."""
+    ruled = {*_each(family.window), *_each(family.chunk)}
+    if not any(isinstance(layer, LayerShape) for layer in layers):
+        ruled |= {"num_key_value_heads", "head_dim"}
+    for key, value in reader.config.items():
+        if not isinstance(key, str) or key in reader.used or key in INERT or key in family.inert or key in ruled:
+            continue
+        if NEUTRAL.get(key) == value and not isinstance(value, bool):
+            continue
+        if value is None or value is False or value in (0, "", -1) or value == [] or value == {}:
+            continue
+        found = _SMELL.search(key)
+        if found:
+            what = next(what for pattern, what in FOREIGN.items() if re.search(pattern, key))
+            raise reader.error(key, f"{what}: not known of model_type {reader.config.get('model_type')!r}")
 
 
-def _check_window(reader: ConfigReader, family: Family, num_layers: int, max_positions: int | None) -> list[str]:
-    """Refuses a sliding window that is in force; returns a note where one is given that never bites."""
-    types = reader.get("layer_types")
-    if types is not None and len(types) != num_layers:
-        raise reader.error("layer_types", f"{len(types)} entries for {num_layers} layers")
-    if family.window is None or (family.window == "switched" and not reader.switch(("use_sliding_window", False))):
-        return []
-    key = "sliding_window"
-    if reader.get(key) is None:
-        if family.window == "required" and key not in reader.config:
-            raise reader.error(key, "transformers then takes a window of 4096; say null for full attention")
-        return []
-    window = reader.count("window", key)
-    if max_positions is not None and window >= max_positions:
-        return [f"{reader.label(key)} {window} is no shorter than the {max_positions} positions: full attention"]
-    raise reader.error(key, "sliding windows are not supported, only plain full attention is")
-
-
-def _left_out(reader: ConfigReader) -> list[str]:
+def _left_out(body: Body, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:
     """Notes on what the config has and the layers do not count."""
-    notes = []
+    reader = body.reader
     sparse = reader.get("sparse_attention_config")
     if isinstance(sparse, Mapping) and sparse.get("use_sparse_attention"):
-        notes.append(
+        body.note(
             f"{reader.label('sparse_attention_config')}: keys and values of every token are counted, "
             "the index keys of its block selection are not"
         )
-    if reader.get("num_nextn_predict_layers"):
-        count = reader.config["num_nextn_predict_layers"]
-        notes.append(f"{reader.label('num_nextn_predict_layers')}: {count} further prediction layer(s) not counted")
-    return notes
+    if model_type == "falcon" and reader.switch(("new_decoder_architecture", False)):
+        shape = layers[0]
+        if isinstance(shape, LayerShape) and shape.num_kv_heads != body.num_q_heads:
+            body.note(f"transformers caches falcon's keys and values broadcast to all {body.num_q_heads} query heads")
+    for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        if reader.get(key):
+            body.note(f"{reader.label(key)}: {str(reader.config[key])[:20]} further prediction layer(s) not counted")
+    if reader.filled:
+        what = ", ".join(f"{key} {str(value)[:40]}" for key, value in sorted(reader.filled.items()))
+        body.note(f"absent from the config, taken from transformers' {model_type} class: {what}")
 
 
 def _dtype(reader: ConfigReader, outer: Mapping[str, Any]) -> str | None:
@@ -294,6 +377,8 @@ def _dtype(reader: ConfigReader, outer: Mapping[str, Any]) -> str | None:
         if value is not None:
             short = str(value).removeprefix("torch.")
             if short not in DTYPES:
+                if key not in reader.config:
+                    reader = ConfigReader(outer)
                 raise reader.error(key, f"allowed are {', '.join(DTYPES)}")
             reader.sources["dtype"] = reader.label(key)
             return short
@@ -305,5 +390,5 @@ def _weight_bits(reader: ConfigReader, outer: Mapping[str, Any], dtype: str | No
     quantization = reader.get("quantization_config") or outer.get("quantization_config")
     if isinstance(quantization, Mapping):
         reader.sources["weight_bits"] = "quantization_config"
-        return 8 if quantization.get("quant_method") == "fp8" else None
+        return 8 if quantization.get("quant_method") in ("fp8", "fbgemm_fp8") else None
     return None if dtype is None else 32 if dtype == "float32" else 16

@@ -1,6 +1,6 @@
 """The number of weights, from the config alone.
 
-    embedding + learned positions + sum over layers of (attention + MLP or experts + norms) + last norm + head
+    embedding + learned positions + sum over layers of (mixer + MLP or experts + norms) + last norm + head
 
 Every count is exact for the families of :mod:`kvsim.families` (as ``sum(p.numel() for p in
 model.parameters())`` gives it); where it cannot be, the answer is ``None``.
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.config import AbsentKeyError, ConfigReader
-from kvsim.families import Experts, Family
-from kvsim.layout import LayerShape
+from kvsim.attention import Attention
+from kvsim.body import Body
+from kvsim.config import AbsentKeyError
+from kvsim.families import Family
 
 
 @dataclass(frozen=True)
@@ -51,107 +52,67 @@ class Weights:
         return self.read(1)
 
 
-def count_parameters(
-    reader: ConfigReader,
-    family: Family,
-    num_layers: int,
-    num_q_heads: int,
-    shape: LayerShape,
-    hidden: int,
-    norms: int,
-) -> Weights | None:
-    """Weights of the language model, head and embedding counted once where they are tied.
+def count_weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weights | None:
+    """Weights of the language model by how a step reads them.
 
-    ``norms`` is the number of norms a layer.  ``None`` where the config lacks a size, or the family's count is
-    not known exactly.
+    ``plan``: every layer's mixer (a key of the family's, or ``none``) and whether it has experts.  ``None`` where
+    the config lacks a size, or the family's count is not known exactly.
     """
-    if not family.countable:
+    if not family.countable or (family.count_if is not None and not family.count_if(body)):
         return None
     try:
-        layer = _attention(reader, family, num_q_heads, shape, hidden) + norms * family.norm_vectors * hidden
-        vocab = reader.count("vocab_size", "vocab_size")
-        tied = reader.switch(("tie_word_embeddings", family.tied))
-        lookup = reader.count("max_positions", family.positions) * hidden if family.learned_positions else 0
-        routed = _routed(reader, family, num_layers, hidden)
-        bias = vocab if reader.switch(family.head_bias) else 0
-        mlps = _mlps(reader, family, num_layers, hidden) - routed
-        experts = family.experts
-        return Weights(
-            embedding=vocab * hidden,
-            head=0 if tied else vocab * hidden,
-            dense=num_layers * layer + mlps + family.norm_vectors * hidden + bias,
-            routed=routed,
-            num_experts=reader.count("num_experts", experts.count) if experts and routed else 0,
-            experts_per_token=(reader.count_or_none("experts_per_token", "num_experts_per_tok") or 0) if routed else 0,
-            lookup=lookup,
-        )
+        return _weights(body, family, plan)
     except AbsentKeyError:
         return None
 
 
-def _routed(reader: ConfigReader, family: Family, num_layers: int, hidden: int) -> int:
-    """Weights of the routed experts alone."""
-    experts = family.experts
-    sparse = _sparse_layers(reader, experts, num_layers) if experts else 0
-    if not experts or not sparse:
-        return 0
-    inner = reader.count("expert_size", experts.inner)
-    return sparse * reader.count("num_experts", experts.count) * 3 * hidden * inner
+def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weights:
+    reader, hidden = body.reader, body.hidden
+    mixing = {kind: _mixer_params(body, family, kind) for kind in {kind for kind, _ in plan}}
+    dense = sum(mixing[kind] for kind, _ in plan)
+    shared = reader.count_or_none("num_shared", family.sharing, zero=True, fill=True) if family.sharing else None
+    for kind, _ in plan[len(plan) - (shared or 0) :]:
+        for mixer in family.mixers[mixer_kind(family, kind)]:
+            dense -= mixer.borrowed(body) if isinstance(mixer, Attention) else 0
+    routed = 0
+    some_sparse, some_dense = any(sparse for _, sparse in plan), any(not sparse for _, sparse in plan)
+    router, block = family.experts.block(body) if family.experts and some_sparse else (0, 0)
+    plain = [0] * len(plan)
+    if family.mlp and (some_dense or (family.experts and family.experts.dense_too)):
+        widths = family.mlp.widths(body)
+        size = {width: family.mlps * family.mlp.params(body, width) for width in set(widths)}
+        plain = [size[width] for width in widths]
+    for (kind, sparse), mlp in zip(plan, plain, strict=True):
+        if family.single and kind not in ("dense", "sparse"):
+            continue
+        if sparse:
+            dense, routed = dense + router, routed + block
+        if not sparse or (family.experts and family.experts.dense_too):
+            dense += mlp
+    each = family.norms * body.norm_vectors * hidden + (family.layer_extra(body) if family.layer_extra else 0)
+    dense += len(plan) * each + (body.norm_vectors * hidden if family.final_norm else 0)
+    dense += family.outer_extra(body) if family.outer_extra else 0
+    vocab = reader.count("vocab_size", family.vocab)
+    dense += vocab if reader.switch(family.head_bias) else 0
+    lookup = family.lookup_extra(body) if family.lookup_extra else 0
+    if family.learned_positions is not None:
+        lookup += (reader.count("max_positions", family.positions) + family.learned_positions) * hidden
+    per_token = reader.count_or_none("experts_per_token", family.experts.per_token) if family.experts else None
+    return Weights(
+        embedding=vocab * hidden,
+        head=0 if reader.switch(("tie_word_embeddings", family.tied)) else vocab * hidden,
+        dense=dense,
+        routed=routed,
+        num_experts=family.experts.num_experts(body) if family.experts and routed else 0,
+        experts_per_token=(per_token or 0) if routed else 0,
+        lookup=lookup,
+    )
 
 
-def _attention(reader: ConfigReader, family: Family, num_q_heads: int, shape: LayerShape, hidden: int) -> int:
-    """Projections, their biases, and the norms of queries and keys."""
-    query, cached = num_q_heads * shape.key_dim, shape.num_kv_heads * shape.key_dim
-    total = hidden * (query + 2 * cached) + query * hidden
-    if reader.switch(family.qkv_bias):
-        total += query + 2 * cached
-    if reader.switch(family.out_bias):
-        total += hidden
-    if family.qk_norm and reader.switch(family.qk_norm_if):
-        total += family.norm_vectors * (2 * shape.key_dim if family.qk_norm == "head" else query + cached)
-    return total
+def _mixer_params(body: Body, family: Family, kind: str) -> int:
+    return sum(mixer.params(body) for mixer in family.mixers.get(mixer_kind(family, kind), ()))
 
 
-def _mlp(hidden: int, inner: int, gated: bool, bias: bool) -> int:
-    matrices = 3 if gated else 2
-    return matrices * hidden * inner + ((matrices - 1) * inner + hidden if bias else 0)
-
-
-def _mlps(reader: ConfigReader, family: Family, num_layers: int, hidden: int) -> int:
-    """Weights of every layer's MLP or experts."""
-    bias, experts = reader.switch(family.mlp_bias), family.experts
-    sparse = _sparse_layers(reader, experts, num_layers) if experts else 0
-    total = 0
-    if sparse < num_layers:
-        if family.inner_required or reader.get(family.inner) is not None:
-            inner = reader.count("intermediate_size", family.inner)
-        else:
-            inner = 4 * hidden
-        total += (num_layers - sparse) * _mlp(hidden, inner, family.gated, bias)
-    if experts and sparse:
-        total += sparse * _expert_block(reader, experts, hidden)
-    return total
-
-
-def _sparse_layers(reader: ConfigReader, experts: Experts, num_layers: int) -> int:
-    """Layers that have experts."""
-    if experts.first_dense:
-        return max(0, num_layers - reader.count("first_dense", experts.first_dense, zero=True))
-    if not experts.stepped:
-        return num_layers
-    step = reader.count("step", "decoder_sparse_step") if reader.get("decoder_sparse_step") is not None else 1
-    dense = reader.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise reader.error("mlp_only_layers", "allowed are lists of layer numbers")
-    return sum(1 for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
-
-
-def _expert_block(reader: ConfigReader, experts: Experts, hidden: int) -> int:
-    count = reader.count("num_experts", experts.count)
-    inner = reader.count("expert_size", experts.inner)
-    total = count * 3 * hidden * inner + count * hidden  # experts, router
-    if experts.shared_inner:
-        total += 3 * hidden * reader.count("shared_size", experts.shared_inner) + hidden  # and its gate
-    if experts.shared_count:
-        total += 3 * hidden * inner * reader.count("num_shared", experts.shared_count)
-    return total
+def mixer_kind(family: Family, kind: str) -> str:
+    """The key of the family's mixers that makes a layer of ``kind``: windows and chunks are the full layer's."""
+    return kind if kind in family.mixers else "full" if kind in ("sliding", "chunked") else kind

@@ -80,7 +80,7 @@ def test_falcon_has_three_ways_to_say_its_heads() -> None:
 @pytest.mark.parametrize(
     ("change", "full"),
     [
-        ({"model_type": "mistral"}, False),  # transformers fills in 4096
+        ({"model_type": "mistral"}, True),  # a note says that transformers fills in 4096
         ({"model_type": "mistral", "sliding_window": None}, True),
         ({"model_type": "mistral", "sliding_window": 1024}, False),
         ({"model_type": "mistral", "sliding_window": 2048}, True),  # as long as the positions: never bites
@@ -92,7 +92,7 @@ def test_falcon_has_three_ways_to_say_its_heads() -> None:
         ({"model_type": "starcoder2"}, True),
         ({"model_type": "qwen2", "sliding_window": 1024}, True),  # switched off by default
         ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False}, True),
-        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, False),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 0}, False),
         ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True}, True),
     ],
 )
@@ -100,8 +100,7 @@ def test_sliding_windows(change: dict[str, Any], full: bool) -> None:
     if full:
         assert {layer.window for layer in Model.from_config(LLAMA | change).layers} == {None}
     else:
-        with pytest.raises(ValueError, match="sliding_window"):
-            Model.from_config(LLAMA | change)
+        assert {layer.window for layer in Model.from_config(LLAMA | change).cache_layers} == {1024}
 
 
 REFUSED = {
@@ -119,10 +118,18 @@ REFUSED = {
         "layer_types has 'sliding_attention'",
     ),
     "layer count": ({"layer_types": ["full_attention"]}, "layer_types .* 1 entries for 4 layers"),
-    "nested": ({"text_config": LLAMA, "model_type": "llava"}, "text_config of model_type 'llava'"),
-    "nested mla": ({"text_config": LLAMA | {"kv_lora_rank": 512}}, "text_config.kv_lora_rank is 512"),
+    "nested": ({"text_config": LLAMA, "model_type": "mllama"}, "text_config of model_type 'mllama'"),
+    "nested mla": (
+        {"text_config": LLAMA | {"kv_lora_rank": 512}, "model_type": "llava"},
+        "text_config.kv_lora_rank is 512",
+    ),
     "unknown": ({"model_type": "lama"}, "model_type is 'lama': did you mean llama"),
-    "unknown with a window": ({"model_type": "gemma3_text", "sliding_window": 512}, "sliding_window is 512"),
+    "a window that the class does not know": ({"sliding_window": 512}, "sliding_window is 512"),
+    "both ways": ({"model_type": "gemma2", "head_dim": 32, "use_bidirectional_attention": True}, "both|bidirectional"),
+    "a kind without its window": (
+        {"model_type": "mistral", "layer_types": ["sliding_attention"] * 4, "sliding_window": None},
+        "sliding_window is None",
+    ),
     "no model type": ({"model_type": None}, "model_type is None"),
     "zero heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "text for a number": ({"hidden_size": "big"}, "hidden_size is 'big'"),

@@ -19,6 +19,18 @@ def rows(kind: str) -> tuple[Row, ...]:
         return tuple(json.load(file)["rows"])
 
 
+@cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    with open(Path(__file__).with_name("defaults.json"), encoding="utf-8") as file:
+        families: dict[str, dict[str, Any]] = json.load(file)["families"]
+    return families
+
+
+def defaults(model_type: str) -> dict[str, Any]:
+    """What the class of ``model_type`` in transformers fills in for keys that a config lacks."""
+    return _defaults().get(model_type, {})
+
+
 def names(row: Row) -> list[str]:
     """Every lower-case name a row answers to: its id and aliases, and the last part of each."""
     spellings = [spelling.lower() for spelling in (row["id"], *row["aliases"])]
