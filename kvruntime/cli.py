@@ -1,4 +1,4 @@
-"""The command line: ``kvruntime bench | perplexity | axes | plot | generate | selfcheck | pull``.
+"""The command line: ``kvruntime bench | perplexity | axes | plot | generate | selfcheck | calibrate | pull``.
 
 A bad input is one line on stderr and exit code 2; Ctrl-C is 130, with all finished measurements in the file.
 """
@@ -166,6 +166,18 @@ def selfcheck_command(device: str | None) -> int:
     from kvruntime.selfcheck import selfcheck
 
     return 0 if selfcheck(device) else 1
+
+
+@cli.command("calibrate")
+@click.option("--out", type=Path, default=Path("profile.json"), show_default=True, help="Profile to write.")
+@click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+@click.option("--seconds", type=float, default=45.0, show_default=True, help="About how long to measure.")
+def calibrate_command(out: Path, device: str | None, seconds: float) -> None:
+    """Measures this card for kvsim's model of time: bandwidths, products, attention, what a layer costs."""
+    from kvruntime.calibrate import calibrate
+
+    calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
+    click.echo(f"wrote {out}")
 
 
 @cli.command("pull")

@@ -1,4 +1,4 @@
-"""The command line: ``python -m validation memory | speed | quality | report``.
+"""The command line: ``python -m validation memory | speed | quality | report | time``.
 
 A bad input is one line on stderr and exit code 2; a cache that does not weigh what was predicted is exit code 1.
 """
@@ -161,6 +161,32 @@ def report(folder: Path, files: tuple[Path, ...]) -> None:
     rows = [row for file in files for row in read(file)] if files else read_all()
     for path in write_report(rows, folder):
         click.echo(f"wrote {path}")
+
+
+@cli.command("time")
+@click.option("--decode", type=click.Path(path_type=Path), help="Published loads, CSV.  [default: shared/measured]")
+@click.option("--attention", type=click.Path(path_type=Path), help="Measured attention, CSV.  [default: likewise]")
+@click.option("--record", "recording_", is_flag=True, help="Write the constants and the errors into the checkout.")
+@click.option("--try", "tried", is_flag=True, help="No refit: kvsim's constants as they are on the files given.")
+@click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
+def time_(decode: Path | None, attention: Path | None, recording_: bool, tried: bool, as_json: bool) -> int:
+    """The model of time: refits it, holds groups out, prints the errors; 1 where one is above its bar."""
+    from validation import timing
+
+    if tried:
+        if recording_ or (decode is None and attention is None):
+            raise ValueError("--try takes --decode or --attention or both, and records nothing")
+        print(json.dumps(timing.tried(decode, attention), indent=1))
+        return 0
+    fixed, found = timing.study(decode or timing.DECODE, attention or timing.ATTENTION)
+    print(json.dumps(found, indent=1) if as_json else timing.text(found))
+    if recording_:
+        for path in timing.record(fixed, found):
+            _say(f"recorded in {path}")
+    wrong = timing.fails(found)
+    for line in wrong:
+        _say(line)
+    return 1 if wrong else 0
 
 
 def _say(line: str) -> None:

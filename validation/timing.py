@@ -41,10 +41,19 @@ def study(decode: Path = DECODE, attention: Path = ATTENTION) -> tuple[Constants
     kernels = {name: Kernel(**entry) for name, entry in curves.pop("kernels").items()}
     fixed = replace(constants(), kernels=kernels, curve=Curve(**curves.pop("curve")))
     fixed, loads = decode_time.study(decode, fixed)
-    found = {"schema": SCHEMA, "attention": curves, "loads": loads, "sha256": {}}
-    for path in (decode, attention):
-        found["sha256"][path.name] = digest(path)
-    return fixed, found
+    hashes = {path.name: digest(path) for path in (decode, attention)}
+    return fixed, {"schema": SCHEMA, "attention": curves, "loads": loads, "sha256": hashes}
+
+
+def tried(decode: Path | None, attention: Path | None) -> dict[str, Any]:
+    """The errors of kvsim's constants as they are on files that they need not have been fitted on."""
+    fixed, found = constants(), {"schema": SCHEMA}
+    more: dict[str, Any] = {}
+    if decode is not None:
+        more["loads"] = decode_time.tried(decode, fixed)
+    if attention is not None:
+        more["attention"] = attention_time.tried(attention, dict(fixed.kernels), fixed.curve)
+    return found | more
 
 
 def table_of(fixed: Constants) -> dict[str, Any]:

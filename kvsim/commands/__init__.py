@@ -7,6 +7,7 @@ from importlib import import_module
 import click
 
 LAZY: dict[str, str] = {
+    "calibrate": "Measures this card (needs the runtime): a profile that takes the place of stated constants.",
     "plan": "How many cards, which method and batch for so many users within these latencies, and at what price.",
     "sweep": "Grids over models, methods, contexts, batches and cards, as CSV, Parquet or JSON.",
 }

@@ -1,0 +1,119 @@
+"""A card measured in place of the stated constants: the runtime measures, kvsim reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvsim.calibrate import calibrate
+from kvsim.cli import run
+from kvsim.hardware import find_hardware
+from kvsim.load import load_model
+from kvsim.methods import make_method
+from kvsim.profile import Profile, load_profile
+from kvsim.timing import decode_step
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    lines: list[str] = []
+    calibrate(path, "cpu", 1.0, say=lines.append)
+    assert any(line.startswith("weight_bandwidth") for line in lines)
+    return path
+
+
+def test_the_profile_is_of_this_machine(measured: Path) -> None:
+    found = json.loads(measured.read_text(encoding="utf-8"))
+    assert found["seconds"] < 60
+    for name in ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds"):
+        assert 0 < found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
+    assert 1e8 < found["read_bandwidth"]["value"] < 1e12
+    rows = found["attention"]["rows"]
+    assert len(rows) >= 3
+    small, large = min(rows, key=lambda row: row["nbytes"]), max(rows, key=lambda row: row["nbytes"])
+    assert small["value"] < large["value"]
+    assert list(measured.parent.iterdir()) == [measured]  # nothing half-written beside it
+
+
+def test_a_profile_predicts_its_own_rows(measured: Path) -> None:
+    """The kernel fitted to the measured shapes gives them back within what it says."""
+    found, profile = json.loads(measured.read_text(encoding="utf-8")), load_profile(measured)
+    fixed = profile.constants()
+    kernel = fixed.kernels["fp16"]
+    for row in found["attention"]["rows"]:
+        stream = row["nbytes"] / (kernel.efficiency * profile.read_bandwidth)
+        seconds = fixed.curve.seconds(kernel, row["batch_size"] * 8, row["num_tokens"], stream, 1)
+        assert profile.low * 0.999 <= row["value"] / seconds <= profile.high * 1.001
+    assert profile.high / profile.low < 25
+
+
+def test_a_profile_takes_the_place_of_stated_constants(measured: Path) -> None:
+    profile = load_profile(measured)
+    model, method = load_model("gpt2"), make_method("fp16")
+    mine = decode_step(model, method, profile.hardware, 1, 512, profile=profile.constants())
+    assert mine.parts["overhead"] == pytest.approx(12 * profile.layer_seconds)
+    assert model.weights is not None
+    read = 2 * (model.weights.dense + model.weights.embedding)
+    assert mine.parts["weights"] == pytest.approx(read / profile.weight_bandwidth)
+    with pytest.raises(ValueError, match="not a profile of this card"):
+        profile.constants(find_hardware("b200"))
+
+
+def card() -> Profile:
+    numbers = (3.0e12, 2.9e12, 2.8e12, 6e14, 3e-5, 8e-6, 3e-6, 2.9e12, 0.9, 1.1)
+    return Profile("NVIDIA H100 80GB HBM3", 85017493504, *numbers, source="test")
+
+
+def test_a_faster_profile_is_faster() -> None:
+    hardware, model, method = find_hardware("h100"), load_model("llama-3.1-8b"), make_method("fp16")
+    one = decode_step(model, method, hardware, 8, 8192, profile=card().constants(hardware))
+    fast = replace(card(), weight_bandwidth=3.1e12, bandwidth=3.0e12)
+    two = decode_step(model, method, hardware, 8, 8192, profile=fast.constants(hardware))
+    assert two.parts["weights"] < one.parts["weights"]
+    assert two.parts["kv"] < one.parts["kv"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": "other"}, "is not a profile"),
+        ({"flops": {"value": 0}}, "flops.value is 0"),
+        ({"weight_bandwidth": {"value": "fast"}}, "weight_bandwidth.value is 'fast'"),
+        ({"attention": {}}, "attention.fixed is None"),
+        ({"device": {}}, "device.name is missing"),
+    ],
+)
+def test_a_broken_profile_names_the_field(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    figure = {"value": 1.0}
+    names = ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds")
+    good = {"schema": "kvsim.profile/1", "device": {"name": "x"}, **dict.fromkeys(names, figure)}
+    good["attention"] = dict.fromkeys(("fixed", "item", "bandwidth", "low", "high"), 1.0)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(good), encoding="utf-8")
+    assert load_profile(path).device == "x"
+    path.write_text(json.dumps({**good, **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        load_profile(path)
+
+
+def test_without_the_runtime_it_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kvsim.calibrate.find_spec", lambda name: None)
+    assert run(["calibrate", "--out", str(tmp_path / "p.json")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "needs the runtime" in said[0]
+    assert "pip install" in said[0]
+
+
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+    assert run(["calibrate", "--out", str(tmp_path / "p.json"), "--device", "tpu"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
