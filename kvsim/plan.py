@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from kvsim.capacity import RESERVE, room
 from kvsim.engines import Engine
@@ -230,13 +231,17 @@ class Clock:
 
     def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine = IDEAL) -> None:
         card = replace(place.card, memory_nbytes=None)
-        options = {"weight_bits": place.weight_bits, "tensor_parallel": place.num_cards, "engine": engine.name}
+        options: dict[str, Any] = {
+            "weight_bits": place.weight_bits,
+            "tensor_parallel": place.num_cards,
+            "engine": engine.name,
+        }
         output = max(1, round(lengths.mean_output))
         given = max(1, round(lengths.mean_context - output / 2))  # so that a step finds the mean context
         self._token = partial(token_step, model, method, card, input_len=given, output_len=output, **options)
         self._first = partial(first_token, model, method, card, input_len=given, output_len=output, **options)
         mean, long = (
-            prefill(model, card, 1, tokens, **options).seconds  # type: ignore[arg-type]
+            prefill(model, card, 1, tokens, **options).seconds
             for tokens in (given, lengths.input_quantile(INPUT_SHARE))
         )
         self._longer = Band(*(one - other for one, other in zip(long, mean, strict=True)))

@@ -20,6 +20,17 @@ def parse_seconds(text: str, what: str) -> float:
     return seconds
 
 
+def parse_share(text: str, what: str) -> float:
+    """``1%`` or ``0.01`` -> 0.01, from 0 to below 10.  Raises ``ValueError``."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 10:
+        raise ValueError(f"{what} {text!r}: allowed are shares such as 1% or 0.01")
+    return share
+
+
 def parse_card(text: str) -> tuple[Hardware, int | None]:
     """``h100-sxm`` or ``h100-sxm:2``: a card, and how many share the model.  Raises ``LookupError``, ``ValueError``."""
     name, colon, count = text.partition(":")
