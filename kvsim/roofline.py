@@ -231,9 +231,11 @@ class Roofline:
 
 
 def known_weights(model: Model) -> Weights:
-    """The model's weights.  Raises ``ValueError`` where the config does not tell their number."""
+    """The model's weights.  Raises ``ValueError`` where the config does not tell their number or how they are used."""
     if model.weights is None:
         raise ValueError(f"{model.name}: the config does not tell the number of weights, no time without it")
+    if model.weights.routed and not model.weights.experts_per_token:
+        raise ValueError(f"{model.name}: the config does not tell how many experts a token uses, no time without it")
     return model.weights
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,4 +126,5 @@ def kinds(model: Model) -> dict[str, int]:
 @needs_catalogue
 def test_cards_equal_the_wider_catalogue() -> None:
     beside = json.loads((BESIDE / "hardware.json").read_text())["accelerators"]
-    assert [Hardware.from_row(row) for row in beside] == [Hardware.from_row(row) for row in catalog.rows("hardware")]
+    cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
+    assert [Hardware.from_row(row) for row in beside] == [replace(card, num_sms=None, l2_nbytes=None) for card in cards]
