@@ -55,6 +55,7 @@ class Family:
     forced_last: str | None = None  # kind that the class gives the last layer whatever the config says
     check: Callable[[Body, list[str]], None] | None = None  # refuses what the class's kinds do not allow
     layers: Callable[[Body], list[Shapes]] | None = None  # a rule of its own for what every layer leaves
+    quirks: Callable[[Body], tuple[str, ...]] | None = None  # see Model.quirks
     inert: tuple[str, ...] = ()  # keys, beside those read, that look like the cache's and do not change it
     # What follows only serves the parameter count.
     countable: bool = True
@@ -457,6 +458,7 @@ FAMILIES: dict[str, Family] = {
         mixers=_slide(replace(ALL_BIASED, qkv_bias=False)),
         kinds=kinds.gpt_neo,
         window="window_size",
+        quirks=lambda body: ("whole",),
         inert=("attention_types", "attention_layers"),
         mlp=Mlp("intermediate_size", required=False, gated=False, bias=True),
     ),
@@ -521,6 +523,7 @@ FAMILIES: dict[str, Family] = {
         norm_vectors=2,
         norms=0,
         layer_extra=_falcon_norms,
+        quirks=lambda body: ("broadcast",) if body.reader.switch(("new_decoder_architecture", False)) else (),
         inert=("num_kv_heads", "num_key_value_heads", "multi_query"),
     ),
     "persimmon": Family(
@@ -927,6 +930,7 @@ FAMILIES: dict[str, Family] = {
         experts=replace(_DEEPSEEK_MOE, sparse=None),
         mlp=None,
         layer_extra=_v4_layer,
+        quirks=lambda body: ("two tensors", "compressed"),
         outer_extra=_v4_outer,
         inert=(
             "mlp_layer_types",

@@ -77,7 +77,9 @@ class Model:
     ``dtype`` are ``None`` where the config does not tell, ``max_positions`` likewise.  ``weight_bits`` are the bits
     a parameter (of ``dtype``, or of the ``quantization_config``).  ``sources`` names the config key of every
     number, ``read`` all keys that were looked at.  ``kinds`` counts the layers by kind, ``none`` and ``shared``
-    (another layer's cache) among them.
+    (another layer's cache) among them.  ``quirks``: what transformers' own classes do otherwise than the layers say:
+    ``broadcast`` (keys and values for every query head), ``whole`` (windows kept whole), ``two tensors`` (a vector
+    that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks).
     """
 
     name: str
@@ -93,6 +95,7 @@ class Model:
     sources: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     kinds: tuple[tuple[str, int], ...] = ()
+    quirks: tuple[str, ...] = ()
     read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @classmethod
@@ -130,6 +133,7 @@ class Model:
             sources=tuple(reader.sources.items()),
             notes=tuple(body.notes),
             kinds=kinds,
+            quirks=family.quirks(body) if family.quirks else (),
             read=frozenset(reader.used),
         )
 

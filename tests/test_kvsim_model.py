@@ -184,4 +184,4 @@ def test_any_value_under_any_key_is_read_or_refused(row: catalog.Row, change: di
     with contextlib.suppress(ValueError):
         model = Model.from_config(row["config"] | change)
         assert model.layers
-        assert all(layer.num_kv_heads > 0 and layer.key_dim > 0 for layer in model.layers)
+        assert all(layer.num_kv_heads > 0 and layer.key_dim > 0 for layer in model.cache_layers)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.kvruntime import Kvruntime
 from kvsim.engines.llama_cpp import LlamaCpp
+from kvsim.engines.transformers import Transformers
 from kvsim.engines.vllm import Vllm
 from kvsim.layout import Method
 
@@ -47,6 +48,7 @@ class Engine(Protocol):
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "ideal": Ideal,
+    "transformers": Transformers,
     "vllm": Vllm,
     "llama.cpp": LlamaCpp,
     "kvruntime": Kvruntime,
@@ -76,4 +78,14 @@ def engine_fields(name: str) -> frozenset[str]:
     return frozenset(field.name for field in fields(factory)) if is_dataclass(factory) else frozenset()
 
 
-__all__ = ["ENGINES", "Engine", "Ideal", "Kvruntime", "LlamaCpp", "Vllm", "engine_fields", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Ideal",
+    "Kvruntime",
+    "LlamaCpp",
+    "Transformers",
+    "Vllm",
+    "engine_fields",
+    "make_engine",
+]

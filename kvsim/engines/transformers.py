@@ -1,0 +1,124 @@
+"""transformers' own cache: ``DynamicCache`` (or ``StaticCache``), as version 5.23 allocates it for a model's classes.
+
+The rules here are held, byte for byte, to the caches of transformers' own model classes on the ``meta`` device
+(tests/test_model_oracle.py) and to the recorded ones of the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from kvsim.layout import DTYPE_BITS, LayerShape, Method
+from kvsim.methods import Full
+
+if TYPE_CHECKING:
+    from kvsim.hardware import Hardware
+    from kvsim.model import Model
+
+IMPLEMENTATIONS = ("dynamic", "static")
+CONVOLUTIONS = ("conv", "shift_mlp", "shift_attention")
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """``cache_implementation``: ``dynamic`` grows token by token and keeps a window's last W - 1 tokens between steps;
+    ``static`` provides for the final length, a window for W."""
+
+    cache_implementation: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.cache_implementation not in IMPLEMENTATIONS:
+            allowed = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"cache_implementation {self.cache_implementation!r}: allowed are {allowed}")
+
+    @property
+    def name(self) -> str:
+        return "transformers"
+
+    def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
+        """``key`` and ``value`` of all attention layers, ``compressed`` entries and their ``buffer``, ``index_key``,
+        ``state_*``.  Raises ``ValueError`` for a method that its plain caches do not have."""
+        if not isinstance(method, Full):
+            raise ValueError(f"transformers' plain cache stores fp16, bf16 or fp32, not {method.name}")
+        if self.cache_implementation == "static" and "compressed" in model.quirks:
+            raise ValueError(f"transformers has no static cache for {model.model_type!r}")
+        size = DTYPE_BITS[method.dtype] // 8 * batch_size
+        total = {"key": 0, "value": 0}
+        for layer, count in Counter(layer for layer in model.layers if isinstance(layer, LayerShape)).items():
+            for name, numbers in self._layer(model, layer, num_tokens):
+                total[name] = total.get(name, 0) + count * numbers * size
+        for state in model.state_layers:
+            for name, shape, dtype in state.tensors:
+                held = method.dtype if name in CONVOLUTIONS else dtype
+                nbytes = batch_size * prod(shape) * DTYPE_BITS[held] // 8
+                total[f"state_{name}"] = total.get(f"state_{name}", 0) + nbytes
+        return total
+
+    def _layer(self, model: Model, layer: LayerShape, num_tokens: int) -> Iterator[tuple[str, int]]:
+        """Numbers that one layer's stream holds for one sequence, by name."""
+        if layer.kind == "indexer" and layer.stride == 1:
+            yield "index_key", num_tokens * layer.key_dim
+        elif layer.kind == "indexer":
+            yield "index_compressed", layer.num_tokens(num_tokens) * layer.key_dim
+            yield from self._blocks(layer, num_tokens, width=2, overlap=True)
+        elif layer.stride > 1:
+            overlap = any(other.kind == "indexer" and other.stride == layer.stride for other in model.index_layers)
+            yield "compressed", layer.num_tokens(num_tokens) * layer.key_dim
+            yield from self._blocks(layer, num_tokens, width=2 if overlap else 1, overlap=overlap)
+        else:
+            held = self.held(model, layer, num_tokens)
+            heads = model.num_q_heads if "broadcast" in model.quirks else layer.num_kv_heads
+            value_dim = layer.key_dim if "two tensors" in model.quirks else layer.value_dim
+            yield "key", heads * held * layer.key_dim
+            yield "value", heads * held * value_dim
+
+    def _blocks(self, layer: LayerShape, num_tokens: int, width: int, overlap: bool) -> Iterator[tuple[str, int]]:
+        """The unfilled block's inputs and gates, at their most; and the last block's, which the next overlaps."""
+        unfilled = min(num_tokens, layer.stride - 1)
+        yield "buffer", 2 * unfilled * width * layer.key_dim
+        if overlap and num_tokens >= layer.stride:
+            yield "buffer", 2 * layer.stride * layer.key_dim
+
+    def held(self, model: Model, layer: LayerShape, num_tokens: int) -> int:
+        """Tokens that an attention layer holds between two steps."""
+        if layer.window is None or "whole" in model.quirks:
+            return num_tokens
+        if self.cache_implementation == "static":
+            return min(num_tokens, layer.window)
+        # the slice [-window + 1:] keeps everything where the window is a single token
+        return num_tokens if layer.window == 1 else min(num_tokens, layer.window - 1)
+
+    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
+        return {}
+
+    def notes(self, model: Model, method: Method) -> tuple[str, ...]:
+        out = []
+        windows = sorted({layer.window for layer in model.cache_layers if layer.window is not None})
+        if windows and "whole" not in model.quirks and self.cache_implementation == "dynamic":
+            what = ", ".join(f"{window:,}" for window in windows)
+            out.append(f"a sliding or chunked layer keeps its last window - 1 tokens between steps (window {what})")
+        if "whole" in model.quirks:
+            out.append(f"{model.model_type}'s local layers keep every token: only the mask knows the window")
+        if "broadcast" in model.quirks:
+            ideal = model.cache_layers[0].num_kv_heads if model.cache_layers else 0
+            out.append(
+                f"{model.model_type}'s keys and values are broadcast to all {model.num_q_heads} query heads before "
+                f"they are cached: {ideal} heads would do"
+            )
+        if "two tensors" in model.quirks:
+            out.append(f"{model.model_type}'s one vector a token is kept twice, as key and as value")
+        if "compressed" in model.quirks:
+            out.append(
+                "an unfilled block's inputs and gates are kept beside the compressed entries, here at their most"
+            )
+        if any(layer.kind == "mla" for layer in model.cache_layers):
+            out.append("the latent is cached as key, the rotary key as value: nothing is expanded")
+        if model.index_layers:
+            out.append("index keys are cached in the activations' type")
+        if model.state_layers:
+            out.append("convolutions keep their inputs in the activations' type, recurrent states float32")
+        return tuple(out)
