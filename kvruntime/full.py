@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvruntime.buffers import grown, tokens_to_provide
+from kvruntime.kivi.cache import embedded
 from kvruntime.kivi.reference import Partial
 from kvsim.layout import LayerShape
 from kvsim.methods.full import Full
@@ -136,6 +137,33 @@ class FullLayer:
 
     def _on_device(self, counts: list[int]) -> Tensor:
         return torch.tensor(counts).to(self.device, non_blocking=True)
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        positions: Tensor,
+        ticket: Tensor,
+        num_tokens: int,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """One decode step with nothing decided on the host: :meth:`KiviLayer.step`, whose arguments these are."""
+        if not key.is_cuda:
+            query, key = embedded(query, key, rotary, positions)
+            self.append(key, value)
+            return self.attend(query, scale)
+        from kvruntime import decode
+
+        stored_key, stored_value = self.tensors["key"], self.tensors["value"]
+        decode.store(query, key, value, rotary, stored_key, stored_value, positions)
+        return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens)
+
+    def stepped(self, count: int) -> None:
+        """Enter ``count`` steps into the host's books; elsewhere than on CUDA a step did that itself."""
+        if self.device.type == "cuda":
+            self.row_lengths = [length + count for length in self.row_lengths]
 
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""

@@ -18,7 +18,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvruntime.kivi import attention, quantize
+from kvruntime import decode
+from kvruntime.kivi import attention, quantize, step
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
 
@@ -109,6 +110,50 @@ def attend_fresh(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, rows=64, dtype="bf16")
 
 
+def freeze(name: str, sm: int) -> dict[str, int]:
+    method, dim = METHODS[name]
+    constants = {
+        "NUM_HEADS": 8, "KEY_DIM": dim, "KEY_NBITS": method.nbits, "RECORD": method.record_length, "SINK": method.sink_length,
+        "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_T": 64, "BLOCK_D": min(64, triton.next_power_of_2(dim)),
+    }  # fmt: skip
+    types = arguments(quantize.freeze_kernel, "bf16", params_ptr="*fp16")
+    return resources(quantize.freeze_kernel, types, constants, sm, 4)
+
+
+def advance(name: str, sm: int) -> dict[str, int]:
+    """A step's new token, with rotary embedding and a record to pack."""
+    method, dim = METHODS[name]
+    record = method.record(LayerShape(8, dim, dim))
+    block = triton.next_power_of_2(dim)
+    constants = quantize.record_constants(record) | {
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
+        "BLOCK_K": block, "BLOCK_V": block, "ROTARY": True,
+    }  # fmt: skip
+    types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
+    return resources(step.step_kernel, types, constants, sm, quantize.pack_warps(record))
+
+
+def store_full(name: str, sm: int) -> dict[str, int]:
+    dim = METHODS[name][1]
+    block = triton.next_power_of_2(dim)
+    constants = {
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_K": block, "BLOCK_V": block, "ROTARY": True,
+    }  # fmt: skip
+    types = arguments(decode.store_kernel, "bf16", positions_ptr="*i32")
+    return resources(decode.store_kernel, types, constants, sm, 1)
+
+
+def attend_full(name: str, sm: int) -> dict[str, int]:
+    dim = METHODS[name][1]
+    block = triton.next_power_of_2(dim)
+    fixed = {"positions_ptr": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    constants = {
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_M": 16, "BLOCK_N": decode.BLOCK_N,
+        "BLOCK_K": block, "BLOCK_V": block, "DOT": tl.bfloat16, "NUM_STAGES": 3 if dim <= 128 else 1,
+    }  # fmt: skip
+    return resources(decode.attend_kernel, arguments(decode.attend_kernel, "bf16", **fixed), constants, sm, 4)
+
+
 def combine(name: str, sm: int) -> dict[str, int]:
     dim = METHODS[name][1]
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32"}
@@ -116,7 +161,10 @@ def combine(name: str, sm: int) -> dict[str, int]:
     return resources(attention.combine_kernel, types, constants, sm, 4)
 
 
-KERNELS = {function.__name__: function for function in (pack, store, attend, attend_fresh, combine)}
+KERNELS = {
+    function.__name__: function
+    for function in (pack, store, freeze, advance, attend, attend_fresh, combine, store_full, attend_full)
+}
 
 
 def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:

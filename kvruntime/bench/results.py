@@ -101,11 +101,15 @@ def check_writable(path: Path) -> None:
 
 
 def describe(device: str, command: list[str]) -> dict[str, Any]:
-    """The circumstances that belong beside every number: device, driver, versions, commit, command line."""
+    """The circumstances that belong beside every number: device, driver, versions, commit, command line.
+
+    Of an absolute path on the command line only the name is kept: the folders of one machine say nothing elsewhere.
+    """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("kvsim", "torch", "triton", "transformers"):
         versions[package] = _version(package)
-    return {"device": _device(device), "versions": versions, "commit": _commit(), "command": command}
+    words = [Path(word).name if Path(word).is_absolute() else word for word in command]
+    return {"device": _device(device), "versions": versions, "commit": _commit(), "command": words}
 
 
 def _has(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:

@@ -317,10 +317,12 @@ def attend(
     key_params: Tensor | None = None,
     fresh: tuple[Tensor, Tensor, Tensor] | None = None,
     num_splits: int | None = None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
-    ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits`` overrides the plan.
+    ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits`` overrides the plan, which is made for rows
+    of ``num_tokens``, or of what the buffers provide for.
     """
     batch_size, q_heads, num_queries, _ = query.shape
     heads, num_slots = exact_key.shape[1:3]
@@ -336,7 +338,9 @@ def attend(
     blocks = -(-num_queries * q_per_kv // block_m)
     if num_splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        num_splits = plan_splits(batch_size * heads * blocks, records.shape[1] * record.num_tokens + num_slots, sms)
+        provided = records.shape[1] * record.num_tokens + num_slots
+        longest = provided if num_tokens is None else min(provided, num_tokens)
+        num_splits = plan_splits(batch_size * heads * blocks, longest, sms)
     out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
     partial, lse = out, None
     if num_splits > 1:

@@ -111,15 +111,25 @@ class KiviLayer:
             raise ValueError(
                 f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
             )
+        return self._attend(query, scale, fresh, None)
+
+    def _attend(
+        self,
+        query: Tensor,
+        scale: float,
+        fresh: tuple[Tensor, Tensor, list[int] | None] | None,
+        num_tokens: int | None,
+    ) -> Tensor:
         lengths, packed = self.tensors["lengths"]
         new = None
         if fresh is not None:
             counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
             new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
-        run = reference.attend
+        run, planned = reference.attend, {}
         if query.is_cuda:
             fast = _fast()
-            run = fast.attend if fast and fast.supports(self.record, query, new) else _kernels("attention").attend
+            kernels = fast if fast and fast.supports(self.record, query, new) else _kernels("attention")
+            run, planned = kernels.attend, {"num_tokens": num_tokens}
         return run(
             query,
             self.tensors["records"],
@@ -133,7 +143,47 @@ class KiviLayer:
             scale,
             self.tensors.get("key_params"),
             new,
+            **planned,
         )
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        positions: Tensor,
+        ticket: Tensor,
+        num_tokens: int,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
+
+        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32, the
+        tokens each row holds before; ``ticket [batch_size]`` int32 zeros, scratch; ``num_tokens``, the most a row will hold
+        while this step is repeated (it plans the splits).  ``rotary``: see :func:`kvruntime.kivi.step.step`.  Returns
+        ``[batch_size, num_q_heads, 1, value_dim]``.  The host's books follow by :meth:`stepped`.
+        """
+        if not key.is_cuda:
+            query, key = embedded(query, key, rotary, positions)
+            self.append(key, value)
+            return self.attend(query, scale)
+        method, stored = self.method, self.tensors
+        _kernels("step").step(
+            query, key, value, rotary, stored["records"], stored["exact_key"], stored["exact_value"], stored.get("key_params"),
+            stored["lengths"], ticket, self.record, method.sink_length, method.residual_length,
+        )  # fmt: skip
+        return self._attend(query, scale, None, num_tokens)
+
+    def stepped(self, count: int) -> None:
+        """Enter ``count`` steps into the host's books; elsewhere than on CUDA a step did that itself."""
+        if self.device.type != "cuda":
+            return
+        for row, length in enumerate(self.row_lengths):
+            packed = self.row_packed[row]
+            for held in range(length, length + count):
+                packed = self._flushed(held, packed, 1)
+            self.row_lengths[row], self.row_packed[row] = length + count, packed
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
@@ -167,6 +217,18 @@ class KiviLayer:
                 )
         self.row_lengths = [length - drop for length in self.row_lengths]
         self._write_lengths(self.row_packed)
+
+
+def embedded(
+    query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``query`` and ``key`` ``[batch_size, heads, 1, dim]`` with the rotary embedding of each row's position."""
+    if rotary is None:
+        return query, key
+    cos, sin = (table[positions.long()][:, None, None] for table in rotary)
+    half = query.shape[3] // 2
+    turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (query, key)]
+    return query * cos + turned[0] * sin, key * cos + turned[1] * sin
 
 
 def _write(target: Tensor, rows: list[int]) -> None:

@@ -712,12 +712,14 @@ def attend(
     fresh: tuple[Tensor, Tensor, Tensor] | None = None,
     num_splits: int | None = None,
     equal_shares: bool = False,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
     For what :func:`supports` allows.  ``lengths`` and ``packed`` are int32 and stay on the device.  Every row is cut into
-    ``num_splits`` splits (default: the plan's).  ``equal_shares``: all rows' tokens lie in one line instead, and each of
-    ``num_splits`` programs has an equal share of it, for up to ``MAX_ROWS`` rows of very different lengths.
+    ``num_splits`` splits (default: the plan's, for rows of ``num_tokens`` or of what the buffers provide for).
+    ``equal_shares``: all rows' tokens lie in one line instead, and each of ``num_splits`` programs has an equal share of
+    it, for up to ``MAX_ROWS`` rows of very different lengths.
     """
     if not supports(record, query, fresh):
         raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
@@ -734,7 +736,9 @@ def attend(
     if splits is None and block_b:
         splits = PROGRAMS_PER_SM[dim] * sms
     elif splits is None:
-        units = records.shape[1] * (record.num_tokens // TILE.value) + -(-num_slots // CHUNK.value)
+        provided = records.shape[1] * record.num_tokens
+        longest = provided if num_tokens is None else min(provided, num_tokens)
+        units = longest // TILE.value + -(-num_slots // CHUNK.value)
         splits = plan_splits(batch_size * blocks, units, dim, sms)
     early = torch.cuda.get_device_capability(query.device) >= (9, 0)
     slots = batch_size * blocks + splits if block_b else batch_size * blocks * splits

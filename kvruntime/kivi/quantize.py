@@ -3,6 +3,7 @@
 ``pack_kernel``: one program a record and head.  It takes the record's tokens from the ring of exact slots (those
 stored before) and from the new tokens (the rest), quantizes and writes the record in one pass, words in order.
 ``store_kernel``: new tokens that stay exact, to their slots.  Most appended tokens need only the second launch.
+``freeze_kernel``: where a whole sequence shares its key scales, those of rows that pack for the first time, before packing.
 
 Parallel over records, heads and rows; a record's groups lie inside it, so programs share nothing.
 """
@@ -257,6 +258,28 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
 
 
 @triton.jit
+def pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt, stride_vt,
+                zero_offset, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr,
+                KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
+                SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
+                VALUE_PARAMS: tl.constexpr):  # fmt: skip
+    """The record of one head that begins with token ``first``: pointers are the head's own, but ``zero_offset`` from scale to zero."""
+    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+    for i in tl.static_range(len(KEY_CHUNKS)):
+        pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, NEW,
+                  KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS)  # fmt: skip
+    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+    VALUE_CODES: tl.constexpr = RECORD * KEY_DIM * KEY_NBITS // 32
+    for tile in range(RECORD // TILE):
+        words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
+        for i in tl.static_range(len(VALUE_CHUNKS)):
+            pack_values(exact_value_ptr, value_ptr, words_ptr, half_ptr + 2 * VALUE_PARAMS, tile, first, length, count,
+                        stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD,
+                        TILE, SINK, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
 def pack_kernel(
     key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, counts_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, num_records, batch_size,
@@ -278,7 +301,6 @@ def pack_kernel(
         return
     first = SINK + number * RECORD
     record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
-    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
     rows = row.to(tl.int64) * NUM_HEADS + head
     exact_key_ptr += rows * num_slots * KEY_DIM
     exact_value_ptr += rows * num_slots * VALUE_DIM
@@ -288,19 +310,48 @@ def pack_kernel(
     row_params_ptr = params_ptr
     if KEY_GROUP == 0:
         row_params_ptr = params_ptr + rows * KEY_DIM
-    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
-    for i in tl.static_range(len(KEY_CHUNKS)):
-        pack_keys(exact_key_ptr, key_ptr, record_ptr, row_params_ptr, first, length, count, stride_kt,
-                  batch_size * NUM_HEADS * KEY_DIM, NEW, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP,
-                  RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS)  # fmt: skip
-    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
-    VALUE_CODES: tl.constexpr = RECORD * KEY_DIM * KEY_NBITS // 32
-    for tile in range(RECORD // TILE):
-        words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
-        for i in tl.static_range(len(VALUE_CHUNKS)):
-            pack_values(exact_value_ptr, value_ptr, words_ptr, half_ptr + 2 * VALUE_PARAMS, tile, first, length, count,
-                        stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD,
-                        TILE, SINK, RESIDUAL)  # fmt: skip
+    pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first, length, count, stride_kt,
+                stride_vt, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP,
+                RECORD, TILE, SINK, RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+
+
+@triton.jit
+def freeze_kernel(
+    key_ptr, exact_key_ptr, params_ptr, lengths_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, new_length, num_slots, batch_size,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
+    RESIDUAL: tl.constexpr, NEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scales of rows that pack for the first time, over all that they pack then: ``BLOCK_D`` channels of one head a program."""
+    row = tl.program_id(1) // NUM_HEADS
+    head = tl.program_id(1) % NUM_HEADS
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    over = length + count - SINK - RESIDUAL
+    if packed > 0 or over <= 0:
+        return
+    size = (over + RECORD - 1) // RECORD * RECORD
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    exact_key_ptr += rows * num_slots * KEY_DIM
+    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + tl.cast(new_length - count, tl.int64) * stride_kt
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    low = tl.full([BLOCK_D], LIMIT, tl.float32)
+    high = tl.full([BLOCK_D], -LIMIT, tl.float32)
+    nans = tl.zeros([BLOCK_D], tl.int32)
+    for begin in range(0, size, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T)
+        wanted = (t < size)[:, None] & (d < KEY_DIM)[None, :]
+        x = load_tokens(exact_key_ptr, key_ptr, SINK + t, d, wanted, length, count, stride_kt, NEW, KEY_DIM, SINK, RESIDUAL)
+        x, is_nan = finite(x)
+        low = tl.minimum(low, tl.min(tl.where(wanted, x, LIMIT), 0))
+        high = tl.maximum(high, tl.max(tl.where(wanted, x, -LIMIT), 0))
+        nans = tl.maximum(nans, tl.max((is_nan & wanted).to(tl.int32), 0))
+    scale, zero = scale_zero(low, high, nans > 0, 2.0**KEY_NBITS - 1)
+    at = rows * KEY_DIM + d
+    tl.store(params_ptr + at, scale, mask=d < KEY_DIM)
+    tl.store(params_ptr + tl.cast(batch_size, tl.int64) * (NUM_HEADS * KEY_DIM) + at, zero, mask=d < KEY_DIM)
 
 
 @triton.jit
@@ -368,7 +419,7 @@ def append(
     strides = (*key.stride()[:3], *value.stride()[:3])
     if most:
         if key_params is not None:
-            _freeze_params(key, states, [plans[state] for state in states], exact_key, key_params, record, sink, residual)
+            freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual)
         pack_kernel[(most // record.num_tokens, batch_size * heads)](
             key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged,
             *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
@@ -391,25 +442,24 @@ def append(
     )  # fmt: skip
 
 
-def _freeze_params(
+def freeze(
     key: Tensor,
-    states: list[tuple[int, int, int]],
-    flushed: list[int],
     exact_key: Tensor,
     key_params: Tensor,
+    lengths_ptr: Tensor,
+    ragged: Tensor | None,
     record: Record,
     sink: int,
     residual: int,
 ) -> None:
-    """Scales of rows that pack for the first time, over all that they pack then."""
-    for row, ((length, before, count), size) in enumerate(zip(states, flushed, strict=True)):
-        if before or not size:
-            continue
-        stored = min(max(length - sink, 0), size)
-        slots = sink + torch.arange(stored, device=key.device) % residual
-        start = key.shape[2] - count + max(0, sink - length)
-        parts = [exact_key[row][:, slots], key[row, :, start : start + size - stored]]
-        key_params[:, row] = torch.stack(reference.sequence_params(parts, record.key_nbits))
+    """Write ``key_params`` of every row that is about to pack for the first time; other rows are left alone."""
+    batch_size, heads, new_length, dim = key.shape
+    block = min(64, triton.next_power_of_2(dim))
+    freeze_kernel[(triton.cdiv(dim, block), batch_size * heads)](
+        key, exact_key, key_params, lengths_ptr, ragged, *key.stride()[:3], new_length, exact_key.shape[2], batch_size,
+        NUM_HEADS=heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
+        NEW=new_length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block, num_warps=4,
+    )  # fmt: skip
 
 
 def pack_warps(record: Record) -> int:

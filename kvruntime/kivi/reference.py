@@ -32,7 +32,8 @@ def group_params(x: Tensor, dim: int, nbits: int) -> tuple[Tensor, Tensor]:
 def range_params(low: Tensor, high: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
     """``(scale, zero)`` in float16 of groups with these least and greatest values."""
     low, high = (x.float().clamp(-LIMIT, LIMIT) for x in (low, high))
-    scale = ((high - low) / (2**nbits - 1)).half()
+    span = high - low  # divided by a tensor: by a number, CUDA multiplies with its rounded reciprocal
+    scale = (span / torch.full_like(span, 2**nbits - 1)).half()
     nan = low.isnan()  # written as one bit pattern, so that the words are the same everywhere
     return scale.masked_fill(nan, torch.nan), low.half().masked_fill(nan, torch.nan)
 

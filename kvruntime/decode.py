@@ -1,0 +1,163 @@
+"""Triton: one decode step over an uncompressed cache whose lengths lie on the device (the kernels of :meth:`FullLayer.step`).
+
+``store_kernel``: the new token to its slot, rotary embedding on the way; one program a row and head.  ``attend_kernel``:
+``out = softmax(scale q k^T) v`` of one row and key/value head over one split of its tokens, the query heads that share the head
+as one block of rows; the splits are merged by :func:`kvruntime.kivi.attention.combine_kernel`.  Nothing is planned by length, so
+a CUDA graph of a step holds for any.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvruntime.kivi.attention import COMBINE_D, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
+from kvruntime.kivi.step import rotated
+
+BLOCK_N = 64
+"""Tokens a step of the loop."""
+MAX_SPLITS = 128
+MAX_Q_PER_KV = 16
+
+
+@triton.jit
+def store_kernel(
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, stored_key_ptr, stored_value_ptr, positions_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, num_slots,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0) % NUM_HEADS
+    position = tl.load(positions_ptr + row)
+    slot = (row.to(tl.int64) * NUM_HEADS + head) * num_slots + position
+    d = tl.arange(0, BLOCK_K)
+    inside = d < KEY_DIM
+    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
+    if ROTARY:
+        key = rotated(key_ptr, d, inside, cos_ptr, sin_ptr, position, KEY_DIM)
+        for member in range(Q_PER_KV):
+            at = query_ptr + row.to(tl.int64) * stride_qb + (head * Q_PER_KV + member).to(tl.int64) * stride_qh
+            turned = rotated(at, d, inside, cos_ptr, sin_ptr, position, KEY_DIM)
+            tl.debug_barrier()  # all halves are read before one is written
+            tl.store(at + d, turned, mask=inside)
+    else:
+        key = tl.load(key_ptr + d, mask=inside, other=0.0)
+    tl.store(stored_key_ptr + slot * KEY_DIM + d, key.to(stored_key_ptr.dtype.element_ty), mask=inside)
+    d = tl.arange(0, BLOCK_V)
+    value = tl.load(value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + d, mask=d < VALUE_DIM, other=0.0)
+    tl.store(stored_value_ptr + slot * VALUE_DIM + d, value.to(stored_value_ptr.dtype.element_ty), mask=d < VALUE_DIM)
+
+
+@triton.jit
+def attend_kernel(
+    query_ptr, key_ptr, value_ptr, positions_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_splits,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    row = tl.program_id(1) // NUM_HEADS
+    head = tl.program_id(1) % NUM_HEADS
+    length = tl.load(positions_ptr + row) + 1
+    share = ((length + num_splits - 1) // num_splits + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    start = split * share
+    end = tl.minimum(start + share, length)
+    base = (row.to(tl.int64) * NUM_HEADS + head) * num_slots
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    v = tl.arange(0, BLOCK_V)
+    at = row.to(tl.int64) * stride_qb + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh + k[None, :]
+    query = tl.load(query_ptr + at, mask=(m < Q_PER_KV)[:, None] & (k < KEY_DIM)[None, :], other=0.0).to(DOT)  # [BLOCK_M, BLOCK_K]
+    peak = tl.full([BLOCK_M], -1.0e20, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for begin in tl.range(start, end, BLOCK_N, num_stages=NUM_STAGES):
+        n = begin + tl.arange(0, BLOCK_N)
+        real = n < end
+        key = tl.load(key_ptr + (base + n)[:, None] * KEY_DIM + k[None, :], mask=real[:, None] & (k < KEY_DIM)[None, :], other=0.0)
+        value = tl.load(value_ptr + (base + n)[:, None] * VALUE_DIM + v[None, :], mask=real[:, None] & (v < VALUE_DIM)[None, :],
+                        other=0.0)  # fmt: skip
+        score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        score = tl.where(real[None, :], score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        weight = tl.exp2(score - new_peak[:, None])
+        alpha = tl.exp2(peak - new_peak)
+        total = total * alpha + tl.sum(weight, 1)
+        acc = acc * alpha[:, None] + tl.dot(weight.to(DOT), value.to(DOT), input_precision="ieee")
+        peak = new_peak
+    saw = total > 0
+    out = tl.where(saw[:, None], acc / tl.where(saw, total, 1.0)[:, None], 0.0)
+    at = ((row * NUM_HEADS + head) * Q_PER_KV + m).to(tl.int64) * num_splits + split
+    mask = m < Q_PER_KV
+    tl.store(partial_ptr + at[:, None] * VALUE_DIM + v[None, :], out.to(partial_ptr.dtype.element_ty),
+             mask=mask[:, None] & (v < VALUE_DIM)[None, :])  # fmt: skip
+    tl.store(lse_ptr + at, tl.where(saw, peak + tl.log2(tl.where(saw, total, 1.0)), HIDDEN), mask=mask)
+
+
+def store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    stored_key: Tensor,
+    stored_value: Tensor,
+    positions: Tensor,
+) -> None:
+    """The new token of every row to slot ``positions[b]``.
+
+    | tensor | shape |
+    |---|---|
+    | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
+    | key, value | [batch_size, num_kv_heads, 1, dim], channels contiguous |
+    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
+    | stored_key, stored_value | [batch_size, num_kv_heads, slots, dim] |
+    | positions | [batch_size] int32: tokens each row holds before |
+    """
+    batch_size, heads, _, key_dim = key.shape
+    value_dim = value.shape[3]
+    cos, sin = rotary if rotary is not None else (None, None)
+    store_kernel[(batch_size * heads,)](
+        query, key, value, cos, sin, stored_key, stored_value, positions,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], stored_key.shape[2],
+        NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None, num_warps=1,
+    )  # fmt: skip
+
+
+def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
+    """Splits of a row: two programs on each of ``num_sms`` multiprocessors, each with at least 128 tokens."""
+    return max(1, min(2 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
+
+
+def attend(
+    query: Tensor, stored_key: Tensor, stored_value: Tensor, positions: Tensor, scale: float, num_tokens: int
+) -> Tensor:
+    """Attention of ``query [batch_size, num_q_heads, 1, key_dim]`` over each row's first ``positions[b] + 1`` slots.
+
+    ``num_tokens``: the most that a row will hold; it plans the splits.  Raises ``ValueError`` for more than
+    ``MAX_Q_PER_KV`` query heads that share one key/value head.
+    """
+    batch_size, q_heads = query.shape[:2]
+    heads, num_slots, key_dim = stored_key.shape[1:]
+    value_dim, q_per_kv = stored_value.shape[3], q_heads // heads
+    if q_per_kv > MAX_Q_PER_KV:
+        raise ValueError(f"{q_per_kv} query heads a key/value head: allowed are up to {MAX_Q_PER_KV}")
+    sms = num_multiprocessors(query.device) if query.is_cuda else 1
+    splits = plan_splits(batch_size * heads, num_tokens, sms)
+    out = query.new_empty(batch_size, q_heads, 1, value_dim)
+    partial = query.new_empty(batch_size * q_heads, splits, value_dim, dtype=torch.float32) if splits > 1 else out
+    lse = query.new_empty(batch_size * q_heads, splits, dtype=torch.float32)
+    dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float16)
+    attend_kernel[(splits, batch_size * heads)](
+        query, stored_key, stored_value, positions, partial, lse, scale * LOG2E, *query.stride()[:2], num_slots, splits,
+        NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=16, BLOCK_N=BLOCK_N,
+        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), DOT=dot,
+        NUM_STAGES=3 if max(key_dim, value_dim) <= 128 and query.dtype != torch.float32 else 1, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(batch_size * q_heads, triton.cdiv(value_dim, COMBINE_D))](
+            partial, lse, out, splits, VALUE_DIM=value_dim, BLOCK_D=COMBINE_D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,142 @@
+"""Steps that nothing on the host decides: words and slots are the reference's, an uncompressed cache attends as float64 does.
+
+On a CUDA device the kernels run there; elsewhere in Triton's interpreter (conftest.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+from kvruntime import decode  # noqa: E402
+from kvruntime.kivi import reference, step  # noqa: E402
+from kvruntime.kivi.cache import embedded  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS, ROWS = 2, 3
+METHODS = {
+    "2-bit g32": (Kivi(residual_length=64), 64),
+    "2-bit g64": (Kivi(group_size=64, residual_length=64), 128),
+    "k4v2 sink": (Kivi(key_nbits=4, value_nbits=2, residual_length=64, sink_length=5), 64),
+    "3-bit d96": (Kivi(nbits=3, residual_length=32), 96),
+    "seed": (kivi_seed(), 64),
+}
+
+
+def tensors(method: Kivi, shape: LayerShape, num_tokens: int) -> dict[str, torch.Tensor]:
+    return {
+        buffer.name: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=DEVICE)
+        for buffer in method.buffers(shape, ROWS, num_tokens)
+    }
+
+
+def stores(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    return {name: held.get(name) for name in ("records", "exact_key", "exact_value", "key_params")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_store_and_pack_as_the_reference_does(name: str) -> None:
+    method, dim = METHODS[name]
+    shape = LayerShape(HEADS, dim, dim)
+    record = method.record(shape)
+    sink, residual = method.sink_length, method.residual_length
+    layout = {"record": record, "sink": sink, "residual": residual}
+    lengths = [0, residual + sink - 1, residual + sink + 2 * record.num_tokens]
+    held = max(lengths)
+    wanted = tensors(method, shape, held + 2 * record.num_tokens + 8)
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).half().to(DEVICE)
+
+    reference.append(randn(ROWS, HEADS, held, dim), randn(ROWS, HEADS, held, dim), lengths, [0] * ROWS, [0] * ROWS,
+                     **stores(wanted), **layout)  # fmt: skip
+    packed = [reference.flush_plan(0, 0, n, record.num_tokens, sink, residual) for n in lengths]
+    wanted["lengths"].copy_(torch.tensor([lengths, packed]))
+    got = {key: tensor.clone() for key, tensor in wanted.items()}
+    ticket = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
+    flushed = 0
+    for _ in range(record.num_tokens + 3):
+        key, value, query = (randn(ROWS, heads, 1, dim) for heads in (HEADS, HEADS, 2 * HEADS))
+        before = query.clone()
+        reference.append(key, value, [1] * ROWS, lengths, packed, **stores(wanted), **layout)
+        after = [
+            reference.flush_plan(n, p, 1, record.num_tokens, sink, residual)
+            for n, p in zip(lengths, packed, strict=True)
+        ]
+        flushed += after != packed
+        lengths, packed = [n + 1 for n in lengths], after
+        wanted["lengths"].copy_(torch.tensor([lengths, packed]))
+        step.step(query, key, value, None, **stores(got), lengths=got["lengths"], ticket=ticket, **layout)
+        assert torch.equal(query, before)
+        assert not ticket.any()
+        for buffer in wanted:
+            assert torch.equal(wanted[buffer].view(torch.uint8), got[buffer].view(torch.uint8)), (buffer, lengths)
+    assert flushed
+
+
+def tables(num_positions: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = torch.arange(num_positions)[:, None] / 50.0 ** (torch.arange(dim // 2) / (dim // 2))
+    angle = torch.cat((angle, angle), 1)
+    return angle.cos().to(dtype).to(DEVICE), angle.sin().to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rotary_embedding_on_the_way(dtype: torch.dtype) -> None:
+    method, dim = Kivi(residual_length=32, dtype={torch.float16: "float16", torch.float32: "float32"}[dtype]), 64
+    shape = LayerShape(HEADS, dim, dim)
+    held = tensors(method, shape, 64)
+    lengths = torch.tensor([0, 7, 31], dtype=torch.int32, device=DEVICE)
+    held["lengths"][0] = lengths
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(ROWS, 4 * HEADS + 2 * HEADS, 1, dim, generator=generator).to(dtype).to(DEVICE)
+    query, key, value = qkv.split([4 * HEADS, HEADS, HEADS], 1)
+    rotary = tables(64, dim, dtype)
+    wanted_query, wanted_key = embedded(query, key, rotary, lengths)
+    wanted_value = value.clone()
+    full_key, full_value = (torch.zeros(ROWS, HEADS, 40, dim, dtype=dtype, device=DEVICE) for _ in range(2))
+    spare = query.clone()
+    decode.store(spare, key, value, rotary, full_key, full_value, lengths)
+    ticket = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
+    step.step(query, key, value, rotary, **stores(held), lengths=held["lengths"], ticket=ticket,
+              record=method.record(shape), sink=0, residual=32)  # fmt: skip
+    assert torch.equal(query, wanted_query)
+    assert torch.equal(spare, wanted_query)
+    for row, slot in enumerate(lengths.tolist()):
+        assert torch.equal(held["exact_key"][row, :, slot], wanted_key[row, :, 0])
+        assert torch.equal(held["exact_value"][row, :, slot], wanted_value[row, :, 0])
+        assert torch.equal(full_key[row, :, slot], wanted_key[row, :, 0])
+        assert torch.equal(full_value[row, :, slot], wanted_value[row, :, 0])
+    assert held["lengths"][0].tolist() == [1, 8, 32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else []))
+@pytest.mark.parametrize(("dim", "q_per_kv"), [(64, 1), (128, 4), (96, 2), (80, 7), (256, 16)])
+def test_uncompressed_attention_with_lengths_on_the_device(dim: int, q_per_kv: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    key, value = (torch.randn(ROWS, HEADS, 300, dim, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
+    query = torch.randn(ROWS, HEADS * q_per_kv, 1, dim, generator=generator).to(dtype).to(DEVICE)
+    positions = torch.tensor([0, 130, 299], dtype=torch.int32, device=DEVICE)
+    for num_tokens in (1, 300):  # one split, and several
+        out = decode.attend(query, key, value, positions, dim**-0.5, num_tokens)
+        for row, position in enumerate(positions.tolist()):
+            seen = slice(0, position + 1)
+            q = query[row].view(HEADS, q_per_kv, dim).double()
+            score = q @ key[row, :, seen].double().transpose(1, 2) * dim**-0.5
+            exact = (score.softmax(-1) @ value[row, :, seen].double()).view(HEADS * q_per_kv, 1, dim)
+            error = (out[row].double() - exact).norm() / exact.norm()
+            assert error < {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-6}[dtype]
+
+
+def test_what_a_step_does_not_support() -> None:
+    with pytest.raises(ValueError, match="packs from the residual alone"):
+        method = Kivi(group_size=64, residual_length=64)
+        record = method.record(LayerShape(HEADS, 64, 64))
+        empty = torch.zeros(1, HEADS, 1, 64)
+        step.step(empty, empty, empty, None, empty, empty, empty, None, empty, empty, record, 0, 32)
+    with pytest.raises(ValueError, match="17 query heads"):
+        decode.attend(torch.zeros(1, 17, 1, 64), torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64), torch.zeros(1), 1.0, 4)
