@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvsim.engines import ENGINES, Engine, engine_fields, make_engine
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 from kvsim.methods.full import SHORT
@@ -16,6 +17,9 @@ FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
 Value = int | str
+
+SWITCHES = frozenset({"disable_hybrid_kv_cache_manager", "flash_attn", "kv_unified", "swa_full"})
+"""Fields of an engine that are on or off."""
 
 NESTED = frozenset({"inner", "exact"})
 """Fields of a method that hold another."""
@@ -87,6 +91,35 @@ def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = Non
         else:
             options[field] = parse_dtype(value) if field == "dtype" else parse_value(value)
     return make_method(name, **options)
+
+
+def parse_engine(spec: str, shared: Mapping[str, Any]) -> Engine:
+    """``name`` or ``name:field=value,...``; ``shared`` options apply where the engine has the field.
+
+    Raises ``LookupError`` for an unknown engine, ``ValueError`` for an unknown field or a bad value.
+    """
+    name, given = _head(spec)
+    own = engine_fields(name) if name in ENGINES else frozenset()
+    options = {key: value for key, value in shared.items() if key in own}
+    for item in given:
+        field, equals, text = item.partition("=")
+        field = field.strip().replace("-", "_")
+        if not equals or (name in ENGINES and field not in own):
+            allowed = ", ".join(sorted(own)) or "none"
+            raise ValueError(f"engine {spec!r}: option {item!r} is not one of {allowed} (field=value)")
+        options[field] = _number(spec, item, text.strip())
+    for field in own & options.keys() & SWITCHES:
+        options[field] = bool(options[field])
+    return make_engine(name, **options)
+
+
+def _number(spec: str, item: str, text: str) -> int | float:
+    """A number, ``4k`` and ``true`` too.  Raises ``ValueError``."""
+    value: Value | float = {"true": 1, "false": 0, "on": 1, "off": 0}.get(text.lower(), parse_value(text))
+    try:
+        return value if isinstance(value, int) else float(value)
+    except ValueError:
+        raise ValueError(f"engine {spec!r}: option {item!r} is not a number") from None
 
 
 def _head(spec: str) -> tuple[str, list[str]]:

@@ -6,15 +6,20 @@ Tables are Markdown with aligned columns: they read well in a terminal and paste
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvsim.capacity import Room
 from kvsim.catalog import Row
+from kvsim.engines.vllm import Pool
 from kvsim.estimate import SPLIT, Estimate
-from kvsim.explain import Explanation, Number
+from kvsim.explain import Explanation, Number, layer_label
 from kvsim.hardware import Hardware
+from kvsim.layout import LayerShape
+from kvsim.limits import NOT_MODELLED
 from kvsim.model import Model
+from kvsim.parallel import Sharding
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -52,14 +57,40 @@ def count(number: float) -> str:
 
 
 def heading(model: Model) -> str:
-    """The name, and a line of what was understood of the model."""
-    layer = model.cache_layers[0]
-    dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
-    params = f", {model.num_params:,} parameters" if model.num_params else ""
-    return (
-        f"{model.name}\n{model.num_layers} layers, {layer.num_kv_heads} kv heads of {dims}, "
-        f"{model.num_q_heads} query heads{params}"
-    )
+    """The name, and a line of what was understood of the model: one a kind of layer where there are several."""
+    params = f"{model.num_params:,} parameters" if model.num_params else "parameters not known"
+    kinds = Counter(model.layers)
+    if len(kinds) == 1 and model.cache_layers:
+        layer = model.cache_layers[0]
+        dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
+        kind = "" if layer.kind == "full" else f" {layer.kind}"
+        window = f", window {layer.window:,}" if layer.window is not None else ""
+        known = f", {params}" if model.num_params else ""
+        return (
+            f"{model.name}\n{model.num_layers}{kind} layers, {layer.num_kv_heads} kv heads of {dims}{window}, "
+            f"{model.num_q_heads} query heads{known}"
+        )
+    lines = [f"{model.name}", f"{model.num_q_heads} query heads, {params}"]
+    for kind_of, count in kinds.items():
+        if isinstance(kind_of, LayerShape):
+            lines.append(f"  {layer_label(kind_of, count, None)}")
+        else:
+            size = sum(buffer.nbytes for buffer in kind_of.buffers(1))
+            plural = "s" if count > 1 else ""
+            lines.append(f"  {count} {kind_of.kind} layer{plural}: constant state, {size:,} B a sequence and layer")
+    return "\n".join(lines)
+
+
+def request(tokens: int, batch: int, engine: str, shared_prefix: int) -> str:
+    """What was asked, in a line."""
+    under = "" if engine == "ideal" else f", engine {engine}"
+    prefix = f", the first {shared_prefix:,} tokens shared" if shared_prefix else ""
+    return f"context {tokens:,} tokens, batch {batch:,}{prefix}{under}"
+
+
+def not_modelled(command: str) -> str:
+    """The last words of a screen."""
+    return "\n".join(["Not modelled:", *(f"  {line}" for line in NOT_MODELLED[command])])
 
 
 def notes(lines: Iterable[str]) -> str:
@@ -85,7 +116,18 @@ def estimates(rows: Sequence[Estimate]) -> str:
             for row in rows
         ),
     )
-    return f"{whole}\n\nOne sequence (residual: every token in full precision):\n\n{_split(rows)}"
+    apart = _apart(rows)
+    return f"{whole}{apart}\n\nOne sequence (residual: every token in full precision):\n\n{_split(rows)}"
+
+
+def _apart(rows: Sequence[Estimate]) -> str:
+    """What no method stores, in a line a kind: the same for every method."""
+    out = ""
+    for what, size in (("constant state", rows[0].state_nbytes), ("index keys", rows[0].index_nbytes)):
+        if size:
+            name, scale = unit(size)
+            out += f"\n\nAnd {amount(size, scale)} {name} of {what} ({size:,} B), which no method stores."
+    return out
 
 
 def _split(rows: Sequence[Estimate]) -> str:
@@ -105,7 +147,13 @@ def _split(rows: Sequence[Estimate]) -> str:
     )
 
 
-def fits(room: Room, rows: Sequence[Estimate], largest: Sequence[tuple[int | None, int | None]]) -> str:
+def fits(
+    room: Room,
+    rows: Sequence[Estimate],
+    fitting: Sequence[bool],
+    largest: Sequence[tuple[int | None, int | None]],
+    cards: int = 1,
+) -> str:
     """What fits beside the weights: ``largest`` holds (batch, context) a row."""
 
     def gib(nbytes: int) -> str:
@@ -113,22 +161,111 @@ def fits(room: Room, rows: Sequence[Estimate], largest: Sequence[tuple[int | Non
 
     batch, ctx = rows[0].batch_size, rows[0].num_tokens
     share = room.reserve_nbytes / room.memory_nbytes
+    each = f"{cards} x {room.hardware.id}, the fullest" if cards > 1 else room.hardware.id
     lines = [
-        f"{room.hardware.id}: {gib(room.memory_nbytes)} ({room.hardware.memory_source})",
+        f"{each}: {gib(room.memory_nbytes)} ({room.hardware.memory_source})",
         f"  - {gib(room.reserve_nbytes)} held back ({share:.0%}, --reserve)",
         f"  - {gib(room.weight_nbytes)} weights at {room.weight_bits:g} bits",
+        *(f"  - {gib(size)} {name.replace('_', ' ')} (estimate)" for name, size in room.overhead.items()),
         f"  = {gib(room.cache_nbytes)} for the cache",
     ]
     heads = ["method", "fits", f"batch at {ctx:,} tokens", f"tokens at batch {batch:,}"]
     body = [
         (
             row.method.name,
-            "yes" if row.nbytes <= room.cache_nbytes else "no",
+            "yes" if fit else "no",
             *("no limit" if number is None else f"{number:,}" for number in pair),
         )
-        for row, pair in zip(rows, largest, strict=True)
+        for row, fit, pair in zip(rows, fitting, largest, strict=True)
     ]
     return "\n".join(lines) + "\n\n" + table(heads, body)
+
+
+class Times(NamedTuple):
+    """Seconds (value, low, high) of a token and to the first, and what bounds a step."""
+
+    token: tuple[float, float, float]
+    first: tuple[float, float, float]
+    bound: str
+
+
+def times(rows: Sequence[Estimate], known: Sequence[Times | None], batch: int) -> str:
+    """Milliseconds a token with their band, tokens a second of the batch, and what bounds the step."""
+    if all(each is None for each in known):
+        return ""
+
+    def short(number: float) -> str:
+        return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+    heads = ["method", "ms/token", "band", "tokens/s", "bound", "s to first", "band"]
+    body = []
+    for row, each in zip(rows, known, strict=True):
+        if each is None:
+            body.append([row.method.name, *["-"] * 6])
+            continue
+        token, first = ([short(scale * t) for t in band] for scale, band in ((1e3, each.token), (1, each.first)))
+        ranges = [f"{low}-{high}" for _, low, high in (token, first)]
+        rate = short(batch / each.token[0])
+        body.append([row.method.name, token[0], ranges[0], rate, each.bound, first[0], ranges[1]])
+    return table(heads, body)
+
+
+def shares(rows: Sequence[Estimate], ranks: Sequence[tuple[int, int]], sharding: Sharding) -> str:
+    """Bytes of the fullest rank, and over all of them."""
+    sizes = ", ".join(
+        f"{name.replace('_size', '').replace('_', ' ')} {n}" for name, n in vars(sharding).items() if n > 1
+    )
+    name, scale = unit(max(total for _, total in ranks))
+    heads = ["method", f"fullest card {name}", f"all {sharding.ranks} cards {name}"]
+    body = [
+        (row.method.name, amount(own, scale), amount(total, scale))
+        for row, (own, total) in zip(rows, ranks, strict=True)
+    ]
+    return f"Sharded: {sizes}\n\n{table(heads, body)}"
+
+
+def pools(rows: Sequence[Estimate], known: Sequence[Pool | None]) -> str:
+    """vLLM's pool, in the words of its log."""
+    body = [
+        (
+            row.method.name,
+            f"{pool.num_gpu_blocks:,}",
+            f"{pool.num_tokens:,}",
+            f"{pool.max_model_len:,}",
+            f"{pool.concurrency:,.2f}x",
+        )
+        for row, pool in zip(rows, known, strict=True)
+        if pool is not None
+    ]
+    if not body:
+        return ""
+    return table(["method", "GPU blocks", "KV cache tokens", "request tokens", "max concurrency"], body)
+
+
+def engines(rows: Sequence[Estimate], reasons: Sequence[Mapping[str, Any]], contexts: Sequence[int]) -> str:
+    """Engines down, contexts across, a table a method; then why they differ from the ideal."""
+    name, scale = unit(max(row.total_nbytes for row in rows))
+    if min(row.total_nbytes for row in rows) < 0.01 * scale:
+        name, scale = ("MiB", MIB) if scale == GIB else ("KiB", KIB)
+    found = {(row.method.name, row.engine, row.num_tokens): row.total_nbytes for row in rows}
+    heads = ["engine", *(f"{ctx:,}" for ctx in contexts), "over ideal"]
+    blocks = []
+    for method in dict.fromkeys(reason["method"] for reason in reasons):
+        own = [reason for reason in reasons if reason["method"] == method]
+        body = []
+        for reason in own:
+            sizes = [found.get((method, reason["engine"], ctx)) for ctx in contexts]
+            ideal = found.get((method, "ideal", contexts[-1]))
+            over = f"{sizes[-1] / ideal - 1:+.2%}" if sizes[-1] is not None and ideal else "-"
+            body.append((reason["engine"], *("-" if s is None else amount(s, scale) for s in sizes), over))
+        why = [
+            f"  {reason['engine']}: {line}"
+            for reason in own
+            for line in ([f"not possible: {reason['error']}"] if reason["error"] else reason["notes"])
+        ]
+        title = f"{method}: cache, state and index keys in {name} at a context of"
+        blocks.append("\n".join([f"{title}\n\n{table(heads, body)}", "", "Why they differ", *why]))
+    return "\n\n".join(blocks)
 
 
 def comparison(rows: Sequence[Estimate]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvsim.cli import run
+from kvsim.engines import ENGINES
 from kvsim.methods import METHODS
 from kvsim.options import parse_size
 
@@ -18,8 +19,8 @@ CHILD = (sys.executable, "-m", "kvsim")
 ROOT = Path(__file__).parents[1]
 
 
-def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    assert run([*argv, "--json"]) == 0
+def answer(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> dict[str, Any]:
+    assert run([*argv, "--json"]) == code
     out: dict[str, Any] = json.loads(capsys.readouterr().out)
     return out
 
@@ -27,14 +28,19 @@ def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 def test_estimate_json(capsys: pytest.CaptureFixture[str]) -> None:
     out = answer(capsys, "estimate", "--model", "llama-3-8b", "--ctx", "128k", "--batch", "2", "--gpu", "h100-sxm")
     assert out["schema"] == "kvsim.estimate/1"
-    assert out["inputs"] == {
-        "model": "meta-llama/Meta-Llama-3-8B",
-        "batch": 2,
-        "dtype": "float16",
-        "methods": ["fp16", "kivi-8bit-g32-r128", "kivi-4bit-g32-r128", "kivi-2bit-g32-r128"],
-        "ctx": 131072,
-        "gpu": "h100-sxm",
-    }
+    assert (
+        out["inputs"].items()
+        >= {
+            "model": "meta-llama/Meta-Llama-3-8B",
+            "batch": 2,
+            "dtype": "float16",
+            "methods": ["fp16", "kivi-8bit-g32-r128", "kivi-4bit-g32-r128", "kivi-2bit-g32-r128"],
+            "ctx": 131072,
+            "gpu": "h100-sxm",
+            "engine": "ideal",
+            "tensor_parallel_size": 1,
+        }.items()
+    )
     assert [row["method"] for row in out["rows"]] == out["inputs"]["methods"]
     for row in out["rows"]:
         assert row["nbytes"] == sum(row["parts"].values()) == sum(row["split"].values())
@@ -91,7 +97,7 @@ def test_tables_are_aligned_and_narrow(capsys: pytest.CaptureFixture[str]) -> No
         "hardware",
     )
     for command in commands:
-        assert run(command.split()) == 0
+        assert run(command.split()) == (1 if "405b --ctx 1M" in command and "--gpu" in command else 0)
         block: list[str] = []
         for line in [*capsys.readouterr().out.splitlines(), ""]:
             assert len(line) < 100, line
@@ -108,7 +114,7 @@ def test_compare_and_plot_agree_with_estimate(capsys: pytest.CaptureFixture[str]
     assert compared["schema"] == "kvsim.compare/1"
     assert [row["ctx"] for row in compared["rows"]] == [1024, 4096]
     single = answer(capsys, "estimate", "--model", "qwen2.5-7b", "--ctx", "4k", "--method", "kivi")
-    assert compared["rows"][1] == single["rows"][0]
+    assert compared["rows"][1].items() <= single["rows"][0].items()
     picture = tmp_path / "picture.svg"
     drawn = answer(capsys, "plot", "--model", "qwen2.5-7b", "--ctx", "4k,1k", "--method", "kivi", "-o", str(picture))
     assert drawn["schema"] == "kvsim.plot/1"
@@ -181,7 +187,30 @@ BAD = {
     "estimate --model {tmp}/broken.json": "is not valid JSON",
     "estimate --model {tmp}/list.json": "holds a JSON list",
     "estimate --model {tmp}/latin.json": "is not UTF-8",
-    "estimate --model {tmp}/mla.json": "config key kv_lora_rank is 512",
+    "estimate --model {tmp}/alien.json": "config key model_type is 'alien'",
+    "estimate --model gpt2 --engine vlm": "unknown engine 'vlm': did you mean vllm",
+    "estimate --model gpt2 --engine vllm:blocks=2": "option 'blocks=2' is not one of",
+    "estimate --model gpt2 --engine vllm:block_size=many": "option 'block_size=many' is not a number",
+    "estimate --model gpt2 --engine ideal --block-size 16": "engine ideal has no --block-size: it is vllm's",
+    "estimate --model gpt2 --engine vllm --method kivi": "vllm does not store kivi-2bit-g32-r128",
+    "estimate --model gpt2 --block-size 0": "block-size 0: allowed are 1 and above",
+    "estimate --model gpt2 --kv-cache-dtype fp9": "unknown --kv-cache-dtype 'fp9': did you mean fp8",
+    "estimate --model gpt2 --gpu t4 --weight-dtype fp9": "unknown --weight-dtype 'fp9': did you mean",
+    "estimate --model gpt2 --gpu t4 --quantization awk": "unknown --quantization 'awk': did you mean awq",
+    "estimate --model gpt2 --gpu t4 --weight-bits 8 --quantization fp8": "give one of --weight-bits, --weight-dtype",
+    "estimate --model gpt2 --gpu t4 --gpu-memory-utilization 1.2": "gpu-memory-utilization 1.2: allowed",
+    "estimate --model gpt2 --gpu t4 --gpu-memory-utilization 0.9 --reserve 10%": "not both",
+    "estimate --model gpt2 --gpu t4:0": "allowed are 1 card and above",
+    "estimate --model gpt2 --gpu t4:3 -tp 2": "3 cards, but the parallel sizes ask for 2",
+    "estimate --model gpt2 -tp 5": "tensor-parallel-size 5 does not divide the 12 query heads",
+    "estimate --model gpt2 --ctx 1k --input-len 5": "give --ctx, or --input-len and --output-len, not both",
+    "estimate --model gpt2 --output-len 5": "--output-len needs --input-len",
+    "estimate --model gpt2 --max-model-len 1k --input-len 1k --output-len 1": "beyond --max-model-len 1,024",
+    "estimate --model gpt2 --max-num-seqs 0": "max-num-seqs 0: allowed are 1 and above",
+    "estimate --model gpt2 --shared-prefix 5k": "shared prefix 5,120: allowed are 0 to the 4,096 tokens",
+    "estimate --model gpt2 --method paged:inner=(fp8": "parentheses do not pair",
+    "compare --model gpt2 --engine vllm --engines": "give --engine or --engines, not both",
+    "compare --model gpt2 --engines vllm,none": "unknown engine 'none'",
 }
 
 
@@ -190,7 +219,7 @@ def test_bad_input_is_one_line_and_exit_2(command: str, capsys: pytest.CaptureFi
     (tmp_path / "broken.json").write_text('{"model_type": ')
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "latin.json").write_bytes(b'{"model_type": "\xe9"}')
-    (tmp_path / "mla.json").write_text('{"model_type": "deepseek_v3", "kv_lora_rank": 512}')
+    (tmp_path / "alien.json").write_text('{"model_type": "alien", "hidden_size": 512}')
     (tmp_path / "folder.png").mkdir()
     assert run(command.format(tmp=tmp_path).split()) == 2
     captured = capsys.readouterr()
@@ -220,7 +249,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.Monk
     def broken(name: str) -> None:
         raise KeyError(name)
 
-    monkeypatch.setattr("kvsim.cli.load_model", broken)
+    monkeypatch.setattr("kvsim.commands.estimate.load_model", broken)
     with pytest.raises(KeyError):
         run(["estimate", "--model", "gpt2"])
 
@@ -243,11 +272,107 @@ def test_start_is_quick_and_light() -> None:
         began = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         best = min(best, time.perf_counter() - began)
-    assert best < 0.5  # some 0.07 s on two cores; the bound leaves room for a busy machine
+    assert best < 0.5  # some 0.1 s on two cores; the bound leaves room for a busy machine
     script = "import sys; from kvsim.cli import run; run(sys.argv[1:]); print(*sys.modules)"
     child = subprocess.run([sys.executable, "-c", script, *command[3:]], cwd=ROOT, check=True, capture_output=True)
     loaded = {name.split(".")[0] for name in child.stdout.decode().splitlines()[-1].split()}
     assert not loaded & {"torch", "transformers", "matplotlib", "numpy", "scipy", "rich", "huggingface_hub", "triton"}
+
+
+def test_vllms_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--max-model-len 8192 --gpu-memory-utilization 0.95 --max-num-seqs 64 --kv-cache-dtype fp8 --batch 100"
+    out = answer(capsys, "estimate", "--model", "llama-3.1-8b", "--gpu", "h100", "--block-size", "32", *flags.split())
+    (row,) = out["rows"]
+    assert (row["engine"], row["method"], row["ctx"]) == ("vllm", "fp8", 8192)
+    assert out["inputs"]["engine_options"].items() >= {"block_size": 32, "max_num_seqs": 64}.items()
+    assert out["gpu"]["reserve_nbytes"] == int(out["gpu"]["memory_nbytes"] * (1 - 0.95))
+    assert set(out["gpu"]["overhead"]) == {"activation", "non_torch", "cuda_graphs"}
+    assert row["max_batch"] == 64
+    pool = row["pool"]
+    assert pool["num_gpu_blocks"] == out["gpu"]["cache_nbytes"] // pool["block_nbytes"]
+    assert pool["block_nbytes"] == 32 * 65536
+    assert pool["max_concurrency"] == pool["num_gpu_blocks"] / 256
+    assert pool["kv_cache_tokens"] == int(pool["max_concurrency"] * 8192)
+    assert "engine vllm, since --block-size is vLLM's" in out["notes"]
+    assert any("beyond --max-num-seqs 64" in note for note in out["notes"])
+    assert row["tpot_seconds"]["low"] <= row["tpot_seconds"]["value"] <= row["tpot_seconds"]["high"]
+    assert row["ttft_seconds"]["low"] <= row["ttft_seconds"]["value"] <= row["ttft_seconds"]["high"]
+    assert row["bound"]
+
+
+def test_the_issues_own_command(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--batch 8 --input-len 1024 --output-len 128 --weight-dtype fp8 --kv-dtype fp8 --engine vllm"
+    out = answer(capsys, "estimate", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", *argv.split())
+    (row,) = out["rows"]
+    assert (row["ctx"], row["state_nbytes"], row["fits"]) == (1152, 0, True)
+    assert row["nbytes"] == (8 * 72 + 1) * 16 * 65536
+    assert out["gpu"]["weight_nbytes"] == 8030261248 + 2 * 128256 * 4096  # embedding and head keep 16 bits
+    assert {"tpot_seconds", "ttft_seconds", "bound"} <= row.keys()
+
+
+def test_what_does_not_fit_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    out = answer(capsys, "estimate", "--model", "llama-3-70b", "--gpu", "t4", code=1)
+    assert not any(row["fits"] for row in out["rows"])
+    llama = ("estimate", "--model", "llama-3.1-8b", "--ctx", "128k")
+    assert run([*llama, "--gpu", "l4", "--batch", "64", "--method", "fp16"]) == 1
+    capsys.readouterr()
+    assert run([*llama, "--gpu", "h100", "--batch", "8"]) == 0  # kivi fits, fp16 does not
+    assert "| fp16               |   no |" in capsys.readouterr().out
+
+
+def test_cards_by_count_and_sharding(capsys: pytest.CaptureFixture[str]) -> None:
+    out = answer(capsys, "estimate", "--model", "llama-3.1-8b", "--gpu", "h100-sxm:2", "--method", "fp16")
+    assert out["inputs"]["tensor_parallel_size"] == 2
+    assert out["gpu"]["count"] == 2
+    (row,) = out["rows"]
+    assert row["rank_nbytes"] == row["nbytes"] // 2
+    assert row["all_ranks_nbytes"] == row["nbytes"]
+    one = answer(capsys, "estimate", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--method", "fp16")
+    assert out["gpu"]["weight_nbytes"] == one["gpu"]["weight_nbytes"] // 2
+    ranks = ("-tp", "2", "-pp", "4", "-dp", "2", "--gpu", "h100-sxm:16")
+    argv = ("--model", "llama-3.1-8b", "--batch", "6", "--method", "fp16", *ranks)
+    assert answer(capsys, "estimate", *argv)["rows"][0]["rank_nbytes"] == 3 * 4096 * 131072 // 8
+
+
+def test_engines_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    out = answer(capsys, "compare", "--model", "llama-3.1-8b", "--ctx", "1000", "--engines")
+    sizes = {row["engine"]: row["total_nbytes"] for row in out["rows"]}
+    assert sizes["ideal"] == 1000 * 131072
+    assert sizes["vllm"] == (63 + 1) * 16 * 131072
+    assert sizes["llama.cpp"] == sizes["kvruntime"] == 1024 * 131072
+    assert {reason["engine"] for reason in out["engines"]} == set(ENGINES)
+    methods = ("--method", "fp16", "--method", "kivi")
+    assert run(["compare", "--model", "llama-3.1-8b", "--engines", "ideal,vllm,llama.cpp", *methods]) == 0
+    text = capsys.readouterr().out
+    assert "Why they differ" in text
+    assert "vllm: not possible: vllm does not store kivi-2bit-g32-r128" in text
+
+
+def test_a_shared_prefix_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("--model", "llama-3.1-8b", "--method", "fp16", "--batch", "10", "--ctx", "1000", "--shared-prefix", "600")
+    assert answer(capsys, "estimate", *argv)["rows"][0]["nbytes"] == 131072 * (600 + 10 * 400)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "estimate --model gpt2",
+        "estimate --model gpt2 --gpu t4",
+        "compare --model gpt2",
+        "compare --model gpt2 --engines",
+        "explain --model gpt2",
+        "models",
+        "models gpt2",
+        "hardware",
+        "hardware t4",
+    ],
+)
+def test_every_screen_ends_with_what_is_not_modelled(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command.split()) == 0
+    *_, last = capsys.readouterr().out.strip().split("\n\n")
+    assert last.startswith("Not modelled:\n  ")
+    assert run([*command.split(), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_modelled"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,15 @@ from importlib import import_module
 import click
 
 LAZY: dict[str, str] = {
+    "estimate": "Bytes of the cache: stored, read per step; what fits on a card; the time of a token.",
+    "compare": "Methods down, contexts across; with --engines what each engine takes, and why.",
+    "explain": "Where every byte comes from: the formulas, with the numbers and their config keys.",
+    "plot": "Bytes and compression over context, as PNG or SVG.",
+    "models": "The models that are known, with sources; with NAME all about one.",
+    "hardware": "The cards that are known, with sources; with NAME all about one.",
+    "doctor": "An engine's boot log against prediction, line by line, with causes.",
     "calibrate": "Measures this card (needs the runtime): a profile that takes the place of stated constants.",
+    "breakeven": "From which context and batch a method pays, in tokens a second and in money.",
     "plan": "How many cards, which method and batch for so many users within these latencies, and at what price.",
     "sweep": "Grids over models, methods, contexts, batches and cards, as CSV, Parquet or JSON.",
 }

@@ -1,0 +1,163 @@
+"""``kvsim compare``: methods down, contexts across; or engines side by side, and why they differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kvsim import report
+from kvsim.commands.flags import (
+    Chosen,
+    batch_option,
+    beyond,
+    choose_engine,
+    engine_option,
+    engine_options,
+    inputs_object,
+    json_option,
+    method_options,
+    model_option,
+    show,
+    show_json,
+)
+from kvsim.engines import ENGINES, Engine
+from kvsim.estimate import Estimate, check_sizes, estimate
+from kvsim.load import load_model
+from kvsim.model import Model
+from kvsim.options import Value, parse_engine, parse_sizes
+from kvsim.schema import envelope, model_object, row_object
+
+COMPARE_METHODS = ("kivi:nbits=8", "kivi:nbits=4", "kivi:nbits=2", "kivi:nbits=2,group_size=64", "kivi-seed")
+
+
+@click.command("compare")
+@model_option
+@click.option("--ctx", default="1k,8k,32k,128k", show_default=True, help="Tokens a sequence, commas between several.")
+@batch_option
+@method_options
+@engine_option
+@engine_options
+@click.option(
+    "--engines",
+    is_flag=False,
+    flag_value="all",
+    help="Engines side by side, and why they differ: all, or a list with commas.",
+)
+@json_option
+def command(
+    model_name: str,
+    ctx: str,
+    batch: int,
+    specs: tuple[str, ...],
+    dtype: str | None,
+    kv_cache_dtype: str | None,
+    engine: str | None,
+    block_size: int | None,
+    max_num_seqs: int | None,
+    max_num_batched_tokens: int | None,
+    engines: str | None,
+    as_json: bool,
+    **shared: Value | None,
+) -> None:
+    """Methods down, contexts across: bytes and compression; with --engines what each engine takes, and why."""
+    flags = {
+        "block_size": block_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    if engines is not None:
+        if engine is not None:
+            raise ValueError("give --engine or --engines, not both")
+        _engines(model_name, ctx, batch, specs, dtype, kv_cache_dtype, engines, flags, shared, as_json)
+        return
+    serving, said = choose_engine(engine, None, flags)
+    model, chosen, contexts, rows, notes = weighed_grid(
+        model_name, ctx, batch, specs, dtype, shared, kv_cache_dtype, serving
+    )
+    notes += [*said, *(f"{serving.name}: {line}" for line in serving.notes(model, rows[0].method))]
+    if as_json:
+        out = envelope("compare", inputs_object(model, batch, chosen, ctx=contexts, engine=serving.name), notes)
+        show_json(out | {"model": model_object(model), "rows": [row_object(row) for row in rows]})
+        return
+    under = "" if serving.name == "ideal" else f", engine {serving.name}"
+    show(
+        report.heading(model),
+        f"batch {batch:,}{under}",
+        report.comparison(rows),
+        report.notes(notes),
+        report.not_modelled("compare"),
+    )
+
+
+def weighed_grid(
+    model_name: str,
+    ctx: str,
+    batch: int,
+    specs: tuple[str, ...],
+    dtype: str | None,
+    shared: dict[str, Value | None],
+    kv_cache_dtype: str | None = None,
+    engine: Engine | None = None,
+) -> tuple[Model, Chosen, list[int], list[Estimate], list[str]]:
+    """Methods times contexts; without any option, the wider default set."""
+    contexts = parse_sizes(ctx)
+    check_sizes(batch, contexts[0])
+    model = load_model(model_name)
+    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype, engine)
+    if chosen.default and chosen.engine.name == "ideal":
+        baseline = chosen.methods[0].name
+        chosen = Chosen(model, (baseline, *COMPARE_METHODS), dtype, {}, None, engine)
+        chosen.default = True
+    rows, left_out = chosen.weigh(model, batch, contexts)
+    return model, chosen, contexts, rows, [*beyond(model, contexts), *left_out]
+
+
+def _engines(
+    model_name: str,
+    ctx: str,
+    batch: int,
+    specs: tuple[str, ...],
+    dtype: str | None,
+    kv_cache_dtype: str | None,
+    engines: str,
+    flags: dict[str, int | None],
+    shared: dict[str, Value | None],
+    as_json: bool,
+) -> None:
+    """Engines down, contexts across, one table a method."""
+    contexts = parse_sizes(ctx)
+    check_sizes(batch, contexts[0])
+    model = load_model(model_name)
+    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype)
+    if chosen.default:
+        chosen.methods = chosen.methods[:1]
+    given = {key: value for key, value in flags.items() if value is not None}
+    names = list(ENGINES) if engines == "all" else [name.strip() for name in engines.split(",")]
+    compared = [parse_engine(name, given) for name in names]
+    rows: list[Estimate] = []
+    reasons: list[dict[str, Any]] = []
+    for method in chosen.methods:
+        for each in compared:
+            reason: dict[str, Any] = {"engine": each.name, "method": method.name, "notes": [], "error": None}
+            try:
+                rows += [estimate(model, method, batch, tokens, each) for tokens in contexts]
+                reason["notes"] = list(each.notes(model, method))
+            except ValueError as error:
+                reason["error"] = str(error)
+            reasons.append(reason)
+    if not rows:
+        raise ValueError("; ".join(reason["error"] for reason in reasons))
+    notes = beyond(model, contexts)
+    if as_json:
+        inputs = inputs_object(model, batch, chosen, ctx=contexts, engines=[each.name for each in compared])
+        out = envelope("compare", inputs, notes) | {"model": model_object(model)}
+        show_json(out | {"rows": [row_object(row) for row in rows], "engines": reasons})
+        return
+    show(
+        report.heading(model),
+        f"batch {batch:,}",
+        report.engines(rows, reasons, contexts),
+        report.notes(notes),
+        report.not_modelled("compare"),
+    )

@@ -1,0 +1,66 @@
+"""``kvsim explain``: where every byte comes from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from kvsim import report
+from kvsim.commands.flags import (
+    Chosen,
+    batch_option,
+    beyond,
+    inputs_object,
+    json_option,
+    method_options,
+    model_option,
+    show,
+    show_json,
+)
+from kvsim.estimate import check_sizes
+from kvsim.explain import explain, model_numbers
+from kvsim.load import load_model
+from kvsim.options import Value, parse_size
+from kvsim.schema import envelope, formulas_object, model_object, row_object
+
+
+@click.command("explain")
+@model_option
+@click.option("--ctx", default="4k", show_default=True, help="Tokens a sequence: 4096, 128k, 1M.")
+@batch_option
+@method_options
+@json_option
+def command(
+    model_name: str,
+    ctx: str,
+    batch: int,
+    specs: tuple[str, ...],
+    dtype: str | None,
+    kv_cache_dtype: str | None,
+    as_json: bool,
+    **shared: Value | None,
+) -> None:
+    """Where every byte comes from: the formulas, with the numbers and their config keys."""
+    tokens = parse_size(ctx)
+    check_sizes(batch, tokens)
+    model = load_model(model_name)
+    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype)
+    if chosen.default:
+        chosen.methods = [chosen.methods[0], chosen.methods[-1]]
+    weighed, left_out = chosen.weigh(model, batch, [tokens])
+    rows = [explain(model, row.method, batch, tokens) for row in weighed]
+    numbers = model_numbers(model, batch, tokens)
+    notes = [*beyond(model, [tokens]), *left_out]
+    if as_json:
+        out = envelope("explain", inputs_object(model, batch, chosen, ctx=tokens), notes)
+        out |= {"model": model_object(model), "numbers": [asdict(number) for number in numbers]}
+        out["rows"] = [row_object(row) | formulas_object(text) for row, text in zip(weighed, rows, strict=True)]
+        show_json(out)
+        return
+    show(
+        report.heading(model),
+        report.explanations(numbers, rows),
+        report.notes(notes),
+        report.not_modelled("explain"),
+    )

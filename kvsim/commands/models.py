@@ -1,0 +1,31 @@
+"""``kvsim models``: the models that are known."""
+
+from __future__ import annotations
+
+import click
+
+from kvsim import catalog, report
+from kvsim.commands.flags import json_option, show, show_json
+from kvsim.model import Model
+from kvsim.schema import envelope, model_object
+
+
+@click.command("models")
+@click.argument("name", required=False)
+@json_option
+def command(name: str | None, as_json: bool) -> None:
+    """The models that are known, with sources; with NAME all about one."""
+    row = catalog.find("models", name) if name is not None else None
+    if name is not None and row is None:
+        raise LookupError(catalog.unknown("models", "model", name, "kvsim models"))
+    listed = [row] if row else catalog.rows("models")
+    found = [(each, Model.from_config(each["config"], each["id"])) for each in listed]
+    if as_json:
+        keys = ("id", "aliases", "source", "note", "config")
+        rows = [{key: each.get(key) for key in keys} | model_object(model) for each, model in found]
+        show_json(envelope("models", {"name": name}, []) | {"rows": rows})
+    elif row is not None:
+        show(report.model_detail(row, found[0][1]), report.notes(found[0][1].notes), report.not_modelled("models"))
+    else:
+        heads = "L x kv x dim: layers, key/value heads, head dimension (of the first kind of layer)."
+        show(report.model_list(found), heads, report.not_modelled("models"))

@@ -1,0 +1,26 @@
+"""What a screen does not model: said at the end of every one."""
+
+from __future__ import annotations
+
+BYTES = (
+    "the allocator's fragmentation and rounding (512 B to 2 MiB a tensor)",
+    "draft models and multi-token prediction layers, LoRA adapters, vision encoders and their caches",
+)
+CARD = (
+    "activations, workspaces and graphs beyond the share held back and the engine's estimates",
+    "weights that an engine pads, replicates or keeps in a second layout",
+)
+TIME = (
+    "scheduling and queueing between requests, speculative decoding, power and thermal limits",
+    "pipeline and context parallelism, and links between hosts, in the times",
+)
+NOT_MODELLED: dict[str, tuple[str, ...]] = {
+    "estimate": (*BYTES, *CARD, *TIME),
+    "compare": BYTES,
+    "explain": BYTES,
+    "plot": BYTES,
+    "models": ("what a checkpoint adds to or leaves out of its config",),
+    "hardware": ("memory that other processes hold; clocks below the stated peak",),
+    "doctor": ("what a log does not print; other processes on the card", *BYTES),
+}
+"""Command -> what its answer leaves out."""
