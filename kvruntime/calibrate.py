@@ -273,10 +273,9 @@ def fit_kernel(rows: Sequence[dict[str, Any]], read: float, device: torch.device
     best = [log(quickest / 2), log(quickest / 4), log(read)]
     reach = [3.0, 4.0, 2.0]
     for _ in range(12):
-        grid = product(
-            *[[at + step * far for step in (-1, -0.5, 0, 0.5, 1)] for at, far in zip(best, reach, strict=True)]
-        )
-        best = list(min(grid, key=lambda point: sum(log(ratio) ** 2 for ratio in ratios(point))))
+        axes = [[at + step * far for step in (-1, -0.5, 0, 0.5, 1)] for at, far in zip(best, reach, strict=True)]
+        grid = [list(point) for point in product(*axes)]
+        best = min(grid, key=lambda point: sum(log(ratio) ** 2 for ratio in ratios(point)))
         reach = [far * 0.6 for far in reach]
     spread = ratios(best)
     names = ("fixed", "item", "bandwidth")

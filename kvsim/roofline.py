@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from kvsim.attention_curve import DEFAULT_SMS, Curve, Kernel
 from kvsim.hardware import Hardware
 from kvsim.layout import LayerShape, Method
+from kvsim.methods.place import placed
 from kvsim.model import Model
 from kvsim.parameters import Weights
 from kvsim.traced import Vectorized
@@ -147,8 +148,8 @@ class Roofline:
         """Seconds of a decode step's attention over all layers, and of unpacking codes beyond it."""
         total: Any = 0.0
         beyond: Any = 0.0
-        for layer, count in Counter(self.model.cache_layers).items():
-            seconds, unpack = self.layer_attention(method, layer, batch_size, num_tokens, maximum)
+        for (layer, chosen), count in placed(method, self.model.cache_layers).items():
+            seconds, unpack = self.layer_attention(chosen, layer, batch_size, num_tokens, maximum)
             total, beyond = total + count * seconds, beyond + count * unpack
         return total, beyond
 

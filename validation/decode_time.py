@@ -9,6 +9,7 @@ weights are quantized, else in 16; without a precision the weights have 16 bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,31 +170,44 @@ def fit_first(rows: Sequence[Row], fixed: Constants) -> Constants:
     return fit(rows, fixed, FITTED_FIRST, FIRST_START, (FIRST_LOW, FIRST_HIGH), Row.first_token, first)
 
 
-def peak(row: Row) -> float:
-    """The roofline of the stated peaks, nothing else."""
-    return naive(row, 1.0, 1.0, 0.0)
+def peak(rows: Sequence[Row]) -> np.ndarray:
+    """The roofline of the stated peaks, nothing else: seconds ``[num_rows]``."""
+    return naive(traffic(rows), np.array([1.0, 1.0, 0.0]))
 
 
-def naive(row: Row, bandwidth: float, flops: float, overhead: float) -> float:
-    """Three global constants: the larger of bytes / (a B) and operations / (b F), and a constant a step."""
-    context = row.input_len + row.output_len // 2
-    cache = sum(sum(row.method.read_parts(layer, row.batch_size, context).values()) for layer in row.model.cache_layers)
-    weights, card = known_weights(row.model), row.hardware
-    stored = weight_nbytes(row.model, row.weight_bits) * weights.read(row.batch_size) / weights.total
-    rate = (card.fp8_flops or card.fp16_flops) if row.weight_bits <= 8 else card.fp16_flops
-    moved = (stored + cache) / (bandwidth * (card.bandwidth or 0.0))
-    return max(moved, 2 * weights.active * row.batch_size / (flops * (rate or 0.0))) + overhead
+def traffic(rows: Sequence[Row]) -> np.ndarray:
+    """Seconds ``[2, num_rows]`` that a step's bytes and its operations take at the stated peaks."""
+    out = np.zeros((2, len(rows)))
+    for index, row in enumerate(rows):
+        weights, card = known_weights(row.model), row.hardware
+        context = row.input_len + row.output_len // 2
+        cache = sum(
+            count * sum(row.method.read_parts(layer, row.batch_size, context).values())
+            for layer, count in Counter(row.model.cache_layers).items()
+        )
+        stored = weight_nbytes(row.model, row.weight_bits) * weights.read(row.batch_size) / weights.total
+        rate = (card.fp8_flops or card.fp16_flops) if row.weight_bits <= 8 else card.fp16_flops
+        out[0, index] = (stored + cache) / (card.bandwidth or np.nan)
+        out[1, index] = 2 * weights.active * row.batch_size / (rate or np.nan)
+    return out
 
 
-def fit_naive(rows: Sequence[Row]) -> tuple[float, float, float]:
+def naive(peaks: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Three global constants on :func:`traffic`: shares of bandwidth and arithmetic, and milliseconds a step."""
+    return np.maximum(peaks[0] / values[0], peaks[1] / values[1]) + values[2] * 1e-3
+
+
+def fit_naive(rows: Sequence[Row]) -> np.ndarray:
     """The three constants of :func:`naive`."""
-    measured = np.array([row.each for row in rows])
-
-    def residuals(values: np.ndarray) -> np.ndarray:
-        return np.log(np.array([naive(row, values[0], values[1], values[2] * 1e-3) for row in rows]) / measured)
-
-    found = least_squares(residuals, [0.8, 0.7, 2.0], bounds=([0.2, 0.1, 0], [1, 1, 10]), loss="soft_l1", f_scale=0.1)
-    return float(found.x[0]), float(found.x[1]), float(found.x[2]) * 1e-3
+    measured, peaks = np.array([row.each for row in rows]), traffic(rows)
+    found = least_squares(
+        lambda values: np.log(naive(peaks, values) / measured),
+        [0.8, 0.7, 2.0],
+        bounds=([0.2, 0.1, 0.0], [1.0, 1.0, 10.0]),
+        loss="soft_l1",
+        f_scale=0.1,
+    )
+    return np.asarray(found.x)
 
 
 def study(path: Path, fixed: Constants | None = None) -> tuple[Constants, dict[str, Any]]:
@@ -235,7 +249,7 @@ def study(path: Path, fixed: Constants | None = None) -> tuple[Constants, dict[s
             "in_band": inside(first_ratios, final.prefill_band),
         },
         "baselines": {
-            "peak roofline": errors(np.array([peak(row) for row in rows]), each),
+            "peak roofline": errors(peak(rows), each),
             "three global constants, held out": errors(three, each),
         },
     }
@@ -253,7 +267,7 @@ def cross_validate(
         simple = fit_naive(others)
         for index in np.flatnonzero(held):
             row = rows[int(index)]
-            out[:, index] = row.token(found), row.first_token(found), naive(row, *simple)
+            out[:, index] = row.token(found), row.first_token(found), naive(traffic([row]), simple)[0]
     return out[0], out[1], out[2]
 
 

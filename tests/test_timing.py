@@ -1,0 +1,300 @@
+"""Seconds of a step: physics that must hold, figures published elsewhere, recorded errors against their bars."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvsim.attention_curve import Kernel
+from kvsim.hardware import find_hardware
+from kvsim.layout import LayerShape
+from kvsim.load import load_model
+from kvsim.methods import make_method
+from kvsim.roofline import Roofline, constants, find_kernel, hit_share, known_weights, seen
+from kvsim.timing import (
+    PARTS,
+    Step,
+    decode_seconds,
+    decode_step,
+    first_token,
+    prefill,
+    running,
+    token_step,
+)
+
+ROOT = Path(__file__).parents[1]
+MEASURED = ROOT.parent / "shared" / "measured"
+needs_rows = pytest.mark.skipif(
+    not MEASURED.is_dir(), reason="the measured rows (shared/measured) do not lie beside this checkout"
+)
+H100 = find_hardware("h100-sxm")
+LLAMA = load_model("llama-3.1-8b")
+FP16, FP8 = make_method("fp16"), make_method("fp8")
+KIVI = make_method("kivi", nbits=2, group_size=64)
+MODELS = ("llama-3.1-8b", "gpt2", "openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V3", "google/gemma-3-27b-it")
+
+
+def whole(step: Step) -> None:
+    """The parts are known ones, not negative, and add up; the band is around the value; the bound is the largest."""
+    assert set(step.parts) <= {*PARTS, "queue"}
+    assert all(value >= 0 for value in step.parts.values())
+    assert sum(step.parts.values()) == pytest.approx(step.seconds.value)
+    assert 0 < step.seconds.low < step.seconds.value < step.seconds.high
+    assert step.parts[step.bound] == max(step.parts.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("engine", ["ideal", "vllm", "sglang", "trtllm"])
+def test_every_step_is_whole(name: str, engine: str) -> None:
+    model, card = load_model(name), find_hardware("h200")
+    for batch_size, num_tokens in ((1, 1), (7, 1000), (256, 8192)):
+        whole(decode_step(model, FP16, card, batch_size, num_tokens, engine=engine))
+        whole(token_step(model, FP16, card, batch_size, num_tokens, 100, engine=engine))
+        whole(first_token(model, FP16, card, batch_size, num_tokens, 100, engine=engine))
+        whole(prefill(model, card, batch_size, num_tokens, engine=engine))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", ["fp16", "fp8", "int8"])
+def test_arrays_are_the_scalar_form(name: str, method: str) -> None:
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed")
+    model, stored = load_model(name), make_method(method)
+    batch, tokens = numpy.array([[1], [3], [64], [300]]), numpy.array([1, 127, 128, 129, 5000, 131072])
+    value, low, high = decode_seconds(model, stored, H100, batch, tokens)
+    assert value.shape == low.shape == high.shape == (4, 6)
+    for i, j in ((i, j) for i in range(4) for j in range(6)):
+        one = decode_step(model, stored, H100, int(batch[i, 0]), int(tokens[j])).seconds
+        assert (value[i, j], low[i, j], high[i, j]) == pytest.approx(tuple(one), rel=1e-12)
+
+
+def test_more_work_takes_longer_and_a_better_card_less() -> None:
+    times = [decode_step(LLAMA, FP16, H100, batch, 4096).seconds.value for batch in (1, 2, 8, 64, 256, 1024)]
+    assert times == sorted(times)
+    times = [decode_step(LLAMA, FP16, H100, 8, tokens).seconds.value for tokens in (1, 512, 4096, 32768, 131072)]
+    assert times == sorted(times)
+    times = [decode_step(LLAMA, FP16, find_hardware(card), 32, 8192).seconds.value for card in ("h100", "h200", "b200")]
+    assert times == sorted(times, reverse=True)
+    assert H100.num_sms is not None
+    half = replace(H100, num_sms=H100.num_sms // 2)  # many short sequences take twice the waves
+    assert (
+        decode_step(LLAMA, FP16, half, 512, 64).parts["kv"] > 1.5 * decode_step(LLAMA, FP16, H100, 512, 64).parts["kv"]
+    )
+
+
+def test_what_bounds_a_step() -> None:
+    assert decode_step(LLAMA, FP16, H100, 1, 512).bound == "weights"
+    assert decode_step(LLAMA, FP16, H100, 64, 32768).bound == "kv"
+    assert decode_step(load_model("gpt2"), FP16, H100, 1, 1).bound == "overhead"
+    assert decode_step(LLAMA, FP16, H100, 2048, 1).bound in ("compute", "kv")
+    assert prefill(LLAMA, H100, 1, 8192).bound == "compute"
+    assert token_step(LLAMA, FP16, H100, 128, 4096, 64).bound == "prefill"
+
+
+def test_long_contexts_cost_what_others_measured() -> None:
+    """Llama-3.1-8B on H100 under vLLM's FlashAttention-3: 4.37e-5 ms a token of context in bfloat16, 2.37e-5 in FP8
+    (the published comparison of the two caches); neither figure was fitted on."""
+    for method, published in ((make_method("bf16"), 4.37e-8), (FP8, 2.37e-8)):
+        near, far = (decode_step(LLAMA, method, H100, 1, tokens, engine="vllm") for tokens in (65536, 131072))
+        assert (far.parts["kv"] - near.parts["kv"]) / 65536 == pytest.approx(published, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_tokens", "measured"), [(8, 32768, 351e-6), (64, 4096, 350e-6), (1, 131072, 180e-6)]
+)
+def test_attention_of_a_kernel_that_was_not_fitted(batch_size: int, num_tokens: int, measured: float) -> None:
+    """cuDNN's float16 on an H100, cache not in L2."""
+    roofline = Roofline(constants(), LLAMA, H100)
+    seconds, _ = roofline.layer_attention(FP16, LLAMA.cache_layers[0], batch_size, num_tokens)
+    assert seconds == pytest.approx(measured, rel=0.15)
+
+
+def test_a_compressed_cache_gains_less_than_its_bytes() -> None:
+    """2 bits in groups of 64 hold 6.4 times fewer bytes; measured are 5.35 times the speed at 8 x 32k, 2.13 at 8k."""
+    roofline, layer = Roofline(constants(), LLAMA, H100), LLAMA.cache_layers[0]
+    for batch_size, num_tokens, low, high in ((8, 32768, 4.0, 6.4), (1, 8192, 1.5, 3.0)):
+        plain, _ = roofline.layer_attention(FP16, layer, batch_size, num_tokens)
+        packed, beyond = roofline.layer_attention(KIVI, layer, batch_size, num_tokens)
+        assert beyond == 0
+        assert low < plain / packed < high
+    slow = Roofline(replace(constants(), vector_ops=50.0), LLAMA, H100)
+    assert slow.layer_attention(KIVI, layer, 8, 32768)[1] > 0
+
+
+def test_experts_are_read_as_tokens_hit_them() -> None:
+    weights = known_weights(load_model("openai/gpt-oss-20b"))
+    assert hit_share(weights, 1) == pytest.approx(4 / 32)
+    assert hit_share(weights, 2) == pytest.approx(1 - (28 / 32) ** 2)
+    assert hit_share(weights, 1000) == pytest.approx(1)
+    model = load_model("openai/gpt-oss-20b")
+    reads = [decode_step(model, FP16, H100, batch, 128, weight_bits=16).parts["weights"] for batch in (1, 4, 64)]
+    assert 3 < reads[2] / reads[0] < 8
+    assert known_weights(LLAMA).num_experts == 0
+    assert hit_share(known_weights(LLAMA), 1) == 1
+    assert model.weights is not None
+    untold = replace(model, weights=replace(model.weights, experts_per_token=0))
+    with pytest.raises(ValueError, match="how many experts"):
+        decode_step(untold, FP16, H100, 1, 128)
+
+
+def test_narrow_weights_are_unpacked_where_the_card_cannot_multiply_them() -> None:
+    h200, b200 = find_hardware("h200"), find_hardware("b200")
+    assert decode_step(LLAMA, FP16, b200, 1, 128, weight_bits=4.5).parts["dequantize"] == 0
+    assert decode_step(LLAMA, FP16, h200, 1, 128, weight_bits=4.5).parts["dequantize"] > 0
+    assert decode_step(LLAMA, FP16, h200, 1, 128, weight_bits=8).parts["dequantize"] == 0
+    assert decode_step(LLAMA, FP16, find_hardware("a100"), 1, 128, weight_bits=8).parts["dequantize"] > 0
+
+
+def test_several_cards_share_the_stream_and_talk() -> None:
+    one, two = (decode_step(LLAMA, FP16, H100, 16, 8192, tensor_parallel=ranks) for ranks in (1, 2))
+    assert two.parts["weights"] == pytest.approx(one.parts["weights"] / 2)
+    assert one.parts["communication"] == 0 < two.parts["communication"]
+    assert two.parts["kv"] < one.parts["kv"]
+    wide = [decode_step(LLAMA, FP16, H100, 16, 8192, tensor_parallel=ranks).parts["kv"] for ranks in (8, 16)]
+    assert wide[0] == pytest.approx(wide[1])  # 8 kv heads: more ranks hold copies
+    with pytest.raises(ValueError, match="bandwidth between cards"):
+        decode_step(LLAMA, FP16, replace(H100, link_bandwidth=None), 1, 128, tensor_parallel=2)
+
+
+def test_a_prefix_at_hand_shortens_the_prefill() -> None:
+    whole_prompt, half = prefill(LLAMA, H100, 1, 16384), prefill(LLAMA, H100, 1, 16384, cached_tokens=8192)
+    assert 0.45 < half.seconds.value / whole_prompt.seconds.value < 0.75  # the rest still looks at all of it
+    for cached in (-1, 16384):
+        with pytest.raises(ValueError, match="cached tokens"):
+            prefill(LLAMA, H100, 1, 16384, cached_tokens=cached)
+
+
+@pytest.mark.parametrize(("window", "num_tokens", "new"), [(None, 9, 9), (4, 9, 9), (4, 9, 2), (4, 3, 2), (4, 6, 4)])
+def test_pairs_seen(window: int | None, num_tokens: int, new: int) -> None:
+    by_hand = sum(min(at + 1, window or num_tokens) for at in range(num_tokens - new, num_tokens))
+    assert seen(LayerShape(1, 8, 8, window), num_tokens, new) == by_hand
+
+
+def test_a_busy_server() -> None:
+    """Prompts of others cost a token's time; memory limits how many run; the rest wait."""
+    alone, busy = token_step(LLAMA, FP16, H100, 1, 2048, 256), token_step(LLAMA, FP16, H100, 32, 2048, 256)
+    assert alone.parts["prefill"] == 0 < busy.parts["prefill"]
+    assert busy.parts["prefill"] > token_step(LLAMA, FP16, H100, 32, 2048, 1024).parts["prefill"]
+    cached = token_step(LLAMA, FP16, H100, 32, 2048, 256, cached_tokens=2000)
+    assert cached.parts["prefill"] < busy.parts["prefill"]
+    qwen = load_model("Qwen/Qwen3-32B")
+    assert running(LLAMA, FP16, H100, 8, 2048, 256) == 8
+    assert 1 <= running(qwen, FP16, H100, 512, 2048, 256) < 60
+    assert running(qwen, FP16, replace(H100, memory_nbytes=None), 512, 2048, 256) == 512
+    assert first_token(qwen, FP16, H100, 512, 2048, 256).bound == "queue"
+
+
+def test_kernels_by_engine_and_width() -> None:
+    fixed, layer = constants(), LLAMA.cache_layers[0]
+    assert find_kernel(fixed, FP16, layer, "vllm", 4) == (fixed.kernels["vllm/fp16"], False)
+    assert find_kernel(fixed, FP8, layer, "trtllm", 1) == (fixed.kernels["trtllm/fp8-mha"], False)
+    assert find_kernel(fixed, FP8, layer, "trtllm", 4) == (fixed.kernels["trtllm/fp8"], False)
+    assert find_kernel(fixed, FP16, layer, "never-heard-of", 4) == (fixed.kernels["fp16"], False)
+    assert find_kernel(fixed, KIVI, layer, "vllm", 4) == (fixed.kernels["packed"], True)
+    assert fixed.kernels["trtllm/fp16"].item_is == "query_head"
+
+
+def test_a_warm_cache_is_quicker_until_it_outgrows_l2() -> None:
+    curve = constants().curve
+    assert curve.miss(1e6, 50 << 20) == pytest.approx(curve.warm, rel=0.01)
+    assert curve.miss(1e9, 50 << 20) == pytest.approx(1, rel=0.01)
+    assert curve.miss(1e6, None) == 1
+    kernel = Kernel(1e-6, 1e-6, 0.9, "")
+    assert curve.seconds(kernel, 1, 1, 0.0, 132) < curve.seconds(kernel, 1, 100_000, 0.0, 132)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_tokens", "said"), [(0, 128, "batch size 0"), (1, 0, "num tokens 0"), (-3, 5, "batch size -3")]
+)
+def test_bad_sizes_are_refused(batch_size: int, num_tokens: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        decode_step(LLAMA, FP16, H100, batch_size, num_tokens)
+
+
+def test_what_is_not_known_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match="bandwidth is not known"):
+        decode_step(LLAMA, FP16, replace(H100, bandwidth=None), 1, 128)
+    with pytest.raises(ValueError, match="arithmetic"):
+        prefill(LLAMA, find_hardware("apple-m3-max"), 1, 128)
+    whole(decode_step(LLAMA, FP16, find_hardware("apple-m3-max"), 1, 128))
+    with pytest.raises(ValueError, match="number of weights"):
+        decode_step(replace(LLAMA, weights=None), FP16, H100, 1, 128)
+
+
+def test_the_scalar_form_needs_no_numpy() -> None:
+    code = (
+        "import sys; from kvsim.timing import decode_step; from kvsim.load import load_model;"
+        "from kvsim.hardware import find_hardware; from kvsim.methods import make_method;"
+        "decode_step(load_model('gpt2'), make_method('fp16'), find_hardware('h100'), 1, 128);"
+        "assert not {'numpy', 'scipy', 'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_recorded_errors_meet_their_bars() -> None:
+    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    found = timing.recorded()
+    assert timing.fails(found) == []
+    assert found["loads"]["num_constants"] <= 6
+    assert found["loads"]["covered"] == 1
+    token = found["loads"]["token"]
+    assert token["in_band_of_other_groups"] >= 0.9
+    for baseline in found["loads"]["baselines"].values():
+        assert token["held_out"]["mean"] < baseline["mean"]
+    assert sum(group["num_rows"] for group in token["by_group"].values()) == found["loads"]["num_rows"] == 141
+    broken = {**found, "loads": {**found["loads"], "token": {**token, "held_out": {**token["held_out"], "mean": 0.2}}}}
+    assert timing.fails(broken) == ["time per output token, mean: 20.0%, at most 15.0%"]
+
+
+def test_the_recorded_constants_are_those_in_use() -> None:
+    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    recorded, fixed = timing.recorded()["constants"], constants()
+    for name, value in recorded.items():
+        used = getattr(fixed, name)
+        assert (list(used) if isinstance(used, tuple) else used) == value, name
+
+
+@needs_rows
+def test_a_refit_gives_the_constants_in_use() -> None:
+    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    import numpy as np
+
+    from validation import attention_time, decode_time
+    from validation.held_out import digest
+
+    for path in (timing.DECODE, timing.ATTENTION):
+        assert digest(path) == timing.recorded()["sha256"][path.name]
+    fixed, rows = constants(), attention_time.load(timing.ATTENTION)
+    kernels, curve = attention_time.fit(rows, np.ones(len(rows), dtype=bool))
+    for name, kernel in kernels.items():
+        used = fixed.kernels[name]
+        found = (kernel.fixed, kernel.item, kernel.efficiency)
+        assert (used.fixed, used.item, used.efficiency) == pytest.approx(found, rel=2e-3), name
+    assert (curve.power, curve.merge, curve.half) == pytest.approx(
+        (fixed.curve.power, fixed.curve.merge, fixed.curve.half), rel=2e-3
+    )
+    loads = decode_time.load(timing.DECODE)
+    assert len(loads) == 141
+    again = decode_time.fit_first(loads, decode_time.fit_tokens(loads, fixed))
+    for name in (*decode_time.FITTED, *decode_time.FITTED_FIRST):
+        assert getattr(again, name) == pytest.approx(getattr(fixed, name), rel=2e-3), name
+
+
+@needs_rows
+def test_rows_of_another_file_are_tried_without_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    import json
+
+    from validation.cli import run
+
+    lines = (MEASURED / "decode_attention_h100.csv").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "other.csv"
+    path.write_text("\n".join([lines[0], *lines[1:200:5]]) + "\n", encoding="utf-8")
+    assert run(["time", "--try", "--attention", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["attention"]["errors"]["mean"] < 0.25
+    path.write_text("gpu,latency_ms\nh100_sxm,1\n", encoding="utf-8")
+    assert run(["time", "--try", "--attention", str(path)]) == 2
+    assert "lacks the columns" in capsys.readouterr().err
