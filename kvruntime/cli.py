@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from kvruntime.choose import chosen_method, chosen_methods, method_options, options
 from kvsim import __version__
@@ -78,7 +79,7 @@ record_options = options(
 )
 
 
-@cli.command("bench")
+@cli.group("bench", invoke_without_command=True)
 @click.option("--model", "model_name", default="gpt2", show_default=True, help=MODEL_HELP)
 @method_options
 @click.option("--ctx", default="128,256,512,1k,2k", show_default=True, help="Tokens to weigh the cache at.")
@@ -96,11 +97,36 @@ record_options = options(
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
 @record_options
 @machine_options
-def bench_command(**given: Any) -> int:
-    """Memory, speed and quality of the compressed cache against the uncompressed one."""
+@click.pass_context
+def bench_command(context: click.Context, **given: Any) -> int:
+    """Memory, speed and quality of the compressed cache against the uncompressed one, or a command below."""
+    if context.invoked_subcommand is not None:
+        misplaced = [name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if misplaced:
+            command = context.invoked_subcommand
+            raise click.UsageError(f"options go after the command: kvruntime bench {command} ...")
+        return 0
     from kvruntime.bench.commands import bench
 
     return bench(_methods(given), **given)
+
+
+@bench_command.command("kernels")
+@click.option("--shape", "shapes", multiple=True, help="MODEL:BATCHxTOKENS or MODEL:ragged. Repeatable.")
+@click.option("--method", "specs", multiple=True, help="kivi:nbits=2,group_size=64,residual_length=64. Repeatable.")
+@click.option("--part", "parts", type=click.Choice(["attend", "pack", "more"]), multiple=True, help="Not everything.")
+@click.option("--more", is_flag=True, help="Other bits, types, head dimensions, ragged rows and small batches too.")
+@click.option("--splits", is_flag=True, help="Try other numbers of splits beside the plan's.")
+@click.option("--quick", is_flag=True, help="Three shapes, attention only.")
+@click.option("--compile-ahead/--no-compile-ahead", default=True, help="In several processes at once.")
+@record_options
+@click.option("--device", help="cuda, cuda:1.  [default: cuda]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random keys and values.")
+def kernels_command(**given: Any) -> int:
+    """The decode kernel and the packer against what this card can do and against float16 attention.  Needs CUDA."""
+    from kvruntime.bench.kernels import kernels
+
+    return kernels(**given)
 
 
 @cli.command("perplexity")

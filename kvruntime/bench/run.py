@@ -42,10 +42,10 @@ class Interrupted(Exception):
         self.done, self.total = done, total
 
 
-def run(tasks: Iterable[Task], results: Results) -> list[Row]:
+def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | None = None) -> list[Row]:
     """Does every task that ``results`` does not hold yet, recording each as it ends; returns the rows of all tasks.
 
-    Raises ``Interrupted`` on Ctrl-C, with the file in order.
+    ``told``: what to say of a finished row at once.  Raises ``Interrupted`` on Ctrl-C, with the file in order.
     """
     everything = list(tasks)
     todo = [task for task in everything if not results.done(task.key)]
@@ -60,6 +60,8 @@ def run(tasks: Iterable[Task], results: Results) -> list[Row]:
                 results.add(task.key, row)
                 if "failed" in row:
                     progress.say(f"failed: {task.label}: {row['failed']}")
+                elif told is not None:
+                    progress.say(told({**task.key, **row}))
                 progress.end()
     except KeyboardInterrupt:
         done = sum(results.done(task.key) for task in everything)

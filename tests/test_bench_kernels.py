@@ -1,0 +1,213 @@
+"""``bench kernels`` without a GPU: everything but the CUDA graph and PyTorch's fused attention, on the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kvruntime.bench import attention, kernel_report, kernels, packing, timing  # noqa: E402
+from kvruntime.bench.ceilings import copy_ceiling, read_ceiling  # noqa: E402
+from kvruntime.bench.compiling import compile_group  # noqa: E402
+from kvruntime.bench.results import Results  # noqa: E402
+from kvruntime.bench.run import run  # noqa: E402
+from kvruntime.cli import run as command  # noqa: E402
+from kvsim.load import load_config  # noqa: E402
+from kvsim.methods import Full  # noqa: E402
+from kvsim.model import Model  # noqa: E402
+
+BENCH = timing.cpu_bench()
+SMALL = attention.Shape("llama-3-8b", 8, 2, 64, 2, 320)
+
+
+@pytest.mark.parametrize("name", kernels.HEADS)
+def test_heads_are_the_catalogue_s(name: str) -> None:
+    model = Model.from_config(load_config(name)[1])
+    layer = model.layers[0]
+    assert kernels.HEADS[name] == (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
+
+
+def test_the_grid_is_the_table() -> None:
+    shapes = [kernels.make_shape(spec) for spec in kernels.SHAPES]
+    assert {(s.model, s.batch_size, s.num_tokens) for s in shapes} == set(kernel_report.ASKED)
+    layouts = {method.name.rpartition("-r")[0] for method in kernels.METHODS}
+    assert layouts == set(kernel_report.ASKED_OF)
+    missing = [(s.model, m.name) for s in shapes for m in kernels.METHODS if not kernels.fits(s, m)]
+    assert missing == [("gpt2", "kivi-2bit-g128-r128")] * 2  # heads of 64 channels hold no group of 128
+
+
+@pytest.mark.parametrize("method", [*kernels.METHODS[:4], kernels.METHODS[5], kernels.MIXED], ids=lambda m: m.name)
+def test_a_row_knows_its_bytes_and_its_error(method) -> None:
+    row = attention.measure_kivi(BENCH, SMALL, method)
+    assert row["nbytes_read"] == sum(method.read_parts(SMALL.layer, 2, 320).values())
+    assert row["exact_tokens"] == 320 - method.num_packed(320)
+    assert 0 < row["relative_error"] < 2e-3  # the reference rounds once, to float16
+    assert row["bandwidth"] == pytest.approx(row["nbytes_read"] / row["seconds"][0])
+    assert row["kernel"] == "reference"
+
+
+def test_an_error_in_attention_shows() -> None:
+    tokens = attention.Tokens(BENCH, SMALL, torch.float16)
+    layer = attention.filled_layer(kernels.kivi(2, 32, 64), tokens)
+    query = tokens.draw(8, 1)
+    out = layer.attend(query, SMALL.scale)
+    for head in (0, 1):
+        assert attention.relative_error(layer, query, out, SMALL.scale, row=1, head=head) < 2e-3
+    assert attention.relative_error(layer, query, out * 1.01, SMALL.scale) > 9e-3
+    assert attention.relative_error(layer, query, out.roll(1, 1), SMALL.scale) > 0.1
+
+
+def test_pieces_and_one_piece_store_the_same(monkeypatch) -> None:
+    method = kernels.kivi(2, 64, 64)
+    monkeypatch.setattr(attention, "CHUNK_TOKENS", 100)
+    ragged = replace(SMALL, lengths=(320, 75))
+    layer = attention.filled_layer(method, attention.Tokens(BENCH, ragged, torch.float16))
+    assert layer.row_lengths == [320, 75]
+    assert layer.row_packed == [method.num_packed(320), method.num_packed(75)]
+    assert ragged.nbytes_read(method) == sum(
+        sum(method.read_parts(ragged.layer, 1, length).values()) for length in (320, 75)
+    )
+    assert attention.measure_kivi(BENCH, ragged, method)["relative_error"] < 2e-3
+
+
+def test_keys_have_large_channels_and_no_zeros() -> None:
+    key, value = attention.Tokens(BENCH, replace(SMALL, head_dim=128), torch.float16).pair(200)
+    assert (key != 0).float().mean() > 0.999
+    spread = key.float().std(dim=(0, 2))
+    assert spread.max() > 3.5 * spread.median()
+    assert value.float().std() == pytest.approx(1, abs=0.05)
+
+
+def test_packing_rows() -> None:
+    method = kernels.kivi(2, 64, 64)
+    row = packing.measure_pack(BENCH, SMALL, method, compiled=False)
+    assert row["nbytes"] == SMALL.nbytes_read(Full()) + SMALL.nbytes_read(method)
+    assert row["eager_seconds"] > 0
+    row = packing.measure_append(BENCH, SMALL, method)
+    assert {"append_seconds", "flush_seconds", "append_launches", "flush_launches"} <= set(row)
+    assert "CUDA only" in row["step_flush_seconds"]
+    with pytest.raises(ValueError, match="whole records"):
+        packing.measure_append(BENCH, replace(SMALL, num_tokens=330), method)
+
+
+def test_rewinding_puts_a_flush_back() -> None:
+    method = kernels.kivi(2, 64, 64)
+    tokens = attention.Tokens(BENCH, SMALL, torch.float16)
+    layer = attention.filled_layer(method, tokens, room=128)
+    rewind = packing.rewinder(layer)
+    layer.append(*tokens.pair(1))
+    assert layer.row_packed == [320, 320]
+    rewind()
+    assert (layer.row_lengths, layer.row_packed) == ([320, 320], [256, 256])
+    assert layer.tensors["lengths"].tolist() == [[320, 320], [256, 256]]
+
+
+def test_the_lean_packer_does_the_reference_s_arithmetic() -> None:
+    """Its codes, unpacked, give what the cache reads back, up to rounding ties."""
+    from kvruntime.kivi import reference
+
+    method = kernels.kivi(2, 64, 64)
+    shape = replace(SMALL, num_tokens=256)
+    key, value = attention.Tokens(BENCH, shape, torch.float16).pair(256)
+    key_words, value_words, *params = packing.lean_pack(key, value, 2, 64)
+    shifts = torch.arange(0, 32, 2, dtype=torch.int32)
+
+    def codes(words):
+        return (words[..., None] >> shifts & 3).flatten(-2).float()
+
+    record = method.record(shape.layer)
+    want_key, want_value = reference.unpack_records(reference.pack_records(key, value, record), record)
+    have_key = codes(key_words).unflatten(2, (-1, 64)) * params[0].float() + params[1].float()
+    have_value = codes(value_words).unflatten(3, (-1, 64)) * params[2].float() + params[3].float()
+    for have, want in ((have_key.flatten(2, 3), want_key), (have_value.flatten(3), want_value)):
+        assert ((have - want).abs() > 1e-3).float().mean() < 1e-3
+
+
+def test_ceilings_count_bytes() -> None:
+    assert read_ceiling(BENCH, 1 << 16)["nbytes"] == 1 << 16
+    assert copy_ceiling(BENCH, 1 << 16)["nbytes"] == 2 << 16
+
+
+def test_the_summary_of_passes() -> None:
+    found = timing.summary([float(n) for n in range(1, 12)], copies=2)
+    assert found == timing.Timing(3.0, 1.0, 5.0, 11, 2)
+    assert replace(BENCH, cold=220).copies(100) == 3
+    assert replace(BENCH, cold=1 << 40).copies(1) == timing.MAX_COPIES
+
+
+def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
+    """A run on the CPU in the command's own order: what fails is a row, what is there is not measured again."""
+    seconds = {"MATH": 1.0}
+
+    def sdpa(bench, shape, backend, dtype):
+        if backend == "FLASH_ATTENTION":
+            raise RuntimeError("No available kernel.\nmore")
+        size = shape.nbytes_read(Full(dtype))
+        return {"seconds": [seconds["MATH"]] * 3, "bandwidth": size / seconds["MATH"], "nbytes_read": size}
+
+    monkeypatch.setattr(attention, "measure_sdpa", sdpa)
+    monkeypatch.setattr("kvruntime.bench.ceilings.NBYTES", 1 << 16)
+    methods = (kernels.kivi(2, 64, 64), kernels.kivi(2, 128, 128))
+    results = Results(tmp_path / "k.json", {"device": {"name": "here"}})
+    tasks = kernels.kernel_tasks(BENCH, [SMALL, SMALL], methods, splits=True)
+    tasks += kernels.packing_tasks(BENCH, SMALL, [SMALL], methods[:1])
+    rows = run(kernels.unique(tasks), results, told=lambda row: kernel_report.line(row, results.rows))
+    assert [row["kind"] for row in rows] == ["sdpa", "sdpa", "attend", "append", "pack"]
+    assert rows[1]["failed"] == "RuntimeError: No available kernel."
+    assert kernel_report.speedup(rows[2], rows) == pytest.approx(1.0 / rows[2]["seconds"][0])
+    assert "against fp16" in capsys.readouterr().err
+    shown = kernel_report.tables([*rows, {"kind": "ceiling", "what": "read", "bandwidth": 3e12}])
+    for words in ("measured ceilings: read 3,000 GB/s", "llama-3-8b 2 x 320", "failed: sdpa fp16-flash", "flush us"):
+        assert words in shown
+    again = Results(tmp_path / "k.json", {"device": {"name": "here"}}, resume=True)
+    monkeypatch.setattr("kvruntime.bench.run._measured", lambda task, tick: {"failed": "again: " + task.key["kind"]})
+    redone = [row for row in run(kernels.unique(tasks), again) if "failed" in row]
+    assert [row["failed"] for row in redone] == ["again: sdpa"]
+    assert json.loads((tmp_path / "k.json").read_text())["schema"] == "kvruntime.bench/1"
+
+
+def test_asked_ratios_stand_beside_the_rows_they_mean() -> None:
+    row = {"model": "llama-3-8b", "batch_size": 1, "num_tokens": 8192, "dtype": "float16"}
+    assert kernel_report.asked(row | {"method": "kivi-2bit-g64-r128"}) == 2.5
+    assert kernel_report.asked(row | {"method": "kivi-8bit-g64-r64"}) is None
+    assert kernel_report.asked(row | {"method": "kivi-2bit-g64-r128", "portable": True}) is None
+    assert kernel_report.splits_cell({"splits": 8, "seconds": [2e-6], "sweep": {"12": 1e-6, "16": "failed"}}) == (
+        "8 (best 12: 1.00 us)"
+    )
+
+
+def test_compiling_ahead_reports_what_fails() -> None:
+    fine, broken = (SMALL, kernels.kivi(2, 64, 64)), (replace(SMALL, head_dim=72), kernels.kivi(2, 64, 64))
+    failures = compile_group(([fine, broken], "cpu"))
+    assert len(failures) == 1
+    assert "72" in failures[0]
+
+
+BAD = {
+    "no GPU": ([], "needs a CUDA device"),
+    "model": (["--shape", "gpt5:1x1k"], "unknown shape 'gpt5:1x1k'"),
+    "size": (["--shape", "gpt2:1k"], "expected MODEL:BATCHxTOKENS"),
+    "tokens": (["--shape", "gpt2:1xk"], "tokens 'k'"),
+    "method": (["--method", "fp16"], "takes kivi only"),
+    "device": (["--device", "tpu"], "allowed here are"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a machine without a GPU")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, message = BAD[name]
+    assert command(["bench", "kernels", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_before_the_command_are_refused(capsys) -> None:
+    assert command(["bench", "--nbits", "2", "kernels"]) == 2
+    assert "after the command" in capsys.readouterr().err
