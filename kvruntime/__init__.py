@@ -1,6 +1,7 @@
 """kvruntime: the cache that kvsim weighs, running under unmodified transformers.
 
-``make_cache(model, "kivi", nbits=2)`` gives what ``model.generate(..., past_key_values=cache)`` takes.
+``make_cache(model, "kivi", nbits=2)`` gives what ``model.generate(..., past_key_values=cache)`` takes;
+``Engine(model, "kivi", batch_size=1, max_seq_len=4096)`` decodes without transformers' loop.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvruntime.engine import Engine
     from kvruntime.hf import Cache, make_cache
 
-__all__ = ["Cache", "make_cache"]
+__all__ = ["Cache", "Engine", "make_cache"]
 
 
 def __getattr__(name: str) -> object:
-    """``make_cache`` and ``Cache`` on first use: transformers is slow to import."""
+    """``make_cache``, ``Cache`` and ``Engine`` on first use: transformers is slow to import."""
+    if name == "Engine":
+        from kvruntime.engine import Engine
+
+        return Engine
     if name in __all__:
         from kvruntime import hf
 

@@ -160,11 +160,6 @@ class FullLayer:
         decode.store(query, key, value, rotary, stored_key, stored_value, positions)
         return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens)
 
-    def stepped(self, count: int) -> None:
-        """Enter ``count`` steps into the host's books; elsewhere than on CUDA a step did that itself."""
-        if self.device.type == "cuda":
-            self.row_lengths = [length + count for length in self.row_lengths]
-
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""
         for tensor in self.tensors.values():

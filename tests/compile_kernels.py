@@ -113,8 +113,8 @@ def attend_fresh(name: str, sm: int) -> dict[str, int]:
 def freeze(name: str, sm: int) -> dict[str, int]:
     method, dim = METHODS[name]
     constants = {
-        "NUM_HEADS": 8, "KEY_DIM": dim, "KEY_NBITS": method.nbits, "RECORD": method.record_length, "SINK": method.sink_length,
-        "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_T": 64, "BLOCK_D": min(64, triton.next_power_of_2(dim)),
+        "NUM_HEADS": 8, "KEY_DIM": dim, "KEY_NBITS": method.nbits, "RECORD": method.record_length, "BLOCK_T": 64,
+        "SINK": method.sink_length, "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_D": min(64, dim),
     }  # fmt: skip
     types = arguments(quantize.freeze_kernel, "bf16", params_ptr="*fp16")
     return resources(quantize.freeze_kernel, types, constants, sm, 4)
@@ -137,7 +137,8 @@ def store_full(name: str, sm: int) -> dict[str, int]:
     dim = METHODS[name][1]
     block = triton.next_power_of_2(dim)
     constants = {
-        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_K": block, "BLOCK_V": block, "ROTARY": True,
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_K": block, "BLOCK_V": block,
+        "ROTARY": True,
     }  # fmt: skip
     types = arguments(decode.store_kernel, "bf16", positions_ptr="*i32")
     return resources(decode.store_kernel, types, constants, sm, 1)

@@ -1,4 +1,4 @@
-"""Steps that nothing on the host decides: words and slots are the reference's, an uncompressed cache attends as float64 does.
+"""Steps that nothing on the host decides: words and slots are the reference's, attention is float64's.
 
 On a CUDA device the kernels run there; elsewhere in Triton's interpreter (conftest.py).
 """
@@ -133,10 +133,9 @@ def test_uncompressed_attention_with_lengths_on_the_device(dim: int, q_per_kv: i
 
 
 def test_what_a_step_does_not_support() -> None:
+    record = Kivi(group_size=64, residual_length=64).record(LayerShape(HEADS, 64, 64))
+    empty, stored = torch.zeros(1, 17, 1, 64), torch.zeros(1, 1, 4, 64)
     with pytest.raises(ValueError, match="packs from the residual alone"):
-        method = Kivi(group_size=64, residual_length=64)
-        record = method.record(LayerShape(HEADS, 64, 64))
-        empty = torch.zeros(1, HEADS, 1, 64)
         step.step(empty, empty, empty, None, empty, empty, empty, None, empty, empty, record, 0, 32)
     with pytest.raises(ValueError, match="17 query heads"):
-        decode.attend(torch.zeros(1, 17, 1, 64), torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4, 64), torch.zeros(1), 1.0, 4)
+        decode.attend(empty, stored, stored, torch.zeros(1), 1.0, 4)

@@ -55,6 +55,9 @@ def attention(
     _refuse(module, query, dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     length = query.shape[2]
+    if layer.steps is not None:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        return layer.store.step(query, fresh_key, fresh_value, scale, *layer.steps).transpose(1, 2), None
     lengths = layer.read_mask(attention_mask, length)
     if not layer.num_columns:
         out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scaling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +16,18 @@ from kvsim.methods import Full
 
 class Length(int):
     """A mask length that comes from this cache, so that the mask function can tell."""
+
+
+class Steps(NamedTuple):
+    """A layer that has this stores and attends by :meth:`Layer.step`: nothing is planned on the host.
+
+    ``positions [batch_size]`` int32, the tokens that each row holds before the step; ``ticket [batch_size]`` int32
+    zeros, scratch; ``num_tokens``, the most that a row will hold.
+    """
+
+    positions: Tensor
+    ticket: Tensor
+    num_tokens: int
 
 
 class Pending:
@@ -56,6 +68,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = False
     store: Layer
+    steps: Steps | None = None
 
     def __init__(self, method: Method, columns: Columns, max_seq_len: int | None) -> None:
         super().__init__()

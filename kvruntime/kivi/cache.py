@@ -159,36 +159,34 @@ class KiviLayer:
     ) -> Tensor:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
-        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32, the
-        tokens each row holds before; ``ticket [batch_size]`` int32 zeros, scratch; ``num_tokens``, the most a row will hold
-        while this step is repeated (it plans the splits).  ``rotary``: see :func:`kvruntime.kivi.step.step`.  Returns
-        ``[batch_size, num_q_heads, 1, value_dim]``.  The host's books follow by :meth:`stepped`.
+        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32,
+        the tokens each row holds before; ``ticket [batch_size]`` int32 zeros, scratch; ``num_tokens``, the most a row
+        will hold while this step is repeated (it plans the splits).  ``rotary``: :func:`kvruntime.kivi.step.step`.
+        Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``)
+        stay behind until :meth:`reset`.
         """
         if not key.is_cuda:
             query, key = embedded(query, key, rotary, positions)
             self.append(key, value)
             return self.attend(query, scale)
-        method, stored = self.method, self.tensors
         _kernels("step").step(
-            query, key, value, rotary, stored["records"], stored["exact_key"], stored["exact_value"], stored.get("key_params"),
-            stored["lengths"], ticket, self.record, method.sink_length, method.residual_length,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            rotary,
+            **self._stores(False),
+            lengths=self.tensors["lengths"],
+            ticket=ticket,
+            record=self.record,
+            sink=self.method.sink_length,
+            residual=self.method.residual_length,
+        )
         return self._attend(query, scale, None, num_tokens)
-
-    def stepped(self, count: int) -> None:
-        """Enter ``count`` steps into the host's books; elsewhere than on CUDA a step did that itself."""
-        if self.device.type != "cuda":
-            return
-        for row, length in enumerate(self.row_lengths):
-            packed = self.row_packed[row]
-            for held in range(length, length + count):
-                packed = self._flushed(held, packed, 1)
-            self.row_lengths[row], self.row_packed[row] = length + count, packed
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
-        self.row_lengths = [0] * self.batch_size
-        self._write_lengths([0] * self.batch_size)
+        self.row_lengths, self.row_packed = [0] * self.batch_size, [0] * self.batch_size
+        self.tensors["lengths"].zero_()
 
     def reorder(self, index: Tensor) -> None:
         """Rows become ``index`` (int64, any number of rows, repeats allowed)."""

@@ -7,7 +7,6 @@ lengths.  Everything that a step decides lies in device memory, so a CUDA graph 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
