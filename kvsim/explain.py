@@ -118,7 +118,7 @@ def explain(model: Model, method: Method, batch_size: int, num_tokens: int) -> E
         for number in more:
             shown = replace(number, name=f"{number.name} ({layer.kind})") if several else number
             numbers[shown.name, shown.origin] = shown
-        formulas += [replace(formula, layer=label) for formula in written if formula.nbytes or not several]
+        formulas += [replace(formula, layer=label) for formula in written if _says_something(formula, several)]
     for layer, count in Counter(model.index_layers).items():
         _, written = _full(Full(), layer, count, batch_size, num_tokens)
         label = layer_label(layer, count, None)
@@ -130,6 +130,11 @@ def explain(model: Model, method: Method, batch_size: int, num_tokens: int) -> E
     for state, count in Counter(model.state_layers).items():
         formulas += _state(state, count, batch_size)
     return Explanation(method, tuple(numbers.values()), tuple(formulas))
+
+
+def _says_something(formula: Formula, several: bool) -> bool:
+    """Whether a formula is shown: not one of a stream that the layers lack, nor an empty one among several kinds."""
+    return (0, "head dim") not in formula.factors and (bool(formula.nbytes) or not several)
 
 
 def layer_label(layer: LayerShape, count: int, method: Method | None) -> str:

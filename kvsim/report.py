@@ -335,7 +335,7 @@ def model_list(rows: Sequence[tuple[Row, Model]]) -> str:
                 f"{model.num_layers} x {model.cache_layers[0].num_kv_heads} x {model.cache_layers[0].key_dim}",
                 f"{model.num_params / 1e9:.2f}" if model.num_params else "-",
                 f"{model.max_positions:,}" if model.max_positions else "-",
-                short_source(row["source"]),
+                short_source(row["source"], 18),
             )
             for row, model in rows
         ),

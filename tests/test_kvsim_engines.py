@@ -65,8 +65,8 @@ def test_vllm_sizes_its_pool_as_it_printed(name: str) -> None:
 
 def test_vllm_lengthens_blocks_for_states() -> None:
     """Qwen3.5-27B, fp8: "attention block size to 1568 tokens", "page size by 0.13%" (aivrar/vllm-windows-build#17)."""
-    state = StateShape((("conv", (10240, 3), "bfloat16"), ("ssm", (48, 128, 128), "float32")))
-    model = shaped((48, state), (16, LayerShape(4, 256, 256)))
+    state = StateShape((("conv", (10240, 4), "bfloat16"), ("recurrent", (48, 128, 128), "float32")))
+    model = replace(shaped((48, state), (16, LayerShape(4, 256, 256))), model_type="qwen3_5_text")
     groups = Vllm().groups(model, Fp8())
     assert {group.block_size for group in groups} == {1568}
     assert [group.kind for group in groups] == ["full", "state", "state", "state"]
@@ -76,6 +76,18 @@ def test_vllm_lengthens_blocks_for_states() -> None:
     pool = Vllm().pool(model, Fp8(), 20 * GIB, 32768)
     assert pool.blocks_per_request == 21 + 3
     assert sum(Vllm().parts(model, Fp8(), 2, 32768).values()) == (2 * 24 + 1) * pool.block_nbytes
+
+
+def test_vllm_states_in_a_smaller_model() -> None:
+    """Qwen3.5-9B: "attention block size to 528 tokens", "mamba page size by 0.76%" (vllm#37467)."""
+    state = StateShape((("conv", (8192, 4), "bfloat16"), ("recurrent", (32, 128, 128), "float32")))
+    shape = shaped((24, state), (8, LayerShape(4, 256, 256)))
+    model = replace(shape, model_type="qwen3_5_text")
+    assert Vllm().groups(model, Full())[0].block_size == 528
+    state_nbytes = 8192 * 3 * 2 + 32 * 128 * 128 * 4
+    assert 528 * 4096 / state_nbytes == pytest.approx(1.0076, abs=5e-5)
+    other = replace(shape, model_type="qwen3_next")  # vLLM keeps these states in the model's own type
+    assert Vllm().parts(other, Full(), 1, 100)["state_recurrent"] == 24 * 32 * 128 * 128 * 2
 
 
 def test_vllm_blocks_of_a_plain_model() -> None:
@@ -179,7 +191,7 @@ def test_llama_cpp_streams_and_unified() -> None:
     assert LlamaCpp().cells(full, 3, 100) == 3 * 256
     assert LlamaCpp(kv_unified=True).cells(full, 3, 100) == 512
     state = shaped((1, StateShape((("conv", (10, 3), "bfloat16"),))), (1, full))
-    assert LlamaCpp().parts(state, Full(), 2, 100)["state_conv"] == 2 * 30 * 4
+    assert LlamaCpp().parts(state, Full(), 2, 100)["state_conv"] == 2 * 20 * 4  # kernel - 1 inputs, float32
 
 
 def test_kvruntime_grows_in_blocks_of_256() -> None:

@@ -239,14 +239,17 @@ def _times(
     space: Room | None,
     batch: int,
     prompt: int,
-    output: int,
+    output: int | None,
     bits: float | None,
     notes: list[str],
 ) -> Times | None:
-    """Seconds of a token and to the first, where a card is given and its figures are known."""
+    """Seconds of a token and to the first, where a card is given and its figures are known.
+
+    Without an ``output`` length those of one step at the context, and of one prompt alone; else a busy server's.
+    """
     if space is None:
         return None
-    from kvsim.timing import first_token, token_step
+    from kvsim.timing import decode_step, first_token, prefill, token_step
 
     sharding = deployment.sharding
     replica = sharding.rank_batch(batch)
@@ -255,21 +258,36 @@ def _times(
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
     model, method, card = deployment.model, deployment.method, space.hardware
     try:
-        token = token_step(
-            model, method, card, replica, prompt, output, weight_bits=bits, tensor_parallel=tensor, engine=name
-        )
-        first = first_token(
-            model,
-            method,
-            card,
-            replica,
-            prompt,
-            output,
-            weight_bits=bits,
-            tensor_parallel=tensor,
-            cached_tokens=cached,
-            engine=name,
-        )
+        if output is None:
+            token = decode_step(
+                model, method, card, replica, prompt, weight_bits=bits, tensor_parallel=tensor, engine=name
+            )
+            first = prefill(
+                model,
+                card,
+                1,
+                prompt,
+                weight_bits=bits,
+                tensor_parallel=tensor,
+                cached_tokens=cached,
+                engine=name,
+            )
+        else:
+            token = token_step(
+                model, method, card, replica, prompt, output, weight_bits=bits, tensor_parallel=tensor, engine=name
+            )
+            first = first_token(
+                model,
+                method,
+                card,
+                replica,
+                prompt,
+                output,
+                weight_bits=bits,
+                tensor_parallel=tensor,
+                cached_tokens=cached,
+                engine=name,
+            )
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None

@@ -171,7 +171,7 @@ def choose_card(spec: str | None, sharding: Sharding) -> tuple[Hardware | None, 
 
 def tokens_a_sequence(
     ctx: str | None, max_model_len: str | None, input_len: str | None, output_len: str | None
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int | None, int]:
     """``(context, input, output, max_model_len)`` as the flags say: a context is an input and an output, or given.
 
     Raises ``ValueError`` for flags that contradict each other.
@@ -181,13 +181,13 @@ def tokens_a_sequence(
         if ctx is not None:
             raise ValueError("give --ctx, or --input-len and --output-len, not both")
         given = parse_size(input_len, "input-len") if input_len is not None else None
-        out = parse_size(output_len, "output-len") if output_len is not None else 1
+        out = parse_size(output_len, "output-len") if output_len is not None else None
         if given is None:
             raise ValueError("--output-len needs --input-len")
-        tokens = given + (out if output_len is not None else 0)
+        tokens = given + (out or 0)
     else:
         tokens = parse_size(ctx) if ctx is not None else longest or parse_size("4k")
-        given, out = tokens, 1
+        given, out = tokens, None
     if longest is not None and tokens > longest:
         raise ValueError(f"a sequence of {tokens:,} tokens is beyond --max-model-len {longest:,}")
     return tokens, given, out, longest or tokens

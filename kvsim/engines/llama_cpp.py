@@ -13,10 +13,12 @@ Read in src/llama-context.cpp, llama-kv-cache.cpp and llama-kv-cache-iswa.cpp (2
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvsim.engines.ideal import Ideal
+from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, nbytes
 from kvsim.methods import Full, Ggml, placed
 from kvsim.methods.ggml import PLAIN
@@ -69,15 +71,12 @@ class LlamaCpp:
         out = Ideal().parts(model, method, batch_size, num_tokens)
         cache = sum(size for name, size in out.items() if not name.startswith(("state_", "index_")))
         out["padding"] = total - cache
-        for state in set(model.state_layers):
-            for name, shape, dtype in state.tensors:
-                if dtype != "float32":
-                    several = sum(1 for layer in model.state_layers if layer == state)
-                    elements = several * batch_size
-                    for size in shape:
-                        elements *= size
-                    key = f"state_{name}"
-                    out[key] += 4 * elements - elements * {"float16": 2, "bfloat16": 2}.get(dtype, 4)
+        if model.state_layers:
+            out = {name: size for name, size in out.items() if not name.startswith("state_")}
+            for state, count in Counter(model.state_layers).items():
+                for buffer in served(state, "float32", "float32").buffers(batch_size):
+                    key = f"state_{buffer.name}"
+                    out[key] = out.get(key, 0) + count * buffer.nbytes
         return out
 
     def _check(self, layer: LayerShape, method: Method) -> None:

@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvsim.engines.ideal import Ideal
-from kvsim.layout import LayerShape, Method, nbytes
+from kvsim.engines.states import served
+from kvsim.layout import LayerShape, Method, StateShape, nbytes
 from kvsim.methods import Fp8, Full, Nvfp4, PerTokenHead, placed
 from kvsim.methods.place import at
 
@@ -43,6 +44,8 @@ INDEX_NBYTES = 132
 """Bytes a token of an index key of 128: fp8 codes and a float32 scale (DeepseekV32IndexerCache)."""
 FP8_DS_MLA_NBYTES = 656
 """Bytes a token of a latent of 576 under --kv-cache-dtype fp8 beside an indexer (``fp8_ds_mla``)."""
+FLOAT32_STATES = ("nemotron_h", "qwen3_5")
+"""Families whose config asks vLLM for float32 states (--mamba-ssm-cache-dtype auto); KDA has them always."""
 SPARSE_BLOCK = 64
 MLA_ALIGNMENT = 128
 
@@ -146,6 +149,12 @@ class Vllm:
         if model.index_layers:
             out = {name: size for name, size in out.items() if not name.startswith("index_")}
             out["index_key"] = INDEX_NBYTES * batch_size * num_tokens * len(model.index_layers)
+        if model.state_layers:
+            out = {name: size for name, size in out.items() if not name.startswith("state_")}
+            for state, count in Counter(model.state_layers).items():
+                for buffer in _state(state, model).buffers(batch_size):
+                    key = f"state_{buffer.name}"
+                    out[key] = out.get(key, 0) + count * buffer.nbytes
         out["padding"] = total - sum(out.values())
         out["null_block"] = block
         return out
@@ -159,7 +168,7 @@ class Vllm:
         ]
         pages += [(("full", None), INDEX_NBYTES * block_size, count) for count in [len(model.index_layers)] if count]
         states = [
-            (("state", None), sum(buffer.nbytes for buffer in state.buffers(1)), count)
+            (("state", None), nbytes(_state(state, model).buffers(1)), count)
             for state, count in Counter(model.state_layers).items()
         ]
         if states and pages:
@@ -170,7 +179,7 @@ class Vllm:
     def _block_size(self, model: Model, method: Method) -> int:
         """Tokens a block, after vLLM has fitted it to sparse attention and to states."""
         size = max(self.block_size, SPARSE_BLOCK) if model.index_layers else self.block_size
-        states = [sum(buffer.nbytes for buffer in state.buffers(1)) for state in model.state_layers]
+        states = [nbytes(_state(state, model).buffers(1)) for state in set(model.state_layers)]
         full = [layer for layer in model.cache_layers if layer.window is None]
         if not states or not full:
             return size
@@ -257,6 +266,13 @@ class Vllm:
             if isinstance(method, Fp8):
                 out.append(f"fp8 latents as fp8_ds_mla: {FP8_DS_MLA_NBYTES} B a token and layer")
         return tuple(out)
+
+
+def _state(state: StateShape, model: Model) -> StateShape:
+    """A state as vLLM types it: recurrent ones as the model's activations, unless the family asks for float32."""
+    conv = next((dtype for name, _, dtype in state.tensors if name == "conv"), None)
+    wide = state.kind == "kda" or model.model_type.startswith(FLOAT32_STATES)
+    return served(state, recurrent_dtype="float32" if wide else conv)
 
 
 def _grouped(pages: list[tuple[tuple[str, int | None], int, int]], block_size: int) -> tuple[Group, ...]:
