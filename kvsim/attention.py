@@ -29,7 +29,6 @@ class Attention:
     head_dim_required: bool = False  # where no class is known; True: there is a number of its own
     value_dim: Keys | None = None  # None: as the keys
     multi_query: str | None = None  # key of a switch (on where absent): one key/value head
-    window: Keys = "sliding_window"
     inner: Keys | None = None  # width that the projections read (None: hidden size)
     fixed_kv_heads: int | None = None
     fixed_head_dim: int | None = None  # where the class has a number and no key for it

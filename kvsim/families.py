@@ -6,8 +6,9 @@ code published with the model).  :mod:`kvsim.model` reads the keys, :mod:`kvsim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Protocol
 
 from kvsim import kinds
@@ -72,6 +73,24 @@ class Family:
     layer_extra: Count | None = None
     outer_extra: Count | None = None
     lookup_extra: Count | None = None
+
+
+@cache
+def known_keys(model_type: str) -> frozenset[str]:
+    """Every key that the family's row names, read or not."""
+    return frozenset(_strings(FAMILIES[model_type]))
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from _strings(inner)
+    elif isinstance(value, Mapping):
+        yield from _strings(tuple(value.values()))
+    elif is_dataclass(value):
+        yield from _strings(tuple(getattr(value, field.name) for field in fields(value)))
 
 
 ATTENTION_BIAS = ("attention_bias", False)

@@ -17,7 +17,7 @@ from typing import Any
 from kvsim import catalog
 from kvsim.body import MAX_LAYERS, Body, Shapes
 from kvsim.config import ConfigReader, Keys
-from kvsim.families import FAMILIES, WRAPPERS, Family
+from kvsim.families import FAMILIES, WRAPPERS, Family, known_keys
 from kvsim.kinds import spelled
 from kvsim.layout import LayerShape, StateShape
 from kvsim.parameters import Weights, count_weights, mixer_kind
@@ -116,7 +116,7 @@ class Model:
         layers, kinds = _layers(body, family, [kind for kind, _ in plan])
         weights = count_weights(body, family, plan)
         _left_out(body, model_type, layers)
-        _refuse_foreign(reader, family, layers)
+        _refuse_foreign(reader, model_type, layers)
         dtype = _dtype(reader, config)
         vocab = next((reader.count("vocab_size", key) for key in _each(family.vocab) if reader.has(key)), None)
         return cls(
@@ -336,13 +336,13 @@ def _made(body: Body, family: Family, kind: str) -> Shapes:
     return tuple(out)
 
 
-def _refuse_foreign(reader: ConfigReader, family: Family, layers: tuple[LayerShape | StateShape, ...]) -> None:
+def _refuse_foreign(reader: ConfigReader, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:
     """Refuses a key that smells of changing the cache and was not understood."""
-    ruled = {*_each(family.window), *_each(family.chunk)}
+    known = INERT | known_keys(model_type) | reader.used
     if not any(isinstance(layer, LayerShape) for layer in layers):
-        ruled |= {"num_key_value_heads", "head_dim"}
+        known |= {"num_key_value_heads", "head_dim"}
     for key, value in reader.config.items():
-        if not isinstance(key, str) or key in reader.used or key in INERT or key in family.inert or key in ruled:
+        if not isinstance(key, str) or key in known:
             continue
         if NEUTRAL.get(key) == value and not isinstance(value, bool):
             continue
@@ -351,7 +351,7 @@ def _refuse_foreign(reader: ConfigReader, family: Family, layers: tuple[LayerSha
         found = _SMELL.search(key)
         if found:
             what = next(what for pattern, what in FOREIGN.items() if re.search(pattern, key))
-            raise reader.error(key, f"{what}: not known of model_type {reader.config.get('model_type')!r}")
+            raise reader.error(key, f"{what}: not known of model_type {model_type!r}")
 
 
 def _left_out(body: Body, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:
