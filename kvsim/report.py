@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kvsim.capacity import Room
 from kvsim.catalog import Row
+from kvsim.doctor import Diagnosis
 from kvsim.engines.vllm import Pool
 from kvsim.estimate import SPLIT, Estimate
 from kvsim.explain import Explanation, Number, layer_label
@@ -20,6 +21,9 @@ from kvsim.layout import LayerShape
 from kvsim.limits import NOT_MODELLED
 from kvsim.model import Model
 from kvsim.parallel import Sharding
+
+WHOLE = ("tokens", "blocks", "cells", "layers")
+"""Units whose figures are whole numbers."""
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -283,6 +287,32 @@ def comparison(rows: Sequence[Estimate]) -> str:
         f"Cache in {name} at a context of\n\n{table(['method', *heads], sizes)}\n\n"
         f"Times smaller than fp16 at a context of\n\n{table(['method', *heads], ratios)}"
     )
+
+
+def diagnosis(found: Diagnosis) -> str:
+    """What the log is, and its figures: predicted, reported, error, and the cause a line below where there is one."""
+    title = f"{found.engine} {found.version}".strip() + (f", {found.model}" if found.model else "")
+    told = ", ".join(f"{name} {value}" for name, value in found.settings.items())
+
+    def figure(number: float | None, unit: str) -> str:
+        if number is None:
+            return "-"
+        return f"{number:,.0f}" if unit in WHOLE else f"{number:,.2f}"
+
+    body = [
+        (
+            str(each.line),
+            each.what,
+            each.unit,
+            figure(each.predicted, each.unit),
+            figure(each.reported, each.unit),
+            "-" if each.error is None else f"{each.error:+.2%}",
+        )
+        for each in found.findings
+    ]
+    heads = ["line", "figure", "unit", "predicted", "reported", "error"]
+    causes = [f"  {each.line}: {each.what}: {each.cause}" for each in found.findings if each.cause]
+    return "\n\n".join([title, told, table(heads, body, left=(1, 2)), "\n".join(["Causes", *causes])])
 
 
 def explanations(shared: Sequence[Number], rows: Sequence[Explanation]) -> str:
