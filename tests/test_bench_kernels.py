@@ -9,11 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvruntime.bench import attention, kernel_report, kernels, packing, timing  # noqa: E402
+from kvruntime.bench import attention, kernel_report, kernels, packing, sitting, timing  # noqa: E402
 from kvruntime.bench.ceilings import copy_ceiling, read_ceiling  # noqa: E402
 from kvruntime.bench.compiling import compile_group  # noqa: E402
 from kvruntime.bench.results import Results  # noqa: E402
-from kvruntime.bench.run import run  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
 from kvsim.load import load_config  # noqa: E402
 from kvsim.methods import Full  # noqa: E402
@@ -154,19 +153,40 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
     results = Results(tmp_path / "k.json", {"device": {"name": "here"}})
     tasks = kernels.kernel_tasks(BENCH, [SMALL, SMALL], methods, splits=True)
     tasks += kernels.packing_tasks(BENCH, SMALL, [SMALL], methods[:1])
-    rows = run(kernels.unique(tasks), results, told=lambda row: kernel_report.line(row, results.rows))
+    assert sitting.carry_out(tasks, results, kernel_report.line, kernel_report.tables) == 0
+    rows = results.rows
     assert [row["kind"] for row in rows] == ["sdpa", "sdpa", "attend", "append", "pack"]
     assert rows[1]["failed"] == "RuntimeError: No available kernel."
     assert kernel_report.speedup(rows[2], rows) == pytest.approx(1.0 / rows[2]["seconds"][0])
-    assert "against fp16" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "against fp16" in shown.err
+    assert "failed: RuntimeError: No available kernel." in shown.err
+    assert "decode attention" in shown.out
     shown = kernel_report.tables([*rows, {"kind": "ceiling", "what": "read", "bandwidth": 3e12}])
     for words in ("measured ceilings: read 3,000 GB/s", "llama-3-8b 2 x 320", "failed: sdpa fp16-flash", "flush us"):
         assert words in shown
     again = Results(tmp_path / "k.json", {"device": {"name": "here"}}, resume=True)
     monkeypatch.setattr("kvruntime.bench.run._measured", lambda task, tick: {"failed": "again: " + task.key["kind"]})
-    redone = [row for row in run(kernels.unique(tasks), again) if "failed" in row]
-    assert [row["failed"] for row in redone] == ["again: sdpa"]
+    assert sitting.carry_out(tasks, again, kernel_report.line, kernel_report.tables) == 0
+    assert [row["failed"] for row in again.rows if "failed" in row] == ["again: sdpa"]
     assert json.loads((tmp_path / "k.json").read_text())["schema"] == "kvruntime.bench/1"
+
+
+def test_a_lost_device_stops_the_run_and_what_failed_comes_last(tmp_path, capsys) -> None:
+    done = []
+
+    def measure(number: int):
+        done.append(number)
+        if number == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return {"bandwidth": 1e9, "what": "read"}
+
+    tasks = [sitting.task({"kind": "ceiling", "number": n}, lambda n=n: measure(n)) for n in range(4)]
+    for resume, code in ((False, sitting.AGAIN), (True, sitting.AGAIN)):
+        results = Results(tmp_path / "r.json", {"device": {"name": "here"}}, resume=resume)
+        assert sitting.carry_out(tasks, results, kernel_report.line, kernel_report.tables) == code
+    assert done == [0, 1, 2, 3, 1]
+    assert "go on with --resume" in capsys.readouterr().err
 
 
 def test_asked_ratios_stand_beside_the_rows_they_mean() -> None:

@@ -8,7 +8,11 @@ from dataclasses import replace
 from multiprocessing import TimeoutError, get_context
 from time import perf_counter
 
-from kvruntime.bench.attention import Shape
+import torch
+
+from kvruntime.bench.attention import Shape, Tokens
+from kvruntime.bench.timing import Bench, wall_timer
+from kvruntime.kivi.cache import KiviLayer
 from kvsim.methods import Kivi
 
 Case = tuple[Shape, Kivi]
@@ -40,14 +44,21 @@ def compile_ahead(cases: Sequence[Case], device: str, say: Callable[[str], None]
     say(f"compiled in {perf_counter() - start:.0f} s")
 
 
+def one_step(layer: KiviLayer, tokens: Tokens) -> None:
+    """One step of the engine, rotary embedding where the model has it."""
+    shape, device = tokens.shape, tokens.device
+    longest = max(shape.row_lengths)
+    rotary = None
+    if not shape.model.startswith("gpt2"):
+        rotary = (tokens.draw(1, longest)[0, 0], tokens.draw(1, longest)[0, 0])
+    zeros = torch.zeros(2, shape.batch_size, dtype=torch.int32, device=device)
+    heads = shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads
+    query, key, value = tokens.draw(sum(heads), 1).split(heads, 1)
+    layer.step(query, key, value, shape.scale, zeros[0] + max(layer.row_lengths), zeros[1], longest, rotary)
+
+
 def compile_group(work: tuple[list[Case], str]) -> list[str]:
     """Appends to and attends over a nearly empty layer of each case's size; a line for each that fails."""
-    import torch
-
-    from kvruntime.bench.attention import Tokens
-    from kvruntime.bench.timing import Bench, wall_timer
-    from kvruntime.kivi.cache import KiviLayer
-
     cases, device = work
     bench = Bench(torch.device(device), wall_timer, wall_timer, 1)
     failures = []
@@ -57,6 +68,7 @@ def compile_group(work: tuple[list[Case], str]) -> list[str]:
             layer = KiviLayer(method, shape.layer, shape.batch_size, max(shape.row_lengths), device)
             layer.append(*tokens.pair(method.residual_length + 2 * method.record_length))
             layer.attend(tokens.draw(shape.num_q_heads, 1), shape.scale)
+            one_step(layer, tokens)
             if device != "cpu":
                 torch.cuda.synchronize()
         except Exception as error:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.results import Results, Row, describe
+from kvruntime.bench.sitting import carry_out, say, task
 from kvsim.methods import Kivi
 from kvsim.options import parse_size
 
@@ -92,28 +92,6 @@ def key_of(kind: str, bench: Bench, shape: Shape, **rest: Any) -> Row:
     return {"kind": kind, "model": shape.model, **size, **heads, **rest, "seed": bench.seed}
 
 
-def task(key: Row, measure: Callable[[], Row], cost: float = 1.0) -> Task:
-    """A measurement whose failure is a row, and after which the device's memory is free again."""
-    from kvruntime.bench.run import Task
-
-    def measured(tick: Callable[[float], None]) -> Row:
-        try:
-            return measure()
-        finally:
-            release()
-
-    return Task(key, measured, cost=cost, guest=True)
-
-
-def release() -> None:
-    """Give the device's memory back: what an ended measurement still holds in cycles, too."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def ceiling_tasks(bench: Bench) -> list[Task]:
     from kvruntime.bench.ceilings import CEILINGS
 
@@ -194,7 +172,6 @@ def kernels(**given: Any) -> int:
     Raises ``ValueError`` on a machine without CUDA, for a bad shape, or for a method that is not KIVI's.
     """
     from kvruntime.bench.kernel_report import line, tables
-    from kvruntime.bench.run import Interrupted, run
     from kvruntime.weights import pick_device
 
     shapes = [make_shape(spec) for spec in given["shapes"] or (QUICK if given["quick"] else SHAPES)]
@@ -223,28 +200,10 @@ def kernels(**given: Any) -> int:
         steps = [make_shape("llama-3-8b:1x8k"), make_shape("llama-3-8b:64x4k")]
         tasks += packing_tasks(bench, make_shape("llama-3-8b:1x128k"), steps, PACKED)
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     if given["compile_ahead"]:
         compile_ahead([case for case in dict.fromkeys(cases) if fits(*case)], device, say)
-    try:
-        with torch.no_grad():
-            run(unique(tasks), results, told=lambda row: line(row, results.rows))
-    except Interrupted as stop:
-        say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with --resume")
-        return 130
-    print(tables(results.rows))
-    print(f"\nrecorded in {results.path}")
-    return 0
-
-
-def unique(tasks: Iterable[Task]) -> list[Task]:
-    """The first task of each key."""
-    first: dict[tuple[Any, ...], Task] = {}
-    for one in tasks:
-        first.setdefault(tuple(one.key.items()), one)
-    return list(first.values())
+    with torch.no_grad():
+        return carry_out(tasks, results, line, tables)
 
 
 def kivi_methods(specs: Sequence[str]) -> list[Kivi]:

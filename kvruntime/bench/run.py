@@ -45,7 +45,7 @@ class Interrupted(Exception):
 def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | None = None) -> list[Row]:
     """Does every task that ``results`` does not hold yet, recording each as it ends; returns the rows of all tasks.
 
-    ``told``: what to say of a finished row at once.  Raises ``Interrupted`` on Ctrl-C, with the file in order.
+    ``told``: what to say of a row at once, failed or not.  Raises ``Interrupted`` on Ctrl-C, with the file in order.
     """
     everything = list(tasks)
     todo = [task for task in everything if not results.done(task.key)]
@@ -58,10 +58,10 @@ def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | No
                 progress.begin(task.label)
                 row = _measured(task, progress.tick)
                 results.add(task.key, row)
-                if "failed" in row:
-                    progress.say(f"failed: {task.label}: {row['failed']}")
-                elif told is not None:
+                if told is not None:
                     progress.say(told({**task.key, **row}))
+                elif "failed" in row:
+                    progress.say(f"failed: {task.label}: {row['failed']}")
                 progress.end()
     except KeyboardInterrupt:
         done = sum(results.done(task.key) for task in everything)
