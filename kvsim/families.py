@@ -230,6 +230,8 @@ def nas_blocks(body: Body) -> list[Shapes]:
     blocks = reader.listed("block_configs", body.num_layers)
     if blocks is None:
         raise reader.error("block_configs", "this model type must describe its blocks")
+    if body.hidden % body.num_q_heads:
+        raise reader.error("num_attention_heads", f"allowed are divisors of hidden_size {body.hidden}")
     head_dim = body.hidden // body.num_q_heads
     reader.sources |= {
         "num_kv_heads": f"{reader.label('num_attention_heads')} / block_configs attention.n_heads_in_group",

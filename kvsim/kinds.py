@@ -45,7 +45,7 @@ def spelled(reader: ConfigReader, key: str, entries: list[Any], allowed: set[str
         if kind is None or kind not in allowed:
             names = ", ".join(repr(name) for name, kind in SPELLINGS.items() if kind in allowed)
             window = reader.config.get("sliding_window")
-            what = f" (sliding_window {window})" if window is not None and kind == "sliding" else ""
+            what = f" (sliding_window {str(window)[:20]})" if window is not None and kind == "sliding" else ""
             raise ValueError(
                 f"config key {reader.label(key)} has {str(entry)[:40]!r}{what}: not supported, only {names}"
             )

@@ -173,12 +173,14 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     model_type = outer.get("model_type")
     inner, wrapper = config.get("text_config"), None
     prefix, nested = "", False
+    if not isinstance(model_type, str):
+        raise outer.error("model_type", "allowed is the name of a model type")
     if inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
         if not isinstance(inner, Mapping):
             raise outer.error("text_config", "allowed is a JSON object")
         if model_type not in WRAPPERS:
             raise ValueError(
-                f"config key text_config of model_type {model_type!r}: nested configs are supported of "
+                f"config key text_config of model_type {model_type[:40]!r}: nested configs are supported of "
                 f"{', '.join(WRAPPERS)}"
             )
         wrapper, prefix, nested, config = str(model_type), "text_config.", True, inner
@@ -203,10 +205,10 @@ INNER = {
 
 
 def _family(reader: ConfigReader, model_type: Any) -> Family:
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
     if not isinstance(model_type, str):
-        raise reader.error("model_type", f"allowed are {', '.join(FAMILIES)}")
+        raise reader.error("model_type", "allowed is the name of a model type")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
     near = get_close_matches(model_type[:60], FAMILIES, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}? " if near else ""
     raise reader.error("model_type", f"{hint}supported are {', '.join(FAMILIES)}")
