@@ -23,7 +23,7 @@ from kvsim.layout import Method
 from kvsim.model import Model
 from kvsim.parallel import Deployment, Sharding
 from kvsim.plan import MAX_BATCH, site
-from kvsim.timing import Band, decode_step
+from kvsim.timing import Band, Step, decode_step
 
 POINTS_PER_OCTAVE = 4
 MARGIN = 0.01
@@ -95,11 +95,11 @@ class Runner:
         self.model, self.method, self.card, self.num_cards, self.engine = model, method, card, num_cards, engine
         self.place = site(model, card, num_cards, weight_bits, reserve)
         self.cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=num_cards))
-        self.seconds = lru_cache(maxsize=None)(self._seconds)
+        self.step = lru_cache(maxsize=None)(self._step)
         self.max_batch = lru_cache(maxsize=None)(self._max_batch)
         self.seconds(1, 1)
 
-    def _seconds(self, batch_size: int, num_tokens: int) -> Band:
+    def _step(self, batch_size: int, num_tokens: int) -> Step:
         return decode_step(
             self.model,
             self.method,
@@ -109,7 +109,11 @@ class Runner:
             weight_bits=self.place.weight_bits,
             tensor_parallel=self.num_cards,
             engine=self.engine.name,
-        ).seconds
+        )
+
+    def seconds(self, batch_size: int, num_tokens: int) -> Band:
+        """Of one decode step."""
+        return self.step(batch_size, num_tokens).seconds
 
     def _max_batch(self, num_tokens: int) -> int:
         """The most sequences of ``num_tokens`` tokens that fit."""

@@ -17,6 +17,8 @@ LAZY: dict[str, str] = {
     "calibrate": "Measures this card (needs the runtime): a profile that takes the place of stated constants.",
     "breakeven": "From which context and batch a method pays, in tokens a second and in money.",
     "plan": "How many cards, which method and batch for so many users within these latencies, and at what price.",
+    "report": "One self-contained HTML file: plots, and the tables behind them.",
+    "serve": "The same as an interactive page on localhost.",
     "sweep": "Grids over models, methods, contexts, batches and cards, as CSV, Parquet or JSON.",
 }
 """Name -> one-line help.  ``kvsim.commands.<name>`` holds the command itself, as ``command``."""

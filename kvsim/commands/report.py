@@ -1,0 +1,83 @@
+"""``kvsim report``: the page of :mod:`kvsim.page` as one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import click
+
+from kvsim.engines import ENGINES, make_engine
+from kvsim.load import load_model
+from kvsim.options import choose_methods, parse_reserve, parse_size
+from kvsim.page import NOT_MODELLED, Question, answer, as_json, question_price, report
+from kvsim.prices import given
+from kvsim.quantities import parse_card
+
+METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
+
+
+@click.command("report")
+@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
+@click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
+@click.option(
+    "--method", "specs", multiple=True, help=f"Method; the first is compared with.  [default: {', '.join(METHODS)}]"
+)
+@click.option("--ctx", default="32k", show_default=True, help="Tokens a sequence.")
+@click.option("--batch", default="8", show_default=True, help="Sequences.")
+@click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
+@click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes and kernels: {', '.join(ENGINES)}.")
+@click.option("--reserve", default="10%", show_default=True, help="Share of a card's memory held back.")
+@click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("kvsim.html"),
+    show_default=True,
+    help="File.",
+)
+@click.option("--json", "as_object", is_flag=True, help="Print the tables as one JSON object; no file.")
+def command(
+    model_name: str,
+    gpu: str,
+    specs: tuple[str, ...],
+    ctx: str,
+    batch: str,
+    weight_bits: float | None,
+    engine: str,
+    reserve: str,
+    price: float | None,
+    out: Path,
+    as_object: bool,
+) -> None:
+    """One self-contained HTML file: plots, and the tables behind them."""
+    card, count = parse_card(gpu)
+    if weight_bits is not None and not 0 < weight_bits <= 64:
+        raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
+    make_engine(engine)
+    question = Question(
+        load_model(model_name),
+        card,
+        tuple(choose_methods(specs or METHODS, {}, None)[0]),
+        parse_size(ctx),
+        parse_size(batch, "batch"),
+        count or 1,
+        weight_bits,
+        engine,
+        parse_reserve(reserve),
+        question_price(card, count or 1) if price is None else given(card.id, price),
+        specs or METHODS,
+    )
+    found = answer(question)
+    if as_object:
+        click.echo(json.dumps(as_json(found), indent=2))
+        return
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(report(found), encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {out.stat().st_size / 1024:,.0f} KiB")
+    click.echo("Not modelled: " + "; ".join(NOT_MODELLED) + ".")

@@ -1,0 +1,56 @@
+"""``kvsim serve``: the command line of :mod:`kvsim.serve`."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import click
+
+from kvsim import catalog
+from kvsim.load import load_model
+from kvsim.model import Model
+
+
+@click.command("serve")
+@click.option("--model", "model_name", help="Model to begin with: catalogue name, config.json, directory, or hub id.")
+@click.option("--gpu", help="Card to begin with.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port; 0: any free one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the address as one JSON object.")
+def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -> None:
+    """The same as an interactive page on localhost.
+
+    Only this machine can reach it.  Ctrl-C ends it.
+    """
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise ValueError("serve needs starlette and uvicorn: pip install 'kvsim[serve]'") from None
+    from kvsim.quantities import parse_card
+    from kvsim.serve import Asked, app, serve
+
+    own: dict[str, Model] = {}
+    given: dict[str, str] = {}
+    if model_name is not None:
+        given["model"] = model_name
+        if catalog.find("models", model_name) is None:
+            own[model_name] = load_model(model_name)
+    if gpu is not None:
+        card, count = parse_card(gpu)
+        given |= {"gpu": card.id, "cards": str(count or 1)}
+    host = "127.0.0.1"
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"port {port}: {error.strerror}") from None
+        port = probe.getsockname()[1]
+    url = f"http://{host}:{port}/"
+    if as_json:
+        click.echo(json.dumps({"schema": "kvsim.serve/1", "inputs": given, "rows": [{"url": url}]}))
+    else:
+        click.echo(f"kvsim serves on {url} (Ctrl-C ends it)")
+    click.get_text_stream("stdout").flush()
+    serve(app(Asked(**given), own), host, port)
