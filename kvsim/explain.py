@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 
+from kvsim.labels import layer_label
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, Method, StateShape
 from kvsim.methods import Evict, Fp8, Full, Ggml, Kivi, Nvfp4, Paged, PerTokenHead, placed
 from kvsim.methods.ggml import PLAIN as GGML_PLAIN
@@ -135,16 +136,6 @@ def explain(model: Model, method: Method, batch_size: int, num_tokens: int) -> E
 def _says_something(formula: Formula, several: bool) -> bool:
     """Whether a formula is shown: not one of a stream that the layers lack, nor an empty one among several kinds."""
     return (0, "head dim") not in formula.factors and (bool(formula.nbytes) or not several)
-
-
-def layer_label(layer: LayerShape, count: int, method: Method | None) -> str:
-    """``52 sliding layers: 16 kv heads of 128, window 1,024`` and, where given, the method of these layers."""
-    dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
-    window = f", window {layer.window:,}" if layer.window is not None else ""
-    stride = f", one entry a {layer.stride} tokens" if layer.stride > 1 else ""
-    named = f", {method.name}" if method is not None else ""
-    plural = "s" if count > 1 else ""
-    return f"{count} {layer.kind} layer{plural}: {layer.num_kv_heads} kv heads of {dims}{window}{stride}{named}"
 
 
 def _state(state: StateShape, count: int, batch_size: int) -> list[Formula]:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvsim.capacity import Room
-from kvsim.catalog import Row
-from kvsim.doctor import Diagnosis
-from kvsim.engines.vllm import Pool
 from kvsim.estimate import SPLIT, Estimate
-from kvsim.explain import Explanation, Number, layer_label
-from kvsim.hardware import Hardware
+from kvsim.labels import layer_label
 from kvsim.layout import LayerShape
 from kvsim.limits import NOT_MODELLED
-from kvsim.model import Model
-from kvsim.parallel import Sharding
+
+if TYPE_CHECKING:
+    from kvsim.capacity import Room
+    from kvsim.catalog import Row
+    from kvsim.doctor import Diagnosis
+    from kvsim.engines.vllm import Pool
+    from kvsim.explain import Explanation, Number
+    from kvsim.hardware import Hardware
+    from kvsim.model import Model
+    from kvsim.parallel import Sharding
 
 WHOLE = ("tokens", "blocks", "cells", "layers")
 """Units whose figures are whole numbers."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvsim.capacity import Room
-from kvsim.estimate import Estimate
-from kvsim.explain import Explanation
 from kvsim.layout import LayerShape, Method, StateShape
 from kvsim.limits import NOT_MODELLED
-from kvsim.model import Model
+
+if TYPE_CHECKING:
+    from kvsim.capacity import Room
+    from kvsim.estimate import Estimate
+    from kvsim.explain import Explanation
+    from kvsim.model import Model
 
 VERSIONS: dict[str, int] = dict.fromkeys(NOT_MODELLED, 1)
 """Command -> the number of its schema.  A key that is added leaves it; one that changes its meaning raises it."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +266,20 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert child.wait() == 0
 
 
-def test_start_is_quick_and_light() -> None:
-    command = [*CHILD, "estimate", "--model", "llama-3-8b", "--ctx", "128k", "--gpu", "h100"]
+def seconds(command: Sequence[str], times: int) -> float:
+    """The quickest of several runs."""
     best = 10.0
-    for _ in range(7):
+    for _ in range(times):
         began = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         best = min(best, time.perf_counter() - began)
-    assert best < 0.5  # some 0.1 s on two cores; the bound leaves room for a busy machine
+    return best
+
+
+def test_start_is_quick_and_light() -> None:
+    command = [*CHILD, "estimate", "--model", "llama-3-8b", "--ctx", "128k", "--gpu", "h100"]
+    slower = max(1.0, seconds([sys.executable, "-c", "pass"], 5) / 0.015)  # than the machine this was measured on
+    assert seconds(command, 12) < 0.15 * slower
     script = "import sys; from kvsim.cli import run; run(sys.argv[1:]); print(*sys.modules)"
     child = subprocess.run([sys.executable, "-c", script, *command[3:]], cwd=ROOT, check=True, capture_output=True)
     loaded = {name.split(".")[0] for name in child.stdout.decode().splitlines()[-1].split()}
