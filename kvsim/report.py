@@ -160,8 +160,9 @@ def fits(
     fitting: Sequence[bool],
     largest: Sequence[tuple[int | None, int | None]],
     cards: int = 1,
+    flag: str = "--reserve",
 ) -> str:
-    """What fits beside the weights: ``largest`` holds (batch, context) a row."""
+    """What fits beside the weights: ``largest`` holds (batch, context) a row; ``flag`` sets the share held back."""
 
     def gib(nbytes: int) -> str:
         return f"{nbytes / GIB:,.2f} GiB"
@@ -171,7 +172,7 @@ def fits(
     each = f"{cards} x {room.hardware.id}, the fullest" if cards > 1 else room.hardware.id
     lines = [
         f"{each}: {gib(room.memory_nbytes)} ({room.hardware.memory_source})",
-        f"  - {gib(room.reserve_nbytes)} held back ({share:.0%}, --reserve)",
+        f"  - {gib(room.reserve_nbytes)} held back ({share:.0%}, {flag})",
         f"  - {gib(room.weight_nbytes)} weights at {room.weight_bits:g} bits",
         *(f"  - {gib(size)} {name.replace('_', ' ')} (estimate)" for name, size in room.overhead.items()),
         f"  = {gib(room.cache_nbytes)} for the cache",

@@ -170,7 +170,8 @@ def command(
     if sharding != Sharding():
         blocks.append(report.shares(rows, ranks, sharding))
     if space is not None:
-        blocks.append(report.fits(space, rows, fits, limits, sharding.ranks))
+        flag = "--reserve" if reserve is not None or serving.name != "vllm" else "--gpu-memory-utilization"
+        blocks.append(report.fits(space, rows, fits, limits, sharding.ranks, flag))
         blocks += [report.pools(rows, pools), report.times(rows, times, batch)]
     show(*blocks, report.notes(notes), report.not_modelled("estimate"))
     return code
