@@ -129,6 +129,23 @@ def kernels_command(**given: Any) -> int:
     return kernels(**given)
 
 
+@bench_command.command("engine")
+@click.option("--model", "models", multiple=True, help="gpt2, gpt2-large, llama-3-8b. Repeatable.")
+@click.option("--method", "specs", multiple=True, help="kivi:nbits=2,group_size=64; fp16 always takes part.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Fillings of the cache, each timed.")
+@click.option("--quick", is_flag=True, help="Few contexts, no largest batch.")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@click.option("--compile-ahead/--no-compile-ahead", default=True, help="In several processes at once.")
+@record_options
+@click.option("--device", help="cuda, cuda:1.  [default: cuda]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights and tokens.")
+def engine_command(**given: Any) -> int:
+    """Whole decode steps over context and batch, every layout against the float16 engine.  Needs CUDA."""
+    from kvruntime.bench.engine import engine
+
+    return engine(**given)
+
+
 @cli.command("perplexity")
 @click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
 @method_options

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from kvruntime.bench import attention, kernel_report, kernels, packing, sitting, timing  # noqa: E402
 from kvruntime.bench.ceilings import copy_ceiling, read_ceiling  # noqa: E402
-from kvruntime.bench.compiling import compile_group  # noqa: E402
+from kvruntime.bench.compiling import Case, compile_group  # noqa: E402
 from kvruntime.bench.results import Results  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
 from kvsim.load import load_config  # noqa: E402
@@ -200,8 +200,9 @@ def test_asked_ratios_stand_beside_the_rows_they_mean() -> None:
 
 
 def test_compiling_ahead_reports_what_fails() -> None:
-    fine, broken = (SMALL, kernels.kivi(2, 64, 64)), (replace(SMALL, head_dim=72), kernels.kivi(2, 64, 64))
-    failures = compile_group(([fine, broken], "cpu"))
+    method = kernels.kivi(2, 64, 64)
+    cases = [Case(SMALL, method, steps=True), Case(replace(SMALL, head_dim=72), method)]
+    failures = compile_group((cases, "cpu"))
     assert len(failures) == 1
     assert "72" in failures[0]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import TimeoutError, get_context
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -15,17 +16,25 @@ from kvruntime.bench.timing import Bench, wall_timer
 from kvruntime.kivi.cache import KiviLayer
 from kvsim.methods import Kivi
 
-Case = tuple[Shape, Kivi]
 SECONDS = 150.0
 MAX_JOBS = 8
+
+
+class Case(NamedTuple):
+    """A layer's size and method; ``steps``: what stores one token at a time is wanted too."""
+
+    shape: Shape
+    method: Kivi
+    steps: bool = False
 
 
 def compile_ahead(cases: Sequence[Case], device: str, say: Callable[[str], None]) -> None:
     """Runs every case once, nearly empty, in other processes.  What fails there fails again where it is measured."""
     groups: dict[object, list[Case]] = {}
-    for shape, method in cases:  # one process a kernel: cases that differ in lengths only share it
-        key = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.batch_size == 1, method)
-        groups.setdefault(key, []).append((shape, method))
+    for case in cases:  # one process a kernel: cases that differ in lengths only share it
+        shape = case.shape
+        key = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, shape.batch_size == 1, case.method)
+        groups.setdefault(key, []).append(case)
     jobs = min(MAX_JOBS, (os.cpu_count() or 2) // 2, len(groups))
     if jobs < 2:
         return
@@ -44,34 +53,36 @@ def compile_ahead(cases: Sequence[Case], device: str, say: Callable[[str], None]
     say(f"compiled in {perf_counter() - start:.0f} s")
 
 
-def one_step(layer: KiviLayer, tokens: Tokens) -> None:
-    """One step of the engine, rotary embedding where the model has it."""
-    shape, device = tokens.shape, tokens.device
-    longest = max(shape.row_lengths)
-    rotary = None
-    if not shape.model.startswith("gpt2"):
-        rotary = (tokens.draw(1, longest)[0, 0], tokens.draw(1, longest)[0, 0])
-    zeros = torch.zeros(2, shape.batch_size, dtype=torch.int32, device=device)
-    heads = shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads
-    query, key, value = tokens.draw(sum(heads), 1).split(heads, 1)
-    layer.step(query, key, value, shape.scale, zeros[0] + max(layer.row_lengths), zeros[1], longest, rotary)
-
-
-def compile_group(work: tuple[list[Case], str]) -> list[str]:
+def compile_group(work: tuple[Sequence[Case], str]) -> list[str]:
     """Appends to and attends over a nearly empty layer of each case's size; a line for each that fails."""
     cases, device = work
     bench = Bench(torch.device(device), wall_timer, wall_timer, 1)
     failures = []
-    for shape, method in cases:
+    for case in cases:
         try:
-            tokens = Tokens(bench, replace(shape, lengths=None), getattr(torch, method.dtype))
-            layer = KiviLayer(method, shape.layer, shape.batch_size, max(shape.row_lengths), device)
-            layer.append(*tokens.pair(method.residual_length + 2 * method.record_length))
-            layer.attend(tokens.draw(shape.num_q_heads, 1), shape.scale)
-            one_step(layer, tokens)
-            if device != "cpu":
-                torch.cuda.synchronize()
+            run_once(bench, case)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
-            failures.append(f"{shape.model} {method.name}: {type(error).__name__}: {first}")
+            failures.append(f"{case.shape.model} {case.method.name}: {type(error).__name__}: {first}")
     return failures
+
+
+def run_once(bench: Bench, case: Case) -> None:
+    """Fill the ring, attend; with ``steps``, store single tokens as ``append`` and as the engine do."""
+    shape, method = replace(case.shape, lengths=None), case.method
+    longest = max(case.shape.row_lengths)
+    tokens = Tokens(bench, shape, getattr(torch, method.dtype))
+    layer = KiviLayer(method, shape.layer, shape.batch_size, longest, bench.device)
+    layer.append(*tokens.pair(min(longest - 4, method.residual_length + 2 * method.record_length)))
+    layer.attend(tokens.draw(shape.num_q_heads, 1), shape.scale)
+    if case.steps:
+        layer.append(*tokens.pair(1))  # packs a record from the ring
+        table = tokens.draw(1, longest)[0, 0]
+        zeros = torch.zeros(2, shape.batch_size, dtype=torch.int32, device=bench.device)
+        heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
+        for rotary in (None, (table, table)):
+            query, key, value = tokens.draw(sum(heads), 1).split(heads, 1)
+            positions = zeros[0] + layer.row_lengths[0]
+            layer.step(query, key, value, shape.scale, positions, zeros[1], longest, rotary)
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()

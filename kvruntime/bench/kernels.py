@@ -181,7 +181,7 @@ def kernels(**given: Any) -> int:
         raise ValueError(f"bench kernels times CUDA graphs: it needs a CUDA device, not {device}")
     import torch
 
-    from kvruntime.bench.compiling import compile_ahead
+    from kvruntime.bench.compiling import Case, compile_ahead
     from kvruntime.bench.timing import cuda_bench
 
     torch.cuda.set_device(device)
@@ -192,16 +192,17 @@ def kernels(**given: Any) -> int:
     tasks, cases = ceiling_tasks(bench), []
     if "attend" in parts:
         tasks += kernel_tasks(bench, shapes, methods, splits=given["splits"])
-        cases += [(shape, method) for shape in shapes for method in methods]
+        cases += [Case(shape, method) for shape in shapes for method in methods]
     if "more" in parts or given["more"]:
         tasks += more_tasks(bench, given["splits"])
-        cases += [(make_shape(spec), method) for spec, own in MORE for method in own]
+        cases += [Case(make_shape(spec), method) for spec, own in MORE for method in own]
     if "pack" in parts:
         steps = [make_shape("llama-3-8b:1x8k"), make_shape("llama-3-8b:64x4k")]
         tasks += packing_tasks(bench, make_shape("llama-3-8b:1x128k"), steps, PACKED)
+        cases += [Case(shape, method, steps=True) for shape in steps for method in PACKED]
 
     if given["compile_ahead"]:
-        compile_ahead([case for case in dict.fromkeys(cases) if fits(*case)], device, say)
+        compile_ahead([case for case in dict.fromkeys(cases) if fits(case.shape, case.method)], device, say)
     with torch.no_grad():
         return carry_out(tasks, results, line, tables)
 

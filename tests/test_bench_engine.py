@@ -1,0 +1,163 @@
+"""``bench engine`` without a GPU: a tiny model through the same tasks, the wall clock instead of events."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from runtime_tiny import tiny_directory  # noqa: E402
+
+from kvruntime.bench import engine, engine_report, sitting  # noqa: E402
+from kvruntime.bench.results import Results  # noqa: E402
+from kvruntime.cli import run as command  # noqa: E402
+from kvsim.layout import nbytes  # noqa: E402
+from kvsim.load import load_model  # noqa: E402
+from kvsim.methods import Full, Kivi  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    folder = tiny_directory(tmp_path_factory.mktemp("tiny") / "tiny")
+    contexts = {1: (96, 160, 320), 2: (96,)}
+    return engine.Subject(str(folder), "float32", contexts, prompts=(40,), positions=400, largest=True)
+
+
+METHODS = (Full("float32"), Kivi(group_size=32, residual_length=32, dtype="float32"))
+
+
+def test_the_subjects_are_what_was_set_out() -> None:
+    llama, gpt2 = engine.SUBJECTS["llama-3-8b"], engine.SUBJECTS["gpt2"]
+    assert llama.contexts[1][0] == 1024
+    assert llama.contexts[1][-1] == 131072
+    assert (llama.contexts[8], llama.contexts[64]) == ((32768,), (4096,))
+    assert gpt2.contexts == {1: (128, 512, 1024), 64: (1024,)}
+    assert [method.name for method in engine.methods_of("bfloat16")] == [
+        "bf16",
+        "kivi-2bit-g32-r128",
+        "kivi-2bit-g64-r64",
+        "kivi-4bit-g64-r64",
+    ]
+    models = engine.Models("cpu")
+    assert models.config(llama)["max_position_embeddings"] == 131072
+    assert models.config(gpt2)["n_positions"] == 1024
+    for one in engine.SUBJECTS.values():
+        longest = max(context for contexts in one.contexts.values() for context in contexts)
+        assert engine.num_steps(longest) + engine.WARM < longest
+
+
+def test_a_sitting_on_a_tiny_model(subject, tmp_path, capsys) -> None:
+    models = engine.Models("cpu")
+    free = engine.RESERVE + (1 << 20)
+    small = replace(subject, largest=False)
+    results = Results(tmp_path / "e.json", {"device": {"name": "here"}})
+    tasks = engine.subject_tasks(models, small, METHODS, engine.wall_clock, 2, lambda: free)
+    assert sitting.carry_out(tasks, results, engine_report.line, engine_report.tables) == 0
+    rows = results.rows
+    assert not [row for row in rows if "failed" in row]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert len(steps) == 2 * 4
+    layers = load_model(subject.model).cache_layers
+    for row in steps:
+        method = next(method for method in METHODS if method.name == row["method"])
+        provided = 320 if row["batch_size"] == 1 else 96
+        assert row["nbytes"] == sum(nbytes(method.buffers(layer, row["batch_size"], provided)) for layer in layers)
+        assert row["steps"] == engine.num_steps(row["num_tokens"])
+        middle, low, high = row["seconds_per_step"]
+        assert 0 < low <= middle <= high
+        assert row["tokens_per_second"][0] == pytest.approx(row["batch_size"] / middle)
+    shown = capsys.readouterr().out
+    for words in ("against 16-bit", "slope ms/token", "break-even", "first token"):
+        assert words in shown
+
+
+def test_the_largest_batch_is_predicted_then_run(subject, monkeypatch) -> None:
+    models = engine.Models("cpu")
+    monkeypatch.setattr("kvruntime.engine.engine.FILL_TOKENS", 32)
+    method, layers = METHODS[1], load_model(subject.model).cache_layers
+    one = sum(nbytes(method.buffers(layer, 1, 96)) for layer in layers)
+    filling = 4 * 32 * layers[0].num_kv_heads * 2 * layers[0].key_dim
+    free = engine.RESERVE + 4 * one + 4 * filling
+    row = engine.measure_largest(models, subject, method, engine.wall_clock, 96, free)
+    assert row["predicted_batch"] >= row["batch_size"] >= 3
+    assert row["nbytes"] == sum(nbytes(method.buffers(layer, row["batch_size"], 96)) for layer in layers)
+
+    real = engine.measure_steps
+
+    def scarce(built, *rest):
+        if built.batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(built, *rest)
+
+    monkeypatch.setattr(engine, "measure_steps", scarce)
+    with pytest.raises(ValueError, match="out of memory with"):
+        engine.measure_largest(models, subject, method, engine.wall_clock, 96, free + 60 * (one + filling))
+
+
+def test_an_engine_that_cannot_be_built_is_a_row_each_and_built_once(subject, tmp_path, monkeypatch) -> None:
+    tries = []
+
+    def broken(*given, **named):
+        tries.append(named["batch_size"])
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("kvruntime.engine.Engine", broken)
+    models = engine.Models("cpu")
+    small = replace(subject, contexts={1: (96, 160)}, prompts=(), largest=False)
+    results = Results(tmp_path / "e.json", {"device": {"name": "here"}})
+    tasks = engine.subject_tasks(models, small, METHODS[:1], engine.wall_clock, 1, lambda: 0)
+    assert sitting.carry_out(tasks, results, engine_report.line, engine_report.tables) == 0
+    assert ["no such kernel" in row["failed"] for row in results.rows] == [True, True]
+    assert len(tries) == 1
+
+
+def test_lines_and_break_even() -> None:
+    base = [(1000, 5.0), (2000, 6.0), (4000, 8.0)]
+    found = engine_report.fitted(base)
+    assert (found.start, found.slope) == (pytest.approx(4.0), pytest.approx(1e-3))
+    assert engine_report.fitted(base[:2]) is None
+    ours = [(1000, 5.5), (2000, 5.7), (4000, 6.1)]
+    assert engine_report.break_even(ours, base) == pytest.approx(1000 + 1000 * 0.5 / 0.8)
+    assert engine_report.break_even([(x, y - 1) for x, y in base], base) == 1000
+    assert engine_report.break_even([(x, y + 1) for x, y in base], base) is None
+    up_and_down = [(1000, 4.0), (2000, 6.5), (4000, 7.0)]  # slower again in between: counts from the last crossing
+    assert engine_report.break_even(up_and_down, base) == pytest.approx(2000 + 2000 * 0.5 / 1.5)
+
+
+def test_peers_run_in_the_same_harness(subject, tmp_path, monkeypatch, capsys) -> None:
+    from kvruntime.bench import peers
+
+    monkeypatch.setattr(peers, "find_spec", lambda module: True if module == "transformers" else None)
+    models = engine.Models("cpu")
+    small = replace(subject, peers=((1, 48, 4),))
+    tasks, missing = engine.peer_tasks(models, small)
+    assert {row["package"] for row in missing} == {"optimum-quanto", "hqq", "tiny-turboquant"}
+    results = Results(tmp_path / "e.json", {"device": {"name": "here"}})
+    results.rows = list(missing)
+    assert sitting.carry_out(tasks, results, engine_report.line, engine_report.tables) == 0
+    row = next(row for row in results.rows if row["kind"] == "step")
+    assert (row["method"], row["package"], row["steps"]) == ("transformers-dynamic", "transformers", 4)
+    assert "missing: hqq" in capsys.readouterr().out
+
+
+BAD = {
+    "no GPU": ([], "needs a CUDA device"),
+    "model": (["--model", "gpt5"], "unknown model 'gpt5': allowed are gpt2"),
+    "repeats": (["--repeats", "0"], "repeats 0"),
+    "method": (["--method", "kivvi"], "did you mean kivi"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refusals of a machine without a GPU")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, message = BAD[name]
+    assert command(["bench", "engine", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
