@@ -19,6 +19,8 @@ RESERVE = 0.10
 
 DEFAULT_WEIGHT_BITS = 16
 HEAD_BITS = 16
+EXPERTS_ONLY = ("gpt_oss",)
+"""Families whose checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
 SEARCH_LIMIT = 1 << 50
 
 
@@ -72,14 +74,16 @@ def room(
         if model.source("weight_bits"):
             if weight_bits is None:
                 raise ValueError(f"model {model.name}: its quantization_config is not known here, give --weight-bits")
-            notes.append(f"weights counted at {weight_bits:g} bits each (quantization_config)")
+            quantized = True
+            notes.append(f"quantized weights counted at {weight_bits:g} bits each (quantization_config)")
         elif weight_bits is None:
             weight_bits = DEFAULT_WEIGHT_BITS
             notes.append(f"the config gives no dtype: weights counted at {weight_bits:g} bits each")
     elif not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
     if quantized and weight_bits < HEAD_BITS:
-        notes.append(f"layers at {weight_bits:g} bits a weight, embedding and head at {HEAD_BITS}")
+        what = "experts" if model.model_type in EXPERTS_ONLY else "layers"
+        notes.append(f"{what} at {weight_bits:g} bits a weight, the others at {HEAD_BITS}")
     reserve_nbytes = int(hardware.memory_nbytes * reserve)
     weight_nbytes = _rank_weights(model, weight_bits, quantized, sharding)
     if reserve_nbytes + weight_nbytes >= hardware.memory_nbytes:
@@ -100,13 +104,14 @@ def _rank_weights(model: Model, bits: float, quantized: bool, sharding: Sharding
     weights = model.weights
     assert weights is not None
     wide = max(bits, HEAD_BITS) if quantized else bits
+    dense = wide if quantized and model.model_type in EXPERTS_ONLY else bits
     if sharding == SINGLE:
         tables = weights.embedding + weights.head + weights.lookup
-        return int(((weights.dense + weights.routed) * bits + tables * wide) / 8)
+        return int((weights.dense * dense + weights.routed * bits + tables * wide) / 8)
     counts = pipeline_layers(len(model.layers), sharding.pipeline_parallel_size)
     heaviest = 0.0
     for stage, count in enumerate(counts):
-        size = (weights.dense + weights.routed) * bits * count / len(model.layers)
+        size = (weights.dense * dense + weights.routed * bits) * count / len(model.layers)
         if stage == 0:
             size += (weights.embedding + weights.lookup) * wide
         if stage == len(counts) - 1 and (weights.head or len(counts) > 1):

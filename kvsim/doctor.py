@@ -240,7 +240,7 @@ class _Vllm:
                 self._weight_note = f"quantization {self.quantization}: its bits a weight are not known, give none"
                 return None
         try:
-            space = room(self.model, card, bits or wide, 0.0, quantized=True, sharding=self.sharding)
+            space = room(self.model, card, bits or wide, 0.0, quantized=bits is not None, sharding=self.sharding)
         except ValueError as error:
             self.notes.append(str(error))
             return None

@@ -21,6 +21,7 @@ from kvsim.families import FAMILIES, WRAPPERS, Family, known_keys
 from kvsim.kinds import spelled
 from kvsim.layout import LayerShape, StateShape
 from kvsim.parameters import Weights, count_weights, mixer_kind
+from kvsim.quantization import config_bits
 
 FOREIGN: dict[str, str] = {
     r"lora_rank|kv_latent": "multi-head latent attention",
@@ -396,5 +397,5 @@ def _weight_bits(reader: ConfigReader, outer: Mapping[str, Any], dtype: str | No
     quantization = reader.get("quantization_config") or outer.get("quantization_config")
     if isinstance(quantization, Mapping):
         reader.sources["weight_bits"] = "quantization_config"
-        return 8 if quantization.get("quant_method") in ("fp8", "fbgemm_fp8") else None
+        return config_bits(quantization)
     return None if dtype is None else 32 if dtype == "float32" else 16

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
+from typing import Any
 
 WEIGHT_DTYPES: dict[str, float] = {
     "fp32": 32,
@@ -67,6 +69,45 @@ KV_DTYPES: dict[str, str] = {
     "q4_0": "q4_0",
 }
 """``--kv-cache-dtype`` -> method, in vLLM's and llama.cpp's spelling; ``auto`` is the model's own type."""
+
+
+CONFIG_METHODS: dict[str, float] = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4.25}
+"""``quant_method`` of a config -> bits a quantized weight, where the name alone tells."""
+
+
+def config_bits(quantization: Mapping[str, Any]) -> float | None:
+    """Bits a quantized weight of a config's ``quantization_config``; ``None`` where it does not tell.
+
+    AWQ and GPTQ: ``bits``, with a 16-bit scale and a zero of ``bits`` a group; compressed-tensors: ``num_bits`` of the
+    first group of weights, with a 16-bit scale a group; modelopt by its ``quant_algo``; bitsandbytes by its switches.
+    """
+    method = quantization.get("quant_method")
+    if isinstance(method, str) and method in CONFIG_METHODS:
+        return CONFIG_METHODS[method]
+    if method in ("awq", "gptq"):
+        bits, group = quantization.get("bits"), quantization.get("group_size")
+        return _grouped(bits, group, zeros=True)
+    if method == "compressed-tensors":
+        groups = quantization.get("config_groups")
+        first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+        weights = first.get("weights") if isinstance(first, Mapping) else None
+        if not isinstance(weights, Mapping):
+            return None
+        return _grouped(weights.get("num_bits"), weights.get("group_size"), zeros=False)
+    if method == "modelopt":
+        return {"FP8": 8.0, "NVFP4": 4.5}.get(str(quantization.get("quant_algo")))
+    if method == "bitsandbytes":
+        return 8.0 if quantization.get("load_in_8bit") else 4.127 if quantization.get("load_in_4bit") else None
+    return None
+
+
+def _grouped(bits: object, group: object, zeros: bool) -> float | None:
+    """``bits`` and the share of a 16-bit scale and, with ``zeros``, of a zero; -1 or no group: a scale a channel."""
+    if type(bits) is not int or not 1 <= bits <= 16:
+        return None
+    if type(group) is not int or group < 1:
+        return float(bits)
+    return bits + (16 + (bits if zeros else 0)) / group
 
 
 def weight_bits_of(name: str, table: dict[str, float], flag: str) -> float:

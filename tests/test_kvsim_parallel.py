@@ -15,6 +15,7 @@ from kvsim.load import load_model
 from kvsim.methods import Evict, Fp8, Full, Kivi, Paged, make_method
 from kvsim.model import Model
 from kvsim.parallel import Deployment, Sharding, pipeline_layers, stages
+from kvsim.quantization import config_bits
 
 GIB = 1 << 30
 LLAMA = load_model("llama-3.1-8b")  # 32 layers, 8 kv heads of 128
@@ -182,3 +183,39 @@ def test_a_window_moves_past_the_prefix() -> None:
 def test_what_does_not_share(method: Full, engine: Engine, prefix: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         estimate(LLAMA, method, 2, 100, engine, shared_prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        ({"quant_method": "fp8"}, 8),
+        ({"quant_method": "mxfp4"}, 4.25),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4),
+        ({"quant_method": "gptq"}, None),
+        ({"quant_method": "gptq", "bits": "4"}, None),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4.5),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.127),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"num_bits": 4, "group_size": 32}}},
+            },
+            4.5,
+        ),
+        ({"quant_method": "compressed-tensors"}, None),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, None),
+        ({"quant_method": ["fp8"]}, None),
+        ({}, None),
+    ],
+)
+def test_bits_of_a_quantized_checkpoint(config: dict[str, object], bits: float | None) -> None:
+    assert config_bits(config) == bits
+
+
+def test_experts_alone_are_quantized_where_the_family_does_so() -> None:
+    """gpt-oss-20b: 12.8 GiB of weights as published (13.76 GB checkpoint), 7.01 on each of two in vLLM, padded."""
+    model = load_model("openai/gpt-oss-20b")
+    space = room(model, find_hardware("h100-sxm"))
+    assert space.weight_bits == 4.25
+    assert space.weight_nbytes / 1e9 == pytest.approx(13.76, rel=0.01)
