@@ -180,7 +180,7 @@ def axes_command(**given: Any) -> int:
 @click.option("--out", type=Path, default=Path("plots"), show_default=True, help="Folder for the pictures.")
 @click.option("--format", "suffix", type=click.Choice(["png", "svg"]), default="png", show_default=True)
 def plot_command(results: Path, out: Path, suffix: str) -> None:
-    """Five pictures of a results file: memory, compression, speed, quality, and all on one page."""
+    """Pictures of a results file of any benchmark, each alone and all on one page."""
     from kvruntime.bench.results import read
     from kvruntime.plot import draw_all
 

@@ -1,4 +1,4 @@
-"""Five pictures of a results file: memory over length, compression, speed, quality, and all four on one page."""
+"""Pictures of a results file: memory over length, compression, speed, quality; kernels and steps; all on one page."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.report import MIB, baseline, compression, groups
 from kvruntime.bench.results import Row
+from kvruntime.speed_plot import speed_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
-    """Writes ``memory``, ``compression``, ``speed``, ``quality`` and ``summary`` as ``.png`` or ``.svg``.
+    """Writes ``memory``, ``compression``, ``speed``, ``quality``, or of ``bench kernels`` and ``bench engine``
+    ``roofline``, ``speedup`` and ``latency``; and ``summary``; as ``.png`` or ``.svg``.
 
     A kind without rows is left out, of the summary too.  Raises ``ValueError`` when there is nothing to draw, for a
     folder that cannot be written, or without matplotlib.
     """
     drawings = _drawings(results["rows"])
     if not drawings:
-        raise ValueError("these results hold no finished memory, speed or quality rows to draw")
+        raise ValueError("these results hold no finished memory, speed, quality, attention or step rows to draw")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -65,6 +67,8 @@ def _drawings(rows: list[Row]) -> dict[str, Callable[[Axes], None]]:
         for name in names if found else ():
             draw = PICTURES[name]
             out[name] = lambda axes, draw=draw, found=found: draw(axes, found)  # type: ignore[misc]
+    for name, panel in speed_panels(rows).items():
+        out[name] = lambda axes, panel=panel: panel(axes, rows)  # type: ignore[misc]
     return out
 
 
