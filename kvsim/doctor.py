@@ -27,8 +27,9 @@ CLOSE = 0.01
 """Errors within this share need no cause."""
 GRAPHS_IN_BUDGET = (0, 21)
 """The release from which vLLM takes CUDA graphs out of the pool's memory."""
-TOKENS_BY_REQUESTS = (0, 22)
-"""The release from which "GPU KV cache size" counts whole requests, not blocks over groups."""
+TOKENS_BY_REQUESTS = (0, 21)
+"""The release from which "GPU KV cache size" counts whole requests, not blocks over groups (vllm#43308: ten times the
+tokens for the same bytes of a model with windows)."""
 
 
 @dataclass(frozen=True)
@@ -301,11 +302,14 @@ class _Vllm:
             return engine.pool(model, method, int(available * GIB), tokens)
 
         pool = figures(self.engine, self.stage, self.method)
-        by_requests = self.release is not None and self.release >= TOKENS_BY_REQUESTS
         ranks = self.sharding.context_ranks
+        logged = self._number(TOKENS)
 
         def tokens(pool: Pool) -> float:
-            return (pool.num_tokens if by_requests else pool.num_tokens_before) * ranks
+            ways = (pool.num_tokens_before * ranks, pool.num_tokens * ranks)
+            if self.release is None and logged is not None:  # an unknown release: whichever it is nearer to
+                return min(ways, key=lambda way: abs(way - logged))
+            return ways[self.release is not None and self.release >= TOKENS_BY_REQUESTS]
 
         readings: tuple[tuple[str, str, str, Callable[[Pool], float]], ...] = (
             (BLOCKS, "GPU blocks", "blocks", lambda pool: pool.num_gpu_blocks),

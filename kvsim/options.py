@@ -13,6 +13,8 @@ from kvsim.methods import METHODS, make_method
 from kvsim.methods.full import SHORT
 
 SIZE = re.compile(r"(\d{1,15})([kKmM]?)")
+HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
+HUMAN_FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
@@ -31,6 +33,17 @@ def parse_size(text: str, what: str = "ctx") -> int:
     size = int(match[1]) * FACTOR[match[2].lower()] if match else 0
     if size < 1:
         raise ValueError(f"{what} {text!r}: allowed are whole numbers from 1, such as 4096, 128k or 1M")
+    return size
+
+
+def parse_human(text: str, what: str) -> int:
+    """A number as vLLM's flags read it: ``32k`` is 32,000, ``32K`` 32,768, ``25.6k`` 25,600.  Raises ``ValueError``."""
+    match = HUMAN.fullmatch(text.strip())
+    number = match[1] if match else "0"
+    factor = HUMAN_FACTOR[match[2]] if match else 1
+    size = int(float(number) * factor) if len(number) < 16 else 0
+    if size < 1 or ("." in number and factor & 1023 == 0 and factor > 1):
+        raise ValueError(f"{what} {text!r}: allowed are whole numbers from 1, such as 4096, 32k (32,000), 32K (32,768)")
     return size
 
 
@@ -69,13 +82,19 @@ def fields(name: str) -> frozenset[str]:
     return frozenset(inspect.signature(METHODS[name]).parameters) if name in METHODS else frozenset()
 
 
-def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = None) -> Method:
+MAX_DEPTH = 8
+"""Methods inside one another."""
+
+
+def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = None, depth: int = 0) -> Method:
     """``name`` or ``name:field=value,field=value``; ``shared`` options apply where the method has the field.
 
     A field that holds a method takes a spec, in parentheses where it has options of its own:
     ``paged:block_size=16,inner=fp8``, ``evict:budget=2048,inner=(kivi:nbits=4,group_size=64)``.
     Raises ``LookupError`` for an unknown method, ``ValueError`` for an unknown field or a bad value.
     """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"method {spec[:40]!r}: allowed are {MAX_DEPTH} methods inside one another")
     name, given = _head(spec)
     options: dict[str, Any] = {key: value for key, value in shared.items() if key in fields(name)}
     if dtype is not None and "dtype" in fields(name):
@@ -87,7 +106,7 @@ def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = Non
             allowed = ", ".join(sorted(fields(name))) or "none"
             raise ValueError(f"method {spec!r}: option {item!r} is not one of {allowed} (field=value)")
         if field in NESTED:
-            options[field] = parse_method(value, shared, dtype)
+            options[field] = parse_method(value, shared, dtype, depth + 1)
         else:
             options[field] = parse_dtype(value) if field == "dtype" else parse_value(value)
     return make_method(name, **options)
@@ -147,14 +166,14 @@ def _split(text: str, spec: str) -> list[str]:
     return items
 
 
-def names_within(spec: str) -> list[str]:
+def names_within(spec: str, depth: int = 0) -> list[str]:
     """The method names of a spec, those inside it too."""
     name, given = _head(spec)
     out = [name]
     for item in given:
         field, _, value = item.partition("=")
-        if field.strip().replace("-", "_") in NESTED:
-            out += names_within(value)
+        if field.strip().replace("-", "_") in NESTED and depth <= MAX_DEPTH:
+            out += names_within(value, depth + 1)
     return out
 
 

@@ -13,7 +13,7 @@ import pytest
 from kvsim.cli import run
 from kvsim.engines import ENGINES
 from kvsim.methods import METHODS
-from kvsim.options import parse_size
+from kvsim.options import parse_human, parse_size
 
 MIB = 1 << 20
 CHILD = (sys.executable, "-m", "kvsim")
@@ -206,7 +206,9 @@ BAD = {
     "estimate --model gpt2 -tp 5": "tensor-parallel-size 5 does not divide the 12 query heads",
     "estimate --model gpt2 --ctx 1k --input-len 5": "give --ctx, or --input-len and --output-len, not both",
     "estimate --model gpt2 --output-len 5": "--output-len needs --input-len",
-    "estimate --model gpt2 --max-model-len 1k --input-len 1k --output-len 1": "beyond --max-model-len 1,024",
+    "estimate --model gpt2 --max-model-len 1k --input-len 1000 --output-len 1": "beyond --max-model-len 1,000",
+    "estimate --model gpt2 --max-model-len long": "max-model-len 'long': allowed are whole numbers from 1",
+    "estimate --model gpt2 --max-num-batched-tokens 0": "max-num-batched-tokens '0': allowed",
     "estimate --model gpt2 --max-num-seqs 0": "max-num-seqs 0: allowed are 1 and above",
     "estimate --model gpt2 --shared-prefix 5k": "shared prefix 5,120: allowed are 0 to the 4,096 tokens",
     "estimate --model gpt2 --method paged:inner=(fp8": "parentheses do not pair",
@@ -387,6 +389,20 @@ def test_every_screen_ends_with_what_is_not_modelled(command: str, capsys: pytes
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("32k", 32000), ("32K", 32768), ("25.6k", 25600), ("4096", 4096), ("1M", 1 << 20), ("2m", 2 * 10**6)],
+)
+def test_sizes_as_vllm_reads_them(text: str, size: int) -> None:
+    assert parse_human(text, "max-model-len") == size
+
+
+@pytest.mark.parametrize("text", ["", "k", "0", "-1", "1.5K", "1e3", "k32", "9" * 40])
+def test_what_is_no_size_to_vllm(text: str) -> None:
+    with pytest.raises(ValueError, match="max-model-len"):
+        parse_human(text, "max-model-len")
 
 
 @pytest.mark.parametrize("text", ["", "k", "1.5k", "1e3", "-1", "0", "0k", "4096 tokens", "1kk", "9" * 40])

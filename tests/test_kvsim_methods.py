@@ -290,3 +290,42 @@ def test_specs_nest(spec: str, name: str) -> None:
 def test_bad_specs_are_one_clear_line(spec: str, message: str) -> None:
     with pytest.raises((ValueError, LookupError), match=message):
         parse_method(spec, {})
+
+
+def test_nesting_has_an_end() -> None:
+    with pytest.raises(ValueError, match="8 methods inside one another"):
+        parse_method("paged:inner=(" * 5000 + "fp8" + ")" * 5000, {})
+
+
+SPEC_PIECES = [
+    "paged",
+    "kivi",
+    "evict",
+    "mix",
+    "ggml",
+    "int8",
+    ":",
+    "=",
+    ",",
+    "(",
+    ")",
+    "inner",
+    "exact",
+    "budget",
+    "4k",
+]
+SPEC_PIECES += ["nbits", "-1", "1e9", "fp8", "first", "block_size", " ", "q8_0", "value_type", "é", "dtype", "bf16"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.sampled_from(SPEC_PIECES), max_size=14))
+def test_any_spec_is_a_method_or_one_line(pieces: list[str]) -> None:
+    try:
+        method = parse_method("".join(pieces), {})
+    except (KeyError, IndexError):
+        raise  # LookupErrors too, but faults
+    except (ValueError, LookupError):
+        pass
+    else:
+        assert method.name
+        assert hash(method) == hash(parse_method("".join(pieces), {}))

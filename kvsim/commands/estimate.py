@@ -40,7 +40,7 @@ from kvsim.schema import envelope, gpu_object, model_object, options_object, row
 @click.command("estimate")
 @model_option
 @click.option("--ctx", help="Tokens a sequence: 4096, 128k, 1M.  [default: --max-model-len, else 4k]")
-@click.option("--max-model-len", help="Longest sequence, as vLLM's.")
+@click.option("--max-model-len", help="Longest sequence, as vLLM reads it: 32k is 32000, 32K 32768.")
 @click.option("--input-len", help="Tokens of a prompt.")
 @click.option("--output-len", help="Tokens generated.")
 @batch_option

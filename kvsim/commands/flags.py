@@ -14,7 +14,7 @@ from kvsim.estimate import Estimate, estimate
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.methods import METHODS
 from kvsim.model import Model
-from kvsim.options import Value, choose_methods, parse_dtype, parse_engine, parse_size, parse_value
+from kvsim.options import Value, choose_methods, parse_dtype, parse_engine, parse_human, parse_size, parse_value
 from kvsim.parallel import Sharding
 from kvsim.quantization import kv_method
 
@@ -77,7 +77,12 @@ engine_option = click.option(
 engine_options = options(
     click.option("--block-size", type=int, help="Tokens a block (vllm).  [default: 16]"),
     click.option("--max-num-seqs", type=int, help="Most sequences at once."),
-    click.option("--max-num-batched-tokens", type=int, help="Tokens a step (vllm).  [default: by card]"),
+    click.option(
+        "--max-num-batched-tokens",
+        type=lambda text: parse_human(text, "max-num-batched-tokens"),
+        metavar="TOKENS",
+        help="Tokens a step (vllm).  [default: by card]",
+    ),
 )
 sharding_options = options(
     click.option("--tensor-parallel-size", "-tp", type=int, default=1, help="Cards that share every layer."),
@@ -176,7 +181,7 @@ def tokens_a_sequence(
 
     Raises ``ValueError`` for flags that contradict each other.
     """
-    longest = parse_size(max_model_len, "max-model-len") if max_model_len is not None else None
+    longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else None
     if input_len is not None or output_len is not None:
         if ctx is not None:
             raise ValueError("give --ctx, or --input-len and --output-len, not both")

@@ -87,7 +87,7 @@ class Group:
 class Pool:
     """vLLM's pool.  ``num_gpu_blocks`` includes the null block; ``concurrency`` requests of ``max_model_len`` fit.
 
-    ``num_tokens`` is "GPU KV cache size" as 0.28 and later print it, ``num_tokens_before`` as earlier ones did.
+    ``num_tokens`` is "GPU KV cache size" as 0.21 and later print it, ``num_tokens_before`` as earlier ones did.
     """
 
     num_gpu_blocks: int
