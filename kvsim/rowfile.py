@@ -19,7 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from kvsim.sweep import Cell, Chunk, Grid, evaluate, spread
+from kvsim.sweep import NOT_MODELLED, Cell, Chunk, Grid, evaluate, spread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,7 +89,7 @@ def write(
     files = [_part(parts, index) for index in range(grid.num_chunks)]
     joined: dict[str, Callable[[list[Path], IO[bytes]], None]] = {
         "csv": _join_csv,
-        "json": partial(_join_json, inputs),
+        "json": partial(_join_json, grid, inputs),
         "parquet": _join_parquet,
     }
     _put(path, partial(joined[kind], files))
@@ -99,7 +99,7 @@ def write(
 
 def stream(grid: Grid, inputs: dict[str, Any], out: IO[bytes]) -> None:
     """The JSON document straight to ``out``: nothing kept, nothing to resume."""
-    out.write(_json_head(inputs))
+    out.write(_json_head(grid, inputs))
     for index in range(grid.num_chunks):
         content = _encoded(grid, "json", index)
         out.write(content if index + 1 < grid.num_chunks else content[:-2])
@@ -255,12 +255,13 @@ def _append(file: Path, out: IO[bytes]) -> None:
             shutil.copyfileobj(part, out, 1 << 20)
 
 
-def _json_head(inputs: dict[str, Any]) -> bytes:
-    return f'{{"schema": "kvsim.sweep/1",\n"inputs": {json.dumps(inputs)},\n"rows": [\n'.encode()
+def _json_head(grid: Grid, inputs: dict[str, Any]) -> bytes:
+    head = {"schema": "kvsim.sweep/1", "inputs": inputs, "notes": grid.notes, "not_modelled": NOT_MODELLED}
+    return f'{json.dumps(head)[:-1]},\n"rows": [\n'.encode()
 
 
-def _join_json(inputs: dict[str, Any], files: list[Path], out: IO[bytes]) -> None:
-    out.write(_json_head(inputs))
+def _join_json(grid: Grid, inputs: dict[str, Any], files: list[Path], out: IO[bytes]) -> None:
+    out.write(_json_head(grid, inputs))
     for file in files:
         _append(file, out)
     out.seek(-2, os.SEEK_CUR)  # the last comma

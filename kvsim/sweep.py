@@ -32,6 +32,12 @@ CHUNK_ROWS = 1 << 18
 NBYTES_LIMIT = 1 << 55
 """Bytes up to which int64 arithmetic is exact at every step (bits and products of a few bytes included)."""
 
+NOT_MODELLED = (
+    "what an engine holds beside weights and cache, but for the share held back",
+    "prefill, scheduling and queueing",
+    "several cards, and the network",
+)
+
 Answer = TypeVar("Answer")
 
 
@@ -139,6 +145,11 @@ class Grid:
             except ValueError as error:
                 notes.append(str(error))
         return Cell(model, method, card, available, timed, tuple(notes))
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, and why a column is empty: a line each."""
+        return list(dict.fromkeys([*self.left_out, *(note for cell in self.cells for note in cell.notes)]))
 
     @property
     def num_rows(self) -> int:

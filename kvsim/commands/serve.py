@@ -27,6 +27,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         import uvicorn  # noqa: F401
     except ImportError:
         raise ValueError("serve needs starlette and uvicorn: pip install 'kvsim[serve]'") from None
+    from kvsim.page import NOT_MODELLED
     from kvsim.quantities import parse_card
     from kvsim.serve import Asked, app, serve
 
@@ -49,7 +50,8 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         port = probe.getsockname()[1]
     url = f"http://{host}:{port}/"
     if as_json:
-        click.echo(json.dumps({"schema": "kvsim.serve/1", "inputs": given, "rows": [{"url": url}]}))
+        document = {"schema": "kvsim.serve/1", "inputs": given, "notes": [], "not_modelled": NOT_MODELLED}
+        click.echo(json.dumps(document | {"rows": [{"url": url}]}))
     else:
         click.echo(f"kvsim serves on {url} (Ctrl-C ends it)")
     click.get_text_stream("stdout").flush()

@@ -19,10 +19,6 @@ from kvsim.hardware import find_hardware
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve
 
-NOT_MODELLED = (
-    "Not modelled: what an engine holds beside weights and cache (but for --reserve), prefill, scheduling, several "
-    "cards, the network."
-)
 REPORT_SECONDS = 2.0
 
 
@@ -92,7 +88,7 @@ def command(
     except ImportError:
         raise ValueError("sweep needs numpy: pip install 'kvsim[plan]'") from None
     from kvsim import rowfile
-    from kvsim.sweep import Grid, parse_axis
+    from kvsim.sweep import NOT_MODELLED, Grid, parse_axis
 
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
@@ -120,8 +116,7 @@ def command(
         "weight_bits": weight_bits,
         "reserve": grid.reserve,
     }
-    notes = list(dict.fromkeys([*grid.left_out, *(note for cell in grid.cells for note in cell.notes)]))
-    for note in notes:
+    for note in grid.notes:
         print(f"note: {note}", file=sys.stderr)
     if out is None:
         rowfile.stream(grid, inputs, sys.stdout.buffer)
@@ -139,9 +134,9 @@ def command(
             {"model": cell.model.name, "method": cell.method.name, "gpu": cell.card.id if cell.card else None}
             for cell in grid.cells
         ]
-        document = {"schema": "kvsim.sweep-summary/1", "inputs": inputs, "notes": notes, **summary, "rows": rows}
-        click.echo(json.dumps(document, indent=2))
+        document: dict[str, Any] = {"schema": "kvsim.sweep-summary/1", "inputs": inputs, "notes": grid.notes}
+        click.echo(json.dumps(document | {"not_modelled": NOT_MODELLED} | summary | {"rows": rows}, indent=2))
         return
     resumed = f", {there} of {grid.num_chunks} chunks were there" if there else ""
     click.echo(f"wrote {out}: {grid.num_rows:,} rows, {fresh / seconds:,.0f} rows/s{resumed}")
-    click.echo(NOT_MODELLED)
+    click.echo("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
