@@ -9,6 +9,7 @@ from kvsim.explain import explain, model_numbers
 from kvsim.layout import Buffer, LayerShape, parts
 from kvsim.load import load_model
 from kvsim.methods import METHODS, Kivi, make_method
+from kvsim.options import parse_method
 
 SETTINGS = [
     *(make_method(name) for name in METHODS),
@@ -60,3 +61,35 @@ def test_a_new_method_is_explained_by_its_shapes() -> None:
     model = load_model("gpt2")
     explained = explain(model, Halves(), 2, 50)
     assert explained.nbytes == estimate(model, Halves(), 2, 50).nbytes == 12 * 2 * (50 * 64 + 10)
+
+
+KINDS = (
+    "google/gemma-3-27b-it",  # windows
+    "openai/gpt-oss-20b",
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct",  # chunks
+    "deepseek-ai/DeepSeek-V3.2",  # latents and index keys
+    "deepseek-ai/DeepSeek-V4-Flash",  # compressed entries
+    "Qwen/Qwen3-Next-80B-A3B-Instruct",  # states
+    "moonshotai/Kimi-Linear-48B-A3B-Instruct",  # states and latents
+    "nvidia/Nemotron-H-56B-Base-8K",
+)
+SPECS = ("fp16", "fp8", "int8", "nvfp4", "paged:inner=fp8", "evict:budget=512,inner=int4", "mix:exact=bf16,inner=fp8")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_layer_is_accounted_for(name: str, spec: str) -> None:
+    model, method = load_model(name), parse_method(spec, {})
+    weighed = estimate(model, method, 3, 5000)
+    explained = explain(model, method, 3, 5000)
+    assert explained.nbytes == weighed.nbytes
+    assert explained.apart_nbytes == weighed.state_nbytes + weighed.index_nbytes
+    by_section: dict[str, int] = {}
+    for formula in explained.formulas:
+        by_section[formula.section] = by_section.get(formula.section, 0) + formula.nbytes
+    stored = weighed.parts | weighed.state_parts | weighed.index_parts
+    assert {key: size for key, size in by_section.items() if size} == {
+        key: size for key, size in stored.items() if size
+    }
+    assert all(formula.layer for formula in explained.formulas if formula.apart)
+    assert all(number.origin for number in model_numbers(model, 3, 5000) if "head dim" not in number.name)
