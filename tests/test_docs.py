@@ -2,6 +2,7 @@
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
 tests/hf_models.py runs, ``<!-- results -->`` the tables of what validation/results holds.
+``<!-- planners -->`` is the recorded head-to-head of planners.
 ``python tests/test_docs.py`` writes all of them anew.
 """
 
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kvsim.md")
-BLOCK = re.compile(r"(<!-- (kvsim|models|results)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kvsim.md", ROOT / "docs" / "plans.md")
+BLOCK = re.compile(r"(<!-- (kvsim|models|results|planners)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def block(kind: str, arguments: str) -> str:
@@ -29,6 +30,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.readme import tables
 
         return tables()
+    if kind == "planners":
+        from validation.planners import table
+
+        return table(short=arguments.strip() == "short")
     from kvsim.cli import run
 
     out = StringIO()

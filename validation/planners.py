@@ -161,8 +161,8 @@ def score(record: dict[str, Any], name: str) -> tuple[int, int, int, float] | No
     return right, len(given) - right, len(ratios) - len(given), worst
 
 
-def table(record: dict[str, Any] | None = None) -> str:
-    """Two Markdown tables: the score of every planner, and every answer as a factor of the exact bytes."""
+def table(record: dict[str, Any] | None = None, short: bool = False) -> str:
+    """Two Markdown tables: the score of every planner (``short``: this one alone), and every answer as a factor."""
     record = record or recorded()
     names = list(record["planners"])
     lines = ["| planner | within 1 % | wrong | refused | worst factor |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -175,6 +175,8 @@ def table(record: dict[str, Any] | None = None) -> str:
         right, wrong, refused, worst = found
         version = record["planners"][name]["version"]
         lines.append(f"| {name} {version} | {right} | {wrong} | {refused} | {worst:.2f} |")
+    if short:
+        return "\n".join([*lines, *(["", *failed] if failed else [])])
     ran = [name for name in names if "answers" in record["planners"][name]]
     lines += ["", f"| model | what is particular | exact, MiB | {' | '.join(ran)} |"]
     lines.append("| --- | --- | ---: |" + " ---: |" * len(ran))
