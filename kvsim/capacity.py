@@ -28,7 +28,8 @@ SEARCH_LIMIT = 1 << 50
 class Room:
     """The memory of one card (of the fullest, where several share the model), divided: bytes.
 
-    ``overhead``: what the engine holds beside weights and cache, by name: estimates.
+    ``overhead``: what the engine holds beside weights and cache, by name: estimates, within ``overhead_band`` (low and
+    high over them).
     """
 
     hardware: Hardware
@@ -38,6 +39,15 @@ class Room:
     weight_bits: float
     notes: tuple[str, ...]
     overhead: Mapping[str, int] = field(default_factory=dict)
+    overhead_band: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def cache_band(self) -> tuple[int, int]:
+        """The least and the most that is left for the cache, the overheads at the ends of their bands."""
+        bands = [(size, self.overhead_band.get(name, (1.0, 1.0))) for name, size in self.overhead.items()]
+        least = sum(int(size * (high - 1)) for size, (_, high) in bands)
+        most = sum(int(size * (1 - low)) for size, (low, _) in bands)
+        return self.cache_nbytes - least, self.cache_nbytes + most
 
     @property
     def cache_nbytes(self) -> int:
@@ -53,13 +63,15 @@ def room(
     *,
     quantized: bool = False,
     overhead: Mapping[str, int] | None = None,
+    overhead_band: Mapping[str, tuple[float, float]] | None = None,
     sharding: Sharding = SINGLE,
 ) -> Room:
     """The memory that ``model`` leaves on one card.
 
     ``weight_bits``: bits a parameter (``None``: as the config says, else 16).  ``reserve``: share of the memory
     held back, from 0 to below 1.  ``quantized``: ``weight_bits`` are those of the layers, embedding and head keep
-    16.  ``overhead``: bytes of the engine by name.  ``sharding``: the fullest rank's share of the weights.
+    16.  ``overhead``, ``overhead_band``: bytes of the engine by name, low and high over them.  ``sharding``: the
+    fullest rank's share of the weights.
     Raises ``ValueError`` where the memory or the number of weights is not known.
     """
     if hardware.memory_nbytes is None:
@@ -96,6 +108,7 @@ def room(
         weight_bits=weight_bits,
         notes=tuple(notes),
         overhead=dict(overhead or {}),
+        overhead_band=dict(overhead_band or {}),
     )
 
 

@@ -167,6 +167,12 @@ def fits(
     def gib(nbytes: int) -> str:
         return f"{nbytes / GIB:,.2f} GiB"
 
+    def band(name: str, size: int) -> str:
+        low, high = room.overhead_band.get(name, (1.0, 1.0))
+        return f" (estimate: {size * low / GIB:,.2f} to {size * high / GIB:,.2f})"
+
+    least, most = room.cache_band
+    within = f", {least / GIB:,.2f} to {most / GIB:,.2f} within those bands" if most > least else ""
     batch, ctx = rows[0].batch_size, rows[0].num_tokens
     share = room.reserve_nbytes / room.memory_nbytes
     each = f"{cards} x {room.hardware.id}, the fullest" if cards > 1 else room.hardware.id
@@ -174,8 +180,8 @@ def fits(
         f"{each}: {gib(room.memory_nbytes)} ({room.hardware.memory_source})",
         f"  - {gib(room.reserve_nbytes)} held back ({share:.0%}, {flag})",
         f"  - {gib(room.weight_nbytes)} weights at {room.weight_bits:g} bits",
-        *(f"  - {gib(size)} {name.replace('_', ' ')} (estimate)" for name, size in room.overhead.items()),
-        f"  = {gib(room.cache_nbytes)} for the cache",
+        *(f"  - {gib(size)} {name.replace('_', ' ')}{band(name, size)}" for name, size in room.overhead.items()),
+        f"  = {gib(room.cache_nbytes)} for the cache{within}",
     ]
     heads = ["method", "fits", f"batch at {ctx:,} tokens", f"tokens at batch {batch:,}"]
     body = [

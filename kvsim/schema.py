@@ -72,7 +72,9 @@ GPU: dict[str, Any] = {
     "weight_nbytes": int,
     "weight_bits": NUMBER,
     "overhead": dict,
+    "overhead_band": dict,
     "cache_nbytes": int,
+    "cache_band": dict,
     "bandwidth": NULLABLE,
     "source": str,
 }
@@ -195,7 +197,13 @@ def gpu_object(space: Room, count: int) -> dict[str, Any]:
         "weight_nbytes": space.weight_nbytes,
         "weight_bits": space.weight_bits,
         "overhead": dict(space.overhead),
+        "overhead_band": {
+            name: {"low": int(size * band[0]), "high": int(size * band[1])}
+            for name, size in space.overhead.items()
+            for band in [space.overhead_band.get(name, (1.0, 1.0))]
+        },
         "cache_nbytes": space.cache_nbytes,
+        "cache_band": dict(zip(("low", "high"), space.cache_band, strict=True)),
         "bandwidth": space.hardware.bandwidth,
         "source": space.hardware.source,
     }

@@ -128,7 +128,16 @@ def command(
     pools: list[Pool | None] = [None] * len(rows)
     if card is not None:
         overhead = serving.overhead(model, card)
-        space = room(model, card, bits, share, quantized=quantized, overhead=overhead, sharding=sharding)
+        space = room(
+            model,
+            card,
+            bits,
+            share,
+            quantized=quantized,
+            overhead=overhead,
+            overhead_band=getattr(serving, "overhead_band", None),
+            sharding=sharding,
+        )
         notes += space.notes
         limits = [_limits(each, tokens, batch, space, max_num_seqs) for each in deployments]
         pools = [_pool(each, space, longest) for each in deployments]

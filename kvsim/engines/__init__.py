@@ -40,7 +40,10 @@ class Engine(Protocol):
         """
 
     def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
-        """Estimated bytes beside weights and cache on one card, by name (workspaces, graphs, the runtime itself)."""
+        """Estimated bytes beside weights and cache on one card, by name (workspaces, graphs, the runtime itself).
+
+        An engine that has some also has ``overhead_band``: name -> (low, high) over the estimate.
+        """
 
     def notes(self, model: Model, method: Method) -> tuple[str, ...]:
         """Why its bytes differ from ``ideal`` for this model and method, a line each."""

@@ -53,6 +53,11 @@ class LlamaCpp:
     def name(self) -> str:
         return "llama.cpp"
 
+    @property
+    def overhead_band(self) -> dict[str, tuple[float, float]]:
+        """Low and high of each overhead, over the estimate."""
+        return OVERHEAD_BAND
+
     def cells(self, layer: LayerShape, batch_size: int, num_tokens: int) -> int:
         """Cells of one layer's cache over all streams."""
         streams = 1 if self.kv_unified else batch_size

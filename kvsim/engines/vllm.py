@@ -141,6 +141,11 @@ class Vllm:
     def name(self) -> str:
         return "vllm"
 
+    @property
+    def overhead_band(self) -> dict[str, tuple[float, float]]:
+        """Low and high of each overhead, over the estimate."""
+        return OVERHEAD_BAND
+
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
         groups = self.groups(model, method)
         block = block_nbytes(groups)
