@@ -4,8 +4,8 @@
 #   validation/record.sh [TEXT]      TEXT: WikiText-2's raw test split for perplexity (skipped without it)
 #
 # Results go to validation/results/ and validation/results/bench/; every part resumes where an earlier run stopped, so a
-# machine that is only lent for minutes can be used in several goes. Needs the runtime and test extras; about ten minutes
-# on an H100, most of them Triton compiling.
+# machine that is only lent for minutes can be used in several goes. Needs the runtime and test extras; about twenty
+# minutes on an H100, most of them Triton compiling.
 set -uo pipefail
 text="$(realpath "${1:-/dev/null}")"
 cd "$(dirname "$0")/.."
@@ -30,6 +30,18 @@ wait "$memory" || failed+=" memory"
 for model in gpt2 gpt2-medium gpt2-large; do # speed alone on the device
     python3 -m kvruntime bench --model "$model" --only memory --only speed --nbits 2 --nbits 4 --batch 1,64 \
         --resume --out "$bench/$name-$model.json" || failed+=" bench:$model"
+done
+for part in kernels engine; do # each resumes; a lost device (exit code 3) asks for a new process
+    mkdir -p "validation/results/$part"
+    options="--peers"
+    [ "$part" = engine ] || options="--more --splits"
+    for turn in 1 2 3; do
+        # shellcheck disable=SC2086
+        python3 -m kvruntime bench "$part" $options --resume --out "validation/results/$part/$name.json"
+        code=$?
+        [ "$code" = 3 ] || break
+    done
+    [ "$code" = 0 ] || failed+=" $part"
 done
 python3 tests/test_docs.py || failed+=" documents"
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
