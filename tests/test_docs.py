@@ -1,7 +1,8 @@
 """What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
-tests/hf_models.py runs, ``<!-- results -->`` the tables of what validation/results holds.
+tests/hf_models.py runs, ``<!-- results -->`` the tables of what validation/results holds, ``<!-- speed -->``
+those of speed.
 ``<!-- planners -->`` is the recorded head-to-head of planners.
 ``python tests/test_docs.py`` writes all of them anew.
 """
@@ -16,8 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "kvsim.md", ROOT / "docs" / "plans.md")
-BLOCK = re.compile(r"(<!-- (kvsim|models|results|planners)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/kvsim.md", "docs/plans.md", "docs/speed.md"))
+BLOCK = re.compile(r"(<!-- (kvsim|models|results|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def block(kind: str, arguments: str) -> str:
@@ -34,6 +35,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.planners import table
 
         return table(short=arguments.strip() == "short")
+    if kind == "speed":
+        from validation import speed_tables
+
+        return speed_tables.block(arguments)
     from kvsim.cli import run
 
     out = StringIO()
