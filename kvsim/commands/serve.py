@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+from typing import Any
 
 import click
 
@@ -32,7 +34,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
     from kvsim.serve import Asked, app, serve
 
     own: dict[str, Model] = {}
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     if model_name is not None:
         given["model"] = model_name
         if catalog.find("models", model_name) is None:
@@ -50,9 +52,14 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         port = probe.getsockname()[1]
     url = f"http://{host}:{port}/"
     if as_json:
-        document = {"schema": "kvsim.serve/1", "inputs": given, "notes": [], "not_modelled": NOT_MODELLED}
+        document: dict[str, Any] = {
+            "schema": "kvsim.serve/1",
+            "inputs": given,
+            "notes": [],
+            "not_modelled": NOT_MODELLED,
+        }
         click.echo(json.dumps(document | {"rows": [{"url": url}]}))
     else:
         click.echo(f"kvsim serves on {url} (Ctrl-C ends it)")
-    click.get_text_stream("stdout").flush()
+    sys.stdout.flush()
     serve(app(Asked(**given), own), host, port)
