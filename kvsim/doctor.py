@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvsim.capacity import room
-from kvsim.engines.llama_cpp import PAD
+from kvsim.engines.llama_cpp import OVERHEAD_BAND as LLAMA_BAND
+from kvsim.engines.llama_cpp import PAD, LlamaCpp
+from kvsim.engines.states import served
 from kvsim.engines.vllm import OVERHEAD_BAND, Pool, Vllm, server_defaults
 from kvsim.hardware import Hardware
 from kvsim.layout import LayerShape, Method, nbytes
@@ -391,10 +393,41 @@ def _llama(log: Log, model: Model | None) -> Diagnosis:
         cells = re.search(r"creating +(non-SWA|SWA) KV cache, size = (\d+) cells", line)
         if cells is not None:
             findings += _cells(number, cells[1], float(cells[2]), model, meta)
+    findings += _buffers(log, findings, model, meta)
     if not findings:
         raise ValueError("the log has lines of llama.cpp, but none with a size of its cache")
+    findings.sort(key=lambda finding: finding.line)
     name = log.value(r"general\.name +(?:str )? *= (.+)") or (model.name if model else "")
     return Diagnosis("llama.cpp", log.value(r"build: (\S+)") or "", name.strip(), meta, tuple(findings))
+
+
+def _buffers(log: Log, found: Sequence[Finding], model: Model | None, meta: Mapping[str, str]) -> list[Finding]:
+    """The device's buffers: keys and values over all devices, states, and the graph's."""
+    out = []
+    held = [(number, float(match[1])) for number, match in log.all(r"KV buffer size = +([\d.]+) MiB")]
+    if held:
+        caches = [each.reported for each in found if each.unit == "MiB"]
+        why = "the sum of the caches" if caches else "no cache is printed with its cells and types"
+        out.append(Finding(held[-1][0], "KV buffers", "MiB", sum(caches) or None, sum(size for _, size in held), why))
+    states = log.find(r"recurrent: size = +([\d.]+) MiB \( *(\d+) cells")
+    if states is not None:
+        predicted = None
+        if model is not None:
+            each = [served(state, "float32", "float32").buffers(int(states[1][2])) for state in model.state_layers]
+            predicted = sum(nbytes(buffers) for buffers in each) / MIB
+        why = f"{states[1][2]} sequences, float32" if predicted else "the states' shape is not in the log: give --model"
+        out.append(Finding(states[0], "states", "MiB", predicted, float(states[1][1]), why))
+    graph = log.find(r"(?:CUDA|ROCm|Vulkan|MTL|Metal)\d* +compute buffer size = +([\d.]+) MiB")
+    if graph is not None:
+        predicted, why = None, "an estimate needs the model: give --model"
+        if model is not None:
+            engine = LlamaCpp(n_ubatch=int(meta.get("n_ubatch", "512")))
+            predicted = engine.overhead(model, _UNKNOWN_CARD)["compute"] / MIB
+            low, high = (factor * predicted for factor in LLAMA_BAND["compute"])
+            inside = "within" if low <= float(graph[1][1]) <= high else "outside"
+            why = f"an estimate: {inside} its band {low:.0f}-{high:.0f}"
+        out.append(Finding(graph[0], "compute buffer", "MiB", predicted, float(graph[1][1]), why))
+    return out
 
 
 def _cells(number: int, kind: str, reported: float, model: Model | None, meta: Mapping[str, str]) -> list[Finding]:

@@ -176,6 +176,36 @@ llama_init_from_model: KV self size  =  112.00 MiB, K (f16):   56.00 MiB, V (f16
     assert "give --model" in keys.cause
 
 
+def test_llama_cpp_buffers() -> None:
+    """Llama-3-8B and Qwen2.5-3B as llama.cpp prints them (SciSharp/LLamaSharp#1099 for the second)."""
+    text = """llama_kv_cache_init:      CUDA0 KV buffer size =  1024.00 MiB
+llama_context: n_ctx         = 8192
+llama_kv_cache: size = 1024.00 MiB (  8192 cells,  32 layers,  1/1 seqs), K (f16):  512.00 MiB, V (f16):  512.00 MiB
+llama_context:      CUDA0 compute buffer size =   258.50 MiB"""
+    found = figures(diagnose(text, LLAMA))
+    assert found["KV buffers"] == (1024, 1024, 0)
+    assert found["compute buffer"] == (258.5, 258.5, 0)
+    small = """llama_kv_cache_init:      CUDA0 KV buffer size =   144.00 MiB
+llama_init_from_model: KV self size  =  144.00 MiB, K (f16):   72.00 MiB, V (f16):   72.00 MiB
+llama_init_from_model: n_ctx         = 4096
+llama_init_from_model:      CUDA0 compute buffer size =   300.75 MiB"""
+    shape = replace(LLAMA, layers=(LayerShape(2, 128, 128),) * 36, hidden_size=2048, vocab_size=151936)
+    found = figures(diagnose(small, shape))
+    assert found["KV buffers"] == (144, 144, 0)
+    assert found["keys, f16"] == (72, 72, 0)
+    assert found["compute buffer"] == (300.75, 300.75, 0)
+    alone = diagnose(small.splitlines()[0], None).findings
+    assert [(each.what, each.predicted, each.reported) for each in alone] == [("KV buffers", None, 144)]
+
+
+def test_llama_cpp_states() -> None:
+    model = load_model("Qwen/Qwen3-Next-80B-A3B-Instruct")
+    mebibytes = 36 * 4 * (8192 * 3 + 32 * 128 * 128) / (1 << 20)
+    text = f"llama_memory_recurrent: size = {mebibytes:.2f} MiB (     1 cells,  48 layers,  1 seqs), R (f32): 3.38 MiB"
+    found = figures(diagnose("llama_context: n_ctx = 4096\n" + text, model))
+    assert found["states"][2] == pytest.approx(0.0, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
