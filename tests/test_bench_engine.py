@@ -143,6 +143,42 @@ def test_peers_run_in_the_same_harness(subject, tmp_path, monkeypatch, capsys) -
     assert "missing: hqq" in capsys.readouterr().out
 
 
+def test_the_whole_command(subject, tmp_path, monkeypatch, capsys) -> None:
+    """On a machine that says it has a card, with the host's clock."""
+    import json
+
+    from kvruntime import weights
+    from kvruntime.bench import compiling, peers, results
+
+    monkeypatch.chdir(tmp_path)
+    real = weights.load
+    monkeypatch.setattr(weights, "pick_device", lambda device: "cuda:0")
+    monkeypatch.setattr(weights, "load", lambda source, device, dtype: real(source, "cpu", dtype))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (engine.RESERVE + (1 << 20), 1 << 34))
+    monkeypatch.setattr(results, "_device", lambda device: {"name": "pretended"})
+    monkeypatch.setattr(compiling, "compile_ahead", lambda cases, device, say: say(f"{len(cases)} cases"))
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    monkeypatch.setattr(engine, "cuda_clock", engine.wall_clock)
+    monkeypatch.setattr(engine, "LARGEST_AT", 96)
+    monkeypatch.setattr("kvruntime.engine.engine.FILL_TOKENS", 32)
+    monkeypatch.setitem(engine.SUBJECTS, "tiny", replace(subject, positions=600, peers=((1, 48, 4),)))
+    words = ["bench", "engine", "--model", "tiny", "--repeats", "1", "--peers"]
+    assert command([*words, "--method", "kivi:residual_length=32"]) == 0
+    rows = json.loads((tmp_path / "kvruntime-engine.json").read_text())["rows"]
+    kinds = [row["kind"] for row in rows]
+    assert [kinds.count(kind) for kind in ("step", "prefill", "largest")] == [8, 2, 2]
+    assert not [row for row in rows if "failed" in row]
+    assert kinds.count("missing") == 4
+    shown = capsys.readouterr()
+    assert "2 cases" in shown.err
+    assert "predicted batch" in shown.out
+    assert command([*words, "--method", "kivi:residual_length=32", "--resume"]) == 0
+    again = json.loads((tmp_path / "kvruntime-engine.json").read_text())["rows"]
+    assert [row for row in again if row["kind"] != "missing"] == [row for row in rows if row["kind"] != "missing"]
+    assert sum(row["kind"] == "missing" for row in again) == 4
+
+
 BAD = {
     "no GPU": ([], "needs a CUDA device"),
     "model": (["--model", "gpt5"], "unknown model 'gpt5': allowed are gpt2"),

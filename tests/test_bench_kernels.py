@@ -207,6 +207,52 @@ def test_compiling_ahead_reports_what_fails() -> None:
     assert "72" in failures[0]
 
 
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """The commands on a machine that says it has a card, with the CPU's timer."""
+    from kvruntime import weights
+    from kvruntime.bench import compiling, results
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "pick_device", lambda device: "cuda:0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(timing, "cuda_bench", lambda device, seed: replace(BENCH, seed=seed))
+    monkeypatch.setattr(results, "_device", lambda device: {"name": "pretended"})
+    monkeypatch.setattr(compiling, "compile_ahead", lambda cases, device, say: say(f"{len(cases)} cases"))
+    monkeypatch.setattr("kvruntime.bench.ceilings.NBYTES", 1 << 16)
+    monkeypatch.setitem(kernels.HEADS, "llama-3-8b", (4, 2, 64))
+    return tmp_path
+
+
+def test_the_whole_command(pretended, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(kernels, "RAGGED_BLOCKS", (3, 6))
+    more = (("llama-3-8b:1x256", (kernels.MIXED, kernels.BFLOAT16)), ("llama-3-8b:ragged", METHODS))
+    monkeypatch.setattr(kernels, "MORE", more)
+    monkeypatch.setattr(kernels, "PORTABLE", ("llama-3-8b:1x256", ()))
+    words = ["bench", "kernels", "--more", "--splits", "--method", "kivi:group_size=64,residual_length=64"]
+    assert command([*words, "--part", "attend", "--shape", "llama-3-8b:2x320", "--seed", "3"]) == 0
+    found = json.loads((pretended / "kvruntime-kernels.json").read_text())
+    rows = found["rows"]
+    assert found["device"] == {"name": "pretended"}
+    assert [row["kind"] for row in rows[:2]] == ["ceiling", "ceiling"]  # before anything is compared with them
+    attended = [row for row in rows if row["kind"] == "attend"]
+    assert [(row["num_tokens"], row["dtype"], row["ragged"]) for row in attended] == [
+        (320, "float16", False),
+        (256, "float16", False),
+        (256, "bfloat16", False),
+        (288, "float16", True),
+    ]
+    assert not [row for row in attended if "failed" in row]
+    assert all(row["seed"] == 3 for row in rows)
+    sdpa = {(row["num_tokens"], row["dtype"]) for row in rows if row["kind"] == "sdpa"}
+    assert sdpa == {(320, "float16"), (256, "float16"), (256, "bfloat16"), (288, "float16")}
+    assert "4 cases" in capsys.readouterr().err
+    assert command([*words, "--part", "attend", "--shape", "llama-3-8b:2x320", "--seed", "3", "--resume"]) == 0
+    again = json.loads((pretended / "kvruntime-kernels.json").read_text())["rows"]
+    assert [row for row in again if row["kind"] == "attend"] == attended
+
+
+METHODS = (kernels.kivi(2, 64, 64),)
 BAD = {
     "no GPU": ([], "needs a CUDA device"),
     "model": (["--shape", "gpt5:1x1k"], "unknown shape 'gpt5:1x1k'"),

@@ -255,6 +255,7 @@ def subject_tasks(
 
     def largest(method: Method) -> Row:
         models.engine(subject, methods[0], 1, SMALLEST)  # what a decoder keeps beside the model is not free
+        release()
         there = free()
         models.free()
         return measure_largest(models, subject, method, clock, LARGEST_AT, there)
