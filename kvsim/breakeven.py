@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from kvsim.capacity import RESERVE, largest_batch, largest_context
+from kvsim.capacity import largest_batch, largest_context
 from kvsim.engines import Engine
 from kvsim.estimate import IDEAL
 from kvsim.hardware import Hardware
@@ -88,12 +88,12 @@ class Runner:
         card: Hardware,
         num_cards: int = 1,
         weight_bits: float | None = None,
-        reserve: float = RESERVE,
+        reserve: float | None = None,
         engine: Engine = IDEAL,
     ) -> None:
         """Raises ``ValueError`` where the weights do not fit, or memory, bandwidth or weights are not known."""
         self.model, self.method, self.card, self.num_cards, self.engine = model, method, card, num_cards, engine
-        self.place = site(model, card, num_cards, weight_bits, reserve)
+        self.place = site(model, card, num_cards, weight_bits, reserve, engine)
         self.cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=num_cards))
         self.step = lru_cache(maxsize=None)(self._step)
         self.max_batch = lru_cache(maxsize=None)(self._max_batch)

@@ -15,15 +15,13 @@ from urllib.parse import urlencode
 
 from kvsim import __version__, chart
 from kvsim.breakeven import BreakEven, Runner, by_context, by_money
-from kvsim.capacity import RESERVE
-from kvsim.engines import make_engine
 from kvsim.estimate import Estimate, estimate
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
 from kvsim.model import Model
 from kvsim.parallel import Sharding, stages
 from kvsim.prices import Price, lowest
-from kvsim.quantities import milliseconds
+from kvsim.quantities import milliseconds, parse_serving
 
 GIB, MIB = 1 << 30, 1 << 20
 CURVE_POINTS = 22
@@ -50,7 +48,7 @@ class Question:
     num_cards: int = 1
     weight_bits: float | None = None
     engine: str = "ideal"
-    reserve: float = RESERVE
+    reserve: float | None = None
     price: Price | None = None
     specs: tuple[str, ...] = ()
 
@@ -70,7 +68,7 @@ class Answer:
 
 def answer(question: Question) -> Answer:
     """Weighs and times every method.  Raises ``ValueError`` where none can be, or the weights do not fit."""
-    model, engine = question.model, make_engine(question.engine)
+    model, engine = question.model, parse_serving(question.engine, question.card, question.num_cards)
     share = model
     if question.num_cards > 1:
         (share,) = stages(model, Sharding(tensor_parallel_size=question.num_cards))

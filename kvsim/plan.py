@@ -122,17 +122,40 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def site(
-    model: Model, card: Hardware, num_cards: int, weight_bits: float | None = None, reserve: float = RESERVE
-) -> Site:
-    """The room for the cache on each of ``num_cards`` cards that share the model.
+class NoRoomError(ValueError):
+    """The weights leave nothing for a cache."""
 
-    Raises ``ValueError`` where memory or weights are not known, or the weights do not fit.
+
+def site(
+    model: Model,
+    card: Hardware,
+    num_cards: int,
+    weight_bits: float | None = None,
+    reserve: float | None = None,
+    engine: Engine = IDEAL,
+    quantized: bool = False,
+) -> Site:
+    """The room for the cache on each of ``num_cards`` cards that share the model, beside what ``engine`` takes.
+
+    ``reserve``: share of the memory held back (``None``: as the engine does by default).  ``quantized``:
+    ``weight_bits`` are those of the layers, embedding and head keep 16.
+
+    Raises ``ValueError`` where memory or weights are not known, :class:`NoRoomError` where the weights do not fit.
     """
-    space = room(model, card, weight_bits, reserve, sharding=Sharding(tensor_parallel_size=num_cards))
+    if reserve is None:
+        reserve = 1 - getattr(engine, "gpu_memory_utilization", 1 - RESERVE)
+    space = room(
+        model,
+        card,
+        weight_bits,
+        reserve,
+        quantized=quantized,
+        overhead=engine.overhead(model, card),
+        sharding=Sharding(tensor_parallel_size=num_cards),
+    )
     if space.cache_nbytes <= 0:
         cards = f"{num_cards} cards" if num_cards > 1 else "one card"
-        raise ValueError(f"the weights alone do not fit on {cards}")
+        raise NoRoomError(f"the weights leave no room for a cache on {cards}")
     return Site(card, num_cards, space.weight_bits, space.cache_nbytes)
 
 
@@ -144,26 +167,28 @@ def plan(
     price: Callable[[Hardware, int], Price | None],
     *,
     weight_bits: float | None = None,
-    reserve: float = RESERVE,
-    engine: Engine = IDEAL,
+    reserve: float | None = None,
+    quantized: bool = False,
+    engine: Callable[[Hardware, int], Engine] = lambda card, num_cards: IDEAL,
     max_cards: int | None = None,
     max_num_seqs: int = MAX_BATCH,
 ) -> list[Plan]:
     """Every way that was weighed, the cheapest first (by price, else by cards), refusals last.
 
     ``cards``: a card with the number a replica takes, or ``None`` to try :data:`RANKS`.  ``price(card, num_cards)``:
-    what a card-hour costs.  ``max_num_seqs``: the largest batch of a replica.  A way that cannot be (its reason in
+    what a card-hour costs; ``engine(card, num_cards)``: what serves there.  ``max_num_seqs``: the largest batch of a
+    replica.  ``weight_bits``, ``reserve``, ``quantized``: see :func:`site`.  A way that cannot be (its reason in
     ``refusal``) is listed, not raised.
     """
     found = []
     places = dict.fromkeys((card, ranks) for card, given in cards for ranks in ((given,) if given else RANKS))
     for card, ranks in places:
+        server = engine(card, ranks)
         for method in methods:
             way = Plan(method, card, ranks)
             try:
-                way = _serve(
-                    model, method, site(model, card, ranks, weight_bits, reserve), demand, engine, max_num_seqs
-                )
+                place = site(model, card, ranks, weight_bits, reserve, server, quantized)
+                way = _serve(model, method, place, demand, server, max_num_seqs)
                 way = _priced(way, price(card, way.num_cards))
             except ValueError as error:
                 way = replace(way, refusal=str(error))

@@ -1,10 +1,13 @@
-"""What a user types of times and cards: ``30ms``, ``2s``, ``h100-sxm:2``."""
+"""What a user types of times, cards and servers: ``30ms``, ``2s``, ``h100-sxm:2``, ``vllm:block_size=32``."""
 
 from __future__ import annotations
 
 import re
 
+from kvsim.engines import Engine
+from kvsim.engines.vllm import server_defaults
 from kvsim.hardware import Hardware, find_hardware
+from kvsim.options import parse_engine
 
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
 UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -39,6 +42,17 @@ def parse_card(text: str) -> tuple[Hardware, int | None]:
     if not count.isascii() or not count.isdigit() or not 1 <= int(count) <= MAX_RANKS:
         raise ValueError(f"gpu {text!r}: allowed is CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2")
     return find_hardware(name), int(count)
+
+
+def parse_serving(spec: str, card: Hardware | None, num_cards: int = 1) -> Engine:
+    """``vllm``, or with its options ``vllm:block_size=32``, as it starts on ``num_cards`` of this card by default.
+
+    Raises ``LookupError`` for an unknown engine, ``ValueError`` for an option that it does not have.
+    """
+    flags: dict[str, int | float] = {"tensor_parallel_size": num_cards}
+    if card is not None and spec.partition(":")[0].strip().lower() == "vllm":
+        flags = dict(server_defaults(card.memory_nbytes, card.id)) | flags
+    return parse_engine(spec, flags)
 
 
 def milliseconds(seconds: float) -> str:

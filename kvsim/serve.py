@@ -13,14 +13,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from kvsim import catalog
-from kvsim.capacity import RESERVE
-from kvsim.engines import ENGINES, make_engine
+from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.model import Model
 from kvsim.options import choose_methods, parse_reserve, parse_size
 from kvsim.page import Question, answer, as_json, asset, document, link, question_price, sections
 from kvsim.prices import given
-from kvsim.quantities import parse_card
+from kvsim.quantities import parse_card, parse_serving
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -53,7 +52,7 @@ class Asked:
     batch: str = "8"
     weight_bits: str = ""
     engine: str = "ideal"
-    reserve: str = f"{RESERVE:.0%}"
+    reserve: str = ""
     price: str = ""
 
     @classmethod
@@ -90,7 +89,7 @@ class Asked:
         for what, size, most in (("context", tokens, MAX_TOKENS), ("batch", batch, MAX_BATCH)):
             if size > most:
                 raise ValueError(f"{what} {size:,}: allowed are up to {most:,}")
-        make_engine(self.engine)
+        parse_serving(self.engine, card)
         bits = _number(self.weight_bits, "weight bits", 64)
         price = _number(self.price, "price", 1e6)
         return Question(
@@ -102,7 +101,7 @@ class Asked:
             count or 1,
             bits,
             self.engine,
-            parse_reserve(self.reserve),
+            parse_reserve(self.reserve) if self.reserve else None,
             question_price(card, count or 1) if price is None else given(card.id, price),
             tuple(specs),
         )
@@ -154,7 +153,7 @@ def form(asked: Asked, own: Sequence[str]) -> str:
             [(bits, f"{bits} bits" if bits else "as the config says") for bits in BITS],
         )
         + _chosen("engine", "Engine", asked.engine, [(name, name) for name in ENGINES])
-        + _typed("reserve", "Memory held back", asked.reserve)
+        + _typed("reserve", "Memory held back", asked.reserve, "text", "10%, or the engine's")
         + _typed("price", "Dollars a card-hour", asked.price, "decimal", "list price")
         + '<fieldset class="wide"><legend>Methods; the others are compared with the first</legend>'
         + f'<div class="checks">{checks}</div></fieldset>'

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, TypeVar
 
-from kvsim.capacity import RESERVE, room
 from kvsim.engines import Engine
-from kvsim.estimate import IDEAL, estimate
+from kvsim.estimate import estimate
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
 from kvsim.model import Model
 from kvsim.options import parse_size, parse_sizes
+from kvsim.plan import NoRoomError, site
+from kvsim.quantities import parse_serving
 from kvsim.timing import decode_seconds, decode_step
 from kvsim.traced import Vectorized
 
@@ -72,6 +73,7 @@ class Cell:
     model: Model
     method: Method
     card: Hardware | None
+    engine: Engine
     available_nbytes: int | None
     timed: bool
     notes: tuple[str, ...]
@@ -83,8 +85,8 @@ class Grid:
 
     ``contexts`` (tokens) and ``batches`` (sequences) are tuples or ranges of numbers from 1.  ``cards`` may be
     empty: bytes only.  ``weight_bits``: bits a weight (``None``: the config's).  ``reserve``: share of a card's
-    memory held back.  ``engine``: whose bytes.  Raises ``ValueError`` for an empty axis, a number below 1, or bytes
-    beyond int64.
+    memory held back (``None``: as the engine does).  ``engine``: whose bytes, ``vllm:block_size=32``.  Raises
+    ``ValueError`` for an empty axis, a number below 1, or bytes beyond int64.
     """
 
     models: tuple[Model, ...]
@@ -93,8 +95,8 @@ class Grid:
     batches: Sequence[int] = (1,)
     cards: tuple[Hardware, ...] = ()
     weight_bits: float | None = None
-    reserve: float = RESERVE
-    engine: Engine = IDEAL
+    reserve: float | None = None
+    engine: str = "ideal"
 
     def __post_init__(self) -> None:
         for name in ("models", "methods", "contexts", "batches"):
@@ -121,7 +123,7 @@ class Grid:
             for method in self.methods:
                 try:
                     most, longest = _ends(self.batches)[1], _ends(self.contexts)[1]
-                    largest = estimate(model, method, most, longest, self.engine).total_nbytes
+                    largest = estimate(model, method, most, longest, parse_serving(self.engine, None)).total_nbytes
                 except ValueError as error:
                     found.append(f"{model.name} with {method.name} left out: {error}")
                     continue
@@ -133,18 +135,21 @@ class Grid:
 
     def _cell(self, model: Model, method: Method, card: Hardware | None) -> Cell:
         notes: list[str] = []
+        engine = parse_serving(self.engine, card)
         available, timed = None, False
         if card is not None:
             try:
-                available = room(model, card, self.weight_bits, self.reserve).cache_nbytes
+                available = site(model, card, 1, self.weight_bits, self.reserve, engine).cache_nbytes
+            except NoRoomError:
+                available = -1
             except ValueError as error:
                 notes.append(str(error))
             try:
-                decode_step(model, method, card, 1, 1, weight_bits=self.weight_bits)
+                decode_step(model, method, card, 1, 1, weight_bits=self.weight_bits, engine=engine.name)
                 timed = True
             except ValueError as error:
                 notes.append(str(error))
-        return Cell(model, method, card, available, timed, tuple(notes))
+        return Cell(model, method, card, engine, available, timed, tuple(notes))
 
     @property
     def notes(self) -> list[str]:
@@ -217,13 +222,14 @@ def evaluate(grid: Grid, index: int) -> Chunk:
 
     cell, contexts, batches = grid.chunk(index)
     batch, tokens = np.array(batches, np.int64)[None, :], np.array(contexts, np.int64)[:, None]
-    formulas = _formulas(cell.model, cell.method, grid.engine)  # type: ignore[arg-type]  # all of them are frozen
+    formulas = _formulas(cell.model, cell.method, cell.engine)  # type: ignore[arg-type]  # all of them are frozen
     nbytes, state, index_nbytes, read = (formula(batch, tokens) for formula in formulas)
     shape = nbytes.shape
     fits = None if cell.available_nbytes is None else (nbytes + state + index_nbytes <= cell.available_nbytes).ravel()
     times: list[NDArray[np.float64] | None] = [None, None, None]
     if cell.timed and cell.card is not None:
-        found = decode_seconds(cell.model, cell.method, cell.card, batch, tokens, weight_bits=grid.weight_bits)
+        options = {"weight_bits": grid.weight_bits, "engine": cell.engine.name}
+        found = decode_seconds(cell.model, cell.method, cell.card, batch, tokens, **options)  # type: ignore[arg-type]
         times = [np.broadcast_to(each, shape).ravel() for each in found]
     return Chunk(
         cell,

@@ -107,7 +107,7 @@ def test_steady_moments_leave_room() -> None:
 
 def test_refusals_say_why() -> None:
     big = {way.cards_per_replica: way for way in ways(model=load_model("llama-3-70b")) if way.method == METHODS[0]}
-    assert "weights alone do not fit on one card" in big[1].refusal
+    assert "the weights leave no room for a cache on one card" in big[1].refusal
     assert big[8].refusal is None
     assert all("a token even alone" in way.refusal for way in ways(slo_tpot=1e-4))
     assert all("first token" in way.refusal for way in ways(slo_ttft=1e-3))
@@ -209,3 +209,23 @@ def test_bad_input_is_one_line(more: list[str], capsys) -> None:
 def test_long_requests_are_cut_and_said(capsys) -> None:
     assert run([*COMMAND, "--gpu", "h100-sxm:1", "--lengths", "lognormal:mean=4000,sigma=1"]) == 0
     assert "cut there" in capsys.readouterr().out
+
+
+def test_an_engine_takes_its_own_share(capsys) -> None:
+    """vLLM holds graphs and activations beside the cache and fills less of the card: fewer requests fit."""
+    rows = {}
+    for engine in ("ideal", "vllm", "vllm:gpu_memory_utilization=0.7"):
+        arguments = ["--gpu", "h100-sxm:1", "--method", "fp16", "--engine", engine, "--json"]
+        assert run([*COMMAND, *arguments]) == 0
+        rows[engine] = json.loads(capsys.readouterr().out)["rows"][0]["max_ctx"]
+    assert rows["ideal"] > rows["vllm"] > rows["vllm:gpu_memory_utilization=0.7"] > 0
+
+
+def test_weights_in_fp8_leave_more_room(capsys) -> None:
+    found = []
+    for more in ([], ["--weight-dtype", "fp8"], ["--weight-bits", "8"]):
+        assert run([*COMMAND, "--gpu", "h100-sxm:1", "--method", "fp16", "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["rows"][0])
+    assert found[0]["max_ctx"] * found[0]["batch_per_replica"] < found[1]["max_ctx"] * found[1]["batch_per_replica"]
+    assert found[1]["max_ctx"] * found[1]["batch_per_replica"] < found[2]["max_ctx"] * found[2]["batch_per_replica"]
+    assert run([*COMMAND, "--gpu", "h100-sxm:1", "--weight-dtype", "fp8", "--weight-bits", "8"]) == 2

@@ -280,3 +280,22 @@ def test_the_command(tmp_path: Path, capfd) -> None:
 def test_bytes_beyond_int64_are_refused() -> None:
     with pytest.raises(ValueError, match="too many to count"):
         make(contexts=(10**12,), batches=(10**6,)).cells
+
+
+def test_weights_that_do_not_fit_leave_nothing_that_does() -> None:
+    grid = make(models=(load_model("llama-3-70b"),), cards=(find_hardware("l4"),))
+    assert not any(chunk.fits.any() for chunk in chunks(grid))
+
+
+def test_an_engine_rounds() -> None:
+    ideal, vllm = (
+        make(models=(load_model("llama-3-8b"),), methods=(make_method("fp16"),), engine=name)
+        for name in ("ideal", "vllm")
+    )
+    pairs = zip(chunks(ideal), chunks(vllm), strict=True)
+    for one, other in pairs:
+        assert (one.nbytes <= other.nbytes).all()
+        assert (one.nbytes < other.nbytes).any()
+        for row in (0, len(one.batch) - 1):
+            size = (int(other.batch[row]), int(other.ctx[row]))
+            assert other.nbytes[row] == estimate(other.cell.model, other.cell.method, *size, other.cell.engine).nbytes

@@ -10,11 +10,12 @@ import click
 
 from kvsim import report
 from kvsim.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, by_context, by_money
-from kvsim.engines import ENGINES, make_engine
+from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve, parse_sizes
+from kvsim.plan import NoRoomError
 from kvsim.prices import Price, given, lowest
-from kvsim.quantities import milliseconds, parse_card, parse_share
+from kvsim.quantities import milliseconds, parse_card, parse_serving, parse_share
 
 METHODS = ("fp8", "kivi:nbits=4", "kivi:nbits=2")
 AGAINST = ("fp16", "fp8")
@@ -31,7 +32,7 @@ AGAINST = ("fp16", "fp8")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
 @click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
 @click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes and kernels: {', '.join(ENGINES)}.")
-@click.option("--reserve", default="10%", show_default=True, help="Share of a card's memory held back.")
+@click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model_name: str,
@@ -44,7 +45,7 @@ def command(
     weight_bits: float | None,
     price: float | None,
     engine: str,
-    reserve: str,
+    reserve: str | None,
     as_json: bool,
 ) -> int:
     """From which context and batch a method pays, in tokens a second and in money.
@@ -57,7 +58,9 @@ def command(
     methods = choose_methods(specs or METHODS, {}, None)[0]
     others = choose_methods(against or AGAINST, {}, None)[0]
     cost = lowest(card.id, ranks) if price is None else given(card.id, price)
-    model, chosen, share = load_model(model_name), make_engine(engine), parse_reserve(reserve)
+    model, chosen, share = load_model(model_name), parse_serving(engine, card, ranks), None
+    if reserve is not None:
+        share = parse_reserve(reserve)
     least = parse_share(margin, "margin")
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
@@ -66,10 +69,10 @@ def command(
     for method in (*methods, *others):
         try:
             runners[method.name] = Runner(model, method, card, ranks, weight_bits, share, chosen)
+        except NoRoomError as error:
+            click.echo(f"{model.name} on {ranks} x {card.id}: {error}", err=True)
+            return 1
         except ValueError as error:
-            if "weights alone do not fit" in str(error):
-                click.echo(f"{model.name} on {ranks} x {card.id}: {error}", err=True)
-                return 1
             if specs or against:
                 raise
             notes.append(f"{method.name} left out: {error}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
 
 from kvsim import report
-from kvsim.engines import ENGINES, make_engine
+from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
 from kvsim.lengths import Lengths, constant, parse_lengths
 from kvsim.load import load_model
@@ -17,7 +18,8 @@ from kvsim.memory_risk import OCCUPANCIES
 from kvsim.options import choose_methods, parse_reserve, parse_size
 from kvsim.plan import INPUT_SHARE, MAX_BATCH, NOT_MODELLED, RISK, Demand, Plan, plan
 from kvsim.prices import Price, given, lowest
-from kvsim.quantities import milliseconds, parse_card, parse_seconds
+from kvsim.quantities import milliseconds, parse_card, parse_seconds, parse_serving
+from kvsim.quantization import WEIGHT_DTYPES, weight_bits_of
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
@@ -44,6 +46,7 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 @click.option("--max-model-len", help="Tokens at which requests are cut.  [default: the model's positions]")
 @click.option("--method", "specs", multiple=True, help=f"Cache method; repeatable.  [default: {', '.join(METHODS)}]")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
+@click.option("--weight-dtype", help=f"Type of the layers' weights: {', '.join(WEIGHT_DTYPES)}.")
 @click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
 @click.option("--risk", type=float, default=RISK, show_default=True, help="Accepted probability of too little memory.")
 @click.option(
@@ -54,7 +57,7 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
     help="Requests at the end of their answers, or at random moments.",
 )
 @click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes: {', '.join(ENGINES)}.")
-@click.option("--reserve", default="10%", show_default=True, help="Share of a card's memory held back.")
+@click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
 @click.option("--tensor-parallel-size", type=click.IntRange(1), help="As vLLM's: cards that share the model.")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
@@ -72,11 +75,12 @@ def command(
     max_model_len: str | None,
     specs: tuple[str, ...],
     weight_bits: float | None,
+    weight_dtype: str | None,
     price: float | None,
     risk: float,
     occupancy: str,
     engine: str,
-    reserve: str,
+    reserve: str | None,
     gpu_memory_utilization: float | None,
     tensor_parallel_size: int | None,
     max_num_seqs: int,
@@ -93,15 +97,23 @@ def command(
         raise ValueError("plan needs numpy: pip install 'kvsim[plan]'") from None
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
+    if weight_dtype is not None:
+        if weight_bits is not None:
+            raise ValueError("give --weight-bits or --weight-dtype, not both")
+        weight_bits = weight_bits_of(weight_dtype, WEIGHT_DTYPES, "weight-dtype")
     if price is not None:
         given("", price)
+    parse_serving(engine, None)
+    held = parse_reserve(reserve) if reserve is not None else None
     cards = [parse_card(gpu) for gpu in gpus]
     if tensor_parallel_size is not None:
         cards = [(card, count or tensor_parallel_size) for card, count in cards]
     if gpu_memory_utilization is not None:
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu-memory-utilization {gpu_memory_utilization:g}: allowed are above 0 to 1")
-        reserve = str(1 - gpu_memory_utilization)
+        if held is not None:
+            raise ValueError("give --reserve or --gpu-memory-utilization, not both")
+        held = 1 - gpu_memory_utilization
     made = parse_size(output_len, "output-len")
     lengths = parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
     model = load_model(model_name)
@@ -126,8 +138,9 @@ def command(
         demand,
         cost,
         weight_bits=weight_bits,
-        reserve=parse_reserve(reserve),
-        engine=make_engine(engine),
+        reserve=held,
+        quantized=weight_dtype is not None,
+        engine=partial(parse_serving, engine),
         max_cards=max_cards,
         max_num_seqs=max_num_seqs,
     )
@@ -144,7 +157,7 @@ def command(
             "risk": risk,
             "occupancy": occupancy,
             "engine": engine,
-            "reserve": parse_reserve(reserve),
+            "reserve": held,
         }
         document = {"schema": "kvsim.plan/1", "inputs": inputs, "notes": notes, "not_modelled": NOT_MODELLED}
         click.echo(json.dumps(document | {"rows": [_row(way) for way in ways]}, indent=2))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import click
 
-from kvsim.engines import ENGINES, make_engine
+from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve, parse_size
 from kvsim.page import NOT_MODELLED, Question, answer, as_json, question_price, report
 from kvsim.prices import given
-from kvsim.quantities import parse_card
+from kvsim.quantities import parse_card, parse_serving
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
@@ -28,7 +28,7 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 @click.option("--batch", default="8", show_default=True, help="Sequences.")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
 @click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes and kernels: {', '.join(ENGINES)}.")
-@click.option("--reserve", default="10%", show_default=True, help="Share of a card's memory held back.")
+@click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
 @click.option(
     "--out",
@@ -46,7 +46,7 @@ def command(
     batch: str,
     weight_bits: float | None,
     engine: str,
-    reserve: str,
+    reserve: str | None,
     price: float | None,
     out: Path,
     as_object: bool,
@@ -55,7 +55,7 @@ def command(
     card, count = parse_card(gpu)
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
-    make_engine(engine)
+    parse_serving(engine, card)
     question = Question(
         load_model(model_name),
         card,
@@ -65,7 +65,7 @@ def command(
         count or 1,
         weight_bits,
         engine,
-        parse_reserve(reserve),
+        parse_reserve(reserve) if reserve is not None else None,
         question_price(card, count or 1) if price is None else given(card.id, price),
         specs or METHODS,
     )

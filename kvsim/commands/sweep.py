@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from kvsim import catalog
-from kvsim.engines import ENGINES, make_engine
+from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve
@@ -59,7 +59,7 @@ class Meter:
 @click.option("--gpu", "gpus", multiple=True, help="Card: what fits, and seconds a token; repeatable.")
 @click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes: {', '.join(ENGINES)}.")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
-@click.option("--reserve", default="10%", show_default=True, help="Share of the card's memory held back.")
+@click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write: .csv, .parquet or .json.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -72,7 +72,7 @@ def command(
     gpus: tuple[str, ...],
     engine: str,
     weight_bits: float | None,
-    reserve: str,
+    reserve: str | None,
     out: Path | None,
     workers: int,
     quiet: bool,
@@ -88,12 +88,14 @@ def command(
     except ImportError:
         raise ValueError("sweep needs numpy: pip install 'kvsim[plan]'") from None
     from kvsim import rowfile
+    from kvsim.quantities import parse_serving
     from kvsim.sweep import NOT_MODELLED, Grid, parse_axis
 
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
     everything = [row["id"] for row in catalog.rows("models")] if "all" in names else list(names)
     methods, _ = choose_methods(specs, {}, None)
+    parse_serving(engine, None)
     grid = Grid(
         models=tuple(dict.fromkeys(load_model(name) for name in everything)),
         methods=tuple(methods),
@@ -101,8 +103,8 @@ def command(
         batches=parse_axis(batch, "batch"),
         cards=tuple(dict.fromkeys(find_hardware(name) for name in gpus)),
         weight_bits=weight_bits,
-        reserve=parse_reserve(reserve),
-        engine=make_engine(engine),
+        reserve=parse_reserve(reserve) if reserve is not None else None,
+        engine=engine,
     )
     if not grid.cells:
         raise ValueError("; ".join(grid.left_out))
