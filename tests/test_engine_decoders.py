@@ -196,13 +196,13 @@ def plan_for(plan, *arguments):
         return plan(*arguments)
 
 
-def test_many_rows_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "llama biases"])
+def test_many_rows_go_to_pytorch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the embedding and the norms, from as many rows on as ``product.py`` does not take."""
     monkeypatch.setattr(decoders, "runs_kernels", lambda x: True)
-    monkeypatch.setattr(decoders.product, "MAX_ROWS", 4)
-    test_equals_the_model("llama")
+    monkeypatch.setattr(decoders.product, "MAX_ROWS", 2)
     monkeypatch.setattr(linear, "MAX_ROWS", 2)
-    test_equals_the_model("gpt2")
-    test_equals_the_model("llama biases")
+    test_equals_the_model(name)
 
 
 @pytest.mark.parametrize("name", REFUSED)

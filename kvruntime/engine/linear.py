@@ -83,14 +83,19 @@ def products(w, x):
 
 
 @triton.jit
+def logistic(z):
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-z, 80.0)))
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
     y = y.to(dtype)
-    if ACTIVATION == "gelu":  # 0.5 y (1 + tanh z) = y / (1 + exp(-2 z))
+    if ACTIVATION == "gelu":  # 0.5 y (1 + tanh z) = y logistic(2 z)
         y = y.to(tl.float32)
-        y = (y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))).to(dtype)
+        y = (y * logistic(1.5957691216057308 * (y + 0.044715 * y * y * y))).to(dtype)
     elif ACTIVATION == "silu":
         y = y.to(tl.float32)
-        y = (y / (1.0 + tl.exp(-y))).to(dtype)
+        y = (y * logistic(y)).to(dtype)
     return y
 
 

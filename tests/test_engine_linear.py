@@ -1,0 +1,256 @@
+"""The engine's kernels against plain PyTorch: on a CUDA device there, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+from kvruntime.engine import linear, norm, product, reference  # noqa: E402
+from kvruntime.engine.reference import Norm  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = ["float16", "float32"] + (["bfloat16"] if DEVICE == "cuda" else [])  # the interpreter has no bfloat16
+NORMS = [None, "layer", "rms"]
+
+
+class Random:
+    """Seeded tensors of one dtype."""
+
+    def __init__(self, seed: int, dtype: str) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), getattr(torch, dtype)
+
+    def __call__(self, *size: int, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(*size, generator=self.generator)).to(self.dtype).to(DEVICE)
+
+    def norm(self, kind: str | None, k: int) -> Norm | None:
+        return None if kind is None else Norm(1 + self(k, scale=0.2), self(k) if kind == "layer" else None, 1e-5)
+
+
+def hold(got: torch.Tensor, wanted: torch.Tensor, truth: torch.Tensor) -> None:
+    """``got`` errs at most twice as much as PyTorch in the same dtype, against the same in float64."""
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    assert torch.isfinite(got).all()
+    size = truth.norm()
+    allowed = (wanted.double() - truth).norm() / size
+    assert (got.double() - truth).norm() / size <= 2 * allowed + (1e-6 if got.dtype == torch.float32 else 1e-4)
+
+
+def double(value):
+    """A tensor, a norm or None in float64."""
+    if isinstance(value, Norm):
+        return Norm(double(value.weight), double(value.bias), value.eps)
+    return value.double() if isinstance(value, torch.Tensor) else value
+
+
+def run_linear(rows: int, width: int, k: int, kind: str | None, activation: str | None, dtype: str, bias: bool) -> None:
+    """One product as a model has it: a residual where there is no activation."""
+    random = Random(rows * width + k, dtype)
+    factor = 2 if activation == "silu" else 1
+    x, weight = random(rows, k, scale=2), random(factor * width, k, scale=k**-0.5)
+    options = {
+        "bias": random(factor * width) if bias else None,
+        "norm": random.norm(kind, k),
+        "activation": activation,
+        "residual": random(rows, width) if activation is None else None,
+    }
+    got = linear.linear(x, weight, **options)
+    wanted = reference.linear(x, weight, **options)
+    exact = {name: double(value) for name, value in options.items()}
+    hold(got, wanted, exact_linear(x.double(), weight.double(), **exact))
+
+
+def exact_linear(x, weight, bias, norm, activation, residual):
+    """Float64 from end to end, without a line of the reference."""
+    if norm is not None:
+        centred = x if norm.bias is None else x - x.mean(1, keepdim=True)
+        x = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        x = x if norm.bias is None else x + norm.bias
+    out = x @ weight.T
+    out = out if bias is None else out + bias
+    if activation == "gelu":
+        out = 0.5 * out * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (out + 0.044715 * out**3)))
+    elif activation == "silu":
+        gate, factor = out.chunk(2, 1)
+        out = gate * torch.sigmoid(gate) * factor
+    return out if residual is None else residual + out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize(
+    ("rows", "width", "k", "bias"),
+    [
+        (1, 37, 768, True),
+        (2, 64, 1280, False),
+        (3, 5, 256, True),
+        (4, 17, 96, False),
+        (1, 9, 5120, True),  # longer than a program takes at once
+        (3, 6, 6000, True),
+        (1, 3, 100, False),  # rows of W that are not 16-byte aligned
+    ],
+)
+def test_linear(rows, width, k, bias, kind, activation, dtype) -> None:
+    run_linear(rows, width, k, kind, activation, dtype, bias)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linear_takes_tile_after_tile(rows: int, activation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than programs, the last of them half empty."""
+    monkeypatch.setattr(linear, "NUM_SMS", 1)
+    linear.plan.cache_clear()
+    width = 103
+    plan = linear.plan(width, 256, 4 if rows == 3 else 1, activation == "silu", 2)
+    assert plan.num_programs < plan.num_tiles
+    assert width % plan.block_n
+    run_linear(rows, width, 256, "layer", activation, "float16", True)
+    linear.plan.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too many programs for the interpreter")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("width", "k", "kind", "activation"),
+    [
+        (2304, 768, "layer", None),
+        (3072, 768, "layer", "gelu"),
+        (768, 3072, None, None),
+        (50257, 768, "layer", None),
+        (3840, 1280, "layer", None),
+        (1280, 5120, None, None),
+        (6144, 4096, "rms", None),
+        (14336, 4096, "rms", "silu"),
+        (4096, 14336, None, None),
+        (13824, 5120, "rms", "silu"),
+    ],
+)
+def test_linear_at_the_models_sizes(width, k, kind, activation, rows, dtype) -> None:
+    run_linear(rows, width, k, kind, activation, dtype, kind != "rms")
+
+
+SIZES = [
+    (5, 37, 768),
+    (8, 64, 640),
+    (16, 130, 96),
+    (33, 70, 200),
+    (64, 64, 256),
+    (100, 40, 256),
+]
+if DEVICE == "cuda":
+    SIZES += [(m, n, k) for m in (8, 64, 128) for n, k in ((2304, 768), (768, 3072), (50257, 768), (4096, 14336))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+@pytest.mark.parametrize(("rows", "width", "k"), SIZES)
+def test_product(rows, width, k, activation, dtype) -> None:
+    random = Random(rows, dtype)
+    factor = 2 if activation == "silu" else 1
+    x, weight = random(rows, k), random(factor * width, k, scale=k**-0.5)
+    bias = random(factor * width) if rows % 3 else None
+    got = product.product(x, weight, bias, activation)
+    wanted = reference.linear(x, weight, bias, activation=activation)
+    hold(got, wanted, exact_linear(x.double(), weight.double(), double(bias), None, activation, None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", NORMS[1:])
+@pytest.mark.parametrize(("rows", "width", "k"), SIZES)
+def test_parts_and_add_norm(rows, width, k, kind, dtype) -> None:
+    random = Random(rows, dtype)
+    x, weight, hidden, bias = random(rows, k), random(width, k, scale=k**-0.5), random(rows, width), random(width)
+    given = random.norm(kind, width)
+    parts = product.parts(x, weight)
+    assert parts.shape[1:] == (rows, width)
+    assert parts.dtype == torch.float32
+    total, normalized = norm.add_norm(hidden, parts, bias if rows != 8 else None, given)
+    wanted = reference.add_norm(hidden, parts, bias if rows != 8 else None, given)
+    plus = 0 if rows == 8 else bias.double()
+    truth = hidden.double() + x.double() @ weight.double().T + plus
+    hold(total, wanted[0], truth)
+    identity = torch.eye(width, dtype=torch.float64, device=DEVICE)
+    hold(normalized, wanted[1], exact_linear(truth, identity, None, double(given), None, None))
+
+
+def test_parts_split_where_programs_are_few() -> None:
+    chosen = product.plan(64, 768, 3072, False, True, 2)
+    assert -(-3072 // chosen.share) > 4
+    random = Random(1, "float16")
+    x, weight = random(20, 640), random(48, 640)
+    parts = product.parts(x, weight)
+    assert parts.shape[0] == 5
+    assert torch.allclose(parts.sum(0), x.float() @ weight.float().T, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", NORMS[1:])
+def test_norm_alone(kind: str) -> None:
+    random = Random(2, "float16")
+    hidden, given = random(3, 200), random.norm(kind, 200)
+    total, normalized = norm.add_norm(hidden, None, None, given)
+    assert total is hidden
+    identity = torch.eye(200, dtype=torch.float64, device=DEVICE)
+    truth = exact_linear(hidden.double(), identity, None, double(given), None, None)
+    hold(normalized, reference.normalize(hidden, given), truth)
+
+
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_embed(with_positions: bool) -> None:
+    random = Random(3, "float16")
+    table, positions_table = random(50, 1100), random(9, 1100) if with_positions else None
+    tokens = torch.tensor([[3, 0], [49, 0], [0, 0]], device=DEVICE)[:, 0]
+    positions = torch.tensor([8, 0, 3], dtype=torch.int32, device=DEVICE)
+    got = norm.embed(tokens, positions, table, positions_table)
+    assert torch.equal(got, reference.embed(tokens, positions, table, positions_table))
+
+
+def test_extreme_values_stay_finite() -> None:
+    """Activations far from zero neither overflow nor turn NaN."""
+    weight = torch.eye(64, dtype=torch.float16, device=DEVICE)
+    x = torch.linspace(-3e4, 3e4, 64, device=DEVICE).half()[None]
+    for run in (linear.linear, product.product):
+        out = run(x, weight, activation="gelu")
+        assert torch.equal(out, x.clamp(min=0))
+        gated = run(x, torch.cat([weight, 1e-5 * weight]), activation="silu")
+        assert torch.isfinite(gated).all()
+
+
+@pytest.mark.parametrize(
+    "run", [linear.linear, reference.linear, product.product], ids=["linear", "reference", "product"]
+)
+def test_bad_arguments(run) -> None:
+    x, weight = torch.zeros(2, 32, device=DEVICE), torch.zeros(8, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="not \\[M, K\\] and \\[N, K\\]"):
+        run(x[:, :16].contiguous(), weight)
+    with pytest.raises(ValueError, match=r"bias is \(7,\), not \(8,\)"):
+        run(x, weight, torch.zeros(7, device=DEVICE))
+    with pytest.raises(ValueError, match="activation is 'relu'"):
+        run(x, weight, activation="relu")
+    with pytest.raises(ValueError, match="weight is not a contiguous"):
+        run(x, torch.zeros(32, 8, device=DEVICE).T)
+    with pytest.raises(ValueError, match="x is not a contiguous tensor of the weight's dtype"):
+        run(x.half(), weight)
+    if run is not reference.linear:
+        with pytest.raises(ValueError, match="x has 129 rows"):
+            run(torch.zeros(129, 32, device=DEVICE), weight)
+
+
+def test_plans() -> None:
+    """Enough programs for every multiprocessor at GPT-2's sizes; whole K where it fits; parts that cover K."""
+    for width, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (6144, 4096), (4096, 14336)):
+        plan = linear.plan(width, k, 1, False, 2)
+        assert plan.num_programs >= 4 * linear.NUM_SMS
+        assert plan.num_tiles * plan.block_n >= width
+        assert (plan.block_k >= k) == (k <= linear.WHOLE_K)
+    for rows in (5, 16, 17, 64, 128):
+        for k in (96, 768, 3072, 14336):
+            for partial in (False, True):
+                plan = product.plan(rows, 768, k, False, partial, 2)
+                assert plan.share % plan.block_k == 0
+                assert plan.share >= k or partial
+                tiles = plan.block_k * 2 * (plan.block_m + plan.block_n)
+                assert plan.stages * tiles <= product.SHARED_BYTES
