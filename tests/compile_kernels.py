@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvruntime import decode
+from kvruntime.engine import linear as narrow
+from kvruntime.engine import norm, product
 from kvruntime.kivi import attention, quantize, step
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
@@ -37,6 +39,34 @@ METHODS = {
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
 }
+LAYERS = {  # rows, N, K, norm, bias, activation, dtype
+    "gpt2 qkv": (1, 2304, 768, "layer", True, None, "fp16"),
+    "gpt2 out": (1, 768, 768, None, True, None, "fp16"),
+    "gpt2 up": (1, 3072, 768, "layer", True, "gelu", "fp16"),
+    "gpt2 down": (1, 768, 3072, None, True, None, "fp16"),
+    "gpt2 head": (1, 50257, 768, "layer", False, None, "fp16"),
+    "gpt2 qkv x4": (4, 2304, 768, "layer", True, None, "fp16"),
+    "gpt2-large up float32": (2, 5120, 1280, "layer", True, "gelu", "fp32"),
+    "llama qkv": (1, 6144, 4096, "rms", False, None, "bf16"),
+    "llama up": (1, 14336, 4096, "rms", False, "silu", "bf16"),
+    "llama down": (1, 4096, 14336, None, False, None, "bf16"),
+    "llama up x4": (4, 14336, 4096, "rms", False, "silu", "bf16"),
+    "llama down x4": (4, 4096, 14336, None, False, None, "bf16"),
+    "llama wide up": (2, 13824, 5120, "rms", False, "silu", "bf16"),
+}
+PRODUCTS = {  # rows, N, K, activation, in parts, dtype
+    "gpt2 qkv x64": (64, 2304, 768, None, False, "fp16"),
+    "gpt2 up x64": (64, 3072, 768, "gelu", False, "fp16"),
+    "gpt2 down x64": (64, 768, 3072, None, True, "fp16"),
+    "gpt2 head x64": (64, 50257, 768, None, False, "fp16"),
+    "gpt2 down x8": (8, 768, 3072, None, True, "fp16"),
+    "llama qkv x8": (8, 6144, 4096, None, False, "bf16"),
+    "llama up x8": (8, 14336, 4096, "silu", False, "bf16"),
+    "llama down x8": (8, 4096, 14336, None, True, "bf16"),
+    "llama head x32": (32, 128256, 4096, None, False, "bf16"),
+    "llama up x64": (64, 14336, 4096, "silu", False, "bf16"),
+}
+NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
 INT32 = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr"), "*i32")
 
 
@@ -77,7 +107,9 @@ def pack(name: str, sm: int) -> dict[str, int]:
         "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
     }  # fmt: skip
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
-    return resources(quantize.pack_kernel, types, constants, sm, quantize.pack_warps(record))
+    launch = dict(quantize.pack_launch(record))
+    num_warps = launch.pop("num_warps")
+    return resources(quantize.pack_kernel, types, constants | launch, sm, num_warps)
 
 
 def store(name: str, sm: int) -> dict[str, int]:
@@ -162,10 +194,46 @@ def combine(name: str, sm: int) -> dict[str, int]:
     return resources(attention.combine_kernel, types, constants, sm, 4)
 
 
+def linear(name: str, sm: int) -> dict[str, int]:
+    rows, width, k, kind, bias, activation, dtype = LAYERS[name]
+    chosen = narrow.plan(width, k, rows, activation == "silu", 4 if dtype == "fp32" else 2)
+    constants = {
+        "K": k, "ROWS": rows, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "NORM": kind,
+        "ACTIVATION": activation, "PERSISTENT": chosen.num_programs < chosen.num_tiles, "EARLY": sm >= 90,
+    }  # fmt: skip
+    types = arguments(narrow.linear_kernel, dtype, eps="fp32")
+    absent = {None: ["norm_weight_ptr", "norm_bias_ptr"], "rms": ["norm_bias_ptr"], "layer": []}[kind]
+    absent += ["residual_ptr"] * (kind is not None) + ["bias_ptr"] * (not bias)
+    types = {argument: type_ for argument, type_ in types.items() if argument not in absent}
+    return resources(narrow.linear_kernel, types, constants, sm, chosen.num_warps)
+
+
+def dense(name: str, sm: int) -> dict[str, int]:
+    rows, width, k, activation, partial, dtype = PRODUCTS[name]
+    chosen = product.plan(rows, width, k, activation == "silu", partial, 2)
+    constants = {
+        "K": k, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "SHARE": chosen.share,
+        "ACTIVATION": activation, "PARTIAL": partial, "STAGES": chosen.stages, "EARLY": sm >= 90,
+    }  # fmt: skip
+    types = arguments(product.product_kernel, dtype, **({"out_ptr": "*fp32"} if partial else {}))
+    return resources(product.product_kernel, types, constants, sm, chosen.num_warps)
+
+
+def add_norm(name: str, sm: int) -> dict[str, int]:
+    k, kind, dtype, parts = NORMS[name]
+    constants = {"K": k, "BLOCK_K": triton.next_power_of_2(k), "PARTS": parts, "NORM": kind, "EARLY": sm >= 90}
+    types = arguments(norm.add_norm_kernel, dtype, partial_ptr="*fp32", eps="fp32")
+    if kind == "rms":
+        del types["norm_bias_ptr"]
+    return resources(norm.add_norm_kernel, types, constants, sm, norm.num_warps(k))
+
+
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, combine, store_full, attend_full)
 }
+ENGINE = {linear: LAYERS, dense: PRODUCTS, add_norm: NORMS}
+KERNELS |= {function.__name__: function for function in ENGINE}
 
 
 def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:
@@ -177,7 +245,8 @@ def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str
 
 
 if __name__ == "__main__":
-    tasks = [(kernel, name, sm) for kernel in KERNELS for name in METHODS for sm in TARGETS]
+    names = {function.__name__: points for function, points in ENGINE.items()}
+    tasks = [(kernel, name, sm) for kernel in KERNELS for name in names.get(kernel, METHODS) for sm in TARGETS]
     if len(sys.argv) > 1:
         tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -35,10 +35,11 @@ NUM_SMS = 132
 
 
 @triton.jit
-def load_rows(weight_ptr, n, k, N, K: tl.constexpr):
+def load_rows(weight_ptr, n, k, width, K: tl.constexpr):
     """``W[n, k]``, ``[BLOCK_N, BLOCK_K]``, zero outside."""
     at = n.to(tl.int64)[:, None] * K + k[None, :]
-    return tl.load(weight_ptr + at, mask=(n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    wanted = (n < width)[:, None] & (k < K)[None, :]
+    return tl.load(weight_ptr + at, mask=wanted, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -100,21 +101,21 @@ def activate(y, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def finish(out_ptr, residual_ptr, y, factor, n, row, N, num_rows, ACTIVATION: tl.constexpr):
+def finish(out_ptr, residual_ptr, y, factor, n, row, width, num_rows, ACTIVATION: tl.constexpr):
     """One row of the result from its product: activation, gate and residual, each rounded, and the store."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    wanted = (n < N) & (row < num_rows)
+    wanted = (n < width) & (row < num_rows)
     y = activate(y, ACTIVATION, dtype)
     if ACTIVATION == "silu":
         y = (y.to(tl.float32) * factor.to(dtype).to(tl.float32)).to(dtype)
     if residual_ptr is not None:
-        rest = tl.load(residual_ptr + row * N + n, mask=wanted, other=0.0)
+        rest = tl.load(residual_ptr + row * width + n, mask=wanted, other=0.0)
         y = (rest.to(tl.float32) + y.to(tl.float32)).to(dtype)
-    tl.store(out_ptr + row * N + n, y, mask=wanted)
+    tl.store(out_ptr + row * width + n, y, mask=wanted)
 
 
 @triton.jit
-def finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, N, num_rows, ROWS: tl.constexpr,
+def finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, width, num_rows, ROWS: tl.constexpr,
                 ACTIVATION: tl.constexpr):  # fmt: skip
     """The rows ``n`` of W (and, gated, their factors ``u``) times every row of x, whole K."""
     for row in tl.static_range(ROWS):
@@ -122,23 +123,23 @@ def finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, N, num_ro
         factor = y
         if ACTIVATION == "silu":
             factor = tl.sum(products(u, xs[row]), 1)
-        finish(out_ptr, residual_ptr, y + bias, factor + factor_bias, n, row, N, num_rows, ACTIVATION)
+        finish(out_ptr, residual_ptr, y + bias, factor + factor_bias, n, row, width, num_rows, ACTIVATION)
 
 
 @triton.jit
-def load_bias(bias_ptr, n, N):
-    return tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+def load_bias(bias_ptr, n, width):
+    return tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_biases(bias_ptr, n, N, GATED: tl.constexpr):
+def load_biases(bias_ptr, n, width, GATED: tl.constexpr):
     """Biases of the rows ``n`` and, gated, of their factors; zeros where there are none."""
     bias = tl.zeros(n.shape, tl.float32)
     factor_bias = bias
     if bias_ptr is not None:
-        bias = load_bias(bias_ptr, n, N)
+        bias = load_bias(bias_ptr, n, width)
         if GATED:
-            factor_bias = load_bias(bias_ptr + N, n, N)
+            factor_bias = load_bias(bias_ptr + width, n, width)
     return bias, factor_bias
 
 
@@ -153,9 +154,9 @@ def load_norm(norm_weight_ptr, norm_bias_ptr, k, K: tl.constexpr, NORM: tl.const
     return weight, bias
 
 
-@triton.jit(do_not_specialize=["N", "num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["width", "num_rows", "num_tiles"])
 def linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, N, num_rows, num_tiles, eps,
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, out_ptr, width, num_rows, num_tiles, eps,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
     ACTIVATION: tl.constexpr, PERSISTENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -166,12 +167,12 @@ def linear_kernel(
     GATED: tl.constexpr = ACTIVATION == "silu"
     k = tl.arange(0, BLOCK_K)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    factor_ptr = weight_ptr + tl.cast(N, tl.int64) * K
-    w = load_rows(weight_ptr, n, k, N, K)  # [BLOCK_N, BLOCK_K]
+    factor_ptr = weight_ptr + tl.cast(width, tl.int64) * K
+    w = load_rows(weight_ptr, n, k, width, K)  # [BLOCK_N, BLOCK_K]
     u = w
     if GATED:
-        u = load_rows(factor_ptr, n, k, N, K)
-    bias, factor_bias = load_biases(bias_ptr, n, N, GATED)
+        u = load_rows(factor_ptr, n, k, width, K)
+    bias, factor_bias = load_biases(bias_ptr, n, width, GATED)
     norm_weight, norm_bias = load_norm(norm_weight_ptr, norm_bias_ptr, k, K, NORM)
     if EARLY:
         gdc_wait()
@@ -190,15 +191,15 @@ def linear_kernel(
             programs = tl.num_programs(0)
             for _ in range(tl.program_id(0), num_tiles, programs):
                 next_n = n + programs * BLOCK_N
-                next_w = load_rows(weight_ptr, next_n, k, N, K)
+                next_w = load_rows(weight_ptr, next_n, k, width, K)
                 next_u = next_w
                 if GATED:
-                    next_u = load_rows(factor_ptr, next_n, k, N, K)
-                next_bias, next_factor_bias = load_biases(bias_ptr, next_n, N, GATED)
-                finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, N, num_rows, ROWS, ACTIVATION)
+                    next_u = load_rows(factor_ptr, next_n, k, width, K)
+                next_bias, next_factor_bias = load_biases(bias_ptr, next_n, width, GATED)
+                finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, width, num_rows, ROWS, ACTIVATION)
                 n, w, u, bias, factor_bias = next_n, next_w, next_u, next_bias, next_factor_bias
         else:
-            finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, N, num_rows, ROWS, ACTIVATION)
+            finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, width, num_rows, ROWS, ACTIVATION)
     else:
         sums, factor_sums = (), ()
         for _ in tl.static_range(ROWS):
@@ -208,10 +209,10 @@ def linear_kernel(
             at = step * BLOCK_K + k
             next_w, next_u = w, u
             if step + 1 < STEPS:
-                next_w = load_rows(weight_ptr, n, at + BLOCK_K, N, K)
+                next_w = load_rows(weight_ptr, n, at + BLOCK_K, width, K)
                 next_u = next_w
                 if GATED:
-                    next_u = load_rows(factor_ptr, n, at + BLOCK_K, N, K)
+                    next_u = load_rows(factor_ptr, n, at + BLOCK_K, width, K)
             old_sums, old_factor_sums = sums, factor_sums
             sums, factor_sums = (), ()
             for row in tl.static_range(ROWS):
@@ -228,7 +229,7 @@ def linear_kernel(
             factor = y
             if GATED:
                 factor = tl.sum(factor_sums[row], 1)
-            finish(out_ptr, residual_ptr, y + bias, factor + factor_bias, n, row, N, num_rows, ACTIVATION)
+            finish(out_ptr, residual_ptr, y + bias, factor + factor_bias, n, row, width, num_rows, ACTIVATION)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,11 @@ def embed(tokens: Tensor, positions: Tensor, table: Tensor, position_table: Tens
     return out
 
 
+def num_warps(k: int) -> int:
+    """Eight elements a thread, as far as sixteen warps reach."""
+    return min(16, max(1, triton.next_power_of_2(k) // 256))
+
+
 def add_norm(hidden: Tensor, partial: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """The residual stream after a product, and its norm, in one launch.
 
@@ -116,6 +121,6 @@ def add_norm(hidden: Tensor, partial: Tensor | None, bias: Tensor | None, norm: 
     add_norm_kernel[(num_rows,)](
         hidden, partial, bias, norm.weight, norm.bias, total, out, num_rows, norm.eps,
         K=k, BLOCK_K=block_k, PARTS=0 if partial is None else partial.shape[0], NORM=norm_kind(norm), EARLY=early,
-        num_warps=min(16, max(1, block_k // 256)), **({"launch_pdl": True} if early else {}),
+        num_warps=num_warps(k), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return total, out

@@ -36,22 +36,22 @@ AHEAD = tl.constexpr(6)
 
 
 @triton.jit
-def prefetch(weight_ptr, n, first, N, K: tl.constexpr, SHARE: tl.constexpr, BLOCK_K: tl.constexpr):
+def prefetch(weight_ptr, n, first, width, K: tl.constexpr, SHARE: tl.constexpr, BLOCK_K: tl.constexpr):
     """Ask for the lines of ``W[n, first : first + SHARE]``, the first ``AHEAD`` steps, to come into the L2 cache."""
     STRIDE: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
     STEPS: tl.constexpr = SHARE // BLOCK_K
     for step in tl.static_range(STEPS if STEPS < AHEAD else AHEAD):
         k = first + step * BLOCK_K + tl.arange(0, BLOCK_K // STRIDE) * STRIDE
-        at = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + tl.minimum(k, K - 1)[None, :]
+        at = tl.minimum(n, width - 1).to(tl.int64)[:, None] * K + tl.minimum(k, K - 1)[None, :]
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [weight_ptr + at], dtype=tl.int32,
                                   is_pure=False, pack=1)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def product_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, N, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SHARE: tl.constexpr, ACTIVATION: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, width,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARE: tl.constexpr,
+    ACTIVATION: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``SHARE``: how much of K a program takes.  ``PARTIAL``: store the float32 product, share by share."""
     if EARLY:
@@ -61,12 +61,12 @@ def product_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(2) * SHARE
     k = tl.arange(0, BLOCK_K)
-    factor_ptr = weight_ptr + tl.cast(N, tl.int64) * K
-    bias, factor_bias = load_biases(bias_ptr, n, N, GATED)
+    factor_ptr = weight_ptr + tl.cast(width, tl.int64) * K
+    bias, factor_bias = load_biases(bias_ptr, n, width, GATED)
     if EARLY:
-        prefetch(weight_ptr, n, first, N, K, SHARE, BLOCK_K)
+        prefetch(weight_ptr, n, first, width, K, SHARE, BLOCK_K)
         if GATED:
-            prefetch(factor_ptr, n, first, N, K, SHARE, BLOCK_K)
+            prefetch(factor_ptr, n, first, width, K, SHARE, BLOCK_K)
         gdc_wait()
     rows = n.to(tl.int64)[:, None] * K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -74,15 +74,15 @@ def product_kernel(
     for step in tl.range(0, SHARE // BLOCK_K, num_stages=STAGES):
         at = first + step * BLOCK_K + k
         x = tl.load(x_ptr + m[:, None] * K + at[None, :], mask=(m < num_rows)[:, None] & (at < K)[None, :], other=0.0)
-        wanted = (n < N)[:, None] & (at < K)[None, :]
+        wanted = (n < width)[:, None] & (at < K)[None, :]
         w = tl.load(weight_ptr + rows + at[None, :], mask=wanted, other=0.0)  # [BLOCK_N, BLOCK_K]
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
             u = tl.load(factor_ptr + rows + at[None, :], mask=wanted, other=0.0)
             factor = tl.dot(x, tl.trans(u), factor, input_precision="ieee")
-    out_ptr += tl.program_id(2).to(tl.int64) * num_rows * N
-    out_ptrs = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    wanted = (m < num_rows)[:, None] & (n < N)[None, :]
+    out_ptr += tl.program_id(2).to(tl.int64) * num_rows * width
+    out_ptrs = out_ptr + m.to(tl.int64)[:, None] * width + n[None, :]
+    wanted = (m < num_rows)[:, None] & (n < width)[None, :]
     if PARTIAL:
         tl.store(out_ptrs, acc, mask=wanted)
     else:
