@@ -1,4 +1,4 @@
-"""From a name to a model: a catalogue name, a config.json, a model directory, or a hub id."""
+"""From a name to a model: a catalogue name, a config.json, a model directory, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -16,15 +16,29 @@ HUB_SECONDS = 5
 
 
 def load_model(name: str) -> Model:
-    """The model that ``name`` means (see :func:`load_config`), parsed."""
-    title, config = load_config(name)
-    return Model.from_config(config, title)
+    """The model that ``name`` means: the catalogue first, then a path, then the model hub.
+
+    A path is a config.json, a model directory (its safetensors' headers weigh the weights), a GGUF file, which is
+    enough by itself, or a safetensors file with its config.json beside it.  Raises ``LookupError`` for an unknown
+    name and ``ValueError`` for a file that is no model.
+    """
+    row = catalog.find("models", name)
+    if row is not None:
+        return Model.from_config(row["config"], row["id"])
+    path = Path(name)
+    if path.is_dir():
+        return _directory(path)
+    if path.is_file():
+        return _file(path)
+    if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise LookupError(f"no such file or directory: {name}")
+    return Model.from_config(_hub_config(name), name)
 
 
 def load_config(name: str) -> tuple[str, dict[str, Any]]:
-    """``(title, config)``: the catalogue first, then a path, then the model hub.
+    """``(title, config)`` of a catalogue name, a config.json, a model directory or a hub id, unparsed.
 
-    Raises ``LookupError`` for an unknown name and ``ValueError`` for a file that is no config.
+    Raises as :func:`load_model` does.
     """
     row = catalog.find("models", name)
     if row is not None:
@@ -40,6 +54,38 @@ def load_config(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".json" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LookupError(f"no such file or directory: {name}")
     return name, _hub_config(name)
+
+
+def _directory(folder: Path) -> Model:
+    file = folder / "config.json"
+    if file.is_file():
+        from kvsim.safetensors import weighed
+
+        return weighed(Model.from_config(read_config(file), folder.resolve().name), folder)
+    files = sorted(folder.glob("*.gguf"))
+    firsts = [each for each in files if "-of-" not in each.name or "-00001-of-" in each.name]
+    if len(firsts) == 1:
+        return _file(firsts[0])
+    if firsts:
+        raise ValueError(f"model directory {folder} has {len(firsts)} GGUF models: name one, such as {firsts[0].name}")
+    raise ValueError(f"model directory {folder} has no config.json and no GGUF file")
+
+
+def _file(path: Path) -> Model:
+    from kvsim.gguf import is_gguf
+
+    if is_gguf(path) or path.suffix == ".gguf":
+        from kvsim.gguf_model import read_gguf
+
+        return read_gguf(path)
+    if path.suffix == ".safetensors":
+        from kvsim.safetensors import read_tensors
+
+        read_tensors(path)  # a broken file is said to be one before anything else
+        if not (path.parent / "config.json").is_file():
+            raise ValueError(f"{path} has no config.json beside it: tensor shapes alone do not tell the heads")
+        return _directory(path.parent)
+    return Model.from_config(read_config(path), str(path))
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -1,0 +1,307 @@
+"""Models from GGUF and safetensors headers, without the data; one clear error for a broken file."""
+
+import json
+import random
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvsim.gguf import BLOCKS, read_header
+from kvsim.gguf_model import PLAIN, WINDOWS
+from kvsim.layout import LayerShape
+from kvsim.load import load_model
+from kvsim.model import Model
+
+F32, F16, Q8_0 = 0, 1, 8
+Tensors = dict[str, tuple[tuple[int, ...], int]]
+
+
+def gguf(metadata: dict[str, Any], tensors: Tensors, data: bool = True) -> bytes:
+    """A GGUF file, its data all zeros."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def typed(value: Any) -> bytes:
+        if isinstance(value, bool):
+            return struct.pack("<I?", 7, value)
+        if isinstance(value, int):
+            return struct.pack("<II", 4, value)
+        if isinstance(value, str):
+            return struct.pack("<I", 8) + text(value)
+        inner = [typed(one) for one in value]
+        kind = inner[0][:4] if inner else struct.pack("<I", 4)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(inner)) + b"".join(one[4:] for one in inner)
+
+    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    for name, value in metadata.items():
+        out += text(name) + typed(value)
+    offset = 0
+    for name, (shape, kind) in tensors.items():
+        out += text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+        out += struct.pack("<IQ", kind, offset)
+        numbers = 1
+        for size in shape:
+            numbers *= size
+        offset += -(-numbers // BLOCKS[kind][0] * BLOCKS[kind][1] // 32) * 32
+    out += b"\0" * (-len(out) % 32)
+    return out + (b"\0" * offset if data else b"")
+
+
+def decoder(arch: str, layers: int = 4, **keys: Any) -> tuple[dict[str, Any], Tensors]:
+    """Metadata and tensors of a small decoder: width 64, 8 query and 2 kv heads of 8, MLP 96, 128 words."""
+    metadata: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.name": "tiny",
+        f"{arch}.block_count": layers,
+        f"{arch}.context_length": 4096,
+        f"{arch}.embedding_length": 64,
+        f"{arch}.attention.head_count": 8,
+        f"{arch}.attention.head_count_kv": 2,
+    }
+    metadata |= {f"{arch}.{key.replace('__', '.')}": value for key, value in keys.items()}
+    tensors: Tensors = {"token_embd.weight": ((64, 128), Q8_0), "output_norm.weight": ((64,), F32)}
+    for layer in range(layers):
+        tensors |= {
+            f"blk.{layer}.attn_norm.weight": ((64,), F32),
+            f"blk.{layer}.attn_q.weight": ((64, 64), F16),
+            f"blk.{layer}.attn_k.weight": ((64, 16), F16),
+            f"blk.{layer}.attn_v.weight": ((64, 16), F16),
+            f"blk.{layer}.attn_output.weight": ((64, 64), F16),
+            f"blk.{layer}.ffn_norm.weight": ((64,), F32),
+            f"blk.{layer}.ffn_gate.weight": ((64, 96), F16),
+            f"blk.{layer}.ffn_up.weight": ((64, 96), F16),
+            f"blk.{layer}.ffn_down.weight": ((96, 64), F16),
+        }
+    return metadata, tensors
+
+
+def written(folder: Path, content: bytes, name: str = "tiny.gguf") -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
+
+
+def test_a_gguf_alone_is_a_model(tmp_path: Path) -> None:
+    metadata, tensors = decoder("llama")
+    metadata["tokenizer.ggml.tokens"] = ["word"] * 5000  # walked, not kept
+    model = load_model(written(tmp_path, gguf(metadata, tensors)))
+    config = {
+        "model_type": "llama", "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128, "tie_word_embeddings": True,
+    }  # fmt: skip
+    same = Model.from_config(config)
+    assert (model.layers, model.weights, model.num_q_heads) == (same.layers, same.weights, 8)
+    nbytes = 128 * 64 // 32 * 34 + 9 * 64 * 4 + 4 * 2 * (64 * 64 * 2 + 64 * 16 * 2 + 3 * 64 * 96)
+    assert model.num_params
+    assert model.weight_bits == 8 * nbytes / model.num_params
+    assert model.source("num_kv_heads") == "llama.attention.head_count_kv"
+
+
+def test_windows_follow_the_architecture_or_the_file(tmp_path: Path) -> None:
+    def windows(arch: str, **keys: Any) -> list[int | None]:
+        model = load_model(written(tmp_path, gguf(*decoder(arch, layers=6, **keys))))
+        return [layer.window for layer in model.cache_layers]
+
+    assert windows("gemma2", attention__sliding_window=512) == [512, None] * 3
+    assert windows("gemma3", attention__sliding_window=512) == [512] * 5 + [None]
+    assert windows("gpt-oss", attention__sliding_window=128) == [128, None] * 3
+    assert windows("phi3", attention__sliding_window=512) == [512] * 6
+    assert windows("phi3", attention__sliding_window=4096) == [None] * 6  # as long as the positions
+    pattern = [True, False, True, True, True, False]
+    assert windows("mimo2", attention__sliding_window=64, attention__sliding_window_pattern=pattern) == [
+        64 if slides else None for slides in pattern
+    ]
+    with pytest.raises(ValueError, match=r"qwen2\.attention\.sliding_window is 64: which layers slide is not known"):
+        windows("qwen2", attention__sliding_window=64)
+    assert not PLAIN & set(WINDOWS)
+
+
+def test_latents_states_and_shared_caches(tmp_path: Path) -> None:
+    metadata, tensors = decoder("deepseek2", attention__kv_lora_rank=32, rope__dimension_count=8)
+    for layer in range(4):
+        del tensors[f"blk.{layer}.attn_k.weight"], tensors[f"blk.{layer}.attn_v.weight"]
+        tensors[f"blk.{layer}.attn_kv_a_mqa.weight"] = ((64, 40), F16)
+    model = load_model(written(tmp_path, gguf(metadata, tensors)))
+    assert model.layers == (LayerShape(1, 40, 0, kind="mla"),) * 4
+
+    ssm = {"ssm__inner_size": 128, "ssm__state_size": 16, "ssm__time_step_rank": 4, "ssm__group_count": 2}
+    metadata, tensors = decoder("granitehybrid", attention__head_count_kv=[0, 2, 0, 2], **ssm)
+    for layer in (0, 2):
+        for name in ("q", "k", "v"):
+            del tensors[f"blk.{layer}.attn_{name}.weight"]
+        del tensors[f"blk.{layer}.attn_output.weight"]
+        tensors[f"blk.{layer}.ssm_in.weight"] = ((64, 128), F16)
+        tensors[f"blk.{layer}.ssm_conv1d.weight"] = ((4, 192), F32)
+    model = load_model(written(tmp_path, gguf(metadata, tensors)))
+    assert model.cache_layers == (LayerShape(2, 8, 8),) * 2
+    assert model.state_layers[0].tensors == (("conv", (192, 4), "bfloat16"), ("recurrent", (4, 32, 16), "float32"))
+    assert dict(model.kinds) == {"mamba2": 2, "full": 2}
+
+    shared = decoder("gemma3n", attention__shared_kv_layers=1)
+    assert dict(load_model(written(tmp_path, gguf(*shared))).kinds) == {"full": 3, "shared": 1}
+
+
+def test_routed_experts_and_prediction_layers_are_told_apart(tmp_path: Path) -> None:
+    metadata, tensors = decoder("qwen3moe", expert_count=4, expert_used_count=2, nextn_predict_layers=1)
+    for layer in range(4):
+        tensors[f"blk.{layer}.ffn_up_exps.weight"] = ((64, 32, 4), F16)
+    tensors["rope_freqs.weight"] = ((4,), F32)
+    model = load_model(written(tmp_path, gguf(metadata, tensors)))
+    assert model.num_layers == 3
+    assert model.weights is not None
+    assert (model.weights.routed, model.weights.num_experts, model.weights.experts_per_token) == (3 * 64 * 32 * 4, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "lama"}, "general.architecture is lama: did you mean llama"),
+        ({"llama.block_count": 5}, "no tensors of block 4 of 5"),
+        ({"llama.block_count": "four"}, "llama.block_count is four: a whole number is needed"),
+        ({"llama.attention.head_count_kv": 4}, r"blk.0.attn_k.weight has the shape \[64, 16\]"),
+        ({"llama.attention.head_count_kv": 3}, "head_count_kv is 3"),
+        ({"llama.attention.head_count": 7}, "head_count"),
+        ({"split.count": 3}, "one of 3 parts"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    metadata, tensors = decoder("llama")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(written(tmp_path, gguf(metadata | change, tensors)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_model_is_read_from_its_parts(tmp_path: Path) -> None:
+    metadata, tensors = decoder("llama")
+    names = sorted(tensors)
+    for part in (1, 2):
+        chosen = {name: tensors[name] for name in names[part - 1 :: 2]}
+        content = gguf((metadata if part == 1 else {}) | {"split.count": 2, "split.no": part - 1}, chosen)
+        written(tmp_path, content, f"tiny-0000{part}-of-00002.gguf")
+    whole = load_model(written(tmp_path, gguf(metadata, tensors), "whole.gguf"))
+    (tmp_path / "whole.gguf").unlink()
+    assert load_model(str(tmp_path)).weights == whole.weights
+    (tmp_path / "tiny-00002-of-00002.gguf").unlink()
+    with pytest.raises(ValueError, match=r"tiny-00002-of-00002.gguf is not beside it"):
+        load_model(str(tmp_path))
+
+
+def test_every_cut_of_a_gguf_is_one_clear_error(tmp_path: Path) -> None:
+    content = gguf(*decoder("llama", layers=1))
+    for size in [*range(0, 400, 7), *range(400, len(content), 997), len(content) - 1]:
+        path = written(tmp_path, content[:size])
+        with pytest.raises(ValueError, match="no whole GGUF file") as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_corrupt_headers_are_refused_and_never_hang(tmp_path: Path) -> None:
+    content = gguf(*decoder("gemma3", layers=2, attention__sliding_window=512))
+    rng, start, outcomes = random.Random(0), time.perf_counter(), [0, 0]
+    for _ in range(1500):
+        hurt = bytearray(content)
+        for _ in range(rng.randint(1, 4)):
+            hurt[rng.randrange(4, 1500)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        path = written(tmp_path, bytes(hurt))
+        try:
+            load_model(path)
+            outcomes[0] += 1
+        except ValueError as error:
+            assert "\n" not in str(error).replace("\\n", "")  # noqa: PT017
+            outcomes[1] += 1
+    assert min(outcomes) > 50
+    assert time.perf_counter() - start < 30
+
+
+def test_block_sizes_are_those_of_the_gguf_package() -> None:
+    constants = pytest.importorskip("gguf.constants", reason="the gguf package is not installed")
+    known = {int(kind): sizes for kind, sizes in constants.GGML_QUANT_SIZES.items()}
+    assert {kind: sizes for kind, sizes in known.items() if kind in BLOCKS} == BLOCKS
+
+
+def test_a_file_of_the_gguf_package_reads_the_same(tmp_path: Path) -> None:
+    package = pytest.importorskip("gguf", reason="the gguf package is not installed")
+    np = pytest.importorskip("numpy")
+    writer = package.GGUFWriter(str(tmp_path / "theirs.gguf"), "llama")
+    writer.add_block_count(2)
+    writer.add_head_count_kv([1, 2])
+    writer.add_tensor("blk.0.attn_k.weight", np.zeros((3, 64), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = read_header(tmp_path / "theirs.gguf")
+    assert header.metadata["llama.block_count"] == 2
+    assert header.metadata["llama.attention.head_count_kv"] == [1, 2]
+    assert header.tensors["blk.0.attn_k.weight"].shape == (64, 3)
+    assert header.tensors["blk.0.attn_k.weight"].nbytes == 384
+
+
+CONFIG = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+def safetensors(tensors: dict[str, tuple[list[int], str, int]]) -> bytes:
+    header, at = {}, 0
+    for name, (shape, dtype, nbytes) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    return len(text).to_bytes(8, "little") + text + b"\0" * at
+
+
+def model_directory(folder: Path, rows: int = 16) -> Path:
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    keys = {f"model.layers.{at}.self_attn.k_proj.weight": ([rows, 64], "F16", rows * 64 * 2) for at in range(2)}
+    written(
+        folder, safetensors({**keys, "model.embed_tokens.weight": ([128, 64], "F8_E4M3", 8192)}), "model.safetensors"
+    )
+    return folder
+
+
+def test_a_model_directory_weighs_its_checkpoint(tmp_path: Path) -> None:
+    model = load_model(str(model_directory(tmp_path)))
+    assert model.num_params
+    assert model.weight_bits == 8 * (2 * 16 * 64 * 2 + 8192) / model.num_params
+    assert "weights of 12,288 B in 3 tensors beside the config" in model.notes
+    assert load_model(str(tmp_path / "model.safetensors")) == model
+    assert model.layers == Model.from_config(CONFIG).layers
+
+
+def test_a_checkpoint_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"k_proj.weight has 32 rows, config.json says kv heads x head dim = 16"):
+        load_model(str(model_directory(tmp_path, rows=32)))
+
+
+def test_broken_safetensors_are_one_clear_error(tmp_path: Path) -> None:
+    path = model_directory(tmp_path) / "model.safetensors"
+    content = path.read_bytes()
+    for size in (0, 3, 8, 9, 100, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="no whole safetensors file") as caught:
+            load_model(str(tmp_path))
+        assert "\n" not in str(caught.value)
+    path.write_bytes(content.replace(b'"F16"', b'"F99"'))
+    with pytest.raises(ValueError, match="unknown type 'F99'"):
+        load_model(str(path))
+    path.write_bytes(content)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names model-00001-of-00002.safetensors, which is not in"):
+        load_model(str(tmp_path))
+
+
+def test_tensor_shapes_alone_are_no_model(tmp_path: Path) -> None:
+    path = model_directory(tmp_path) / "model.safetensors"
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no config.json beside it"):
+        load_model(str(path))
+    with pytest.raises(ValueError, match=r"has no config.json and no GGUF file"):
+        load_model(str(tmp_path))
+    with pytest.raises(LookupError, match="no such file"):
+        load_model(str(tmp_path / "absent.gguf"))
