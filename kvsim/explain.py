@@ -89,16 +89,16 @@ def model_numbers(model: Model, batch_size: int, num_tokens: int) -> list[Number
 
 
 def _shape_numbers(layer: LayerShape, label: str, model: Model) -> list[Number]:
-    numbers = [Number("kv heads" + label, layer.num_kv_heads, model.source("num_kv_heads"))]
+    numbers = [Number("kv heads" + label, layer.num_kv_heads, model.source("num_kv_heads", layer.kind))]
     if not layer.value_dim:
         what = "one vector for keys and values" if layer.kind != "indexer" else "index key"
-        numbers.append(Number("latent" + label, layer.key_dim, model.source("head_dim") or what))
+        numbers.append(Number("latent" + label, layer.key_dim, model.source("head_dim", layer.kind) or what))
     else:
-        numbers.append(Number("head dim" + label, layer.key_dim, model.source("head_dim")))
+        numbers.append(Number("head dim" + label, layer.key_dim, model.source("head_dim", layer.kind)))
         if layer.value_dim != layer.key_dim:
-            numbers.append(Number("value dim" + label, layer.value_dim, model.source("value_dim")))
+            numbers.append(Number("value dim" + label, layer.value_dim, model.source("value_dim", layer.kind)))
     if layer.window is not None:
-        numbers.append(Number("window" + label, layer.window, model.source("window")))
+        numbers.append(Number("window" + label, layer.window, model.source("window", layer.kind)))
     if layer.stride > 1:
         numbers.append(Number("stride" + label, layer.stride, "tokens an entry"))
     return numbers

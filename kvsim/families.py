@@ -180,6 +180,16 @@ class GlobalAttention(Attention):
         return 512
 
 
+class WideAttention(Attention):
+    """Zamba2's: it reads the layer's input beside the embedding, so its heads are twice as wide."""
+
+    def _head_dim(self, body: Body) -> int:
+        if 2 * body.hidden % body.num_q_heads:
+            raise body.reader.error("num_attention_heads", f"allowed are divisors of twice hidden_size {body.hidden}")
+        body.reader.sources["head_dim"] = f"2 x {body.reader.sources['hidden_size']} / num_attention_heads"
+        return 2 * body.hidden // body.num_q_heads
+
+
 class DoubledAttention(Attention):
     """MiMo-V2's sliding layers: ``swa_num_key_value_heads``, or twice the full layers'."""
 
@@ -428,6 +438,14 @@ _BAMBA_MAMBA = Mamba2(
     conv_bias=("mamba_conv_bias", True),
 )
 _MAMBA_KEYS = ("mamba_expand", "mamba_chunk_size", "chunk_size", "use_mamba_kernels", "mamba_hidden_act")
+_ZAMBA2_MAMBA = Mamba2(
+    heads="n_mamba_heads",
+    derived=True,
+    groups="mamba_ngroups",
+    state="mamba_d_state",
+    kernel="mamba_d_conv",
+    expand="mamba_expand",
+)
 _BAMBA = Family(
     mixers={"full": (LENIENT,), "linear": (_BAMBA_MAMBA,)},
     kinds=kinds.indexed("attn_layer_indices", rest="linear"),
@@ -1121,6 +1139,28 @@ FAMILIES: dict[str, Family] = {
         ),
         tied=True,
         countable=False,
+    ),
+    "zamba2": Family(
+        mixers={
+            "linear": (_ZAMBA2_MAMBA,),
+            "hybrid": (WideAttention(kv_required=False), _ZAMBA2_MAMBA),
+        },
+        kinds=kinds.zamba2,
+        listed=("layers_block_type", "layer_types"),
+        tied=True,
+        countable=False,
+        inert=(
+            *_MAMBA_KEYS,
+            "mamba_headdim",
+            "hybrid_layer_ids",
+            "attention_head_dim",
+            "attention_hidden_size",
+            "kv_channels",
+            "num_query_groups",
+            "use_conv_bias",
+            "num_logits_to_keep",
+            "use_shared_attention_adapter",
+        ),
     ),
     "minimax": Family(
         mixers={"full": (Attention(),), "linear": (Lightning(),)},

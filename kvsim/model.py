@@ -163,9 +163,13 @@ class Model:
         """The states that do not grow with the tokens."""
         return tuple(layer for layer in self.layers if isinstance(layer, StateShape))
 
-    def source(self, name: str) -> str:
-        """The config key that a number came from."""
-        return dict(self.sources).get(name, "")
+    def source(self, name: str, kind: str = "") -> str:
+        """The config key that a number came from; of a layer's ``kind`` where its own is another.
+
+        ``state`` with the kind of a constant state names all keys of its sizes.
+        """
+        sources = dict(self.sources)
+        return sources.get(f"{name}.{kind}", sources.get(name, ""))
 
 
 def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Family]:
@@ -335,8 +339,27 @@ def _made(body: Body, family: Family, kind: str) -> Shapes:
             window, label = None, ""
     out: list[LayerShape | StateShape] = []
     for mixer in family.mixers.get(mixer_kind(family, kind), ()):
-        out += mixer.shapes(body, window, label)
+        before = dict(reader.sources)
+        made = mixer.shapes(body, window, label)
+        for shape in made:
+            reader.sources |= _own_sources(reader, shape, before)
+        out += made
     return tuple(out)
+
+
+def _own_sources(reader: ConfigReader, shape: LayerShape | StateShape, before: dict[str, str]) -> dict[str, str]:
+    """Where a layer's own numbers came from, by ``name.kind``."""
+    sources = reader.sources
+    if isinstance(shape, StateShape):
+        fresh = dict.fromkeys(key for name, key in sources.items() if before.get(name) != key and "." not in name)
+        return {f"state.{shape.kind}": ", ".join(fresh)} if fresh else {}
+    if shape.kind == "indexer":
+        return {
+            "num_kv_heads.indexer": reader.label("model_type"),
+            "head_dim.indexer": sources.get("index_head_dim", ""),
+        }
+    names = ("num_kv_heads", "head_dim", "value_dim", *(("window",) if shape.window else ()))
+    return {f"{name}.{shape.kind}": sources[name] for name in names if name in sources}
 
 
 def _refuse_foreign(reader: ConfigReader, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:
