@@ -22,6 +22,11 @@ from kvsim import record as layout
 from kvsim.record import PLANES, Record
 
 LIMIT = tl.constexpr(reference.LIMIT)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
+ROUND_BITS = tl.constexpr(0x4B400000)
+PART = 2048
+"""Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # it is quick for tl.min alone, which drops NaN there; its tl.maximum keeps it
 channel_chunks = triton.constexpr_function(layout.channel_chunks)  # wrapped, their source counts in the kernels' cache key
 tile_order = triton.constexpr_function(layout.tile_order)
 
@@ -82,6 +87,77 @@ def next_power_of_2(n):
     return triton.next_power_of_2(n)
 
 
+@triton.constexpr_function
+def direct(dim, nbits, group):
+    """Whether codes are made in the order of their words, as :func:`pack_key_part` and :func:`pack_value_part` do."""
+    powers = dim & (dim - 1) == 0 and group & (group - 1) == 0
+    return powers and len(PLANES[nbits]) == 1 and dim * nbits >= 128 and group <= 64 * nbits
+
+
+@triton.constexpr_function
+def key_part(record_length, dim, group, size):
+    """``(tokens, channels)`` of a part of ``size`` keys: whole groups of ``group`` tokens, whole rows where they fit."""
+    tokens = max(group, value_part(record_length, dim, size))
+    return tokens, min(dim, size // tokens)
+
+
+@triton.constexpr_function
+def value_part(record_length, dim, size):
+    """Tokens of a part of ``size`` values, 16 or more: whole rows."""
+    return min(record_length & -record_length, max(16, size // dim))
+
+
+@triton.constexpr_function
+def num_key_parts(record_length, dim, nbits, group, size):
+    tokens, channels = key_part(record_length, dim, group, size)
+    return record_length // tokens * (dim // channels) if direct(dim, nbits, group) else 1
+
+
+@triton.constexpr_function
+def num_value_parts(record_length, dim, nbits, group, size):
+    return record_length // value_part(record_length, dim, size) if direct(dim, nbits, group) else 1
+
+
+@triton.constexpr_function
+def word_runs(stream, tile, width, bits, channels):
+    """How a channel's index (``channels``) or a token's moves its code's word: ``((lowest index bit, mask, words a step), ...)``.
+
+    Index bits that choose the code inside the word are left out.
+    """
+    order = tile_order(stream, tile, width, bits)
+    low, high = (1, width) if channels else (width, tile * width)
+    runs, place = [], 1  # of token * width + channel
+    for i in reversed(order.to_logical):
+        size, words = order.memory_shape[i], 1
+        for inner in order.memory_shape[i + 1 :]:
+            words *= inner
+        words //= order.codes_per_word
+        if low <= place < high and words:
+            bit = (place // low).bit_length() - 1
+            if runs and runs[-1][0] + runs[-1][1].bit_length() == bit and (runs[-1][1] + 1) * runs[-1][2] == words:
+                runs[-1] = (runs[-1][0], (runs[-1][1] + 1) * size - 1, runs[-1][2])
+            else:
+                runs.append((bit, size - 1, words))
+        place *= size
+    return tuple(runs)
+
+
+@triton.constexpr_function
+def bias(nbits):
+    """What a word of :func:`rounded` codes holds too much, as int32."""
+    word = sum(ROUND_BITS.value << shift for shift in range(0, 32, nbits)) % 2**32
+    return word - 2**32 if word >= 2**31 else word
+
+
+@triton.jit
+def word_offset(index, RUNS: tl.constexpr):
+    """The share of a token or channel of a tile in the place of its code's word."""
+    at = index * 0
+    for i in tl.static_range(len(RUNS)):
+        at += ((index >> RUNS[i][0]) & RUNS[i][1]) * RUNS[i][2]
+    return at
+
+
 @triton.jit
 def value_param_offset(group, token, RECORD: tl.constexpr):
     """Place of a value scale inside its section: ``[group][c][ts][kk][e]`` (kvsim/record.py)."""
@@ -91,25 +167,88 @@ def value_param_offset(group, token, RECORD: tl.constexpr):
 @triton.jit
 def scale_zero(low, high, has_nan, LEVELS: tl.constexpr):
     """float16 scale and zero of groups with the given finite range."""
-    scale = tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)).to(tl.float16)
+    span = high - low
+    if INTERPRETED:  # its fma rounds twice
+        scale = tl.div_rn(span, tl.full(low.shape, LEVELS, tl.float32))
+    else:  # the same, correctly rounded, from the rounded reciprocal and what it leaves over
+        near = span * (1 / LEVELS)
+        scale = tl.fma(tl.fma(near, -LEVELS, span), 1 / LEVELS, near)
+    scale = scale.to(tl.float16)
     nan = tl.full(low.shape, float("nan"), tl.float16)
     return tl.where(has_nan, nan, scale), tl.where(has_nan, nan, low.to(tl.float16))
 
 
 @triton.jit
 def inverse_of(scale):
+    """``1 / scale`` in float32, correctly rounded; 0 where the scale is 0 or NaN."""
     scale = scale.to(tl.float32)
     usable = scale > 0
-    return tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
+    scale = tl.where(usable, scale, 1.0)
+    if INTERPRETED:
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    else:  # the same: a reciprocal of 11 bits lies 2**-36 off any tie, and one step from 2 ulp leaves 2**-43
+        near = 1.0 / scale
+        inverse = tl.fma(near, tl.fma(-scale, near, 1.0), near)
+    return tl.where(usable, inverse, 0.0)
+
+
+@triton.jit
+def rounded(x, inverse, zero, LEVELS: tl.constexpr):
+    """``ROUND_BITS`` + the codes of ``x`` (int32), rounding half to even: adding 1.5 * 2**23 leaves no fraction bits."""
+    level = (x.to(tl.float32) - zero.to(tl.float32)) * inverse
+    if INTERPRETED:
+        level = tl.where(level == level, level, 0.0)
+    level = tl.minimum(tl.maximum(level, 0.0), LEVELS)  # of 0 and NaN a device takes 0
+    return (level + ROUND).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def encode(x, inverse, zero, LEVELS: tl.constexpr):
-    """Codes of ``x`` (int32), rounding half to even: adding 1.5 * 2**23 leaves no fraction bits."""
-    level = (x - zero.to(tl.float32)) * inverse
-    level = tl.where(level == level, level, 0.0)
-    level = tl.minimum(tl.maximum(level, 0.0), LEVELS)
-    return ((level + 12582912.0) - 12582912.0).to(tl.int32)
+    """Codes of ``x`` (int32)."""
+    return rounded(x, inverse, zero, LEVELS) - ROUND_BITS
+
+
+@triton.jit
+def lesser(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def least(x, AXIS: tl.constexpr):
+    """Minimum along an axis; a NaN wins."""
+    if INTERPRETED:
+        has_nan = tl.max((x != x).to(tl.int32), AXIS) > 0
+        return tl.where(has_nan, float("nan"), tl.min(tl.where(x == x, x, 0.0).to(tl.float32), AXIS))
+    return tl.reduce(x, AXIS, lesser)
+
+
+@triton.jit
+def greatest(x, AXIS: tl.constexpr):
+    """Maximum along an axis, of no meaning where there is a NaN."""
+    if INTERPRETED:
+        return tl.max(tl.where(x == x, x, 0.0).to(tl.float32), AXIS)
+    return tl.reduce(x, AXIS, greater)
+
+
+@triton.jit
+def range_params(low, high, LEVELS: tl.constexpr):
+    """float16 scale and zero of groups with the given range, NaN where one is among them."""
+    low, has_nan = finite(low.to(tl.float32))
+    return scale_zero(low, finite(high.to(tl.float32))[0], has_nan, LEVELS)
+
+
+@triton.jit
+def within(x):
+    """float32 values clamped as :func:`finite` does.  16-bit ones need not be: beyond LIMIT their code is 0 or the highest,
+    because a group that reaches LIMIT spans 16 at least, and its scale is no coarser than its codes."""
+    if x.dtype == tl.float32:
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -LIMIT), LIMIT), x)
+    return x
 
 
 @triton.jit
@@ -258,25 +397,159 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
 
 
 @triton.jit
+def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, NEW: tl.constexpr, DIM: tl.constexpr,
+                SINK: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Tokens ``first + token`` of the row at ``channel``, ``[N, 1]`` and ``[N or 1, C]``, as they are held (float32, where the
+    ring and the new tokens are not alike)."""
+    position = first + token
+    ring_ptr = exact_ptr + (SINK + (position - SINK) % RESIDUAL) * DIM
+    if not NEW:
+        x = tl.load(ring_ptr + channel)
+    else:
+        token_ptr = new_ptr + (first - length).to(tl.int64) * stride_new_t + token * stride_new_t
+        if exact_ptr.dtype == new_ptr.dtype:
+            if first < length:
+                token_ptr = tl.where(position < length, ring_ptr, token_ptr)
+            x = tl.load(token_ptr + channel)
+        else:
+            x = tl.load(ring_ptr + channel, mask=position < length, other=0.0).to(tl.float32)
+            y = tl.load(token_ptr + channel, mask=position >= length, other=0.0).to(tl.float32)
+            x = tl.where(position < length, x, y)
+    return x
+
+
+@triton.jit
+def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, length, stride_new_t, zero_offset,
+                  NEW: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
+                  TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Some of a record's tokens, some of their channels: a word holds consecutive channels of one token."""
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    SHAPE: tl.constexpr = key_part(RECORD, DIM, GROUP, SIZE)
+    TOKENS: tl.constexpr = SHAPE[0]
+    WIDTH: tl.constexpr = SHAPE[1]
+    FIELDS: tl.constexpr = 32 // NBITS
+    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
+    t = part // (DIM // WIDTH) * TOKENS
+    c = part % (DIM // WIDTH) * WIDTH
+    d = c + tl.arange(0, WIDTH)
+    x = load_direct(exact_ptr, new_ptr, first + t, tl.arange(0, TOKENS)[:, None], d[None, :], length, stride_new_t, NEW,
+                    DIM, SINK, RESIDUAL)  # fmt: skip
+    if GROUP == 0:
+        scale = tl.load(params_ptr + d)[None, :]
+        zero = tl.load(params_ptr + zero_offset + d)[None, :]
+    else:
+        x = tl.reshape(x, (TOKENS // GROUP, GROUP, WIDTH))
+        scale, zero = range_params(least(x, 1), greatest(x, 1), LEVELS)
+        at = (t // GROUP + tl.arange(0, TOKENS // GROUP))[:, None] * DIM + d[None, :]
+        tl.store(half_ptr + at, scale)
+        tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
+        scale = scale[:, None, :]
+        zero = zero[:, None, :]
+    code = tl.reshape(rounded(within(x), inverse_of(scale), zero, LEVELS), (TOKENS, WIDTH // FIELDS, FIELDS))
+    field = tl.arange(0, FIELDS)
+    word = tl.sum(code << (field // 2 * NBITS + field % 2 * 16)[None, None, :], 2) - bias(NBITS)
+    t += tl.arange(0, TOKENS)
+    at = t // TILE * (TILE * DIM * NBITS // 32) + word_offset(t % TILE, word_runs("key", TILE, DIM, NBITS, False))
+    by_channel = word_offset(c + tl.arange(0, WIDTH // FIELDS) * FIELDS, word_runs("key", TILE, DIM, NBITS, True))
+    tl.store(record_ptr + at[:, None] + by_channel[None, :], word)
+
+
+@triton.jit
+def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length, stride_new_t, NEW: tl.constexpr,
+                    DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
+                    SINK: tl.constexpr, RESIDUAL: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Some of a record's tokens: a word holds channels 8 apart of two tokens.
+
+    Channels are ``[block][high field][low field, one of 8]``; low fields lie in neighbouring lanes, which read them in one piece.
+    """
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    PAIRS: tl.constexpr = value_part(RECORD, DIM, SIZE) // 2
+    BLOCK: tl.constexpr = 8 * 16 // NBITS  # channels that 8 words hold
+    BLOCKS: tl.constexpr = DIM // BLOCK
+    RUN: tl.constexpr = min(BLOCK, GROUP, 32)
+    HIGH: tl.constexpr = BLOCK // RUN
+    IN_RUNS: tl.constexpr = min(GROUP, BLOCK) // RUN  # high fields, and below blocks, that one group takes
+    IN_BLOCKS: tl.constexpr = max(GROUP // BLOCK, 1)
+    FIELDS: tl.constexpr = 2 * HIGH
+    GROUPS: tl.constexpr = HIGH // IN_RUNS
+    t = part * (2 * PAIRS)
+    row = tl.arange(0, FIELDS * BLOCKS * PAIRS)  # [token of a pair, high field][block][pair]: pairs in lanes, the rest in registers
+    token = row % PAIRS * 2 + row // (PAIRS * BLOCKS * HIGH)
+    channel = row // PAIRS % BLOCKS * BLOCK + row // (PAIRS * BLOCKS) % HIGH * RUN
+    channel = channel[:, None] + tl.arange(0, RUN)[None, :]
+    x = load_direct(exact_ptr, new_ptr, first + t, token[:, None], channel, length, stride_new_t, NEW, DIM, SINK, RESIDUAL)
+    x = tl.reshape(x, (2 * GROUPS, IN_RUNS, BLOCKS // IN_BLOCKS, IN_BLOCKS, PAIRS, RUN))
+    low = least(least(least(x, 1), 2), 3)  # [token of a pair, group of high fields][group of blocks][pair]
+    high = greatest(greatest(greatest(x, 1), 2), 3)
+    scale, zero = range_params(low, high, LEVELS)
+    which = tl.arange(0, 2 * GROUPS)
+    p = tl.arange(0, PAIRS)
+    group = (which % GROUPS)[:, None] + (tl.arange(0, BLOCKS // IN_BLOCKS) * GROUPS)[None, :]
+    token = t + (which // GROUPS)[:, None, None] + 2 * p[None, None, :]
+    at = value_param_offset(group[:, :, None], token, RECORD)
+    tl.store(half_ptr + at, scale)
+    tl.store(half_ptr + at + RECORD * (DIM // GROUP), zero)
+    inverse = inverse_of(scale)[:, None, :, None, :, None]
+    code = tl.reshape(rounded(within(x), inverse, zero[:, None, :, None, :, None], LEVELS), (FIELDS, BLOCKS, PAIRS, RUN))
+    which = tl.arange(0, FIELDS)
+    code <<= (which // HIGH * 16 + which % HIGH * (RUN // 8 * NBITS))[:, None, None, None]
+    word = tl.sum(code, 0) << (tl.arange(0, RUN) // 8 * NBITS)[None, None, :]
+    word = tl.sum(tl.reshape(word, (BLOCKS, PAIRS, RUN // 8, 8)), 2) - bias(NBITS)
+    token = t + 2 * p
+    at = token // TILE * (TILE * DIM * NBITS // 32) + word_offset(token % TILE, word_runs("value", TILE, DIM, NBITS, False))
+    RUNS: tl.constexpr = word_runs("value", TILE, DIM, NBITS, True)
+    by_block = word_offset(tl.arange(0, BLOCKS) * BLOCK, RUNS)
+    at = at[None, :, None] + by_block[:, None, None] + word_offset(tl.arange(0, 8), RUNS)[None, None, :]
+    tl.store(words_ptr + at, word)
+
+
+@triton.jit
+def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt,
+              stride_vt, zero_offset, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+              VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+              TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
+              VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """A part of :func:`pack_record`: those of the keys come first, then those of the values."""
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+    if part < KEY_PARTS:
+        if direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
+            pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset, NEW,
+                          KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS, SIZE)  # fmt: skip
+        else:
+            KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+            for i in tl.static_range(len(KEY_CHUNKS)):
+                pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, NEW,
+                          KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
+                          KEY_PARAMS)  # fmt: skip
+    else:
+        words_ptr = record_ptr + RECORD * KEY_DIM * KEY_NBITS // 32
+        half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * VALUE_PARAMS
+        if direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
+            pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt, NEW,
+                            VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, SIZE)  # fmt: skip
+        else:
+            VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+            for tile in range(RECORD // TILE):
+                for i in tl.static_range(len(VALUE_CHUNKS)):
+                    pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32), half_ptr,
+                                tile, first, length, count, stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM,
+                                VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
 def pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt, stride_vt,
                 zero_offset, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr,
                 KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
                 SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
                 VALUE_PARAMS: tl.constexpr):  # fmt: skip
     """The record of one head that begins with token ``first``: pointers are the head's own, but ``zero_offset`` from scale to zero."""
-    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
-    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
-    for i in tl.static_range(len(KEY_CHUNKS)):
-        pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, NEW,
-                  KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS)  # fmt: skip
-    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
-    VALUE_CODES: tl.constexpr = RECORD * KEY_DIM * KEY_NBITS // 32
-    for tile in range(RECORD // TILE):
-        words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
-        for i in tl.static_range(len(VALUE_CHUNKS)):
-            pack_values(exact_value_ptr, value_ptr, words_ptr, half_ptr + 2 * VALUE_PARAMS, tile, first, length, count,
-                        stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD,
-                        TILE, SINK, RESIDUAL)  # fmt: skip
+    SIZE: tl.constexpr = 16384
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+    VALUE_PARTS: tl.constexpr = num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE)
+    for part in tl.static_range(KEY_PARTS + VALUE_PARTS):
+        pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt,
+                  stride_vt, zero_offset, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK,
+                  RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
 
 
 @triton.jit
@@ -286,7 +559,7 @@ def pack_kernel(
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
-    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) // NUM_HEADS
     head = tl.program_id(1) % NUM_HEADS
@@ -295,9 +568,10 @@ def pack_kernel(
     count = new_length
     if counts_ptr is not None:
         count = tl.load(counts_ptr + row)
-    number = packed // RECORD + tl.program_id(0)
+    ahead = tl.program_id(0) // PARTS
+    number = packed // RECORD + ahead
     over = length + count - SINK - packed - RESIDUAL
-    if over <= tl.program_id(0) * RECORD:  # this row packs fewer records than the grid provides for
+    if over <= ahead * RECORD:  # this row packs fewer records than the grid provides for
         return
     first = SINK + number * RECORD
     record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
@@ -310,9 +584,9 @@ def pack_kernel(
     row_params_ptr = params_ptr
     if KEY_GROUP == 0:
         row_params_ptr = params_ptr + rows * KEY_DIM
-    pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first, length, count, stride_kt,
-                stride_vt, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP,
-                RECORD, TILE, SINK, RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+    pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first,
+              length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS,
+              KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
 
 
 @triton.jit
@@ -420,11 +694,12 @@ def append(
     if most:
         if key_params is not None:
             freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual)
-        pack_kernel[(most // record.num_tokens, batch_size * heads)](
+        launch = pack_launch(record)
+        pack_kernel[(most // record.num_tokens * launch["PARTS"], batch_size * heads)](
             key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged,
             *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
-            SINK=sink, RESIDUAL=residual, **record_constants(record), num_warps=pack_warps(record),
+            SINK=sink, RESIDUAL=residual, **record_constants(record), **launch,
         )  # fmt: skip
     dim = max(record.key_dim, record.value_dim)
     block = 1 if new_length == 1 else 16
@@ -465,6 +740,17 @@ def freeze(
 def pack_warps(record: Record) -> int:
     """Warps a record: a tile of a wide head does not fit the registers of four."""
     return 4 if max(record.key_dim, record.value_dim) <= 64 else 8
+
+
+@cache
+def pack_launch(record: Record) -> dict[str, int]:
+    """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps."""
+    keys = (record.key_dim, record.key_nbits, record.key_group)
+    values = (record.value_dim, record.value_nbits, record.value_group)
+    warps = 1 if direct(*keys) and direct(*values) else pack_warps(record)
+    size = PART * warps
+    parts = num_key_parts(record.num_tokens, *keys, size) + num_value_parts(record.num_tokens, *values, size)
+    return {"PARTS": parts, "SIZE": size, "num_warps": warps}
 
 
 @cache
