@@ -214,6 +214,17 @@ class AdjustedMlp(Mlp):
         return step * -(-inner // step)
 
 
+class DoubleMlp(Mlp):
+    """Gemma 4's: with ``use_double_wide_mlp`` the layers that share a cache have twice the width."""
+
+    def widths(self, body: Body) -> list[int]:
+        out = super().widths(body)
+        shared = body.reader.count_or_none("num_shared", "num_kv_shared_layers", zero=True) or 0
+        if body.reader.switch(("use_double_wide_mlp", False)) and shared:
+            out[-shared:] = [2 * width for width in out[-shared:]]
+        return out
+
+
 class GroupedAttention(Attention):
     """ChatGLM's: ``multi_query_group_num`` heads where ``multi_query_attention`` is on."""
 
@@ -369,6 +380,7 @@ _QWEN2 = replace(
 _QWEN3 = replace(_QWEN2, mixers=_slide(NORMED))
 _STEPPED = Experts(("num_experts", "num_local_experts"), "moe_intermediate_size", sparse=stepped_layers)
 _GEMMA2 = Family(
+    inert=("sliding_window_size",),
     mixers=_slide(HEADED),
     window="sliding_window",
     kinds=kinds.every(2),
@@ -631,7 +643,7 @@ FAMILIES: dict[str, Family] = {
         layer_extra=_gemma4_layer,
         outer_extra=_gemma4_outer,
         lookup_extra=_per_layer_lookup,
-        count_if=lambda body: not body.reader.get("use_double_wide_mlp"),
+        mlp=DoubleMlp(),
     ),
     "cohere": _COHERE,
     "cohere2": replace(
@@ -775,9 +787,10 @@ FAMILIES: dict[str, Family] = {
         ),
         count_if=lambda body: not body.reader.switch(("use_bias", False)),
     ),
-    "hunyuan_v1_dense": Family(mixers=_one(replace(LENIENT, qk_norm="head"))),
+    "hunyuan_v1_dense": Family(mixers=_one(replace(LENIENT, qk_norm="head")), inert=("attention_head_dim",)),
     "hunyuan_v1_moe": Family(
         mixers=_one(replace(LENIENT, qk_norm="head")),
+        inert=("attention_head_dim",),
         mlp=None,
         experts=Experts("num_experts", "intermediate_size", "moe_topk", shared_inner="intermediate_size"),
         count_if=lambda body: all(
@@ -1160,6 +1173,7 @@ FAMILIES: dict[str, Family] = {
             "use_conv_bias",
             "num_logits_to_keep",
             "use_shared_attention_adapter",
+            "lora_rank",
         ),
     ),
     "minimax": Family(
@@ -1241,6 +1255,8 @@ for alias, known in {
     "gpt-sw3": "gpt2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
     "minimax_m3_vl_text": "minimax_m3",
@@ -1251,6 +1267,7 @@ WRAPPERS = (
     "mistral3", "ministral3", "llama4", "gemma3", "gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe", "kimi_k25",
     "llava", "llava_next", "vipllava", "paligemma", "internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm",
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "got_ocr2", "lfm2_vl", "minimax_m3_vl", "kimi_vl",
+    "glm4v", "glm4v_moe",
 )  # fmt: skip
 """Outer model types whose ``text_config`` is a decoder of the table above."""
 

@@ -31,7 +31,7 @@ FOREIGN: dict[str, str] = {
     r"interval|linear_attn|^linear_|lightning|delta|full_attn": "linear-attention layers",
     r"attn_layer|attn_type|attention_type|attention_layers|layer_types|attention_pattern": "layers of several kinds",
     r"mamba|ssm|^conv_|_conv\b|d_conv|d_state|recurrent|lru_|rwkv|time_mix|short_conv": "recurrent layers",
-    r"kv_shared|shared_kv|cla_|share_factor|cross_layer|yoco|kv_sharing": "layers that share another layer's cache",
+    r"shared_kv|cla_|share_factor|cross_layer|yoco|use_cla|kv_shar": "layers that share another layer's cache",
     r"compress": "compressed attention",
     r"^index|indexer|sparse_attention|_topk_blocks|nsa_": "sparse attention with an index of its own",
     r"sliding|window|^swa_|attention_sink": "sliding windows",
@@ -47,7 +47,7 @@ FOREIGN: dict[str, str] = {
 NEUTRAL: dict[str, Any] = {
     "full_attn_mod": 1,
     "use_bidirectional_attention": "vision",
-    "cla_share_factor": 1,
+    "compression_ratio": 1,
     "attn_config.attn_type": "multihead_attention",
 }
 """Keys that smell and are understood at one value alone."""
@@ -180,7 +180,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     prefix, nested = "", False
     if not isinstance(model_type, str):
         raise outer.error("model_type", "allowed is the name of a model type")
-    if inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
+    if inner is None and model_type in FLAT:
+        wrapper, model_type = model_type, FLAT[model_type]
+    elif inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
         if not isinstance(inner, Mapping):
             raise outer.error("text_config", "allowed is a JSON object")
         if model_type not in WRAPPERS:
@@ -197,6 +199,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         reader.config = {**config, "tie_word_embeddings": outer.config["tie_word_embeddings"]}
     return reader, wrapper, model_type, family
 
+
+FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+"""Wrappers whose published configs hold the decoder's keys among their own."""
 
 INNER = {
     "qwen2_vl": "qwen2_vl_text",
@@ -362,6 +367,15 @@ def _own_sources(reader: ConfigReader, shape: LayerShape | StateShape, before: d
     return {f"{name}.{shape.kind}": sources[name] for name in names if name in sources}
 
 
+def _neutral(reader: ConfigReader, key: str, value: Any) -> bool:
+    """Whether a key that smells says nothing at this value."""
+    if key == "cla_share_factor":
+        return reader.config.get("use_cla") is False or value == 1
+    if key in ("attn_type_list", "moe_layer_freq"):  # every layer of the one kind
+        return isinstance(value, list) and all(entry == 1 for entry in value)
+    return NEUTRAL.get(key) == value and not isinstance(value, bool)
+
+
 def _refuse_foreign(reader: ConfigReader, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:
     """Refuses a key that smells of changing the cache and was not understood."""
     known = INERT | known_keys(model_type) | reader.used
@@ -370,7 +384,7 @@ def _refuse_foreign(reader: ConfigReader, model_type: str, layers: tuple[LayerSh
     for key, value in reader.config.items():
         if not isinstance(key, str) or key in known:
             continue
-        if NEUTRAL.get(key) == value and not isinstance(value, bool):
+        if _neutral(reader, key, value):
             continue
         if value is None or value is False or value in (0, "", -1) or value == [] or value == {}:
             continue

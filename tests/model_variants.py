@@ -39,6 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gemma4_text": [
         {},
         {"num_kv_shared_layers": 10},
+        {"num_kv_shared_layers": 10, "use_double_wide_mlp": True},
         {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
         {"hidden_size_per_layer_input": 0},
     ],
@@ -101,6 +102,8 @@ SKIPPED: dict[str, str] = {
     "glm4_moe": "its class's defaults are no model (96 heads of a width of 4,096)",
     "dbrx": "its class does not start in 5.23 (rope_theta)",
     "mistral4": "in no AutoModel; a catalogue row is built by its class",
+    "glm4v_text": "in no AutoModel by itself",
+    "glm4v_moe_text": "in no AutoModel by itself",
     "qwen2_vl_text": "in no AutoModel by itself",
     "qwen2_5_vl_text": "in no AutoModel by itself",
     "qwen3_vl_text": "in no AutoModel by itself",

@@ -1,0 +1,66 @@
+"""Configs in the words in which they were published, with the keys that do not matter here, against literal figures.
+
+None of them is in the catalogue: the keys of remote code, older names, nested configs without what equals the class's
+defaults.  The parameters are the totals that their authors state, to the last digit where they give one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvsim.estimate import cache_nbytes
+from kvsim.methods import Full
+from kvsim.model import Model
+
+ROWS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_published_config(name: str) -> None:
+    row = ROWS[name]
+    model = Model.from_config(row["config"], name)
+    assert cache_nbytes(model, Full(), 1, 1) == row["bytes_per_token"]
+    assert cache_nbytes(model, Full(), 1, 8192) == row["8192"]
+    assert sum(buffer.nbytes for layer in model.state_layers for buffer in layer.buffers(1)) == row["state"]
+    assert model.num_params == row["parameters"]
+    assert dict(model.kinds) == row["kinds"]
+
+
+def changed(name: str, **change: Any) -> dict[str, Any]:
+    return ROWS[name]["config"] | change
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed("hunyuan-a13b", use_cla=True), "cla_share_factor is 2: layers that share"),
+        (changed("internlm2-7b", sliding_window=4096), "sliding_window is 4096: sliding windows"),
+        (changed("baichuan2-7b", num_key_value_heads=8), "num_key_value_heads is 8: this model type has 32"),
+        (changed("minimax-text-01", attn_type_list=[0, 2] * 40), "attn_type_list"),
+        (changed("minimax-m2", attn_type_list=[0] + [1] * 61), "attn_type_list"),
+        (changed("bamba-9b", attn_layer_indices=[9, 18, 99]), "attn_layer_indices"),
+        (changed("exaone4-32b", sliding_window_pattern="LLXG"), "sliding_window_pattern is 'LLXG'"),
+        (changed("gptneo-1.3b", attention_layers=["global", "sparse"] * 12), "attention_types has 'sparse'"),
+        (changed("gemma2-9b", use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+        (changed("mpt-7b", attn_config={"attn_type": "multiquery_attention"}), "attn_config.attn_type"),
+        (changed("ernie-0.3b", compression_ratio=4), "compression_ratio is 4: compressed attention"),
+        (changed("qwen-7b", kv_cache_bits=4), "kv_cache_bits is 4"),
+        (changed("lfm2-1.2b", layer_types=["conv"] * 15 + ["mamba"]), "layer_types has 'mamba'"),
+        (changed("falcon-h1-1.5b", mamba_n_heads=47), "mamba_n_heads is 47"),
+        (changed("kimi-linear-remote", linear_attn_config={"kda_layers": [1]}), "linear_attn_config"),
+        (changed("mamba-2.8b", model_type="xlstm"), "model_type is 'xlstm'"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_its_key(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Model.from_config(config)
+
+
+def test_absent_keys_take_the_values_of_the_class_and_a_note_says_which() -> None:
+    model = Model.from_config(ROWS["gemma3-4b"]["config"])
+    note = next(line for line in model.notes if line.startswith("absent from the config"))
+    assert "num_key_value_heads 4" in note
+    assert "head_dim 256" in note
+    assert model.source("head_dim", "full") == "text_config.head_dim (absent: 256 by its class)"
