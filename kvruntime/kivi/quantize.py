@@ -224,6 +224,8 @@ def least(x, AXIS: tl.constexpr):
     if INTERPRETED:
         has_nan = tl.max((x != x).to(tl.int32), AXIS) > 0
         return tl.where(has_nan, float("nan"), tl.min(tl.where(x == x, x, 0.0).to(tl.float32), AXIS))
+    if x.dtype == tl.bfloat16:  # tl.minimum gives float32 for it
+        x = x.to(tl.float32)
     return tl.reduce(x, AXIS, lesser)
 
 
@@ -232,6 +234,8 @@ def greatest(x, AXIS: tl.constexpr):
     """Maximum along an axis, of no meaning where there is a NaN."""
     if INTERPRETED:
         return tl.max(tl.where(x == x, x, 0.0).to(tl.float32), AXIS)
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
     return tl.reduce(x, AXIS, greater)
 
 
@@ -408,9 +412,7 @@ def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t,
     else:
         token_ptr = new_ptr + (first - length).to(tl.int64) * stride_new_t + token * stride_new_t
         if exact_ptr.dtype == new_ptr.dtype:
-            if first < length:
-                token_ptr = tl.where(position < length, ring_ptr, token_ptr)
-            x = tl.load(token_ptr + channel)
+            x = tl.load(tl.where(position < length, ring_ptr + channel, token_ptr + channel))
         else:
             x = tl.load(ring_ptr + channel, mask=position < length, other=0.0).to(tl.float32)
             y = tl.load(token_ptr + channel, mask=position >= length, other=0.0).to(tl.float32)
