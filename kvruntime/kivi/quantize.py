@@ -447,9 +447,13 @@ def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, lengt
         tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
         scale = scale[:, None, :]
         zero = zero[:, None, :]
-    code = tl.reshape(rounded(within(x), inverse_of(scale), zero, LEVELS), (TOKENS, WIDTH // FIELDS, FIELDS))
-    field = tl.arange(0, FIELDS)
-    word = tl.sum(code << (field // 2 * NBITS + field % 2 * 16)[None, None, :], 2) - bias(NBITS)
+    IN_LANE: tl.constexpr = min(FIELDS, 8)  # a 16-byte load: their shifts are constants
+    LANES: tl.constexpr = FIELDS // IN_LANE
+    code = tl.reshape(rounded(within(x), inverse_of(scale), zero, LEVELS), (TOKENS, WIDTH // IN_LANE, IN_LANE))
+    field = tl.arange(0, IN_LANE)
+    word = tl.sum(code << (field // 2 * NBITS + field % 2 * 16)[None, None, :], 2)
+    word = word << (tl.arange(0, WIDTH // IN_LANE) % LANES * (IN_LANE // 2 * NBITS))[None, :]
+    word = tl.sum(tl.reshape(word, (TOKENS, WIDTH // FIELDS, LANES)), 2) - bias(NBITS)
     t += tl.arange(0, TOKENS)
     at = t // TILE * (TILE * DIM * NBITS // 32) + word_offset(t % TILE, word_runs("key", TILE, DIM, NBITS, False))
     by_channel = word_offset(c + tl.arange(0, WIDTH // FIELDS) * FIELDS, word_runs("key", TILE, DIM, NBITS, True))
