@@ -2,8 +2,8 @@
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
 tests/hf_models.py runs, ``<!-- results -->`` the tables of what validation/results holds, ``<!-- speed -->``
-those of speed.
-``<!-- planners -->`` is the recorded head-to-head of planners.
+those of speed, ``<!-- time ... -->`` the errors and constants of the model of time, ``<!-- planners -->`` the recorded
+head-to-head of planners.
 ``python tests/test_docs.py`` writes all of them anew.
 """
 
@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/kvsim.md", "docs/plans.md", "docs/speed.md"))
-BLOCK = re.compile(r"(<!-- (kvsim|models|results|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md")
+)
+BLOCK = re.compile(r"(<!-- (kvsim|models|results|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def block(kind: str, arguments: str) -> str:
@@ -35,6 +37,13 @@ def block(kind: str, arguments: str) -> str:
         from validation.planners import table
 
         return table(short=arguments.strip() == "short")
+    if kind == "time":
+        pytest.importorskip("scipy", reason="scipy is not installed")
+        from validation import timing
+
+        if arguments.strip() == "constants":
+            return timing.constants_table()
+        return timing.markdown(timing.recorded(), short=arguments.strip() == "short")
     if kind == "speed":
         from validation import speed_tables
 

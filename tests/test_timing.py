@@ -257,6 +257,29 @@ def test_the_recorded_constants_are_those_in_use() -> None:
         assert (list(used) if isinstance(used, tuple) else used) == value, name
 
 
+def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    import json
+
+    from validation import attention_time
+
+    assert attention_time.recorded_rows(H100, tmp_path) is None
+    shape = {"num_kv_heads": 8, "portable": False, "ragged": False, "kind": "attend"}
+    rows = [
+        {**shape, "batch_size": batch, "num_tokens": tokens, "nbytes_read": nbytes, "seconds": [seconds, 0, 0]}
+        for batch, tokens, nbytes, seconds in ((8, 32768, 1.7e8, 66e-6), (1, 8192, 5.2e6, 8e-6))
+    ]
+    rows += [{**rows[0], "portable": True}, {**shape, "failed": "out of memory"}, {"kind": "ceiling"}]
+    for name, device in (("a.json", "NVIDIA H100 80GB HBM3"), ("b.json", "NVIDIA A100-SXM4-80GB")):
+        (tmp_path / name).write_text(json.dumps({"device": {"name": device}, "rows": rows}), encoding="utf-8")
+    found = attention_time.recorded_rows(H100, tmp_path)
+    assert found is not None
+    assert found.items.tolist() == [64, 8]
+    assert found.seconds.tolist() == [66e-6, 8e-6]
+    assert found.source.endswith("a.json")
+    assert attention_time.study_rows().seconds[0] == pytest.approx(351e-6 / 4.54)
+
+
 @needs_rows
 def test_a_refit_gives_the_constants_in_use() -> None:
     timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
@@ -276,6 +299,8 @@ def test_a_refit_gives_the_constants_in_use() -> None:
     assert (curve.power, curve.merge, curve.half) == pytest.approx(
         (fixed.curve.power, fixed.curve.merge, fixed.curve.half), rel=2e-3
     )
+    packed, _ = attention_time.fit_packed(curve, rows.card)
+    assert packed.efficiency == pytest.approx(fixed.kernels["packed"].efficiency, rel=2e-3)
     loads = decode_time.load(timing.DECODE)
     assert len(loads) == 141
     again = decode_time.fit_first(loads, decode_time.fit_tokens(loads, fixed))

@@ -6,7 +6,8 @@ num_kv_heads, head_dim, seq_len, latency_ms), the same cache read again and agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kvsim.hardware import Hardware, find_hardware
 from validation.held_out import errors, quantiles, read_csv
 
 BAR = 0.12
+KERNELS = Path(__file__).with_name("results") / "bench"
 SHARED = ("power", "merge", "half", "warm", "l2_share")
 SHARED_START = (1.6, 4e-6, 500.0, 0.7, 0.6)
 SHARED_LOW, SHARED_HIGH = (1.0, 0.0, 50.0, 0.2, 0.2), (8.0, 2e-5, 4000.0, 1.0, 1.5)
@@ -167,29 +169,73 @@ def mean_kernels(kernels: dict[str, Kernel], q_per_kv: int = 4) -> dict[str, Ker
     return out
 
 
-def fit_packed(curve: Curve, card: Hardware) -> Kernel:
-    """The kernel for packed codes, from :data:`STUDY_ROWS` (cold, codes and scales only)."""
-    batch, tokens, nbytes, measured = [], [], [], []
-    for (size, length), found in STUDY_ROWS.items():
-        for (bits, group), speed_up in found.items():
-            batch.append(size)
-            tokens.append(length)
-            nbytes.append(size * length * 8 * 256 * (bits + 32 / group) / 8)
-            measured.append(STUDY_BASE[size, length] / speed_up)
-    items, lengths, sizes = np.array(batch) * 8, np.array(tokens), np.array(nbytes)
+@dataclass(frozen=True)
+class PackedRows:
+    """Decode attention over packed codes, cache not in L2: arrays ``[num_rows]`` of work items, tokens, bytes read and
+    seconds, and where they come from."""
+
+    items: np.ndarray
+    tokens: np.ndarray
+    nbytes: np.ndarray
+    seconds: np.ndarray
+    source: str
+
+
+def study_rows() -> PackedRows:
+    """:data:`STUDY_ROWS`, codes and scales only."""
+    rows = [
+        (batch * 8, tokens, batch * tokens * 8 * 256 * (bits + 32 / group) / 8, STUDY_BASE[batch, tokens] / speed_up)
+        for (batch, tokens), found in STUDY_ROWS.items()
+        for (bits, group), speed_up in found.items()
+    ]
+    return packed_rows(rows, STUDY)
+
+
+def recorded_rows(card: Hardware, folder: Path = KERNELS) -> PackedRows | None:
+    """This project's own kernels as ``kvruntime bench kernels`` recorded them on ``card``; ``None`` without any."""
+    rows: list[tuple[float, float, float, float]] = []
+    names: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        file = json.loads(path.read_text(encoding="utf-8"))
+        if card.id.partition("-")[0] not in file["device"]["name"].lower():
+            continue
+        taken = [
+            (row["batch_size"] * row["num_kv_heads"], row["num_tokens"], row["nbytes_read"], row["seconds"][0])
+            for row in file["rows"]
+            if row["kind"] == "attend" and "seconds" in row and not row["portable"] and not row["ragged"]
+        ]
+        rows += taken
+        names += [path.name] if taken else []
+    if not rows:
+        return None
+    return packed_rows(rows, f"fitted on this project's kernels on an H100, {', '.join(names)}")
+
+
+def packed_rows(rows: Sequence[tuple[float, float, float, float]], source: str) -> PackedRows:
+    """Rows of (items, tokens, bytes, seconds) as arrays."""
+    items, tokens, nbytes, taken = np.array(rows, dtype=float).T
+    return PackedRows(items, tokens, nbytes, taken, source)
+
+
+def fit_packed(curve: Curve, card: Hardware) -> tuple[Kernel, dict[str, Any]]:
+    """The kernel for packed codes and its errors: from recorded kernels, until there are some from a study's."""
+    rows = recorded_rows(card) or study_rows()
 
     def predicted(values: np.ndarray) -> np.ndarray:
         kernel = kernel_of(values, "", merges=False)
-        stream = sizes / (kernel.efficiency * (card.bandwidth or 0.0))
-        return np.asarray(curve.seconds(kernel, items, lengths, stream, card.num_sms, np.maximum))
+        stream = rows.nbytes / (kernel.efficiency * (card.bandwidth or np.nan))
+        return np.asarray(curve.seconds(kernel, rows.items, rows.tokens, stream, card.num_sms, np.maximum))
 
     found = least_squares(
-        lambda values: np.log(predicted(values) / measured),
+        lambda values: np.log(predicted(values) / rows.seconds),
         np.array([3.0, 1.0, 0.9]),
         bounds=([0.1, 0.01, 0.3], [20.0, 20.0, 1.1]),
+        loss="soft_l1",
+        f_scale=0.1,
     )
-    low, high = quantiles(np.array(measured) / predicted(found.x))
-    return kernel_of(found.x, STUDY, merges=False, low=low, high=high)
+    low, high = quantiles(rows.seconds / predicted(found.x))
+    kernel = kernel_of(found.x, rows.source, merges=False, low=low, high=high)
+    return kernel, errors(predicted(found.x), rows.seconds)
 
 
 FOLDS: dict[str, Callable[[Rows], np.ndarray]] = {
@@ -238,7 +284,7 @@ def study(path: Path, folds: Iterable[str] = FOLDS) -> dict[str, Any]:
         low, high = min(kernel.low for kernel in members), max(kernel.high for kernel in members)
         means[width] = replace(means[width], low=low, high=high, source=MEAN_OF)
     fitted = predict(rows, kernels, curve)
-    packed = fit_packed(curve, rows.card)
+    packed, packed_errors = fit_packed(curve, rows.card)
     return {
         "num_rows": len(rows),
         "card": rows.card.id,
@@ -249,6 +295,7 @@ def study(path: Path, folds: Iterable[str] = FOLDS) -> dict[str, Any]:
             for name in kernels
             if spread is not None
         },
+        "packed": packed_errors | {"source": packed.source},
         "peak": errors(rows.nbytes / (rows.card.bandwidth or 0.0), rows.seconds),
         "kernels": {name: asdict(kernel) for name, kernel in ({"packed": packed} | means | kernels).items()},
         "curve": asdict(curve),

@@ -217,7 +217,7 @@ def study(path: Path, fixed: Constants | None = None) -> tuple[Constants, dict[s
     each, first = np.array([row.each for row in rows]), np.array([row.first for row in rows])
     predicted, predicted_first, three = cross_validate(rows, labels, fixed)
     one_share = replace(fixed, memory_share={"ideal": fixed.memory_share["ideal"]})
-    plain, _, _ = cross_validate(rows, labels, one_share)
+    plain = held_out_tokens(rows, labels, one_share)
     final = fit_first(rows, fit_tokens(rows, fixed))
     ratios, first_ratios = each / predicted, first / predicted_first
     final = replace(final, decode_band=quantiles(ratios), prefill_band=quantiles(first_ratios, 0.9))
@@ -269,6 +269,16 @@ def cross_validate(
             row = rows[int(index)]
             out[:, index] = row.token(found), row.first_token(found), naive(traffic([row]), simple)[0]
     return out[0], out[1], out[2]
+
+
+def held_out_tokens(rows: Sequence[Row], labels: np.ndarray, fixed: Constants) -> np.ndarray:
+    """Per token only, as :func:`cross_validate`."""
+    out = np.zeros(len(rows))
+    for label in np.unique(labels):
+        found = fit_tokens([row for row, each in zip(rows, labels, strict=True) if each != label], fixed)
+        for index in np.flatnonzero(labels == label):
+            out[index] = rows[int(index)].token(found)
+    return out
 
 
 def by_group(labels: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
