@@ -70,9 +70,11 @@ NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "
 INT32 = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr"), "*i32")
 
 
-def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, int]:
-    """REG, STACK, SHARED, ... as the CUDA binary for compute capability ``sm`` (90 = sm_90) states them, and
-    ``instructions``.  Pointers and strides are 16-byte aligned, as PyTorch's are."""
+def compiled(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, object]:
+    """What the compiler makes of a kernel for compute capability ``sm`` (90 = sm_90): ``ptx``, ``cubin``, ...
+
+    Pointers and strides are 16-byte aligned, as PyTorch's are.
+    """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = constants | {name: None for name in kernel.arg_names if name not in types and name not in constants}
     attrs = {
@@ -81,11 +83,15 @@ def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: i
         if types.get(name, "").startswith("*") or (name in types and name.startswith("stride"))
     }
     source = ASTSource(kernel, signature, constants, attrs)
-    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps}).asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps}).asm
+
+
+def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, int]:
+    """REG, STACK, SHARED, ... as the binary states them, and ``instructions``."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary)
+        path.write_bytes(compiled(kernel, types, constants, sm, num_warps)["cubin"])
         dump = [tools / "cuobjdump", "-res-usage", "-sass", path]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)

@@ -1,11 +1,12 @@
 """Triton: quantize whole records and store new tokens (the kernels of :func:`kvruntime.kivi.reference.append`).
 
-``pack_kernel``: one program a record and head.  It takes the record's tokens from the ring of exact slots (those
-stored before) and from the new tokens (the rest), quantizes and writes the record in one pass, words in order.
+``pack_kernel``: one warp a part of a record of one head, keys or values; of layouts that are not :func:`direct`, one program
+a record.  It takes the record's tokens from the ring of exact slots (those stored before) and from the new tokens (the rest),
+and quantizes and writes them in one pass.  Elements are loaded in the order of their words: nothing is permuted.
 ``store_kernel``: new tokens that stay exact, to their slots.  Most appended tokens need only the second launch.
 ``freeze_kernel``: where a whole sequence shares its key scales, those of rows that pack for the first time, before packing.
 
-Parallel over records, heads and rows; a record's groups lie inside it, so programs share nothing.
+Parallel over parts, records, heads and rows; a part's groups lie inside it, so programs share nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
 ROUND_BITS = tl.constexpr(0x4B400000)
 PART = 2048
 """Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # it is quick for tl.min alone, which drops NaN there; its tl.maximum keeps it
+STEP_PART = tl.constexpr(16384)
+"""Elements a program packs at once where it packs a whole record (:func:`pack_record`)."""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
 channel_chunks = triton.constexpr_function(layout.channel_chunks)  # wrapped, their source counts in the kernels' cache key
 tile_order = triton.constexpr_function(layout.tile_order)
 
@@ -549,7 +553,7 @@ def pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, 
                 SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
                 VALUE_PARAMS: tl.constexpr):  # fmt: skip
     """The record of one head that begins with token ``first``: pointers are the head's own, but ``zero_offset`` from scale to zero."""
-    SIZE: tl.constexpr = 16384
+    SIZE: tl.constexpr = STEP_PART
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
     VALUE_PARTS: tl.constexpr = num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE)
     for part in tl.static_range(KEY_PARTS + VALUE_PARTS):

@@ -1,0 +1,125 @@
+"""Compile the packing kernel for sm_90, run its PTX in NumPy and count the words that differ from the reference's.
+
+JSON lines ``[layout, warps, tokens stored before, [words that differ, by section]]``.  Run by ``test_packing_ptx.py``
+in a process of its own, because the interpreter and the compiler exclude each other.
+"""
+
+from __future__ import annotations
+
+import json
+
+import compile_kernels
+import numpy as np
+import torch
+from ptx_numpy import Program
+
+from kvruntime.kivi import quantize, reference
+from kvsim.layout import LayerShape
+from kvsim.methods import Kivi, kivi_seed
+
+HEADS = 2
+LAYOUTS = {
+    "2-bit g32 d64": (Kivi(), 64),
+    "2-bit g32 d128": (Kivi(), 128),
+    "2-bit g64 d128": (Kivi(group_size=64), 128),
+    "2-bit g128 d128": (Kivi(group_size=128), 128),
+    "4-bit g64 d128": (Kivi(nbits=4, group_size=64), 128),
+    "8-bit g16 d128": (Kivi(nbits=8, group_size=16, residual_length=64), 128),
+    "2-bit g16 sink d128": (Kivi(group_size=16, residual_length=64, sink_length=5), 128),
+    "1-bit g64 d128": (Kivi(nbits=1, group_size=64, residual_length=64), 128),
+    "k4v2 d256": (Kivi(key_nbits=4, value_nbits=2, residual_length=64), 256),
+    "seed d64": (kivi_seed(), 64),
+    "2-bit g32 d96": (Kivi(), 96),
+    "3-bit gv40 d80": (Kivi(nbits=3, group_size=64, residual_length=64, value_group_size=40), 80),
+}
+
+
+class Memory:
+    """Device memory: tensors one after the other, at addresses that are indices."""
+
+    def __init__(self) -> None:
+        self.cells, self.end = np.zeros(1 << 23, np.uint8), 4096
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Copies ``tensor`` there; its address."""
+        raw = tensor.contiguous().view(torch.uint8).numpy().ravel()
+        start, self.end = self.end, self.end + -(-raw.size // 256) * 256 + 256
+        self.cells[start : start + raw.size] = raw
+        return start
+
+
+def launches(record: quantize.Record) -> list[dict[str, int]]:
+    """How :func:`quantize.append` packs the record, and how a decode step does: with more warps, in larger parts."""
+    prompt, warps, size = quantize.pack_launch(record), quantize.pack_warps(record), quantize.STEP_PART.value
+    keys = (record.num_tokens, record.key_dim, record.key_nbits, record.key_group, size)
+    values = (record.num_tokens, record.value_dim, record.value_nbits, record.value_group, size)
+    parts = quantize.num_key_parts(*keys) + quantize.num_value_parts(*values)
+    step = {"PARTS": parts, "SIZE": size, "num_warps": warps}
+    return [prompt] if prompt["num_warps"] == warps else [prompt, step]
+
+
+def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int]) -> list[int]:
+    """Words of two packed records that differ from the reference's, by section of the record."""
+    shape = LayerShape(HEADS, dim, dim)
+    record, sink, residual = method.record(shape), method.sink_length, method.residual_length
+    generator = torch.Generator().manual_seed(dim + stored)
+
+    def randn(num_tokens: int) -> torch.Tensor:
+        return torch.randn(1, HEADS, num_tokens, dim, generator=generator).half()
+
+    length = sink + residual + 2 * record.num_tokens - stored
+    key, value = randn(length), randn(length)
+    for x in (key, value):
+        x[0, 0, length // 3, 5], x[0, 0, 1, 2], x[0, 1, 2, 17] = float("nan"), float("inf"), -float("inf")
+        x[0, 0, :, 9], x[0, 1, 4] = 1.5, 0.25
+    buffers = method.buffers(shape, 1, stored + length)
+    held = {buffer.name: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype)) for buffer in buffers}
+    stores = [held[name] for name in ("records", "exact_key", "exact_value")]
+    layout = (record, sink, residual, held.get("key_params"))
+    if stored:
+        reference.append(randn(stored), randn(stored), [stored], [0], [0], *stores, *layout)
+    memory = Memory()
+    names = ("records_ptr", "exact_key_ptr", "exact_value_ptr")
+    values = {name: memory.place(tensor) for name, tensor in zip(names, stores, strict=True)}
+    reference.append(key, value, [length], [stored], [0], *stores, *layout)
+    values |= {"key_ptr": memory.place(key), "value_ptr": memory.place(value)}
+    values["params_ptr"] = memory.place(held.get("key_params", torch.zeros(1)))
+    values["lengths_ptr"] = memory.place(torch.tensor([stored, 0], dtype=torch.int32))
+    values["counts_ptr"] = memory.place(torch.tensor([length], dtype=torch.int32))
+    values |= zip(
+        ("stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt"),
+        key.stride()[:3] * 2,
+        strict=True,
+    )
+    values |= {
+        "new_length": length,
+        "num_slots": stores[1].shape[2],
+        "num_records": stores[0].shape[1],
+        "batch_size": 1,
+    }
+    constants = (
+        quantize.record_constants(record)
+        | launch
+        | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual}
+    )
+    num_warps = constants.pop("num_warps")
+    kernel = quantize.pack_kernel
+    types = compile_kernels.arguments(kernel, "fp16", params_ptr="*fp16")
+    ptx = compile_kernels.compiled(kernel, types, constants, 90, num_warps)["ptx"]
+    for block in range(2 * launch["PARTS"]):
+        for head in range(HEADS):
+            Program(
+                ptx, memory.cells, [values[name] for name in kernel.arg_names if name in values] + [0, 0], (block, head)
+            ).run()
+    start, words = values["records_ptr"], held["records"].numpy()
+    wrong = memory.cells[start : start + words.nbytes].view(np.int32).reshape(words.shape) != words
+    return [int(wrong[..., offset : offset + size].sum()) for _, offset, size in record.sections]
+
+
+if __name__ == "__main__":
+    for name, (method, dim) in LAYOUTS.items():
+        for launch in launches(method.record(LayerShape(HEADS, dim, dim))):
+            for stored in (0, 37):
+                print(
+                    json.dumps([name, launch["num_warps"], stored, differing(method, dim, stored, launch)]), flush=True
+                )
