@@ -20,7 +20,7 @@ from kvsim.roofline import Constants, constants
 SCHEMA = "kvsim.profile/1"
 FIGURES = ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds")
 KERNEL = ("fixed", "item", "bandwidth")
-PLAUSIBLE = (0.2, 1.15)
+PLAUSIBLE = (0.45, 1.15)
 """What a card's measured read bandwidth may be of its stated one, before the profile is another card's."""
 
 

@@ -101,6 +101,26 @@ def test_a_broken_profile_names_the_field(tmp_path: Path, change: dict[str, obje
         load_profile(path)
 
 
+def test_estimate_takes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half the measured bandwidth, twice the time of the weights' stream."""
+    figures = {"read_bandwidth": 3e12, "copy_bandwidth": 2.9e12, "flops": 6e14, "layer_seconds": 1e-9}
+    ask = ["estimate", "--model", "llama-3.1-8b", "--gpu", "h100", "--batch", "1", "--ctx", "128", "--json"]
+    seconds = []
+    for rate in (2.8e12, 1.4e12):
+        found = {"schema": "kvsim.profile/1", "device": {"name": "card"}, "weight_bandwidth": {"value": rate}}
+        found |= {name: {"value": value} for name, value in figures.items()}
+        found["attention"] = {"fixed": 1e-9, "item": 1e-9, "bandwidth": 2.9e12, "low": 0.9, "high": 1.1}
+        path = tmp_path / f"{rate:g}.json"
+        path.write_text(json.dumps(found), encoding="utf-8")
+        assert run([*ask, "--method", "fp16", "--profile", str(path)]) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["rows"][0]["tpot_seconds"]["value"])
+    assert seconds[1] / seconds[0] == pytest.approx(2, rel=0.01)
+    assert run(["estimate", "--model", "gpt2", "--profile", str(path)]) == 2
+    assert "give --gpu too" in capsys.readouterr().err
+    assert run([*ask[:4], "b200", "--profile", str(path)]) == 2
+    assert "not a profile of this card" in capsys.readouterr().err
+
+
 def test_without_the_runtime_it_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,12 +30,16 @@ from kvsim.commands.flags import (
 from kvsim.engines import Engine, Vllm
 from kvsim.engines.vllm import Pool
 from kvsim.estimate import check_sizes
+from kvsim.hardware import Hardware
 from kvsim.load import load_model
 from kvsim.options import Value, parse_reserve, parse_size
 from kvsim.parallel import Deployment, Sharding, stages
 from kvsim.quantization import QUANTIZATIONS, WEIGHT_DTYPES, weight_bits_of
 from kvsim.report import Times
 from kvsim.schema import envelope, gpu_object, model_object, options_object, row_object
+
+if TYPE_CHECKING:
+    from kvsim.roofline import Constants
 
 
 @click.command("estimate")
@@ -58,6 +63,11 @@ from kvsim.schema import envelope, gpu_object, model_object, options_object, row
 @click.option("--reserve", help="Share of the card's memory held back.  [default: 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="Share of it that is used.  [default: 0.9; vllm 0.92]")
 @sharding_options
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="What kvsim calibrate measured on this card, in place of stated constants of time.",
+)
 @click.option("--shared-prefix", help="First tokens that all sequences share, stored once.")
 @json_option
 def command(
@@ -85,6 +95,7 @@ def command(
     data_parallel_size: int,
     decode_context_parallel_size: int,
     prefill_context_parallel_size: int,
+    profile: Path | None,
     shared_prefix: str | None,
     as_json: bool,
     **shared: Value | None,
@@ -103,6 +114,7 @@ def command(
         prefill_context_parallel_size,
     )
     card, sharding = choose_card(gpu, sharding)
+    fixed = _constants(profile, card)
     bits, quantized = _weight_bits(weight_bits, weight_dtype, quantization)
     flags: dict[str, Any] = {
         "block_size": block_size,
@@ -143,7 +155,7 @@ def command(
         pools = [_pool(each, space, longest) for each in deployments]
     if max_num_seqs is not None and batch > max_num_seqs * sharding.data_parallel_size:
         notes.append(f"a batch of {batch:,} is beyond --max-num-seqs {max_num_seqs:,}: the others wait")
-    times = [_times(each, space, batch, prompt, output, bits, notes) for each in deployments]
+    times = [_times(each, space, batch, prompt, output, bits, fixed, notes) for each in deployments]
     ranks = [(each.rank_nbytes(batch, tokens), each.all_nbytes(batch, tokens)) for each in deployments]
     fits = [space is not None and own <= space.cache_nbytes for own, _ in ranks]
     code = 1 if space is not None and not any(fits) else 0
@@ -244,6 +256,17 @@ def _pool_object(pool: Pool) -> dict[str, Any]:
     }
 
 
+def _constants(profile: Path | None, card: Hardware | None) -> Constants | None:
+    """The constants that a profile measured on ``card``; ``None`` without one."""
+    if profile is None:
+        return None
+    if card is None:
+        raise ValueError("--profile is of a card: give --gpu too")
+    from kvsim.profile import load_profile
+
+    return load_profile(profile).constants(card)
+
+
 def _times(
     deployment: Deployment,
     space: Room | None,
@@ -251,6 +274,7 @@ def _times(
     prompt: int,
     output: int | None,
     bits: float | None,
+    fixed: Constants | None,
     notes: list[str],
 ) -> Times | None:
     """Seconds of a token and to the first, where a card is given and its figures are known.
@@ -263,41 +287,22 @@ def _times(
 
     sharding = deployment.sharding
     replica = sharding.rank_batch(batch)
-    tensor = sharding.tensor_parallel_size
-    name = deployment.engine.name
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
     model, method, card = deployment.model, deployment.method, space.hardware
+    options: dict[str, Any] = {
+        "weight_bits": bits,
+        "tensor_parallel": sharding.tensor_parallel_size,
+        "engine": deployment.engine.name,
+        "profile": fixed,
+    }
     try:
         if output is None:
-            token = decode_step(
-                model, method, card, replica, prompt, weight_bits=bits, tensor_parallel=tensor, engine=name
-            )
-            first = prefill(
-                model,
-                card,
-                1,
-                prompt,
-                weight_bits=bits,
-                tensor_parallel=tensor,
-                cached_tokens=cached,
-                engine=name,
-            )
+            token = decode_step(model, method, card, replica, prompt, **options)
+            first = prefill(model, card, 1, prompt, cached_tokens=cached, **options)
         else:
-            token = token_step(
-                model, method, card, replica, prompt, output, weight_bits=bits, tensor_parallel=tensor, engine=name
-            )
-            first = first_token(
-                model,
-                method,
-                card,
-                replica,
-                prompt,
-                output,
-                weight_bits=bits,
-                tensor_parallel=tensor,
-                cached_tokens=cached,
-                engine=name,
-            )
+            lengths = (prompt, output)
+            token = token_step(model, method, card, replica, *lengths, cached_tokens=cached, **options)
+            first = first_token(model, method, card, replica, *lengths, cached_tokens=cached, **options)
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None
