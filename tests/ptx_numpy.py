@@ -201,6 +201,10 @@ class Program:
             select = self.get(x[3], "u32").astype(int)
             assert not (select & 0x8888).any()
             return np.stack([cells[self.lane, select >> 4 * i & 7] for i in range(4)], 1).view(np.uint32)[:, 0]
+        if op[0] == "redux":
+            assert (self.get(x[2], "u32") == 2**32 - 1).all()
+            value = self.get(x[1], kind).reshape(-1, 32)
+            return np.repeat(PLAIN[op[2]].reduce(value, 1), 32)
         if op[0] == "bfe":
             word, low, size = (self.get(name, "u32").astype(np.int64) for name in x[1:])
             field = word >> low & (1 << size) - 1
