@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kivi.attention import COMBINE_D, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
-from kvruntime.kivi.step import rotated
+from kvruntime.kivi.step import overlaps, rotated
 
 BLOCK_N = 64
 """Tokens a step of the loop."""
@@ -27,8 +28,11 @@ def store_kernel(
     query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, stored_key_ptr, stored_value_ptr, positions_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, num_slots,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) // NUM_HEADS
     head = tl.program_id(0) % NUM_HEADS
     position = tl.load(positions_ptr + row)
@@ -56,7 +60,11 @@ def attend_kernel(
     query_ptr, key_ptr, value_ptr, positions_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr, NUM_STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     split = tl.program_id(0)
     row = tl.program_id(1) // NUM_HEADS
     head = tl.program_id(1) % NUM_HEADS
@@ -122,7 +130,8 @@ def store(
         query, key, value, cos, sin, stored_key, stored_value, positions,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], stored_key.shape[2],
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None, num_warps=1,
+        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None,
+        EARLY=(early := overlaps(key)), num_warps=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
@@ -155,9 +164,11 @@ def attend(
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=16, BLOCK_N=BLOCK_N,
         BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), DOT=dot,
         NUM_STAGES=3 if max(key_dim, value_dim) <= 128 and query.dtype != torch.float32 else 1, num_warps=4,
+        EARLY=(early := overlaps(query)), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch_size * q_heads, triton.cdiv(value_dim, COMBINE_D))](
             partial, lse, out, splits, VALUE_DIM=value_dim, BLOCK_D=COMBINE_D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+            EARLY=early, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out

@@ -165,7 +165,7 @@ def advance(name: str, sm: int) -> dict[str, int]:
     block = triton.next_power_of_2(dim)
     constants = quantize.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
-        "BLOCK_K": block, "BLOCK_V": block, "ROTARY": True,
+        "BLOCK_K": block, "BLOCK_V": block, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
     return resources(step.step_kernel, types, constants, sm, quantize.pack_warps(record))
@@ -176,7 +176,7 @@ def store_full(name: str, sm: int) -> dict[str, int]:
     block = triton.next_power_of_2(dim)
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_K": block, "BLOCK_V": block,
-        "ROTARY": True,
+        "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(decode.store_kernel, "bf16", positions_ptr="*i32")
     return resources(decode.store_kernel, types, constants, sm, 1)
@@ -189,6 +189,7 @@ def attend_full(name: str, sm: int) -> dict[str, int]:
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_M": 16, "BLOCK_N": decode.BLOCK_N,
         "BLOCK_K": block, "BLOCK_V": block, "DOT": tl.bfloat16, "NUM_STAGES": 3 if dim <= 128 else 1,
+        "EARLY": sm >= 90,
     }  # fmt: skip
     return resources(decode.attend_kernel, arguments(decode.attend_kernel, "bf16", **fixed), constants, sm, 4)
 
@@ -196,7 +197,7 @@ def attend_full(name: str, sm: int) -> dict[str, int]:
 def combine(name: str, sm: int) -> dict[str, int]:
     dim = METHODS[name][1]
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32"}
-    constants = {"VALUE_DIM": dim, "BLOCK_D": attention.COMBINE_D, "BLOCK_S": attention.MAX_SPLITS}
+    constants = {"VALUE_DIM": dim, "BLOCK_D": attention.COMBINE_D, "BLOCK_S": attention.MAX_SPLITS, "EARLY": sm >= 90}
     return resources(attention.combine_kernel, types, constants, sm, 4)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvruntime.engine.decoders import lean as lean_decoder
+from kvruntime.engine.greedy import greedy
 from kvruntime.hf import make_cache
 from kvruntime.hf.cache import Steps
 from kvruntime.hf.models import layer_shapes
@@ -60,13 +61,13 @@ class Engine:
             layer.store = make_layer(self.method, shape, batch_size, max_seq_len, self.device)
             layer.is_initialized = True
         self.decoder = lean_decoder(model) if lean else None
-        vocab_size = model.get_output_embeddings().weight.shape[0]
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         """The tokens that the next step feeds, and after it those that it chose: the likeliest ones."""
-        self.logits = torch.zeros(batch_size, vocab_size, dtype=model.dtype, device=self.device)
+        self.logits = torch.empty(batch_size, 0, dtype=model.dtype, device=self.device)
+        """``[batch_size, vocab_size]`` after the newest prefill or step; the next one may write over it."""
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         self._ticket = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._lengths = [0] * batch_size
 
     @property
@@ -110,7 +111,7 @@ class Engine:
             logits_to_keep=1,
         )
         self._begin(lengths)
-        self.logits.copy_(out.logits[:, -1])
+        self.logits = out.logits[:, -1]
         self.tokens.copy_(self.logits.argmax(-1))
         return self.logits
 
@@ -150,9 +151,10 @@ class Engine:
         if longest > self.max_seq_len:
             raise ValueError(f"a row of {longest - 1} tokens is full: the engine's max_seq_len is {self.max_seq_len}")
         if self.device.type == "cuda":
-            self._graphs[min(bucket for bucket in self._graphs if bucket >= longest)].replay()
+            graph, self.logits = self._graphs[min(bucket for bucket in self._graphs if bucket >= longest)]
+            graph.replay()
         else:
-            self._forward(self.max_seq_len)
+            self.logits = self._forward(self.max_seq_len)
         self._lengths = [length + 1 for length in self._lengths]
 
     @torch.inference_mode()
@@ -230,8 +232,8 @@ class Engine:
         self._lengths = lengths
         self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
 
-    def _forward(self, num_tokens: int) -> None:
-        """One step on the static tensors, in kernels alone; rows hold at most ``num_tokens``."""
+    def _forward(self, num_tokens: int) -> Tensor:
+        """One step on the static tensors, in kernels alone: its logits.  Rows hold at most ``num_tokens``."""
         steps = Steps(self.positions, self._ticket, num_tokens)
         if self.decoder is not None:
             logits = self.decoder(self.tokens, self.positions, self._attend(steps, self.decoder))
@@ -249,9 +251,13 @@ class Engine:
             finally:
                 for layer in self.cache.layers:
                     layer.steps = None
-        self.logits.copy_(logits)
-        torch.argmax(self.logits, -1, out=self.tokens)
-        self.positions += 1
+        logits = logits.contiguous()
+        if logits.is_cuda:
+            greedy(logits, self.tokens, self.positions)
+        else:
+            torch.argmax(logits, -1, out=self.tokens)
+            self.positions += 1
+        return logits
 
     def _attend(self, steps: Steps, decoder: Any) -> Callable[[int, Tensor], Tensor]:
         q_heads, heads, dim = decoder.num_q_heads, decoder.num_kv_heads, decoder.head_dim
@@ -269,12 +275,13 @@ class Engine:
         if self.device.type != "cuda":
             return
         bucket = SMALLEST_BUCKET
-        while bucket < num_tokens + 1:
-            bucket *= 4
-        while bucket < 4 * self.max_seq_len:
+        while True:
             size = min(bucket, self.max_seq_len)
-            if size not in self._graphs:
-                self._capture_one(size)
+            if size > num_tokens or size == self.max_seq_len:
+                if size not in self._graphs:
+                    self._capture_one(size)
+                if size == self.max_seq_len:
+                    return
             bucket *= 4
 
     def _capture_one(self, size: int) -> None:
@@ -285,11 +292,11 @@ class Engine:
             self._forward(size)  # compiles, and lets libraries allocate
             self._forward(size)
         torch.cuda.current_stream(self.device).wait_stream(side)
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            self._forward(size)
-        self._graphs[size] = graph
+            logits = self._forward(size)
+        self._graphs[size] = graph, logits
         self.reset()
 
 

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kivi.quantize import (
     chunks,
@@ -270,8 +271,12 @@ def attend_kernel(
 
 
 @triton.jit
-def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+                   EARLY: tl.constexpr = False):  # fmt: skip
     """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -559,6 +559,7 @@ def attend_kernel(
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk.  Else all blocks' units lie in one line
     (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks."""
     if EARLY:
+        gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
         gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
     BLOCKS: gl.constexpr = NUM_HEADS * ((Q_PER_KV + HEADS - 1) // HEADS)  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -638,6 +639,7 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, num_slots, batch_s
         parts = (start + own - 1) // share - start // share + 1
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     peak = tl.full([], HIDDEN, tl.float32)
     total = tl.zeros([], tl.float32)
     out = tl.zeros([BLOCK_D], tl.float32)
@@ -749,6 +751,7 @@ def attend(
         query, records, exact_key, exact_value, lengths, packed, partial, lse, scale * attention.LOG2E, *query.stride()[:2],
         num_slots, records.shape[1], batch_size, splits,
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES, EARLY=early, num_warps=1,
+        **({"launch_pdl": True} if early and num_tokens is not None else {}),
     )  # fmt: skip
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))

@@ -7,12 +7,16 @@ lengths.  Everything that a step decides lies in device memory, so a CUDA graph 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kivi.quantize import freeze, pack_record, pack_warps, record_constants
 from kvsim.record import Record
+
+OVERLAP = True
 
 
 @triton.jit
@@ -36,8 +40,11 @@ def step_kernel(
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
-    RECORD_WORDS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr,
+    RECORD_WORDS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0) // NUM_HEADS
     head = tl.program_id(0) % NUM_HEADS
     length = tl.load(lengths_ptr + row)
@@ -81,6 +88,11 @@ def step_kernel(
         if full:
             tl.store(lengths_ptr + batch_size + row, packed + RECORD)
         tl.store(ticket_ptr + row, 0)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether kernels may be launched while their predecessor still runs (each waits for it before it reads)."""
+    return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def supports(record: Record, residual: int) -> bool:
@@ -127,5 +139,5 @@ def step(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_K=triton.next_power_of_2(record.key_dim), BLOCK_V=triton.next_power_of_2(record.value_dim), ROTARY=rotary is not None,
-        num_warps=pack_warps(record),
+        EARLY=(early := overlaps(key)), num_warps=pack_warps(record), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
