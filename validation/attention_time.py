@@ -20,7 +20,7 @@ from kvsim.hardware import Hardware, find_hardware
 from validation.held_out import errors, quantiles, read_csv
 
 BAR = 0.12
-KERNELS = Path(__file__).with_name("results") / "bench"
+KERNELS = Path(__file__).with_name("results") / "kernels"
 SHARED = ("power", "merge", "half", "warm", "l2_share")
 SHARED_START = (1.6, 4e-6, 500.0, 0.7, 0.6)
 SHARED_LOW, SHARED_HIGH = (1.0, 0.0, 50.0, 0.2, 0.2), (8.0, 2e-5, 4000.0, 1.0, 1.5)
@@ -202,7 +202,7 @@ def recorded_rows(card: Hardware, folder: Path = KERNELS) -> PackedRows | None:
         taken = [
             (row["batch_size"] * row["num_kv_heads"], row["num_tokens"], row["nbytes_read"], row["seconds"][0])
             for row in file["rows"]
-            if row["kind"] == "attend" and "seconds" in row and not row["portable"] and not row["ragged"]
+            if row["kind"] == "attend" and row.get("kernel") == "fast" and not row["ragged"]
         ]
         rows += taken
         names += [path.name] if taken else []

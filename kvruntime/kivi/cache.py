@@ -15,6 +15,9 @@ from kvruntime.kivi import reference
 from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
 
+UNEVEN = 1.25
+"""Rows whose lengths differ by more share one line of work (``fast.attend``'s ``equal_shares``)."""
+
 
 class KiviLayer:
     """Keys and values of ``batch_size`` rows in one layer.
@@ -130,6 +133,8 @@ class KiviLayer:
             fast = _fast()
             kernels = fast if fast and fast.supports(self.record, query, new) else _kernels("attention")
             run, planned = kernels.attend, {"num_tokens": num_tokens}
+            if kernels is fast and num_tokens is None:  # a graph's lengths are not known here
+                planned["equal_shares"] = max(self.row_lengths) > UNEVEN * min(self.row_lengths)
         return run(
             query,
             self.tensors["records"],
