@@ -29,8 +29,10 @@ class Random:
 
 
 def hold(got: torch.Tensor, wanted: torch.Tensor, truth: torch.Tensor) -> None:
-    """``got`` errs at most twice as much as PyTorch in the same dtype, against the same in float64, and a unit in the last
-    place: few numbers may all be rounded the other way."""
+    """``got`` errs at most twice as much as PyTorch in the same dtype, against the same in float64.
+
+    Of few numbers each may be rounded the other way: there a unit in the last place is allowed besides.
+    """
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype
     assert torch.isfinite(got).all()
