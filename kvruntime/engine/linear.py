@@ -44,7 +44,8 @@ def load_rows(weight_ptr, n, k, width, K: tl.constexpr):
 
 @triton.jit
 def load_row(x_ptr, k, wanted, K: tl.constexpr):
-    return tl.load(x_ptr + k, mask=wanted & (k < K), other=0.0)
+    """``wanted`` may be a plain bool, which the interpreter of Triton 3.9 would make an integer of."""
+    return tl.load(x_ptr + k, mask=k < tl.where(wanted, K, 0), other=0.0)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def activate(y, ACTIVATION: tl.constexpr, dtype: tl.constexpr):
 def finish(out_ptr, residual_ptr, y, factor, n, row, width, num_rows, ACTIVATION: tl.constexpr):
     """One row of the result from its product: activation, gate and residual, each rounded, and the store."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    wanted = (n < width) & (row < num_rows)
+    wanted = n < tl.where(row < num_rows, width, 0)
     y = activate(y, ACTIVATION, dtype)
     if ACTIVATION == "silu":
         y = (y.to(tl.float32) * factor.to(dtype).to(tl.float32)).to(dtype)
