@@ -46,7 +46,7 @@ def test_short_tables_show_time_and_ratio(folder) -> None:
     assert "(validation/results/kernels/card.json)" in text
     text = speed_tables.block("engine short", folder)
     assert "| 1 x 16k | 6.655 ms, 150 | 6.244 ms, 160 (1.07x) |" in text
-    assert "kivi-2bit-g64-r64: 25% of the 16-bit slope, break-even 2,667 tokens" in text
+    assert "kivi-2bit-g64-r64: 25% of the 16-bit slope, break-even (tokens) 2,667" in text
 
 
 def test_full_tables_show_failures_too(folder) -> None:

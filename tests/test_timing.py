@@ -264,12 +264,13 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     from validation import attention_time
 
     assert attention_time.recorded_rows(H100, tmp_path) is None
-    shape = {"num_kv_heads": 8, "portable": False, "ragged": False, "kind": "attend"}
+    shape = {"num_kv_heads": 8, "kernel": "fast", "ragged": False, "kind": "attend"}
     rows = [
         {**shape, "batch_size": batch, "num_tokens": tokens, "nbytes_read": nbytes, "seconds": [seconds, 0, 0]}
         for batch, tokens, nbytes, seconds in ((8, 32768, 1.7e8, 66e-6), (1, 8192, 5.2e6, 8e-6))
     ]
-    rows += [{**rows[0], "portable": True}, {**shape, "failed": "out of memory"}, {"kind": "ceiling"}]
+    rows += [{**rows[0], "kernel": "portable"}, {**rows[0], "ragged": True}, {"kind": "ceiling"}]
+    rows += [{"kind": "attend", "ragged": False, "failed": "out of memory"}]
     for name, device in (("a.json", "NVIDIA H100 80GB HBM3"), ("b.json", "NVIDIA A100-SXM4-80GB")):
         (tmp_path / name).write_text(json.dumps({"device": {"name": device}, "rows": rows}), encoding="utf-8")
     found = attention_time.recorded_rows(H100, tmp_path)

@@ -121,7 +121,7 @@ def short_engine(rows: Sequence[Row]) -> str:
         parts.append(markdown(head, body))
         lines = engine_report.line_body(group)[1]
         said = [
-            f"{cells[0]}: {cells[3]} of the 16-bit slope, break-even {cells[4]}"
+            f"{cells[0]}: {cells[3]} of the 16-bit slope, break-even (tokens) {cells[4]}"
             for cells in lines
             if len(cells) > 4
         ]
