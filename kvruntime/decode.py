@@ -131,7 +131,7 @@ def store(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], stored_key.shape[2],
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None,
-        EARLY=(early := overlaps(key)), num_warps=1, **({"launch_pdl": True} if early else {}),
+        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 

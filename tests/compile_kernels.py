@@ -63,6 +63,7 @@ PRODUCTS = {  # rows, N, K, activation, in parts, dtype
     "llama qkv x8": (8, 6144, 4096, None, False, "bf16"),
     "llama up x8": (8, 14336, 4096, "silu", False, "bf16"),
     "llama down x8": (8, 4096, 14336, None, True, "bf16"),
+    "llama down x8 float32": (8, 4096, 14336, None, False, "fp32"),
     "llama head x32": (32, 128256, 4096, None, False, "bf16"),
     "llama up x64": (64, 14336, 4096, "silu", False, "bf16"),
 }
@@ -217,10 +218,10 @@ def linear(name: str, sm: int) -> dict[str, int]:
 
 def dense(name: str, sm: int) -> dict[str, int]:
     rows, width, k, activation, partial, dtype = PRODUCTS[name]
-    chosen = product.plan(rows, width, k, activation == "silu", partial, 2)
+    chosen = product.plan(rows, width, k, activation == "silu", partial, 4 if dtype == "fp32" else 2)
     constants = {
         "K": k, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "SHARE": chosen.share,
-        "ACTIVATION": activation, "PARTIAL": partial, "STAGES": chosen.stages, "EARLY": sm >= 90,
+        "SUMS": chosen.sums, "ACTIVATION": activation, "PARTIAL": partial, "STAGES": chosen.stages, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(product.product_kernel, dtype, **({"out_ptr": "*fp32"} if partial else {}))
     return resources(product.product_kernel, types, constants, sm, chosen.num_warps)

@@ -29,17 +29,13 @@ class Random:
 
 
 def hold(got: torch.Tensor, wanted: torch.Tensor, truth: torch.Tensor) -> None:
-    """``got`` errs at most twice as much as PyTorch in the same dtype, against the same in float64.
-
-    Of few numbers each may be rounded the other way: there a unit in the last place is allowed besides.
-    """
+    """``got`` errs at most twice as much as PyTorch in the same dtype, against the same in float64."""
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype
     assert torch.isfinite(got).all()
     size = truth.norm()
     allowed = (wanted.double() - truth).norm() / size
-    floor = 4e-6 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps if got.shape[1] < 64 else 1e-4
-    assert (got.double() - truth).norm() / size <= 2 * allowed + floor
+    assert (got.double() - truth).norm() / size <= 2 * allowed + (1e-6 if got.dtype == torch.float32 else 1e-4)
 
 
 def double(value):
@@ -92,8 +88,8 @@ def exact_linear(x, weight, bias, norm, activation, residual):
         (2, 64, 1280, False),
         (3, 5, 256, True),
         (4, 17, 96, False),
-        (1, 9, 5120, True),  # longer than a program takes at once
-        (3, 6, 6000, True),
+        (1, 41, 5120, True),  # longer than a program takes at once
+        (3, 22, 6000, True),
         (1, 3, 100, False),  # rows of W that are not 16-byte aligned
     ],
 )

@@ -5,8 +5,6 @@ On a CUDA device the kernels run there; elsewhere in Triton's interpreter (conft
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
@@ -106,13 +104,11 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype) -> None:
     ticket = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
     step.step(query, key, value, rotary, **stores(held), lengths=held["lengths"], ticket=ticket,
               record=method.record(shape), sink=0, residual=32)  # fmt: skip
-    # a device's compiler makes one fused multiply-add of a product and the sum: up to one rounding of it less
-    close = partial(torch.testing.assert_close, rtol=0, atol=0 if DEVICE == "cpu" else 4 * torch.finfo(dtype).eps)
-    close(query, wanted_query)
-    close(spare, wanted_query)
+    assert torch.equal(query, wanted_query)
+    assert torch.equal(spare, wanted_query)
     for row, slot in enumerate(lengths.tolist()):
-        close(held["exact_key"][row, :, slot], wanted_key[row, :, 0])
-        close(full_key[row, :, slot], wanted_key[row, :, 0])
+        assert torch.equal(held["exact_key"][row, :, slot], wanted_key[row, :, 0])
+        assert torch.equal(full_key[row, :, slot], wanted_key[row, :, 0])
         assert torch.equal(held["exact_value"][row, :, slot], wanted_value[row, :, 0])
         assert torch.equal(full_value[row, :, slot], wanted_value[row, :, 0])
     assert held["lengths"][0].tolist() == [1, 8, 32]

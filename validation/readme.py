@@ -28,7 +28,11 @@ def tables(folder: Path = BENCH) -> str:
 
 
 def circumstances(file: dict[str, Any]) -> str:
-    """Device, versions, commit and command of a results file, in one sentence."""
+    """Device, versions, and every command and commit that measured rows of a results file, in one sentence."""
     versions = ", ".join(f"{name} {file['versions'][name]}" for name in ("torch", "triton", "transformers"))
-    commit = (file.get("commit") or "unknown")[:12]
-    return f"`{shlex.join(file['command'])}` on {file['device']['name']}, {versions}, commit {commit}"
+    runs: dict[str, None] = {}
+    for row in file["rows"]:
+        command = row.get("command", file["command"])
+        commit = row.get("commit", file.get("commit")) or "unknown"
+        runs[f"`{shlex.join(command)}` (commit {commit[:12]})"] = None
+    return f"{', '.join(runs)} on {file['device']['name']}, {versions}"

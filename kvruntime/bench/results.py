@@ -52,8 +52,12 @@ class Results:
         return any("failed" not in row and _has(row, key) for row in self.rows)
 
     def add(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-        """Records one row, in place of an older one with the same key, and writes the file."""
-        self.rows = [row for row in self.rows if not _has(row, key)] + [{**key, **figures}]
+        """Records one row, in place of an older one with the same key, and writes the file.
+
+        The row says which commit and command measured it: a file that was resumed holds rows of several.
+        """
+        origin: dict[str, Any] = {name: self.header[name] for name in ("commit", "command") if name in self.header}
+        self.rows = [row for row in self.rows if not _has(row, key)] + [{**key, **figures, **origin}]
         self.write()
 
     def write(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 
 import torch
 import triton
@@ -51,9 +52,9 @@ def prefetch(weight_ptr, n, first, width, K: tl.constexpr, SHARE: tl.constexpr, 
 def product_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, width,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHARE: tl.constexpr,
-    ACTIVATION: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    SUMS: tl.constexpr, ACTIVATION: tl.constexpr, PARTIAL: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """``SHARE``: how much of K a program takes.  ``PARTIAL``: store the float32 product, share by share."""
+    """``SHARE``: how much of K a program takes, in ``SUMS`` sums.  ``PARTIAL``: store float32, share by share."""
     if EARLY:
         gdc_launch_dependents()
     GATED: tl.constexpr = ACTIVATION == "silu"
@@ -71,15 +72,22 @@ def product_kernel(
     rows = n.to(tl.int64)[:, None] * K
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     factor = acc
-    for step in tl.range(0, SHARE // BLOCK_K, num_stages=STAGES):
-        at = first + step * BLOCK_K + k
-        x = tl.load(x_ptr + m[:, None] * K + at[None, :], mask=(m < num_rows)[:, None] & (at < K)[None, :], other=0.0)
-        wanted = (n < width)[:, None] & (at < K)[None, :]
-        w = tl.load(weight_ptr + rows + at[None, :], mask=wanted, other=0.0)  # [BLOCK_N, BLOCK_K]
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-        if GATED:
-            u = tl.load(factor_ptr + rows + at[None, :], mask=wanted, other=0.0)
-            factor = tl.dot(x, tl.trans(u), factor, input_precision="ieee")
+    for _ in range(SUMS):
+        part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        factor_part = part
+        for step in tl.range(0, SHARE // BLOCK_K // SUMS, num_stages=STAGES):
+            at = first + step * BLOCK_K + k
+            wanted = (m < num_rows)[:, None] & (at < K)[None, :]
+            x = tl.load(x_ptr + m[:, None] * K + at[None, :], mask=wanted, other=0.0)
+            wanted = (n < width)[:, None] & (at < K)[None, :]
+            w = tl.load(weight_ptr + rows + at[None, :], mask=wanted, other=0.0)  # [BLOCK_N, BLOCK_K]
+            part = tl.dot(x, tl.trans(w), part, input_precision="ieee")
+            if GATED:
+                u = tl.load(factor_ptr + rows + at[None, :], mask=wanted, other=0.0)
+                factor_part = tl.dot(x, tl.trans(u), factor_part, input_precision="ieee")
+        acc += part
+        factor += factor_part
+        first += SHARE // SUMS
     out_ptr += tl.program_id(2).to(tl.int64) * num_rows * width
     out_ptrs = out_ptr + m.to(tl.int64)[:, None] * width + n[None, :]
     wanted = (m < num_rows)[:, None] & (n < width)[None, :]
@@ -95,12 +103,17 @@ def product_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is launched: ``share`` is a program's part of K, a multiple of ``block_k``."""
+    """How a product is launched.
+
+    ``share`` is a program's part of K, a multiple of ``block_k``; ``sums`` divides its steps.  In float32 one sum over
+    all of a long K would err ten times as much as cuBLAS's; 16-bit numbers are rounded by far more than that.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     share: int
+    sums: int
     stages: int
     num_warps: int
 
@@ -110,7 +123,7 @@ def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, itemsize
     """Tiles as wide as leave two programs a multiprocessor; where K may be split, about one program each.
 
     >>> plan(64, 768, 3072, False, True, 2)
-    Plan(block_m=64, block_n=64, block_k=128, share=384, stages=3, num_warps=4)
+    Plan(block_m=64, block_n=64, block_k=128, share=384, sums=1, stages=3, num_warps=4)
     """
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else LARGEST_BLOCK_M
     blocks_m = -(-num_rows // block_m)
@@ -125,7 +138,8 @@ def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, itemsize
     splits = max(1, min(steps, NUM_SMS // (-(-width // block_n) * blocks_m))) if partial else 1
     share = -(-steps // splits) * block_k
     tiles = block_k * itemsize * (block_m + block_n * (2 if gated else 1))
-    return Plan(block_m, block_n, block_k, share, max(2, min(4, SHARED_BYTES // tiles)), 4 if block_n > 16 else 2)
+    sums = gcd(share // block_k, 8) if itemsize == 4 else 1
+    return Plan(block_m, block_n, block_k, share, sums, max(2, min(4, SHARED_BYTES // tiles)), 4 if block_n > 16 else 2)
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, partial: bool) -> Tensor:
@@ -140,8 +154,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     out = x.new_empty(shape, dtype=torch.float32 if partial else x.dtype)
     product_kernel[(-(-width // chosen.block_n), -(-num_rows // chosen.block_m), splits)](
         x, weight, bias, out, num_rows, width, K=k, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
-        BLOCK_K=chosen.block_k, SHARE=chosen.share, ACTIVATION=activation, PARTIAL=partial, STAGES=chosen.stages,
-        EARLY=early, num_warps=chosen.num_warps, **({"launch_pdl": True} if early else {}),
+        BLOCK_K=chosen.block_k, SHARE=chosen.share, SUMS=chosen.sums, ACTIVATION=activation, PARTIAL=partial,
+        STAGES=chosen.stages, EARLY=early, num_warps=chosen.num_warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
 

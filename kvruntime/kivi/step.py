@@ -21,7 +21,8 @@ OVERLAP = True
 
 @triton.jit
 def rotated(x_ptr, d, mask, cos_ptr, sin_ptr, position, DIM: tl.constexpr):
-    """``x * cos + rotate_half(x) * sin``, each product rounded to the type of ``x`` as PyTorch does it."""
+    """``x * cos + rotate_half(x) * sin``, each product rounded to the type of ``x`` as PyTorch does it: kernels that call this
+    are compiled without ``enable_fp_fusion``, which makes one rounding of a product and the sum, in float16 too."""
     half: tl.constexpr = DIM // 2
     other = tl.where(d < half, d + half, d - half)
     x = tl.load(x_ptr + d, mask=mask, other=0.0)
@@ -139,5 +140,5 @@ def step(
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_K=triton.next_power_of_2(record.key_dim), BLOCK_V=triton.next_power_of_2(record.value_dim), ROTARY=rotary is not None,
-        EARLY=(early := overlaps(key)), num_warps=pack_warps(record), **({"launch_pdl": True} if early else {}),
+        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=pack_warps(record), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
