@@ -1,13 +1,14 @@
 """How long a kernel takes: calls captured in a CUDA graph and replayed, so that no launch from the host is in the time.
 
 A timer takes *calls*, one for each of several independent copies of the data, which together exceed the L2 cache: each
-call finds its data as cold as a model's next layer would.  Its answer is the time of one call.
+call finds its data as cold as a model's next layer would.  Its answer is the time of one call.  A graph holds at least
+``LEAST_CALLS`` of them, as a model's step holds its layers: the start of a graph, some microseconds, is not a layer's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,8 @@ Call = Callable[[], Any]
 REPLAYS = (20, 200)
 """Least and most replays of a graph; between them, as many as fit into ``SECONDS``."""
 SECONDS = 0.1
+LEAST_CALLS = 16
+"""Calls in a graph: all copies, over and over."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ def graph_timer(calls: Sequence[Call]) -> Timing:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    rounds = -(-LEAST_CALLS // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
+        for call in list(calls) * rounds:
             call()
-    return replay_timer(graph.replay, len(calls))
+    return replace(replay_timer(graph.replay, len(calls) * rounds), copies=len(calls))
 
 
 def replay_timer(replay: Call, copies: int = 1, seconds: float = SECONDS, replays: tuple[int, int] = REPLAYS) -> Timing:
