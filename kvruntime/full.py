@@ -158,7 +158,8 @@ class FullLayer:
 
         stored_key, stored_value = self.tensors["key"], self.tensors["value"]
         decode.store(query, key, value, rotary, stored_key, stored_value, positions)
-        return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens)
+        arrivals = ticket[self.batch_size :]
+        return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens, arrivals)
 
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""

@@ -36,7 +36,7 @@ METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "2-bit g64 d64": (Kivi(group_size=64), 64, 1, "fp16"),
 }
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64")
-POINTERS = {"records_ptr": "*i32", "lengths_ptr": "*i32", "packed_ptr": "*i32"} | dict.fromkeys(
+POINTERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "arrivals_ptr"), "*i32") | dict.fromkeys(
     ("partial_ptr", "lse_ptr"), "*fp32"
 )
 
@@ -47,14 +47,16 @@ def arguments(kernel, dtype: str) -> dict[str, str]:
     return types | ({"scale_log2": "fp32"} if "scale_log2" in types else {})
 
 
-def build(kernel, source, types: dict[str, str], constants: dict[str, object], sm: int, warps: int) -> dict[str, int]:
+def build(
+    kernel, source, types: dict[str, str], constants: dict[str, object], sm: int, **options: int
+) -> dict[str, int]:
     """REG, STACK, ... as the binary states them; of its innermost loop that copies and multiplies, the number of
     instructions (``loop``) and of those that touch local memory (``loop_local``)."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride")]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     binary = triton.compile(
-        source(kernel, signature, constants, attrs), target=GPUTarget("cuda", sm, 32), options={"num_warps": warps}
+        source(kernel, signature, constants, attrs), target=GPUTarget("cuda", sm, 32), options=options
     )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -80,9 +82,14 @@ def build(kernel, source, types: dict[str, str], constants: dict[str, object], s
 def attend(name: str, sm: int, shares: bool = False) -> dict[str, int]:
     method, dim, q_per_kv, dtype = METHODS[name]
     constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv) | {
-        "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "EARLY": sm >= 90,
+        "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "SPARE": 0, "EARLY": sm >= 90,
     }  # fmt: skip
-    used = build(fast.attend_kernel, GluonASTSource, arguments(fast.attend_kernel, dtype), constants, sm, 1)
+    types = arguments(fast.attend_kernel, dtype)
+    if shares:
+        del types["arrivals_ptr"]
+    used = build(
+        fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=fast.MAX_REGISTERS[dim]
+    )
     return used | {"elements": 2 * 64 * dim // 32}
 
 
@@ -96,7 +103,7 @@ def combine(name: str, sm: int) -> dict[str, int]:
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim,
         "BLOCK_S": 32, "EARLY": sm >= 90,
     }  # fmt: skip
-    return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype), constants, sm, 4)
+    return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype), constants, sm, num_warps=4)
 
 
 KERNELS = {function.__name__: function for function in (attend, attend_shares, combine)}

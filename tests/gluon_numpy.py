@@ -134,7 +134,7 @@ def constexpr(x):
     return Integer(x) if isinstance(x, int) else Real(x) if isinstance(x, float) else x
 
 
-def load(pointer, mask=True, other=0):
+def load(pointer, mask=True, other=0, cache_modifier=""):
     at, mask = np.broadcast_arrays(pointer.at, raw(mask))
     assert ((at >= 0) & (at < pointer.memory.size))[mask].all(), "a load outside its tensor"
     out = np.full(at.shape, raw(other), pointer.memory.dtype)
@@ -146,6 +146,12 @@ def store(pointer, value, mask=True):
     at, mask, value = np.broadcast_arrays(pointer.at, raw(mask), raw(value))
     assert ((at >= 0) & (at < pointer.memory.size))[mask].all(), "a store outside its tensor"
     pointer.memory[at[mask]] = value[mask]
+
+
+def atomic_add(pointer, value, sem, scope):
+    before = load(pointer)
+    store(pointer, before + value)
+    return before
 
 
 def copy_async(shared, pointer, mask=True):
@@ -230,7 +236,8 @@ GL = SimpleNamespace(
     arange=lambda start, end, layout=None: Value(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
-    load=load, store=store, join=lambda a, b: Value(np.stack([a.a, b.a], -1)), broadcast=broadcast, where=where,
+    load=load, store=store, atomic_add=atomic_add, barrier=lambda: None,
+    join=lambda a, b: Value(np.stack([a.a, b.a], -1)), broadcast=broadcast, where=where,
     convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range,
     maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp2=unary(np.exp2), log2=unary(np.log2),
     max=lambda x, axis=None: Value(np.fmax.reduce(x.a, axis)), fma=fma,

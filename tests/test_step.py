@@ -116,13 +116,16 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else []))
 @pytest.mark.parametrize(("dim", "q_per_kv"), [(64, 1), (128, 4), (96, 2), (80, 7), (256, 16)])
-def test_uncompressed_attention_with_lengths_on_the_device(dim: int, q_per_kv: int, dtype: torch.dtype) -> None:
+def test_uncompressed_attention_with_lengths_on_the_device(dim, q_per_kv, dtype, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(dim)
     key, value = (torch.randn(ROWS, HEADS, 300, dim, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
     query = torch.randn(ROWS, HEADS * q_per_kv, 1, dim, generator=generator).to(dtype).to(DEVICE)
     positions = torch.tensor([0, 130, 299], dtype=torch.int32, device=DEVICE)
-    for num_tokens in (1, 300):  # one split, and several
-        out = decode.attend(query, key, value, positions, dim**-0.5, num_tokens)
+    arrivals = torch.zeros(ROWS * HEADS, dtype=torch.int32, device=DEVICE)
+    for splits, counts in ((1, None), (3, None), (3, arrivals), (3, arrivals)):
+        monkeypatch.setattr(decode, "plan_splits", lambda *_, splits=splits: splits)
+        out = decode.attend(query, key, value, positions, dim**-0.5, 300, counts)
+        assert not arrivals.any()
         for row, position in enumerate(positions.tolist()):
             seen = slice(0, position + 1)
             q = query[row].view(HEADS, q_per_kv, dim).double()

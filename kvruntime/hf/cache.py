@@ -21,8 +21,8 @@ class Length(int):
 class Steps(NamedTuple):
     """A layer that has this stores and attends by :meth:`Layer.step`: nothing is planned on the host.
 
-    ``positions [batch_size]`` int32, the tokens that each row holds before the step; ``ticket [batch_size]`` int32
-    zeros, scratch; ``num_tokens``, the most that a row will hold.
+    ``positions [batch_size]`` int32, the tokens that each row holds before the step; ``ticket`` and
+    ``num_tokens``: :meth:`KiviLayer.step`.
     """
 
     positions: Tensor

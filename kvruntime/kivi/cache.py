@@ -103,18 +103,24 @@ class KiviLayer:
         return {name: self.tensors.get(name.removesuffix("_ptr")) for name in names}
 
     def attend(
-        self, query: Tensor, scale: float, fresh: tuple[Tensor, Tensor, list[int] | None] | None = None
+        self,
+        query: Tensor,
+        scale: float,
+        fresh: tuple[Tensor, Tensor, list[int] | None] | None = None,
+        arrivals: Tensor | None = None,
     ) -> Tensor:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
 
         ``fresh``: ``(key, value, lengths)`` of L tokens not yet stored, which query i sees up to and with its own;
-        without it L must be 1.  Returns ``[batch_size, num_q_heads, L, value_dim]``; padding queries get zeros.
+        without it L must be 1.  ``arrivals [batch_size * num_q_heads]``: int32 zeros, scratch of one stream's calls,
+        with which one launch does where two would.  Returns ``[batch_size, num_q_heads, L, value_dim]``; padding
+        queries get zeros.
         """
         if fresh is None and query.shape[2] != 1:
             raise ValueError(
                 f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
             )
-        return self._attend(query, scale, fresh, None)
+        return self._attend(query, scale, fresh, None, arrivals)
 
     def _attend(
         self,
@@ -122,6 +128,7 @@ class KiviLayer:
         scale: float,
         fresh: tuple[Tensor, Tensor, list[int] | None] | None,
         num_tokens: int | None,
+        arrivals: Tensor | None = None,
     ) -> Tensor:
         lengths, packed = self.tensors["lengths"]
         new = None
@@ -133,6 +140,8 @@ class KiviLayer:
             fast = _fast()
             kernels = fast if fast and fast.supports(self.record, query, new) else _kernels("attention")
             run, planned = kernels.attend, {"num_tokens": num_tokens}
+            if kernels is fast:
+                planned["arrivals"] = arrivals
             if kernels is fast and num_tokens is None:  # a graph's lengths are not known here
                 planned["equal_shares"] = max(self.row_lengths) > UNEVEN * min(self.row_lengths)
         return run(
@@ -165,8 +174,9 @@ class KiviLayer:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
         ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32,
-        the tokens each row holds before; ``ticket [batch_size]`` int32 zeros, scratch; ``num_tokens``, the most a row
-        will hold while this step is repeated (it plans the splits).  ``rotary``: :func:`kvruntime.kivi.step.step`.
+        the tokens each row holds before; ``ticket [batch_size * (1 + num_q_heads)]`` int32 zeros, scratch that is zeros
+        again after every launch, for one stream's work at a time; ``num_tokens``, the most a row will hold while this
+        step is repeated (it plans the splits).  ``rotary``: :func:`kvruntime.kivi.step.step`.
         Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``)
         stay behind until :meth:`reset`.
         """
@@ -186,7 +196,7 @@ class KiviLayer:
             sink=self.method.sink_length,
             residual=self.method.residual_length,
         )
-        return self._attend(query, scale, None, num_tokens)
+        return self._attend(query, scale, None, num_tokens, ticket[self.batch_size :])
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""

@@ -41,6 +41,7 @@ from kvruntime.kivi.quantize import record_constants
 from kvsim import record as layout
 from kvsim.record import Record
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7, before it
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9, before it
 
 NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # Triton 3.9
@@ -56,8 +57,14 @@ STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
 PROGRAMS_PER_SM = {64: 12, 128: 8}
 """Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
+MAX_REGISTERS = {64: 168, 128: 248}
+"""What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 MAX_ROWS = 1024
 MAX_PARTS = 256
+RESERVED_BYTES = 1024
+"""Of a program's shared memory, by the driver."""
+MERGED_PARTS = 32
+"""Parts of a block that the last of its programs merges itself; more are left to :func:`combine_kernel`'s many programs."""
 
 tile_order = gluon.constexpr_function(layout.tile_order)
 
@@ -402,6 +409,12 @@ def attend_split(
     ZERO_ROWS: gl.constexpr = zero_layout(VALUE_GROUPS, TILE // 4)
     ZERO_SHAPE: gl.constexpr = [8 // VALUE_GROUPS, VALUE_GROUPS, 4, TILE // 4]
 
+    # ---- the query is asked for first: behind the tiles it would wait for all of them
+    k = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
+    channel = (((k >> 1) & 3) * (DIM // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1))[None, :, None]
+    at, mask = gl.broadcast(column + channel, real)
+    query = gl.load(query_ptr + at, mask=mask, other=0.0)
+
     # ---- the first tiles are on their way before anything else is known; those below ``certain`` may be read
     for index in gl.static_range(STAGES - 1):
         tile = first + index * step
@@ -410,10 +423,7 @@ def attend_split(
                   KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
-    k = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
-    channel = (((k >> 1) & 3) * (DIM // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1))[None, :, None]
-    at, mask = gl.broadcast(column + channel, real)
-    query = gl.load(query_ptr + at, mask=mask, other=0.0).to(gl.float32)
+    query = query.to(gl.float32)
     exponent = (gl.max(gl.abs(query), axis=1).to(gl.int32, bitcast=True) >> 23) - 127
     exponent = gl.minimum(gl.maximum(exponent, -80), 80)
     query, down = gl.broadcast(query, power_of_two(-exponent)[:, None, :])
@@ -462,7 +472,7 @@ def attend_split(
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         margin = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 134, 0).to(gl.float32)  # scales from 2**8 on
 
-        # ---- scores: the zeros' product, the same for every token of a group, starts the accumulators
+        # ---- scores: codes, and the zeros' product, the same for every token of a group
         key_zero = gl.convert_layout(operand_order(key_zero), gl.SliceLayout(1, ROWS), assert_trivial=True)[:, None, :]
         key_zero = gl.broadcast(key_zero, gl.zeros([KEY_GROUPS, 16, DIM], gl.float16, ROWS))[0]
         start = mma_v2(key_zero, group_query, gl.zeros([KEY_GROUPS, 16, 8], gl.float32, MMA)) * 2.0 ** (KEY_ROOM - 25)
@@ -470,12 +480,14 @@ def attend_split(
         key_scale = gl.convert_layout(operand_order(key_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
         wide, key_scale = gl.broadcast(scaled, key_scale)
         rows = code_rows(key_words, "key", KEY_GROUPS, DIM, KEY_NBITS)
+        none = gl.zeros([KEY_GROUPS, TILE // KEY_GROUPS, 8], gl.float32, MMA)
         if SHARED:
-            score = mma_v2(rows, product_or_rest(wide, key_scale, gl.broadcast(part, wide)[0]), start)
+            score = mma_v2(rows, product_or_rest(wide, key_scale, gl.broadcast(part, wide)[0]), none)
             score += swap_halves(score)
         else:
             rest = product_or_rest(wide, key_scale, gl.full(wide.shape, -1.0, gl.float16, COLUMNS))
-            score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, start))
+            score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, none))
+        score += start  # of columns n and n ^ 4 that are added, only n's: the other is nobody's
         score = gl.convert_layout(score.reshape([1, TILE, 8]), MMA, assert_trivial=True)
         weight, alpha, peak = softmax_step(score, packed_factor, peak, margin)
 
@@ -546,25 +558,82 @@ def attend_part(
     gl.store(lse_ptr + at, lse, mask=n < HEADS)
 
 
+@gluon.constexpr_function
+def parts_shape(heads, dim):
+    """``(parts, heads, dim)`` that a program merges at a time."""
+    heads = 1 << (heads - 1).bit_length()
+    return max(2, min(16, 4096 // (heads * dim))), heads, dim
+
+
+@gluon.constexpr_function
+def parts_layout(heads, dim):
+    """``[parts, heads, dim]``: 16 bytes a lane along the channels, what lanes are left over heads, then parts."""
+    channels = min(32, dim // 4)
+    over = min(32 // channels, heads)
+    return gl.BlockedLayout([1, 1, 4], [32 // channels // over, over, channels], [1, 1, 1], [2, 1, 0])
+
+
+@gluon.jit
+def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, first_query_head, num_heads, num_parts, HEADS: gl.constexpr,
+                DIM: gl.constexpr):  # fmt: skip
+    """What :func:`combine_kernel` does, by the last program of a block to come; it leaves the block's count at zero."""
+    barrier()  # every lane's part is written before one counts it
+    if gl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+        gl.store(arrivals_ptr + block, 0)
+        SHAPE: gl.constexpr = parts_shape(HEADS, DIM)
+        PARTS: gl.constexpr = SHAPE[0]
+        PADDED: gl.constexpr = SHAPE[1]
+        ALL: gl.constexpr = parts_layout(PADDED, DIM)
+        EACH: gl.constexpr = gl.SliceLayout(2, ALL)
+        PER_HEAD: gl.constexpr = gl.SliceLayout(0, EACH)
+        s = gl.arange(0, PARTS, layout=gl.SliceLayout(1, EACH))[:, None]
+        n = gl.arange(0, PADDED, layout=PER_HEAD)
+        d = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, None, :]
+        peak = gl.full([PADDED], HIDDEN, gl.float32, PER_HEAD)
+        total = gl.zeros([PADDED], gl.float32, PER_HEAD)
+        out = gl.zeros([PADDED, DIM], gl.float32, gl.SliceLayout(0, ALL))
+        for begin in range(0, num_parts, PARTS):
+            at, wanted = gl.broadcast((block * num_parts + begin + s) * HEADS + n[None, :], (begin + s < num_parts) & (n < HEADS)[None, :])
+            lse = gl.load(lse_ptr + at, mask=wanted, other=HIDDEN, cache_modifier=".cg")
+            at, wanted = gl.broadcast(at[:, :, None] * DIM + d, wanted[:, :, None])
+            part = gl.load(partial_ptr + at, mask=wanted, other=0.0, cache_modifier=".cg")
+            new_peak = gl.maximum(peak, gl.max(lse, axis=0))
+            lse, shift = gl.broadcast(lse, new_peak[None, :])
+            weight = gl.where(lse > HIDDEN, gl.exp2(lse - shift), 0.0)
+            alpha = gl.exp2(peak - new_peak)
+            peak = new_peak
+            total = total * alpha + gl.sum(weight, axis=0)
+            part, weight = gl.broadcast(part, weight[:, :, None])
+            out, alpha = gl.broadcast(out, gl.convert_layout(alpha, gl.SliceLayout(1, gl.SliceLayout(0, ALL)), assert_trivial=True)[:, None])
+            out = out * alpha + gl.sum(part * weight, axis=0)
+        total = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, gl.SliceLayout(0, ALL)))[:, None]
+        n = gl.arange(0, PADDED, layout=gl.SliceLayout(1, gl.SliceLayout(0, ALL)))[:, None]
+        d = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, ALL)))[None, :]
+        out, total = gl.broadcast(out, total)
+        at, wanted = gl.broadcast((first_query_head + n) * DIM + d, (n < HEADS) & (n < num_heads))
+        gl.store(out_ptr + at, (out / total).to(out_ptr.dtype.element_ty), mask=wanted)
+
+
 @gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits"])
 def attend_kernel(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb,
-    stride_qh, num_slots, num_records, batch_size, num_splits,
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, out_ptr,
+    scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
-    RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
     EARLY: gl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk.  Else all blocks' units lie in one line
-    (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks."""
+    """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
+    where ``arrivals_ptr`` has a count for each.  Else all blocks' units lie in one line (:func:`units_of`), and each of the
+    programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare_stages`."""
     if EARLY:
         gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
         gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
     BLOCKS: gl.constexpr = NUM_HEADS * ((Q_PER_KV + HEADS - 1) // HEADS)  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE_WORDS], FLAT)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES + SPARE, STAGE_WORDS], FLAT)
     key_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * KEY_GROUPS * DIM], FLAT)
     value_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * VALUE_GROUPS * TILE], FLAT)
     chunks = (num_slots + CHUNK - 1) // CHUNK
@@ -581,6 +650,13 @@ def attend_kernel(
             KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE,
             STAGES,
         )  # fmt: skip
+        if arrivals_ptr is not None:
+            OF_HEAD: gl.constexpr = BLOCKS // NUM_HEADS
+            member = block % OF_HEAD * HEADS
+            merge_parts(
+                partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, block // OF_HEAD * Q_PER_KV + member, Q_PER_KV - member,
+                num_splits, HEADS, DIM,
+            )  # fmt: skip
     else:
         LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         b = gl.arange(0, BLOCK_B, layout=LANES)
@@ -675,6 +751,18 @@ def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
     return max(1, min(PROGRAMS_PER_SM[dim] * num_sms // max(1, programs), units // 2))
 
 
+def spare_stages(fixed: dict[str, int], num_sms_bytes: int) -> int:
+    """Stages of shared memory that a program takes besides, so that no more than ``PROGRAMS_PER_SM`` of them share a
+    multiprocessor's ``num_sms_bytes``: launched while another kernel ends, they would crowd where it ended first."""
+    dim, tile = fixed["DIM"], TILE.value
+    stage = tile * dim * max(fixed["KEY_NBITS"], fixed["VALUE_NBITS"]) // 4
+    own = STAGES * (stage + 4 * fixed["KEY_GROUPS"] * dim + 4 * fixed["VALUE_GROUPS"] * tile)
+    least = num_sms_bytes // (PROGRAMS_PER_SM[dim] + 1) + 1 - RESERVED_BYTES - own
+    most = num_sms_bytes // PROGRAMS_PER_SM[dim] - RESERVED_BYTES - own
+    spare = max(0, -(-least // stage))
+    return spare if spare * stage <= most else 0
+
+
 def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
     """Whether :func:`attend` takes this record and query: otherwise :func:`attention.attend` does."""
     return (
@@ -715,13 +803,15 @@ def attend(
     num_splits: int | None = None,
     equal_shares: bool = False,
     num_tokens: int | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
     For what :func:`supports` allows.  ``lengths`` and ``packed`` are int32 and stay on the device.  Every row is cut into
     ``num_splits`` splits (default: the plan's, for rows of ``num_tokens`` or of what the buffers provide for).
     ``equal_shares``: all rows' tokens lie in one line instead, and each of ``num_splits`` programs has an equal share of
-    it, for up to ``MAX_ROWS`` rows of very different lengths.
+    it, for up to ``MAX_ROWS`` rows of very different lengths.  ``arrivals``: int32 zeros, one a query head of a row at
+    least, which no other call uses at the same time: then one launch does it all where splits are few.
     """
     if not supports(record, query, fresh):
         raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
@@ -732,7 +822,8 @@ def attend(
     if not num_slots:  # nothing is provided for, nothing is held
         return query.new_zeros(batch_size, q_heads, 1, dim)
     blocks = heads * -(-fixed["Q_PER_KV"] // fixed["HEADS"])
-    sms = torch.cuda.get_device_properties(query.device).multi_processor_count
+    properties = torch.cuda.get_device_properties(query.device)
+    sms = properties.multi_processor_count
     block_b = max(32, triton.next_power_of_2(batch_size)) if equal_shares and batch_size <= MAX_ROWS else 0
     splits = num_splits
     if splits is None and block_b:
@@ -742,17 +833,22 @@ def attend(
         longest = provided if num_tokens is None else min(provided, num_tokens)
         units = longest // TILE.value + -(-num_slots // CHUNK.value)
         splits = plan_splits(batch_size * blocks, units, dim, sms)
-    early = torch.cuda.get_device_capability(query.device) >= (9, 0)
+    early = properties.major >= 9
+    if block_b or splits > MERGED_PARTS or (arrivals is not None and arrivals.numel() < batch_size * blocks):
+        arrivals = None
     slots = batch_size * blocks + splits if block_b else batch_size * blocks * splits
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
     out = query.new_empty(batch_size, q_heads, 1, dim)
     attend_kernel[(splits,) if block_b else (splits, batch_size * blocks)](
-        query, records, exact_key, exact_value, lengths, packed, partial, lse, scale * attention.LOG2E, *query.stride()[:2],
-        num_slots, records.shape[1], batch_size, splits,
-        **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES, EARLY=early, num_warps=1,
-        **({"launch_pdl": True} if early and num_tokens is not None else {}),
+        query, records, exact_key, exact_value, lengths, packed, partial, lse, arrivals, out, scale * attention.LOG2E,
+        *query.stride()[:2], num_slots, records.shape[1], batch_size, splits,
+        **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
+        SPARE=spare_stages(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, num_warps=1,
+        maxnreg=MAX_REGISTERS[dim], **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+    if arrivals is not None:
+        return out
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
     block_d = min(dim, max(16, 4096 // block_s))
