@@ -2,8 +2,8 @@
 
 ``store_kernel``: the new token to its slot, rotary embedding on the way; one program a row and head.  ``attend_kernel``:
 ``out = softmax(scale q k^T) v`` of one row and key/value head over one split of its tokens, the query heads that share the head
-as one block of rows; the splits are merged by the last program of a head, or, where they are many, by
-:func:`kvruntime.kivi.attention.combine_kernel`.  Nothing is planned by length, so a CUDA graph of a step holds for any.
+as one block of rows; the splits are merged by :func:`kvruntime.kivi.attention.combine_kernel`.  Nothing is planned by length, so
+a CUDA graph of a step holds for any.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ BLOCK_N = 64
 """Tokens a step of the loop."""
 MAX_SPLITS = 128
 MAX_Q_PER_KV = 16
-MERGED_SPLITS = 16
 
 
 @triton.jit
@@ -57,33 +56,11 @@ def store_kernel(
 
 
 @triton.jit
-def merge_splits(partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, num_splits, Q_PER_KV: tl.constexpr, VALUE_DIM: tl.constexpr,
-                 BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """By the last program of a head to come, all of its splits; the head's count is left at zero."""
-    tl.debug_barrier()  # every thread's part is written before one counts it
-    if tl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
-        tl.store(arrivals_ptr + block, 0)
-        s = tl.arange(0, BLOCK_S)
-        v = tl.arange(0, BLOCK_V)
-        for member in tl.static_range(Q_PER_KV):
-            at = (block * Q_PER_KV + member).to(tl.int64) * num_splits + s
-            wanted = (s < num_splits)[:, None] & (v < VALUE_DIM)[None, :]
-            part = tl.load(partial_ptr + at[:, None] * VALUE_DIM + v[None, :], mask=wanted, other=0.0, cache_modifier=".cg")
-            lse = tl.load(lse_ptr + at, mask=s < num_splits, other=HIDDEN, cache_modifier=".cg")
-            weight = tl.where(lse > HIDDEN, tl.exp2(lse - tl.max(lse, 0)), 0.0)
-            total = tl.sum(weight, 0)
-            out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-            at = (block * Q_PER_KV + member).to(tl.int64) * VALUE_DIM + v
-            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=v < VALUE_DIM)
-
-
-@triton.jit
 def attend_kernel(
-    query_ptr, key_ptr, value_ptr, positions_ptr, partial_ptr, lse_ptr, arrivals_ptr, out_ptr, scale_log2, stride_qb, stride_qh,
-    num_slots, num_splits,
+    query_ptr, key_ptr, value_ptr, positions_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr, NUM_STAGES: tl.constexpr,
-    BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -125,8 +102,6 @@ def attend_kernel(
     tl.store(partial_ptr + at[:, None] * VALUE_DIM + v[None, :], out.to(partial_ptr.dtype.element_ty),
              mask=mask[:, None] & (v < VALUE_DIM)[None, :])  # fmt: skip
     tl.store(lse_ptr + at, tl.where(saw, peak + tl.log2(tl.where(saw, total, 1.0)), HIDDEN), mask=mask)
-    if arrivals_ptr is not None:
-        merge_splits(partial_ptr, lse_ptr, arrivals_ptr, out_ptr, tl.program_id(1), num_splits, Q_PER_KV, VALUE_DIM, BLOCK_V, BLOCK_S)
 
 
 def store(
@@ -166,18 +141,11 @@ def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
 
 
 def attend(
-    query: Tensor,
-    stored_key: Tensor,
-    stored_value: Tensor,
-    positions: Tensor,
-    scale: float,
-    num_tokens: int,
-    arrivals: Tensor | None = None,
+    query: Tensor, stored_key: Tensor, stored_value: Tensor, positions: Tensor, scale: float, num_tokens: int
 ) -> Tensor:
     """Attention of ``query [batch_size, num_q_heads, 1, key_dim]`` over each row's first ``positions[b] + 1`` slots.
 
-    ``num_tokens``: the most that a row will hold; it plans the splits.  ``arrivals``: int32 zeros, one a key/value head of
-    a row at least, which no other call uses at the same time: then one launch does it all where splits are few.  Raises ``ValueError`` for more than
+    ``num_tokens``: the most that a row will hold; it plans the splits.  Raises ``ValueError`` for more than
     ``MAX_Q_PER_KV`` query heads that share one key/value head.
     """
     batch_size, q_heads = query.shape[:2]
@@ -191,17 +159,14 @@ def attend(
     partial = query.new_empty(batch_size * q_heads, splits, value_dim, dtype=torch.float32) if splits > 1 else out
     lse = query.new_empty(batch_size * q_heads, splits, dtype=torch.float32)
     dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float16)
-    if splits == 1 or splits > MERGED_SPLITS or (arrivals is not None and arrivals.numel() < batch_size * heads):
-        arrivals = None
     attend_kernel[(splits, batch_size * heads)](
-        query, stored_key, stored_value, positions, partial, lse, arrivals, out, scale * LOG2E, *query.stride()[:2], num_slots,
-        splits,
+        query, stored_key, stored_value, positions, partial, lse, scale * LOG2E, *query.stride()[:2], num_slots, splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=16, BLOCK_N=BLOCK_N,
         BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), DOT=dot,
         NUM_STAGES=3 if max(key_dim, value_dim) <= 128 and query.dtype != torch.float32 else 1, num_warps=4,
-        BLOCK_S=MERGED_SPLITS, EARLY=(early := overlaps(query)), **({"launch_pdl": True} if early else {}),
+        EARLY=(early := overlaps(query)), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    if splits > 1 and arrivals is None:
+    if splits > 1:
         combine_kernel[(batch_size * q_heads, triton.cdiv(value_dim, COMBINE_D))](
             partial, lse, out, splits, VALUE_DIM=value_dim, BLOCK_D=COMBINE_D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
             EARLY=early, **({"launch_pdl": True} if early else {}),

@@ -158,8 +158,7 @@ class FullLayer:
 
         stored_key, stored_value = self.tensors["key"], self.tensors["value"]
         decode.store(query, key, value, rotary, stored_key, stored_value, positions)
-        arrivals = ticket[self.batch_size :]
-        return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens, arrivals)
+        return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens)
 
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""

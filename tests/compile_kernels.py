@@ -186,12 +186,11 @@ def store_full(name: str, sm: int) -> dict[str, int]:
 def attend_full(name: str, sm: int) -> dict[str, int]:
     dim = METHODS[name][1]
     block = triton.next_power_of_2(dim)
-    fixed = dict.fromkeys(("positions_ptr", "arrivals_ptr"), "*i32")
-    fixed |= {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    fixed = {"positions_ptr": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_M": 16, "BLOCK_N": decode.BLOCK_N,
         "BLOCK_K": block, "BLOCK_V": block, "DOT": tl.bfloat16, "NUM_STAGES": 3 if dim <= 128 else 1,
-        "BLOCK_S": decode.MERGED_SPLITS, "EARLY": sm >= 90,
+        "EARLY": sm >= 90,
     }  # fmt: skip
     return resources(decode.attend_kernel, arguments(decode.attend_kernel, "bf16", **fixed), constants, sm, 4)
 

@@ -45,18 +45,24 @@ POINTS = [(name, dim, sharing, "float16") for name in METHODS for dim in (64, 12
 POINTS += [(name, 64, "shares", dtype) for name in METHODS for dtype in ("bfloat16", "float32")]
 
 
+def numpy_kernels(**replaced):
+    """The names of ``fast.py`` with its kernels in NumPy."""
+    names = gluon_numpy.run_file(Path(fast.__file__))
+    names |= replaced
+    names["supports"] = lambda *_: True
+    properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)
+    cuda = SimpleNamespace(get_device_properties=lambda _: properties, get_device_capability=lambda _: (9, 0))
+    names["torch"] = SimpleNamespace(cuda=cuda, float32=torch.float32)
+    return names
+
+
 @pytest.fixture(scope="module")
 def attend():
     if DEVICE == "cuda":
         if torch.cuda.get_device_capability() < (8, 0):
             pytest.skip("the kernel needs a device of compute capability 8.0 or higher")
         return fast.attend
-    names = gluon_numpy.run_file(Path(fast.__file__))
-    names["supports"] = lambda *_: True
-    properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)
-    cuda = SimpleNamespace(get_device_properties=lambda _: properties, get_device_capability=lambda _: (9, 0))
-    names["torch"] = SimpleNamespace(cuda=cuda, float32=torch.float32)
-    return names["attend"]
+    return numpy_kernels()["attend"]
 
 
 class Filled:
@@ -149,6 +155,25 @@ def test_one_row(attend) -> None:
         cache.new = key, value
         out = attend(sized(query), *cache.arguments, 0.125)
         assert cache.error(out, sized(query), 0.125, 0) <= 2e-3, length
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what another launch does meanwhile is played in NumPy")
+@pytest.mark.parametrize(("name", "length"), [("2-bit g64 sink", 133), ("2-bit gk128", 129)])
+def test_record_packed_while_it_starts(name, length) -> None:
+    """Launched early, a program asks for tiles before the step that packs the newest record has ended."""
+    method = METHODS[name]
+    key, value, query = normal(length, (1, 1, length, 64), (1, 1, length, 64), (1, 4, 1, 64))
+    cache = Filled(method, 64, 1, [length], sized(key), sized(value))
+    records = cache.tensors["records"]
+    true = records.clone()
+    records.fill_(0x7FFF7FFF)  # NaN as a scale
+
+    def step_ends() -> None:
+        records.copy_(true)
+
+    names = numpy_kernels(gdc_wait=step_ends)
+    out = names["attend"](sized(query), *cache.arguments, 0.125, num_splits=1)
+    assert cache.error(out, sized(query), 0.125, 0) <= 2e-3
 
 
 @pytest.mark.parametrize("kind", ["flat", "sharp", "limit", "sink"])

@@ -63,7 +63,7 @@ MAX_ROWS = 1024
 MAX_PARTS = 256
 RESERVED_BYTES = 1024
 """Of a program's shared memory, by the driver."""
-MERGED_PARTS = 32
+MERGED_PARTS = 12
 """Parts of a block that the last of its programs merges itself; more are left to :func:`combine_kernel`'s many programs."""
 
 tile_order = gluon.constexpr_function(layout.tile_order)
@@ -302,6 +302,20 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
     async_copy.commit_group()
 
 
+@gluon.jit
+def copy_first(codes, key_params, value_params, base_ptr, first, step, least, certain, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+               VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
+               KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Start copying the first tiles of a split, ``least`` and above: fewer than ``certain`` may be read."""
+    TILES: gl.constexpr = RECORD // TILE
+    for index in gl.static_range(STAGES - 1):
+        tile = first + index * step
+        if tile >= least:
+            copy_tile(codes.index(index), key_params.index(index), value_params.index(index),
+                      base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, tile < certain, DIM, KEY_NBITS, VALUE_NBITS,
+                      KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+
+
 @triton.jit
 def units_of(packed, chunks):
     """Work of one head of a row, in tiles: chunks of exact slots first, each as much as ``EXACT_UNITS`` tiles."""
@@ -390,8 +404,8 @@ def attend_split(
     first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
-    RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, AT_ONCE: gl.constexpr,
-    STAGES: gl.constexpr,
+    RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
+    AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """``(acc, sums, peak)`` of ``count`` tiles from ``first`` on and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
     output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``."""
@@ -416,11 +430,9 @@ def attend_split(
     query = gl.load(query_ptr + at, mask=mask, other=0.0)
 
     # ---- the first tiles are on their way before anything else is known; those below ``certain`` may be read
-    for index in gl.static_range(STAGES - 1):
-        tile = first + index * step
-        copy_tile(codes.index(index), key_params.index(index), value_params.index(index),
-                  base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, tile < certain, DIM, KEY_NBITS, VALUE_NBITS,
-                  KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+    if not BEGUN:
+        copy_first(codes, key_params, value_params, base_ptr, first, step, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
+                   VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     query = query.to(gl.float32)
@@ -515,7 +527,7 @@ def attend_part(
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
-    RECORD_WORDS: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``."""
     BLOCKS: gl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
@@ -536,7 +548,7 @@ def attend_part(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, first,
         step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, DIM, KEY_NBITS,
         VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
-        AT_ONCE, STAGES,
+        BEGUN, AT_ONCE, STAGES,
     )  # fmt: skip
 
     # ---- (out, lse); where no token was seen, zero and HIDDEN
@@ -627,10 +639,8 @@ def attend_kernel(
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
     where ``arrivals_ptr`` has a count for each.  Else all blocks' units lie in one line (:func:`units_of`), and each of the
     programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare_stages`."""
-    if EARLY:
-        gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
-        gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
-    BLOCKS: gl.constexpr = NUM_HEADS * ((Q_PER_KV + HEADS - 1) // HEADS)  # of a row
+    OF_HEAD: gl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
+    BLOCKS: gl.constexpr = NUM_HEADS * OF_HEAD  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
     codes = gl.allocate_shared_memory(gl.int32, [STAGES + SPARE, STAGE_WORDS], FLAT)
@@ -640,24 +650,39 @@ def attend_kernel(
     if BLOCK_B == 0:
         split = gl.program_id(0)
         block = gl.program_id(1)
+        certain = num_records * (RECORD // TILE)
+        row_ptr = records_ptr + (block // BLOCKS).to(gl.int64) * num_records * (NUM_HEADS * RECORD_WORDS)
+        base_ptr = row_ptr + block // OF_HEAD % NUM_HEADS * RECORD_WORDS
+        copy_first(codes, key_params, value_params, base_ptr, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
+                   VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
+        if EARLY:
+            gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
+            gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
         length = gl.load(lengths_ptr + block // BLOCKS)
         packed = gl.load(packed_ptr + block // BLOCKS)
+        if EARLY:
+            if length - SINK - packed <= RESIDUAL - RECORD + 1:  # that step may have packed the newest record meanwhile
+                async_copy.wait_group(0)
+                copy_first(codes, key_params, value_params, base_ptr, split, num_splits, (packed - RECORD) // TILE, certain, DIM,
+                           KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
+                           NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
         count = (gl.maximum(packed // TILE - split, 0) + num_splits - 1) // num_splits
         attend_part(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-            block * num_splits + split, split, num_splits, count, num_records * (RECORD // TILE), num_splits - 1 - split, num_splits,
-            chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM,
-            KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE,
-            STAGES,
+            block * num_splits + split, split, num_splits, count, certain, num_splits - 1 - split, num_splits, chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM,
+            KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, True,
+            AT_ONCE, STAGES,
         )  # fmt: skip
         if arrivals_ptr is not None:
-            OF_HEAD: gl.constexpr = BLOCKS // NUM_HEADS
             member = block % OF_HEAD * HEADS
             merge_parts(
                 partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, block // OF_HEAD * Q_PER_KV + member, Q_PER_KV - member,
                 num_splits, HEADS, DIM,
             )  # fmt: skip
     else:
+        if EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
         LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         b = gl.arange(0, BLOCK_B, layout=LANES)
         units = units_of(gl.load(packed_ptr + b, mask=b < batch_size, other=0), chunks) * BLOCKS
@@ -684,7 +709,7 @@ def attend_kernel(
                 gl.program_id(0) + block, first, 1, last - first, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
                 stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
-                RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE, STAGES,
+                RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, AT_ONCE, STAGES,
             )  # fmt: skip
             unit += stop - start
 
