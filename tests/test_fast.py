@@ -235,6 +235,8 @@ def test_plan() -> None:
     assert fast.plan_splits(64, 520, 128, 132) == 16
     assert fast.plan_splits(8, 520, 128, 132) == 132
     assert fast.plan_splits(8, 134, 128, 132) == 67
+    assert fast.plan_splits(12, 20, 64, 132) == fast.MERGED_PARTS
+    assert fast.plan_splits(12, 5, 64, 132) == 5
     assert fast.plan_splits(768, 22, 64, 132) == 2
     assert fast.plan_splits(5000, 22, 64, 132) == 1
 

@@ -303,6 +303,14 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
 
 
 @gluon.jit
+def prefetch(record_ptr, RECORD_WORDS: gl.constexpr):
+    """Ask for a record's lines to come into the L2 cache, whoever will need them."""
+    lines = gl.arange(0, 64 * ((RECORD_WORDS + 2047) // 2048), layout=gl.BlockedLayout([1], [32], [1], [0]))
+    at = record_ptr + gl.minimum(lines * 32, RECORD_WORDS - 1)
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def copy_first(codes, key_params, value_params, base_ptr, first, step, least, certain, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
                VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
                KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
@@ -656,6 +664,9 @@ def attend_kernel(
         copy_first(codes, key_params, value_params, base_ptr, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
                    VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
         if EARLY:
+            tile = split + (STAGES - 1) * num_splits
+            if tile < gl.load(packed_ptr + block // BLOCKS, cache_modifier=".cg") // TILE:  # of before or after that step
+                prefetch(base_ptr + (tile // (RECORD // TILE)).to(gl.int64) * (NUM_HEADS * RECORD_WORDS), RECORD_WORDS)
             gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
             gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
         length = gl.load(lengths_ptr + block // BLOCKS)
@@ -772,8 +783,8 @@ def constants(record: Record, sink: int, residual: int, num_heads: int, q_per_kv
 
 def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
     """Splits of a row: ``PROGRAMS_PER_SM`` programs on each of ``num_sms`` multiprocessors, each with at least two of the
-    longest row's ``units`` (tiles, and chunks of exact slots)."""
-    return max(1, min(PROGRAMS_PER_SM[dim] * num_sms // max(1, programs), units // 2))
+    longest row's ``units`` (tiles, and chunks of exact slots), or one where one launch merges them all."""
+    return max(1, min(PROGRAMS_PER_SM[dim] * num_sms // max(1, programs), max(units // 2, min(units, MERGED_PARTS))))
 
 
 def spare_stages(fixed: dict[str, int], num_sms_bytes: int) -> int:
