@@ -257,7 +257,7 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, combine, store_full, attend_full)
-}
+} | {function.__name__: function for function in (pack_layers, store_layers, freeze_layers)}
 ENGINE = {linear: LAYERS, dense: PRODUCTS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}
 
