@@ -259,14 +259,15 @@ Fresh = tuple[KiviLayer, Tensor, Tensor, list[int] | None]
 
 def _addresses(held: Sequence[Fresh]) -> Tensor | None:
     """Where everything lies that one launch is to store; None where it cannot store it all."""
-    _, key, value, _ = held[0]
+    first, key, value, lengths = held[0]
     if len(held) == 1 or not (key.is_cuda and key.stride(3) == value.stride(3) == 1):
         return None
     kind = _kind(*held[0])
     if any(_kind(*one) != kind for one in held[1:]):
         return None
-    for layer, key, _, lengths in held:
-        layer._make_room(key, lengths)
+    first._make_room(key, lengths)
+    for layer, *_ in held[1:]:
+        layer._provide(first.num_provided)
     names = ("exact_key", "exact_value", "records", "key_params")
     return _kernels("quantize").addresses(
         [(key, value, *map(layer.tensors.get, names)) for layer, key, value, _ in held]
