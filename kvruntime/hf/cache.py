@@ -37,8 +37,8 @@ class Held:
     """What the layers of one forward were given, held back so that few launches store it all.
 
     A launch costs the host more than packing a short prompt costs the GPU.  Nothing is read from the layers before
-    :meth:`store`; it stores ``HELD_NBYTES`` of keys and values at the latest, which bounds the memory held (a view keeps
-    all that it is a view of).
+    :meth:`store`; it stores ``HELD_NBYTES`` of keys and values at the latest, which bounds the memory held (a view
+    keeps all that it is a view of).
     """
 
     def __init__(self) -> None:
