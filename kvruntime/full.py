@@ -8,6 +8,8 @@ concatenated copy of the past is ever made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -85,6 +87,12 @@ class FullLayer:
                 rows = torch.arange(self.batch_size, device=self.device)[:, None]
                 store[rows, :, slots] = fresh[:, :, length - counts[0] :].transpose(1, 2).to(store.dtype)
         self.row_lengths = ends
+
+    @staticmethod
+    def append_all(held: Sequence[tuple[FullLayer, Tensor, Tensor, list[int] | None]]) -> None:
+        """:meth:`append` of each ``(layer, key, value, lengths)``."""
+        for layer, key, value, lengths in held:
+            layer.append(key, value, lengths)
 
     def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.

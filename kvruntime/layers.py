@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Layer(Protocol):
     @property
     def nbytes(self) -> int: ...
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None: ...
+    @staticmethod
+    def append_all(held: Sequence[Any]) -> None: ...
     def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor: ...
     def step(
         self,

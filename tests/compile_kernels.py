@@ -68,7 +68,7 @@ PRODUCTS = {  # rows, N, K, activation, in parts, dtype
     "llama up x64": (64, 14336, 4096, "silu", False, "bf16"),
 }
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
-INT32 = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr"), "*i32")
+INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr"), "*i32") | {"layers_ptr": "*i64"}
 
 
 def compiled(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, object]:
@@ -101,13 +101,18 @@ def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: i
 
 
 def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
-    """Argument types: pointers to ``dtype`` unless ``fixed`` or ``INT32`` says otherwise, scalars i32."""
-    known = INT32 | fixed
+    """Argument types: pointers to ``dtype`` unless ``fixed`` or ``INTEGERS`` says otherwise, scalars i32."""
+    known = INTEGERS | fixed
     names = (name for name in kernel.arg_names if not name.isupper())
     return {name: known.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
 
 
-def pack(name: str, sm: int) -> dict[str, int]:
+def one_layer(types: dict[str, str]) -> dict[str, str]:
+    """Argument types of a kernel that stores one layer, without the table of layers."""
+    return {name: type_ for name, type_ in types.items() if name != "layers_ptr"}
+
+
+def pack(name: str, sm: int, layers: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
     constants = quantize.record_constants(record) | {
@@ -116,16 +121,25 @@ def pack(name: str, sm: int) -> dict[str, int]:
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
     launch = dict(quantize.pack_launch(record))
     num_warps = launch.pop("num_warps")
-    return resources(quantize.pack_kernel, types, constants | launch, sm, num_warps)
+    return resources(quantize.pack_kernel, types if layers else one_layer(types), constants | launch, sm, num_warps)
 
 
-def store(name: str, sm: int) -> dict[str, int]:
+def pack_layers(name: str, sm: int) -> dict[str, int]:
+    return pack(name, sm, layers=True)
+
+
+def store(name: str, sm: int, layers: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     constants = {
         "NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "BLOCK_T": 16,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "BLOCK_D": triton.next_power_of_2(dim),
     }  # fmt: skip
-    return resources(quantize.store_kernel, arguments(quantize.store_kernel, "bf16"), constants, sm, 4)
+    types = arguments(quantize.store_kernel, "bf16")
+    return resources(quantize.store_kernel, types if layers else one_layer(types), constants, sm, 4)
+
+
+def store_layers(name: str, sm: int) -> dict[str, int]:
+    return store(name, sm, layers=True)
 
 
 def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16") -> dict[str, int]:
@@ -149,14 +163,18 @@ def attend_fresh(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, rows=64, dtype="bf16")
 
 
-def freeze(name: str, sm: int) -> dict[str, int]:
+def freeze(name: str, sm: int, layers: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     constants = {
         "NUM_HEADS": 8, "KEY_DIM": dim, "KEY_NBITS": method.nbits, "RECORD": method.record_length, "BLOCK_T": 64,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_D": min(64, dim),
     }  # fmt: skip
     types = arguments(quantize.freeze_kernel, "bf16", params_ptr="*fp16")
-    return resources(quantize.freeze_kernel, types, constants, sm, 4)
+    return resources(quantize.freeze_kernel, types if layers else one_layer(types), constants, sm, 4)
+
+
+def freeze_layers(name: str, sm: int) -> dict[str, int]:
+    return freeze(name, sm, layers=True)
 
 
 def advance(name: str, sm: int) -> dict[str, int]:
@@ -239,7 +257,7 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, combine, store_full, attend_full)
-}
+} | {function.__name__: function for function in (pack_layers, store_layers, freeze_layers)}
 ENGINE = {linear: LAYERS, dense: PRODUCTS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}
 

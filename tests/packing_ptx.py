@@ -1,7 +1,7 @@
 """Compile the packing kernel for sm_90, run its PTX in NumPy and count the words that differ from the reference's.
 
-JSON lines ``[layout, warps, tokens stored before, [words that differ, by section]]``.  Run by ``test_packing_ptx.py``
-in a process of its own, because the interpreter and the compiler exclude each other.
+JSON lines ``[layout, warps, tokens stored before, [words that differ, by section], layers]``.  Run by
+``test_packing_ptx.py`` in a process of its own, because the interpreter and the compiler exclude each other.
 """
 
 from __future__ import annotations
@@ -58,8 +58,11 @@ def launches(record: quantize.Record) -> list[dict[str, int]]:
     return [prompt] if prompt["num_warps"] == warps else [prompt, step]
 
 
-def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int]) -> list[int]:
-    """Words of two packed records that differ from the reference's, by section of the record."""
+def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layers: int) -> list[int]:
+    """Words of two packed records that differ from the reference's, by section of the record.
+
+    ``layers``: of more than one the kernel is told where the last lies; nothing lies where the others are said to.
+    """
     shape = LayerShape(HEADS, dim, dim)
     record, sink, residual = method.record(shape), method.sink_length, method.residual_length
     generator = torch.Generator().manual_seed(dim + stored)
@@ -105,21 +108,28 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int]) -> li
     num_warps = constants.pop("num_warps")
     kernel = quantize.pack_kernel
     types = compile_kernels.arguments(kernel, "fp16", params_ptr="*fp16")
+    start = values["records_ptr"]
+    if layers == 1:
+        types = compile_kernels.one_layer(types)
+    else:
+        columns = ("key_ptr", "value_ptr", "exact_key_ptr", "exact_value_ptr", "records_ptr", "params_ptr")
+        table = torch.zeros(layers, quantize.COLUMNS.value, dtype=torch.int64)
+        table[-1] = torch.tensor([values[name] for name in columns])
+        values["layers_ptr"] = memory.place(table)
+        values |= dict.fromkeys(columns, 0)
     ptx = compile_kernels.compiled(kernel, types, constants, 90, num_warps)["ptx"]
     for block in range(2 * launch["PARTS"]):
         for head in range(HEADS):
-            Program(
-                ptx, memory.cells, [values[name] for name in kernel.arg_names if name in values] + [0, 0], (block, head)
-            ).run()
-    start, words = values["records_ptr"], held["records"].numpy()
+            arguments = [values[name] for name in kernel.arg_names if name in values] + [0, 0]
+            Program(ptx, memory.cells, arguments, (block, head, layers - 1)).run()
+    words = held["records"].numpy()
     wrong = memory.cells[start : start + words.nbytes].view(np.int32).reshape(words.shape) != words
     return [int(wrong[..., offset : offset + size].sum()) for _, offset, size in record.sections]
 
 
 if __name__ == "__main__":
     for name, (method, dim) in LAYOUTS.items():
-        for launch in launches(method.record(LayerShape(HEADS, dim, dim))):
-            for stored in (0, 37):
-                print(
-                    json.dumps([name, launch["num_warps"], stored, differing(method, dim, stored, launch)]), flush=True
-                )
+        for turn, launch in enumerate(launches(method.record(LayerShape(HEADS, dim, dim)))):
+            for stored, layers in ((0, 1), (37, 1), (0, 3))[: 2 if turn else 3]:  # a step stores one layer
+                wrong = differing(method, dim, stored, launch, layers)
+                print(json.dumps([name, launch["num_warps"], stored, wrong, layers]), flush=True)

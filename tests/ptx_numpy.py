@@ -55,10 +55,13 @@ def compared(how: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ORDER[how.removesuffix("u")](a, b) | nan
 
 
+BLOCK = ("%ctaid.x", "%ctaid.y", "%ctaid.z")
+
+
 class Program:
     """One program (thread block) of a kernel: ``run`` changes ``memory``, the bytes that its pointers index."""
 
-    def __init__(self, ptx: str, memory: np.ndarray, params: list[int], block: tuple[int, int]) -> None:
+    def __init__(self, ptx: str, memory: np.ndarray, params: list[int], block: tuple[int, int, int]) -> None:
         self.program, self.labels = parse(ptx)
         self.memory, self.params = memory, params
         self.shared = np.zeros(1 << 17, np.uint8)
@@ -66,7 +69,7 @@ class Program:
         assert warps
         self.lane = np.arange(int(warps[1]))
         self.registers: dict[str, np.ndarray] = {}
-        for name, value in (("%tid.x", self.lane), ("%ctaid.x", block[0]), ("%ctaid.y", block[1]), ("global_smem", 0)):
+        for name, value in (("%tid.x", self.lane), *zip(BLOCK, block, strict=True), ("global_smem", 0)):
             self.registers[name] = self.spread(value)
 
     def spread(self, value: object) -> np.ndarray:

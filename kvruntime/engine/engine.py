@@ -17,7 +17,7 @@ from torch import Tensor
 from kvruntime.engine.decoders import lean as lean_decoder
 from kvruntime.engine.greedy import greedy
 from kvruntime.hf import make_cache
-from kvruntime.hf.cache import Steps
+from kvruntime.hf.cache import Held, Steps
 from kvruntime.hf.models import layer_shapes
 from kvruntime.layers import make_layer
 from kvsim.layout import Method
@@ -103,14 +103,22 @@ class Engine:
         padding = longest - torch.tensor(lengths, device=self.device)[:, None]
         mask = (column >= padding).long() if min(lengths) < longest else None
         self.reset()
-        out = self.model(
-            ids,
-            attention_mask=mask,
-            position_ids=(column - padding).clamp(min=0),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        held = Held()
+        for layer in self.cache.layers:
+            layer.held = held
+        try:
+            out = self.model(
+                ids,
+                attention_mask=mask,
+                position_ids=(column - padding).clamp(min=0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            held.store()
+        finally:
+            for layer in self.cache.layers:
+                layer.held = None
         self._begin(lengths)
         self.logits = out.logits[:, -1]
         self.tokens.copy_(self.logits.argmax(-1))
@@ -231,7 +239,7 @@ class Engine:
 
     def _begin(self, lengths: list[int]) -> None:
         self._lengths = lengths
-        self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.positions.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
 
     def _forward(self, num_tokens: int) -> Tensor:
         """One step on the static tensors, in kernels alone: its logits.  Rows hold at most ``num_tokens``."""

@@ -62,8 +62,10 @@ def attention(
     if not layer.num_columns:
         out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scaling)
         order = layer.order(attention_mask)
-        layer.append(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths)
+        layer.append_first(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths)
         return out, None
+    if layer.held is not None:
+        layer.held.store()  # a model that runs a layer twice reads what it stored
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if length == 1:
         layer.append(fresh_key, fresh_value, lengths)

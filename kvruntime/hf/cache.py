@@ -13,6 +13,9 @@ from kvruntime.layers import Layer, make_layer
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import Full
 
+HELD_NBYTES = 64 * 2**20
+"""Keys and values that wait to be stored with those of other layers, at most: more than that keep a GPU busy alone."""
+
 
 class Length(int):
     """A mask length that comes from this cache, so that the mask function can tell."""
@@ -28,6 +31,33 @@ class Steps(NamedTuple):
     positions: Tensor
     ticket: Tensor
     num_tokens: int
+
+
+class Held:
+    """What the layers of one forward were given, held back so that few launches store it all.
+
+    A launch costs the host more than packing a short prompt costs the GPU.  Nothing is read from the layers before
+    :meth:`store`; it stores ``HELD_NBYTES`` of keys and values at the latest, which bounds the memory held (a view
+    keeps all that it is a view of).
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Layer, Tensor, Tensor, list[int] | None]] = []
+        self._nbytes = 0
+
+    def append(self, layer: Layer, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
+        """``layer.append(key, value, lengths)``, now or later."""
+        self._held.append((layer, key, value, lengths))
+        self._nbytes += key.nbytes + value.nbytes
+        if self._nbytes >= HELD_NBYTES:
+            self.store()
+
+    def store(self) -> None:
+        """Store what is held."""
+        held, self._held, self._nbytes = self._held, [], 0
+        if held:
+            with torch.inference_mode(False), torch.no_grad():
+                held[0][0].append_all(held)
 
 
 class Pending:
@@ -69,6 +99,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     store: Layer
     steps: Steps | None = None
+    held: Held | None = None
+    """Where new tokens wait, during a forward that reads none of them back."""
 
     def __init__(self, method: Method, columns: Columns, max_seq_len: int | None) -> None:
         super().__init__()
@@ -105,6 +137,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         with torch.inference_mode(False), torch.no_grad():
             self.store.append(key, value, lengths)
         self.num_columns += key.shape[2]
+
+    def append_first(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
+        """:meth:`append` to an empty layer, which may be held back."""
+        if self.held is None:
+            self.append(key, value, lengths)
+        else:
+            self.held.append(self.store, key, value, lengths)
+            self.num_columns += key.shape[2]
 
     def get_seq_length(self) -> int:
         return self.num_columns

@@ -5,6 +5,7 @@ On CUDA the Triton kernels run, elsewhere the PyTorch reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -65,8 +66,34 @@ class KiviLayer:
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
         not stored); ``None`` takes all.
         """
+        counts = self._make_room(key, lengths)
+        self._store(key, value, counts)
+        self._count(counts)
+
+    @staticmethod
+    def append_all(held: Sequence[Fresh]) -> None:
+        """:meth:`append` of each; on CUDA, layers that are alike in all but their contents share the launches."""
+        addresses = _addresses(held)
+        if addresses is None:
+            for layer, key, value, lengths in held:
+                layer.append(key, value, lengths)
+            return
+        first, key, value, lengths = held[0]
+        counts = first._make_room(key, lengths)
+        first._store(key, value, counts, layers=addresses)
+        first._count(counts)
+        rest = [layer for layer, *_ in held[1:]]
+        for layer in rest:
+            layer.row_lengths, layer.row_packed = list(first.row_lengths), list(first.row_packed)
+        torch._foreach_copy_([layer.tensors["lengths"] for layer in rest], [first.tensors["lengths"]] * len(rest))
+
+    def _make_room(self, key: Tensor, lengths: list[int] | None) -> list[int]:
+        """Provide for the tokens of an append; returns how many a row that is."""
         counts = [key.shape[2]] * self.batch_size if lengths is None else lengths
         self._provide(max(n + count for n, count in zip(self.row_lengths, counts, strict=True)))
+        return counts
+
+    def _store(self, key: Tensor, value: Tensor, counts: list[int], **layers: Tensor) -> None:
         store = _kernels("quantize").append if key.is_cuda else reference.append
         store(
             key,
@@ -78,7 +105,11 @@ class KiviLayer:
             sink=self.method.sink_length,
             residual=self.method.residual_length,
             **self._stores(key.is_cuda),
+            **layers,
         )
+
+    def _count(self, counts: list[int]) -> None:
+        """Enter ``counts`` stored tokens a row in the books, here and on the device."""
         states = list(zip(self.row_lengths, self.row_packed, counts, strict=True))
         plans = {state: self._flushed(*state) for state in set(states)}  # rows are mostly alike
         self.row_lengths = [n + count for n, count in zip(self.row_lengths, counts, strict=True)]
@@ -230,6 +261,33 @@ class KiviLayer:
                 )
         self.row_lengths = [length - drop for length in self.row_lengths]
         self._write_lengths(self.row_packed)
+
+
+Fresh = tuple[KiviLayer, Tensor, Tensor, list[int] | None]
+"""A layer, and what its :meth:`KiviLayer.append` takes."""
+
+
+def _addresses(held: Sequence[Fresh]) -> Tensor | None:
+    """Where everything lies that one launch is to store; None where it cannot store it all."""
+    first, key, value, lengths = held[0]
+    if len(held) == 1 or not (key.is_cuda and key.stride(3) == value.stride(3) == 1):
+        return None
+    kind = _kind(*held[0])
+    if any(_kind(*one) != kind for one in held[1:]):
+        return None
+    first._make_room(key, lengths)
+    for layer, *_ in held[1:]:
+        layer._provide(first.num_provided)
+    names = ("exact_key", "exact_value", "records", "key_params")
+    return _kernels("quantize").addresses(
+        [(key, value, *map(layer.tensors.get, names)) for layer, key, value, _ in held]
+    )
+
+
+def _kind(layer: KiviLayer, key: Tensor, value: Tensor, lengths: list[int] | None) -> tuple[object, ...]:
+    """All that a launch is told of a layer besides addresses."""
+    held = (layer.method, layer.shape, layer.num_provided, layer.row_lengths, layer.row_packed, lengths)
+    return (*held, key.shape, key.stride(), key.dtype, value.stride(), value.dtype)
 
 
 def embedded(

@@ -5,8 +5,9 @@ a record.  It takes the record's tokens from the ring of exact slots (those stor
 and quantizes and writes them in one pass.  Elements are loaded in the order of their words: nothing is permuted.
 ``store_kernel``: new tokens that stay exact, to their slots.  Most appended tokens need only the second launch.
 ``freeze_kernel``: where a whole sequence shares its key scales, those of rows that pack for the first time, before packing.
+Each may run for many layers at once, axis 2 of its grid: a launch costs the host more than a short prompt's packing the GPU.
 
-Parallel over parts, records, heads and rows; a part's groups lie inside it, so programs share nothing.
+Parallel over parts, records, heads, rows and layers; a part's groups lie inside it, so programs share nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ PART = 2048
 """Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
 STEP_PART = tl.constexpr(16384)
 """Elements a program packs at once where it packs a whole record (:func:`pack_record`)."""
+COLUMNS = tl.constexpr(6)
+"""Addresses a layer: keys, values, their exact slots, records, key scales."""
+ALIGNMENT = tl.constexpr(16)
+"""Bytes that the tensors of :func:`addresses` begin at a multiple of: what a thread loads at once."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
 channel_chunks = triton.constexpr_function(layout.channel_chunks)  # wrapped, their source counts in the kernels' cache key
@@ -563,8 +568,16 @@ def pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, 
 
 
 @triton.jit
+def of_layer(x_ptr, layers_ptr, COLUMN: tl.constexpr):
+    """This program's layer of what ``x_ptr`` is in the first: from the table of :func:`addresses`, where there is one."""
+    if layers_ptr is not None:
+        x_ptr = tl.multiple_of(tl.load(layers_ptr + tl.program_id(2) * COLUMNS + COLUMN).to(x_ptr.dtype), ALIGNMENT)
+    return x_ptr
+
+
+@triton.jit
 def pack_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, counts_ptr,
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, counts_ptr, layers_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, num_records, batch_size,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
@@ -584,6 +597,11 @@ def pack_kernel(
     if over <= ahead * RECORD:  # this row packs fewer records than the grid provides for
         return
     first = SINK + number * RECORD
+    key_ptr = of_layer(key_ptr, layers_ptr, 0)
+    value_ptr = of_layer(value_ptr, layers_ptr, 1)
+    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
+    exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
+    records_ptr = of_layer(records_ptr, layers_ptr, 4)
     record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
     rows = row.to(tl.int64) * NUM_HEADS + head
     exact_key_ptr += rows * num_slots * KEY_DIM
@@ -593,7 +611,7 @@ def pack_kernel(
     value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + start * stride_vt
     row_params_ptr = params_ptr
     if KEY_GROUP == 0:
-        row_params_ptr = params_ptr + rows * KEY_DIM
+        row_params_ptr = of_layer(params_ptr, layers_ptr, 5) + rows * KEY_DIM
     pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first,
               length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS,
               KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
@@ -601,7 +619,8 @@ def pack_kernel(
 
 @triton.jit
 def freeze_kernel(
-    key_ptr, exact_key_ptr, params_ptr, lengths_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, new_length, num_slots, batch_size,
+    key_ptr, exact_key_ptr, params_ptr, lengths_ptr, counts_ptr, layers_ptr,
+    stride_kb, stride_kh, stride_kt, new_length, num_slots, batch_size,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
     RESIDUAL: tl.constexpr, NEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -617,6 +636,9 @@ def freeze_kernel(
     if packed > 0 or over <= 0:
         return
     size = (over + RECORD - 1) // RECORD * RECORD
+    key_ptr = of_layer(key_ptr, layers_ptr, 0)
+    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
+    params_ptr = of_layer(params_ptr, layers_ptr, 5)
     rows = row.to(tl.int64) * NUM_HEADS + head
     exact_key_ptr += rows * num_slots * KEY_DIM
     key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + tl.cast(new_length - count, tl.int64) * stride_kt
@@ -640,7 +662,7 @@ def freeze_kernel(
 
 @triton.jit
 def store_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, counts_ptr,
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, counts_ptr, layers_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, batch_size, skip,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
     SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -660,6 +682,10 @@ def store_kernel(
     token = length + t - (new_length - count)
     kept = (t < new_length) & (t >= new_length - count) & ((token < SINK) | (token >= SINK + packed))
     slot = tl.where(token < SINK, token, SINK + (token - SINK) % RESIDUAL)
+    key_ptr = of_layer(key_ptr, layers_ptr, 0)
+    value_ptr = of_layer(value_ptr, layers_ptr, 1)
+    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
+    exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
     rows = row.to(tl.int64) * NUM_HEADS + head
     d = tl.arange(0, BLOCK_D)[None, :]
     at = t.to(tl.int64)[:, None]
@@ -685,13 +711,16 @@ def append(
     residual: int,
     key_params: Tensor | None,
     lengths_ptr: Tensor,
+    layers: Tensor | None = None,
 ) -> None:
     """Store new tokens: the tensors and their meaning are :func:`reference.append`'s.
 
     ``lengths_ptr [2, batch_size]`` int32 holds ``lengths`` and ``packed`` on the device, as they are before; it is
-    read, not written.  Channels must be contiguous (stride 1).
+    read, not written.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share
+    everything else.
     """
     batch_size, heads, new_length, _ = key.shape
+    num_layers = 1 if layers is None else len(layers)
     if key.stride(3) != 1:
         key = key.contiguous()
     if value.stride(3) != 1:
@@ -703,10 +732,10 @@ def append(
     strides = (*key.stride()[:3], *value.stride()[:3])
     if most:
         if key_params is not None:
-            freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual)
+            freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual, layers)
         launch = pack_launch(record)
-        pack_kernel[(most // record.num_tokens * launch["PARTS"], batch_size * heads)](
-            key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged,
+        pack_kernel[(most // record.num_tokens * launch["PARTS"], batch_size * heads, num_layers)](
+            key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged, layers,
             *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
             SINK=sink, RESIDUAL=residual, **record_constants(record), **launch,
@@ -719,12 +748,24 @@ def append(
         head_blocks = -(-(max(new_length - min(counts), 0) + sink) // block)
         skip = max(0, blocks - tail - 1) if head_blocks <= 1 else 0
         blocks -= skip
-    store_kernel[(blocks, batch_size * heads)](
-        key, value, exact_key, exact_value, lengths_ptr, ragged,
+    store_kernel[(blocks, batch_size * heads, num_layers)](
+        key, value, exact_key, exact_value, lengths_ptr, ragged, layers,
         *strides, new_length, exact_key.shape[2], batch_size, skip,
         NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
         SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), num_warps=1 if block == 1 else 4,
     )  # fmt: skip
+
+
+def addresses(layers: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor | None:
+    """The table by which one :func:`append` stores many layers, int64 ``[num_layers, 6]`` on their device.
+
+    ``layers``: key, value, exact_key, exact_value, records, key_params of each, alike in all but their address.
+    None where a tensor does not begin at a multiple of ``ALIGNMENT`` bytes.
+    """
+    rows = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
+    if any(address % ALIGNMENT.value for row in rows for address in row):
+        return None
+    return torch.tensor(rows, dtype=torch.int64).to(layers[0][0].device, non_blocking=True)
 
 
 def freeze(
@@ -736,12 +777,16 @@ def freeze(
     record: Record,
     sink: int,
     residual: int,
+    layers: Tensor | None = None,
 ) -> None:
-    """Write ``key_params`` of every row that is about to pack for the first time; other rows are left alone."""
+    """Write ``key_params`` of every row that is about to pack for the first time; other rows are left alone.
+
+    ``layers``: as :func:`append`.
+    """
     batch_size, heads, new_length, dim = key.shape
     block = min(64, triton.next_power_of_2(dim))
-    freeze_kernel[(triton.cdiv(dim, block), batch_size * heads)](
-        key, exact_key, key_params, lengths_ptr, ragged, *key.stride()[:3], new_length, exact_key.shape[2], batch_size,
+    freeze_kernel[(triton.cdiv(dim, block), batch_size * heads, 1 if layers is None else len(layers))](
+        key, exact_key, key_params, lengths_ptr, ragged, layers, *key.stride()[:3], new_length, exact_key.shape[2], batch_size,
         NUM_HEADS=heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
         NEW=new_length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,224 @@
+"""A prompt's keys and values: the layers of one forward are stored together, each as it would be alone.
+
+On a CUDA device the kernels run there; elsewhere in Triton's interpreter (conftest.py), to which CPU tensors are passed
+off as a device's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+
+from kvruntime import Engine, make_cache  # noqa: E402
+from kvruntime.hf import cache as hf_cache  # noqa: E402
+from kvruntime.hf.attention import attention  # noqa: E402
+from kvruntime.hf.cache import Held, Pending  # noqa: E402
+from kvruntime.kivi import quantize  # noqa: E402
+from kvruntime.kivi.cache import KiviLayer  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS, ROWS, LAYERS = 2, 2, 2
+KERNELS = ("freeze_kernel", "pack_kernel", "store_kernel")
+METHODS = {
+    "2-bit g32": (Kivi(residual_length=64), 64),
+    "2-bit g64": (Kivi(group_size=64, residual_length=64), 128),
+    "3-bit sink": (Kivi(nbits=3, residual_length=32, sink_length=3), 96),
+    "seed": (kivi_seed(), 64),
+}
+
+
+@contextmanager
+def as_device():
+    """CPU tensors say that they lie on a CUDA device, so that the kernels run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)
+        yield
+
+
+def layers(method: Kivi, dim: int) -> list[KiviLayer]:
+    return [KiviLayer(method, LayerShape(HEADS, dim, dim), ROWS, 512, DEVICE) for _ in range(LAYERS)]
+
+
+def prompts(dim: int, size: int, lengths: list[int] | None, seed: int) -> list[tuple]:
+    """A layer's key, value and lengths each; keys are views, as a model splits them off."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(LAYERS):
+        both = torch.randn(ROWS, size, 2 * HEADS, dim, generator=generator).half().to(DEVICE).transpose(1, 2)
+        out.append((both[:, :HEADS], both[:, HEADS:], lengths))
+    return out
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> Counter:
+    """Launches of the storing kernels from now on."""
+    count: Counter = Counter()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name, self.kernel = name, getattr(quantize, name)
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            count[self.name] += 1
+            return self.kernel[grid] if run else lambda *args, **kwargs: None
+
+    for name in KERNELS:
+        monkeypatch.setattr(quantize, name, Kernel(name))
+    return count
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_stored_together_hold_what_each_holds_alone(
+    name: str, ragged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, dim = METHODS[name]
+    together, alone = layers(method, dim), layers(method, dim)
+    count = counted(monkeypatch)
+    for turn, size in enumerate((140, 70)):
+        new = prompts(dim, size, [size, size - 30] if ragged else None, turn)
+        with as_device():
+            KiviLayer.append_all([(layer, *one) for layer, one in zip(together, new, strict=True)])
+        assert count == dict.fromkeys(KERNELS[name != "seed" :], turn + 1)
+    for turn, size in enumerate((140, 70)):
+        for layer, one in zip(alone, prompts(dim, size, [size, size - 30] if ragged else None, turn), strict=True):
+            layer.append(*one)  # the reference, without a device
+    for one, other in zip(together, alone, strict=True):
+        assert (one.row_lengths, one.row_packed) == (other.row_lengths, other.row_packed)
+        assert min(one.row_packed) > 0
+        for buffer in one.tensors:
+            assert torch.equal(one.tensors[buffer].view(torch.uint8), other.tensors[buffer].view(torch.uint8)), buffer
+    assert not torch.equal(together[0].tensors["records"], together[1].tensors["records"])
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """``x`` where no 16 bytes begin."""
+    whole = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return whole[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("why", ["lengths", "strides", "alignment", "channels", "dtype"])
+def test_layers_that_differ_are_stored_alone(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, dim = METHODS["2-bit g32"]
+    together, alone = layers(method, dim), layers(method, dim)
+    new = prompts(dim, 100, None, 0)
+    key, value, _ = new[1]
+    with as_device():
+        if why == "lengths":
+            for held in (together, alone):
+                held[1].append(*prompts(dim, 5, None, 1)[0])
+        elif why == "strides":
+            new[1] = key.contiguous(), value, None
+        elif why == "alignment":
+            new[1:] = [(shifted(one[0].contiguous()), one[1], None) for one in new[1:]]
+            new[0] = new[0][0].contiguous(), new[0][1], None
+        elif why == "channels":
+            new = [(one[0].mT.contiguous().mT, one[1], None) for one in new]
+        else:
+            new[1] = key.float(), value.float(), None
+        count = counted(monkeypatch)
+        KiviLayer.append_all([(layer, *one) for layer, one in zip(together, new, strict=True)])
+    assert count == {"pack_kernel": LAYERS, "store_kernel": LAYERS}
+    for layer, one in zip(alone, new, strict=True):
+        layer.append(*one)
+    for one, other in zip(together, alone, strict=True):
+        for buffer in one.tensors:
+            assert torch.equal(one.tensors[buffer].view(torch.uint8), other.tensors[buffer].view(torch.uint8)), buffer
+
+
+def engine(num_layers: int, method: str) -> Engine:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "n_embd": 128, "n_head": 2, "n_positions": 256}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_layer=num_layers, bos_token_id=0, eos_token_id=0))
+    return Engine(model.to(DEVICE).eval(), method, batch_size=2, max_seq_len=200)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are no views, and the tensors made of the host's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.uploads = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.uploads += func is torch.ops.aten.lift_fresh.default
+        self.total += not func.is_view
+        return func(*args, **kwargs or {})
+
+
+def work(num_layers: int, method: str, prompt: list[list[int]]) -> tuple[int, int, Counter]:
+    """Operators, uploads and storing launches of a prefill; without a device its kernels are counted, not run."""
+    one = engine(num_layers, method)
+    one.prefill(prompt)  # captures its graphs
+    with pytest.MonkeyPatch.context() as patch:
+        count = counted(patch, run=DEVICE == "cuda")
+        append_all = KiviLayer.append_all
+
+        def on_device(held: list[tuple]) -> None:
+            with as_device():
+                append_all(held)
+
+        patch.setattr(KiviLayer, "append_all", staticmethod(on_device))
+        with Operators() as operators:
+            one.prefill(prompt)
+    return operators.total, operators.uploads, count
+
+
+@pytest.mark.parametrize("prompt", [[[1] * 150] * 2, [[1] * 150, [1] * 90]], ids=["even", "ragged"])
+@pytest.mark.parametrize("method", ["kivi", "kivi-seed"])
+def test_a_layer_of_a_prompt_costs_the_host_no_more_than_uncompressed(method: str, prompt: list[list[int]]) -> None:
+    """Time to first token of a small model is host time: launches and uploads do not grow with the layers."""
+    (few, uploads, count), (many, more_uploads, more) = (work(layers, method, prompt) for layers in (2, 6))
+    assert count == more == dict.fromkeys(KERNELS[method != "kivi-seed" :], 1)
+    assert uploads == more_uploads
+    least, most = (work(layers, "fp32", prompt)[0] for layers in (2, 6))
+    assert many - few < most - least
+
+
+def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = engine(5, "kivi")
+    plain.prefill([[1] * 150] * 2)
+    monkeypatch.setattr(hf_cache, "HELD_NBYTES", 2 * (2 * 2 * 150 * 128 * 4))  # two layers' keys and values, float32
+    sizes = []
+    append_all = KiviLayer.append_all
+
+    def sized(held: list[tuple]) -> None:
+        sizes.append(len(held))
+        append_all(held)
+
+    monkeypatch.setattr(KiviLayer, "append_all", staticmethod(sized))
+    bounded = engine(5, "kivi")
+    bounded.prefill([[1] * 150] * 2)
+    assert sizes == [2, 2, 1]
+    for one, other in zip(plain.cache.stores, bounded.cache.stores, strict=True):
+        assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    assert all(layer.held is None for layer in bounded.cache.layers)
+
+
+def test_a_layer_that_runs_twice_in_a_forward_reads_what_it_stored() -> None:
+    model = engine(1, "kivi").model
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 100, 64, generator=generator).to(DEVICE) for _ in range(3))
+    found = []
+    for held in (None, Held()):
+        layer = make_cache(model, "kivi", max_seq_len=200).layers[0]
+        layer.held = held
+        for part in (slice(70), slice(70, 100)):
+            new = query[:, :, part], key[:, :, part], value[:, :, part]
+            pending = layer.update(*new[1:])
+            assert all(isinstance(x, Pending) for x in pending)
+            found.append(attention(model, new[0], *pending, None)[0])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
