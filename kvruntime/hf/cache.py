@@ -39,9 +39,9 @@ class Pending:
 
     __slots__ = ("device", "dtype", "fresh", "layer", "shape")
 
-    def __init__(self, layer: CacheLayer, fresh: Tensor) -> None:
+    def __init__(self, layer: CacheLayer, fresh: Tensor, num_columns: int) -> None:
         self.layer, self.fresh, self.dtype, self.device = layer, fresh, fresh.dtype, fresh.device
-        self.shape = torch.Size((*fresh.shape[:2], layer.num_columns + fresh.shape[2], fresh.shape[3]))
+        self.shape = torch.Size((*fresh.shape[:2], num_columns, fresh.shape[3]))
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -90,7 +90,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         if batch_size != self.store.batch_size:
             raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
-        return Pending(self, key_states), Pending(self, value_states)
+        num_columns = self.num_columns + key_states.shape[2]
+        return Pending(self, key_states, num_columns), Pending(self, value_states, num_columns)
 
     def read_mask(self, mask: Tensor | None, length: int) -> list[int] | None:
         """Each row's tokens among the ``length`` new columns: ``Columns.read``."""
@@ -105,6 +106,15 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         with torch.inference_mode(False), torch.no_grad():
             self.store.append(key, value, lengths)
         self.num_columns += key.shape[2]
+
+    def is_step(self, length: int, mask: Tensor | None) -> bool:
+        """Whether ``length`` new tokens a row go through :meth:`step`."""
+        return self.steps is not None
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
+        assert self.steps is not None
+        return self.store.step(query, key, value, scale, *self.steps)
 
     def get_seq_length(self) -> int:
         return self.num_columns
@@ -145,7 +155,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
         self.method, self.max_seq_len, self.columns = method, max_seq_len, Columns()
-        super().__init__(layers=[CacheLayer(method, self.columns, max_seq_len) for _ in range(num_layers)])
+        super().__init__(layers=self._make_layers(num_layers))
+
+    def _make_layers(self, num_layers: int) -> list[CacheLayer]:
+        return [CacheLayer(self.method, self.columns, self.max_seq_len) for _ in range(num_layers)]
 
     def __repr__(self) -> str:
         return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes})"
