@@ -94,6 +94,8 @@ class Counts:
             if self.padded:
                 raise ValueError(f"no attention mask was given: {HIDES}")
             return self.visible
+        if len(given) != len(self.tokens):
+            return self.visible  # update() says what is wrong
         length = given.shape[1]
         if length > self.tokens.shape[1]:
             raise ValueError(f"{FULL}: it was made for max_seq_len {self.max_seq_len}")
@@ -125,9 +127,9 @@ class CompiledLayer(CacheLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        self._mark()
+        self.mark()
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
         """The buffers stay where they are: a CUDA graph need not copy them."""
         self.tensors = list(self.store.tensors.values())
         for tensor in self.tensors:
@@ -155,7 +157,13 @@ class CompiledLayer(CacheLayer):
             self.counts.write(self.store.row_lengths, self.num_columns, self.columns, key.device)
 
     def is_step(self, length: int, mask: Tensor | None) -> bool:
-        return self.counts.started and length == 1
+        if not self.counts.started or length > 1:
+            return False
+        if mask is not None and mask.shape != self.counts.visible.shape:
+            raise ValueError(
+                f"attention mask of shape {list(mask.shape)}: a compiled cache's step takes a 2-D one or none"
+            )
+        return True
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         counts = self.counts
@@ -176,13 +184,6 @@ class CompiledLayer(CacheLayer):
         if self.counts.started and query_length == 1:
             return self.step_length, 0
         return Length(self.get_seq_length() + query_length), 0
-
-    def settle(self) -> None:
-        """Brings new buffers to where the old ones lie, if they have the same sizes."""
-        for old, (name, new) in zip(self.tensors, self.store.tensors.items(), strict=True):
-            if new is not old and new.shape == old.shape:
-                self.store.tensors[name] = old.copy_(new)
-        self._mark()
 
     def reset(self) -> None:
         self.counts.started = False
@@ -226,6 +227,6 @@ class CompiledCache(Cache):
         yield
         if started:
             for layer in self.layers:
-                layer.settle()
+                layer.mark()
             last = self.layers[-1]
             self.counts.write(last.store.row_lengths, last.num_columns, self.columns, last.tensors[0].device)
