@@ -143,8 +143,8 @@ def test_the_operator_is_well_made(method):
         model(**prompt(2, 70, (0, 8)), past_key_values=cache)
     layer, counts = cache.layers[0], cache.counts
     query, key, value = (torch.randn(2, heads, 1, 32, device=DEVICE) for heads in (4, 2, 2))
-    arguments = query, key, value, layer.tensors, counts.positions, counts.ticket, layer.name, 32**-0.5, ROOM
-    assert METHODS[layer.name] == cache.method
+    arguments = query, key, value, layer.tensors, counts.positions, counts.ticket, counts.method, 32**-0.5, ROOM
+    assert METHODS[counts.method] == cache.method
     torch.library.opcheck(step, copy.deepcopy(arguments))
 
 

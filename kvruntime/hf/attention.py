@@ -55,10 +55,12 @@ def attention(
         return out, None
     _refuse(module, query, dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
-    length = query.shape[2]
-    if layer.is_step(length, attention_mask):
+    if key.steps is not None:
+        if attention_mask is not None and attention_mask.shape[3] > 1:
+            shape = list(attention_mask.shape)
+            raise ValueError(f"attention mask of shape {shape}: a compiled cache's step takes a 2-D one or none")
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return layer.step(query, fresh_key, fresh_value, scale).transpose(1, 2), None
+        return layer.step(query, fresh_key, fresh_value, scale, key.steps).transpose(1, 2), None
     run = _uncompiled if torch.compiler.is_compiling() else _attend
     return run(module, layer, query, fresh_key, fresh_value, attention_mask, scaling), None
 

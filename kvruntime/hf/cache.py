@@ -33,14 +33,15 @@ class Steps(NamedTuple):
 class Pending:
     """New keys or values between ``update`` and the attention function: no tensor, and never the past.
 
-    ``fresh`` ``[batch_size, num_kv_heads, L, dim]``; ``shape`` counts the stored columns too, as stock caches do.
+    ``fresh`` ``[batch_size, num_kv_heads, L, dim]``; ``shape`` counts the stored columns too, as stock caches do;
+    ``steps``: what :meth:`CacheLayer.step` wants, None where the host plans.
     Anything else that touches it is refused with one clear error.
     """
 
-    __slots__ = ("device", "dtype", "fresh", "layer", "shape")
+    __slots__ = ("device", "dtype", "fresh", "layer", "shape", "steps")
 
-    def __init__(self, layer: CacheLayer, fresh: Tensor, num_columns: int) -> None:
-        self.layer, self.fresh, self.dtype, self.device = layer, fresh, fresh.dtype, fresh.device
+    def __init__(self, layer: CacheLayer, fresh: Tensor, num_columns: int, steps: Any) -> None:
+        self.layer, self.fresh, self.dtype, self.device, self.steps = layer, fresh, fresh.dtype, fresh.device, steps
         self.shape = torch.Size((*fresh.shape[:2], num_columns, fresh.shape[3]))
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -91,7 +92,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if batch_size != self.store.batch_size:
             raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
         num_columns = self.num_columns + key_states.shape[2]
-        return Pending(self, key_states, num_columns), Pending(self, value_states, num_columns)
+        return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
 
     def read_mask(self, mask: Tensor | None, length: int) -> list[int] | None:
         """Each row's tokens among the ``length`` new columns: ``Columns.read``."""
@@ -107,14 +108,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             self.store.append(key, value, lengths)
         self.num_columns += key.shape[2]
 
-    def is_step(self, length: int, mask: Tensor | None) -> bool:
-        """Whether ``length`` new tokens a row go through :meth:`step`."""
-        return self.steps is not None
-
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
         """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
-        assert self.steps is not None
-        return self.store.step(query, key, value, scale, *self.steps)
+        return self.store.step(query, key, value, scale, *steps)
 
     def get_seq_length(self) -> int:
         return self.num_columns

@@ -66,8 +66,9 @@ class Counts:
     tokens: Tensor
     """``[batch_size, columns]`` bool: which columns hold a token, up to where the longest row is full."""
 
-    def __init__(self, max_seq_len: int) -> None:
-        self.max_seq_len = max_seq_len
+    def __init__(self, method: Method, max_seq_len: int) -> None:
+        self.method, self.max_seq_len = repr(method), max_seq_len
+        METHODS[self.method] = method
         self.started = False
         """Whether a prompt was stored, so that one more token is a step."""
         self.padded = False
@@ -121,7 +122,7 @@ class CompiledLayer(CacheLayer):
 
     def __init__(self, method: Method, columns: Columns, max_seq_len: int, counts: Counts, is_last: bool) -> None:
         super().__init__(method, columns, max_seq_len)
-        self.counts, self.is_last, self.name = counts, is_last, repr(method)
+        self.counts, self.is_last = counts, is_last
         self.step_length = StepLength(max_seq_len)
         self.step_length.counts = counts
 
@@ -136,9 +137,11 @@ class CompiledLayer(CacheLayer):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        if not self.counts.started or key_states.shape[2] > 1 or key_states.shape[0] != len(self.counts.positions):
+        steps: Counts = args[0]  # not self.counts: torch.compile would check for each layer that they are the same
+        if not steps.started or key_states.shape[2] > 1 or key_states.shape[0] != len(steps.positions):
             return self._update(key_states, value_states)
-        return Pending(self, key_states, self.max_seq_len), Pending(self, value_states, self.max_seq_len)
+        longest = steps.max_seq_len
+        return Pending(self, key_states, longest, steps), Pending(self, value_states, longest, steps)
 
     @torch.compiler.disable
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
@@ -156,22 +159,13 @@ class CompiledLayer(CacheLayer):
         if self.is_last:
             self.counts.write(self.store.row_lengths, self.num_columns, self.columns, key.device)
 
-    def is_step(self, length: int, mask: Tensor | None) -> bool:
-        if not self.counts.started or length > 1:
-            return False
-        if mask is not None and mask.shape != self.counts.visible.shape:
-            raise ValueError(
-                f"attention mask of shape {list(mask.shape)}: a compiled cache's step takes a 2-D one or none"
-            )
-        return True
-
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        counts = self.counts
-        out = step(query, key, value, self.tensors, counts.positions, counts.ticket, self.name, scale, self.max_seq_len)
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Counts) -> Tensor:
+        longest = steps.max_seq_len
+        out = step(query, key, value, self.tensors, steps.positions, steps.ticket, steps.method, scale, longest)
         if self.is_last:
-            torch._assert_async((counts.positions < self.max_seq_len).all(), FULL)
-            counts.positions.add_(1)
-            counts.num_columns.add_(1)
+            torch._assert_async((steps.positions < longest).all(), FULL)
+            steps.positions.add_(1)
+            steps.num_columns.add_(1)
         return out
 
     def get_seq_length(self) -> Any:
@@ -194,12 +188,10 @@ class CompiledCache(Cache):
     """The cache that ``make_cache(..., compiled=True)`` returns."""
 
     layers: list[CompiledLayer]  # type: ignore[assignment]
-
     max_seq_len: int
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int) -> None:
-        METHODS[repr(method)] = method
-        self.counts = Counts(max_seq_len)
+        self.counts = Counts(method, max_seq_len)
         super().__init__(method, num_layers, max_seq_len)
 
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:
@@ -208,6 +200,12 @@ class CompiledCache(Cache):
             CompiledLayer(self.method, self.columns, self.max_seq_len, self.counts, index == last)
             for index in range(num_layers)
         ]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        out: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, self.counts)
+        return out
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         with self._host():
