@@ -29,6 +29,8 @@ def make_cache(
     ``dtype``, that of the exact tokens, is the model's unless said otherwise), or a kvsim method object.
     ``max_seq_len``: tokens a row to allocate for at once; None grows in blocks of 256.  Batch size and device are
     learnt from the first forward.  The model still takes any other cache, or none.
+    ``compiled``: a cache for ``max_seq_len`` tokens a row whose decode step ``torch.compile`` takes whole; on CUDA
+    ``generate()`` compiles it by itself (:mod:`kvruntime.hf.compiled`).
 
     Raises ``LookupError`` for an unknown method, ``ValueError`` for an option or a model that cannot be run right.
     """
