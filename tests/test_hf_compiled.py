@@ -207,6 +207,12 @@ def test_refused():
     model, inputs = tiny("Llama"), prompt(2, 20, (0, 4))
     with pytest.raises(ValueError, match="max_seq_len None: a compiled cache's buffers do not grow"):
         make_cache(model, "kivi", compiled=True)
+    spread = copy.deepcopy(model)
+    spread.lm_head.to("meta")
+    with pytest.raises(
+        ValueError, match=rf"the model lies on {DEVICE.type}.*, meta: a compiled cache's steps run on one"
+    ):
+        new_cache(spread, KIVI)
     for method, config in ((FULL, by("aot_eager")), (KIVI, None)):
         cache = new_cache(model, method, max_seq_len=30)
         with pytest.raises(ValueError, match="is full: it was made for max_seq_len 30"):

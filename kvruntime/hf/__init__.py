@@ -50,4 +50,7 @@ def make_cache(
         return Cache(method, len(shapes), max_seq_len)
     if max_seq_len is None:
         raise ValueError("max_seq_len None: a compiled cache's buffers do not grow, give the tokens a row will hold")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f"the model lies on {', '.join(devices)}: a compiled cache's steps run on one device")
     return CompiledCache(method, len(shapes), max_seq_len)
