@@ -168,6 +168,10 @@ class FullLayer:
         decode.store(query, key, value, rotary, stored_key, stored_value, positions)
         return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens)
 
+    def catch_up(self, positions: Tensor) -> None:
+        """Takes the rows' lengths from ``positions``, where steps have left the host's books behind."""
+        self.row_lengths = positions.tolist()
+
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""
         for tensor in self.tensors.values():

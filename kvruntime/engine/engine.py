@@ -55,7 +55,7 @@ class Engine:
         if limit is not None and max_seq_len > limit:
             raise ValueError(f"max_seq_len {max_seq_len}: allowed are up to the model's {limit} positions")
         self.model, self.batch_size, self.max_seq_len = model.eval(), batch_size, max_seq_len
-        self.cache = make_cache(model, method, max_seq_len=max_seq_len, **options)
+        self.cache = make_cache(model, method, max_seq_len=max_seq_len, compiled=False, **options)
         self.method, self.device = self.cache.method, next(model.parameters()).device
         for layer, shape in zip(self.cache.layers, layer_shapes(model), strict=True):
             layer.store = make_layer(self.method, shape, batch_size, max_seq_len, self.device)

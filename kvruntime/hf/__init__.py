@@ -7,6 +7,7 @@ from typing import Any
 
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache
+from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.models import layer_shapes
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
@@ -15,7 +16,12 @@ __all__ = ["Cache", "make_cache"]
 
 
 def make_cache(
-    model: Any, method: str | Method = "kivi", *, max_seq_len: int | None = None, **options: object
+    model: Any,
+    method: str | Method = "kivi",
+    *,
+    max_seq_len: int | None = None,
+    compiled: bool = False,
+    **options: object,
 ) -> Cache:
     """A cache for ``model``, which from now on attends through it wherever it is given one.
 
@@ -23,6 +29,8 @@ def make_cache(
     ``dtype``, that of the exact tokens, is the model's unless said otherwise), or a kvsim method object.
     ``max_seq_len``: tokens a row to allocate for at once; None grows in blocks of 256.  Batch size and device are
     learnt from the first forward.  The model still takes any other cache, or none.
+    ``compiled``: a cache for ``max_seq_len`` tokens a row whose decode step ``torch.compile`` takes whole; on CUDA
+    ``generate()`` compiles it by itself (:mod:`kvruntime.hf.compiled`).
 
     Raises ``LookupError`` for an unknown method, ``ValueError`` for an option or a model that cannot be run right.
     """
@@ -38,4 +46,11 @@ def make_cache(
     for shape in set(shapes):
         method.buffers(shape, 1, 1)  # says what it cannot hold before anything runs
     attach(model)
-    return Cache(method, len(shapes), max_seq_len)
+    if not compiled:
+        return Cache(method, len(shapes), max_seq_len)
+    if max_seq_len is None:
+        raise ValueError("max_seq_len None: a compiled cache's buffers do not grow, give the tokens a row will hold")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f"the model lies on {', '.join(devices)}: a compiled cache's steps run on one device")
+    return CompiledCache(method, len(shapes), max_seq_len)

@@ -13,7 +13,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvruntime.hf.cache import Length, Pending
+from kvruntime.hf.cache import CacheLayer, Length, Pending
+from kvruntime.hf.compiled import StepLength
 
 NAME = "kvruntime"
 """Holds none of the words and signs by which transformers recognizes flash, sdpa, flex, paged or hub kernels."""
@@ -54,16 +55,33 @@ def attention(
         return out, None
     _refuse(module, query, dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
-    length = query.shape[2]
-    if layer.steps is not None:
+    if key.steps is not None:
+        if attention_mask is not None and attention_mask.shape[3] > 1:
+            shape = list(attention_mask.shape)
+            raise ValueError(f"attention mask of shape {shape}: a compiled cache's step takes a 2-D one or none")
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        return layer.store.step(query, fresh_key, fresh_value, scale, *layer.steps).transpose(1, 2), None
+        return layer.step(query, fresh_key, fresh_value, scale, key.steps).transpose(1, 2), None
+    run = _uncompiled if torch.compiler.is_compiling() else _attend
+    return run(module, layer, query, fresh_key, fresh_value, attention_mask, scaling), None
+
+
+def _attend(
+    module: torch.nn.Module,
+    layer: CacheLayer,
+    query: Tensor,
+    fresh_key: Tensor,
+    fresh_value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+) -> Tensor:
+    """:func:`attention` as the host plans it."""
+    length = query.shape[2]
     lengths = layer.read_mask(attention_mask, length)
     if not layer.num_columns:
         out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scaling)
         order = layer.order(attention_mask)
         layer.append_first(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths)
-        return out, None
+        return out
     if layer.held is not None:
         layer.held.store()  # a model that runs a layer twice reads what it stored
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -76,7 +94,10 @@ def attention(
         out = layer.store.attend(query, scale, (fresh_key, fresh_value, lengths))
         layer.append(fresh_key, fresh_value, lengths)
         out = _ordered(out, None if order is None else order.argsort(1))
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+_uncompiled = torch.compiler.disable(_attend)
 
 
 def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
@@ -98,7 +119,10 @@ def _refuse(module: torch.nn.Module, query: Tensor, dropout: float, kwargs: dict
 
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Stock ``sdpa_mask``; but for one token on a kvruntime cache it never waits for the device to skip the mask."""
-    if isinstance(kwargs.get("kv_length"), Length) and kwargs.get("q_length") == 1:
+    length = kwargs.get("kv_length")
+    if isinstance(length, StepLength):
+        return length.counts.mask(kwargs.get("attention_mask"))
+    if isinstance(length, Length) and kwargs.get("q_length") == 1:
         if kwargs.get("attention_mask") is None:
             return None
         kwargs["allow_is_causal_skip"] = False

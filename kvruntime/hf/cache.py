@@ -63,15 +63,16 @@ class Held:
 class Pending:
     """New keys or values between ``update`` and the attention function: no tensor, and never the past.
 
-    ``fresh`` ``[batch_size, num_kv_heads, L, dim]``; ``shape`` counts the stored columns too, as stock caches do.
+    ``fresh`` ``[batch_size, num_kv_heads, L, dim]``; ``shape`` counts the stored columns too, as stock caches do;
+    ``steps``: what :meth:`CacheLayer.step` wants, None where the host plans.
     Anything else that touches it is refused with one clear error.
     """
 
-    __slots__ = ("device", "dtype", "fresh", "layer", "shape")
+    __slots__ = ("device", "dtype", "fresh", "layer", "shape", "steps")
 
-    def __init__(self, layer: CacheLayer, fresh: Tensor) -> None:
-        self.layer, self.fresh, self.dtype, self.device = layer, fresh, fresh.dtype, fresh.device
-        self.shape = torch.Size((*fresh.shape[:2], layer.num_columns + fresh.shape[2], fresh.shape[3]))
+    def __init__(self, layer: CacheLayer, fresh: Tensor, num_columns: int, steps: Any) -> None:
+        self.layer, self.fresh, self.dtype, self.device, self.steps = layer, fresh, fresh.dtype, fresh.device, steps
+        self.shape = torch.Size((*fresh.shape[:2], num_columns, fresh.shape[3]))
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -122,7 +123,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         if batch_size != self.store.batch_size:
             raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
-        return Pending(self, key_states), Pending(self, value_states)
+        num_columns = self.num_columns + key_states.shape[2]
+        return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
 
     def read_mask(self, mask: Tensor | None, length: int) -> list[int] | None:
         """Each row's tokens among the ``length`` new columns: ``Columns.read``."""
@@ -145,6 +147,10 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         else:
             self.held.append(self.store, key, value, lengths)
             self.num_columns += key.shape[2]
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
+        """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
+        return self.store.step(query, key, value, scale, *steps)
 
     def get_seq_length(self) -> int:
         return self.num_columns
@@ -185,7 +191,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
         self.method, self.max_seq_len, self.columns = method, max_seq_len, Columns()
-        super().__init__(layers=[CacheLayer(method, self.columns, max_seq_len) for _ in range(num_layers)])
+        super().__init__(layers=self._make_layers(num_layers))
+
+    def _make_layers(self, num_layers: int) -> list[CacheLayer]:
+        return [CacheLayer(self.method, self.columns, self.max_seq_len) for _ in range(num_layers)]
 
     def __repr__(self) -> str:
         return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes})"

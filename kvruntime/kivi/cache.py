@@ -229,6 +229,10 @@ class KiviLayer:
         )
         return self._attend(query, scale, None, num_tokens, ticket[self.batch_size :])
 
+    def catch_up(self, positions: Tensor) -> None:
+        """Reads back how many tokens each row holds, where steps have left the host's books behind."""
+        self.row_lengths, self.row_packed = self.tensors["lengths"].tolist()
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self.row_lengths, self.row_packed = [0] * self.batch_size, [0] * self.batch_size
