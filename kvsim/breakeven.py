@@ -90,8 +90,8 @@ class Runner:
         reserve: float | None = None,
         engine: Engine = IDEAL,
     ) -> None:
-        """Raises ``ValueError`` where the weights do not fit, where memory, bandwidth or weights are not known, or where
-        the engine does not store the method."""
+        """Raises ``ValueError`` where the weights do not fit, where memory, bandwidth or weights are not known, and
+        where the engine does not store the method."""
         self.model, self.method, self.card, self.num_cards, self.engine = model, method, card, num_cards, engine
         self.place = site(model, card, num_cards, weight_bits, reserve, engine)
         self.cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=num_cards))

@@ -86,6 +86,15 @@ def test_hardware_rows_all_parse() -> None:
     assert all(card.bandwidth for card in cards)
 
 
+def test_multiprocessors_and_caches_say_where_they_come_from() -> None:
+    cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
+    stated = [card for card in cards if card.num_sms or card.l2_nbytes]
+    assert len(stated) == 40
+    assert all(card.sms_source for card in stated)
+    assert find_hardware("mi300x").sms_source.startswith("AMD ROCm documentation")
+    assert "not verified" in find_hardware("b200-sxm").sms_source
+
+
 needs_catalogue = pytest.mark.skipif(
     not (BESIDE / "models.json").is_file(), reason="no shared/catalogue/ beside the checkout to compare with"
 )
@@ -128,4 +137,5 @@ def kinds(model: Model) -> dict[str, int]:
 def test_cards_equal_the_wider_catalogue() -> None:
     beside = json.loads((BESIDE / "hardware.json").read_text())["accelerators"]
     cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
-    assert [Hardware.from_row(row) for row in beside] == [replace(card, num_sms=None, l2_nbytes=None) for card in cards]
+    known = [replace(card, num_sms=None, l2_nbytes=None, sms_source=None) for card in cards]
+    assert [Hardware.from_row(row) for row in beside] == known
