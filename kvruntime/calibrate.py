@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
@@ -28,12 +29,14 @@ import torch
 import torch.nn.functional as F
 
 from kvruntime.bench.results import check_writable, describe
+from kvruntime.bench.timing import timed_passes
 from kvsim.attention_curve import Curve, Kernel
 from kvsim.profile import SCHEMA
 from kvsim.roofline import constants
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIN_REPEATS, MAX_REPEATS = 3, 50
+CUDA_REPEATS, SETTLED = 2000, 1.0
 CUDA_SHAPES = ((1, 512), (1, 8192), (1, 65536), (16, 2048), (64, 4096), (256, 512))
 CPU_SHAPES = ((1, 128), (1, 2048), (4, 512), (4, 2048))
 NUM_LAYERS = 8
@@ -87,10 +90,13 @@ def calibrate(
     torch.manual_seed(0)
     clock = Clock(place, share)
     figures: dict[str, Any] = {}
-    for name, measure in FIGURES.items():
-        figures[name] = measure(clock, place, scale)
-        say(f"{name}: {figures[name]['value']:.4g}")
-    rows = [attention(clock, place, scale, *shape) for shape in scale.shapes]
+    with (
+        torch.cuda.device(place) if place.type == "cuda" else nullcontext()
+    ):  # streams and events are the current one's
+        for name, measure in FIGURES.items():
+            figures[name] = measure(clock, place, scale)
+            say(f"{name}: {figures[name]['value']:.4g}")
+        rows = [attention(clock, place, scale, *shape) for shape in scale.shapes]
     figures["attention"] = {**fit_kernel(rows, figures["read_bandwidth"]["value"], place), "rows": rows}
     say(
         f"attention: {figures['attention']['bandwidth']:.4g} B/s, {figures['attention']['fixed'] * 1e6:.1f} us a launch"
@@ -115,24 +121,26 @@ class Clock:
     def __call__(self, function: Callable[[], Any], inner: int = 1) -> list[float]:
         """Seconds of ``function`` divided by ``inner``, one number a repeat."""
         function()
-        run = self._graph(function) if self.device.type == "cuda" else function
+        return [
+            seconds / inner for seconds in (self._on_cuda if self.device.type == "cuda" else self._on_host)(function)
+        ]
+
+    def _on_host(self, function: Callable[[], Any]) -> list[float]:
         taken: list[float] = []
         end = time.perf_counter() + self.share
         while len(taken) < MIN_REPEATS or (len(taken) < MAX_REPEATS and time.perf_counter() < end):
-            taken.append(self._once(run) / inner)
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
         return taken
 
-    def _once(self, run: Callable[[], Any]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    def _on_cuda(self, function: Callable[[], Any]) -> list[float]:
+        """Replays of a graph back to back, so that no launch from the host lies in a repeat; long enough (up to a
+        second) that the clocks settle."""
+        run = self._graph(function)
+        one = min(timed_passes(run, MIN_REPEATS, warm=1))
+        count = int(min(self.share, SETTLED) / max(one, 1e-7))
+        return timed_passes(run, max(MIN_REPEATS, min(CUDA_REPEATS, count)), warm=2)
 
     def _graph(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """``function`` captured once; a replay costs the host one launch."""

@@ -137,6 +137,26 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class BlockSparse(Attention):
+    """MiniMax-M3's attention (arXiv:2606.13392): keys and values are kept whole, and one index key a token picks the
+    blocks that a query sees."""
+
+    index_dim: Keys = ("index_head_dim", "sparse_attention_config.sparse_index_dim")
+    index_heads: Keys = ("index_n_heads", "sparse_attention_config.sparse_num_index_heads")
+
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        body.reader.used |= set(self.index_heads)
+        index = LayerShape(1, body.reader.count("index_head_dim", self.index_dim), 0, kind="indexer")
+        return (LayerShape(*self.heads(body), window=window), index)
+
+    def params(self, body: Body) -> int:
+        """With the index queries' and key's projections and norms."""
+        dim = body.reader.count("index_head_dim", self.index_dim)
+        heads = body.reader.count("index_heads", self.index_heads)
+        return super().params(body) + body.hidden * (heads + 1) * dim + 2 * dim
+
+
+@dataclass(frozen=True)
 class Latent:
     """Multi-head latent attention (arXiv:2405.04434): one latent and one rotary key a token, whatever the heads."""
 

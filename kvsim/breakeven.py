@@ -31,9 +31,8 @@ MARGIN = 0.01
 MAX_CONTEXT = 1 << 30
 
 NOT_MODELLED = (
-    "prefill (decode steps alone are compared)",
-    "an engine's scheduler",
-    "kernels other than those measured",
+    "prefill, arrivals and waiting (decode steps alone are compared), an engine's scheduler",
+    "kernels other than those measured: packed codes are this project's kernel, in another engine carried over from it",
     "what a method costs in quality",
 )
 
@@ -91,13 +90,15 @@ class Runner:
         reserve: float | None = None,
         engine: Engine = IDEAL,
     ) -> None:
-        """Raises ``ValueError`` where the weights do not fit, or memory, bandwidth or weights are not known."""
+        """Raises ``ValueError`` where the weights do not fit, where memory, bandwidth or weights are not known, and
+        where the engine does not store the method."""
         self.model, self.method, self.card, self.num_cards, self.engine = model, method, card, num_cards, engine
         self.place = site(model, card, num_cards, weight_bits, reserve, engine)
         self.cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=num_cards))
         self.step = lru_cache(maxsize=None)(self._step)
         self.max_batch = lru_cache(maxsize=None)(self._max_batch)
         self.seconds(1, 1)
+        self.max_batch(1)  # an engine that does not store the method says so here
 
     def _step(self, batch_size: int, num_tokens: int) -> Step:
         return decode_step(

@@ -12,9 +12,9 @@ from functools import cache
 from typing import Protocol
 
 from kvsim import kinds
-from kvsim.attention import Attention, Compressed, Latent
+from kvsim.attention import Attention, BlockSparse, Compressed, Latent
 from kvsim.body import Body, Count, Shapes
-from kvsim.config import ConfigReader, Keys, Switch
+from kvsim.config import AbsentKeyError, ConfigReader, Keys, Switch
 from kvsim.feedforward import Experts, Mlp, after, if_any, if_enabled, interleaved, listed_or, none, periodic, ranged
 from kvsim.feedforward import stepped as stepped_layers
 from kvsim.layout import LayerShape
@@ -277,6 +277,35 @@ def nas_blocks(body: Body) -> list[Shapes]:
             )
         out.append((LayerShape(body.num_q_heads // group, head_dim, head_dim),))
     return out
+
+
+def _nas_weights(body: Body) -> int:
+    """Weights of Nemotron's blocks: attention and MLP each with its norm, one matrix, or nothing."""
+    hidden, blocks = body.hidden, body.reader.listed("block_configs", body.num_layers) or []
+    square = hidden * hidden
+    total = 0
+    for at, (block, shapes) in enumerate(zip(blocks, nas_blocks(body), strict=True)):
+        if shapes:
+            total += 2 * square + hidden * 2 * sum(
+                s.num_kv_heads * s.key_dim for s in shapes if isinstance(s, LayerShape)
+            )
+        elif block["attention"].get("replace_with_linear") is True:
+            total += square
+        total += hidden * (block["attention"].get("no_op") is not True)
+        mlp = block.get("ffn")
+        if not isinstance(mlp, dict):
+            raise AbsentKeyError(f"config key {body.reader.label('block_configs')}[{at}].ffn is not an object")
+        if mlp.get("no_op") is True:
+            continue
+        factor = mlp.get("ffn_mult")
+        if mlp.get("replace_with_linear") is True:
+            total += square
+        elif isinstance(factor, int | float) and 0 < factor < 1e3:
+            total += 3 * hidden * -(-int(2 * factor * hidden / 3) // 256) * 256
+        else:
+            raise AbsentKeyError(f"config key {body.reader.label('block_configs')}[{at}].ffn.ffn_mult is {factor!r}")
+        total += hidden
+    return total
 
 
 def _gemma3n_layer(body: Body) -> int:
@@ -880,17 +909,18 @@ FAMILIES: dict[str, Family] = {
         inert=("shared_intermediate_size", "mtp_transformer_layers"),
     ),
     "minimax_m3": Family(
-        mixers=_one(Attention(head_dim_required=True)),
-        countable=False,
+        mixers={"full": (NORMED,), "indexed": (BlockSparse(head_dim_required=True, qk_norm="head"),)},
+        kinds=kinds.minimax_m3,
+        listed="layer_types",
+        nested=("sparse_attention_config",),
+        mlp=Mlp("dense_intermediate_size"),
+        experts=Experts(shared_inner="shared_intermediate_size", sparse=after("first_k_dense_replace", 0)),
         inert=(
-            "mlp_layer_types",
-            "index_n_heads",
-            "index_head_dim",
             "index_block_size",
             "index_topk_blocks",
             "index_local_blocks",
             "sparse_attention_config",
-            "shared_intermediate_size",
+            "sparse_attention_config.use_sparse_attention",
             "attention_output_gate",
         ),
     ),
@@ -948,7 +978,7 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "glm4_moe_lite": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 1))),
-    "mistral4": replace(_DEEPSEEK, countable=False),  # its class is in no AutoModel to hold a count to
+    "mistral4": _DEEPSEEK,
     "minicpm3": Family(
         mixers=_one(Latent()),
         tied=True,
@@ -1224,7 +1254,9 @@ FAMILIES: dict[str, Family] = {
         outer_extra=lambda body: 2 * body.hidden,
     ),
     # Published with code of their own
-    "nemotron-nas": Family(layers=nas_blocks, countable=False, inert=("block_configs",)),
+    "nemotron-nas": Family(
+        mixers={}, layers=nas_blocks, norms=0, mlp=None, outer_extra=_nas_weights, inert=("block_configs",)
+    ),
     "internlm2": Family(mixers=_one(Attention(kv_required=False, qkv_bias=("bias", False), out_bias=("bias", False)))),
     "internlm": Family(mixers=_one(Attention(None, head_dim=None, qkv_bias=("bias", True), out_bias=("bias", True)))),
     "baichuan": Family(

@@ -32,6 +32,7 @@ class Hardware:
     note: str = ""
     num_sms: int | None = None
     l2_nbytes: int | None = None
+    sms_source: str | None = None
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Hardware:
@@ -63,6 +64,7 @@ class Hardware:
             note=row.get("note") or "",
             num_sms=row.get("num_sms"),
             l2_nbytes=None if row.get("l2_mib") is None else int(row["l2_mib"] * 2**20),
+            sms_source=row.get("sms_source"),
         )
 
 

@@ -20,7 +20,7 @@ SPELLINGS: dict[str, str] = {
     "global": "full",
     "indexed_attention": "full",
     "deepseek_sparse_attention": "full",
-    "minimax_m3_sparse": "full",
+    "minimax_m3_sparse": "indexed",
     "sliding_attention": "sliding",
     "local": "sliding",
     "chunked_attention": "chunked",
@@ -121,6 +121,17 @@ def glm_dsa(body: Body) -> list[str]:
     offset = reader.count_or_none("index_offset", "index_skip_topk_offset", zero=True)
     offset = 2 if offset is None else offset
     return ["full" if max(layer - offset + 1, 0) % every_nth == 0 else "latent" for layer in range(body.num_layers)]
+
+
+def minimax_m3(body: Body) -> list[str]:
+    """MiniMax-M3's ``sparse_attention_freq``: 1 for a layer whose blocks are picked by index keys."""
+    key = "sparse_attention_config.sparse_attention_freq"
+    given = body.reader.listed(key)
+    if given is None:
+        return full(body)
+    if len(given) != body.num_layers or not set(map(str, given)) <= {"0", "1"}:
+        raise body.reader.error(key, f"allowed are {body.num_layers} entries of 0 and 1")
+    return ["indexed" if entry else "full" for entry in given]
 
 
 def switched_all(body: Body) -> list[str]:

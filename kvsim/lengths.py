@@ -154,6 +154,8 @@ def read_trace(path: Path, output_len: int) -> Lengths:
     The names of vLLM's, Azure's and OpenAI's traces are understood; without an output column ``output_len`` is taken.
     Raises ``ValueError``, naming file and line.
     """
+    if path.suffix == ".csv" and not path.exists():
+        raise ValueError(f"lengths {str(path)!r}: no such file")
     if not path.is_file():
         raise ValueError(f"lengths {str(path)!r}: neither lognormal:mean=...,sigma=... nor a CSV file")
     pairs: Counter[tuple[int, int]] = Counter()

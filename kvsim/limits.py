@@ -11,7 +11,8 @@ CARD = (
     "weights that an engine pads, replicates or keeps in a second layout",
 )
 TIME = (
-    "scheduling and queueing between requests, speculative decoding, power and thermal limits",
+    "bursts, arrival rates, scheduling policy, preemption (a steady number of requests is in flight)",
+    "speculative decoding, power and thermal limits",
     "pipeline and context parallelism, and links between hosts, in the times",
 )
 NOT_MODELLED: dict[str, tuple[str, ...]] = {

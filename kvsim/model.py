@@ -31,7 +31,7 @@ FOREIGN: dict[str, str] = {
     r"interval|linear_attn|^linear_|lightning|delta|full_attn": "linear-attention layers",
     r"attn_layer|attn_type|attention_type|attention_layers|layer_types|attention_pattern": "layers of several kinds",
     r"mamba|ssm|^conv_|_conv\b|d_conv|d_state|recurrent|lru_|rwkv|time_mix|short_conv": "recurrent layers",
-    r"shared_kv|cla_|share_factor|cross_layer|yoco|use_cla|kv_shar": "layers that share another layer's cache",
+    r"shared_kv|share_kv|layer_shar|cla_|share_factor|cross_layer|yoco|kv_shar": "layers that share a cache",
     r"compress": "compressed attention",
     r"^index|indexer|sparse_attention|_topk_blocks|nsa_": "sparse attention with an index of its own",
     r"sliding|window|^swa_|attention_sink": "sliding windows",
@@ -221,7 +221,7 @@ def _family(reader: ConfigReader, model_type: Any) -> Family:
         return FAMILIES[model_type]
     near = get_close_matches(model_type[:60], FAMILIES, n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise reader.error("model_type", f"{hint}supported are {', '.join(FAMILIES)}")
+    raise reader.error("model_type", f"{hint}it is none of the {len(FAMILIES)} that are known (kvsim/families.py)")
 
 
 def _flattened(reader: ConfigReader, key: str) -> ConfigReader:
@@ -399,9 +399,10 @@ def _left_out(body: Body, model_type: str, layers: tuple[LayerShape | StateShape
     reader = body.reader
     sparse = reader.get("sparse_attention_config")
     if isinstance(sparse, Mapping) and sparse.get("use_sparse_attention"):
+        indexed = any(isinstance(layer, LayerShape) and layer.kind == "indexer" for layer in layers)
         body.note(
-            f"{reader.label('sparse_attention_config')}: keys and values of every token are counted, "
-            "the index keys of its block selection are not"
+            f"{reader.label('sparse_attention_config')}: a step is taken to read the keys and values of every token"
+            + ("" if indexed else "; the index keys of its block selection are not counted")
         )
     if model_type == "falcon" and reader.switch(("new_decoder_architecture", False)):
         shape = layers[0]

@@ -196,3 +196,11 @@ def choose_methods(specs: Sequence[str], shared: Mapping[str, Value], dtype: str
         raise ValueError(f"no method of {', '.join(names)} takes --dtype: each names its own type")
     methods = [parse_method(spec, shared, dtype) for spec in chosen]
     return list(dict.fromkeys(methods)), not specs and not shared
+
+
+def left_out(reasons: Mapping[str, str]) -> list[str]:
+    """One note a reason: the methods (name -> reason) that it leaves out."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(group)} left out: {reason}" for reason, group in names.items()]

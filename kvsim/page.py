@@ -19,6 +19,7 @@ from kvsim.estimate import Estimate, estimate
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
 from kvsim.model import Model
+from kvsim.options import left_out
 from kvsim.parallel import Sharding, stages
 from kvsim.prices import Price, lowest
 from kvsim.quantities import milliseconds, parse_serving
@@ -27,7 +28,7 @@ GIB, MIB = 1 << 30, 1 << 20
 CURVE_POINTS = 22
 NOT_MODELLED = (
     "prefill and time to the first token (kvsim plan has them)",
-    "an engine's scheduler, queueing and preemption",
+    "arrivals and waiting (all sequences are in flight), an engine's scheduler and preemption",
     "workspaces beyond the share held back",
     "what a method costs in quality",
 )
@@ -72,7 +73,8 @@ def answer(question: Question) -> Answer:
     share = model
     if question.num_cards > 1:
         (share,) = stages(model, Sharding(tensor_parallel_size=question.num_cards))
-    runners, estimates, notes = [], [], []
+    runners, estimates = [], []
+    reasons: dict[str, str] = {}
     for method in question.methods:
         try:
             runner = Runner(
@@ -81,11 +83,10 @@ def answer(question: Question) -> Answer:
             estimates.append(estimate(share, method, question.batch_size, question.num_tokens, engine))
             runners.append(runner)
         except ValueError as error:
-            notes.append(f"{method.name} left out: {error}")
+            reasons[method.name] = str(error)
+    notes = left_out(reasons)
     if not runners:
-        raise ValueError(
-            f"{model.name} on {question.num_cards} x {question.card.id}: {'; '.join(dict.fromkeys(notes))}"
-        )
+        raise ValueError(f"{model.name} on {question.num_cards} x {question.card.id}: {'; '.join(notes)}")
     if model.max_positions and question.num_tokens > model.max_positions:
         notes.append(f"a context of {question.num_tokens:,} is beyond the model's {model.max_positions:,} positions")
     base = runners[0]

@@ -35,7 +35,8 @@ MAX_BATCH = 1 << 16
 MAX_CONTEXT = 1 << 40
 
 NOT_MODELLED = (
-    "queueing and bursts (every user always has one request in flight)",
+    "bursts and arrival rates (every user always has one request in flight; a first token waits for the prompts in "
+    "front of it)",
     "an engine's scheduler, preemption and recomputation",
     "prefix sharing, speculative decoding",
     "the network between replicas and users",

@@ -11,12 +11,16 @@ from kvsim.options import parse_engine
 
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
 UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+BARE = 10.0
+"""A bare number from here on is more likely meant as milliseconds."""
 MAX_RANKS = 1024
 
 
 def parse_seconds(text: str, what: str) -> float:
-    """``30ms``, ``2s``, ``1.5 min``; a bare number is seconds.  Raises ``ValueError``."""
+    """``30ms``, ``2s``, ``1.5 min``; a bare number is seconds, below ``BARE``.  Raises ``ValueError``."""
     match = SECONDS.fullmatch(text.strip())
+    if match and not match[2] and float(match[1]) >= BARE:
+        raise ValueError(f"{what} {text!r}: seconds or milliseconds? write {text.strip()}s or {text.strip()}ms")
     seconds = float(match[1]) * UNIT[match[2] or "s"] if match else 0.0
     if not 0 < seconds < 1e6:
         raise ValueError(f"{what} {text!r}: allowed are times such as 30ms or 2s")

@@ -41,7 +41,8 @@ class WeightBits(NamedTuple):
 class Constants:
     """What the model of time rests on.  Efficiencies are shares of the card's stated peaks, times are seconds.
 
-    ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides.
+    ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides;
+    ``quantize_seconds`` more where its cache is quantized, by width or engine and width as ``kernels``.
     ``prefill_efficiency``: arithmetic.  ``prefill_seconds``, ``prefill_queue``: what a first token waits besides its
     prefill, and the share of a prefill that each further request in flight adds.  ``vector_ops``: operations to
     unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.  ``chunk_tokens``: prompt tokens a step.
@@ -52,6 +53,7 @@ class Constants:
 
     weight_efficiency: float
     layer_seconds: float
+    quantize_seconds: Mapping[str, float]
     prefill_efficiency: float
     prefill_seconds: float
     prefill_queue: float
@@ -183,6 +185,17 @@ class Roofline:
         codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
         return seconds, maximum(0.0, codes * self.fixed.vector_ops / self.lanes - seconds)
 
+    def overhead(self, method: Method) -> float:
+        """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
+        the layer's new keys and values and its query are quantized."""
+        total = self.fixed.layer_seconds * self.model.num_layers
+        for (layer, chosen), count in placed(method, self.model.cache_layers).items():
+            names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
+            total += count * next(
+                (self.fixed.quantize_seconds[n] for n in names if n in self.fixed.quantize_seconds), 0.0
+            )
+        return total
+
     def states(self, batch_size: Any) -> Any:
         """Seconds to read and write the constant states of the layers that have one."""
         nbytes = sum(buffer.nbytes for layer in self.model.state_layers for buffer in layer.buffers(1))
@@ -254,11 +267,15 @@ def find_kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str
     widths are ``fp16``, ``fp8`` (one byte an element and no scales) and ``packed``.
     """
     width = method_width(method, layer)  # type: ignore[arg-type]  # every method is frozen
-    names = [f"{engine}/{width}-mha"] if q_per_kv == 1 else []
-    for name in (*names, f"{engine}/{width}", width):
+    for name in kernel_names(width, engine, mha=q_per_kv == 1):
         if name in fixed.kernels:
             return fixed.kernels[name], width == "packed"
     raise LookupError(f"no attention kernel for {width}: timing.json has {', '.join(fixed.kernels)}")
+
+
+def kernel_names(width: str, engine: str, mha: bool = False) -> list[str]:
+    """Names of a kernel or constant, the most particular first."""
+    return [f"{engine}/{width}-mha"] * mha + [f"{engine}/{width}", width]
 
 
 @cache

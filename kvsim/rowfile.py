@@ -114,7 +114,10 @@ def _claim(parts: Path, description: dict[str, Any]) -> None:
         if label.read_text(encoding="utf-8") != text:
             raise ValueError(f"{parts} holds parts of another sweep: give the same grid, another --out, or remove it")
         return
-    parts.mkdir(exist_ok=True)
+    try:
+        parts.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {parts.with_suffix('')}: {error.strerror}") from None
     _put(label, lambda file: file.write(text.encode()))
 
 

@@ -33,9 +33,12 @@ CHUNK_ROWS = 1 << 18
 NBYTES_LIMIT = 1 << 55
 """Bytes up to which int64 arithmetic is exact at every step (bits and products of a few bytes included)."""
 
+NAMED = 3
+"""Models that a note names before it counts the rest."""
+
 NOT_MODELLED = (
     "what an engine holds beside weights and cache, but for the share held back",
-    "prefill, scheduling and queueing",
+    "prefill, arrivals and waiting (all sequences are in flight), scheduling",
     "several cards, and the network",
 )
 
@@ -113,19 +116,28 @@ class Grid:
 
     @cached_property
     def left_out(self) -> tuple[str, ...]:
-        """A line a combination that no row is made for, with the reason."""
-        return tuple(dict.fromkeys(line for line in self._all if isinstance(line, str)))
+        """What no row is made for: a line a reason and the models and methods that it concerns."""
+        models: dict[tuple[str, str], list[str]] = {}
+        for found in self._all:
+            if isinstance(found, tuple):
+                model, method, reason = found
+                models.setdefault((method, reason), []).append(model)
+        methods: dict[tuple[str, str], list[str]] = {}
+        for (method, reason), names in models.items():
+            shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+            methods.setdefault((shown, reason), []).append(method)
+        return tuple(f"{shown} with {', '.join(names)} left out: {why}" for (shown, why), names in methods.items())
 
     @cached_property
-    def _all(self) -> list[Cell | str]:
-        found: list[Cell | str] = []
+    def _all(self) -> list[Cell | tuple[str, str, str]]:
+        found: list[Cell | tuple[str, str, str]] = []
         for model in self.models:
             for method in self.methods:
                 try:
                     most, longest = _ends(self.batches)[1], _ends(self.contexts)[1]
                     largest = estimate(model, method, most, longest, parse_serving(self.engine, None)).total_nbytes
                 except ValueError as error:
-                    found.append(f"{model.name} with {method.name} left out: {error}")
+                    found.append((model.name, method.name, str(error)))
                     continue
                 if largest > NBYTES_LIMIT:
                     raise ValueError(f"the largest cache of {model.name} has {largest:,} bytes: too many to count here")

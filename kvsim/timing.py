@@ -6,7 +6,7 @@ A decode step over ``batch_size`` sequences of ``num_tokens`` tokens is the sum 
     compute        what the matrix products take beyond the weight stream
     kv             the attention of every layer (:mod:`kvsim.attention_curve`); constant states read and written
     dequantize     unpacking weights that the card cannot multiply as stored, and cache codes beyond the stream
-    overhead       a constant a layer
+    overhead       a constant a layer, and one more where its cache is quantized
     communication  two all-reduces a layer, where several cards share every layer
     prefill        on a server: what the other requests' prompts add to a step
 
@@ -245,7 +245,7 @@ def _decode_parts(
         "compute": maximum(0.0, roofline.products(batch_size, batch_size) - weights - widen),
         "kv": stream + roofline.states(batch_size),
         "dequantize": widen + unpack,
-        "overhead": roofline.fixed.layer_seconds * roofline.model.num_layers,
+        "overhead": roofline.overhead(method),
         "communication": roofline.communication(batch_size),
     }
 

@@ -36,6 +36,7 @@ METHODS = {
     "3-bit g32 d96": (Kivi(nbits=3), 96),
     "k4v2 gv16 d80": (Kivi(key_nbits=4, value_nbits=2, value_group_size=16), 80),
     "3-bit gv40 d80": (Kivi(nbits=3, group_size=64, residual_length=64, value_group_size=40), 80),
+    "2-bit gv80 d80": (Kivi(value_group_size=80), 80),
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
 }

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80, sm_89, sm_90 and sm_100 without a GPU, and none spills more than is known."""
+"""Every kernel compiles for sm_80, sm_89, sm_90 and sm_100 without a GPU, and none spills."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+STACK = 8
+"""Bytes of stack a thread: the assembler's own."""
 
 
 def test_all_compile_without_spills() -> None:
@@ -27,10 +30,5 @@ def test_all_compile_without_spills() -> None:
         *("pack", "store", "freeze", "advance", "attend", "attend_fresh", "combine", "store_full", "attend_full"),
         *("pack_layers", "store_layers", "freeze_layers", "linear", "dense", "add_norm"),
     }
-    bad = [row for row in rows if isinstance(row[3], str) or row[3]["STACK"] > stack_ceiling(row[1]) or row[3]["LOCAL"]]
+    bad = [row for row in rows if isinstance(row[3], str) or row[3]["STACK"] > STACK or row[3]["LOCAL"]]
     assert not bad, bad
-
-
-def stack_ceiling(name: str) -> int:
-    """Bytes of stack a thread: the assembler's own eight, and what heads of 80 (64 + 16) spill under Triton 3.9."""
-    return 80 if name.endswith("d80") else 8

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvsim import catalog
 from kvsim.families import FAMILIES
 from kvsim.model import Model
 
@@ -95,3 +96,19 @@ def test_parameters_and_cache_shapes(model_type: str, config: dict[str, Any]) ->
         assert tuple(layer.keys.shape) == (1, heads, 5, shape.key_dim)
         assert tuple(layer.values.shape) == (1, heads, 5, shape.value_dim)
     assert broadcast == bool(ours.notes) or not broadcast
+
+
+def test_minimax_m3_against_the_language_model_of_its_vision_class() -> None:
+    """No causal class of its own: the text model, and a head as large as the embedding."""
+    torch = pytest.importorskip("torch", reason="the runtime extra is not installed")
+    name = "minimax_m3_vl"
+    modeling = pytest.importorskip(f"transformers.models.{name}.modeling_{name}", reason="transformers without it")
+    config = next(row["config"] for row in catalog.rows("models") if row["id"] == "MiniMaxAI/MiniMax-M3")
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype")}
+    with torch.device("meta"):
+        text = modeling.MiniMaxM3VLTextModel(modeling.MiniMaxM3VLTextConfig(**settings))
+    ours = Model.from_config(config)
+    head = config["vocab_size"] * config["hidden_size"]
+    assert ours.num_params == sum(parameter.numel() for parameter in text.parameters()) + head
+    indexed = [layer for layer in text.layers if getattr(layer.self_attn, "indexer", None) is not None]
+    assert len(ours.index_layers) == len(indexed) == 57

@@ -150,6 +150,11 @@ def test_seconds(text: str, seconds: float) -> None:
     assert parse_seconds(text, "slo") == pytest.approx(seconds)
 
 
+def test_a_bare_number_that_looks_like_milliseconds_is_asked_about() -> None:
+    with pytest.raises(ValueError, match="write 30s or 30ms"):
+        parse_seconds("30", "slo-tpot")
+
+
 def test_cards() -> None:
     assert parse_card("h100-sxm") == (H100, None)
     assert parse_card("H100-SXM:2") == (H100, 2)

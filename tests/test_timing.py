@@ -114,7 +114,7 @@ def test_attention_of_a_kernel_that_was_not_fitted(batch_size: int, num_tokens: 
 
 def test_a_compressed_cache_gains_less_than_its_bytes() -> None:
     """2 bits in groups of 64 hold 6.4 times fewer bytes; measured are 5.35 times the speed at 8 x 32k, 2.13 at 8k."""
-    roofline, layer = Roofline(constants(), LLAMA, H100), LLAMA.cache_layers[0]
+    roofline, layer = Roofline(constants(), LLAMA, H100, engine="kvruntime"), LLAMA.cache_layers[0]
     for batch_size, num_tokens, low, high in ((8, 32768, 4.0, 6.4), (1, 8192, 1.5, 3.0)):
         plain, _ = roofline.layer_attention(FP16, layer, batch_size, num_tokens)
         packed, beyond = roofline.layer_attention(KIVI, layer, batch_size, num_tokens)
@@ -263,7 +263,7 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
 
     from validation import attention_time
 
-    assert attention_time.recorded_rows(H100, tmp_path) is None
+    assert attention_time.recorded_rows(H100, folder=tmp_path) is None
     shape = {"num_kv_heads": 8, "kernel": "fast", "ragged": False, "kind": "attend"}
     rows = [
         {**shape, "batch_size": batch, "num_tokens": tokens, "nbytes_read": nbytes, "seconds": [seconds, 0, 0]}
@@ -271,9 +271,16 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     ]
     rows += [{**rows[0], "kernel": "portable"}, {**rows[0], "ragged": True}, {"kind": "ceiling"}]
     rows += [{"kind": "attend", "ragged": False, "failed": "out of memory"}]
+    rows += [
+        {**rows[0], "kind": "sdpa", "kernel": None, "num_q_heads": 32, "seconds": [seconds, 0, 0]}
+        for seconds in (350e-6, 344e-6, 345e-6)
+    ]
     for name, device in (("a.json", "NVIDIA H100 80GB HBM3"), ("b.json", "NVIDIA A100-SXM4-80GB")):
         (tmp_path / name).write_text(json.dumps({"device": {"name": device}, "rows": rows}), encoding="utf-8")
-    found = attention_time.recorded_rows(H100, tmp_path)
+    fastest = attention_time.recorded_rows(H100, "fp16", tmp_path)
+    assert fastest is not None
+    assert fastest.seconds.tolist() == [344e-6]
+    found = attention_time.recorded_rows(H100, folder=tmp_path)
     assert found is not None
     assert found.items.tolist() == [64, 8]
     assert found.seconds.tolist() == [66e-6, 8e-6]
@@ -300,8 +307,10 @@ def test_a_refit_gives_the_constants_in_use() -> None:
     assert (curve.power, curve.merge, curve.half) == pytest.approx(
         (fixed.curve.power, fixed.curve.merge, fixed.curve.half), rel=2e-3
     )
-    packed, _ = attention_time.fit_packed(curve, rows.card)
-    assert packed.efficiency == pytest.approx(fixed.kernels["packed"].efficiency, rel=2e-3)
+    recorded, _ = attention_time.recorded_kernels(curve, rows.card, fixed.kernels["fp16"])
+    assert set(recorded) == {"packed", "kvruntime/packed", "kvruntime/fp16"}
+    for name, kernel in recorded.items():
+        assert kernel.efficiency == pytest.approx(fixed.kernels[name].efficiency, rel=2e-3), name
     loads = decode_time.load(timing.DECODE)
     assert len(loads) == 141
     again = decode_time.fit_first(loads, decode_time.fit_tokens(loads, fixed))

@@ -137,3 +137,23 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert run(["calibrate", "--out", str(tmp_path / "p.json"), "--device", "tpu"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_card_is_timed_long_enough_and_not_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+    import torch
+
+    from kvruntime import calibrate
+
+    counts: list[int] = []
+
+    def passes(run: object, count: int, warm: int = 0) -> list[float]:
+        counts.append(count)
+        return [each] * count
+
+    monkeypatch.setattr(calibrate, "timed_passes", passes)
+    monkeypatch.setattr(calibrate.Clock, "_graph", lambda self, function: function)
+    for share, each, repeats in ((3.0, 2e-3, 500), (0.5, 2e-3, 250), (3.0, 1e-6, 2000), (0.1, 1.0, 3)):
+        taken = calibrate.Clock(torch.device("cuda"), share)(lambda: None, inner=4)
+        assert taken == [each / 4] * repeats
+    assert counts == [3, 500, 3, 250, 3, 2000, 3, 3]

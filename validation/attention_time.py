@@ -33,6 +33,7 @@ QUERY_HEADS = ("trtllm/fp16", "trtllm/fp16-mha", "trtllm/fp8-mha")
 STUDY = "speed-up over cuDNN's float16 on an H100, Llama-3-8B's shape: measured with a study kernel, an estimate"
 FITTED_ON = "fitted on measured rows of this engine on an H100, python -m validation time"
 MEAN_OF = "geometric mean over the engines measured, python -m validation time"
+CARRIED = "kvruntime/packed, and what fp16 takes more than kvruntime/fp16: an estimate, no engine's was measured"
 STUDY_BASE = {(8, 32768): 351e-6, (64, 4096): 350e-6, (1, 32768): 50.8e-6, (1, 8192): 18.6e-6}
 STUDY_ROWS: dict[tuple[int, int], dict[tuple[int, int], float]] = {
     (8, 32768): {(2, 32): 4.54, (2, 64): 5.35, (2, 128): 5.66, (4, 64): 3.28},
@@ -170,9 +171,9 @@ def mean_kernels(kernels: dict[str, Kernel], q_per_kv: int = 4) -> dict[str, Ker
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """Decode attention over packed codes, cache not in L2: arrays ``[num_rows]`` of work items, tokens, bytes read and
-    seconds, and where they come from."""
+class RecordedRows:
+    """Decode attention of this project's recorded runs, cache not in L2: arrays ``[num_rows]`` of work items, tokens,
+    bytes read and seconds, and where they come from."""
 
     items: np.ndarray
     tokens: np.ndarray
@@ -181,45 +182,51 @@ class PackedRows:
     source: str
 
 
-def study_rows() -> PackedRows:
+def study_rows() -> RecordedRows:
     """:data:`STUDY_ROWS`, codes and scales only."""
     rows = [
         (batch * 8, tokens, batch * tokens * 8 * 256 * (bits + 32 / group) / 8, STUDY_BASE[batch, tokens] / speed_up)
         for (batch, tokens), found in STUDY_ROWS.items()
         for (bits, group), speed_up in found.items()
     ]
-    return packed_rows(rows, STUDY)
+    return as_rows(rows, STUDY)
 
 
-def recorded_rows(card: Hardware, folder: Path = KERNELS) -> PackedRows | None:
-    """This project's own kernels as ``kvruntime bench kernels`` recorded them on ``card``; ``None`` without any."""
-    rows: list[tuple[float, float, float, float]] = []
+def recorded_rows(card: Hardware, width: str = "packed", folder: Path = KERNELS) -> RecordedRows | None:
+    """What ``kvruntime bench kernels`` recorded on ``card``; ``None`` without any.
+
+    ``width``: ``packed``, this project's kernel over codes, or ``fp16``, the fastest of PyTorch's 16-bit kernels at
+    every shape, measured in the same runs.
+    """
+    rows: dict[tuple[Any, ...], tuple[float, float, float, float]] = {}
     names: list[str] = []
     for path in sorted(folder.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
         if card.id.partition("-")[0] not in file["device"]["name"].lower():
             continue
-        taken = [
-            (row["batch_size"] * row["num_kv_heads"], row["num_tokens"], row["nbytes_read"], row["seconds"][0])
-            for row in file["rows"]
-            if row["kind"] == "attend" and row.get("kernel") == "fast" and not row["ragged"]
-        ]
-        rows += taken
-        names += [path.name] if taken else []
+        for number, row in enumerate(file["rows"]):
+            kind, kernel = ("sdpa", None) if width == "fp16" else ("attend", "fast")
+            if row["kind"] != kind or row.get("kernel") != kernel or row["ragged"] or "seconds" not in row:
+                continue
+            heads = row["num_kv_heads"]
+            found = (row["batch_size"] * heads, row["num_tokens"], row["nbytes_read"], row["seconds"][0])
+            shape = (*found[:3], row["num_q_heads"]) if width == "fp16" else (number,)
+            rows[path.name, *shape] = min(rows.get((path.name, *shape), found), found, key=lambda each: each[3])
+            names.append(path.name)
     if not rows:
         return None
-    return packed_rows(rows, f"fitted on this project's kernels on an H100, {', '.join(names)}")
+    what = "this project's kernels" if width == "packed" else "PyTorch's fastest 16-bit kernels"
+    return as_rows(list(rows.values()), f"fitted on {what} on an H100, {', '.join(dict.fromkeys(names))}")
 
 
-def packed_rows(rows: Sequence[tuple[float, float, float, float]], source: str) -> PackedRows:
+def as_rows(rows: Sequence[tuple[float, float, float, float]], source: str) -> RecordedRows:
     """Rows of (items, tokens, bytes, seconds) as arrays."""
     items, tokens, nbytes, taken = np.array(rows, dtype=float).T
-    return PackedRows(items, tokens, nbytes, taken, source)
+    return RecordedRows(items, tokens, nbytes, taken, source)
 
 
-def fit_packed(curve: Curve, card: Hardware) -> tuple[Kernel, dict[str, Any]]:
-    """The kernel for packed codes and its errors: from recorded kernels, until there are some from a study's."""
-    rows = recorded_rows(card) or study_rows()
+def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware) -> tuple[Kernel, dict[str, Any]]:
+    """The kernel that fits the rows best, and its errors on them."""
 
     def predicted(values: np.ndarray) -> np.ndarray:
         kernel = kernel_of(values, "", merges=False)
@@ -236,6 +243,37 @@ def fit_packed(curve: Curve, card: Hardware) -> tuple[Kernel, dict[str, Any]]:
     low, high = quantiles(rows.seconds / predicted(found.x))
     kernel = kernel_of(found.x, rows.source, merges=False, low=low, high=high)
     return kernel, errors(predicted(found.x), rows.seconds)
+
+
+def carried(packed: Kernel, own: Kernel, engine: Kernel) -> Kernel:
+    """``packed`` codes in an engine: as far from this project's kernel as ``engine``'s 16-bit kernel is from ``own``,
+    the fastest in the packed kernel's own runs."""
+    return replace(
+        packed,
+        fixed=packed.fixed + max(0.0, engine.fixed - own.fixed),
+        item=packed.item + max(0.0, engine.item - own.item),
+        efficiency=packed.efficiency * min(1.0, engine.efficiency / own.efficiency),
+        merges=engine.merges,
+        low=min(packed.low, engine.low),
+        high=max(packed.high, engine.high),
+        source=CARRIED,
+    )
+
+
+def recorded_kernels(curve: Curve, card: Hardware, engine: Kernel) -> tuple[dict[str, Kernel], dict[str, Any]]:
+    """The kernels of the runs recorded on ``card`` (a study's until there are some), ``packed`` as carried over to an
+    engine whose 16-bit kernel is ``engine``, and the errors by name."""
+    rows = recorded_rows(card)
+    if rows is None:
+        kernel, found = fit_recorded(study_rows(), curve, card)
+        return {"packed": kernel}, {"packed": found}
+    packed, packed_errors = fit_recorded(rows, curve, card)
+    plain = recorded_rows(card, "fp16")
+    if plain is None:
+        return {"packed": packed}, {"packed": packed_errors}
+    own, own_errors = fit_recorded(plain, curve, card)
+    kernels = {"packed": carried(packed, own, engine), "kvruntime/packed": packed, "kvruntime/fp16": own}
+    return kernels, {"kvruntime/packed": packed_errors, "kvruntime/fp16": own_errors}
 
 
 FOLDS: dict[str, Callable[[Rows], np.ndarray]] = {
@@ -284,7 +322,7 @@ def study(path: Path, folds: Iterable[str] = FOLDS) -> dict[str, Any]:
         low, high = min(kernel.low for kernel in members), max(kernel.high for kernel in members)
         means[width] = replace(means[width], low=low, high=high, source=MEAN_OF)
     fitted = predict(rows, kernels, curve)
-    packed, packed_errors = fit_packed(curve, rows.card)
+    recorded, recorded_errors = recorded_kernels(curve, rows.card, means["fp16"])
     return {
         "num_rows": len(rows),
         "card": rows.card.id,
@@ -295,9 +333,9 @@ def study(path: Path, folds: Iterable[str] = FOLDS) -> dict[str, Any]:
             for name in kernels
             if spread is not None
         },
-        "packed": packed_errors | {"source": packed.source},
+        "recorded": {name: each | {"source": recorded[name].source} for name, each in recorded_errors.items()},
         "peak": errors(rows.nbytes / (rows.card.bandwidth or 0.0), rows.seconds),
-        "kernels": {name: asdict(kernel) for name, kernel in ({"packed": packed} | means | kernels).items()},
+        "kernels": {name: asdict(kernel) for name, kernel in (recorded | means | kernels).items()},
         "curve": asdict(curve),
     }
 

@@ -120,7 +120,7 @@ def attention_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     curves = found["attention"]
     body = [_line(f"held out: {name}", each) for name, each in curves["held_out"].items()]
     body += [_line(f"{name}, batch held out", each) for name, each in curves["by_kernel"].items()]
-    body.append(_line("packed codes, in sample", curves["packed"]))
+    body += [_line(f"{name}, in sample", each) for name, each in curves["recorded"].items()]
     body += [_line("in sample", curves["in_sample"]), _line("bytes over peak bandwidth", curves["peak"])]
     return [f"decode attention, {curves['card']}", "rows", "mean", "median", "bias", "worst"], body
 

@@ -76,12 +76,13 @@ def replay_timer(replay: Call, copies: int = 1, seconds: float = SECONDS, replay
     for _ in range(3):
         replay()
     torch.cuda.synchronize()
-    one = _passes(replay, 3)
+    one = timed_passes(replay, 3)
     count = max(replays[0], min(replays[1], int(seconds / max(min(one), 1e-7))))
-    return summary(_passes(replay, count, warm=2), copies)
+    return summary(timed_passes(replay, count, warm=2), copies)
 
 
-def _passes(replay: Call, count: int, warm: int = 0) -> list[float]:
+def timed_passes(replay: Call, count: int, warm: int = 0) -> list[float]:
+    """Seconds of each of ``count`` replays back to back on the current device's stream, after ``warm`` untimed ones."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     for _ in range(warm):  # the device is busy when the first event comes: no launch from the host lies in between
         replay()

@@ -155,9 +155,9 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
         score = tl.dot(query[i], tl.trans(key), score, input_precision="ieee")
     weight, alpha, peak, total = softmax_step(score * scale_log2, visible, peak, total)
     new_acc = ()
-    for i in tl.static_range(len(VALUE_CHUNKS)):
+    for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
         value = load_plain(value_ptr, value_at, held, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT)
-        new_acc = new_acc + (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),)
+        new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
     return new_acc, peak, total
 
 
@@ -210,7 +210,9 @@ def attend_kernel(
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
         tile = index % TILES
         score = tl.zeros([BLOCK_M, TILE], tl.float32)
-        for i in tl.static_range(len(KEY_CHUNKS)):
+        # Narrow chunks first, here and below: Triton deals the warps out by the last product of a chain, and where that
+        # has no more columns than rows (16) every warp does all of every product.
+        for i in tl.static_range(len(KEY_CHUNKS) - 1, -1, -1):
             key = load_key_tile(record_ptr, half_ptr, seq_params_ptr, batch_size * NUM_HEADS * KEY_DIM, tile, KEY_CHUNKS[i][0],
                                 KEY_CHUNKS[i][1], DOT, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, KEY_PARAMS)  # fmt: skip
             score = tl.dot(query[i], tl.trans(key), score, input_precision="ieee")
@@ -221,10 +223,10 @@ def attend_kernel(
         peak = new_peak
         total = total * alpha + tl.sum(weight, 1)
         new_acc = ()
-        for i in tl.static_range(len(VALUE_CHUNKS)):
+        for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
             value = load_value_tile(record_ptr, half_ptr, tile, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT, VALUE_DIM,
                                     VALUE_NBITS, VALUE_GROUP, RECORD, TILE, VALUE_CODES, VALUE_PARAMS)  # fmt: skip
-            new_acc = new_acc + (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),)
+            new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
         acc = new_acc
 
     # ---- exact tokens: the sink, then the ring; the last split, which has the fewest tiles, starts
@@ -374,6 +376,6 @@ def launch(record: Record, block_m: int) -> dict[str, int]:
     """
     dim = max(record.key_dim, record.value_dim)
     odd = dim & (dim - 1) != 0
-    light = dim <= 64 or (dim == 128 and 0 < record.key_group <= 32)
-    warps = 8 if dim > 128 or odd or block_m > 16 else 2 if light else 4
+    light = not odd and (dim <= 64 or (dim == 128 and 0 < record.key_group <= 32))
+    warps = 8 if dim > 128 or block_m > 16 else 2 if light else 4
     return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1, "BLOCK_N": 16 if odd else 32}

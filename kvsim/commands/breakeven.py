@@ -12,7 +12,7 @@ from kvsim import report
 from kvsim.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, by_context, by_money
 from kvsim.engines import ENGINES
 from kvsim.load import load_model
-from kvsim.options import choose_methods, parse_reserve, parse_sizes
+from kvsim.options import choose_methods, left_out, parse_reserve, parse_sizes
 from kvsim.plan import NoRoomError
 from kvsim.prices import Price, given, lowest
 from kvsim.quantities import milliseconds, parse_card, parse_serving, parse_share
@@ -65,7 +65,7 @@ def command(
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
     runners: dict[str, Runner] = {}
-    notes: list[str] = []
+    reasons: dict[str, str] = {}
     for method in (*methods, *others):
         try:
             runners[method.name] = Runner(model, method, card, ranks, weight_bits, share, chosen)
@@ -75,7 +75,8 @@ def command(
         except ValueError as error:
             if specs or against:
                 raise
-            notes.append(f"{method.name} left out: {error}")
+            reasons[method.name] = str(error)
+    notes = left_out(reasons)
     pairs = [
         (runners[method.name], runners[other.name])
         for method in methods
@@ -83,7 +84,7 @@ def command(
         if method.name in runners and other.name in runners and method != other
     ]
     if not pairs:
-        raise ValueError("; ".join(dict.fromkeys(notes)) or "no method to compare: --method and --against are the same")
+        raise ValueError("; ".join(notes) or "no method to compare: --method and --against are the same")
     rows = [
         row
         for one, other in pairs

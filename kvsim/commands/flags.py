@@ -14,7 +14,16 @@ from kvsim.estimate import Estimate, estimate
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.methods import METHODS
 from kvsim.model import Model
-from kvsim.options import Value, choose_methods, parse_dtype, parse_engine, parse_human, parse_size, parse_value
+from kvsim.options import (
+    Value,
+    choose_methods,
+    left_out,
+    parse_dtype,
+    parse_engine,
+    parse_human,
+    parse_size,
+    parse_value,
+)
 from kvsim.parallel import Sharding
 from kvsim.quantization import kv_method
 
@@ -121,16 +130,17 @@ class Chosen:
     ) -> tuple[list[Estimate], list[str]]:
         """Rows and notes.  A method that was not asked for by name and cannot hold the model becomes a note."""
         rows: list[Estimate] = []
-        notes: list[str] = []
+        reasons: dict[str, str] = {}
         for method in self.methods:
             try:
                 rows += [estimate(model, method, batch, ctx, self.engine, shared_prefix) for ctx in contexts]
             except ValueError as error:
                 if not self.default:
                     raise
-                notes.append(f"{method.name} left out: {error}")
+                reasons[method.name] = str(error)
+        notes = left_out(reasons)
         if not rows:
-            raise ValueError("; ".join(notes))
+            raise ValueError(f"{model.name}: {'; '.join(notes)}")
         return rows, notes
 
 
