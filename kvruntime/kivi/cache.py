@@ -205,9 +205,10 @@ class KiviLayer:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
         ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32,
-        the tokens each row holds before; ``ticket`` int32 zeros, scratch that is zeros again after every launch, for one
-        stream's work at a time: ``[batch_size]``, or ``[batch_size * (1 + num_q_heads)]`` for fewer launches;
-        ``num_tokens``, the most a row will hold while this step is repeated (it plans the splits).  ``rotary``: :func:`kvruntime.kivi.step.step`.
+        the tokens each row holds before; ``num_tokens``, the most a row will hold while this step is repeated (it plans
+        the splits); ``ticket`` int32 zeros, scratch that is zeros again after every launch, for one stream's work at a
+        time: ``[batch_size]``, or ``[batch_size * (1 + num_q_heads)]`` for fewer launches.  ``rotary``:
+        :func:`kvruntime.kivi.step.step`.
         Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``)
         stay behind until :meth:`reset`.
         """
