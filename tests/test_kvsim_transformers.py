@@ -112,3 +112,6 @@ def test_minimax_m3_against_the_language_model_of_its_vision_class() -> None:
     assert ours.num_params == sum(parameter.numel() for parameter in text.parameters()) + head
     indexed = [layer for layer in text.layers if getattr(layer.self_attn, "indexer", None) is not None]
     assert len(ours.index_layers) == len(indexed) == 57
+    more = {"sparse_block_size": 128, "sparse_topk_blocks": 16, "sparse_score_type": "max", "sparse_local_block": 1}
+    whole = config | {"sparse_attention_config": config["sparse_attention_config"] | more}
+    assert Model.from_config(whole).layers == ours.layers

@@ -140,3 +140,8 @@ def test_constants_need_no_chance() -> None:
 def test_no_room_at_all() -> None:
     risk = MemoryRisk(weigh("fp16"), parse_lengths("lognormal:mean=2000,sigma=1", 400), -5)
     assert (risk.most(0.01), risk.runs_out(1)) == (0, 1.0)
+
+
+def test_a_trace_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        read_trace(tmp_path / "none.csv", 100)

@@ -51,6 +51,7 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
         (changed("falcon-h1-1.5b", mamba_n_heads=47), "mamba_n_heads is 47"),
         (changed("kimi-linear-remote", linear_attn_config={"kda_layers": [1]}), "linear_attn_config"),
         (changed("mamba-2.8b", model_type="xlstm"), "model_type is 'xlstm'"),
+        (changed("ernie-0.3b", layer_share_kv=True), "layer_share_kv is True: layers that share a cache"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_its_key(config: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from kvsim.attention import Attention, Compressed, Latent
+from kvsim.attention import Attention, BlockSparse, Compressed, Latent
 from kvsim.families import FAMILIES, WRAPPERS, Family
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ def leaves(family: Family) -> str:
         for mixer in mixers:
             if isinstance(mixer, Attention):
                 out.append("sliding" if kind == "sliding" else "full")
+                out += ["indexer"] if isinstance(mixer, BlockSparse) else []
             elif isinstance(mixer, Latent):
                 out += ["mla", "indexer"] if mixer.indexer else ["mla"]
             elif isinstance(mixer, Compressed):
@@ -40,7 +41,7 @@ def leaves(family: Family) -> str:
                 out.append(STATES[type(mixer).__name__])
     out += ["chunked"] if family.chunk else []
     out += ["shared"] if family.sharing else []
-    out += ["none"] if family.single or family.layers else []
+    out += ["full", "none"] if family.layers else ["none"] if family.single else []
     return " + ".join(dict.fromkeys(out))
 
 

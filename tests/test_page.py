@@ -156,3 +156,9 @@ def test_axes_hold_their_curves(low: float, high: float, log: bool) -> None:
         x, y = map(float, point.split(","))
         assert chart.LEFT - 0.1 <= x <= chart.WIDTH
         assert chart.TOP - 0.1 <= y <= chart.HEIGHT - chart.BOTTOM + 0.1
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "missing" / "report.html"
+    assert run(["report", "--model", "gpt2", "--gpu", "h100-sxm", "--out", str(path)]) == 2
+    assert capsys.readouterr().err == f"kvsim: error: cannot write {path}: No such file or directory\n"

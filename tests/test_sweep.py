@@ -299,3 +299,18 @@ def test_an_engine_rounds() -> None:
         for row in (0, len(one.batch) - 1):
             size = (int(other.batch[row]), int(other.ctx[row]))
             assert other.nbytes[row] == estimate(other.cell.model, other.cell.method, *size, other.cell.engine).nbytes
+
+
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "missing" / "grid.csv"
+    assert run(["sweep", "--model", "gpt2", "--method", "fp16", "--out", str(path)]) == 2
+    assert capsys.readouterr().err == f"kvsim: error: cannot write {path}: No such file or directory\n"
+
+
+def test_what_is_left_out_is_said_once_a_reason() -> None:
+    models = tuple(load_model(name) for name in ("gemma-2-2b", "gemma-2-9b", "gpt2"))
+    methods = tuple(make_method("kivi", nbits=nbits) for nbits in (2, 4))
+    (line,) = Grid(models, methods, [1024], [1]).left_out
+    assert line.startswith(
+        "google/gemma-2-2b, google/gemma-2-9b with kivi-2bit-g32-r128, kivi-4bit-g32-r128 left out: "
+    )

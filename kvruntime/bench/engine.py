@@ -192,14 +192,24 @@ def figures(runs: Sequence[float], batch_size: int) -> Row:
     return {"seconds_per_step": seconds, "tokens_per_second": speed, "runs": list(runs)}
 
 
-def measure_prefill(engine: Any, clock: Clock, context: int, repeats: int, vocab_size: int, seed: int) -> Row:
-    """Seconds until the first token of random prompts of ``context`` tokens is known: ``[median, min, max]``."""
+def measure_prefill(engines: Sequence[Any], clock: Clock, context: int, repeats: int, vocab_size: int, seed: int) -> Row:
+    """Seconds until the first token of a random prompt of ``context`` tokens is known: ``[median, min, max]``.
+
+    ``engines``: the one measured and, where it is another, the uncompressed one (``base_seconds``).  They take turns: a
+    short prompt is the host's work, and a host is now faster, now slower.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocab_size, (engine.batch_size, context), generator=generator)
-    engine.prefill(ids)
-    return {"seconds": figures([clock(lambda: engine.prefill(ids), 1) for _ in range(repeats)], 1)["seconds_per_step"]}
+    ids = torch.randint(vocab_size, (engines[0].batch_size, context), generator=generator)
+    runs: list[list[float]] = [[] for _ in engines]
+    for turn in range(1 + repeats):
+        for engine, own in zip(engines, runs, strict=True):
+            seconds = clock(lambda engine=engine: engine.prefill(ids), 1)  # type: ignore[misc]
+            if turn:
+                own.append(seconds)
+    names = ("seconds", "base_seconds")
+    return {name: figures(own, 1)["seconds_per_step"] for name, own in zip(names, runs, strict=False)}
 
 
 def measure_largest(models: Models, subject: Subject, method: Method, clock: Clock, num_tokens: int, free: int) -> Row:
@@ -250,8 +260,11 @@ def subject_tasks(
         return measure_steps(engine, clock, context, repeats, models.loaded(subject).vocab_size)
 
     def prefill(method: Method, longest: int, prompt: int) -> Row:
-        engine = models.engine(subject, method, 1, longest)
-        return measure_prefill(engine, clock, prompt, repeats, models.loaded(subject).vocab_size, models.seed)
+        engines = [models.engine(subject, method, 1, longest)]
+        if method != methods[0]:
+            engines.append(models.engine(subject, methods[0], 1, longest))
+        turns = repeats * TURNS if prompt <= SHORT_PROMPT else repeats
+        return measure_prefill(engines, clock, prompt, turns, models.loaded(subject).vocab_size, models.seed)
 
     def largest(method: Method) -> Row:
         models.engine(subject, methods[0], 1, SMALLEST)  # what a decoder keeps beside the model is not free

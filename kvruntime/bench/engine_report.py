@@ -145,11 +145,12 @@ def prefill_table(group: Sequence[Row]) -> str:
     body = []
     for row in group:
         base = baseline(row, group)
-        off = "" if base is None else f"{row['seconds'][0] / base['seconds'][0] - 1:+.1%}"
-        body.append([size(row["num_tokens"]), row["method"], f"{1e3 * row['seconds'][0]:,.2f}", off])
-    return (
-        heading("first token", group[0], "batch 1") + "\n" + aligned(["prompt", "cache", "ms", "against 16-bit"], body)
-    )
+        beside = row.get("base_seconds") or (base and base["seconds"])  # in turns with it, or a measurement of its own
+        off = "" if beside is None else f"{row['seconds'][0] / beside[0] - 1:+.1%}"
+        own = "" if beside is None else f"{1e3 * beside[0]:,.2f}"
+        body.append([size(row["num_tokens"]), row["method"], f"{1e3 * row['seconds'][0]:,.2f}", own, off])
+    head = ["prompt", "cache", "ms", "16-bit ms beside", "against 16-bit"]
+    return heading("first token", group[0], "batch 1") + "\n" + aligned(head, body)
 
 
 def largest_table(group: Sequence[Row]) -> str:

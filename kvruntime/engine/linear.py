@@ -190,7 +190,8 @@ def linear_kernel(
             xs = xs + (normalized(x, means[row], scales[row], norm_weight, norm_bias, NORM),)
         if PERSISTENT:
             programs = tl.num_programs(0)
-            for _ in range(tl.program_id(0), num_tiles, programs):
+            for tile in range(tl.program_id(0), num_tiles, programs):
+                n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
                 next_n = n + programs * BLOCK_N
                 next_w = load_rows(weight_ptr, next_n, k, width, K)
                 next_u = next_w
@@ -198,7 +199,7 @@ def linear_kernel(
                     next_u = load_rows(factor_ptr, next_n, k, width, K)
                 next_bias, next_factor_bias = load_biases(bias_ptr, next_n, width, GATED)
                 finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, width, num_rows, ROWS, ACTIVATION)
-                n, w, u, bias, factor_bias = next_n, next_w, next_u, next_bias, next_factor_bias
+                w, u, bias, factor_bias = next_w, next_u, next_bias, next_factor_bias
         else:
             finish_tile(out_ptr, residual_ptr, w, u, xs, bias, factor_bias, n, width, num_rows, ROWS, ACTIVATION)
     else:

@@ -77,6 +77,8 @@ def command(
     try:
         temporary.write_text(report(found), encoding="utf-8")
         os.replace(temporary, out)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
     click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {out.stat().st_size / 1024:,.0f} KiB")
