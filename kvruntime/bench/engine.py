@@ -26,6 +26,8 @@ Clock = Callable[[Callable[[], Any], int], float]
 WARM = 4
 SMALLEST = 512
 LARGEST_AT = 32768
+SHORT_PROMPT, TURNS = 2048, 10
+"""Up to so many tokens a prompt is timed so many times as often: it takes milliseconds, and the host is not steady."""
 RESERVE = 2 << 30
 """Bytes that a step's activations, partial results and graphs are granted beside weights and cache."""
 
@@ -192,11 +194,13 @@ def figures(runs: Sequence[float], batch_size: int) -> Row:
     return {"seconds_per_step": seconds, "tokens_per_second": speed, "runs": list(runs)}
 
 
-def measure_prefill(engines: Sequence[Any], clock: Clock, context: int, repeats: int, vocab_size: int, seed: int) -> Row:
+def measure_prefill(
+    engines: Sequence[Any], clock: Clock, context: int, repeats: int, vocab_size: int, seed: int
+) -> Row:
     """Seconds until the first token of a random prompt of ``context`` tokens is known: ``[median, min, max]``.
 
-    ``engines``: the one measured and, where it is another, the uncompressed one (``base_seconds``).  They take turns: a
-    short prompt is the host's work, and a host is now faster, now slower.
+    ``engines``: the one measured and, where it is another, the uncompressed one (``base_seconds``).  They take turns:
+    a short prompt is the host's work, and a host is now faster, now slower.
     """
     import torch
 

@@ -145,7 +145,9 @@ def prefill_table(group: Sequence[Row]) -> str:
     body = []
     for row in group:
         base = baseline(row, group)
-        beside = row.get("base_seconds") or (base and base["seconds"])  # in turns with it, or a measurement of its own
+        beside = row.get("base_seconds")  # measured in turns with it
+        if beside is None and base is not None:
+            beside = base["seconds"]
         off = "" if beside is None else f"{row['seconds'][0] / beside[0] - 1:+.1%}"
         own = "" if beside is None else f"{1e3 * beside[0]:,.2f}"
         body.append([size(row["num_tokens"]), row["method"], f"{1e3 * row['seconds'][0]:,.2f}", own, off])
