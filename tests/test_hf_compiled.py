@@ -24,6 +24,8 @@ SINK = ("kivi", {"nbits": 2, "key_nbits": 4, "residual_length": 64, "sink_length
 PADDING = {1: (), 3: (0, 9, 3)}
 ROOM = 140
 
+# PyTorch's advice on any card that has TensorFloat32
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 families = pytest.mark.parametrize("family", ["GPT-2", "Llama", "Qwen3"])
 methods = pytest.mark.parametrize(
     "method", [FULL, HALF, KIVI, SEED, SINK], ids=["fp32", "fp16", "kivi", "kivi-seed", "kivi-sink"]

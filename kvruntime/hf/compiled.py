@@ -177,7 +177,8 @@ class CompiledLayer(CacheLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.counts.started and query_length == 1:
             return self.step_length, 0
-        return Length(self.get_seq_length() + query_length), 0
+        length = self.get_seq_length() + query_length
+        return Length(length) if query_length == 1 else length, 0  # PyTorch 2.11 cannot trace the making of a Length
 
     def reset(self) -> None:
         self.counts.started = False
