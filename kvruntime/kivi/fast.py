@@ -302,10 +302,16 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
     async_copy.commit_group()
 
 
+@gluon.constexpr_function
+def num_lines(words):
+    """Lines of 128 bytes that hold ``words``, to a power of two."""
+    return max(32, 1 << ((words + 31) // 32 - 1).bit_length())
+
+
 @gluon.jit
 def prefetch(record_ptr, RECORD_WORDS: gl.constexpr):
     """Ask for a record's lines to come into the L2 cache, whoever will need them."""
-    lines = gl.arange(0, 64 * ((RECORD_WORDS + 2047) // 2048), layout=gl.BlockedLayout([1], [32], [1], [0]))
+    lines = gl.arange(0, num_lines(RECORD_WORDS), layout=gl.BlockedLayout([1], [32], [1], [0]))
     at = record_ptr + gl.minimum(lines * 32, RECORD_WORDS - 1)
     gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
