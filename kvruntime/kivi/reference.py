@@ -322,8 +322,9 @@ def attend(
         token = torch.arange(first * record.num_tokens, last * record.num_tokens, device=query.device)
         even = bool((packed >= last * record.num_tokens).all())
         state.add(key, value, None if even else (token < packed[:, None])[:, None, None])
-    held = ring_positions(lengths, packed, sink, residual, exact_key.shape[2]) >= 0
-    state.add(exact_key, exact_value, held[:, None, None])
+    if exact_key.shape[2]:
+        held = ring_positions(lengths, packed, sink, residual, exact_key.shape[2]) >= 0
+        state.add(exact_key, exact_value, held[:, None, None])
     real = None
     if fresh is not None:
         key, value, counts = fresh
