@@ -40,10 +40,15 @@ QUERIES = (
     *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
     *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),
 )
-OPTIONAL = set(QUERIES)
-POINTERS = {"records_ptr": "*i32", "lengths_ptr": "*i32", "packed_ptr": "*i32", "counts_ptr": "*i32"} | dict.fromkeys(
-    ("partial_ptr", "lse_ptr"), "*fp32"
-)
+TABLE = ("table_ptr",)
+OPTIONAL = {*QUERIES, *TABLE}
+POINTERS = {
+    "records_ptr": "*i32",
+    "lengths_ptr": "*i32",
+    "packed_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "table_ptr": "*i32",
+} | dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
 
 
 def arguments(kernel, dtype: str, given: tuple[str, ...] = ()) -> dict[str, str]:
@@ -92,7 +97,7 @@ def attend(name: str, sm: int, shares: bool = False, given: tuple[str, ...] = ()
     constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
         "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "EARLY": sm >= 90,
     }  # fmt: skip
-    options = {"num_warps": 1} | ({"maxnreg": fast.REGISTERS} if given else {})
+    options = {"num_warps": 1} | ({"maxnreg": fast.REGISTERS} if "num_queries" in given else {})
     types = arguments(fast.attend_kernel, dtype, given)
     used = build(fast.attend_kernel, GluonASTSource, types, constants, sm, **options)
     return used | {"elements": 2 * 64 * dim // 32}
@@ -108,6 +113,14 @@ def attend_queries(name: str, sm: int) -> dict[str, int]:
 
 def attend_queries_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True, given=QUERIES)
+
+
+def attend_table(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, given=TABLE)
+
+
+def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, shares=True, given=QUERIES + TABLE)
 
 
 def combine(name: str, sm: int, given: tuple[str, ...] = ()) -> dict[str, int]:
@@ -127,7 +140,16 @@ def combine_queries(name: str, sm: int) -> dict[str, int]:
 
 KERNELS = {
     function.__name__: function
-    for function in (attend, attend_shares, attend_queries, attend_queries_shares, combine, combine_queries)
+    for function in (
+        attend,
+        attend_shares,
+        attend_queries,
+        attend_queries_shares,
+        attend_table,
+        attend_queries_table_shares,
+        combine,
+        combine_queries,
+    )
 }
 
 

@@ -165,6 +165,44 @@ def test_several_queries(attend, name, dim, sharing) -> None:
     assert max(errors) <= 2e-3, (lengths, count, q_per_kv, errors)
 
 
+def pooled(records, packed, record, seed):
+    """A pool with the rows' records in random places, and where: the first two of row 1 are row 0's."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, blocks = records.shape[:2]
+    place = torch.randperm(batch * blocks + 3, generator=generator)[: batch * blocks].view(batch, blocks).to(DEVICE)
+    pool = torch.full((batch * blocks + 3, *records.shape[2:]), -7, dtype=torch.int32, device=DEVICE)
+    pool[place] = records
+    held = torch.arange(blocks, device=DEVICE) < torch.tensor(packed, device=DEVICE)[:, None] // record.num_tokens
+    pool[place[1, :2]] = -7
+    place[1, :2] = place[0, :2]
+    return pool, torch.where(held, place, -(1 << 30)).to(torch.int32)
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize(
+    ("name", "dim", "count"), [("2-bit g64 sink", 128, None), ("2-bit gk128", 64, None), ("k4v2", 64, 5)]
+)
+def test_block_table(attend, name, dim, sharing, count) -> None:
+    """Records anywhere in a pool give the same bits as row after row; two rows share records; -2**30 is no place."""
+    method = METHODS[name]
+    lengths = [900, 700, 70]
+    sizes = [(3, 2, 900, dim)] * 2 + [(3, 8, count or 1, dim)] + [(3, 2, count or 1, dim)] * 2
+    key, value, query, *new = (sized(x) for x in normal(2, *sizes))
+    for x in (key, value):  # the first tokens of row 1, which lie to the right, are those of row 0
+        x[1, :, 200 : 200 + 400] = x[0, :, :400]
+    cache = Filled(method, dim, 2, lengths, key, value)
+    pool, table = pooled(cache.stores[0], cache.packed, cache.record, 4)
+    fresh = None if count is None else (*new, torch.tensor([count, 2, 1], dtype=torch.int32, device=DEVICE))
+    options = {"key_params": None, "fresh": fresh, **SHARING[sharing]}
+    out = attend(query, *cache.arguments, dim**-0.5, **options)
+    assert max(cache.error(out, query, dim**-0.5, row, fresh) for row in range(3)) <= 2e-3
+    assert torch.equal(attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table, **options), out)
+    wide = torch.cat([table, table], 1)[:, : table.shape[1]]  # rows not next to each other
+    assert torch.equal(attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=wide, **options), out)
+    with pytest.raises(ValueError, match="expected \\[3, num_blocks\\] int32 over"):
+        attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table[:2], **options)
+
+
 def test_fresh_alone(attend) -> None:
     """Nothing stored, and no slot provided for."""
     method = Kivi(residual_length=64)

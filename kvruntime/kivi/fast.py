@@ -300,6 +300,15 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
     async_copy.commit_group()
 
 
+@gluon.jit
+def record_of(base_ptr, table_ptr, tile, wanted, TILES: gl.constexpr, RECORD_STRIDE: gl.constexpr):
+    """Where the record of a row's ``tile`` lies; a block table is read only where ``wanted``."""
+    block = tile // TILES
+    if table_ptr is not None:
+        block = gl.load(table_ptr + block, mask=wanted, other=0)
+    return base_ptr + block.to(gl.int64) * RECORD_STRIDE
+
+
 @triton.jit
 def units_of(packed, chunks):
     """Work of one head of a row, in tiles: chunks of exact slots first, each as much as ``EXACT_UNITS`` tiles."""
@@ -394,7 +403,7 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
 @gluon.jit
 def attend_split(
     query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, count, certain,
-    first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest,
+    first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, AT_ONCE: gl.constexpr,
@@ -421,8 +430,8 @@ def attend_split(
     for index in gl.static_range(STAGES - 1):
         tile = first + index * step
         copy_tile(codes.index(index), key_params.index(index), value_params.index(index),
-                  base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, tile < certain, DIM, KEY_NBITS, VALUE_NBITS,
-                  KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                  record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES, tile < certain, DIM,
+                  KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     k = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
@@ -470,14 +479,20 @@ def attend_split(
 
     # ---- packed tokens, tile after tile, the next ones on their way
     stage = 0
+    if table_ptr is not None:  # read a step before it is needed
+        tile = first + (STAGES - 1) * step
+        next_ptr = record_of(base_ptr, table_ptr, tile, STAGES - 1 < count, TILES, RECORD_STRIDE)
     for index in range(count):
         async_copy.wait_group(STAGES - 2)
         ahead = index + (STAGES - 1)
         tile = first + ahead * step
         free = gl.where(stage == 0, STAGES - 1, stage - 1)
+        if table_ptr is not None:
+            record_ptr = next_ptr
+            next_ptr = record_of(base_ptr, table_ptr, tile + step, ahead + 1 < count, TILES, RECORD_STRIDE)
         copy_tile(codes.index(free), key_params.index(free), value_params.index(free),
-                  base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, ahead < count, DIM, KEY_NBITS, VALUE_NBITS,
-                  KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                  record_of(base_ptr, None, tile, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, tile % TILES,
+                  ahead < count, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
         lanes = codes.index(stage).reshape([codes.shape[1] // 128, 32, 4])
         key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
         value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
@@ -528,7 +543,7 @@ def attend_split(
 def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
     first, step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh, num_queries, stride_ql, new,
+    stride_qh, num_queries, stride_ql, new, table_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
@@ -544,7 +559,11 @@ def attend_part(
     row = (block // (NUM_HEADS * blocks)).to(gl.int64)
     head = block // blocks % NUM_HEADS
     first_head = block % blocks * HEADS
-    base_ptr = records_ptr + (row * num_records * NUM_HEADS + head) * RECORD_WORDS
+    if table_ptr is None:
+        base_ptr = records_ptr + (row * num_records * NUM_HEADS + head) * RECORD_WORDS
+    else:
+        base_ptr = records_ptr + head * RECORD_WORDS
+        table_ptr += row * num_records
     slots = (row * NUM_HEADS + head) * num_slots * DIM
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
     if SHARED:
@@ -564,7 +583,8 @@ def attend_part(
                  position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, first,
-        step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, DIM, KEY_NBITS,
+        step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, DIM,
+        KEY_NBITS,
         VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
         AT_ONCE, STAGES,
     )  # fmt: skip
@@ -597,7 +617,7 @@ def attend_part(
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb,
     stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
@@ -607,7 +627,8 @@ def attend_kernel(
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk.  Else all blocks' units lie in one line
     (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks.
 
-    ``num_queries`` and what follows: several queries a row and their fresh tokens, or None."""
+    ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
+    ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row."""
     if EARLY:
         gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
         gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
@@ -630,10 +651,13 @@ def attend_kernel(
         length = gl.load(lengths_ptr + block // blocks)
         packed = gl.load(packed_ptr + block // blocks)
         count = (gl.maximum(packed // TILE - split, 0) + num_splits - 1) // num_splits
+        certain = num_records * (RECORD // TILE)
+        if table_ptr is not None:  # beyond the packed tokens a table may say anything
+            certain = packed // TILE
         attend_part(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-            block * num_splits + split, split, num_splits, count, num_records * (RECORD // TILE), num_splits - 1 - split, num_splits,
-            chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new,
+            block * num_splits + split, split, num_splits, count, certain, num_splits - 1 - split, num_splits,
+            chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr,
             NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE,
             STAGES,
         )  # fmt: skip
@@ -663,7 +687,7 @@ def attend_kernel(
                 query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
                 gl.program_id(0) + block, first, 1, last - first, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, num_queries, stride_ql, new, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
+                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
                 RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, AT_ONCE, STAGES,
             )  # fmt: skip
             unit += stop - start
@@ -779,6 +803,7 @@ def attend(
     num_splits: int | None = None,
     equal_shares: bool = False,
     num_tokens: int | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
@@ -794,6 +819,7 @@ def attend(
     query = query if query.stride(3) == 1 else query.contiguous()
     num_queries = None if fresh is None else length
     fixed = constants(record, sink, residual, heads, q_heads // heads, num_queries)
+    num_records = reference.records_a_row(records, block_table, batch_size)
     chunks = -(-num_slots // CHUNK.value)
     new: tuple[Any, ...] = (None,) * 9
     if fresh is not None:
@@ -809,7 +835,7 @@ def attend(
     if splits is None and block_b:
         splits = PROGRAMS_PER_SM[dim] * sms
     elif splits is None:
-        provided = records.shape[1] * record.num_tokens
+        provided = num_records * record.num_tokens
         longest = provided if num_tokens is None else min(provided, num_tokens)
         splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, dim, sms)
     early = torch.cuda.get_device_capability(query.device) >= (9, 0)
@@ -820,7 +846,8 @@ def attend(
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
         query, records, exact_key, exact_value, lengths, packed, partial, lse, scale * attention.LOG2E, *query.stride()[:2],
-        num_slots, records.shape[1], batch_size, splits, num_queries, None if num_queries is None else query.stride(2), *new,
+        num_slots, num_records, batch_size, splits, num_queries, None if num_queries is None else query.stride(2), *new,
+        None if block_table is None else block_table.contiguous(),
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES, EARLY=early, num_warps=1,
         **({"launch_pdl": True} if early and num_tokens is not None else {}),
         **({} if fresh is None else {"maxnreg": REGISTERS}),
