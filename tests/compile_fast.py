@@ -36,13 +36,21 @@ METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "2-bit g64 d64": (Kivi(group_size=64), 64, 1, "fp16"),
 }
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64")
-POINTERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "arrivals_ptr"), "*i32") | dict.fromkeys(
-    ("partial_ptr", "lse_ptr"), "*fp32"
+QUERIES = (
+    *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
+    *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),
+)
+TABLE = ("table_ptr",)
+MERGED = ("arrivals_ptr",)
+OPTIONAL = {*QUERIES, *TABLE, *MERGED}
+POINTERS = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(
+    ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", "arrivals_ptr"), "*i32"
 )
 
 
-def arguments(kernel, dtype: str) -> dict[str, str]:
-    names = [name for name in kernel.arg_names if not name.isupper()]
+def arguments(kernel, dtype: str, given: tuple[str, ...] = ()) -> dict[str, str]:
+    """Types of a kernel's arguments; of the optional ones those ``given``, the others are None."""
+    names = [name for name in kernel.arg_names if not name.isupper() and (name in given or name not in OPTIONAL)]
     types = {name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in names}
     return types | ({"scale_log2": "fp32"} if "scale_log2" in types else {})
 
@@ -53,6 +61,7 @@ def build(
     """REG, STACK, ... as the binary states them; of its innermost loop that copies and multiplies, the number of
     instructions (``loop``) and of those that touch local memory (``loop_local``)."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constants = constants | {name: None for name in kernel.arg_names if name in OPTIONAL - types.keys()}
     aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride")]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     binary = triton.compile(
@@ -79,17 +88,15 @@ def build(
     return used | {"instructions": len(code), "loop": len(inner), "loop_local": local}
 
 
-def attend(name: str, sm: int, shares: bool = False) -> dict[str, int]:
+def attend(name: str, sm: int, shares: bool = False, given: tuple[str, ...] = ()) -> dict[str, int]:
     method, dim, q_per_kv, dtype = METHODS[name]
-    constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv) | {
+    queries = 5 if "num_queries" in given else None
+    constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
         "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "SPARE": 0, "EARLY": sm >= 90,
     }  # fmt: skip
-    types = arguments(fast.attend_kernel, dtype)
-    if shares:
-        del types["arrivals_ptr"]
-    used = build(
-        fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=fast.MAX_REGISTERS[dim]
-    )
+    types = arguments(fast.attend_kernel, dtype, given if shares or queries else given + MERGED)
+    registers = fast.REGISTERS if queries else fast.MAX_REGISTERS[dim]
+    used = build(fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=registers)
     return used | {"elements": 2 * 64 * dim // 32}
 
 
@@ -97,16 +104,50 @@ def attend_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True)
 
 
-def combine(name: str, sm: int) -> dict[str, int]:
+def attend_queries(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, given=QUERIES)
+
+
+def attend_queries_shares(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, shares=True, given=QUERIES)
+
+
+def attend_table(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, given=TABLE)
+
+
+def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, shares=True, given=QUERIES + TABLE)
+
+
+def combine(name: str, sm: int, given: tuple[str, ...] = ()) -> dict[str, int]:
     _, dim, q_per_kv, dtype = METHODS[name]
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim,
         "BLOCK_S": 32, "EARLY": sm >= 90,
     }  # fmt: skip
-    return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype), constants, sm, num_warps=4)
+    return build(
+        fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, num_warps=4
+    )
 
 
-KERNELS = {function.__name__: function for function in (attend, attend_shares, combine)}
+def combine_queries(name: str, sm: int) -> dict[str, int]:
+    return combine(name, sm, given=QUERIES)
+
+
+KERNELS = {
+    function.__name__: function
+    for function in (
+        attend,
+        attend_shares,
+        attend_queries,
+        attend_queries_shares,
+        attend_table,
+        attend_queries_table_shares,
+        combine,
+        combine_queries,
+    )
+}
 
 
 def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:

@@ -69,7 +69,8 @@ PRODUCTS = {  # rows, N, K, activation, in parts, dtype
     "llama up x64": (64, 14336, 4096, "silu", False, "bf16"),
 }
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
-INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr"), "*i32") | {"layers_ptr": "*i64"}
+INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr"), "*i32")
+INTEGERS |= {"layers_ptr": "*i64"}
 
 
 def compiled(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, object]:
@@ -143,14 +144,13 @@ def store_layers(name: str, sm: int) -> dict[str, int]:
     return store(name, sm, layers=True)
 
 
-def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16") -> dict[str, int]:
+def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
     fixed = {"params_ptr": "*fp16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     types = arguments(attention.attend_kernel, dtype, **fixed)
-    if rows == 4:
-        for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr"):
-            del types[absent]
+    for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr") * (rows == 4) + ("table_ptr",) * (not table):
+        del types[absent]
     block_m = attention.block_rows(rows, dim)
     options = attention.launch(record, block_m)
     constants = quantize.record_constants(record) | {
@@ -162,6 +162,10 @@ def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16") -> dict[str, 
 
 def attend_fresh(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, rows=64, dtype="bf16")
+
+
+def attend_table(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, table=True)
 
 
 def freeze(name: str, sm: int, layers: bool = False) -> dict[str, int]:
@@ -257,7 +261,7 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
 
 KERNELS = {
     function.__name__: function
-    for function in (pack, store, freeze, advance, attend, attend_fresh, combine, store_full, attend_full)
+    for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, store_full, attend_full)
 } | {function.__name__: function for function in (pack_layers, store_layers, freeze_layers)}
 ENGINE = {linear: LAYERS, dense: PRODUCTS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}

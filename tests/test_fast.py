@@ -94,14 +94,25 @@ class Filled:
             out.append(torch.cat([own[:, :sink], old.double(), own[:, sink + packed :]], 1))
         return out
 
-    def error(self, out, query, scale, row):
-        """Relative to float64 attention; the largest value of a row that holds nothing."""
-        if not self.lengths[row]:
-            return out[row].abs().max().item()
+    def error(self, out, query, scale, row, fresh=None):
+        """Relative to float64 attention; the largest value of queries that are padding or see nothing."""
+        count = query.shape[2] if fresh is None else int(fresh[2][row])
+        nothing = out[row, :, : query.shape[2] - count if self.lengths[row] or fresh else None]
+        worst = nothing.abs().max().item() if nothing.numel() else 0.0
+        if not count or nothing.shape[1] == query.shape[2]:
+            return worst
         key, value = self.held(row)
-        rows = query[row].double().unflatten(0, (key.shape[0], -1)).squeeze(2)
-        truth = (scale * rows @ key.transpose(1, 2)).softmax(-1) @ value
-        return ((out[row].double().view_as(truth) - truth).norm() / truth.norm()).item()
+        seen = None
+        if fresh is not None:
+            new = [x[row, :, x.shape[2] - count :].double() for x in fresh[:2]]
+            key, value = torch.cat([key, new[0]], 1), torch.cat([value, new[1]], 1)
+            last = key.shape[1] - count + torch.arange(count, device=DEVICE)
+            seen = torch.arange(key.shape[1], device=DEVICE) <= last[:, None]
+        rows = query[row, :, query.shape[2] - count :].double().unflatten(0, (key.shape[0], -1))
+        score = scale * rows @ key[:, None].transpose(2, 3)
+        truth = (score if seen is None else score.masked_fill(~seen, -torch.inf)).softmax(-1) @ value[:, None]
+        own = out[row, :, query.shape[2] - count :].double().view_as(truth)
+        return max(worst, ((own - truth).norm() / truth.norm()).item())
 
 
 def normal(seed, *shapes):
@@ -138,6 +149,86 @@ def test_error(attend, name, dim, sharing, dtype) -> None:
             again = attend(query, *cache.arguments, dim**-0.5, num_splits=MERGED[sharing], arrivals=arrivals)
             torch.testing.assert_close(again, out, rtol=2 * torch.finfo(out.dtype).eps, atol=1e-6)
         assert not arrivals.any()
+
+
+QUERIES = ((2, 1), (1, 4), (3, 7), (5, 4), (16, 2), (4, 12), (33, 1), (2, 2), (64, 1), (17, 3))
+"""Queries a row and heads that share a key/value head."""
+MANY = [(name, dim, sharing) for name in METHODS for dim in (64, 128) for sharing in SHARING]
+
+
+@pytest.mark.parametrize(("name", "dim", "sharing"), MANY)
+def test_several_queries(attend, name, dim, sharing) -> None:
+    """Each sees what is stored and the fresh tokens up to its own; some rows are padded on the left."""
+    method, index = METHODS[name], MANY.index((name, dim, sharing))
+    count, q_per_kv = QUERIES[index % len(QUERIES)]
+    heads, full = 1 + (count < 16), method.residual_length
+    choices = [0, 1, full - 1, full, full + 1, 2 * full - 1, 517, 300]
+    lengths = [choices[(index // 4 + 3 * row) % len(choices)] + method.sink_length * (row % 2) for row in range(3)]
+    most = max(lengths)
+    sizes = [(3, heads, most, dim)] * 2 + [(3, heads * q_per_kv, count, dim)]
+    key, value, query, *new = normal(index, *sizes, (3, heads, count, dim), (3, count, heads, dim))
+    cache = Filled(method, dim, heads, lengths, sized(key), sized(value))
+    counts = torch.tensor([count, (count + 1) // 2, index % 2], dtype=torch.int32, device=DEVICE)
+    fresh = (sized(new[0]), sized(new[1]).transpose(1, 2), counts)
+    for x in fresh[:2]:
+        x[1, :, : count // 2] = float("nan")
+    out = attend(sized(query), *cache.arguments, dim**-0.5, None, fresh, **SHARING[sharing])
+    assert out.shape == query.shape
+    errors = [cache.error(out, sized(query), dim**-0.5, row, fresh) for row in range(3)]
+    assert max(errors) <= 2e-3, (lengths, count, q_per_kv, errors)
+
+
+def pooled(records, packed, record, seed):
+    """A pool with the rows' records in random places, and where: the first two of row 1 are row 0's."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, blocks = records.shape[:2]
+    place = torch.randperm(batch * blocks + 3, generator=generator)[: batch * blocks].view(batch, blocks).to(DEVICE)
+    pool = torch.full((batch * blocks + 3, *records.shape[2:]), -7, dtype=torch.int32, device=DEVICE)
+    pool[place] = records
+    held = torch.arange(blocks, device=DEVICE) < torch.tensor(packed, device=DEVICE)[:, None] // record.num_tokens
+    pool[place[1, :2]] = -7
+    place[1, :2] = place[0, :2]
+    return pool, torch.where(held, place, -(1 << 30)).to(torch.int32)
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize(
+    ("name", "dim", "count"), [("2-bit g64 sink", 128, None), ("2-bit gk128", 64, None), ("k4v2", 64, 5)]
+)
+def test_block_table(attend, name, dim, sharing, count) -> None:
+    """Records anywhere in a pool give the same bits as row after row; two rows share records; -2**30 is no place."""
+    method = METHODS[name]
+    lengths = [900, 700, 70]
+    sizes = [(3, 2, 900, dim)] * 2 + [(3, 8, count or 1, dim)] + [(3, 2, count or 1, dim)] * 2
+    key, value, query, *new = (sized(x) for x in normal(2, *sizes))
+    for x in (key, value):  # the first tokens of row 1, which lie to the right, are those of row 0
+        x[1, :, 200 : 200 + 400] = x[0, :, :400]
+    cache = Filled(method, dim, 2, lengths, key, value)
+    pool, table = pooled(cache.stores[0], cache.packed, cache.record, 4)
+    fresh = None if count is None else (*new, torch.tensor([count, 2, 1], dtype=torch.int32, device=DEVICE))
+    options = {"key_params": None, "fresh": fresh, **SHARING[sharing]}
+    out = attend(query, *cache.arguments, dim**-0.5, **options)
+    assert max(cache.error(out, query, dim**-0.5, row, fresh) for row in range(3)) <= 2e-3
+    assert torch.equal(attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table, **options), out)
+    wide = torch.cat([table, table], 1)[:, : table.shape[1]]  # rows not next to each other
+    assert torch.equal(attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=wide, **options), out)
+    with pytest.raises(ValueError, match="expected \\[3, num_blocks\\] int32 over"):
+        attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table[:2], **options)
+
+
+def test_fresh_alone(attend) -> None:
+    """Nothing stored, and no slot provided for."""
+    method = Kivi(residual_length=64)
+    record = method.record(LayerShape(1, 64, 64))
+    query, key, value = (sized(x) for x in normal(5, (2, 2, 20, 64), (2, 1, 20, 64), (2, 1, 20, 64)))
+    none = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    empty = [query.new_empty(2, 1, 0, 64) for _ in range(2)]
+    records = torch.empty(2, 0, 1, record.num_words, dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([20, 7], dtype=torch.int32, device=DEVICE)
+    arguments = (query, records, *empty, *none, record, 0, 64, 0.125, None, (key, value, counts))
+    truth = reference.attend(*(x.float() if x.is_floating_point() else x for x in arguments[:6]), *arguments[6:])
+    for sharing in SHARING.values():
+        assert ((attend(*arguments, **sharing).float() - truth).norm() / truth.norm()).item() <= 2e-3
 
 
 def test_one_row(attend) -> None:
@@ -223,10 +314,13 @@ def test_supports() -> None:
     ]  # fmt: skip
     for method, key_dim, value_dim in refused:
         assert not fast.holds(method.record(LayerShape(2, key_dim, value_dim))), method
-    query = torch.zeros(1, 4, 2, 64, dtype=torch.float16)
     record = Kivi().record(LayerShape(2, 64, 64))
-    assert not fast.supports(record, query)
-    with pytest.raises(ValueError, match="2 queries"):
+    query = torch.zeros(1, 4, fast.MAX_QUERIES + 1, 64, dtype=torch.float16, device=DEVICE)
+    able, fresh = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0), (query, query, None)
+    assert fast.supports(record, query[:, :, :1]) == fast.supports(record, query[:, :, 1:], fresh) == able
+    assert not fast.supports(record, query, fresh)
+    assert not fast.supports(record, query[:, :, :2])
+    with pytest.raises(ValueError, match="65 queries"):
         fast.attend(query, *[None] * 5, record, 0, 128, 0.125)
 
 
@@ -259,8 +353,9 @@ def test_compiles() -> None:
     assert not failed, failed
     for kernel, name, sm, used in rows:
         assert not used["LOCAL"], (kernel, name, sm, used)
-        assert used["STACK"] <= (32 if kernel == "attend_shares" else 0), (kernel, name, sm, used)
-        if kernel != "combine":
+        assert used["STACK"] <= (32 if kernel.endswith("shares") else 0), (kernel, name, sm, used)
+        if not kernel.startswith("combine"):
             assert used["loop"], (kernel, name, sm, used)
             assert not used["loop_local"], (kernel, name, sm, used)
-            assert used["loop"] / used["elements"] <= CEILINGS.get(name, 1.75), (kernel, name, sm, used)
+            ceiling = CEILINGS.get(name, 1.75) + 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
+            assert used["loop"] / used["elements"] <= ceiling, (kernel, name, sm, used)

@@ -280,3 +280,40 @@ def test_flat_attention_over_many_tokens(nbits: int) -> None:
     )
     truth = attention64(query[0].unflatten(0, (1, 4)), held_key, held_value, 0.125)
     assert (out[0].double() - truth[0]).norm() / truth.norm() <= 2e-3
+
+
+@pytest.mark.parametrize("fresh_length", [0, 3])
+def test_block_table(fresh_length: int) -> None:
+    """Records anywhere in a pool, one of them two rows': the same bits as row after row, and -2**30 is no place."""
+    method, shape, lengths = Kivi(residual_length=64), LayerShape(HEADS, 64, 64), [300, 200, 20]
+    record = method.record(shape)
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).half().to(DEVICE)
+
+    key, value = (randn(3, HEADS, 300, 64) for _ in range(2))
+    for x in (key, value):
+        x[1, :, 100:164] = x[0, :, :64]
+    tensors = poisoned(method, shape, 3, 300)
+    layout = {"record": record, "sink": 0, "residual": 64}
+    reference.append(key, value, lengths, [0] * 3, [0] * 3, **stores(tensors), **layout)
+    packed = [reference.flush_plan(0, 0, n, record.num_tokens, 0, 64) for n in lengths]
+    tensors["lengths"].copy_(torch.tensor([lengths, packed]))
+    query, fresh = randn(3, 2 * HEADS, fresh_length or 1, 64), None
+    if fresh_length:
+        new = [randn(3, HEADS, fresh_length, 64) for _ in range(2)]
+        fresh = (*new, torch.tensor([3, 2, 0], dtype=torch.int32, device=DEVICE))
+    records = tensors["records"]
+    place = torch.randperm(records.shape[0] * records.shape[1], generator=generator).view(records.shape[:2]).to(DEVICE)
+    pool = torch.empty_like(records.flatten(0, 1))
+    pool[place] = records
+    pool[place[1, 0]] = -7
+    place[1, 0] = place[0, 0]
+    held = torch.arange(records.shape[1], device=DEVICE) < tensors["lengths"][1][:, None] // record.num_tokens
+    table = torch.where(held, place, -(1 << 30)).to(torch.int32)
+    rest = (tensors["exact_key"], tensors["exact_value"], *tensors["lengths"], record, 0, 64, 0.125, None, fresh)
+    for run in (attention.attend, reference.attend):
+        assert torch.equal(run(query, pool, *rest, block_table=table), run(query, records, *rest))
+        with pytest.raises(ValueError, match="expected \\[3, num_blocks\\] int32 over"):
+            run(query, pool, *rest, block_table=table.long())

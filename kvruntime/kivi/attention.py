@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvruntime.kivi import reference
 from kvruntime.kivi.quantize import (
     chunks,
     groups_in,
@@ -164,7 +165,7 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
 @triton.jit
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, lengths_ptr, packed_ptr, new_key_ptr, new_value_ptr,
-    counts_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb,
+    counts_ptr, table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb,
     stride_vh, stride_vt, num_queries, num_slots, num_records, batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
@@ -200,13 +201,19 @@ def attend_kernel(
     # ---- packed records, a contiguous share of the tiles
     num_tiles = packed // TILE
     share = (num_tiles + num_splits - 1) // num_splits
-    base_ptr = records_ptr + (row.to(tl.int64) * num_records * NUM_HEADS + head) * RECORD_WORDS
+    if table_ptr is None:
+        base_ptr = records_ptr + (row.to(tl.int64) * num_records * NUM_HEADS + head) * RECORD_WORDS
+    else:
+        base_ptr = records_ptr + head * RECORD_WORDS
     record_stride = tl.full([], NUM_HEADS * RECORD_WORDS, tl.int64)
     seq_params_ptr = params_ptr
     if KEY_GROUP == 0:
         seq_params_ptr = params_ptr + rows * KEY_DIM
     for index in tl.range(split * share, tl.minimum(split * share + share, num_tiles), num_stages=NUM_STAGES):
-        record_ptr = base_ptr + record_stride * (index // TILES)
+        block = index // TILES
+        if table_ptr is not None:
+            block = tl.load(table_ptr + row * num_records + block)
+        record_ptr = base_ptr + record_stride * block
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
         tile = index % TILES
         score = tl.zeros([BLOCK_M, TILE], tl.float32)
@@ -325,6 +332,7 @@ def attend(
     fresh: tuple[Tensor, Tensor, Tensor] | None = None,
     num_splits: int | None = None,
     num_tokens: int | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
@@ -334,6 +342,8 @@ def attend(
     batch_size, q_heads, num_queries, _ = query.shape
     heads, num_slots = exact_key.shape[1:3]
     q_per_kv = q_heads // heads
+    num_records = reference.records_a_row(records, block_table, batch_size)
+    table = None if block_table is None else block_table.contiguous()
     query = query if query.stride(3) == 1 else query.contiguous()
     new_key = new_value = counts = None
     strides = (0, 0, 0, 0, 0, 0)
@@ -345,7 +355,7 @@ def attend(
     blocks = -(-num_queries * q_per_kv // block_m)
     if num_splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        provided = records.shape[1] * record.num_tokens + num_slots
+        provided = num_records * record.num_tokens + num_slots
         longest = provided if num_tokens is None else min(provided, num_tokens)
         num_splits = plan_splits(batch_size * heads * blocks, longest, sms)
     out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
@@ -354,8 +364,8 @@ def attend(
         partial = out.new_empty(*out.shape[:3], num_splits, record.value_dim, dtype=torch.float32)
         lse = out.new_empty(*out.shape[:3], num_splits, dtype=torch.float32)
     attend_kernel[(num_splits, batch_size * heads, blocks)](
-        query, records, exact_key, exact_value, key_params, lengths, packed, new_key, new_value, counts, partial, lse,
-        scale * LOG2E, *query.stride()[:3], *strides, num_queries, num_slots, records.shape[1], batch_size, num_splits,
+        query, records, exact_key, exact_value, key_params, lengths, packed, new_key, new_value, counts, table, partial, lse,
+        scale * LOG2E, *query.stride()[:3], *strides, num_queries, num_slots, num_records, batch_size, num_splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m,
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record), **launch(record, block_m),
     )  # fmt: skip

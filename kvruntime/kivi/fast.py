@@ -1,4 +1,4 @@
-"""Gluon: decode attention (one query a row) over packed records, on the tensor cores and at the speed of the memory.
+"""Gluon: decode attention over packed records, on the tensor cores and at the speed of the memory.
 
 The dequantized key is ``code * scale + zero``, so with one scale a channel ``d`` and group of tokens, and one a token
 ``t`` and group of channels ``g`` for values::
@@ -26,6 +26,7 @@ Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -65,6 +66,10 @@ RESERVED_BYTES = 1024
 """Of a program's shared memory, by the driver."""
 MERGED_PARTS = 12
 """Parts of a block that the last of its programs merges itself; more are left to :func:`combine_kernel`'s many programs."""
+MAX_QUERIES = 64
+"""Queries a row: every block of 8 (query, head)s reads the records again, from the L2 cache."""
+REGISTERS = 255
+"""Of a thread where there are several queries: left to choose, ptxas at times takes 168 and spills in the loop."""
 
 tile_order = gluon.constexpr_function(layout.tile_order)
 
@@ -317,7 +322,16 @@ def prefetch(record_ptr, RECORD_WORDS: gl.constexpr):
 
 
 @gluon.jit
-def copy_first(codes, key_params, value_params, base_ptr, first, step, least, certain, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+def record_of(base_ptr, table_ptr, tile, wanted, TILES: gl.constexpr, RECORD_STRIDE: gl.constexpr):
+    """Where the record of a row's ``tile`` lies; a block table is read only where ``wanted``."""
+    block = tile // TILES
+    if table_ptr is not None:
+        block = gl.load(table_ptr + block, mask=wanted, other=0)
+    return base_ptr + block.to(gl.int64) * RECORD_STRIDE
+
+
+@gluon.jit
+def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, least, certain, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
                VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
                KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Start copying the first tiles of a split, ``least`` and above: fewer than ``certain`` may be read."""
@@ -326,8 +340,8 @@ def copy_first(codes, key_params, value_params, base_ptr, first, step, least, ce
         tile = first + index * step
         if tile >= least:
             copy_tile(codes.index(index), key_params.index(index), value_params.index(index),
-                      base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, tile < certain, DIM, KEY_NBITS, VALUE_NBITS,
-                      KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                      record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES, tile < certain,
+                      DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
 
 
 @triton.jit
@@ -351,6 +365,12 @@ def held(slot, length, packed, num_slots, SINK: gl.constexpr, RESIDUAL: gl.const
 
 
 @gluon.jit
+def present(slot, length, packed, num_slots, since, SINK: gl.constexpr, RESIDUAL: gl.constexpr):
+    """:func:`held`; of fresh tokens (``since`` given) those from ``since`` on."""
+    return held(slot, length, packed, num_slots, SINK, RESIDUAL) if since is None else (slot >= since) & (slot < num_slots)
+
+
+@gluon.jit
 def reinterpret_half(words, TOKENS: gl.constexpr, DIM: gl.constexpr):
     """Shared words as float16 ``[TOKENS, DIM]``, swizzled for ldmatrix."""
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
@@ -363,12 +383,13 @@ def reinterpret_half(words, TOKENS: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first, length, packed, num_slots,
-               VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr,
-               RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, stride_k, stride_v, first, length, packed,
+               num_slots, since, position, VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr,
+               VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
     """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values.
 
-    ``AT_ONCE``: empty slots are read too, so that nothing waits for ``length`` and ``packed``."""
+    ``AT_ONCE``: empty slots are read too, so that nothing waits for ``length`` and ``packed``.  Fresh tokens are slots
+    from ``since`` on, and a column sees those up to its ``position``."""
     KEYS: gl.constexpr = rows_layout(2, DIM // 4)
     VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
     TRANSPOSED: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
@@ -378,12 +399,12 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first
     c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, KEYS))))[None, None, :, None]
     i = gl.arange(0, DIM // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, KEYS))))[None, None, None, :]
     slot = first + hi * 8 + r
-    wanted = slot < num_slots if AT_ONCE else held(slot, length, packed, num_slots, SINK, RESIDUAL)
-    at, wanted = gl.broadcast(slot * DIM + c * (DIM // 4) + i, wanted)
+    wanted = slot < num_slots if AT_ONCE else present(slot, length, packed, num_slots, since, SINK, RESIDUAL)
+    at, wanted = gl.broadcast(slot * stride_k + c * (DIM // 4) + i, wanted)
     key = gl.load(key_ptr + at, mask=wanted, other=0.0)
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
-    at = slot * DIM + gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
-    mask = gl.broadcast(held(slot, length, packed, num_slots, SINK, RESIDUAL), at)[0]
+    at = slot * stride_v + gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
+    mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), at)[0]
     if AT_ONCE:
         value = gl.load(value_ptr + at, mask=gl.broadcast(slot < num_slots, at)[0], other=0.0)
         value = gl.where(mask, value, 0.0).to(value.dtype)
@@ -395,7 +416,9 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first
     if SHARED:
         score += swap_halves(score)
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
-    mask = gl.broadcast(held(slot, length, packed, num_slots, SINK, RESIDUAL), score)[0]
+    mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), score)[0]
+    if position is not None:
+        mask = mask & (slot <= position)
     score = gl.where(mask, score, float("-inf"))
     weight, alpha, peak = softmax_step(score, factor, peak, 0.0)
     staged.store(to_half(value))
@@ -415,14 +438,15 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, first
 @gluon.jit
 def attend_split(
     query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, count, certain,
-    first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real,
+    first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
     AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """``(acc, sums, peak)`` of ``count`` tiles from ``first`` on and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
-    output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``."""
+    output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and
+    values, their strides between tokens, how many, the first real one, each column's position, and the last column's."""
     TILES: gl.constexpr = RECORD // TILE
     WIDTH: gl.constexpr = DIM // VALUE_GROUPS
     KEY_STEP: gl.constexpr = 8 // KEY_NBITS  # codes a byte; code j of a byte lies at 2**(nbits * j - 24)
@@ -445,7 +469,7 @@ def attend_split(
 
     # ---- the first tiles are on their way before anything else is known; those below ``certain`` may be read
     if not BEGUN:
-        copy_first(codes, key_params, value_params, base_ptr, first, step, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
+        copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
                    VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
@@ -471,20 +495,40 @@ def attend_split(
 
     # ---- exact tokens, 16 slots a step
     staged = reinterpret_half(codes.index(STAGES - 1), CHUNK, DIM)
-    for chunk in range(first_chunk, end_chunk, step_chunk):
-        acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, exact_key_ptr, exact_value_ptr, chunk * CHUNK, length,
-                                     packed, num_slots, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL, AT_ONCE)  # fmt: skip
+    end_exact = end_chunk
+    if newest is not None:
+        chunks = (num_slots + CHUNK - 1) // CHUNK
+        end_exact = gl.minimum(end_chunk, chunks)
+    for chunk in range(first_chunk, end_exact, step_chunk):
+        acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, exact_key_ptr, exact_value_ptr, DIM, DIM, chunk * CHUNK,
+                                     length, packed, num_slots, None, None, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL,
+                                     AT_ONCE)  # fmt: skip
+
+    # ---- fresh tokens, whose chunks are counted after the exact ones; none beyond the last column's position
+    if newest is not None:
+        done = (gl.maximum(end_exact - first_chunk, 0) + step_chunk - 1) // step_chunk
+        end_fresh = gl.minimum(end_chunk, chunks + newest[7] // CHUNK + 1)
+        for chunk in range(first_chunk + done * step_chunk, end_fresh, step_chunk):
+            acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, newest[0], newest[1], newest[2], newest[3],
+                                         (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5], newest[6], VALUE_NBITS, SHARED,
+                                         DIM, VALUE_GROUPS, SINK, RESIDUAL, False)  # fmt: skip
 
     # ---- packed tokens, tile after tile, the next ones on their way
     stage = 0
+    if table_ptr is not None:  # read a step before it is needed
+        tile = first + (STAGES - 1) * step
+        next_ptr = record_of(base_ptr, table_ptr, tile, STAGES - 1 < count, TILES, RECORD_STRIDE)
     for index in range(count):
         async_copy.wait_group(STAGES - 2)
         ahead = index + (STAGES - 1)
         tile = first + ahead * step
         free = gl.where(stage == 0, STAGES - 1, stage - 1)
+        if table_ptr is not None:
+            record_ptr = next_ptr
+            next_ptr = record_of(base_ptr, table_ptr, tile + step, ahead + 1 < count, TILES, RECORD_STRIDE)
         copy_tile(codes.index(free), key_params.index(free), value_params.index(free),
-                  base_ptr + (tile // TILES).to(gl.int64) * RECORD_STRIDE, tile % TILES, ahead < count, DIM, KEY_NBITS, VALUE_NBITS,
-                  KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                  record_of(base_ptr, None, tile, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, tile % TILES,
+                  ahead < count, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
         lanes = codes.index(stage).reshape([codes.shape[1] // 128, 32, 4])
         key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
         value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
@@ -537,30 +581,48 @@ def attend_split(
 def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
     first, step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh,
+    stride_qh, num_queries, stride_ql, new, table_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``."""
-    BLOCKS: gl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
+    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``.
+
+    Several queries a row: a block's columns are some of its ``num_queries * Q_PER_KV`` (query, head)s."""
+    blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     SHARED: gl.constexpr = HEADS <= 4  # columns 4..7 are free for the low parts
     WIDTH: gl.constexpr = DIM // VALUE_GROUPS
     PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
-    row = (block // (NUM_HEADS * BLOCKS)).to(gl.int64)
-    head = block // BLOCKS % NUM_HEADS
-    first_head = block % BLOCKS * HEADS
-    base_ptr = records_ptr + (row * num_records * NUM_HEADS + head) * RECORD_WORDS
+    row = (block // (NUM_HEADS * blocks)).to(gl.int64)
+    head = block // blocks % NUM_HEADS
+    first_head = block % blocks * HEADS
+    if table_ptr is None:
+        base_ptr = records_ptr + (row * num_records * NUM_HEADS + head) * RECORD_WORDS
+    else:
+        base_ptr = records_ptr + head * RECORD_WORDS
+        table_ptr += row * num_records
     slots = (row * NUM_HEADS + head) * num_slots * DIM
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
     if SHARED:
         n = n & 3
     real = (n < HEADS) & (first_head + n < Q_PER_KV)
     column = (head * Q_PER_KV + first_head + n) * stride_qh
+    newest = None
+    if num_queries is not None:
+        member = first_head + n
+        real = (n < HEADS) & (member < num_queries * Q_PER_KV)
+        column = (head * Q_PER_KV + member % Q_PER_KV) * stride_qh + member // Q_PER_KV * stride_ql
+    if new is not None:
+        n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
+        position = (first_head + (n & 3 if SHARED else n)) // Q_PER_KV
+        since = num_queries - gl.load(new[2] + row)
+        newest = (new[0] + row * new[3] + head * new[4], new[1] + row * new[6] + head * new[7], new[5], new[8], num_queries, since,
+                 position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, first,
-        step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, DIM, KEY_NBITS,
+        step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, DIM,
+        KEY_NBITS,
         VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
         BEGUN, AT_ONCE, STAGES,
     )  # fmt: skip
@@ -569,6 +631,9 @@ def attend_part(
     sums_row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     total = gl.convert_layout(gl.sum(gl.where(sums_row == 8, sums, 0.0), axis=1), PER_HEAD)  # [1, 8]
     saw = total != 0
+    if new is not None:  # queries that are padding see nothing
+        n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
+        saw = saw & ((first_head + (n & 3 if SHARED else n)) // Q_PER_KV >= num_queries - gl.load(new[2] + row))
     inverse = gl.where(saw, 1.0 / gl.where(saw, total, 1.0), 0.0)
     channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     group = gl.arange(0, VALUE_GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
@@ -577,6 +642,8 @@ def attend_part(
         zeros = gl.convert_layout(gl.sum(gl.where(sums_row == g, sums, 0.0), axis=1), PER_HEAD)[:, None, :]
         out += gl.where(group == g, zeros, 0.0)
     out = out * inverse[:, None, :]
+    if new is not None:
+        out = gl.where(gl.broadcast(saw[:, None, :], out)[0], out, 0.0)
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
     at = slot * HEADS + n
     gl.store(partial_ptr + at[:, None, :] * DIM + group * WIDTH + channel, out, mask=gl.broadcast((n < HEADS)[:, None, :], out)[0])
@@ -640,10 +707,11 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, first_query_
         gl.store(out_ptr + at, (out / total).to(out_ptr.dtype.element_ty), mask=wanted)
 
 
-@gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits"])
+@gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits", "num_queries"])
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, out_ptr,
-    scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits,
+    scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
@@ -652,48 +720,63 @@ def attend_kernel(
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
     where ``arrivals_ptr`` has a count for each.  Else all blocks' units lie in one line (:func:`units_of`), and each of the
-    programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare_stages`."""
-    OF_HEAD: gl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
-    BLOCKS: gl.constexpr = NUM_HEADS * OF_HEAD  # of a row
+    programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare_stages`.
+
+    ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
+    ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row."""
+    of_head = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
+    blocks = NUM_HEADS * of_head  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
     codes = gl.allocate_shared_memory(gl.int32, [STAGES + SPARE, STAGE_WORDS], FLAT)
     key_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * KEY_GROUPS * DIM], FLAT)
     value_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * VALUE_GROUPS * TILE], FLAT)
     chunks = (num_slots + CHUNK - 1) // CHUNK
+    new = None
+    if num_queries is not None:
+        chunks += (num_queries + CHUNK - 1) // CHUNK
+        new = (new_key_ptr, new_value_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt)
     if BLOCK_B == 0:
         split = gl.program_id(0)
         block = gl.program_id(1)
+        if num_queries is not None:  # neighbours read the same records
+            split, block = block, split
         certain = num_records * (RECORD // TILE)
-        row_ptr = records_ptr + (block // BLOCKS).to(gl.int64) * num_records * (NUM_HEADS * RECORD_WORDS)
-        base_ptr = row_ptr + block // OF_HEAD % NUM_HEADS * RECORD_WORDS
-        copy_first(codes, key_params, value_params, base_ptr, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
-                   VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
+        row_ptr = records_ptr + (block // blocks).to(gl.int64) * num_records * (NUM_HEADS * RECORD_WORDS)
+        base_ptr = row_ptr + block // of_head % NUM_HEADS * RECORD_WORDS
+        if table_ptr is None:
+            copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS,
+                       KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
         if EARLY:
-            tile = split + (STAGES - 1) * num_splits
-            if tile < gl.load(packed_ptr + block // BLOCKS, cache_modifier=".cg") // TILE:  # of before or after that step
-                prefetch(base_ptr + (tile // (RECORD // TILE)).to(gl.int64) * (NUM_HEADS * RECORD_WORDS), RECORD_WORDS)
+            if table_ptr is None:
+                tile = split + (STAGES - 1) * num_splits
+                if tile < gl.load(packed_ptr + block // blocks, cache_modifier=".cg") // TILE:  # of before or after that step
+                    prefetch(base_ptr + (tile // (RECORD // TILE)).to(gl.int64) * (NUM_HEADS * RECORD_WORDS), RECORD_WORDS)
             gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
             gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
-        length = gl.load(lengths_ptr + block // BLOCKS)
-        packed = gl.load(packed_ptr + block // BLOCKS)
-        if EARLY:
+        length = gl.load(lengths_ptr + block // blocks)
+        packed = gl.load(packed_ptr + block // blocks)
+        if EARLY and table_ptr is None:
             if length - SINK - packed <= RESIDUAL - RECORD + 1:  # that step may have packed the newest record meanwhile
                 async_copy.wait_group(0)
-                copy_first(codes, key_params, value_params, base_ptr, split, num_splits, (packed - RECORD) // TILE, certain, DIM,
+                copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, (packed - RECORD) // TILE, certain, DIM,
                            KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
                            NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
         count = (gl.maximum(packed // TILE - split, 0) + num_splits - 1) // num_splits
+        certain = num_records * (RECORD // TILE)
+        if table_ptr is not None:  # beyond the packed tokens a table may say anything
+            certain = packed // TILE
         attend_part(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-            block * num_splits + split, split, num_splits, count, certain, num_splits - 1 - split, num_splits, chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM,
-            KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, True,
-            AT_ONCE, STAGES,
+            block * num_splits + split, split, num_splits, count, certain, num_splits - 1 - split, num_splits, chunks, length, packed,
+            num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, NUM_HEADS, Q_PER_KV,
+            HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
+            RECORD_WORDS, table_ptr is None, AT_ONCE, STAGES,
         )  # fmt: skip
         if arrivals_ptr is not None:
-            member = block % OF_HEAD * HEADS
+            member = block % of_head * HEADS
             merge_parts(
-                partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, block // OF_HEAD * Q_PER_KV + member, Q_PER_KV - member,
+                partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, block // of_head * Q_PER_KV + member, Q_PER_KV - member,
                 num_splits, HEADS, DIM,
             )  # fmt: skip
     else:
@@ -702,7 +785,7 @@ def attend_kernel(
             gdc_launch_dependents()
         LANES: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
         b = gl.arange(0, BLOCK_B, layout=LANES)
-        units = units_of(gl.load(packed_ptr + b, mask=b < batch_size, other=0), chunks) * BLOCKS
+        units = units_of(gl.load(packed_ptr + b, mask=b < batch_size, other=0), chunks) * blocks
         units = gl.where(b < batch_size, units, 0)
         ends = gl.associative_scan(units, 0, add)
         total = gl.sum(units, axis=0)
@@ -715,7 +798,7 @@ def attend_kernel(
             packed = gl.load(packed_ptr + row)
             own = units_of(packed, chunks)
             inside = unit - gl.sum(gl.where(b < row, units, 0), axis=0)
-            block = row * BLOCKS + inside // own
+            block = row * blocks + inside // own
             start = inside % own
             stop = gl.minimum(own, start + end - unit)
             exact = EXACT_UNITS * chunks
@@ -725,34 +808,39 @@ def attend_kernel(
                 query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
                 gl.program_id(0) + block, first, 1, last - first, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
-                RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, AT_ONCE, STAGES,
+                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+                KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, AT_ONCE, STAGES,
             )  # fmt: skip
             unit += stop - start
 
 
-@triton.jit(do_not_specialize=["num_slots", "batch_size", "num_splits"])
-def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, num_slots, batch_size, num_splits, NUM_HEADS: tl.constexpr,
+@triton.jit(do_not_specialize=["chunks", "batch_size", "num_splits", "num_queries"])
+def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, chunks, batch_size, num_splits, num_queries, NUM_HEADS: tl.constexpr,
                    Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_S: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
-    BLOCKS: tl.constexpr = (Q_PER_KV + HEADS - 1) // HEADS
+    blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     query_head = tl.program_id(0)
-    member = query_head % Q_PER_KV
-    block = query_head // Q_PER_KV * BLOCKS + member // HEADS
+    if num_queries is None:
+        member = query_head % Q_PER_KV
+        block = query_head // Q_PER_KV * blocks + member // HEADS
+    else:  # numbered as the columns are: heads of one query, then the next query
+        group = query_head // (num_queries * Q_PER_KV)
+        member = query_head % (num_queries * Q_PER_KV)
+        block = group * blocks + member // HEADS
+        query_head = (group * Q_PER_KV + member % Q_PER_KV) * num_queries + member // Q_PER_KV
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if BLOCK_B == 0:
         slot = block * num_splits
         parts = num_splits
     else:  # the programs whose shares reach into this block
         b = tl.arange(0, BLOCK_B)
-        chunks = (num_slots + CHUNK - 1) // CHUNK
         units = units_of(tl.load(packed_ptr + b, mask=b < batch_size, other=0), chunks)
         units = tl.where(b < batch_size, units, 0)
-        row = block // (NUM_HEADS * BLOCKS)
+        row = block // (NUM_HEADS * blocks)
         own = tl.sum(tl.where(b == row, units, 0), 0)
-        start = tl.sum(tl.where(b < row, units, 0), 0) * (NUM_HEADS * BLOCKS) + block % (NUM_HEADS * BLOCKS) * own
-        share = (tl.sum(units, 0) * (NUM_HEADS * BLOCKS) + num_splits - 1) // num_splits
+        start = tl.sum(tl.where(b < row, units, 0), 0) * (NUM_HEADS * blocks) + block % (NUM_HEADS * blocks) * own
+        share = (tl.sum(units, 0) * (NUM_HEADS * blocks) + num_splits - 1) // num_splits
         slot = start // share + block
         parts = (start + own - 1) // share - start // share + 1
     if EARLY:
@@ -776,12 +864,16 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, num_slots, batch_s
     tl.store(out_ptr + query_head * DIM + d, out.to(out_ptr.dtype.element_ty))
 
 
-def constants(record: Record, sink: int, residual: int, num_heads: int, q_per_kv: int) -> dict[str, int]:
-    """The kernel's compile-time constants: as few blocks of at most 8 query heads as hold them all, evenly filled."""
+def constants(
+    record: Record, sink: int, residual: int, num_heads: int, q_per_kv: int, num_queries: int | None = None
+) -> dict[str, int]:
+    """The kernel's compile-time constants: as few blocks of at most 8 query heads as hold them all, evenly filled; of
+    several queries' heads, 4 where that holds them all and else 8, because ``num_queries`` is not compiled in."""
     own = record_constants(record)
-    blocks = -(-q_per_kv // 8)
+    columns = q_per_kv if num_queries is None else 4 if num_queries * q_per_kv <= 4 else 8
+    blocks = -(-columns // 8)
     return {name: own[name] for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS")} | {
-        "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-q_per_kv // blocks), "DIM": record.key_dim,
+        "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-columns // blocks), "DIM": record.key_dim,
         "KEY_GROUPS": max(1, record.tile // record.key_group), "VALUE_GROUPS": record.num_value_groups,
         "SINK": sink, "RESIDUAL": residual,
     }  # fmt: skip
@@ -808,9 +900,8 @@ def spare_stages(fixed: dict[str, int], num_sms_bytes: int) -> int:
 def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
     """Whether :func:`attend` takes this record and query: otherwise :func:`attention.attend` does."""
     return (
-        fresh is None
-        and query.is_cuda
-        and query.shape[2] == 1
+        query.is_cuda
+        and query.shape[2] <= (1 if fresh is None else MAX_QUERIES)
         and query.dtype in (torch.float16, torch.bfloat16)
         and holds(record)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -846,24 +937,34 @@ def attend(
     equal_shares: bool = False,
     num_tokens: int | None = None,
     arrivals: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
 
-    For what :func:`supports` allows.  ``lengths`` and ``packed`` are int32 and stay on the device.  Every row is cut into
-    ``num_splits`` splits (default: the plan's, for rows of ``num_tokens`` or of what the buffers provide for).
-    ``equal_shares``: all rows' tokens lie in one line instead, and each of ``num_splits`` programs has an equal share of
-    it, for up to ``MAX_ROWS`` rows of very different lengths.  ``arrivals``: int32 zeros, one a query head of a row at
-    least, which no other call uses at the same time: then one launch does it all where splits are few.
+    For what :func:`supports` allows: one query a row, or up to ``MAX_QUERIES`` that bring ``fresh`` tokens.  ``lengths``,
+    ``packed`` and the counts are int32 and stay on the device.  Every row is cut into ``num_splits`` splits (default: the
+    plan's, for rows of ``num_tokens`` or of what the buffers provide for).  ``equal_shares``: all rows' tokens lie in one line
+    instead, and each of ``num_splits`` programs has an equal share of it, for up to ``MAX_ROWS`` rows of very different lengths.
+    ``arrivals``: int32 zeros, one a query head of a row at least, which no other call uses at the same time: then one launch
+    does it all where splits are few and a row has one query.
     """
     if not supports(record, query, fresh):
         raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
-    batch_size, q_heads, _, dim = query.shape
+    batch_size, q_heads, length, dim = query.shape
     heads, num_slots = exact_key.shape[1:3]
     query = query if query.stride(3) == 1 else query.contiguous()
-    fixed = constants(record, sink, residual, heads, q_heads // heads)
-    if not num_slots:  # nothing is provided for, nothing is held
-        return query.new_zeros(batch_size, q_heads, 1, dim)
-    blocks = heads * -(-fixed["Q_PER_KV"] // fixed["HEADS"])
+    num_queries = None if fresh is None else length
+    fixed = constants(record, sink, residual, heads, q_heads // heads, num_queries)
+    num_records = reference.records_a_row(records, block_table, batch_size)
+    chunks = -(-num_slots // CHUNK.value)
+    new: tuple[Any, ...] = (None,) * 9
+    if fresh is not None:
+        key, value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
+        new = (key, value, fresh[2], *key.stride()[:3], *value.stride()[:3])
+        chunks += -(-length // CHUNK.value)
+    if not chunks:  # nothing is provided for, nothing is held
+        return query.new_zeros(batch_size, q_heads, length, dim)
+    blocks = heads * -(-fixed["Q_PER_KV"] * length // fixed["HEADS"])
     properties = torch.cuda.get_device_properties(query.device)
     sms = properties.multi_processor_count
     block_b = max(32, triton.next_power_of_2(batch_size)) if equal_shares and batch_size <= MAX_ROWS else 0
@@ -871,31 +972,32 @@ def attend(
     if splits is None and block_b:
         splits = PROGRAMS_PER_SM[dim] * sms
     elif splits is None:
-        provided = records.shape[1] * record.num_tokens
+        provided = num_records * record.num_tokens
         longest = provided if num_tokens is None else min(provided, num_tokens)
-        units = longest // TILE.value + -(-num_slots // CHUNK.value)
-        splits = plan_splits(batch_size * blocks, units, dim, sms)
+        splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, dim, sms)
     early = properties.major >= 9
-    if block_b or splits > MERGED_PARTS or (arrivals is not None and arrivals.numel() < batch_size * blocks):
+    if fresh is not None or block_b or splits > MERGED_PARTS or (arrivals is not None and arrivals.numel() < batch_size * blocks):
         arrivals = None
     slots = batch_size * blocks + splits if block_b else batch_size * blocks * splits
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
-    out = query.new_empty(batch_size, q_heads, 1, dim)
-    attend_kernel[(splits,) if block_b else (splits, batch_size * blocks)](
+    out = query.new_empty(batch_size, q_heads, length, dim)
+    grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
+    attend_kernel[(splits,) if block_b else grid](
         query, records, exact_key, exact_value, lengths, packed, partial, lse, arrivals, out, scale * attention.LOG2E,
-        *query.stride()[:2], num_slots, records.shape[1], batch_size, splits,
+        *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
+        None if num_queries is None else query.stride(2), *new, None if block_table is None else block_table.contiguous(),
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
         SPARE=spare_stages(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, num_warps=1,
-        maxnreg=MAX_REGISTERS[dim], **({"launch_pdl": True} if early else {}),
+        maxnreg=MAX_REGISTERS[dim] if fresh is None else REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if arrivals is not None:
         return out
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
     block_d = min(dim, max(16, 4096 // block_s))
-    combine_kernel[(batch_size * q_heads, dim // block_d)](
-        partial, lse, packed, out, num_slots, batch_size, splits, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
+    combine_kernel[(batch_size * q_heads * length, dim // block_d)](
+        partial, lse, packed, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
         HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
         num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

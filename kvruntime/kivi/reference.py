@@ -253,6 +253,18 @@ def ring_positions(lengths: Tensor, packed: Tensor, sink: int, residual: int, sl
     return torch.where(token < lengths[:, None], token, -1)
 
 
+def records_a_row(records: Tensor, block_table: Tensor | None, batch_size: int) -> int:
+    """How many records a row's packed tokens may lie in (:func:`attend`'s tensors)."""
+    if block_table is None:
+        return records.shape[1]
+    if block_table.dtype != torch.int32 or block_table.shape[:-1] != (batch_size,) or records.dim() != 3:
+        raise ValueError(
+            f"block table {list(block_table.shape)} of {block_table.dtype} over records {list(records.shape)}: "
+            f"expected [{batch_size}, num_blocks] int32 over [pool_size, num_kv_heads, num_words]"
+        )
+    return block_table.shape[1]
+
+
 class Partial:
     """A running softmax over blocks of tokens: ``add`` blocks, then ``result`` (arXiv 2112.05682)."""
 
@@ -296,6 +308,7 @@ def attend(
     scale: float,
     key_params: Tensor | None = None,
     fresh: tuple[Tensor, Tensor, Tensor] | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores, one block of records at a time.
 
@@ -307,8 +320,13 @@ def attend(
     | lengths, packed | [batch_size] int: tokens stored, and those of them in records |
     | key_params | [2, batch_size, num_kv_heads, key_dim] float16, or None |
     | fresh | (key, value [batch_size, num_kv_heads, L, dim], counts [batch_size]): not yet stored, causal |
+    | block_table | [batch_size, num_blocks] int32 or None: which record each block of a row's packed tokens lies in |
     | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
+
+    With a block table, records are a pool [pool_size, num_kv_heads, record.num_words] that rows may share; its entries
+    beyond a row's packed tokens are not looked at.  Raises ``ValueError`` for a table of another shape or type.
     """
+    records_a_row(records, block_table, query.shape[0])
     batch, q_heads, length, _ = query.shape
     heads = exact_key.shape[1]
     q_per_kv = q_heads // heads
@@ -318,12 +336,18 @@ def attend(
     step = max(1, BLOCK_TOKENS // record.num_tokens)
     for first in range(0, most // record.num_tokens, step):
         last = min(first + step, most // record.num_tokens)
-        key, value = unpack_records(records[:, first:last].transpose(1, 2), record, params)
+        if block_table is None:
+            blocks = records[:, first:last]
+        else:
+            held = torch.arange(first, last, device=query.device) < packed[:, None] // record.num_tokens
+            blocks = records[torch.where(held, block_table[:, first:last], 0)]
+        key, value = unpack_records(blocks.transpose(1, 2), record, params)
         token = torch.arange(first * record.num_tokens, last * record.num_tokens, device=query.device)
         even = bool((packed >= last * record.num_tokens).all())
         state.add(key, value, None if even else (token < packed[:, None])[:, None, None])
-    held = ring_positions(lengths, packed, sink, residual, exact_key.shape[2]) >= 0
-    state.add(exact_key, exact_value, held[:, None, None])
+    if exact_key.shape[2]:
+        held = ring_positions(lengths, packed, sink, residual, exact_key.shape[2]) >= 0
+        state.add(exact_key, exact_value, held[:, None, None])
     real = None
     if fresh is not None:
         key, value, counts = fresh
