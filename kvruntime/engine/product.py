@@ -58,8 +58,8 @@ def product_kernel(
     if EARLY:
         gdc_launch_dependents()
     GATED: tl.constexpr = ACTIVATION == "silu"
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # programs that read the same rows of W are neighbours
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(2) * SHARE
     k = tl.arange(0, BLOCK_K)
     factor_ptr = weight_ptr + tl.cast(width, tl.int64) * K
@@ -152,7 +152,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     early = overlaps(x.device)
     shape = (splits, num_rows, width) if partial else (num_rows, width)
     out = x.new_empty(shape, dtype=torch.float32 if partial else x.dtype)
-    product_kernel[(-(-width // chosen.block_n), -(-num_rows // chosen.block_m), splits)](
+    product_kernel[(-(-num_rows // chosen.block_m), -(-width // chosen.block_n), splits)](
         x, weight, bias, out, num_rows, width, K=k, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
         BLOCK_K=chosen.block_k, SHARE=chosen.share, SUMS=chosen.sums, ACTIVATION=activation, PARTIAL=partial,
         STAGES=chosen.stages, EARLY=early, num_warps=chosen.num_warps, **({"launch_pdl": True} if early else {}),
