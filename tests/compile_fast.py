@@ -35,7 +35,17 @@ METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "2-bit g32 d64": (Kivi(), 64, 1, "fp16"),
     "2-bit g64 d64": (Kivi(group_size=64), 64, 1, "fp16"),
 }
-EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64")
+HEADS_256 = {  # one query, splits, groups of 64 and more
+    "2-bit g64 d256": (Kivi(group_size=64), 256, 4, "fp16"),
+    "2-bit g64 d256 bf16": (Kivi(group_size=64), 256, 8, "bf16"),
+    "2-bit g128 d256": (Kivi(group_size=128), 256, 4, "fp16"),
+    "4-bit g64 d256": (Kivi(nbits=4, group_size=64), 256, 4, "fp16"),
+    "8-bit g64 d256": (Kivi(nbits=8, group_size=64), 256, 1, "bf16"),
+    "k4v2 g64 d256": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 256, 4, "fp16"),
+    "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
+}
+METHODS |= HEADS_256
+EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256")
 QUERIES = (
     *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
     *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),
@@ -164,7 +174,8 @@ if __name__ == "__main__":
         for kernel in KERNELS
         for name in METHODS
         for sm in (80, 89, 90, 100)
-        if sm == 90 or name in EVERYWHERE
+        if (sm == 90 or name in EVERYWHERE)
+        and (name not in HEADS_256 or kernel in ("attend", "attend_table", "combine"))
     ]
     if len(sys.argv) > 1:
         tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]

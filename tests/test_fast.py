@@ -42,6 +42,8 @@ SHARING = {"plan": {}, "one split": {"num_splits": 1}, "five": {"num_splits": 5}
 MERGED = {"one split": 1, "five": 5}
 """Splits whose parts are merged by the last program too."""
 POINTS = [(name, dim, sharing, "float16") for name in METHODS for dim in (64, 128) for sharing in SHARING]
+WIDE = ("2-bit g64 sink", "4-bit g64", "8-bit g64", "k2v8")
+POINTS += [(name, 256, sharing, "float16") for name in WIDE for sharing in SHARING]
 POINTS += [(name, 64, "shares", dtype) for name in METHODS for dtype in ("bfloat16", "float32")]
 
 
@@ -269,7 +271,8 @@ def test_record_packed_while_it_starts(name, length) -> None:
 
 @pytest.mark.parametrize("kind", ["flat", "sharp", "limit", "sink"])
 @pytest.mark.parametrize(
-    ("name", "dim", "q_per_kv"), [("2-bit g64 sink", 64, 4), ("2-bit gk128", 128, 4), ("4-bit g64", 128, 8)]
+    ("name", "dim", "q_per_kv"),
+    [("2-bit g64 sink", 64, 4), ("2-bit gk128", 128, 4), ("4-bit g64", 128, 8), ("2-bit g64 sink", 256, 7)],
 )
 def test_hard_cases(attend, name, dim, q_per_kv, kind) -> None:
     """Near-flat weights over 65,536 tokens (2,048 in NumPy), a sharp softmax over outlier channels, values that reach
@@ -307,9 +310,11 @@ def test_supports() -> None:
     for method in METHODS.values():
         for dim in (64, 128):
             assert fast.holds(method.record(LayerShape(2, dim, dim)))
+    assert all(fast.holds(METHODS[name].record(LayerShape(2, 256, 256))) for name in WIDE)
     refused = [
         (Kivi(residual_length=32), 64, 64), (Kivi(nbits=3, residual_length=64), 64, 64), (kivi_seed(), 64, 64),
         (Kivi(group_size=96, residual_length=96, value_group_size=32), 64, 64), (Kivi(), 96, 96), (Kivi(), 256, 256),
+        (Kivi(key_group_size=64, value_group_size=32), 256, 256),
         (Kivi(), 128, 64), (Kivi(value_group_size=16), 64, 64),
     ]  # fmt: skip
     for method, key_dim, value_dim in refused:
@@ -335,7 +340,13 @@ def test_plan() -> None:
     assert fast.plan_splits(5000, 22, 64, 132) == 1
 
 
-CEILINGS = {"2-bit g32 d128": 2.1, "8-bit g64 d128": 2.2, "2-bit g32 d64": 2.2, "2-bit g64 d64": 1.95}
+CEILINGS = {
+    "2-bit g32 d128": 2.1,
+    "8-bit g64 d128": 2.2,
+    "8-bit g64 d256": 1.9,
+    "2-bit g32 d64": 2.2,
+    "2-bit g64 d64": 1.95,
+}
 """Instructions of the tile loop per code and lane; 1.75 for all others."""
 
 

@@ -56,9 +56,9 @@ ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
 STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
-PROGRAMS_PER_SM = {64: 12, 128: 8}
+PROGRAMS_PER_SM = {64: 12, 128: 8, 256: 8}
 """Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
-MAX_REGISTERS = {64: 168, 128: 248}
+MAX_REGISTERS = {64: 168, 128: 248, 256: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 MAX_ROWS = 1024
 MAX_PARTS = 256
@@ -413,7 +413,7 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
     key = to_half(key).reshape([2, 8, 4, DIM // 16, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([1, CHUNK, DIM])
     key = gl.convert_layout(key, ROWS, assert_trivial=True)
     score = mma_v2(key, query, gl.zeros([1, CHUNK, 8], gl.float32, MMA))
-    if SHARED:
+    if SHARED and DIM <= 128:  # of wider heads all eight columns hold the query
         score += swap_halves(score)
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), score)[0]
@@ -459,6 +459,8 @@ def attend_split(
     KEY_SHARE: gl.constexpr = share_layout(KEY_GROUPS, DIM // 4)
     VALUE_SHARE: gl.constexpr = share_layout(VALUE_GROUPS, TILE // 4)
     ZERO_ROWS: gl.constexpr = zero_layout(VALUE_GROUPS, TILE // 4)
+    WIDE: gl.constexpr = DIM > 128  # registers are short: what can be made or read again is not kept
+    ONCE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 4, 2], [1, 1, 1], [2, 1, 0])
     ZERO_SHAPE: gl.constexpr = [8 // VALUE_GROUPS, VALUE_GROUPS, 4, TILE // 4]
 
     # ---- the query is asked for first: behind the tiles it would wait for all of them
@@ -478,12 +480,14 @@ def attend_split(
     exponent = gl.minimum(gl.maximum(exponent, -80), 80)
     query, down = gl.broadcast(query, power_of_two(-exponent)[:, None, :])
     query = query * down
+    up_half = power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None].to(gl.float16)
     query, up = gl.broadcast(query, power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None])
     scaled = (query * up).to(gl.float16)  # at most 2**KEY_ROOM, and a scale at most 65504 / 2**KEY_ROOM
     if SHARED:
         n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
         low = gl.broadcast(n >= 4, query)[0]
-        query = gl.where(low, 0.0, query)
+        if not WIDE:
+            query = gl.where(low, 0.0, query)
         part = gl.where(low, -1.0, 0.0).to(gl.float16)
     query = query.to(gl.float16)
     group_query = gl.convert_layout(repeat(query, KEY_GROUPS, 0), COLUMNS, assert_trivial=True)
@@ -537,7 +541,7 @@ def attend_split(
         key_zero = lines.slice(KEY_GROUPS, KEY_GROUPS).load(KEY_SHARE)
         lines = value_params.index(stage).reshape([2 * VALUE_GROUPS, 4, TILE // 4])
         value_zero = lines.slice(0, VALUE_GROUPS).load(gl.SliceLayout(0, ZERO_ROWS))
-        value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(VALUE_SHARE)
+        value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(ONCE if WIDE else VALUE_SHARE)
         largest = gl.max(gl.max(gl.max(value_scale, axis=2), axis=1), axis=0).to(gl.float32)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         margin = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 134, 0).to(gl.float32)  # scales from 2**8 on
@@ -548,6 +552,8 @@ def attend_split(
         start = mma_v2(key_zero, group_query, gl.zeros([KEY_GROUPS, 16, 8], gl.float32, MMA)) * 2.0 ** (KEY_ROOM - 25)
         start = gl.convert_layout(repeat(start, TILE // KEY_GROUPS // 16, 1), MMA, assert_trivial=True)
         key_scale = gl.convert_layout(operand_order(key_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
+        if WIDE:
+            scaled = query * up_half
         wide, key_scale = gl.broadcast(scaled, key_scale)
         rows = code_rows(key_words, "key", KEY_GROUPS, DIM, KEY_NBITS)
         none = gl.zeros([KEY_GROUPS, TILE // KEY_GROUPS, 8], gl.float32, MMA)
@@ -562,6 +568,8 @@ def attend_split(
         weight, alpha, peak = softmax_step(score, packed_factor, peak, margin)
 
         # ---- values: sums of p * zero and p, then the codes
+        if WIDE:
+            value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(VALUE_SHARE)
         value_zero = gl.broadcast(value_zero[None, :, :, :], gl.zeros(ZERO_SHAPE, gl.float16, ZERO_ROWS))[0]
         zero_rows = gl.join(value_zero, gl.full(ZERO_SHAPE, 1.0, gl.float16, ZERO_ROWS))
         zero_rows = zero_rows.reshape([8, 4, TILE // 16, 2, 2, 2]).permute([5, 0, 2, 3, 1, 4]).reshape([1, 16, TILE])
@@ -868,10 +876,12 @@ def constants(
     record: Record, sink: int, residual: int, num_heads: int, q_per_kv: int, num_queries: int | None = None
 ) -> dict[str, int]:
     """The kernel's compile-time constants: as few blocks of at most 8 query heads as hold them all, evenly filled; of
-    several queries' heads, 4 where that holds them all and else 8, because ``num_queries`` is not compiled in."""
+    several queries' heads, 4 where that holds them all and else 8, because ``num_queries`` is not compiled in.  Of 256
+    channels a block has 4 at most."""
     own = record_constants(record)
-    columns = q_per_kv if num_queries is None else 4 if num_queries * q_per_kv <= 4 else 8
-    blocks = -(-columns // 8)
+    most = 4 if record.key_dim > 128 else 8
+    columns = q_per_kv if num_queries is None else 4 if num_queries * q_per_kv <= 4 else most
+    blocks = -(-columns // most)
     return {name: own[name] for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS")} | {
         "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-columns // blocks), "DIM": record.key_dim,
         "KEY_GROUPS": max(1, record.tile // record.key_group), "VALUE_GROUPS": record.num_value_groups,
@@ -901,7 +911,7 @@ def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor]
     """Whether :func:`attend` takes this record and query: otherwise :func:`attention.attend` does."""
     return (
         query.is_cuda
-        and query.shape[2] <= (1 if fresh is None else MAX_QUERIES)
+        and query.shape[2] <= (1 if fresh is None else MAX_QUERIES if record.key_dim <= 128 else 0)
         and query.dtype in (torch.float16, torch.bfloat16)
         and holds(record)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -909,14 +919,17 @@ def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor]
 
 
 def holds(record: Record) -> bool:
-    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64 or 128 channels, 2, 4 or 8 bits."""
+    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 128 or 256 channels, 2, 4 or 8 bits.
+
+    Of 256 channels only with groups of 64 and more: others take more registers than there are."""
     return (
         record.tile == layout.MAX_TILE
         and record.key_dim == record.value_dim
-        and record.key_dim in (64, 128)
+        and record.key_dim in (64, 128, 256)
         and {record.key_nbits, record.value_nbits} <= {2, 4, 8}
         and record.value_group in (32, 64, 128)
         and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
+        and (record.key_dim <= 128 or min(record.key_group, record.value_group) >= 64)
     )
 
 
@@ -944,9 +957,9 @@ def attend(
     For what :func:`supports` allows: one query a row, or up to ``MAX_QUERIES`` that bring ``fresh`` tokens.  ``lengths``,
     ``packed`` and the counts are int32 and stay on the device.  Every row is cut into ``num_splits`` splits (default: the
     plan's, for rows of ``num_tokens`` or of what the buffers provide for).  ``equal_shares``: all rows' tokens lie in one line
-    instead, and each of ``num_splits`` programs has an equal share of it, for up to ``MAX_ROWS`` rows of very different lengths.
-    ``arrivals``: int32 zeros, one a query head of a row at least, which no other call uses at the same time: then one launch
-    does it all where splits are few and a row has one query.
+    instead, and each of ``num_splits`` programs has an equal share of it, for heads of up to 128 channels and up to ``MAX_ROWS``
+    rows of very different lengths.  ``arrivals``: int32 zeros, one a query head of a row at least, which no other call uses at
+    the same time: then one launch does it all where splits are few and a row has one query.
     """
     if not supports(record, query, fresh):
         raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
@@ -967,7 +980,7 @@ def attend(
     blocks = heads * -(-fixed["Q_PER_KV"] * length // fixed["HEADS"])
     properties = torch.cuda.get_device_properties(query.device)
     sms = properties.multi_processor_count
-    block_b = max(32, triton.next_power_of_2(batch_size)) if equal_shares and batch_size <= MAX_ROWS else 0
+    block_b = max(32, triton.next_power_of_2(batch_size)) if equal_shares and dim <= 128 and batch_size <= MAX_ROWS else 0
     splits = num_splits
     if splits is None and block_b:
         splits = PROGRAMS_PER_SM[dim] * sms
