@@ -73,7 +73,9 @@ INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_pt
 INTEGERS |= {"layers_ptr": "*i64"}
 
 
-def compiled(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, object]:
+def compiled(
+    kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int, **options: int
+) -> dict[str, object]:
     """What the compiler makes of a kernel for compute capability ``sm`` (90 = sm_90): ``ptx``, ``cubin``, ...
 
     Pointers and strides are 16-byte aligned, as PyTorch's are.
@@ -86,15 +88,17 @@ def compiled(kernel, types: dict[str, str], constants: dict[str, object], sm: in
         if types.get(name, "").startswith("*") or (name in types and name.startswith("stride"))
     }
     source = ASTSource(kernel, signature, constants, attrs)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps}).asm
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, **options}).asm
 
 
-def resources(kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int) -> dict[str, int]:
+def resources(
+    kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int, **options: int
+) -> dict[str, int]:
     """REG, STACK, SHARED, ... as the binary states them, and ``instructions``."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled(kernel, types, constants, sm, num_warps)["cubin"])
+        path.write_bytes(compiled(kernel, types, constants, sm, num_warps, **options)["cubin"])
         dump = [tools / "cuobjdump", "-res-usage", "-sass", path]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
@@ -157,7 +161,8 @@ def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool =
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_M": block_m, "BLOCK_N": options["BLOCK_N"], "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],
     }  # fmt: skip
-    return resources(attention.attend_kernel, types, constants, sm, options["num_warps"])
+    own = {"maxnreg": attention.REGISTERS} if table else {}
+    return resources(attention.attend_kernel, types, constants, sm, options["num_warps"], **own)
 
 
 def attend_fresh(name: str, sm: int) -> dict[str, int]:

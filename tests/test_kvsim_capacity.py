@@ -52,7 +52,6 @@ def test_a_card_divided() -> None:
     ("model", "card", "options", "message"),
     [
         ("gpt2", "apple-m5-pro", {}, "apple-m5-pro: its memory is not known"),
-        ("minimax-m3", "b200", {}, "number of parameters"),
         ("gpt2", "t4", {"reserve": 1.0}, "reserve 1: allowed"),
         ("gpt2", "t4", {"weight_bits": 0.0}, "weight-bits 0: allowed"),
     ],
@@ -60,6 +59,11 @@ def test_a_card_divided() -> None:
 def test_what_cannot_be_said(model: str, card: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         room(load_model(model), find_hardware(card), **options)
+
+
+def test_an_unknown_number_of_parameters() -> None:
+    with pytest.raises(ValueError, match="number of parameters"):
+        room(replace(LLAMA, weights=None), find_hardware("b200"))
 
 
 def test_unknown_quantization_needs_the_bits() -> None:

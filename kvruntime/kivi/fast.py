@@ -728,7 +728,7 @@ def attend_kernel(
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
     where ``arrivals_ptr`` has a count for each.  Else all blocks' units lie in one line (:func:`units_of`), and each of the
-    programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare_stages`.
+    programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare`.
 
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
     ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row."""
@@ -736,8 +736,8 @@ def attend_kernel(
     blocks = NUM_HEADS * of_head  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES + SPARE, STAGE_WORDS], FLAT)
-    key_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * KEY_GROUPS * DIM], FLAT)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE_WORDS], FLAT)
+    key_params = gl.allocate_shared_memory(gl.float16, [STAGES + SPARE, 2 * KEY_GROUPS * DIM], FLAT)
     value_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * VALUE_GROUPS * TILE], FLAT)
     chunks = (num_slots + CHUNK - 1) // CHUNK
     new = None
@@ -895,16 +895,15 @@ def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
     return max(1, min(PROGRAMS_PER_SM[dim] * num_sms // max(1, programs), max(units // 2, min(units, MERGED_PARTS))))
 
 
-def spare_stages(fixed: dict[str, int], num_sms_bytes: int) -> int:
-    """Stages of shared memory that a program takes besides, so that no more than ``PROGRAMS_PER_SM`` of them share a
-    multiprocessor's ``num_sms_bytes``: launched while another kernel ends, they would crowd where it ended first."""
+def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
+    """Stages of key scales and zeros that a program takes besides, so that no more than ``PROGRAMS_PER_SM`` of them share a
+    multiprocessor's ``sm_nbytes`` of shared memory: launched while another kernel ends, they would crowd where it ended first."""
     dim, tile = fixed["DIM"], TILE.value
-    stage = tile * dim * max(fixed["KEY_NBITS"], fixed["VALUE_NBITS"]) // 4
-    own = STAGES * (stage + 4 * fixed["KEY_GROUPS"] * dim + 4 * fixed["VALUE_GROUPS"] * tile)
-    least = num_sms_bytes // (PROGRAMS_PER_SM[dim] + 1) + 1 - RESERVED_BYTES - own
-    most = num_sms_bytes // PROGRAMS_PER_SM[dim] - RESERVED_BYTES - own
-    spare = max(0, -(-least // stage))
-    return spare if spare * stage <= most else 0
+    stage = 4 * fixed["KEY_GROUPS"] * dim
+    codes = tile * dim * max(fixed["KEY_NBITS"], fixed["VALUE_NBITS"]) // 4
+    own = STAGES * (codes + stage + 4 * fixed["VALUE_GROUPS"] * tile) + RESERVED_BYTES
+    least = sm_nbytes // (PROGRAMS_PER_SM[dim] + 1) + 1
+    return max(0, -(-(least - own) // stage))
 
 
 def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
@@ -1001,7 +1000,7 @@ def attend(
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, None if block_table is None else block_table.contiguous(),
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
-        SPARE=spare_stages(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, num_warps=1,
+        SPARE=spare(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, num_warps=1,
         maxnreg=MAX_REGISTERS[dim] if fresh is None else REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if arrivals is not None:
