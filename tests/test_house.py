@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ ALLOWED = {
     "kvruntime": {"kvruntime", "kvsim"},
     "validation": {"validation", "kvruntime", "kvsim"},
 }
+TEXTS = {"", ".css", ".js", ".json", ".md", ".py", ".sh", ".toml", ".yml"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
 
 
@@ -51,6 +53,28 @@ def test_only_hf_and_what_measures_it_know_transformers() -> None:
 def test_no_drawers() -> None:
     found = [path for package in ALLOWED for path in (ROOT / package).rglob("*.py") if path.name in FORBIDDEN_NAMES]
     assert not found
+
+
+def test_no_text_file_holds_conflict_markers() -> None:
+    """Every text file that git tracks; in a copy without git, every one that is no build product."""
+    git = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = git.stdout.split("\0") if git.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.*")]
+    texts = [ROOT / name for name in names if Path(name).suffix in TEXTS and (ROOT / name).is_file()]
+    assert ROOT / "CHANGELOG.md" in texts
+    assert ROOT / "README.md" in texts
+    assert len(texts) > 200
+    assert not [(path.name, line) for path in texts for line in conflict_markers(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("marker", ["<" * 7 + " HEAD", "=" * 7, ">" * 7 + " plan", "|" * 7 + " base"])
+def test_a_conflict_marker_is_found(marker: str) -> None:
+    assert conflict_markers(f"one\n{marker}\ntwo\n") == [2]
+
+
+def conflict_markers(text: str) -> list[int]:
+    """Numbers of the lines that a merge left behind."""
+    marker = re.compile(r"(<{7}|>{7}|\|{7})( .*)?|={7}")
+    return [number for number, line in enumerate(text.splitlines(), 1) if marker.fullmatch(line)]
 
 
 def test_one_test_command() -> None:
