@@ -57,6 +57,8 @@ class FullLayer:
         """Bytes of the layer's tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    is_croppable = True
+
     def _provide(self, num_tokens: int) -> None:
         if self.tensors and num_tokens <= self.num_provided:
             return

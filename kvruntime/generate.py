@@ -47,6 +47,8 @@ def generate(
     Greedy at ``temperature`` 0.  Without a tokenizer the prompt's bytes are its token ids, and ids are written.
     Raises ``ValueError`` for an empty prompt or more tokens than the model has positions for.
     """
+    from kvruntime.hf.cache import argument
+
     ids = _encode(loaded, prompt)
     length = ids.shape[1] + max_new_tokens
     if max_new_tokens < 1:
@@ -63,7 +65,7 @@ def generate(
         out = loaded.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **argument(cache),
             max_new_tokens=max_new_tokens,
             streamer=_Stream(loaded.tokenizer, write),
             pad_token_id=0,

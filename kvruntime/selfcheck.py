@@ -125,6 +125,7 @@ def _generate(method: Method, device: torch.device) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvruntime import make_cache
+    from kvruntime.hf.cache import argument
     from kvruntime.hf.models import layer_shapes
 
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 256}
@@ -142,7 +143,7 @@ def _generate(method: Method, device: torch.device) -> str:
     with torch.inference_mode():
         want = model.generate(ids, **settings)
         cache = make_cache(model, method, max_seq_len=64)
-        have = model.generate(ids, past_key_values=cache, **settings)
+        have = model.generate(ids, **argument(cache), **settings)
     # all 24 prompt tokens are exact: the first decoded steps must agree whatever the method
     off = max((a - b).abs().max().item() for a, b in zip(want.logits[:2], have.logits[:2], strict=True))
     if not off <= LOGITS[device.type]:

@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from kvruntime.full import FullLayer
+from kvruntime.hf.cache import argument
 from kvruntime.kivi.reference import ring_positions, unpack_records
 
 
@@ -48,7 +49,7 @@ def step(model, cache, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     before = cache.get_seq_length()
     past = stock_past(cache, model.dtype) if ids.shape[1] > 1 and before else None
-    got = model(ids, past_key_values=cache).logits
+    got = model(ids, **argument(cache)).logits
     if ids.shape[1] == 1:
         past = stock_past(cache, model.dtype, before)
-    return got, model(ids, past_key_values=past).logits
+    return got, model(ids, **argument(past)).logits

@@ -11,6 +11,7 @@ from runtime_tiny import tiny_model  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from kvruntime import Engine, make_cache  # noqa: E402
+from kvruntime.hf.cache import argument  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = {"fp32": {}, "kivi": {"nbits": 4, "residual_length": 32}, "kivi-seed": {}}
@@ -44,7 +45,7 @@ def stock(model, method, options, prompts, new):
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=DEVICE)
     cache = make_cache(model, method, max_seq_len=longest + new, **options)
     out = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, do_sample=False, pad_token_id=0,
+        ids, attention_mask=mask, **argument(cache), max_new_tokens=new, do_sample=False, pad_token_id=0,
         eos_token_id=None,
     )  # fmt: skip
     return out[:, longest:].tolist()

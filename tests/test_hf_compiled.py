@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from kvruntime import Engine, make_cache
+from kvruntime.hf.cache import argument
 from kvruntime.hf.compiled import METHODS, step
 from kvruntime.kivi.cache import KiviLayer
 
@@ -55,7 +56,7 @@ def new_cache(model, method, *, compiled=True, max_seq_len=ROOM):
 
 def generate(model, inputs, cache, config=None, new=45, **options):
     how = {"do_sample": False, "max_new_tokens": new, "compile_config": config, "disable_compile": config is None}
-    return model.generate(**inputs, past_key_values=cache, **(how | options))
+    return model.generate(**inputs, **argument(cache), **(how | options))
 
 
 def rows_of(inputs):
@@ -93,9 +94,9 @@ def test_a_compiled_forward_without_generate(family):
     cache, stock = new_cache(model, KIVI), new_cache(model, KIVI, compiled=False)
     with torch.no_grad():
         for held in (cache, stock):
-            model(ids[:, :20], past_key_values=held)
+            model(ids[:, :20], **argument(held))
         for column in range(20, 100):
-            got, want = (run(ids[:, column : column + 1], past_key_values=held).logits
+            got, want = (run(ids[:, column : column + 1], **argument(held)).logits
                          for run, held in ((compiled, cache), (model, stock)))  # fmt: skip
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert cache.stores[0].tensors["lengths"].tolist() == stock.stores[0].tensors["lengths"].tolist()
@@ -142,7 +143,7 @@ def test_what_a_step_writes_has_a_static_address():
 def test_the_operator_is_well_made(method):
     model, cache = tiny("Llama"), new_cache(tiny("Llama"), method)
     with torch.no_grad():
-        model(**prompt(2, 70, (0, 8)), past_key_values=cache)
+        model(**prompt(2, 70, (0, 8)), **argument(cache))
     layer, counts = cache.layers[0], cache.counts
     query, key, value = (torch.randn(2, heads, 1, 32, device=DEVICE) for heads in (4, 2, 2))
     arguments = query, key, value, layer.tensors, counts.positions, counts.ticket, counts.method, 32**-0.5, ROOM
@@ -224,17 +225,17 @@ def test_refused():
     one = SimpleNamespace(ids=ids[:, :1], mask=torch.cat([mask, mask[:, -1:]], 1))
     cache = new_cache(model, FULL)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **argument(cache))
         with pytest.raises(ValueError, match="no attention mask was given"):
-            model(one.ids, past_key_values=cache)
+            model(one.ids, **argument(cache))
         with pytest.raises(ValueError, match="a batch of 1 rows for a cache that holds 2"):
-            model(one.ids[:1], attention_mask=one.mask[:1], past_key_values=cache)
+            model(one.ids[:1], attention_mask=one.mask[:1], **argument(cache))
         with pytest.raises(ValueError, match=r"shape \[2, 1, 1, 21\]: a compiled cache's step takes a 2-D one or none"):
-            model(one.ids, attention_mask=one.mask[:, None, None].bool(), past_key_values=cache)
+            model(one.ids, attention_mask=one.mask[:, None, None].bool(), **argument(cache))
         if DEVICE.type == "cpu":  # a GPU would stop
             for wrong in (one.mask[:, 1:], one.mask.flip(0), torch.cat([one.mask, one.mask[:, -1:]], 1)):
                 with pytest.raises(ValueError, match="hides tokens that the cache holds or shows padding"):
-                    model(one.ids, attention_mask=wrong, past_key_values=cache)
+                    model(one.ids, attention_mask=wrong, **argument(cache))
         assert cache.get_seq_length() == 20
 
 
@@ -254,7 +255,7 @@ class TestOnCuda:
             inputs = prompt(rows, length, PADDING[rows], seed=length)
             cache.reset()
             out = model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=60, do_sample=False, output_logits=True,
+                **inputs, **argument(cache), max_new_tokens=60, do_sample=False, output_logits=True,
                 return_dict_in_generate=True,
             )  # fmt: skip
             logits = torch.stack(out.logits, 1).float()
@@ -273,5 +274,5 @@ class TestOnCuda:
         """generate() stops with the error before the step, not after it."""
         model, cache = tiny("Llama", torch.float16), new_cache(tiny("Llama", torch.float16), KIVI, max_seq_len=70)
         with pytest.raises(ValueError, match="is full: it was made for max_seq_len 70"):
-            model.generate(**prompt(2, 50), past_key_values=cache, max_new_tokens=60, do_sample=False)
+            model.generate(**prompt(2, 50), **argument(cache), max_new_tokens=60, do_sample=False)
         assert cache.counts.positions.tolist() == [70, 70]

@@ -11,6 +11,10 @@ from hf_oracle import step
 from transformers import DynamicCache, GPT2LMHeadModel
 
 from kvruntime import make_cache
+from kvruntime.hf.cache import argument
+from kvruntime.kivi.cache import KiviLayer
+from kvsim.layout import LayerShape
+from kvsim.methods import Kivi
 
 FULL = ("fp32", {})
 KIVI = ("kivi", {"nbits": 4, "residual_length": 32})
@@ -43,7 +47,7 @@ def forced(model, cache, ids, mask=None, start=0):
         seen = {} if mask is None else {"attention_mask": mask[:, : column + 1]}
         if mask is not None:
             seen["position_ids"] = (mask[:, : column + 1].sum(1, keepdim=True) - 1).clamp(min=0)
-        out.append(model(ids[:, column : column + 1], past_key_values=cache, **seen).logits)
+        out.append(model(ids[:, column : column + 1], **argument(cache), **seen).logits)
     return torch.cat(out, 1)
 
 
@@ -68,12 +72,12 @@ def test_a_padded_row_equals_the_row_alone(family, method):
     cache = new_cache(model, method)
     with torch.no_grad():
         position = (mask[:, :90].cumsum(1) - 1).clamp(min=0)
-        first = model(ids[:, :90], attention_mask=mask[:, :90], position_ids=position, past_key_values=cache).logits
+        first = model(ids[:, :90], attention_mask=mask[:, :90], position_ids=position, **argument(cache)).logits
     ours = torch.cat([first, forced(model, cache, ids, mask, start=90)], 1)
     for row, count in enumerate(padding):
         alone = new_cache(model, method)
         with torch.no_grad():
-            want = model(ids[row : row + 1, count:90], past_key_values=alone).logits
+            want = model(ids[row : row + 1, count:90], **argument(alone)).logits
         want = torch.cat([want, forced(model, alone, ids[row : row + 1, count:], start=90 - count)], 1)
         close(ours[row, count:], want[0])
         assert alone.stores[0].row_lengths == [cache.stores[0].row_lengths[row]] == [150 - count]
@@ -86,8 +90,8 @@ def test_chunked_prefill_of_ragged_rows(family, method, chunk):
     model, inputs = tiny(family), prompt(3, 41, (0, 12, 33))
     stock = model.generate(**inputs, **GREEDY, max_new_tokens=8)
     ours = model.generate(
-        **inputs, **GREEDY, max_new_tokens=8, prefill_chunk_size=chunk, past_key_values=new_cache(model, method)
-    )
+        **inputs, **GREEDY, max_new_tokens=8, prefill_chunk_size=chunk, **argument(new_cache(model, method)
+    ))
     assert_same(ours, stock)
 
 
@@ -125,7 +129,7 @@ def test_generation_modes_equal_stock(family, method, arguments):
     torch.manual_seed(0)
     stock = model.generate(**inputs, max_new_tokens=16, **arguments)
     torch.manual_seed(0)
-    ours = model.generate(**inputs, max_new_tokens=16, **arguments, past_key_values=new_cache(model, method))
+    ours = model.generate(**inputs, max_new_tokens=16, **arguments, **argument(new_cache(model, method)))
     assert torch.equal(ours, stock)
 
 
@@ -138,9 +142,37 @@ def test_an_assistant_models_candidates(family, method):
     assistant.set_attn_implementation("sdpa")
     cache = new_cache(model, method)
     ours = model.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache
+        **inputs, max_new_tokens=20, do_sample=False, assistant_model=assistant, **argument(cache)
     )
     assert torch.equal(ours, stock)
+
+
+@both
+def test_candidates_are_taken_back_from_a_packed_cache(family):
+    """Wrong candidates leave the exact tokens; a cache whose newest tokens may all be packed says so beforehand."""
+    model, inputs = tiny(family), prompt(1, 150)
+    assistant = copy.deepcopy(model)
+    assistant.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for weight in assistant.parameters():
+            weight.add_(weight.std() * torch.randn(weight.shape, device=DEVICE) / 4)
+    cache = make_cache(model, "kivi", nbits=4, residual_length=128)
+    calls = 0
+
+    def crop(tokens_to_remove, crop=cache.crop):
+        nonlocal calls
+        calls += int(tokens_to_remove) < 0
+        crop(tokens_to_remove)
+
+    cache.crop = crop
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=False, assistant_model=assistant, **argument(cache))
+    assert out.shape == (1, 190)
+    assert calls > 10
+    assert min(cache.stores[0].row_packed) > 0
+    assert cache.get_seq_length() == cache.stores[0].row_lengths[0] == 189
+    record = KiviLayer(Kivi(), LayerShape(1, 64, 64), 1).record.num_tokens
+    for residual, croppable in ((record, False), (2 * record, True)):
+        assert KiviLayer(Kivi(residual_length=residual), LayerShape(1, 64, 64), 1).is_croppable == croppable
 
 
 @both
@@ -151,7 +183,7 @@ def test_beams_of_packed_tokens_score_as_the_sequence_by_itself(family):
         **inputs,
         max_new_tokens=70,
         num_beams=3,
-        past_key_values=cache,
+        **argument(cache),
         return_dict_in_generate=True,
         output_scores=True,
     )
@@ -159,7 +191,7 @@ def test_beams_of_packed_tokens_score_as_the_sequence_by_itself(family):
     for row, count in enumerate((0, 9)):
         alone, ids = new_cache(model, KIVI), out.sequences[row : row + 1, count:]
         with torch.no_grad():
-            first = model(ids[:, : 70 - count], past_key_values=alone).logits[:, -1:]
+            first = model(ids[:, : 70 - count], **argument(alone)).logits[:, -1:]
         logits = torch.cat([first, forced(model, alone, ids, start=70 - count)[:, :-1]], 1).log_softmax(-1)
         score = logits.gather(2, ids[:, 70 - count :, None]).mean()
         torch.testing.assert_close(out.sequences_scores[row], score, atol=1e-3, rtol=1e-3)
@@ -173,12 +205,12 @@ def test_crop_within_the_residual_leaves_no_trace(family, method):
     cache, plain = new_cache(model, method), new_cache(model, method)
     with torch.no_grad():
         for held in (cache, plain):
-            model(ids[:, :100], past_key_values=held)
-        model(wrong, past_key_values=cache)
+            model(ids[:, :100], **argument(held))
+        model(wrong, **argument(cache))
         cache.crop(-6)
         cache.crop(0)
         assert cache.get_seq_length() == 100
-        got, want = (model(ids[:, 100:], past_key_values=held).logits for held in (cache, plain))
+        got, want = (model(ids[:, 100:], **argument(held)).logits for held in (cache, plain))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -186,7 +218,7 @@ def test_crop_beyond_the_residual_is_refused_and_changes_nothing():
     model, ids = tiny("Llama"), prompt(1, 100)["input_ids"]
     cache = new_cache(model, KIVI)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **argument(cache))
     with pytest.raises(ValueError, match="packed"):
         cache.crop(-60)
     assert cache.get_seq_length() == 100
@@ -201,7 +233,7 @@ def test_crop_of_padding_takes_tokens_only():
     ids, mask = prompt(2, 20, (0, 8)).values()
     cache = new_cache(model, FULL)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **argument(cache))
     cache.crop(-10)
     assert (cache.stores[0].row_lengths, cache.columns.row_lengths(10)) == ([10, 2], [10, 2])
     with pytest.raises(ValueError, match="cannot crop to 5 tokens: the rest is padding in some rows"):
@@ -212,12 +244,12 @@ def test_crop_of_padding_takes_tokens_only():
 @all_methods
 def test_reset_and_use_again_with_another_batch(family, method):
     model, cache = tiny(family), new_cache(tiny(family), method)
-    model.generate(**prompt(2, 50, (0, 9)), max_new_tokens=60, do_sample=False, past_key_values=cache)
+    model.generate(**prompt(2, 50, (0, 9)), max_new_tokens=60, do_sample=False, **argument(cache))
     for inputs in (prompt(2, 45, (4, 0), seed=1), prompt(3, 45, (4, 0, 1), seed=2)):
         cache.reset()
         assert cache.get_seq_length() == 0
-        again = model.generate(**inputs, **GREEDY, max_new_tokens=30, past_key_values=cache)
-        fresh = model.generate(**inputs, **GREEDY, max_new_tokens=30, past_key_values=new_cache(model, method))
+        again = model.generate(**inputs, **GREEDY, max_new_tokens=30, **argument(cache))
+        fresh = model.generate(**inputs, **GREEDY, max_new_tokens=30, **argument(new_cache(model, method)))
         assert_same(again, fresh)
 
 
@@ -228,12 +260,12 @@ def test_a_second_turn_continues_the_cache(family, method):
     model, cache, stock = tiny(family), new_cache(tiny(family), method), DynamicCache()
     first, more = prompt(2, 20, (0, 7)), prompt(2, 9, (5, 0), seed=4)
     for past in (cache, stock):
-        out = model.generate(**first, max_new_tokens=6, do_sample=False, past_key_values=past)
+        out = model.generate(**first, max_new_tokens=6, do_sample=False, **argument(past))
         ids = torch.cat([out, more["input_ids"]], 1)
         mask = torch.cat(
             [first["attention_mask"], torch.ones(2, 6, dtype=torch.int64, device=DEVICE), more["attention_mask"]], 1
         )
-        second = model.generate(ids, attention_mask=mask, **GREEDY, max_new_tokens=6, past_key_values=past)
+        second = model.generate(ids, attention_mask=mask, **GREEDY, max_new_tokens=6, **argument(past))
         if past is cache:
             ours = second
     assert_same(ours, second)
@@ -248,7 +280,7 @@ def test_a_shared_prefix_is_copied_and_spread_over_rows(family, method):
     model, prefix = tiny(family), prompt(2, 70, (0, 9))
     cache = new_cache(model, method)
     with torch.no_grad():
-        model(**prefix, past_key_values=cache)
+        model(**prefix, **argument(cache))
     spread = copy.deepcopy(cache)
     spread.batch_repeat_interleave(2)
     assert spread.batch_size == 4
@@ -270,7 +302,7 @@ def test_a_shared_prefix_is_copied_and_spread_over_rows(family, method):
 def test_half_precision_is_stock(family, dtype, name):
     model, inputs = tiny(family, dtype), prompt(2, 30, (0, 4))
     stock = model.generate(**inputs, **GREEDY, max_new_tokens=12)
-    ours = model.generate(**inputs, **GREEDY, max_new_tokens=12, past_key_values=make_cache(model, name))
+    ours = model.generate(**inputs, **GREEDY, max_new_tokens=12, **argument(make_cache(model, name)))
     assert_same(ours, stock, atol=2e-2 if name == "bf16" else 2e-3)
 
 
@@ -290,7 +322,7 @@ def test_the_model_still_takes_stock_caches_exactly():
     fresh = copy.deepcopy(model)
     fresh.set_attn_implementation("sdpa")
     make_cache(model, "kivi")
-    for past in ({}, {"past_key_values": DynamicCache()}, {"use_cache": False}):
+    for past in ({}, argument(DynamicCache()), {"use_cache": False}):
         want = fresh.generate(**inputs, **GREEDY, max_new_tokens=6, **copy.deepcopy(past))
         assert_same(model.generate(**inputs, **GREEDY, max_new_tokens=6, **past), want, atol=0)
 
@@ -300,11 +332,11 @@ def test_inference_mode_in_between(method):
     model, ids = tiny("Llama"), prompt(1, 300)["input_ids"]
     cache = new_cache(model, method)
     with torch.inference_mode():
-        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, :40], **argument(cache))
     with torch.no_grad():
-        model(ids[:, 40:41], past_key_values=cache)
+        model(ids[:, 40:41], **argument(cache))
     with torch.inference_mode():
-        model(ids[:, 41:], past_key_values=cache)
+        model(ids[:, 41:], **argument(cache))
     cache.reset()
     assert cache.get_seq_length() == 0
 
@@ -315,5 +347,5 @@ def test_generation_stops_rows_that_are_done():
     plain = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     stop = {"eos_token_id": int(plain[0, 14]), "max_new_tokens": 12, "do_sample": False}
     stock = model.generate(**inputs, **stop)
-    assert torch.equal(model.generate(**inputs, **stop, past_key_values=make_cache(model, "fp32")), stock)
+    assert torch.equal(model.generate(**inputs, **stop, **argument(make_cache(model, "fp32"))), stock)
     assert isinstance(model, GPT2LMHeadModel)

@@ -11,7 +11,7 @@ from hf_models import prompt, tiny
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvruntime import make_cache
-from kvruntime.hf.cache import CacheLayer
+from kvruntime.hf.cache import CacheLayer, argument
 from kvsim.layout import LayerShape, nbytes
 
 SHAPES = {"GPT-2": LayerShape(4, 32, 32), "Llama": LayerShape(2, 32, 32)}  # as their configs say (hf_models.py)
@@ -80,7 +80,7 @@ def test_every_step_weighs_what_is_predicted(family, name, batch_size, max_seq_l
     for length in steps:
         start, stop = stop, stop + length
         with torch.no_grad():
-            model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+            model(ids[:, start:stop], attention_mask=mask[:, :stop], **argument(cache))
         provided = max_seq_len or -(-stop // 256) * 256
         assert cache.num_provided == provided
         predicted = model.config.num_hidden_layers * nbytes(cache.method.buffers(shape, batch_size, provided))
@@ -106,7 +106,7 @@ def test_no_token_survives_outside_the_buffers(name, monkeypatch):
     try:
         with torch.no_grad():
             for length in (200, 1, 5):
-                model(prompt(1, length)["input_ids"], past_key_values=cache)
+                model(prompt(1, length)["input_ids"], **argument(cache))
         assert len(fresh) == 3 * 2 * model.config.num_hidden_layers
         assert all(storage.expired() for storage in fresh)
         held = [StorageWeakRef(tensor.untyped_storage()) for tensor in reachable(cache)]

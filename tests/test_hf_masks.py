@@ -11,6 +11,7 @@ from hf_models import DEVICE, prompt, tiny
 
 from kvruntime import make_cache
 from kvruntime.hf import columns
+from kvruntime.hf.cache import argument
 from kvruntime.hf.columns import Columns
 
 # On a GPU one decoded token is checked without waiting: a wrong mask stops the device, which no test could survive.
@@ -29,7 +30,7 @@ def warm():
     model, inputs = tiny("Llama"), prompt(2, 10, (0, 4))
     cache = make_cache(model, "fp32")
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **argument(cache))
     return model, cache, inputs["attention_mask"]
 
 
@@ -46,7 +47,7 @@ def test_a_mask_unlike_what_was_cached(warm, length, hidden, shown):
         for row, column in spots:
             mask[row, column] = value
     with pytest.raises(ValueError, match="hides tokens that the cache holds or shows padding"), torch.no_grad():
-        model(prompt(2, length)["input_ids"], attention_mask=mask, past_key_values=cache)
+        model(prompt(2, length)["input_ids"], attention_mask=mask, **argument(cache))
     assert cache.get_seq_length() == 10
 
 
@@ -54,7 +55,7 @@ def test_a_mask_unlike_what_was_cached(warm, length, hidden, shown):
 def test_padding_without_a_mask(warm, length):
     model, cache, _ = warm
     with pytest.raises(ValueError, match=r"hides tokens|no attention mask was given"), torch.no_grad():
-        model(prompt(2, length)["input_ids"], past_key_values=cache)
+        model(prompt(2, length)["input_ids"], **argument(cache))
 
 
 def test_masks_of_ones_own():
@@ -65,18 +66,18 @@ def test_masks_of_ones_own():
     good = causal(rows, 0)
     position = (rows.long().cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        want = model(ids, attention_mask=rows.long(), position_ids=position, past_key_values=make_cache(model, "fp32"))
+        want = model(ids, attention_mask=rows.long(), position_ids=position, **argument(make_cache(model, "fp32")))
         additive = torch.where(good, 0.0, torch.finfo(torch.float32).min)
         for mask in (good, additive):
-            got = model(ids, attention_mask=mask, position_ids=position, past_key_values=make_cache(model, "fp32"))
+            got = model(ids, attention_mask=mask, position_ids=position, **argument(make_cache(model, "fp32")))
             torch.testing.assert_close(got.logits[rows], want.logits[rows], atol=1e-5, rtol=1e-5)
         window, ahead, bias = good.clone(), good.clone(), additive.clone()
         window[0, 0, 9, 2], ahead[0, 0, 5, 8], bias[0, 0, 9, 2] = False, True, -1.5
         for mask in (window, ahead, bias):
             with pytest.raises(ValueError, match="not causal over the tokens"):
-                model(ids, attention_mask=mask, past_key_values=make_cache(model, "fp32"))
+                model(ids, attention_mask=mask, **argument(make_cache(model, "fp32")))
         with pytest.raises(ValueError, match=r"shape \[2, 4, 12, 12\]: allowed is \[batch_size, 1, 12, 12\]"):
-            model(ids, attention_mask=good.expand(2, 4, 12, 12), past_key_values=make_cache(model, "fp32"))
+            model(ids, attention_mask=good.expand(2, 4, 12, 12), **argument(make_cache(model, "fp32")))
 
 
 def test_right_padding_is_not_stored_either():
@@ -87,10 +88,10 @@ def test_right_padding_is_not_stored_either():
     position = (mask.cumsum(1) - 1).clamp(min=0)
     cache, alone = make_cache(model, "kivi"), make_cache(model, "kivi")
     with torch.no_grad():
-        model(ids[:, :10], attention_mask=mask[:, :10], position_ids=position[:, :10], past_key_values=cache)
-        got = model(ids[:, 10:14], attention_mask=mask, position_ids=position[:, 10:], past_key_values=cache).logits
-        model(ids[1:, :6], past_key_values=alone)
-        want = model(ids[1:, 10:14], past_key_values=alone).logits
+        model(ids[:, :10], attention_mask=mask[:, :10], position_ids=position[:, :10], **argument(cache))
+        got = model(ids[:, 10:14], attention_mask=mask, position_ids=position[:, 10:], **argument(cache)).logits
+        model(ids[1:, :6], **argument(alone))
+        want = model(ids[1:, 10:14], **argument(alone)).logits
     assert cache.stores[0].row_lengths == [14, 10]
     torch.testing.assert_close(got[1:], want, atol=1e-5, rtol=1e-5)
 
@@ -141,23 +142,23 @@ def test_calls_that_are_refused(warm):
         "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :2])], 1),
     }
     with pytest.raises(ValueError, match=r"run the model under torch\.no_grad"):
-        model(**more, past_key_values=cache)
+        model(**more, **argument(cache))
     with torch.no_grad():
         with pytest.raises(ValueError, match="a batch of 1 rows for a cache that holds 2"):
-            model(more["input_ids"][:1], past_key_values=cache)
+            model(more["input_ids"][:1], **argument(cache))
         with pytest.raises(ValueError, match="max_seq_len 16"):
-            model(prompt(1, 17)["input_ids"], past_key_values=make_cache(model, "kivi", max_seq_len=16))
+            model(prompt(1, 17)["input_ids"], **argument(make_cache(model, "kivi", max_seq_len=16)))
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match="outside the kvruntime attention interface"):
-            model(**more, past_key_values=cache)
+            model(**more, **argument(cache))
         model.set_attn_implementation("sdpa")
         with pytest.raises(ValueError, match="outside the kvruntime attention interface"):
-            model(**more, past_key_values=cache)
+            model(**more, **argument(cache))
     make_cache(model)
     with pytest.raises(ValueError, match="offloading is not supported"):
         cache.layers[0].offload()
     with torch.no_grad():
-        assert model(**more, past_key_values=cache).logits.isfinite().all()
+        assert model(**more, **argument(cache)).logits.isfinite().all()
 
 
 def test_dropout_is_refused():
@@ -166,7 +167,7 @@ def test_dropout_is_refused():
     model.train()
     try:
         with torch.no_grad(), pytest.raises(ValueError, match=r"attention dropout 0.1: .* call model.eval\(\)"):
-            model(prompt(1, 4)["input_ids"], past_key_values=cache)
+            model(prompt(1, 4)["input_ids"], **argument(cache))
     finally:
         model.eval()
 

@@ -8,6 +8,7 @@ from hf_models import MODELS, prompt, readme_table, tiny
 from hf_oracle import step
 
 from kvruntime import make_cache
+from kvruntime.hf.cache import argument
 
 GENERATE = {"max_new_tokens": 10, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
@@ -18,7 +19,7 @@ def test_greedy_generation_is_stock(family):
     model, inputs = tiny(family), prompt(3, 24, (0, 5, 13))
     stock = model.generate(**inputs, **GENERATE)
     cache = make_cache(model, "fp32")
-    ours = model.generate(**inputs, **GENERATE, past_key_values=cache)
+    ours = model.generate(**inputs, **GENERATE, **argument(cache))
     assert torch.equal(ours.sequences, stock.sequences)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), atol=1e-5, rtol=1e-5)
     assert cache.stores[0].row_lengths == [33, 28, 20]

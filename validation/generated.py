@@ -93,6 +93,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     from transformers import StoppingCriteriaList
 
     from kvruntime import make_cache
+    from kvruntime.hf.cache import argument
 
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
@@ -105,7 +106,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
             model.generate(
                 ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **argument(cache),
                 max_new_tokens=new,
                 do_sample=False,
                 pad_token_id=0,

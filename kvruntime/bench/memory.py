@@ -60,11 +60,13 @@ def layer_shapes(model: Any) -> list[LayerShape]:
 
 
 def _forward(loaded: Loaded, cache: Any, ids: torch.Tensor) -> Callable[[int], None]:
+    from kvruntime.hf.cache import argument
+
     done = 0
 
     def step(count: int) -> None:
         nonlocal done
-        loaded.model(ids[:, done : done + count], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        loaded.model(ids[:, done : done + count], **argument(cache), use_cache=True, logits_to_keep=1)
         done += count
 
     return step

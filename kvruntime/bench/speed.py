@@ -60,17 +60,19 @@ def measure_speed(
 
 
 def _run(loaded: Loaded, contender: Contender, ids: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
+    from kvruntime.hf.cache import argument
+
     model, length = loaded.model, ids.shape[1] + decode_tokens
     cache = contender.build(model, length)
     wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
     wait()
     start = perf_counter()
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(ids, **argument(cache), use_cache=True, logits_to_keep=1).logits
     wait()
     middle = perf_counter()
     for _ in range(decode_tokens):
         token = logits[:, -1:].argmax(-1)
-        logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(token, **argument(cache), use_cache=True, logits_to_keep=1).logits
     wait()
     return middle - start, perf_counter() - middle
 

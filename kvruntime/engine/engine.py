@@ -17,7 +17,7 @@ from torch import Tensor
 from kvruntime.engine.decoders import lean as lean_decoder
 from kvruntime.engine.greedy import greedy
 from kvruntime.hf import make_cache
-from kvruntime.hf.cache import Held, Steps
+from kvruntime.hf.cache import Held, Steps, argument
 from kvruntime.hf.models import layer_shapes
 from kvruntime.layers import make_layer
 from kvsim.layout import Method
@@ -111,7 +111,7 @@ class Engine:
                 ids,
                 attention_mask=mask,
                 position_ids=(column - padding).clamp(min=0),
-                past_key_values=self.cache,
+                **argument(self.cache),
                 use_cache=True,
                 logits_to_keep=1,
             )
@@ -253,7 +253,7 @@ class Engine:
                 logits = self.model(
                     self.tokens[:, None],
                     position_ids=self.positions[:, None].long(),
-                    past_key_values=self.cache,
+                    **argument(self.cache),
                     use_cache=True,
                     logits_to_keep=1,
                 ).logits[:, -1]

@@ -42,6 +42,8 @@ def perplexity(
     ``make_cache(window)`` gives an empty cache for one batch.  The first token of a window is not predicted.  Log
     probabilities are taken in float32 and summed in float64.  ``tick`` is told the share of the work just done.
     """
+    from kvruntime.hf.cache import argument
+
     if chunk < 1 or batch < 1:
         raise ValueError(f"chunk {chunk} and batch {batch}: allowed are 1 and above")
     num_windows, window = windows.shape
@@ -52,7 +54,7 @@ def perplexity(
             cache = make_cache(window)
             for start in range(0, window - 1, chunk):
                 stop = min(start + chunk, window - 1)  # the last token has nothing to predict
-                logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+                logits = model(input_ids=ids[:, start:stop], **argument(cache), use_cache=True).logits
                 target = ids[:, start + 1 : stop + 1]
                 total += torch.nn.functional.cross_entropy(
                     logits.float().flatten(0, 1), target.flatten(), reduction="sum"

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
+from transformers import GenerationMixin, cache_utils
 
 from kvruntime.hf.columns import Columns
 from kvruntime.layers import Layer, make_layer
 from kvsim.layout import LayerShape, Method
-from kvsim.methods import Full
 
 HELD_NBYTES = 64 * 2**20
 """Keys and values that wait to be stored with those of other layers, at most: more than that keep a GPU busy alone."""
+
+TAKES_CACHE = "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+"""Models take a cache as ``cache``: transformers from 5.24 on, where ``past_key_values`` still works and warns."""
+
+
+def argument(cache: Any) -> dict[str, Any]:
+    """``cache``, this package's or any other, as the keyword argument that a model's forward and ``generate`` take."""
+    return {"cache" if TAKES_CACHE else "past_key_values": cache}
 
 
 class Length(int):
@@ -107,7 +115,11 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.method, self.columns, self.max_seq_len = method, columns, max_seq_len
         self.num_columns = 0
-        self.is_croppable = isinstance(method, Full)  # packed tokens do not come back
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether candidates that were not accepted can be taken back (``crop`` refuses where they are packed)."""
+        return not self.is_initialized or self.store.is_croppable
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])

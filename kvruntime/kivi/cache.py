@@ -50,6 +50,11 @@ class KiviLayer:
         """Bytes of the layer's tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def is_croppable(self) -> bool:
+        """Some newest tokens are always exact, ``residual_length`` less a record: as many may be taken back."""
+        return self.method.residual_length > self.record.num_tokens
+
     def _provide(self, num_tokens: int) -> None:
         if self.tensors and num_tokens <= self.num_provided:
             return
