@@ -1,9 +1,9 @@
 """What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
-tests/hf_models.py runs, ``<!-- results -->`` the tables of what validation/results holds, ``<!-- speed -->``
-those of speed, ``<!-- time ... -->`` the errors and constants of the model of time, ``<!-- planners -->`` the recorded
-head-to-head of planners.
+tests/hf_models.py runs, ``<!-- results ... -->`` the tables of memory and quality that validation/results holds,
+``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
+``<!-- planners -->`` the recorded head-to-head of planners.
 ``python tests/test_docs.py`` writes all of them anew.
 """
 
@@ -18,7 +18,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md")
+    ROOT / name
+    for name in (
+        *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
+        "docs/memory-and-quality.md",
+    )
 )
 BLOCK = re.compile(r"(<!-- (kvsim|models|results|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -30,9 +34,9 @@ def block(kind: str, arguments: str) -> str:
 
         return readme_table()
     if kind == "results":
-        from validation.readme import tables
+        from validation import readme
 
-        return tables()
+        return readme.block(arguments)
     if kind == "planners":
         from validation.planners import table
 
@@ -63,8 +67,33 @@ def regenerated(text: str) -> str:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_the_blocks_are_what_the_code_prints(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(BLOCK.findall(text)) >= 3
+    assert len(BLOCK.findall(text)) >= 2
     assert text == regenerated(text)
+
+
+def test_the_readme_says_what_bits_cost_as_recorded() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(r"Two bits cost ([\d.]+) % of SmolLM2-135M's perplexity, four cost ([\d.]+) %", text)
+    assert said is not None
+    for words, nbits in zip(said.groups(), (2, 4), strict=True):
+        table = re.search(rf"\| kivi-{nbits}bit-g32-r128 \| [\d.]+ \| \+([\d.]+)% \|", text)
+        assert table is not None
+        digits = len(words.partition(".")[2])
+        assert words == f"{float(table[1]):.{digits}f}"
+
+
+def test_the_readme_shows_excerpts_alone() -> None:
+    """Whole outputs of benchmarks stand in docs/: the page that a stranger reads holds tables."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "<!-- results benchmarks -->" not in text
+    assert len(text.splitlines()) < 400
+
+
+def test_an_unknown_table_of_results_is_refused() -> None:
+    from validation.readme import block as results_block
+
+    with pytest.raises(ValueError, match="'memoory': allowed are claims, claims short, benchmarks, memory, "):
+        results_block("memoory")
 
 
 def test_links_lead_somewhere() -> None:

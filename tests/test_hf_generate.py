@@ -90,8 +90,8 @@ def test_chunked_prefill_of_ragged_rows(family, method, chunk):
     model, inputs = tiny(family), prompt(3, 41, (0, 12, 33))
     stock = model.generate(**inputs, **GREEDY, max_new_tokens=8)
     ours = model.generate(
-        **inputs, **GREEDY, max_new_tokens=8, prefill_chunk_size=chunk, **argument(new_cache(model, method)
-    ))
+        **inputs, **GREEDY, max_new_tokens=8, prefill_chunk_size=chunk, **argument(new_cache(model, method))
+    )
     assert_same(ours, stock)
 
 
@@ -141,9 +141,7 @@ def test_an_assistant_models_candidates(family, method):
     assistant = copy.deepcopy(model)  # every candidate is right, so several tokens are stored at a time
     assistant.set_attn_implementation("sdpa")
     cache = new_cache(model, method)
-    ours = model.generate(
-        **inputs, max_new_tokens=20, do_sample=False, assistant_model=assistant, **argument(cache)
-    )
+    ours = model.generate(**inputs, max_new_tokens=20, do_sample=False, assistant_model=assistant, **argument(cache))
     assert torch.equal(ours, stock)
 
 
