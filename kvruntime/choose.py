@@ -15,6 +15,8 @@ from kvsim.options import Value, choose_methods, parse_dtype, parse_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+RUNS = ("fp16", "bf16", "fp32", "kivi", "kivi-seed")
+"""The names of kvsim's methods that kvruntime runs: those of the types in ``kvruntime.layers.LAYERS``."""
 DEFAULT = "kivi:nbits=2"
 SWEPT = ("nbits", "group_size", "residual_length")
 """Options that may be given more than once: every combination is one method."""
@@ -36,7 +38,7 @@ method_options = options(
         "--method",
         "specs",
         multiple=True,
-        help=f"{', '.join(METHODS)}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
+        help=f"{', '.join(RUNS)}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
     ),
     click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
     click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),
@@ -48,6 +50,13 @@ method_options = options(
     click.option("--value-group-size", type=parse_value, metavar="CHANNELS", help="Channels a value scale, or 'head'."),
     click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
 )
+
+
+def check_runs(method: object) -> None:
+    """Raises ``ValueError`` for what is no method, or one that kvsim weighs and nothing runs."""
+    if type(method) not in {type(METHODS[name]()) for name in RUNS}:
+        name = getattr(method, "name", repr(method))
+        raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(RUNS)}")
 
 
 def chosen_methods(
@@ -65,6 +74,8 @@ def chosen_methods(
         shared: dict[str, Value] = {**named, **dict(combination)}
         chosen = specs or ([DEFAULT] if "nbits" not in shared else ["kivi"])
         out += choose_methods(chosen, shared, kind)[0]
+    for method in out:
+        check_runs(method)
     return list(dict.fromkeys(out))
 
 
@@ -76,4 +87,4 @@ def chosen_method(specs: Sequence[str], dtype: str | None, given: dict[str, Any]
     return methods[0]
 
 
-__all__ = ["chosen_method", "chosen_methods", "method_options", "options"]
+__all__ = ["check_runs", "chosen_method", "chosen_methods", "method_options", "options"]

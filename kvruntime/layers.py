@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvruntime.choose import check_runs
 from kvruntime.full import Fresh, FullLayer
 from kvruntime.kivi.cache import KiviLayer
 from kvsim.layout import LayerShape, Method
@@ -58,7 +59,5 @@ def make_layer(
     method: Method, shape: LayerShape, batch_size: int, max_seq_len: int | None, device: torch.device
 ) -> Layer:
     """The layer object of ``method``; raises ``ValueError`` where nothing runs it yet or it cannot hold ``shape``."""
-    if type(method) not in LAYERS:
-        allowed = ", ".join(kind.__name__ for kind in LAYERS)
-        raise ValueError(f"nothing runs the method {method.name}: allowed are {allowed}")
+    check_runs(method)
     return LAYERS[type(method)](method, shape, batch_size, max_seq_len, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import transformers
 from hf_models import GQA, SMALL, tiny
 
 from kvruntime import make_cache
-from kvsim.methods import Full, Kivi
+from kvruntime.choose import RUNS
+from kvruntime.hf.cache import argument
+from kvruntime.layers import LAYERS
+from kvsim.methods import METHODS, Full, Kivi
 
 MLA = {
     **SMALL,
@@ -98,12 +102,60 @@ def test_tensor_parallel_ranks(monkeypatch):
         ("kivi", {"value_group_size": 24}, ValueError, "value group size 24 does not divide head dimension 32"),
         ("fp16", {"nbits": 2}, ValueError, "'fp16' does not take nbits"),
         ("kivi", {"max_seq_len": 0}, ValueError, "max_seq_len 0: allowed are 1 and above"),
+        ("kivi", {"nbits": 2.0}, ValueError, "nbits 2.0: allowed are 1, 2, 3, 4, 8"),
+        ("kivi", {"residual_length": 128.0}, ValueError, "residual_length 128.0: allowed are whole numbers"),
+        ("kivi", {"value_group_size": 16.0}, ValueError, "value_group_size 16.0: allowed are whole numbers"),
+        ("kivi", {"max_seq_len": 12.5}, ValueError, "max_seq_len 12.5: allowed are whole numbers"),
+        ("fp8", {}, ValueError, "does not run the method fp8: allowed are fp16, bf16, fp32, kivi, kivi-seed"),
+        (None, {}, ValueError, "does not run the method None: allowed are fp16"),
         (Kivi(), {"nbits": 4}, ValueError, "options nbits: allowed with a method's name only"),
     ],
 )
 def test_bad_options(method, options, error, message):
     with pytest.raises(error, match=message):
         make_cache(tiny("Llama"), method, **options)
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", torch.nn.Linear(2, 2)], ids=["None", "name", "no language model"])
+def test_what_is_no_loaded_model(model):
+    with pytest.raises(ValueError, match=r"^model .*: allowed are loaded transformers models"):
+        make_cache(model)
+
+
+def test_the_methods_that_run_are_those_with_a_layer():
+    assert {type(METHODS[name]()) for name in RUNS} == set(LAYERS)
+    once = {
+        name
+        for name, make in METHODS.items()
+        if not any(p.default is p.empty for p in signature(make).parameters.values())
+    }
+    assert {name for name in once if type(METHODS[name]()) in LAYERS} == set(RUNS)
+
+
+def test_a_cache_of_another_model_is_refused():
+    """More layers than it has, or other heads while it holds tokens; reset, it takes other heads."""
+    model, ids = tiny("Llama"), torch.arange(40)[None]
+    wide = copy.deepcopy(model.config)
+    wide.num_key_value_heads = 1
+    deep = copy.deepcopy(model.config)
+    deep.num_hidden_layers, deep.layer_types = 3, None
+    with torch.no_grad():
+        cache = make_cache(model)
+        model(ids, **argument(cache))
+        for config, message in (
+            (wide, "1 kv heads of 32 for a cache that holds 2 kv heads of 32: reset"),
+            (deep, "layer 2 of a model for a cache of 2: make one for this model"),
+        ):
+            other = type(model)(config).eval()
+            make_cache(other)
+            with pytest.raises(ValueError, match=message):
+                other(ids, **argument(cache if config is wide else make_cache(model)))
+        cache.reset()
+        other = type(model)(wide).eval()
+        alone = make_cache(other)
+        want, have = (other(ids, **argument(one)).logits for one in (alone, cache))
+    assert torch.equal(want, have)
+    assert cache.nbytes == alone.nbytes
 
 
 def test_what_the_options_mean():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from kvruntime.choose import check_runs
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
@@ -34,6 +35,10 @@ def make_cache(
 
     Raises ``LookupError`` for an unknown method, ``ValueError`` for an option or a model that cannot be run right.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"model {model!r:.80}: allowed are loaded transformers models")
+    if max_seq_len is not None and not isinstance(max_seq_len, int):
+        raise ValueError(f"max_seq_len {max_seq_len!r}: allowed are whole numbers")
     shapes = layer_shapes(model)
     if max_seq_len is not None and max_seq_len < 1:
         raise ValueError(f"max_seq_len {max_seq_len}: allowed are 1 and above")
@@ -43,6 +48,7 @@ def make_cache(
         method = make_method(method, **options)
     elif options:
         raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
+    check_runs(method)
     for shape in set(shapes):
         method.buffers(shape, 1, 1)  # says what it cannot hold before anything runs
     attach(model)

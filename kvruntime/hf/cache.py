@@ -97,8 +97,8 @@ class Pending:
     @classmethod
     def _refuse(cls, name: str) -> NoReturn:
         raise ValueError(
-            f"{name} touches cached keys or values outside the kvruntime attention interface: this model is not "
-            "supported, or its attention implementation was changed after make_cache"
+            f"{name} touches cached keys or values outside the kvruntime attention interface: the cache was made for "
+            "another model, the attention implementation was changed after make_cache, or the model is not supported"
         )
 
 
@@ -131,10 +131,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """What the attention function is given in place of the full keys and values."""
         batch_size = key_states.shape[0]
-        if not self.is_initialized or not (self.num_columns or self.store.batch_size == batch_size):
+        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        same = self.is_initialized and (self.store.batch_size, self.store.shape) == (batch_size, shape)
+        if not self.is_initialized or not (self.num_columns or same):
             self.lazy_initialization(key_states, value_states)
-        if batch_size != self.store.batch_size:
+        elif batch_size != self.store.batch_size:
             raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
+        elif not same:
+            raise ValueError(f"{_heads(shape)} for a cache that holds {_heads(self.store.shape)}: reset() it")
         num_columns = self.num_columns + key_states.shape[2]
         return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
 
@@ -192,6 +196,10 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     prefetch = offload
 
 
+def _heads(shape: LayerShape) -> str:
+    return f"{shape.num_kv_heads} kv heads of {shape.key_dim}"
+
+
 class Cache(cache_utils.Cache):  # type: ignore[misc]
     """The cache that ``make_cache`` returns.
 
@@ -207,6 +215,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:
         return [CacheLayer(self.method, self.columns, self.max_seq_len) for _ in range(num_layers)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """One layer's new keys and values: :meth:`CacheLayer.update`."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(f"layer {layer_idx} of a model for a cache of {len(self.layers)}: make one for this model")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes})"

@@ -51,8 +51,12 @@ class Kivi:
         if self.dtype not in SHORT:
             raise ValueError(f"dtype {self.dtype!r}: allowed are {', '.join(SHORT)}")
         for label, bits in (("nbits", self.nbits), ("key_nbits", self.k_bits), ("value_nbits", self.v_bits)):
-            if bits not in PLANES:
-                raise ValueError(f"{label} {bits}: allowed are {', '.join(map(str, PLANES))}")
+            if bits not in PLANES or not isinstance(bits, int):
+                raise ValueError(f"{label} {bits!r}: allowed are {', '.join(map(str, PLANES))}")
+        for label in ("group_size", "residual_length", "key_group_size", "value_group_size", "sink_length"):
+            count = getattr(self, label)
+            if not isinstance(count, int | str | None):
+                raise ValueError(f"{label} {count!r}: allowed are whole numbers")
         if self.sink_length < 0:
             raise ValueError(f"sink_length {self.sink_length}: allowed are 0 and above")
         group = self.k_group
