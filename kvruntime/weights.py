@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 DTYPES = ("float16", "bfloat16", "float32")
 SEED = 0
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -152,16 +153,45 @@ def _check_directory(path: Path) -> None:
 
 
 def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
-    """The shape with weights drawn from the seed, made on the device itself."""
+    """The shape with weights drawn from the seed, made on the device itself.
+
+    Raises ``ValueError`` before any weight is made where no cache runs under the model, or where it does not fit.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from kvruntime.hf.models import layer_shapes
+
     assert source.config is not None
     cuda = [torch.device(device).index] if torch.device(device).type == "cuda" else []
+    with _one_line(source.name):
+        config = AutoConfig.for_model(**source.config)
+        with torch.device("meta"):
+            outline = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    layer_shapes(outline)
+    size, free = sum(tensor.nbytes for tensor in outline.parameters()), _free_nbytes(device)
+    if free is not None and size > free:
+        raise ValueError(
+            f"{source.name}: {size / GIB:.1f} GiB of {str(dtype).removeprefix('torch.')} weights do not fit into the "
+            f"{free / GIB:.1f} GiB that are free on {device}"
+        )
     with _one_line(source.name), torch.random.fork_rng(cuda), torch.device(device):
         torch.manual_seed(source.seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**source.config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.to(device).eval()
+
+
+def _free_nbytes(device: str) -> int | None:
+    """Bytes that weights may take on ``device``; None where the system does not say."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _tokenizer(path: str, download: bool) -> Any:

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from runtime_tiny import tiny_directory  # noqa: E402
 
 from kvruntime import pull as pulling  # noqa: E402
+from kvruntime import weights  # noqa: E402
 from kvruntime.pull import PULLS, Pull, cache_dir, convert_gguf, pull, pulled  # noqa: E402
 from kvruntime.weights import load, pick_device, resolve  # noqa: E402
 
@@ -28,6 +29,19 @@ def test_random_weights_are_labelled_and_repeatable():
     other = load(type(small)(**{**vars(small), "seed": 4}), "cpu").model.state_dict()
     assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
     assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepseek-v3", "DeepseekV3ForCausalLM is not supported: multi-head latent attention"),
+        ("gpt2", r"^gpt2: 0\.5 GiB of float32 weights do not fit into the 0\.1 GiB that are free on cpu$"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_weight_is_made(name, message, monkeypatch):
+    monkeypatch.setattr(weights, "_free_nbytes", lambda device: 100 << 20)
+    with pytest.raises(ValueError, match=message):
+        weights.load(weights.resolve(name), "cpu")
 
 
 def test_a_directory(tmp_path):
