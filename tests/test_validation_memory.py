@@ -178,4 +178,20 @@ def test_bad_input_is_one_line_and_exit_2(words, said, capsys):
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
-    assert err.startswith("validation: ")
+    assert err.startswith("validation: error: ")
+
+
+def test_no_command_is_the_help(capsys):
+    assert cli.run([]) == 0
+    out = capsys.readouterr()
+    assert out.out.startswith("Usage: validation")
+    assert not out.err
+
+
+def test_a_missing_package_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cli.run(["speed"]) == 2
+    err = capsys.readouterr().err
+    assert "torch" in err
+    assert "pip install 'kvsim[runtime]'" in err
+    assert err.count("\n") == 1

@@ -39,7 +39,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         message = error.format_message()
     except (ValueError, LookupError, OSError) as error:
         message = str(error)
-    print(f"validation: {' '.join(message.split())}", file=sys.stderr)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("validation", "kvruntime", "kvsim"):
+            raise
+        message = f"{error}: install the runtime with pip install 'kvsim[runtime]'"
+    print(f"validation: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
@@ -58,9 +62,12 @@ def recording(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group()
-def cli() -> None:
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.pass_context
+def cli(context: click.Context) -> None:
     """What kvsim predicts beside what this machine says."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
