@@ -219,9 +219,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _quiet() -> None:
-    """Keeps transformers from writing its own progress and advice between our lines."""
+    """Keeps transformers and the hub's client from writing their own progress, retries and advice between our lines."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -74,6 +74,13 @@ def test_an_older_file_is_kept_beside(tmp_path):
     assert len(read(tmp_path / "r.json.old")["rows"]) == 3
 
 
+def test_the_file_may_be_read_by_whom_any_new_file_may(tmp_path):
+    (tmp_path / "plain").write_text("")
+    Results(tmp_path / "out.json", {}).write()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["out.json", "plain"]
+    assert (tmp_path / "out.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_refusals(tmp_path):
     path = tmp_path / "r.json"
     run(counted([]), Results(path, HEADER))

@@ -64,15 +64,15 @@ class Results:
         """Replaces the file in one step: a reader, or a kill at any moment, finds the old or the new one whole."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps({**self.header, "updated": now, "rows": self.rows}, indent=1)
-        descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
+        new = self.path.with_name(f".{self.path.name}-{os.getpid()}")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with new.open("w", encoding="utf-8") as file:  # with the permissions that any new file gets
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, self.path)
+            os.replace(new, self.path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
 
 
