@@ -76,7 +76,10 @@ def generate(folder: Path) -> str:
             what = [file["device"]["name"], group[0]["model"], f"{batch_size}"]
             body.append([*what, *(rate(rows.get(method), group) for method in methods)])
     body.sort(key=lambda cells: (cells[0], cells[1], int(cells[2])))
-    return markdown((["device", "model", "batch", *(f"{method} tok/s" for method in methods)], body))
+    commits = {(file["device"]["name"], commit(row, file)): None for file, group in found for row in group}
+    said = ", ".join(f"{sha} ({device})" for device, sha in commits)
+    table = markdown((["device", "model", "batch", *(f"{method} tok/s" for method in methods)], body))
+    return f"{table}\n\nRecorded at commits {said}."
 
 
 def rate(row: Row | None, group: Sequence[Row]) -> str:
@@ -138,9 +141,13 @@ def circumstances(file: dict[str, Any]) -> str:
     runs: dict[str, None] = {}
     for row in file["rows"]:
         command = row.get("command", file["command"])
-        commit = row.get("commit", file.get("commit")) or "unknown"
-        runs[f"`{shlex.join(command)}` (commit {commit[:12]})"] = None
+        runs[f"`{shlex.join(command)}` (commit {commit(row, file)})"] = None
     return f"{', '.join(runs)} on {file['device']['name']}, {versions}"
+
+
+def commit(row: Row, file: dict[str, Any]) -> str:
+    """The commit that a row was measured at, in short."""
+    return (row.get("commit", file.get("commit")) or "unknown")[:12]
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
