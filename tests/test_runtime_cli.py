@@ -1,6 +1,7 @@
 """The command line: the whole benchmark on a tiny model, and every bad input in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,19 @@ def test_interrupted_bench_says_how_to_go_on(folder, here, capsys, monkeypatch):
     assert len(json.loads((here / "kvruntime-bench.json").read_text())["rows"]) == 2
     assert run([*words, "--resume"]) == 0
     assert len(calls) == 3 + 4
+
+
+def test_a_directory_without_a_tokenizer_is_measured_all_the_same(folder, here, capsys, monkeypatch):
+    """Quality then falls back on the real model, as it does for random weights; here there is none."""
+    monkeypatch.setenv("KVRUNTIME_CACHE", str(here / "cache"))
+    shutil.copytree(folder, here / "mute", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    words = ["--ctx", "32", "--only", "memory", "--only", "quality", "--offline", "--out", "m.json"]
+    assert run(["bench", "--model", str(here / "mute"), "--device", "cpu", *words]) == 0
+    rows = json.loads((here / "m.json").read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["skipped", "memory", "memory"]
+    assert "`kvruntime pull smollm2-135m`" in capsys.readouterr().err
+    assert run(["perplexity", "--model", str(here / "mute"), "--device", "cpu", "--offline"]) == 2
+    assert "mute comes without a tokenizer: text cannot be scored" in capsys.readouterr().err
 
 
 def test_quality_is_skipped_without_a_real_model(here, capsys, monkeypatch):

@@ -69,8 +69,10 @@ def bench(methods: list[Method], **given: Any) -> int:
         if "speed" in parts:
             tasks += speed_tasks(loaded, contenders, speed, given["seed"])
     if "quality" in parts:
+        if loaded is None and source.real and not given["quality_model"]:
+            loaded = _load(source, device, given, contenders)
         try:
-            real = _real(source, given["quality_model"], where)
+            real = _real(source, loaded, given["quality_model"], where)
         except (OSError, LookupError) as error:
             if given["quality_model"]:
                 raise
@@ -197,18 +199,22 @@ def _load(source: Source, device: str, given: dict[str, Any], contenders: list[C
     return loaded
 
 
-def _real(source: Source, asked: str | None, where: dict[str, Any]) -> Source:
-    """The model that quality is measured on: the one asked for, the benchmark's own if real, else ``REAL``."""
+def _real(source: Source, loaded: Loaded | None, asked: str | None, where: dict[str, Any]) -> Source:
+    """The model that quality is measured on: the one asked for, the benchmark's own if it can be, else ``REAL``.
+
+    Its own needs real weights and, once ``loaded``, a tokenizer.
+    """
     if asked:
         real = resolve(asked, **where)
         if not real.real:
             raise ValueError(f"quality model {asked} has {real.weights} weights here: quality needs real ones")
         return real
-    if source.real:
+    if source.real and (loaded is None or loaded.tokenizer is not None):
         return source
     if where["offline"] and pulled(REAL) is None:
         raise LookupError(f"--offline; `kvruntime pull {REAL}` once (93 MB), or --quality-model DIRECTORY")
-    say(f"{source.name} has {source.weights} weights: quality is measured on {REAL} instead")
+    why = "comes without a tokenizer" if source.real else f"has {source.weights} weights"
+    say(f"{source.name} {why}: quality is measured on {REAL} instead")
     return resolve(REAL, **where)
 
 
