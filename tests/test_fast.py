@@ -383,5 +383,7 @@ def test_compiles() -> None:
         if not kernel.startswith("combine"):
             assert used["loop"], (kernel, name, sm, used)
             assert not used["loop_local"], (kernel, name, sm, used)
-            ceiling = CEILINGS.get(name, 1.75) + 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
+            ceiling = CEILINGS.get(name, 1.75)
+            ceiling += 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
+            ceiling += 0.05 * ("table" in kernel)  # places looked up
             assert used["loop"] / used["elements"] <= ceiling, (kernel, name, sm, used)
