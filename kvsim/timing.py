@@ -163,8 +163,8 @@ def token_step(
 
     The decode step of the requests that are :func:`running` at the mean context, ``input_len + output_len / 2``, and
     the prompts that arrive meanwhile: while a request writes ``output_len`` tokens, each of the others is replaced
-    once, so a step carries ``(running - 1) / output_len`` prompts, each of which costs what its arithmetic takes
-    beyond the weight stream that the step pays anyhow.
+    once, so a step carries ``(running - 1) / output_len`` prompts, which cost what their arithmetic takes beyond the
+    weight stream that the step pays anyhow (once, however many prompts it carries).
     """
     _positive(batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=tensor_parallel)
     _check_cached(cached_tokens, input_len)
@@ -186,8 +186,10 @@ def token_step(
     new = input_len - cached_tokens
     if hardware.fp16_flops:
         compute, stream = roofline.prompt(1, input_len, new)
-        paid = roofline.chunks(new) * (parts["weights"] + parts["dequantize"])
-        parts["prefill"] = (held - 1) / output_len * max(0.0, max(compute, stream) - paid)
+        prompts, chunks = (held - 1) / output_len, roofline.chunks(new)
+        carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
+        paid = carrying * sum(roofline.weights(held))
+        parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
     return _step(parts, fixed.decode_band)
 
 

@@ -85,6 +85,22 @@ def test_more_work_takes_longer_and_a_better_card_less() -> None:
     )
 
 
+@pytest.mark.parametrize("engine", ["ideal", "vllm", "trtllm", "kvruntime"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-7b", "Qwen1.5-MoE-A2.7B", "falcon-40b"])
+def test_time_never_falls_as_a_batch_grows(name: str, engine: str) -> None:
+    """Neither where attention stops splitting sequences (as many pieces as multiprocessors) nor where a server's step
+    carries more than one prompt: the largest batch within a time limit is found by bisection."""
+    model, batches = load_model(name), (1, 3, 4, 5, 8, 15, 16, 17, 18, 32, 33, 48, 64, 128, 129, 132, 133, 256)
+    card = replace(H100, memory_nbytes=None)  # all of them run
+    for tokens in (128, 1000, 4096, 32768):
+        times = [decode_step(model, FP16, card, batch, tokens, engine=engine).seconds.value for batch in batches]
+        assert times == sorted(times), tokens
+        for output in (1, 16, 128):
+            loads = [(model, FP16, card, batch, tokens, output) for batch in batches]
+            times = [token_step(*load, engine=engine).seconds.value for load in loads]
+            assert times == sorted(times), (tokens, output)
+
+
 def test_what_bounds_a_step() -> None:
     assert decode_step(LLAMA, FP16, H100, 1, 512).bound == "weights"
     assert decode_step(LLAMA, FP16, H100, 64, 32768).bound == "kv"
