@@ -158,19 +158,21 @@ def token_step(
     cached_tokens: int = 0,
     engine: str = "ideal",
     profile: Constants | None = None,
+    num_running: float | None = None,
 ) -> Step:
     """Time per output token of a server that keeps ``batch_size`` requests of these lengths in flight.
 
     The decode step of the requests that are :func:`running` at the mean context, ``input_len + output_len / 2``, and
     the prompts that arrive meanwhile: while a request writes ``output_len`` tokens, each of the others is replaced
     once, so a step carries ``(running - 1) / output_len`` prompts, which cost what their arithmetic takes beyond the
-    weight stream that the step pays anyhow (once, however many prompts it carries).
+    weight stream that the step pays anyhow (once, however many prompts it carries).  ``num_running``: how many run
+    at once, where that is known.
     """
     _positive(batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=tensor_parallel)
     _check_cached(cached_tokens, input_len)
     fixed = profile or constants()
     roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
-    held = running(
+    held = num_running or running(
         model,
         method,
         hardware,
@@ -206,6 +208,7 @@ def first_token(
     cached_tokens: int = 0,
     engine: str = "ideal",
     profile: Constants | None = None,
+    num_running: float | None = None,
 ) -> Step:
     """Time to the first token on the server of :func:`token_step`.
 
@@ -218,10 +221,9 @@ def first_token(
         "engine": engine,
         "profile": profile,
     }
-    step = token_step(
-        model, method, hardware, batch_size, input_len, output_len, cached_tokens=cached_tokens, **options
-    )
-    held = running(model, method, hardware, batch_size, input_len, output_len, **options)
+    loads = (batch_size, input_len, output_len)
+    held = num_running or running(model, method, hardware, *loads, **options)
+    step = token_step(model, method, hardware, *loads, cached_tokens=cached_tokens, num_running=held, **options)
     fixed = profile or constants()
     roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
     parts = _prefill_parts(roofline, 1, input_len, input_len - cached_tokens)

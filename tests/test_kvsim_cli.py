@@ -351,8 +351,35 @@ def test_requests_that_wait_for_memory_make_no_tokens(capsys: pytest.CaptureFixt
     (few_row,), (many_row,) = few["rows"], many["rows"]
     assert many_row["tpot_seconds"]["value"] == pytest.approx(few_row["tpot_seconds"]["value"], rel=0.05)
     assert many_row["tokens_per_second"]["value"] == pytest.approx(few_row["tokens_per_second"]["value"], rel=0.05)
-    assert any("of 512 requests at once, the others wait" in note for note in many["notes"])
+    assert any("of 512 requests run at once, the others wait" in note for note in many["notes"])
     assert not any("wait" in note for note in few["notes"])
+
+
+@pytest.mark.parametrize("flags", ["--max-num-seqs 16", "--gpu-memory-utilization 0.27", "--reserve 73%"])
+def test_a_server_that_is_told_to_hold_less_runs_fewer(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--model llama-3.1-8b --gpu h100 --engine vllm --method fp16 --input-len 2000 --output-len 500 --batch 64"
+    (free,) = answer(capsys, "estimate", *argv.split())["rows"]
+    out = answer(capsys, "estimate", *argv.split(), *flags.split(), code=0 if "seqs" in flags else 1)
+    (row,) = out["rows"]
+    (waiting,) = (note for note in out["notes"] if note.endswith("of 64 requests run at once, the others wait"))
+    most = int(waiting.split()[1])
+    assert most == 16 if "seqs" in flags else row["max_batch"] <= most < 64  # of requests halfway through
+    assert row["tpot_seconds"]["value"] < 0.7 * free["tpot_seconds"]["value"]
+    assert row["ttft_seconds"]["value"] > 10 * free["ttft_seconds"]["value"]
+    assert row["tokens_per_second"]["value"] == pytest.approx(most / row["tpot_seconds"]["value"])
+
+
+def test_a_sweep_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("numpy", reason="numpy is not installed")
+
+    def stopped(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvsim.rowfile.write", stopped)
+    assert run(["sweep", "--model", "gpt2", "--out", str(tmp_path / "grid.csv")]) == 130
+    assert "stopped: the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["breakeven", "report"])

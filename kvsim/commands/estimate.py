@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,11 @@ def command(
         pools = [_pool(each, space, longest) for each in deployments]
     if max_num_seqs is not None and batch > max_num_seqs * sharding.data_parallel_size:
         notes.append(f"a batch of {batch:,} is beyond --max-num-seqs {max_num_seqs:,}: the others wait")
-    times = [_times(each, space, batch, prompt, output, bits, fixed, notes) for each in deployments]
+    told = reserve is not None or gpu_memory_utilization is not None
+    times = [
+        _times(each, space, batch, prompt, output, bits, fixed, notes, told=told, most=max_num_seqs)
+        for each in deployments
+    ]
     ranks = [(each.rank_nbytes(batch, tokens), each.all_nbytes(batch, tokens)) for each in deployments]
     fits = [space is not None and own <= space.cache_nbytes for own, _ in ranks]
     code = 1 if space is not None and not any(fits) else 0
@@ -266,17 +270,21 @@ def _times(
     bits: float | None,
     fixed: Constants | None,
     notes: list[str],
+    *,
+    told: bool,
+    most: int | None,
 ) -> Times | None:
     """Seconds of a token and to the first, where a card is given and its figures are known.
 
     Without an ``output`` length those of one step at the context, and of one prompt alone; else a busy server's.
+    ``told``: the share of the memory was, so that as many run as fit in it; ``most``: no more than these.
     """
     if space is None:
         return None
     from kvsim.timing import decode_step, first_token, prefill, running, token_step
 
     sharding = deployment.sharding
-    replica = sharding.rank_batch(batch)
+    replica, one = sharding.rank_batch(batch), replace(sharding, data_parallel_size=1)
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
     model, method, card = deployment.model, deployment.method, space.hardware
     options: dict[str, Any] = {
@@ -290,17 +298,21 @@ def _times(
             token = decode_step(model, method, card, replica, prompt, **options)
             first, held = prefill(model, card, 1, prompt, cached_tokens=cached, **options), float(replica)
         else:
-            lengths = (prompt, output)
-            token = token_step(model, method, card, replica, *lengths, cached_tokens=cached, **options)
-            first = first_token(model, method, card, replica, *lengths, cached_tokens=cached, **options)
-            held = running(model, method, card, replica, *lengths, **options)
+            loads = (replica, prompt, output)
+            held = running(model, method, card, *loads, **options)
+            if told:
+                room_for = largest_batch(replace(deployment, sharding=one), prompt + output // 2, space.cache_nbytes)
+                held = float(replica if room_for is None else min(replica, max(1, room_for)))
+            held = min(held, most or held)
+            token = token_step(model, method, card, *loads, cached_tokens=cached, num_running=held, **options)
+            first = first_token(model, method, card, *loads, cached_tokens=cached, num_running=held, **options)
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None
     if sharding.pipeline_parallel_size > 1 or sharding.context_ranks > 1:
         notes.append("times are those of one stage's card holding all layers: pipeline and context are not in them")
     if held < replica:
-        notes.append(f"{method.name}: memory holds {held:,.0f} of {replica:,} requests at once, the others wait")
+        notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
     return Times(token.seconds, first.seconds, token.bound, batch * held / replica)
 
 
