@@ -233,6 +233,14 @@ def first_token(
     return _step(parts, fixed.prefill_band)
 
 
+def was_timed(engine: str) -> bool:
+    """Whether anything of this engine was measured; the times of another are those of the engines that were."""
+    fixed = constants()
+    return engine == "ideal" or engine in {
+        name.partition("/")[0] for name in (*fixed.kernels, *fixed.engine_layer_seconds)
+    }
+
+
 def _step(parts: dict[str, Any], band: tuple[float, float]) -> Step:
     values = {name: float(value) for name, value in parts.items()}
     seconds = sum(values.values())
@@ -261,7 +269,7 @@ def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: in
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
-        "overhead": fixed.prefill_seconds + chunks * fixed.layer_seconds * roofline.model.num_layers,
+        "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_layers,
         "communication": roofline.communication(batch_size * new),
     }
 

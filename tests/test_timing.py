@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, median
 
 import pytest
 
 from kvsim.attention_curve import Kernel
+from kvsim.cli import run
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
 from kvsim.load import load_model
 from kvsim.methods import make_method
+from kvsim.options import parse_method
 from kvsim.roofline import Roofline, constants, find_kernel, hit_share, known_weights, seen
 from kvsim.timing import (
     PARTS,
@@ -203,6 +208,37 @@ def test_a_busy_server() -> None:
     assert first_token(qwen, FP16, H100, 512, 2048, 256).bound == "queue"
 
 
+def test_this_projects_engine_as_it_was_recorded() -> None:
+    """Whole decode steps of GPT-2 and Llama-3-8B, 16 bits and packed: within a fifth, and most within the band."""
+    path = Path(__file__).parents[1] / "validation/results/engine/nvidia-h100-80gb-hbm3.json"
+    steps = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["kind"] == "step"]
+    errors, inside = [], 0
+    for row in steps:
+        packed = re.fullmatch(r"kivi-(\d)bit-g(\d+)-r(\d+)", row["method"])
+        spec = "kivi:nbits={},group_size={},residual_length={}".format(*packed.groups()) if packed else row["method"]
+        loads = (parse_method(spec, {}), H100, row["batch_size"], row["num_tokens"])
+        predicted = decode_step(load_model(row["model"]), *loads, engine="kvruntime").seconds
+        measured = median(row["seconds_per_step"])
+        errors.append(abs(measured / predicted.value - 1))
+        inside += predicted.low <= measured <= predicted.high
+    assert len(steps) == 36
+    assert mean(errors) < 0.1
+    assert inside >= 0.9 * len(steps)
+
+
+def test_stock_generate_waits_for_the_host() -> None:
+    """78 tokens a second of GPT-2 on an H100 (transformers 5.17), whatever the card could do."""
+    step = decode_step(load_model("gpt2"), FP16, H100, 1, 512, engine="transformers")
+    assert 1 / step.seconds.value == pytest.approx(78, rel=0.05)
+    assert step.bound == "overhead"
+
+
+def test_an_engine_that_was_not_timed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for engine, said in (("llama.cpp", True), ("vllm", False), ("kvruntime", False), ("ideal", False)):
+        assert run(["estimate", "--model", "gpt2", "--gpu", "h100", "--method", "fp16", "--engine", engine]) == 0
+        assert (f"{engine} was not timed" in capsys.readouterr().out) is said
+
+
 def test_kernels_by_engine_and_width() -> None:
     fixed, layer = constants(), LLAMA.cache_layers[0]
     assert find_kernel(fixed, FP16, layer, "vllm", 4) == (fixed.kernels["vllm/fp16"], False)
@@ -275,8 +311,6 @@ def test_the_recorded_constants_are_those_in_use() -> None:
 
 def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed")
-    import json
-
     from validation import attention_time
 
     assert attention_time.recorded_rows(H100, folder=tmp_path) is None
@@ -337,15 +371,13 @@ def test_a_refit_gives_the_constants_in_use() -> None:
 @needs_rows
 def test_rows_of_another_file_are_tried_without_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
-    import json
-
-    from validation.cli import run
+    from validation.cli import run as validate
 
     lines = (MEASURED / "decode_attention_h100.csv").read_text(encoding="utf-8").splitlines()
     path = tmp_path / "other.csv"
     path.write_text("\n".join([lines[0], *lines[1:200:5]]) + "\n", encoding="utf-8")
-    assert run(["time", "--try", "--attention", str(path)]) == 0
+    assert validate(["time", "--try", "--attention", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["attention"]["errors"]["mean"] < 0.25
     path.write_text("gpu,latency_ms\nh100_sxm,1\n", encoding="utf-8")
-    assert run(["time", "--try", "--attention", str(path)]) == 2
+    assert validate(["time", "--try", "--attention", str(path)]) == 2
     assert "lacks the columns" in capsys.readouterr().err

@@ -281,7 +281,7 @@ def _times(
     """
     if space is None:
         return None
-    from kvsim.timing import decode_step, first_token, prefill, running, token_step
+    from kvsim.timing import decode_step, first_token, prefill, running, token_step, was_timed
 
     sharding = deployment.sharding
     replica, one = sharding.rank_batch(batch), replace(sharding, data_parallel_size=1)
@@ -311,6 +311,8 @@ def _times(
         return None
     if sharding.pipeline_parallel_size > 1 or sharding.context_ranks > 1:
         notes.append("times are those of one stage's card holding all layers: pipeline and context are not in them")
+    if not was_timed(deployment.engine.name):
+        notes.append(f"{deployment.engine.name} was not timed: the times are those of vllm, sglang and trtllm")
     if held < replica:
         notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
     return Times(token.seconds, first.seconds, token.bound, batch * held / replica)
