@@ -76,6 +76,7 @@ text_options = options(
 record_options = options(
     click.option("--out", type=Path, help="JSON file to record in, after every measurement."),
     click.option("--resume", is_flag=True, help="Keep what the file holds and do the rest."),
+    click.option("--anew", is_flag=True, help="Like --resume, but measure again what another commit measured."),
 )
 
 

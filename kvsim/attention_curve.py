@@ -1,13 +1,14 @@
 """How long one layer's decode attention takes: a launch, work dealt out to multiprocessors, and the stream of bytes.
 
-    seconds = fixed + split + ((item * waves)^P + stream^P)^(1/P)
+    seconds = fixed + max(split, ((item * waves)^P + stream^P)^(1/P))
     waves   = max(1, items / SMs)
     stream  = nbytes * miss / (efficiency * bandwidth), or the arithmetic where that takes longer
-    split   = merge * tokens / (tokens + half), where items < SMs
+    split   = merge * tokens / (tokens + half) + (item^P + (stream / waves)^P)^(1/P)
 
 ``items`` are the pieces that a kernel deals out before it splits sequences: one a sequence and kv head, or one a
 query head.  A card with more multiprocessors takes them in fewer waves, one with more bandwidth streams the bytes
-faster.  Few long sequences are split, and what the split computes is merged.  ``miss`` is 1 where the cache comes
+faster.  Few long sequences are split, and what the split computes is merged; from one piece a multiprocessor on
+nothing is split, and no more pieces take less time than those that just were.  ``miss`` is 1 where the cache comes
 from memory, as in a model, whose layers evict one another; a benchmark that reads one cache again and again
 finds it in L2 while it fits.  ``fixed``, ``item`` and ``efficiency`` are an engine's kernel's, the rest is shared.
 """
@@ -65,10 +66,15 @@ class Curve:
     ) -> Any:
         """Seconds of one layer's attention over ``tokens`` tokens a sequence: numbers, or arrays that broadcast
         together with ``maximum`` as ``numpy.maximum``.  ``stream``: seconds of the bytes alone."""
-        sms = num_sms or DEFAULT_SMS
-        waves = maximum(1.0, items / sms)
-        split = self.merge * (items < sms) * (tokens / (tokens + self.half)) if kernel.merges else 0.0
-        return kernel.fixed + split + ((kernel.item * waves) ** self.power + stream**self.power) ** (1 / self.power)
+        waves = maximum(1.0, items / (num_sms or DEFAULT_SMS))
+        whole = self._joined(kernel.item * waves, stream)
+        if not kernel.merges:
+            return kernel.fixed + whole
+        split = self.merge * (tokens / (tokens + self.half)) + self._joined(kernel.item, stream / waves)
+        return kernel.fixed + maximum(split, whole)
+
+    def _joined(self, dealt: Any, stream: Any) -> Any:
+        return (dealt**self.power + stream**self.power) ** (1 / self.power)
 
     def miss(self, nbytes: Any, l2_nbytes: int | None) -> Any:
         """Time of a byte, against one from memory, of ``nbytes`` bytes that are read again and again."""

@@ -27,7 +27,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         code = cli.main(args=argv, prog_name="kvsim", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:  # the reader has gone: nothing more to say, at exit either
+    except (
+        BrokenPipeError,
+        SystemExit,
+    ):  # the reader has gone (click exits with 1 there): no more to say, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyError, IndexError):

@@ -68,9 +68,25 @@ class Hardware:
         )
 
 
+MAKERS = frozenset({"nvidia", "geforce", "tesla", "amd", "instinct", "radeon", "intel"})
+"""Words that drivers put before a card's name."""
+
+
+def plain(name: str) -> str:
+    """A card's name without what spellings differ in: case, makers, spaces, dashes and underscores."""
+    words = name.lower().replace("_", " ").replace("-", " ").split()
+    return "".join(word for word in words if word not in MAKERS)
+
+
 def find_hardware(name: str) -> Hardware:
-    """The card that answers to ``name``.  Raises ``LookupError`` with the nearest names."""
+    """The card that answers to ``name``, a driver's spelling such as ``NVIDIA H100 80GB HBM3`` too.
+
+    Raises ``LookupError`` with the nearest names.
+    """
     row = catalog.find("hardware", name)
+    if row is None and (wanted := plain(name)):
+        rows = catalog.rows("hardware")
+        row = next((row for row in rows if wanted in map(plain, catalog.names(row))), None)
     if row is None:
         raise LookupError(catalog.unknown("hardware", "GPU", name, "kvsim hardware"))
     return Hardware.from_row(row)

@@ -156,8 +156,19 @@ def read_trace(path: Path, output_len: int) -> Lengths:
     """
     if path.suffix == ".csv" and not path.exists():
         raise ValueError(f"lengths {str(path)!r}: no such file")
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ValueError(f"lengths {str(path)!r}: neither lognormal:mean=...,sigma=... nor a CSV file")
+    try:
+        return _read_trace(path, output_len)
+    except UnicodeDecodeError:
+        raise ValueError(f"lengths {str(path)!r}: not UTF-8 text") from None
+    except csv.Error as error:
+        raise ValueError(f"lengths {str(path)!r}: not a CSV file: {error}") from None
+    except OSError as error:
+        raise ValueError(f"lengths {str(path)!r} cannot be read: {error.strerror}") from None
+
+
+def _read_trace(path: Path, output_len: int) -> Lengths:
     pairs: Counter[tuple[int, int]] = Counter()
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)

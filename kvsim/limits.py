@@ -22,6 +22,7 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
     "plot": BYTES,
     "models": ("what a checkpoint adds to or leaves out of its config",),
     "hardware": ("memory that other processes hold; clocks below the stated peak",),
+    "calibrate": ("other types of cache than 16-bit", "clocks that fall under load, other cards on the same link"),
     "doctor": ("what a log does not print; other processes on the card", *BYTES),
 }
 """Command -> what its answer leaves out."""

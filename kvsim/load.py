@@ -25,11 +25,15 @@ def load_model(name: str) -> Model:
     row = catalog.find("models", name)
     if row is not None:
         return Model.from_config(row["config"], row["id"])
+    if not name.strip():
+        raise LookupError("model '': allowed are a name of `kvsim models`, a config.json, a model directory, a hub id")
     path = Path(name)
     if path.is_dir():
         return _directory(path)
     if path.is_file():
         return _file(path)
+    if path.exists():
+        raise ValueError(f"model {name}: neither a file nor a directory")
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LookupError(f"no such file or directory: {name}")
     return Model.from_config(_hub_config(name), name)

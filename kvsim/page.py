@@ -21,6 +21,7 @@ from kvsim.layout import Method
 from kvsim.model import Model
 from kvsim.options import left_out
 from kvsim.parallel import Sharding, stages
+from kvsim.plan import NoRoomError
 from kvsim.prices import Price, lowest
 from kvsim.quantities import milliseconds, parse_serving
 
@@ -68,7 +69,10 @@ class Answer:
 
 
 def answer(question: Question) -> Answer:
-    """Weighs and times every method.  Raises ``ValueError`` where none can be, or the weights do not fit."""
+    """Weighs and times every method.
+
+    Raises ``NoRoomError`` where the weights do not fit, ``ValueError`` where no method can be.
+    """
     model, engine = question.model, parse_serving(question.engine, question.card, question.num_cards)
     share = model
     if question.num_cards > 1:
@@ -82,6 +86,8 @@ def answer(question: Question) -> Answer:
             )
             estimates.append(estimate(share, method, question.batch_size, question.num_tokens, engine))
             runners.append(runner)
+        except NoRoomError as error:
+            raise NoRoomError(f"{model.name} on {question.num_cards} x {question.card.id}: {error}") from None
         except ValueError as error:
             reasons[method.name] = str(error)
     notes = left_out(reasons)
@@ -133,17 +139,6 @@ def command_line(question: Question) -> str:
 def as_json(found: Answer) -> dict[str, Any]:
     """The tables as one object."""
     question = found.question
-    inputs = {
-        "model": question.model.name,
-        "gpu": question.card.id,
-        "cards": question.num_cards,
-        "methods": [method.name for method in question.methods],
-        "ctx": question.num_tokens,
-        "batch": question.batch_size,
-        "weight_bits": question.weight_bits,
-        "engine": question.engine,
-        "reserve": question.reserve,
-    }
     speed = {row.method.name: row for row in found.speed}
     money = {row.method.name: row for row in found.money}
     rows = []
@@ -169,12 +164,30 @@ def as_json(found: Answer) -> dict[str, Any]:
                 "cheaper_from_ctx": money[name].first if name in money else None,
             }
         )
+    return json_object(question, found.notes, rows, found.runners[0].place.cache_nbytes)
+
+
+def json_object(
+    question: Question, notes: list[str], rows: list[dict[str, Any]], cache_room_nbytes: int = 0
+) -> dict[str, Any]:
+    """``kvsim.page/1``: the question, what the reader should know, and a row a method."""
+    inputs = {
+        "model": question.model.name,
+        "gpu": question.card.id,
+        "cards": question.num_cards,
+        "methods": [method.name for method in question.methods],
+        "ctx": question.num_tokens,
+        "batch": question.batch_size,
+        "weight_bits": question.weight_bits,
+        "engine": question.engine,
+        "reserve": question.reserve,
+    }
     return {
         "schema": "kvsim.page/1",
         "inputs": inputs,
-        "notes": found.notes,
+        "notes": notes,
         "not_modelled": NOT_MODELLED,
-        "cache_room_nbytes": found.runners[0].place.cache_nbytes,
+        "cache_room_nbytes": cache_room_nbytes,
         "rows": rows,
     }
 

@@ -83,6 +83,7 @@ class Profile:
             stated,
             weight_efficiency=self.weight_bandwidth / peak,
             layer_seconds=self.layer_seconds,
+            engine_layer_seconds={},
             prefill_efficiency=self.flops / (card.fp16_flops or self.flops),
             kernels={**kernels, "fp16": kernel},
         )

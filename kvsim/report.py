@@ -196,15 +196,16 @@ def fits(
 
 
 class Times(NamedTuple):
-    """Seconds (value, low, high) of a token and to the first, and what bounds a step."""
+    """Seconds (value, low, high) of a token and to the first, what bounds a step, and how many sequences run."""
 
     token: tuple[float, float, float]
     first: tuple[float, float, float]
     bound: str
+    running: float
 
 
-def times(rows: Sequence[Estimate], known: Sequence[Times | None], batch: int) -> str:
-    """Milliseconds a token with their band, tokens a second of the batch, and what bounds the step."""
+def times(rows: Sequence[Estimate], known: Sequence[Times | None]) -> str:
+    """Milliseconds a token with their band, tokens a second of all that run, and what bounds the step."""
     if all(each is None for each in known):
         return ""
 
@@ -219,7 +220,7 @@ def times(rows: Sequence[Estimate], known: Sequence[Times | None], batch: int) -
             continue
         token, first = ([short(scale * t) for t in band] for scale, band in ((1e3, each.token), (1, each.first)))
         ranges = [f"{low}-{high}" for _, low, high in (token, first)]
-        rate = short(batch / each.token[0])
+        rate = short(each.running / each.token[0])
         body.append([row.method.name, token[0], ranges[0], rate, each.bound, first[0], ranges[1]])
     return table(heads, body)
 

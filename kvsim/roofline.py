@@ -41,10 +41,11 @@ class WeightBits(NamedTuple):
 class Constants:
     """What the model of time rests on.  Efficiencies are shares of the card's stated peaks, times are seconds.
 
-    ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides;
-    ``quantize_seconds`` more where its cache is quantized, by width or engine and width as ``kernels``.
-    ``prefill_efficiency``: arithmetic.  ``prefill_seconds``, ``prefill_queue``: what a first token waits besides its
-    prefill, and the share of a prefill that each further request in flight adds.  ``vector_ops``: operations to
+    ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides, in an engine of
+    ``engine_layer_seconds`` what stands there; ``quantize_seconds`` more where its cache is quantized, by width or
+    engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.  ``prefill_seconds``, ``prefill_queue``: what
+    a first token waits besides its prefill, and the share of a prefill that each further request in flight adds.
+    ``vector_ops``: operations to
     unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.  ``chunk_tokens``: prompt tokens a step.
     ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
     cache.  ``decode_band``, ``prefill_band``: factors (low, high) on a prediction.  ``kernels``, ``curve``:
@@ -53,6 +54,7 @@ class Constants:
 
     weight_efficiency: float
     layer_seconds: float
+    engine_layer_seconds: Mapping[str, float]
     quantize_seconds: Mapping[str, float]
     prefill_efficiency: float
     prefill_seconds: float
@@ -121,6 +123,11 @@ class Roofline:
         """Vector operations a second of one card."""
         return (self.hardware.num_sms or DEFAULT_SMS) * LANE_OPS
 
+    @property
+    def layer_seconds(self) -> float:
+        """Seconds that a layer costs a step besides bytes and arithmetic."""
+        return self.fixed.engine_layer_seconds.get(self.engine, self.fixed.layer_seconds)
+
     def weights(self, num_tokens: Any) -> tuple[Any, Any]:
         """Seconds of the weight stream of a step over ``num_tokens`` tokens, and of unpacking what a card cannot
         multiply as stored."""
@@ -188,7 +195,7 @@ class Roofline:
     def overhead(self, method: Method) -> float:
         """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
         the layer's new keys and values and its query are quantized."""
-        total = self.fixed.layer_seconds * self.model.num_layers
+        total = self.layer_seconds * self.model.num_layers
         for (layer, chosen), count in placed(method, self.model.cache_layers).items():
             names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
             total += count * next(

@@ -158,19 +158,21 @@ def token_step(
     cached_tokens: int = 0,
     engine: str = "ideal",
     profile: Constants | None = None,
+    num_running: float | None = None,
 ) -> Step:
     """Time per output token of a server that keeps ``batch_size`` requests of these lengths in flight.
 
     The decode step of the requests that are :func:`running` at the mean context, ``input_len + output_len / 2``, and
     the prompts that arrive meanwhile: while a request writes ``output_len`` tokens, each of the others is replaced
-    once, so a step carries ``(running - 1) / output_len`` prompts, each of which costs what its arithmetic takes
-    beyond the weight stream that the step pays anyhow.
+    once, so a step carries ``(running - 1) / output_len`` prompts, which cost what their arithmetic takes beyond the
+    weight stream that the step pays anyhow (once, however many prompts it carries).  ``num_running``: how many run
+    at once, where that is known.
     """
     _positive(batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=tensor_parallel)
     _check_cached(cached_tokens, input_len)
     fixed = profile or constants()
     roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
-    held = running(
+    held = num_running or running(
         model,
         method,
         hardware,
@@ -186,8 +188,10 @@ def token_step(
     new = input_len - cached_tokens
     if hardware.fp16_flops:
         compute, stream = roofline.prompt(1, input_len, new)
-        paid = roofline.chunks(new) * (parts["weights"] + parts["dequantize"])
-        parts["prefill"] = (held - 1) / output_len * max(0.0, max(compute, stream) - paid)
+        prompts, chunks = (held - 1) / output_len, roofline.chunks(new)
+        carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
+        paid = carrying * sum(roofline.weights(held))
+        parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
     return _step(parts, fixed.decode_band)
 
 
@@ -204,6 +208,7 @@ def first_token(
     cached_tokens: int = 0,
     engine: str = "ideal",
     profile: Constants | None = None,
+    num_running: float | None = None,
 ) -> Step:
     """Time to the first token on the server of :func:`token_step`.
 
@@ -216,10 +221,9 @@ def first_token(
         "engine": engine,
         "profile": profile,
     }
-    step = token_step(
-        model, method, hardware, batch_size, input_len, output_len, cached_tokens=cached_tokens, **options
-    )
-    held = running(model, method, hardware, batch_size, input_len, output_len, **options)
+    loads = (batch_size, input_len, output_len)
+    held = num_running or running(model, method, hardware, *loads, **options)
+    step = token_step(model, method, hardware, *loads, cached_tokens=cached_tokens, num_running=held, **options)
     fixed = profile or constants()
     roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
     parts = _prefill_parts(roofline, 1, input_len, input_len - cached_tokens)
@@ -227,6 +231,14 @@ def first_token(
     parts["queue"] = fixed.prefill_queue * (batch_size - 1) * own
     parts["queue"] += (batch_size / held - 1) * output_len * step.seconds.value
     return _step(parts, fixed.prefill_band)
+
+
+def was_timed(engine: str) -> bool:
+    """Whether anything of this engine was measured; the times of another are those of the engines that were."""
+    fixed = constants()
+    return engine == "ideal" or engine in {
+        name.partition("/")[0] for name in (*fixed.kernels, *fixed.engine_layer_seconds)
+    }
 
 
 def _step(parts: dict[str, Any], band: tuple[float, float]) -> Step:
@@ -257,7 +269,7 @@ def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: in
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
-        "overhead": fixed.prefill_seconds + chunks * fixed.layer_seconds * roofline.model.num_layers,
+        "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_layers,
         "communication": roofline.communication(batch_size * new),
     }
 

@@ -128,7 +128,7 @@ def test_json(capsys) -> None:
 
 def test_exit_1_where_the_weights_do_not_fit(capsys) -> None:
     assert run(["breakeven", "--model", "llama-3-70b", "--gpu", "t4"]) == 1
-    assert "the weights leave no room" in capsys.readouterr().err
+    assert "the weights leave no room" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

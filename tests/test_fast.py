@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
-pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
 import gluon_numpy  # noqa: E402
 
@@ -359,10 +359,13 @@ CEILINGS = {
     "2-bit g32 d128": 2.15,
     "8-bit g64 d128": 2.2,
     "8-bit g64 d256": 1.95,
-    "2-bit g32 d64": 2.2,
+    "2-bit g32 d64": 2.25,
     "2-bit g64 d64": 1.95,
 }
 """Instructions of the tile loop per code and lane; 1.75 for all others."""
+SPILLS_256 = (24, 3) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else (0, 0)
+"""Bytes of stack, and local loads in the loop, that heads of 256 channels may take: none under the Tritons that CUDA
+builds of PyTorch 2.11 to 2.13 bring (3.6 and 3.7); in all 255 registers, 3.9 arranges five of their layouts worse."""
 
 
 def test_compiles() -> None:
@@ -379,9 +382,12 @@ def test_compiles() -> None:
     assert not failed, failed
     for kernel, name, sm, used in rows:
         assert not used["LOCAL"], (kernel, name, sm, used)
-        assert used["STACK"] <= (32 if kernel.endswith("shares") else 0), (kernel, name, sm, used)
+        stack, local = SPILLS_256 if name.endswith("d256") else (32 if kernel.endswith("shares") else 0, 0)
+        assert used["STACK"] <= stack, (kernel, name, sm, used)
         if not kernel.startswith("combine"):
             assert used["loop"], (kernel, name, sm, used)
-            assert not used["loop_local"], (kernel, name, sm, used)
-            ceiling = CEILINGS.get(name, 1.75) + 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
+            assert used["loop_local"] <= local, (kernel, name, sm, used)
+            ceiling = CEILINGS.get(name, 1.75)
+            ceiling += 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
+            ceiling += 0.05 * ("table" in kernel)  # places looked up
             assert used["loop"] / used["elements"] <= ceiling, (kernel, name, sm, used)

@@ -88,3 +88,10 @@ def test_lint_and_types(arguments: list[str]) -> None:
     pytest.importorskip(arguments[0], reason=f"{arguments[0]} is not installed")
     run = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+
+
+def test_no_merge_is_left_half_done() -> None:
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    packages = [path for package in (*ALLOWED, "tests") for path in (ROOT / package).rglob("*.py")]
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/*.md"), *packages):
+        assert not any(line.startswith(marks) for line in path.read_text(encoding="utf-8").splitlines()), path.name

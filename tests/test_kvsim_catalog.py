@@ -9,7 +9,7 @@ import pytest
 
 from kvsim import catalog
 from kvsim.estimate import cache_nbytes
-from kvsim.hardware import Hardware, find_hardware
+from kvsim.hardware import Hardware, find_hardware, plain
 from kvsim.load import load_model
 from kvsim.methods import Full
 from kvsim.model import Model
@@ -131,6 +131,31 @@ def kinds(model: Model) -> dict[str, int]:
     for kind, count in model.kinds:
         out["dsv4" if model.model_type == "deepseek_v4" else words.get(kind, kind)] += count
     return dict(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA A100-SXM4-40GB", "a100-sxm-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie-80gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("rtx4090", "rtx-4090"),
+        ("Tesla T4", "t4"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("b200_sxm", "b200-sxm"),
+    ],
+)
+def test_cards_as_drivers_and_people_spell_them(name: str, card: str) -> None:
+    assert find_hardware(name).id == card
+
+
+def test_no_two_cards_answer_to_one_spelling() -> None:
+    owners = [(plain(name), row["id"]) for row in catalog.rows("hardware") for name in catalog.names(row)]
+    assert len(dict(owners)) == len(dict.fromkeys(owners))
+    for nothing in ("", "-", "NVIDIA"):
+        with pytest.raises(LookupError, match="unknown GPU"):
+            find_hardware(nothing)
 
 
 @needs_catalogue

@@ -177,7 +177,15 @@ BAD = {
     "estimate --model gpt2 --gpu apple-m5-max": "its memory is not known",
     "estimate": "Missing option '--model'",
     "estimate --model gpt2 --bogus": "No such option",
-    "guess": "No such command 'guess'",
+    "guess": "unknown command 'guess': allowed are breakeven, ",
+    "estimat --model gpt2": "unknown command 'estimat': did you mean estimate?",
+    "estimate --model= --ctx 1k": "model '': allowed are a name",
+    "estimate --model /dev/null": "model /dev/null: neither a file nor a directory",
+    "estimate --model gpt2 --gpu t4:x": "gpu 't4:x': allowed is CARD:COUNT",
+    "plan --model gpt2 --gpu t4 --users 1 --lengths {tmp}/latin.json": "latin.json': not UTF-8 text",
+    "plan --model gpt2 --gpu t4:2 --users 1 -tp 1": "2 cards, but --tensor-parallel-size is 1",
+    "plan --model gpt2 --gpu t4 --users 1 --engine ideal --block-size 16": "engine ideal has no --block-size",
+    "plan --model gpt2 --gpu t4 --users 1 --weight-bits 8 -q awq": "give one of --weight-bits, --weight-dtype and",
     "models nope": "unknown model 'nope'",
     "hardware nope": "unknown GPU 'nope'",
     "plot --model gpt2 -o {tmp}/none/x.png": "no directory",
@@ -201,7 +209,7 @@ BAD = {
     "estimate --model gpt2 --gpu t4 --weight-bits 8 --quantization fp8": "give one of --weight-bits, --weight-dtype",
     "estimate --model gpt2 --gpu t4 --gpu-memory-utilization 1.2": "gpu-memory-utilization 1.2: allowed",
     "estimate --model gpt2 --gpu t4 --gpu-memory-utilization 0.9 --reserve 10%": "not both",
-    "estimate --model gpt2 --gpu t4:0": "allowed are 1 card and above",
+    "estimate --model gpt2 --gpu t4:0": "allowed is CARD:COUNT with a count of 1 to",
     "estimate --model gpt2 --gpu t4:3 -tp 2": "3 cards, but the parallel sizes ask for 2",
     "estimate --model gpt2 -tp 5": "tensor-parallel-size 5 does not divide the 12 query heads",
     "estimate --model gpt2 --ctx 1k --input-len 5": "give --ctx, or --input-len and --output-len, not both",
@@ -210,7 +218,7 @@ BAD = {
     "estimate --model gpt2 --max-model-len long": "max-model-len 'long': allowed are whole numbers from 1",
     "estimate --model gpt2 --max-num-batched-tokens 0": "max-num-batched-tokens '0': allowed",
     "estimate --model gpt2 --max-num-seqs 0": "max-num-seqs 0: allowed are 1 and above",
-    "estimate --model gpt2 --shared-prefix 5k": "shared prefix 5,120: allowed are 0 to the 4,096 tokens",
+    "estimate --model gpt2 --shared-prefix 5k": "error: shared prefix 5,120: allowed are 0 to the 4,096 tokens",
     "estimate --model gpt2 --method paged:inner=(fp8": "parentheses do not pair",
     "compare --model gpt2 --engine vllm --engines": "give --engine or --engines, not both",
     "compare --model gpt2 --engines vllm,none": "unknown engine 'none'",
@@ -257,8 +265,12 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.Monk
         run(["estimate", "--model", "gpt2"])
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
-    child = subprocess.Popen([*CHILD, "models", "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("command", ["models --json", "sweep --model gpt2 --ctx 1:200k:1 --json"])
+def test_a_reader_that_goes_away_is_no_traceback(command: str) -> None:
+    """Nor exit code 1, which says that nothing fits."""
+    if command.startswith("sweep"):
+        pytest.importorskip("numpy", reason="numpy is not installed")
+    child = subprocess.Popen([*CHILD, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdout is not None
     assert child.stderr is not None
     child.stdout.read(10)
@@ -317,6 +329,77 @@ def test_the_issues_own_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["nbytes"] == (8 * 72 + 1) * 16 * 65536
     assert out["gpu"]["weight_nbytes"] == 8030261248 + 2 * 128256 * 4096  # embedding and head keep 16 bits
     assert {"tpot_seconds", "ttft_seconds", "bound"} <= row.keys()
+
+
+def test_plan_in_vllms_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("numpy", reason="numpy is not installed")
+    flags = "--block-size 32 --kv-cache-dtype fp8 -q fp8 -tp 1 --max-model-len 32k --users 4"
+    out = answer(capsys, "plan", "--model", "llama-3.1-8b", "--gpu", "h100", *flags.split())
+    assert [row["method"] for row in out["rows"]] == ["fp8"]
+    told = out["inputs"]
+    assert (told["engine"], told["max_model_len"], told["weight_bits"]) == ("vllm:block_size=32", 32000, 8)
+    out = answer(
+        capsys, "plan", "--model=gpt2", "--gpu=t4", "--users=4", "--engine=vllm:max_num_seqs=8", "--block-size=32"
+    )
+    assert out["inputs"]["engine"] == "vllm:max_num_seqs=8,block_size=32"
+
+
+def test_requests_that_wait_for_memory_make_no_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--model llama-3.1-8b --gpu h100 --input-len 8k --output-len 512 --method fp16"
+    few = answer(capsys, "estimate", *argv.split(), "--batch", "53")
+    many = answer(capsys, "estimate", *argv.split(), "--batch", "512", code=1)
+    (few_row,), (many_row,) = few["rows"], many["rows"]
+    assert many_row["tpot_seconds"]["value"] == pytest.approx(few_row["tpot_seconds"]["value"], rel=0.05)
+    assert many_row["tokens_per_second"]["value"] == pytest.approx(few_row["tokens_per_second"]["value"], rel=0.05)
+    assert any("of 512 requests run at once, the others wait" in note for note in many["notes"])
+    assert not any("wait" in note for note in few["notes"])
+
+
+@pytest.mark.parametrize("flags", ["--max-num-seqs 16", "--gpu-memory-utilization 0.27", "--reserve 73%"])
+def test_a_server_that_is_told_to_hold_less_runs_fewer(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--model llama-3.1-8b --gpu h100 --engine vllm --method fp16 --input-len 2000 --output-len 500 --batch 64"
+    (free,) = answer(capsys, "estimate", *argv.split())["rows"]
+    out = answer(capsys, "estimate", *argv.split(), *flags.split(), code=0 if "seqs" in flags else 1)
+    (row,) = out["rows"]
+    (waiting,) = (note for note in out["notes"] if note.endswith("of 64 requests run at once, the others wait"))
+    most = int(waiting.split()[1])
+    assert most == 16 if "seqs" in flags else row["max_batch"] <= most < 64  # of requests halfway through
+    assert row["tpot_seconds"]["value"] < 0.7 * free["tpot_seconds"]["value"]
+    assert row["ttft_seconds"]["value"] > 10 * free["ttft_seconds"]["value"]
+    assert row["tokens_per_second"]["value"] == pytest.approx(most / row["tpot_seconds"]["value"])
+
+
+def test_a_sweep_that_is_stopped_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("numpy", reason="numpy is not installed")
+
+    def stopped(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvsim.rowfile.write", stopped)
+    assert run(["sweep", "--model", "gpt2", "--out", str(tmp_path / "grid.csv")]) == 130
+    assert "stopped: the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["breakeven", "report"])
+def test_weights_that_do_not_fit_are_an_answer(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, and the reason on standard output, in JSON too."""
+    out = answer(capsys, command, "--model", "llama-3-70b", "--gpu", "t4", code=1)
+    assert out["rows"] == []
+    assert out["notes"] == ["meta-llama/Meta-Llama-3-70B on 1 x t4: the weights leave no room for a cache on one card"]
+    assert run([command, "--model", "llama-3-70b", "--gpu", "t4"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(out["notes"][0])
+    assert "Not modelled: " in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no such device here")
+def test_a_report_does_not_replace_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["report", "--model", "gpt2", "--gpu", "t4", "--out", "/dev/full"]) == 2
+    assert capsys.readouterr().err == "kvsim: error: cannot write /dev/full: No space left on device\n"
+    assert Path("/dev/full").is_char_device()
 
 
 def test_what_does_not_fit_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,8 @@ def test_every_answer_has_its_keys_and_types(command: str, capsys: pytest.Captur
 
 
 def test_every_command_has_a_version_and_says_what_it_leaves_out() -> None:
-    assert VERSIONS.keys() == NOT_MODELLED.keys() == {name for name, _ in COMMANDS.values()}
+    measured = {"calibrate"}  # takes a while, and its own test
+    assert VERSIONS.keys() == NOT_MODELLED.keys() == {name for name, _ in COMMANDS.values()} | measured
 
 
 def test_every_key_is_documented() -> None:

@@ -49,6 +49,18 @@ def test_resume_does_only_the_rest(tmp_path):
     assert read(path)["schema"] == SCHEMA
 
 
+def test_anew_keeps_what_this_commit_measured(tmp_path):
+    """Rows of another commit stay until they are measured again, so that a run that stops loses nothing."""
+    path, count = tmp_path / "r.json", []
+    run(counted(count), Results(path, HEADER | {"commit": "one"}))
+    with pytest.raises(Interrupted):
+        run(counted(count, (1, KeyboardInterrupt())), Results(path, HEADER | {"commit": "two"}, anew=True))
+    assert sorted((row["value"], row["commit"]) for row in read(path)["rows"]) == [(0, "two"), (1, "one"), (2, "one")]
+    run(counted(count), Results(path, HEADER | {"commit": "two"}, anew=True))
+    assert count == [0, 1, 2, 0, 1, 1, 2]
+    assert {row["commit"] for row in read(path)["rows"]} == {"two"}
+
+
 def test_a_failed_guest_is_a_row_and_is_tried_again(tmp_path):
     path, count = tmp_path / "r.json", []
     run(counted(count, (1, RuntimeError("no\nkernel"))), Results(path, HEADER))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, median
 
 import pytest
 
 from kvsim.attention_curve import Kernel
+from kvsim.cli import run
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
 from kvsim.load import load_model
 from kvsim.methods import make_method
+from kvsim.options import parse_method
 from kvsim.roofline import Roofline, constants, find_kernel, hit_share, known_weights, seen
 from kvsim.timing import (
     PARTS,
@@ -83,6 +88,22 @@ def test_more_work_takes_longer_and_a_better_card_less() -> None:
     assert (
         decode_step(LLAMA, FP16, half, 512, 64).parts["kv"] > 1.5 * decode_step(LLAMA, FP16, H100, 512, 64).parts["kv"]
     )
+
+
+@pytest.mark.parametrize("engine", ["ideal", "vllm", "trtllm", "kvruntime"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-2-7b", "Qwen1.5-MoE-A2.7B", "falcon-40b"])
+def test_time_never_falls_as_a_batch_grows(name: str, engine: str) -> None:
+    """Neither where attention stops splitting sequences (as many pieces as multiprocessors) nor where a server's step
+    carries more than one prompt: the largest batch within a time limit is found by bisection."""
+    model, batches = load_model(name), (1, 3, 4, 5, 8, 15, 16, 17, 18, 32, 33, 48, 64, 128, 129, 132, 133, 256)
+    card = replace(H100, memory_nbytes=None)  # all of them run
+    for tokens in (128, 1000, 4096, 32768):
+        times = [decode_step(model, FP16, card, batch, tokens, engine=engine).seconds.value for batch in batches]
+        assert times == sorted(times), tokens
+        for output in (1, 16, 128):
+            loads = [(model, FP16, card, batch, tokens, output) for batch in batches]
+            times = [token_step(*load, engine=engine).seconds.value for load in loads]
+            assert times == sorted(times), (tokens, output)
 
 
 def test_what_bounds_a_step() -> None:
@@ -187,6 +208,37 @@ def test_a_busy_server() -> None:
     assert first_token(qwen, FP16, H100, 512, 2048, 256).bound == "queue"
 
 
+def test_this_projects_engine_as_it_was_recorded() -> None:
+    """Whole decode steps of GPT-2 and Llama-3-8B, 16 bits and packed: within a fifth, and most within the band."""
+    path = Path(__file__).parents[1] / "validation/results/engine/nvidia-h100-80gb-hbm3.json"
+    steps = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["kind"] == "step"]
+    errors, inside = [], 0
+    for row in steps:
+        packed = re.fullmatch(r"kivi-(\d)bit-g(\d+)-r(\d+)", row["method"])
+        spec = "kivi:nbits={},group_size={},residual_length={}".format(*packed.groups()) if packed else row["method"]
+        loads = (parse_method(spec, {}), H100, row["batch_size"], row["num_tokens"])
+        predicted = decode_step(load_model(row["model"]), *loads, engine="kvruntime").seconds
+        measured = median(row["seconds_per_step"])
+        errors.append(abs(measured / predicted.value - 1))
+        inside += predicted.low <= measured <= predicted.high
+    assert len(steps) == 36
+    assert mean(errors) < 0.1
+    assert inside >= 0.9 * len(steps)
+
+
+def test_stock_generate_waits_for_the_host() -> None:
+    """78 tokens a second of GPT-2 on an H100 (transformers 5.17), whatever the card could do."""
+    step = decode_step(load_model("gpt2"), FP16, H100, 1, 512, engine="transformers")
+    assert 1 / step.seconds.value == pytest.approx(78, rel=0.05)
+    assert step.bound == "overhead"
+
+
+def test_an_engine_that_was_not_timed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    for engine, said in (("llama.cpp", True), ("vllm", False), ("kvruntime", False), ("ideal", False)):
+        assert run(["estimate", "--model", "gpt2", "--gpu", "h100", "--method", "fp16", "--engine", engine]) == 0
+        assert (f"{engine} was not timed" in capsys.readouterr().out) is said
+
+
 def test_kernels_by_engine_and_width() -> None:
     fixed, layer = constants(), LLAMA.cache_layers[0]
     assert find_kernel(fixed, FP16, layer, "vllm", 4) == (fixed.kernels["vllm/fp16"], False)
@@ -259,8 +311,6 @@ def test_the_recorded_constants_are_those_in_use() -> None:
 
 def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed")
-    import json
-
     from validation import attention_time
 
     assert attention_time.recorded_rows(H100, folder=tmp_path) is None
@@ -321,15 +371,13 @@ def test_a_refit_gives_the_constants_in_use() -> None:
 @needs_rows
 def test_rows_of_another_file_are_tried_without_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
-    import json
-
-    from validation.cli import run
+    from validation.cli import run as validate
 
     lines = (MEASURED / "decode_attention_h100.csv").read_text(encoding="utf-8").splitlines()
     path = tmp_path / "other.csv"
     path.write_text("\n".join([lines[0], *lines[1:200:5]]) + "\n", encoding="utf-8")
-    assert run(["time", "--try", "--attention", str(path)]) == 0
+    assert validate(["time", "--try", "--attention", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)["attention"]["errors"]["mean"] < 0.25
     path.write_text("gpu,latency_ms\nh100_sxm,1\n", encoding="utf-8")
-    assert run(["time", "--try", "--attention", str(path)]) == 2
+    assert validate(["time", "--try", "--attention", str(path)]) == 2
     assert "lacks the columns" in capsys.readouterr().err

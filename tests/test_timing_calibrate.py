@@ -101,6 +101,19 @@ def test_a_broken_profile_names_the_field(tmp_path: Path, change: dict[str, obje
         load_profile(path)
 
 
+def test_the_answer_as_json(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvsim.calibrate.calibrate", lambda *_, **__: load_profile(measured))
+    assert run(["calibrate", "--out", str(tmp_path / "p.json"), "--device", "cpu", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out.keys() == {"schema", "inputs", "notes", "not_modelled", "path", "rows"}
+    assert out["schema"] == "kvsim.calibrate/1"
+    assert out["rows"][0]["device"] == load_profile(measured).device
+    assert run(["calibrate", "--out", str(tmp_path / "p.json")]) == 0
+    assert "Not modelled:\n" in capsys.readouterr().out
+
+
 def test_estimate_takes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half the measured bandwidth, twice the time of the weights' stream."""
     figures = {"read_bandwidth": 3e12, "copy_bandwidth": 2.9e12, "flops": 6e14, "layer_seconds": 1e-9}

@@ -1,47 +1,95 @@
 #!/usr/bin/env bash
-# Everything that wants a CUDA device, in one go: kernel tests there, memory and peaks, benchmarks, perplexity.
+# Everything that wants a CUDA device: kernel tests there, memory and peaks, benchmarks, perplexity, the sanitizer.
 #
-#   validation/record.sh [TEXT]      TEXT: WikiText-2's raw test split for perplexity (skipped without it)
+#   validation/record.sh [--text FILE] [PART]...
 #
-# Results go to validation/results/ and validation/results/bench/; every part resumes where an earlier run stopped, so a
-# machine that is only lent for minutes can be used in several goes. Needs the runtime and test extras; about twenty
-# minutes on an H100, most of them Triton compiling.
+# PART: tests memory quality bench kernels engine calibrate memcheck racecheck; all of them without one.
+# FILE: WikiText-2's raw test split, for `quality`, which is skipped without it.
+#
+# A part takes minutes on an H100, much of it Triton compiling, and goes on where an earlier run of the same commit
+# stopped: a machine that is lent for minutes can be used in several goes. What an older commit recorded stays until it
+# is measured again. Needs the runtime and test extras.
 set -uo pipefail
-text="$(realpath "${1:-/dev/null}")"
-cd "$(dirname "$0")/.."
-bench=validation/results/bench
-mkdir -p "$bench"
+text=""
+if [ "${1:-}" = --text ]; then
+    text="$(realpath -e -- "${2:-}")" || { echo "no such text: ${2:-}" >&2; exit 2; }
+    shift 2
+fi
+cd "$(dirname "$0")/.." || exit
+all="tests memory quality bench kernels engine calibrate memcheck racecheck"
+# shellcheck disable=SC2086
+[ $# != 0 ] || set -- $all
+for part in "$@"; do
+    [[ " $all " == *" $part "* ]] || { echo "unknown part $part: allowed are $all" >&2; exit 2; }
+done
 python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no CUDA device" >&2; exit 2; }
 name="$(python3 -c 'import torch; from validation.results import slug; print(slug(torch.cuda.get_device_name()))')"
+results="$PWD/validation/results"
+mkdir -p "$results"/{bench,kernels,engine,profiles}
 
-python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) / 2)) tests/test_kernels.py tests/test_fast.py \
-    tests/test_hf_generate.py tests/test_hf_honesty.py tests/test_hf_masks.py &
-tests=$!
-python3 -m validation memory --device cuda --jobs $(($(nproc) / 4)) --record --resume >/dev/null &
-memory=$!
-failed=""
-if [ -f "$text" ] && [ "$text" != /dev/null ]; then
-    folder="$(dirname "$text")" file="$(basename "$text")" out="$PWD/$bench" root="$PWD"
-    (cd "$folder" && PYTHONPATH="$root" python3 -m kvruntime perplexity --text "$file" --window 1024 --chunk 1 --batch 296 \
-        --max-tokens 0 --nbits 8 --nbits 4 --nbits 2 --resume --out "$out/$name-wikitext2.json") || failed+=" perplexity"
-fi
-wait "$tests" || failed+=" tests"
-wait "$memory" || failed+=" memory"
-for model in gpt2 gpt2-medium gpt2-large; do # speed alone on the device
-    python3 -m kvruntime bench --model "$model" --only memory --only speed --nbits 2 --nbits 4 --batch 1,64 \
-        --resume --out "$bench/$name-$model.json" || failed+=" bench:$model"
-done
-for part in kernels engine; do # each resumes; a lost device (exit code 3) asks for a new process
-    mkdir -p "validation/results/$part"
-    options="--peers"
-    [ "$part" = engine ] || options="--more --splits"
-    for turn in 1 2 3; do
-        # shellcheck disable=SC2086
-        python3 -m kvruntime bench "$part" $options --resume --out "validation/results/$part/$name.json"
-        code=$?
-        [ "$code" = 3 ] || break
+tests() {
+    python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) * 3 / 4)) tests/test_kernels.py \
+        tests/test_fast.py tests/test_step.py tests/test_full.py tests/test_prompt.py tests/test_engine.py \
+        tests/test_engine_decoders.py tests/test_engine_linear.py tests/test_hf_compiled.py tests/test_hf_generate.py \
+        tests/test_hf_honesty.py tests/test_hf_masks.py
+}
+
+memory() {
+    python3 -m validation memory --device cuda --jobs $(($(nproc) / 4)) --record --resume >/dev/null
+}
+
+quality() {
+    [ -n "$text" ] || { echo "quality is skipped: no --text" >&2; return 0; }
+    (cd "$(dirname "$text")" && PYTHONPATH="$OLDPWD" python3 -m kvruntime perplexity --text "$(basename "$text")" \
+        --window 1024 --chunk 1 --batch 296 --max-tokens 0 --nbits 8 --nbits 4 --nbits 2 --anew \
+        --out "$results/bench/$name-wikitext2.json")
+}
+
+bench() {
+    local code=0 model
+    for model in gpt2 gpt2-medium gpt2-large; do
+        python3 -m kvruntime bench --model "$model" --only memory --only speed --nbits 2 --nbits 4 --batch 1,64 --anew \
+            --out "$results/bench/$name-$model.json" || code=1
     done
-    [ "$code" = 0 ] || failed+=" $part"
+    return $code
+}
+
+turns() { # a lost device (exit code 3) asks for a new process
+    local code
+    for _ in 1 2 3; do
+        python3 -m kvruntime bench "$@" --anew
+        code=$?
+        [ $code = 3 ] || return $code
+    done
+    return $code
+}
+
+kernels() {
+    turns kernels --more --splits --out "$results/kernels/$name.json"
+}
+
+engine() {
+    turns engine --model gpt2 --model llama-3-8b --model gpt2-large --peers --out "$results/engine/$name.json"
+}
+
+calibrate() {
+    python3 -m kvsim calibrate --device cuda --out "$results/profiles/$name.json"
+}
+
+sanitized() { # compute-sanitizer over the kernels' grid in float16, in one process
+    compute-sanitizer --tool "$1" --error-exitcode 1 python3 -m pytest -q -x -p no:cacheprovider -p no:benchmark -p no:xdist \
+        -k "not compiles and not bfloat16 and not float32" \
+        tests/test_step.py tests/test_prompt.py tests/test_fast.py tests/test_kernels.py::test_words_bit_exact
+}
+
+memcheck() { sanitized memcheck; }
+
+racecheck() { sanitized racecheck; }
+
+failed=""
+for part in "$@"; do
+    echo "== $part" >&2
+    "$part" || failed+=" $part"
 done
 python3 tests/test_docs.py || failed+=" documents"
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

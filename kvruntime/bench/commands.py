@@ -183,8 +183,8 @@ def _check(given: dict[str, Any]) -> None:
 
 
 def _results(given: dict[str, Any], device: str, default: Path) -> Results:
-    header = describe(device, ["kvruntime", *sys.argv[1:]])
-    return Results(given["out"] or default, header | {"seed": given["seed"]}, resume=given["resume"])
+    header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
+    return Results(given["out"] or default, header, resume=given["resume"], anew=given["anew"])
 
 
 def _resolve(given: dict[str, Any]) -> Source:
@@ -248,7 +248,8 @@ def _finish(tasks: list[Task], results: Results) -> int:
     try:
         rows = run(tasks, results)
     except Interrupted as stop:
-        again = " ".join(["kvruntime", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        again = " ".join(["kvruntime", *words, *([] if results.anew else ["--resume"])])
         say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with: {again}")
         return 130
     rows += [row for row in results.rows if row["kind"] in ("missing", "skipped")]

@@ -352,7 +352,8 @@ def engine(**given: Any) -> int:
 
     torch.cuda.set_device(device)
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
-    results = Results(given["out"] or Path("kvruntime-engine.json"), header, resume=given["resume"])
+    out = given["out"] or Path("kvruntime-engine.json")
+    results = Results(out, header, resume=given["resume"], anew=given["anew"])
     results.rows = [row for row in results.rows if row["kind"] != "missing"]
     models = Models(device, given["seed"])
     tasks: list[Task] = []

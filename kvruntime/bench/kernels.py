@@ -187,7 +187,8 @@ def kernels(**given: Any) -> int:
     torch.cuda.set_device(device)
     bench = cuda_bench(torch.device(device), given["seed"])
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": bench.seed}
-    results = Results(given["out"] or Path("kvruntime-kernels.json"), header, resume=given["resume"])
+    out = given["out"] or Path("kvruntime-kernels.json")
+    results = Results(out, header, resume=given["resume"], anew=given["anew"])
     parts = given["parts"] or (("attend",) if given["quick"] else ("attend", "pack"))
     tasks, cases = ceiling_tasks(bench), []
     if "attend" in parts:

@@ -22,18 +22,20 @@ class Results:
     """The rows of one file.  A row is its *key* (what was asked for) and its figures, in one flat object.
 
     ``resume`` takes over the rows of an existing file, if it was recorded on the same device; without it an existing
-    file is kept beside as ``.old``.  Raises ``ValueError`` for a path that cannot be written, a file that is not of
-    this schema, or one of another device.
+    file is kept beside as ``.old``.  ``anew`` does too, but takes for done only what this commit measured.  Raises
+    ``ValueError`` for a path that cannot be written, a file that is not of this schema, or one of another device.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any], *, resume: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], header: Mapping[str, Any], *, resume: bool = False, anew: bool = False
+    ) -> None:
+        self.path, self.anew = Path(path), anew
         self.header = {"schema": SCHEMA, **header}
         self.rows: list[Row] = []
         check_writable(self.path)
         if not self.path.exists():
             return
-        if resume:
+        if resume or anew:
             self.rows = self._taken_over()
         else:
             os.replace(self.path, self.path.with_name(self.path.name + ".old"))
@@ -49,7 +51,8 @@ class Results:
 
     def done(self, key: Mapping[str, Any]) -> bool:
         """Whether a row with this key has its figures already (a failed one has none)."""
-        return any("failed" not in row and _has(row, key) for row in self.rows)
+        mine = {"commit": self.header.get("commit")} if self.anew else {}
+        return any("failed" not in row and _has(row, {**key, **mine}) for row in self.rows)
 
     def add(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
         """Records one row, in place of an older one with the same key, and writes the file.

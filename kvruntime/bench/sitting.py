@@ -73,14 +73,14 @@ def carry_out(
             raise DeviceLost(row["failed"])
         return f"    failed: {row['failed']}"
 
-    code = 0
+    code, again = 0, "--anew" if results.anew else "--resume"
     try:
         run(in_order(tasks, results), results, told=told)
     except Interrupted as stop:
-        say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with --resume")
+        say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with {again}")
         return 130
     except DeviceLost as error:
-        say(f"the device is lost to this process ({error}); go on with --resume, which leaves what failed to the end")
+        say(f"the device is lost to this process ({error}); go on with {again}, which leaves what failed to the end")
         code = AGAIN
     print(tables(results.rows))
     print(f"\nrecorded in {results.path}")

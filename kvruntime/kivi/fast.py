@@ -322,6 +322,13 @@ def prefetch(record_ptr, RECORD_WORDS: gl.constexpr):
 
 
 @gluon.jit
+def forget_cached():
+    """What this multiprocessor's L1 cache holds is asked for again: copies of fewer than 16 bytes a lane go through it."""
+    lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def record_of(base_ptr, table_ptr, tile, wanted, TILES: gl.constexpr, RECORD_STRIDE: gl.constexpr):
     """Where the record of a row's ``tile`` lies; a block table is read only where ``wanted``."""
     block = tile // TILES
@@ -767,6 +774,7 @@ def attend_kernel(
         if EARLY and table_ptr is None:
             if length - SINK - packed <= RESIDUAL - RECORD + 1:  # that step may have packed the newest record meanwhile
                 async_copy.wait_group(0)
+                forget_cached()
                 copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, (packed - RECORD) // TILE, certain, DIM,
                            KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
                            NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip

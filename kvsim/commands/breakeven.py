@@ -65,25 +65,26 @@ def command(
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
     runners: dict[str, Runner] = {}
+    refusal = ""
     reasons: dict[str, str] = {}
     for method in (*methods, *others):
         try:
             runners[method.name] = Runner(model, method, card, ranks, weight_bits, share, chosen)
         except NoRoomError as error:
-            click.echo(f"{model.name} on {ranks} x {card.id}: {error}", err=True)
-            return 1
+            refusal = f"{model.name} on {ranks} x {card.id}: {error}"
+            break
         except ValueError as error:
             if specs or against:
                 raise
             reasons[method.name] = str(error)
-    notes = left_out(reasons)
+    notes = [refusal] if refusal else left_out(reasons)
     pairs = [
         (runners[method.name], runners[other.name])
         for method in methods
         for other in others
         if method.name in runners and other.name in runners and method != other
     ]
-    if not pairs:
+    if not pairs and not refusal:
         raise ValueError("; ".join(notes) or "no method to compare: --method and --against are the same")
     rows = [
         row
@@ -108,7 +109,10 @@ def command(
         document["price"] = asdict(cost) if cost else None
         document["rates"] = [_rate(runner, each, cost, ranks) for runner in runners.values() for each in contexts]
         click.echo(json.dumps(document | {"rows": [_row(row) for row in rows]}, indent=2))
-        return 0
+        return 1 if refusal else 0
+    if refusal:
+        click.echo(f"{refusal}\n\nNot modelled: {'; '.join(NOT_MODELLED)}.")
+        return 1
     if model.max_positions and contexts[-1] > model.max_positions:
         notes.append(f"contexts beyond the model's {model.max_positions:,} positions are compared all the same")
     blocks = [

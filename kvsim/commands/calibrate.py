@@ -9,7 +9,9 @@ import click
 
 
 @click.command("calibrate")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("profile.json"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("profile.json"), show_default=True, help="Profile to write."
+)
 @click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
 @click.option("--seconds", type=float, default=45.0, show_default=True, help="About how long to measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -17,11 +19,14 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
     """Measures this card (needs the runtime): bandwidths, products, attention, what a layer costs."""
     from dataclasses import asdict
 
+    from kvsim import report
     from kvsim.calibrate import calibrate
+    from kvsim.schema import envelope
 
     profile = calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
     if as_json:
-        click.echo(json.dumps({"schema": "kvsim.calibrate/1", "path": str(out), **asdict(profile)}, indent=2))
+        answer = envelope("calibrate", {"device": device, "seconds": seconds}, [])
+        click.echo(json.dumps(answer | {"path": str(out), "rows": [asdict(profile)]}, indent=2))
         return
     click.echo(
         f"{profile.device}\n"
@@ -31,6 +36,5 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
         f"  cache   {profile.bandwidth / 1e9:10,.1f} GB/s, {profile.fixed * 1e6:,.1f} us a launch\n"
         f"  products{profile.flops / 1e12:10,.2f} TFLOP/s\n"
         f"  a layer {profile.layer_seconds * 1e6:10,.1f} us besides\n\n"
-        f"wrote {out}\n"
-        "Not modelled: other types of cache than 16-bit, clocks that fall under load, other cards on the same link."
+        f"wrote {out}\n\n{report.not_modelled('calibrate')}"
     )

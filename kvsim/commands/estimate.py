@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from kvsim.commands.flags import (
     beyond,
     choose_card,
     choose_engine,
+    choose_weights,
     engine_option,
     engine_options,
     inputs_object,
@@ -34,7 +35,6 @@ from kvsim.hardware import Hardware
 from kvsim.load import load_model
 from kvsim.options import Value, parse_reserve, parse_size
 from kvsim.parallel import Deployment, Sharding, stages
-from kvsim.quantization import QUANTIZATIONS, WEIGHT_DTYPES, weight_bits_of
 from kvsim.report import Times
 from kvsim.schema import envelope, gpu_object, model_object, options_object, row_object
 
@@ -115,7 +115,7 @@ def command(
     )
     card, sharding = choose_card(gpu, sharding)
     fixed = _constants(profile, card)
-    bits, quantized = _weight_bits(weight_bits, weight_dtype, quantization)
+    bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)
     flags: dict[str, Any] = {
         "block_size": block_size,
         "max_num_seqs": max_num_seqs,
@@ -128,6 +128,8 @@ def command(
     if max_num_seqs is not None and max_num_seqs < 1:
         raise ValueError(f"max-num-seqs {max_num_seqs}: allowed are 1 and above")
     prefix = parse_size(shared_prefix, "shared-prefix") if shared_prefix is not None else 0
+    if prefix > tokens:
+        raise ValueError(f"shared prefix {prefix:,}: allowed are 0 to the {tokens:,} tokens of a sequence")
     model = load_model(model_name)
     chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype, serving)
     rows, left_out = chosen.weigh(model, batch, [tokens], prefix)
@@ -155,7 +157,11 @@ def command(
         pools = [_pool(each, space, longest) for each in deployments]
     if max_num_seqs is not None and batch > max_num_seqs * sharding.data_parallel_size:
         notes.append(f"a batch of {batch:,} is beyond --max-num-seqs {max_num_seqs:,}: the others wait")
-    times = [_times(each, space, batch, prompt, output, bits, fixed, notes) for each in deployments]
+    told = reserve is not None or gpu_memory_utilization is not None
+    times = [
+        _times(each, space, batch, prompt, output, bits, fixed, notes, told=told, most=max_num_seqs)
+        for each in deployments
+    ]
     ranks = [(each.rank_nbytes(batch, tokens), each.all_nbytes(batch, tokens)) for each in deployments]
     fits = [space is not None and own <= space.cache_nbytes for own, _ in ranks]
     code = 1 if space is not None and not any(fits) else 0
@@ -176,7 +182,7 @@ def command(
         )
         out = envelope("estimate", inputs, notes) | {"model": model_object(model)}
         out["rows"] = [
-            row_object(row) | {"rank_nbytes": own, "all_ranks_nbytes": total} | _times_object(time, batch)
+            row_object(row) | {"rank_nbytes": own, "all_ranks_nbytes": total} | _times_object(time)
             for row, (own, total), time in zip(rows, ranks, times, strict=True)
         ]
         if space is not None:
@@ -193,21 +199,9 @@ def command(
     if space is not None:
         flag = "--reserve" if reserve is not None or serving.name != "vllm" else "--gpu-memory-utilization"
         blocks.append(report.fits(space, rows, fits, limits, sharding.ranks, flag))
-        blocks += [report.pools(rows, pools), report.times(rows, times, batch)]
+        blocks += [report.pools(rows, pools), report.times(rows, times)]
     show(*blocks, report.notes(notes), report.not_modelled("estimate"))
     return code
-
-
-def _weight_bits(bits: float | None, dtype: str | None, quantization: str | None) -> tuple[float | None, bool]:
-    """Bits a weight, and whether they are those of the layers only."""
-    given = [name for name, value in (("bits", bits), ("dtype", dtype), ("quantization", quantization)) if value]
-    if len(given) > 1:
-        raise ValueError("give one of --weight-bits, --weight-dtype and --quantization")
-    if dtype is not None:
-        return weight_bits_of(dtype, WEIGHT_DTYPES, "weight-dtype"), True
-    if quantization is not None:
-        return weight_bits_of(quantization, QUANTIZATIONS, "quantization"), True
-    return bits, False
 
 
 def _reserve(reserve: str | None, utilization: float | None, engine: Engine) -> float:
@@ -276,17 +270,21 @@ def _times(
     bits: float | None,
     fixed: Constants | None,
     notes: list[str],
+    *,
+    told: bool,
+    most: int | None,
 ) -> Times | None:
     """Seconds of a token and to the first, where a card is given and its figures are known.
 
     Without an ``output`` length those of one step at the context, and of one prompt alone; else a busy server's.
+    ``told``: the share of the memory was, so that as many run as fit in it; ``most``: no more than these.
     """
     if space is None:
         return None
-    from kvsim.timing import decode_step, first_token, prefill, token_step
+    from kvsim.timing import decode_step, first_token, prefill, running, token_step, was_timed
 
     sharding = deployment.sharding
-    replica = sharding.rank_batch(batch)
+    replica, one = sharding.rank_batch(batch), replace(sharding, data_parallel_size=1)
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
     model, method, card = deployment.model, deployment.method, space.hardware
     options: dict[str, Any] = {
@@ -298,25 +296,34 @@ def _times(
     try:
         if output is None:
             token = decode_step(model, method, card, replica, prompt, **options)
-            first = prefill(model, card, 1, prompt, cached_tokens=cached, **options)
+            first, held = prefill(model, card, 1, prompt, cached_tokens=cached, **options), float(replica)
         else:
-            lengths = (prompt, output)
-            token = token_step(model, method, card, replica, *lengths, cached_tokens=cached, **options)
-            first = first_token(model, method, card, replica, *lengths, cached_tokens=cached, **options)
+            loads = (replica, prompt, output)
+            held = running(model, method, card, *loads, **options)
+            if told:
+                room_for = largest_batch(replace(deployment, sharding=one), prompt + output // 2, space.cache_nbytes)
+                held = float(replica if room_for is None else min(replica, max(1, room_for)))
+            held = min(held, most or held)
+            token = token_step(model, method, card, *loads, cached_tokens=cached, num_running=held, **options)
+            first = first_token(model, method, card, *loads, cached_tokens=cached, num_running=held, **options)
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None
     if sharding.pipeline_parallel_size > 1 or sharding.context_ranks > 1:
         notes.append("times are those of one stage's card holding all layers: pipeline and context are not in them")
-    return Times(token.seconds, first.seconds, token.bound)
+    if not was_timed(deployment.engine.name):
+        notes.append(f"{deployment.engine.name} was not timed: the times are those of vllm, sglang and trtllm")
+    if held < replica:
+        notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
+    return Times(token.seconds, first.seconds, token.bound, batch * held / replica)
 
 
-def _times_object(times: Times | None, batch: int) -> dict[str, Any]:
+def _times_object(times: Times | None) -> dict[str, Any]:
     """``tpot_seconds``, ``ttft_seconds`` and ``tokens_per_second`` with ``value``, ``low`` and ``high``; ``bound``."""
     if times is None:
         return dict.fromkeys(("tpot_seconds", "ttft_seconds", "tokens_per_second", "bound"))
     value, low, high = times.token
-    rates = {"value": batch / value, "low": batch / high, "high": batch / low}
+    rates = {"value": times.running / value, "low": times.running / high, "high": times.running / low}
     return {
         "tpot_seconds": {"value": value, "low": low, "high": high},
         "ttft_seconds": dict(zip(("value", "low", "high"), times.first, strict=True)),

@@ -11,7 +11,7 @@ import click
 from kvsim.engines import ENGINES, Engine, engine_fields
 from kvsim.engines.vllm import server_defaults
 from kvsim.estimate import Estimate, estimate
-from kvsim.hardware import Hardware, find_hardware
+from kvsim.hardware import Hardware
 from kvsim.methods import METHODS
 from kvsim.model import Model
 from kvsim.options import (
@@ -25,7 +25,8 @@ from kvsim.options import (
     parse_value,
 )
 from kvsim.parallel import Sharding
-from kvsim.quantization import kv_method
+from kvsim.quantities import parse_card
+from kvsim.quantization import QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -171,17 +172,31 @@ def choose_card(spec: str | None, sharding: Sharding) -> tuple[Hardware | None, 
     """
     if spec is None:
         return None, sharding
-    name, colon, count = spec.rpartition(":")
-    if not colon or not count.isdigit():
-        return find_hardware(spec), sharding
-    card, cards = find_hardware(name), int(count)
-    if cards < 1:
-        raise ValueError(f"GPU {spec!r}: allowed are 1 card and above")
+    card, cards = parse_card(spec)
+    if cards is None:
+        return card, sharding
     if sharding == Sharding():
         sharding = Sharding(tensor_parallel_size=cards)
     if sharding.ranks != cards:
         raise ValueError(f"GPU {spec!r}: {cards} cards, but the parallel sizes ask for {sharding.ranks}")
     return card, sharding
+
+
+def choose_weights(bits: float | None, dtype: str | None, quantization: str | None) -> tuple[float | None, bool]:
+    """Bits a weight, and whether they are those of the layers only.
+
+    Raises ``LookupError`` for an unknown name, ``ValueError`` for more than one flag.
+    """
+    given = [
+        name for name, value in (("bits", bits), ("dtype", dtype), ("quantization", quantization)) if value is not None
+    ]
+    if len(given) > 1:
+        raise ValueError("give one of --weight-bits, --weight-dtype and --quantization")
+    if dtype is not None:
+        return weight_bits_of(dtype, WEIGHT_DTYPES, "weight-dtype"), True
+    if quantization is not None:
+        return weight_bits_of(quantization, QUANTIZATIONS, "quantization"), True
+    return bits, False
 
 
 def tokens_a_sequence(

@@ -10,16 +10,17 @@ from typing import Any
 import click
 
 from kvsim import report
+from kvsim.commands.flags import choose_weights
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
 from kvsim.lengths import Lengths, constant, parse_lengths
 from kvsim.load import load_model
 from kvsim.memory_risk import OCCUPANCIES
-from kvsim.options import choose_methods, parse_reserve, parse_size
+from kvsim.options import choose_methods, parse_human, parse_reserve, parse_size
 from kvsim.plan import INPUT_SHARE, MAX_BATCH, NOT_MODELLED, RISK, Demand, Plan, plan
 from kvsim.prices import Price, given, lowest
 from kvsim.quantities import milliseconds, parse_card, parse_seconds, parse_serving
-from kvsim.quantization import WEIGHT_DTYPES, weight_bits_of
+from kvsim.quantization import WEIGHT_DTYPES, kv_method
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
@@ -43,10 +44,15 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
     "spec",
     help="lognormal:mean=2000,sigma=0.8[,output_mean=300,output_sigma=0.6][,max=32k], or a CSV trace.",
 )
-@click.option("--max-model-len", help="Tokens at which requests are cut.  [default: the model's positions]")
+@click.option(
+    "--max-model-len",
+    help="Tokens at which requests are cut, as vLLM reads it: 32k is 32000.  [default: the model's positions]",
+)
 @click.option("--method", "specs", multiple=True, help=f"Cache method; repeatable.  [default: {', '.join(METHODS)}]")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
+@click.option("--kv-cache-dtype", "--kv-dtype", help="As vLLM's: one more method, by an engine's name.")
 @click.option("--weight-dtype", help=f"Type of the layers' weights: {', '.join(WEIGHT_DTYPES)}.")
+@click.option("--quantization", "-q", help="The same by vLLM's name: fp8, awq, gptq, mxfp4 ...")
 @click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
 @click.option("--risk", type=float, default=RISK, show_default=True, help="Accepted probability of too little memory.")
 @click.option(
@@ -56,10 +62,11 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
     show_default=True,
     help="Requests at the end of their answers, or at random moments.",
 )
-@click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes: {', '.join(ENGINES)}.")
+@click.option("--engine", help=f"Whose bytes: {', '.join(ENGINES)}.  [default: ideal, or vllm with --block-size]")
+@click.option("--block-size", type=int, help="As vLLM's: tokens a block.")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
-@click.option("--tensor-parallel-size", type=click.IntRange(1), help="As vLLM's: cards that share the model.")
+@click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), help="As vLLM's: cards that share the model.")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
 @click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -75,11 +82,14 @@ def command(
     max_model_len: str | None,
     specs: tuple[str, ...],
     weight_bits: float | None,
+    kv_cache_dtype: str | None,
     weight_dtype: str | None,
+    quantization: str | None,
     price: float | None,
     risk: float,
     occupancy: str,
-    engine: str,
+    engine: str | None,
+    block_size: int | None,
     reserve: str | None,
     gpu_memory_utilization: float | None,
     tensor_parallel_size: int | None,
@@ -97,17 +107,18 @@ def command(
         raise ValueError("plan needs numpy: pip install 'kvsim[plan]'") from None
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
-    if weight_dtype is not None:
-        if weight_bits is not None:
-            raise ValueError("give --weight-bits or --weight-dtype, not both")
-        weight_bits = weight_bits_of(weight_dtype, WEIGHT_DTYPES, "weight-dtype")
+    weight_bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)
     if price is not None:
         given("", price)
+    engine = _engine(engine, block_size)
     parse_serving(engine, None)
     held = parse_reserve(reserve) if reserve is not None else None
     cards = [parse_card(gpu) for gpu in gpus]
     if tensor_parallel_size is not None:
-        cards = [(card, count or tensor_parallel_size) for card, count in cards]
+        for gpu, (_, count) in zip(gpus, cards, strict=True):
+            if count not in (None, tensor_parallel_size):
+                raise ValueError(f"gpu {gpu!r}: {count} cards, but --tensor-parallel-size is {tensor_parallel_size}")
+        cards = [(card, tensor_parallel_size) for card, _ in cards]
     if gpu_memory_utilization is not None:
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"gpu-memory-utilization {gpu_memory_utilization:g}: allowed are above 0 to 1")
@@ -117,13 +128,13 @@ def command(
     made = parse_size(output_len, "output-len")
     lengths = parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
     model = load_model(model_name)
-    longest = parse_size(max_model_len, "max-model-len") if max_model_len else model.max_positions
+    longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else model.max_positions
     lengths, notes = _held(lengths, longest)
     demand = Demand(
         users,
         lengths,
-        parse_seconds(slo_tpot, "slo-tpot") if slo_tpot else None,
-        parse_seconds(slo_ttft, "slo-ttft") if slo_ttft else None,
+        parse_seconds(slo_tpot, "slo-tpot") if slo_tpot is not None else None,
+        parse_seconds(slo_ttft, "slo-ttft") if slo_ttft is not None else None,
         risk,
         occupancy,
     )
@@ -131,15 +142,16 @@ def command(
     def cost(card: Hardware, num_cards: int) -> Price | None:
         return lowest(card.id, num_cards) if price is None else given(card.id, price)
 
+    named = [*specs, *([kv_method(kv_cache_dtype, model.dtype)] if kv_cache_dtype is not None else [])]
     ways = plan(
         model,
-        choose_methods(specs or METHODS, {}, None)[0],
+        choose_methods(named or METHODS, {}, None)[0],
         cards,
         demand,
         cost,
         weight_bits=weight_bits,
         reserve=held,
-        quantized=weight_dtype is not None,
+        quantized=quantized,
         engine=partial(parse_serving, engine),
         max_cards=max_cards,
         max_num_seqs=max_num_seqs,
@@ -164,6 +176,16 @@ def command(
     else:
         click.echo("\n\n".join(_screen(model.name, demand, ways, notes)))
     return 0 if any(way.refusal is None for way in ways) else 1
+
+
+def _engine(spec: str | None, block_size: int | None) -> str:
+    """The engine's spec, vLLM's where a block size is given.  Raises ``ValueError`` for a block size of another's."""
+    if block_size is None:
+        return spec or "ideal"
+    name, colon, options = (spec or "vllm").partition(":")
+    if name.strip().lower() != "vllm":
+        raise ValueError(f"engine {name} has no --block-size: it is vllm's")
+    return f"vllm:{options}{',' * bool(colon)}block_size={block_size}"
 
 
 def _held(lengths: Lengths, longest: int | None) -> tuple[Lengths, list[str]]:

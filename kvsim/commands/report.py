@@ -11,7 +11,8 @@ import click
 from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve, parse_size
-from kvsim.page import NOT_MODELLED, Question, answer, as_json, question_price, report
+from kvsim.page import NOT_MODELLED, Question, answer, as_json, json_object, question_price, report
+from kvsim.plan import NoRoomError
 from kvsim.prices import given
 from kvsim.quantities import parse_card, parse_serving
 
@@ -50,8 +51,11 @@ def command(
     price: float | None,
     out: Path,
     as_object: bool,
-) -> None:
-    """One self-contained HTML file: plots, and the tables behind them."""
+) -> int:
+    """One self-contained HTML file: plots, and the tables behind them.
+
+    Exit code 1 (and no file) where the weights alone do not fit.
+    """
     card, count = parse_card(gpu)
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
@@ -69,17 +73,29 @@ def command(
         question_price(card, count or 1) if price is None else given(card.id, price),
         specs or METHODS,
     )
-    found = answer(question)
+    try:
+        found = answer(question)
+    except NoRoomError as error:
+        if as_object:
+            click.echo(json.dumps(json_object(question, [str(error)], []), indent=2))
+        else:
+            click.echo(f"{error}\n\nNot modelled: {'; '.join(NOT_MODELLED)}.")
+        return 1
     if as_object:
         click.echo(json.dumps(as_json(found), indent=2))
-        return
+        return 0
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
+        if out.exists() and not out.is_file():  # a device or a pipe is written to, not replaced
+            temporary = out
         temporary.write_text(report(found), encoding="utf-8")
-        os.replace(temporary, out)
+        if temporary != out:
+            os.replace(temporary, out)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary != out:
+            temporary.unlink(missing_ok=True)
     click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {out.stat().st_size / 1024:,.0f} KiB")
     click.echo("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
+    return 0

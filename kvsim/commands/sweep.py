@@ -126,8 +126,12 @@ def command(
     start = time.monotonic()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else nullcontext()
     meter = Meter(grid.num_rows / grid.num_chunks, quiet)
-    with pool as executor:
-        there = rowfile.write(grid, out, inputs, executor, meter, 4 * workers)
+    try:
+        with pool as executor:
+            there = rowfile.write(grid, out, inputs, executor, meter, 4 * workers)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from the chunks that are there", file=sys.stderr)
+        raise
     seconds = time.monotonic() - start
     fresh = grid.num_rows * (grid.num_chunks - there) / grid.num_chunks
     if as_json:
