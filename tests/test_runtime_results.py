@@ -81,7 +81,9 @@ def test_a_failure_of_our_own_is_raised(tmp_path):
 def test_an_older_file_is_kept_beside(tmp_path):
     path = tmp_path / "r.json"
     run(counted([]), Results(path, HEADER))
-    run(counted([])[:1], Results(path, HEADER))
+    results = Results(path, HEADER)  # a run that is refused now has not touched the file
+    assert len(read(path)["rows"]) == 3
+    run(counted([])[:1], results)
     assert len(read(path)["rows"]) == 1
     assert len(read(tmp_path / "r.json.old")["rows"]) == 3
 
@@ -118,6 +120,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         "for number in range(10**9): results.add({'kind': 'test', 'number': number % 50}, {'pad': 'x' * 20000})\n"
     )
     for pause in (0.01, 0.03, 0.05):
+        path.unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
         deadline = time.monotonic() + 30
         while not (path.exists() and path.stat().st_size > 100_000) and time.monotonic() < deadline:

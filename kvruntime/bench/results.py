@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -21,9 +22,10 @@ Row = dict[str, Any]
 class Results:
     """The rows of one file.  A row is its *key* (what was asked for) and its figures, in one flat object.
 
-    ``resume`` takes over the rows of an existing file, if it was recorded on the same device; without it an existing
-    file is kept beside as ``.old``.  ``anew`` does too, but takes for done only what this commit measured.  Raises
-    ``ValueError`` for a path that cannot be written, a file that is not of this schema, or one of another device.
+    ``resume`` takes over the rows of an existing file, if it was recorded on the same device; without it the first
+    writing keeps an existing file beside as ``.old``.  ``anew`` takes over too, but takes for done only what this
+    commit measured.  Raises ``ValueError`` for a path that cannot be written, a file that is not of this schema, or one
+    of another device.
     """
 
     def __init__(
@@ -33,12 +35,9 @@ class Results:
         self.header = {"schema": SCHEMA, **header}
         self.rows: list[Row] = []
         check_writable(self.path)
-        if not self.path.exists():
-            return
-        if resume or anew:
+        self._keep = self.path.exists() and not (resume or anew)
+        if self.path.exists() and not self._keep:
             self.rows = self._taken_over()
-        else:
-            os.replace(self.path, self.path.with_name(self.path.name + ".old"))
 
     def _taken_over(self) -> list[Row]:
         old = read(self.path)
@@ -73,6 +72,9 @@ class Results:
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if self._keep:  # only now: a run refused for its other options has not touched it
+                shutil.copy2(self.path, self.path.with_name(self.path.name + ".old"))
+                self._keep = False
             os.replace(new, self.path)
         except BaseException:
             new.unlink(missing_ok=True)
