@@ -162,7 +162,9 @@ def _rotary(body: Body) -> list[bool]:
 
 
 def chunked(body: Body) -> list[str]:
-    """Llama 4's: chunks where there are rotary positions."""
+    """Llama 4's: chunks where there are rotary positions; a chunk size of null means none."""
+    if body.reader.value("attention_chunk_size") is None:
+        return full(body)
     return ["chunked" if rotary else "full" for rotary in _rotary(body)]
 
 
@@ -259,12 +261,12 @@ def minimax(body: Body) -> list[str]:
 
 
 def kimi(body: Body) -> list[str]:
-    """Kimi Linear's ``linear_attn_config``: layers counted from 1; without it every fourth is full."""
+    """Kimi Linear's ``linear_attn_config``: layers counted from 1; without it as the class has it."""
     nested = body.reader.child("linear_attn_config")
     if nested is None:
         if "layer_types" in body.reader.config:
             raise body.reader.error("layer_types", "allowed is a list")
-        return every(4, rest="linear")(body)
+        return ["full" if layer and layer % 4 == 0 else "linear" for layer in range(body.num_layers)]
     chosen, others = nested.indices("full_attn_layers"), nested.indices("kda_layers")
     if chosen is None or others is None or chosen | others != set(range(1, body.num_layers + 1)) or chosen & others:
         raise body.reader.error("linear_attn_config", "full_attn_layers and kda_layers must share out all layers")

@@ -195,8 +195,12 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     family = _family(ConfigReader(config, prefix), model_type)
     reader = ConfigReader(config, prefix, catalog.defaults(model_type), nested)
     reader.get("model_type")
-    if wrapper and "tie_word_embeddings" not in config and outer.get("tie_word_embeddings") is not None:
-        reader.config = {**config, "tie_word_embeddings": outer.config["tie_word_embeddings"]}
+    if wrapper == "paligemma":  # its prompts see each other both ways; the windows stay as they are
+        reader.get("use_bidirectional_attention")
+    if wrapper:
+        ties = [source.get("tie_word_embeddings") for source in (config, outer.config)]
+        if True in ties or (ties[0] is None and ties[1] is not None):  # one of the two is enough to tie
+            reader.config = {**config, "tie_word_embeddings": True in ties or ties[1]}
     return reader, wrapper, model_type, family
 
 
