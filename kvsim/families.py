@@ -704,6 +704,16 @@ FAMILIES: dict[str, Family] = {
         listed="layer_types",
         inert=("sliding_window_pattern", "_sliding_window_pattern"),
     ),
+    "cohere2_moe": replace(
+        _COHERE,
+        mixers=_slide(HEADED),
+        window="sliding_window",
+        kinds=kinds.cohere2_moe,
+        listed="layer_types",
+        mlp=Mlp(("prefix_dense_intermediate_size", "intermediate_size")),
+        experts=Experts("num_experts", shared_count="num_shared_experts", sparse=after("first_k_dense_replace", 0)),
+        inert=("sliding_window_pattern", "prefix_dense_sliding_window_pattern"),
+    ),
     "olmo": Family(mixers=_one(LENIENT), norm_vectors=0),
     "olmo2": Family(mixers=_one(replace(LENIENT, qk_norm="full"))),
     "olmo3": Family(
@@ -934,6 +944,22 @@ FAMILIES: dict[str, Family] = {
         kinds=kinds.full,
         experts=Experts(("num_local_experts", "num_experts"), "moe_intermediate_size", sparse=listed_or(0)),
     ),
+    "step3p5": Family(
+        mixers=_slide(
+            Attention(("num_attention_groups", "num_key_value_heads"), head_dim_required=True),
+            Attention(
+                ("attention_other_setting.num_attention_groups", "num_attention_groups", "num_key_value_heads"),
+                head_dim=("attention_other_setting.head_dim", "head_dim"),
+                head_dim_required=True,
+            ),
+        ),
+        window="sliding_window",
+        listed="layer_types",
+        nested=("attention_other_setting",),
+        experts=_STEPPED,
+        countable=False,
+        inert=("attention_other_setting", "attention_other_setting.attention_type"),
+    ),
     "solar_open": Family(
         mixers=_one(replace(HEADED, head_dim_required=False, out_bias=False)),
         mlp=None,
@@ -1022,6 +1048,16 @@ FAMILIES: dict[str, Family] = {
             "index_skip_topk_offset",
         ),
     ),
+    "axk2": Family(
+        mixers=_one(DSA), listed="layer_types", experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1)), countable=False
+    ),
+    "hy_v4": Family(
+        mixers={"full": (DSA,), "latent": (Latent(),)},
+        kinds=kinds.hy_v4,
+        experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1)),
+        countable=False,
+        inert=("indexer_types",),
+    ),
     "glm4_moe_lite": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 1))),
     "mistral4": _DEEPSEEK,
     "sarvam_mla": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1))),
@@ -1057,7 +1093,7 @@ FAMILIES: dict[str, Family] = {
         listed="layer_types",
         experts=replace(_DEEPSEEK_MOE, shared_count=None, shared_inner="moe_intermediate_size", sparse=None),
         mlp=None,
-        count_if=_plain_mlps,
+        count_if=lambda body: _plain_mlps(body) and body.reader.get("n_shared_experts") in (None, 1),
         layer_extra=_v4_layer,
         quirks=lambda body: ("two tensors", "compressed"),
         outer_extra=_v4_outer,
@@ -1289,6 +1325,21 @@ FAMILIES: dict[str, Family] = {
         mlp=Mlp(),
         experts=Experts("num_experts", "moe_intermediate_size", sparse=after("num_dense_layers", 2)),
     ),
+    "lfm3": Family(
+        mixers={
+            **_slide(replace(NORMED, extra=lambda hidden, heads, kv, dim: hidden * heads)),
+            "conv": (ShortConv(),),
+        },
+        window="sliding_window",
+        kinds=kinds.lfm3,
+        listed="layer_types",
+        tied=True,
+        norms=4,
+        count_if=lambda body: all(
+            body.reader.switch((f"use_{key}", True)) for key in ("sandwich_norm", "attention_gate")
+        ),
+        inert=("conv_L_cache", "conv_bias"),
+    ),
     "recurrent_gemma": Family(
         mixers={
             "sliding": (Attention(kv_required=False, head_dim=None, qkv_bias=ATTENTION_BIAS, out_bias=True),),
@@ -1350,6 +1401,8 @@ for alias, known in {
     "gpt-sw3": "gpt2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
     "glm4v_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
     "qwen3_vl_text": "qwen3",
@@ -1362,7 +1415,8 @@ WRAPPERS = (
     "mistral3", "ministral3", "llama4", "gemma3", "gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe", "kimi_k25",
     "llava", "llava_next", "vipllava", "paligemma", "internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm",
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "got_ocr2", "lfm2_vl", "minimax_m3_vl", "kimi_vl",
-    "glm4v", "glm4v_moe", "glm46v", "llava_next_video", "llava_onevision", "video_llava", "video_llama_3", "idefics2",
+    "glm4v", "glm4v_moe", "glm46v", "qwen2_5_omni", "qwen3_omni_moe", "step3p7",
+    "llava_next_video", "llava_onevision", "video_llava", "video_llama_3", "idefics2",
     "aria", "ovis2", "perception_lm", "fast_vlm", "deepseek_vl", "deepseek_vl_hybrid", "janus", "lighton_ocr",
     "qianfan_ocr", "exaone4_5", "minicpmv4_6", "shieldgemma2", "gemma4_unified", "apertus1p5", "nemotron_h_omni",
     "hyperclovax_vision_v2", "qwen2_audio", "voxtral", "granite_speech", "granite_speech_plus", "audioflamingo3",

@@ -113,6 +113,8 @@ class Model:
         body = _body(reader, family, config)
         if wrapper:
             body.note(f"language model only: vision and projector weights of {wrapper!r} are not counted")
+        if wrapper in OMNI:
+            body.note("the thinker only: the talker's weights and its own cache are not counted")
         plan = _plan(body, family)
         layers, kinds = _layers(body, family, [kind for kind, _ in plan])
         weights = count_weights(body, family, plan)
@@ -180,6 +182,11 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     prefix, nested = "", False
     if not isinstance(model_type, str):
         raise outer.error("model_type", "allowed is the name of a model type")
+    if model_type in OMNI:
+        thinker = outer.child("thinker_config")
+        if thinker is None:
+            raise outer.error("thinker_config", "allowed is a JSON object")
+        outer, inner = thinker, thinker.config.get("text_config")
     if inner is None and model_type in FLAT:
         wrapper, model_type = model_type, FLAT[model_type]
     elif inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
@@ -190,7 +197,7 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
                 f"config key text_config of model_type {model_type[:40]!r}: nested configs are supported of "
                 f"{', '.join(WRAPPERS)}"
             )
-        wrapper, prefix, nested, config = str(model_type), "text_config.", True, inner
+        wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}text_config.", True, inner
         model_type = inner.get("model_type", INNER.get(wrapper))
     family = _family(ConfigReader(config, prefix), model_type)
     reader = ConfigReader(config, prefix, catalog.defaults(model_type), nested)
@@ -207,7 +214,12 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
 FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Wrappers whose published configs hold the decoder's keys among their own."""
 
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
+"""Wrappers whose ``thinker_config`` holds the ``text_config``, beside a talker with a cache of its own."""
+
 INNER = {
+    "qwen2_5_omni": "qwen2_5_omni_text",
+    "qwen3_omni_moe": "qwen3_omni_moe_text",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "gemma3": "gemma3_text",

@@ -12,6 +12,16 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sarvam_moe": [{}, {"use_qk_norm": False, "attention_bias": True, "n_shared_experts": 2}],
     "sarvam_mla": [{}, {"q_lora_rank": 1536, "first_k_dense_replace": 3}],
     "hyperclovax": [{}, {"use_post_norm": False}],
+    "cohere2_moe": [
+        {"num_hidden_layers": 6, "num_shared_experts": 2},
+        {
+            "num_hidden_layers": 6,
+            "prefix_dense_intermediate_size": 512,
+            "num_key_value_heads": 8,
+            "first_k_dense_replace": 2,
+        },
+    ],
+    "lfm3": [{}, {"conv_bias": True, "attention_bias": True}],
     "solar_open": [{}, {"attention_bias": True}],
     "exaone": [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}],
     "hy_v3": [{}, {"num_shared_experts": 2}],
@@ -123,6 +133,9 @@ SKIPPED: dict[str, str] = {
     "glm4v_moe_text": "in no AutoModel by itself",
     "qwen2_vl_text": "in no AutoModel by itself",
     "qwen2_5_vl_text": "in no AutoModel by itself",
+    "qwen2_5_omni_text": "in no AutoModel by itself",
+    "qwen3_omni_moe_text": "in no AutoModel by itself",
+    "step3p5": "in no AutoModel by itself",
     "qwen3_vl_text": "in no AutoModel by itself",
     "qwen3_vl_moe_text": "in no AutoModel by itself",
 }
