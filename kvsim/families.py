@@ -977,7 +977,11 @@ FAMILIES: dict[str, Family] = {
         listed="layer_types",
         nested=("sparse_attention_config",),
         mlp=Mlp("dense_intermediate_size"),
-        experts=Experts(shared_inner="shared_intermediate_size", sparse=after("first_k_dense_replace", 0)),
+        experts=Experts(
+            inner=("moe_intermediate_size", "intermediate_size"),
+            shared_inner="shared_intermediate_size",
+            sparse=after("first_k_dense_replace", 0),
+        ),
         inert=(
             "index_block_size",
             "index_topk_blocks",
@@ -1154,11 +1158,14 @@ FAMILIES: dict[str, Family] = {
         norms=1,
         mlp=Mlp(gated=False, bias=MLP_BIAS),
         experts=Experts(
-            "n_routed_experts", "moe_intermediate_size", shared_inner="moe_shared_expert_intermediate_size", gated=False
+            "n_routed_experts",
+            "moe_intermediate_size",
+            shared_inner="moe_shared_expert_intermediate_size",
+            gated=False,
+            latent="moe_latent_size",
         ),
         count_if=lambda body: (
             _plain_mlps(body)
-            and not body.reader.get("moe_latent_size")
             and not any(body.reader.switch((key, False)) for key in ("attention_bias", "tie_word_embeddings"))
         ),
         inert=(
@@ -1204,10 +1211,9 @@ FAMILIES: dict[str, Family] = {
         mixers={"full": (LENIENT,), "linear": (_BAMBA_MAMBA,)},
         kinds=kinds.linear,
         listed=("layer_types", "layers_block_type"),
-        mlp=None,
-        experts=replace(_GRANITE_MOE, sparse=None),
+        mlp=Mlp("shared_intermediate_size"),
+        experts=replace(_GRANITE_MOE, sparse=if_any("num_local_experts")),
         inert=_MAMBA_KEYS,
-        count_if=lambda body: bool(body.reader.get("num_local_experts")),
     ),
     "jamba": Family(
         mixers={
@@ -1383,6 +1389,8 @@ FAMILIES: dict[str, Family] = {
         mlp=Mlp(half=True),
         inert=("use_cache_quantization", "use_cache_kernel"),
     ),
+    "deepseek": replace(_LLAMA, experts=replace(_DEEPSEEK_MOE, sparse=listed_or(0)), count_if=_plain_mlps),
+    "orion": replace(_LLAMA, norm_vectors=2, count_if=_plain_mlps),
     "exaone": replace(_LLAMA, num_layers=("num_layers", "num_hidden_layers")),
     "minicpm": _LLAMA,
 }
@@ -1415,7 +1423,7 @@ WRAPPERS = (
     "mistral3", "ministral3", "llama4", "gemma3", "gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe", "kimi_k25",
     "llava", "llava_next", "vipllava", "paligemma", "internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm",
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "got_ocr2", "lfm2_vl", "minimax_m3_vl", "kimi_vl",
-    "glm4v", "glm4v_moe", "glm46v", "qwen2_5_omni", "qwen3_omni_moe", "step3p7",
+    "glm4v", "glm4v_moe", "glm46v", "qwen2_5_omni", "qwen3_omni_moe", "step3p7", "kimi_k3",
     "llava_next_video", "llava_onevision", "video_llava", "video_llama_3", "idefics2",
     "aria", "ovis2", "perception_lm", "fast_vlm", "deepseek_vl", "deepseek_vl_hybrid", "janus", "lighton_ocr",
     "qianfan_ocr", "exaone4_5", "minicpmv4_6", "shieldgemma2", "gemma4_unified", "apertus1p5", "nemotron_h_omni",

@@ -60,10 +60,18 @@ INERT = frozenset(
         "moe_expert_groups", "moe_group", "mtp_layer_types", "mtp_num_hidden_layers", "n_group", "num_attention_groups",
         "num_beam_groups", "num_expert_group", "num_key_value_groups", "pretraining_tp", "qk_head_dim", "rope_head_dim",
         "rope_local_base_freq", "rope_parameters", "rope_scaling", "rotary_emb_base", "topk_group", "use_cache",
-        "use_cache_kernel", "use_cache_quantization", "use_mrope", "vision_config",
+        "context_window_size", "use_cache_kernel", "use_cache_quantization", "use_mrope", "vision_config",
     }
 )  # fmt: skip
 """Keys that smell and do not change what a token leaves behind."""
+
+UNCOUNTED = frozenset({"experts_per_token", "num_experts_per_tok", "num_experts_per_token", "moe_topk"})
+"""Keys that :data:`_WEIGHTY` finds and that are no weights."""
+
+_WEIGHTY = re.compile(
+    r"(^|_)experts?(_|$)(?!.*(group|bias|overlap|parallel))|^moe_.*(size|dim)$|_latent_|attn_res|output_gate|^hc_mult"
+)
+"""Keys that add or change weights, wherever a family knows them: experts, gates, further residual streams."""
 
 _SMELL = re.compile("|".join(FOREIGN))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -118,6 +126,8 @@ class Model:
         plan = _plan(body, family)
         layers, kinds = _layers(body, family, [kind for kind, _ in plan])
         weights = count_weights(body, family, plan)
+        if weights is not None:
+            weights = _known_weights(body, model_type, weights)
         _left_out(body, model_type, layers)
         _refuse_foreign(reader, model_type, layers)
         dtype = _dtype(reader, config)
@@ -211,7 +221,13 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     return reader, wrapper, model_type, family
 
 
-FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+FLAT = {
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "phi3_v": "phi3",
+    "phi4mm": "phi3",
+    "step3p7": "step3p5",
+}
 """Wrappers whose published configs hold the decoder's keys among their own."""
 
 OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
@@ -223,6 +239,7 @@ INNER = {
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "gemma3": "gemma3_text",
+    "minimax_m3_vl": "minimax_m3_vl_text",
     "llava": "llama",
     "llava_next": "llama",
     "paligemma": "gemma",
@@ -387,6 +404,10 @@ def _neutral(reader: ConfigReader, key: str, value: Any) -> bool:
     """Whether a key that smells says nothing at this value."""
     if key == "cla_share_factor":
         return reader.config.get("use_cla") is False or value == 1
+    if key in ("sliding_window", "max_window_layers") and reader.config.get("use_sliding_window") is False:
+        return True
+    if key == "max_window_layers":  # of no window
+        return not reader.config.get("sliding_window")
     if key in ("attn_type_list", "moe_layer_freq"):  # every layer of the one kind
         return isinstance(value, list) and all(entry == 1 for entry in value)
     return NEUTRAL.get(key) == value and not isinstance(value, bool)
@@ -408,6 +429,19 @@ def _refuse_foreign(reader: ConfigReader, model_type: str, layers: tuple[LayerSh
         if found:
             what = next(what for pattern, what in FOREIGN.items() if re.search(pattern, key))
             raise reader.error(key, f"{what}: not known of model_type {model_type!r}")
+
+
+def _known_weights(body: Body, model_type: str, weights: Weights) -> Weights | None:
+    """The count, unless the config has weights that the family does not: then ``None``, and a note names the key."""
+    reader = body.reader
+    known = UNCOUNTED | known_keys(model_type) | reader.used
+    for key, value in reader.config.items():
+        if not isinstance(key, str) or key in known or not _WEIGHTY.search(key):
+            continue
+        if value is True or (isinstance(value, int) and value > 1):
+            body.note(f"{reader.label(key)} {value}: weights that are not known of {model_type!r}; not counted")
+            return None
+    return weights
 
 
 def _left_out(body: Body, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:

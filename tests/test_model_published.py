@@ -1,7 +1,8 @@
 """Configs in the words in which they were published, with the keys that do not matter here, against literal figures.
 
 None of them is in the catalogue: the keys of remote code, older names, nested configs without what equals the class's
-defaults.  The parameters are the totals that their authors state, to the last digit where they give one.
+defaults (``source``: where the text was read, of those that have it).  The parameters are the totals that their authors state,
+to the last digit where they give one.
 """
 
 import json
@@ -57,6 +58,43 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
 def test_what_is_not_understood_is_refused_by_its_key(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Model.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("minicpm-moe-8x2b", "num_experts 8: weights that are not known of 'minicpm'"),
+        ("kimi-k3", "text_config.attn_res_block_size 12: weights that are not known of 'kimi_linear'"),
+    ],
+)
+def test_weights_that_a_family_does_not_know_are_not_counted(name: str, key: str) -> None:
+    model = Model.from_config(ROWS[name]["config"])
+    assert model.num_params is None
+    assert any(key in note for note in model.notes)
+
+
+def test_a_switched_off_window_is_none() -> None:
+    """Keys that Qwen's descendants keep when they are published as Llama."""
+    config = ROWS["orion-14b"]["config"] | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 9}
+    assert dict(Model.from_config(config).kinds) == {"full": 40}
+    with pytest.raises(ValueError, match="use_sliding_window is True"):
+        Model.from_config(config | {"use_sliding_window": True})
+
+
+def test_granites_without_experts_have_the_shared_mlp_alone() -> None:
+    """Granite 4.0 Micro, 3.4 billion parameters."""
+    config = ROWS["granite4h-tiny"]["config"] | {
+        "hidden_size": 2560,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 8192,
+        "vocab_size": 100352,
+        "layer_types": ["attention"] * 40,
+    }
+    layer = 2 * 2560 * (2560 + 512) + 3 * 2560 * 8192 + 2 * 2560
+    assert Model.from_config(config).num_params == 40 * layer + 2560 + 100352 * 2560 == 3402836480
 
 
 def test_absent_keys_take_the_values_of_the_class_and_a_note_says_which() -> None:
