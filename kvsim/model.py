@@ -188,26 +188,29 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     """The reader of the decoder's config, the wrapper's model type if there is one, the model type, the family."""
     outer = ConfigReader(config)
     model_type = outer.get("model_type")
-    inner, wrapper = config.get("text_config"), None
-    prefix, nested = "", False
+    wrapper, prefix, nested = None, "", False
     if not isinstance(model_type, str):
         raise outer.error("model_type", "allowed is the name of a model type")
     if model_type in OMNI:
         thinker = outer.child("thinker_config")
         if thinker is None:
             raise outer.error("thinker_config", "allowed is a JSON object")
-        outer, inner = thinker, thinker.config.get("text_config")
+        outer = thinker
+    key = NESTED.get(model_type, "text_config")
+    inner = outer.config.get(key)
+    if inner is None and model_type in WRAPPERS and model_type not in FAMILIES and model_type not in FLAT:
+        raise outer.error(key, f"{model_type!r} has its decoder there: allowed is a JSON object")
     if inner is None and model_type in FLAT:
         wrapper, model_type = model_type, FLAT[model_type]
     elif inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
         if not isinstance(inner, Mapping):
-            raise outer.error("text_config", "allowed is a JSON object")
+            raise outer.error(key, "allowed is a JSON object")
         if model_type not in WRAPPERS:
             raise ValueError(
-                f"config key text_config of model_type {model_type[:40]!r}: nested configs are supported of "
+                f"config key {key} of model_type {model_type[:40]!r}: nested configs are supported of "
                 f"{', '.join(WRAPPERS)}"
             )
-        wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}text_config.", True, inner
+        wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}{key}.", True, inner
         model_type = inner.get("model_type", INNER.get(wrapper))
     family = _family(ConfigReader(config, prefix), model_type)
     reader = ConfigReader(config, prefix, catalog.defaults(model_type), nested)
@@ -232,6 +235,9 @@ FLAT = {
 
 OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 """Wrappers whose ``thinker_config`` holds the ``text_config``, beside a talker with a cache of its own."""
+
+NESTED = {"internvl_chat": "llm_config"}
+"""Wrappers whose decoder lies under another key than ``text_config``."""
 
 INNER = {
     "qwen2_5_omni": "qwen2_5_omni_text",

@@ -83,7 +83,7 @@ def test_every_family_equals_its_class(model_type: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if model_type not in CONFIG_MAPPING:
-        older = tuple(map(int, transformers.__version__.split(".")[:2])) < NEWER.get(model_type, (0,))
+        older = tuple(map(int, transformers.__version__.split(".")[:2])) < NEWER.get(model_type, (5, 23))
         assert older or model_type in REMOTE, "a family with neither a class in transformers nor a place in REMOTE"
         return
     for settings in VARIANTS.get(model_type, [{}]):
@@ -128,7 +128,9 @@ REMOTE = {
 }  # fmt: skip
 """Families published with code of their own."""
 NEWER = dict.fromkeys(("apertus1p5_text", "exaone", "sarvam_mla", "sarvam_moe"), (5, 24))
-"""Families whose class came with a version of transformers above the first that kvruntime runs with."""
+"""Families whose class came with 5.24; those that 5.17 lacks besides are in 5.23."""
+CHANGED = {("mimo_v2_flash", "sliding_window")}
+"""Defaults that are others in 5.17: its window of 128 did not count the query."""
 
 
 def test_the_defaults_are_the_classes_own() -> None:
@@ -142,4 +144,4 @@ def test_the_defaults_are_the_classes_own() -> None:
     assert all(version < NEWER.get(name, (5, 23)) for name in newer), newer
     for model_type, row in live.items():
         for key in set(row) & set(recorded[model_type]):
-            assert row[key] == recorded[model_type][key], (model_type, key)
+            assert row[key] == recorded[model_type][key] or (model_type, key) in CHANGED, (model_type, key)
