@@ -185,7 +185,7 @@ class Latent:
         reader, hidden, heads = body.reader, body.hidden, body.num_q_heads
         rank, rope = (reader.count(key, key) for key in ("kv_lora_rank", "qk_rope_head_dim"))
         nope, value = reader.count("nope", "qk_nope_head_dim"), reader.count("value", "v_head_dim")
-        low = reader.count_or_none("q_lora_rank", "q_lora_rank")
+        low = reader.count_or_none("q_lora_rank", "q_lora_rank", fill=True)
         query = heads * (nope + rope)
         total = hidden * query if low is None else (hidden + 1 + query) * low
         total += hidden * (rank + rope) + rank + rank * heads * (nope + value) + heads * value * hidden

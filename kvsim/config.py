@@ -72,10 +72,11 @@ class ConfigReader:
         return ValueError(f"config key {self.label(key)} is {given}: {why}")
 
     def first(self, keys: Keys) -> str:
-        """The first of ``keys`` that is given; the last where none is."""
+        """The first of ``keys`` that is given; where none is, the first that the class fills in."""
         each = (keys,) if isinstance(keys, str) else keys
         self.used.update(each)
-        return next((key for key in each if self.has(key)), each[0])
+        filled = (key for key in each if key in self.defaults and key not in self.config)
+        return next((key for key in each if self.has(key)), next(filled, each[0]))
 
     def count(self, name: str, keys: Keys, *, zero: bool = False, fill: bool = False) -> int:
         """A whole number above 0 (``zero``: from 0), which becomes ``name``.
@@ -100,13 +101,13 @@ class ConfigReader:
         return None if given is None else self.count(name, keys, zero=zero, fill=fill)
 
     def switch(self, switch: Switch) -> bool:
-        """A fact of the family, or the config key that decides it."""
+        """A fact of the family, or the config key that decides it; null is false, as it is to the classes."""
         if isinstance(switch, bool):
             return switch
         key, default = switch
         value = self.get(key)
         if value is None:
-            return default
+            return default and key not in self.config
         if not isinstance(value, bool):
             raise self.error(key, "allowed are true and false")
         return value

@@ -1,6 +1,6 @@
 """What each ``model_type`` of a config.json means: which keys hold the numbers, and what a layer is made of.
 
-One row a family, read from the model's class in transformers 5.17 to 5.23 (or, where it is not there, from the
+One row a family, read from the model's class in transformers 5.17 to 5.24 (or, where it is not there, from the
 code published with the model).  :mod:`kvsim.model` reads the keys, :mod:`kvsim.parameters` counts the weights.
 """
 
@@ -129,9 +129,11 @@ class FalconAttention(Attention):
 
 def _overrides(body: Body) -> ConfigReader | None:
     """What ``per_layer_config`` says of the full layers, ``None`` where it is not there."""
+    if "per_layer_config" not in body.reader.config:
+        return None
     each = body.reader.child("per_layer_config")
     if each is None or not each.config:
-        return None
+        return ConfigReader({})
     values = list(each.config.values())
     first = values[0]
     if not isinstance(first, Mapping) or any(value != first for value in values):
@@ -152,7 +154,8 @@ def _per_layer_config(body: Body, kinds_of: list[str]) -> None:
 
 
 class GlobalAttention(Attention):
-    """Gemma 4's full layers: ``global_head_dim``, and with ``attention_k_eq_v`` heads of their own."""
+    """Gemma 4's full layers: ``global_head_dim``, and with ``attention_k_eq_v`` heads of their own; as the other
+    layers where there is a ``per_layer_config`` with nothing in it."""
 
     def _kv_heads(self, body: Body) -> int:
         reader = body.reader
@@ -181,9 +184,13 @@ class GlobalAttention(Attention):
 
 
 class WideAttention(Attention):
-    """Zamba2's: it reads the layer's input beside the embedding, so its heads are twice as wide."""
+    """Zamba2's: it reads the layer's input beside the embedding, so its heads are twice as wide (where
+    ``attention_head_dim`` does not say otherwise)."""
 
     def _head_dim(self, body: Body) -> int:
+        given = body.reader.count_or_none("head_dim", "attention_head_dim")
+        if given is not None:
+            return given
         if 2 * body.hidden % body.num_q_heads:
             raise body.reader.error("num_attention_heads", f"allowed are divisors of twice hidden_size {body.hidden}")
         body.reader.sources["head_dim"] = f"2 x {body.reader.sources['hidden_size']} / num_attention_heads"
@@ -361,15 +368,24 @@ def _v4_outer(body: Body) -> int:
 
 
 def _opt_outer(body: Body) -> int:
-    """OPT's projections between the width of words and the hidden width, less the embedding's difference."""
+    """OPT's projections between the width of words and the hidden width, less the embedding's difference, and its
+    last norm, which a model that normalizes behind its layers lacks."""
     reader = body.reader
     width = reader.count_or_none("word_embed_proj_dim", "word_embed_proj_dim") or body.hidden
     vocab = reader.count("vocab_size", "vocab_size")
-    return 0 if width == body.hidden else 2 * width * body.hidden + vocab * (width - body.hidden)
+    last = reader.switch(("do_layer_norm_before", True)) and not reader.switch(("_remove_final_layer_norm", False))
+    projected = 0 if width == body.hidden else 2 * width * body.hidden + vocab * (width - body.hidden)
+    return projected + (body.norm_vectors * body.hidden if last else 0)
 
 
-def _no_list(key: str) -> Callable[[Body], bool]:
-    return lambda body: len(set(map(str, body.reader.listed(key) or []))) <= 1
+def _same_heads(body: Body) -> bool:
+    """Whether every layer has the model's number of query heads."""
+    return set(body.reader.listed("num_attention_heads_per_layer") or []) <= {body.num_q_heads}
+
+
+def _plain_mlps(body: Body) -> bool:
+    """Whether no MLP has a bias (shared experts have one beside the dense layers')."""
+    return not body.reader.switch(MLP_BIAS)
 
 
 DSA = Latent(indexer=True)
@@ -523,7 +539,9 @@ _EXAONE4 = Family(
     listed="layer_types",
     inert=("sliding_window_pattern",),
 )
-_MAMBA = Family(num_q_heads=None, kinds=kinds.linear, mixers={"linear": (Mamba(),)}, tied=True, norms=1, mlp=None)
+_MAMBA = Family(
+    num_q_heads=None, kinds=kinds.linear, mixers={"linear": (Mamba("intermediate_size"),)}, tied=True, norms=1, mlp=None
+)
 
 FAMILIES: dict[str, Family] = {
     # GPT-2 and its kin
@@ -551,7 +569,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "openai-gpt": replace(_GPT2, final_norm=False, mlp=Mlp((), required=False, gated=False, bias=True)),
     "opt": replace(
-        _OPT, outer_extra=_opt_outer, count_if=lambda body: body.reader.switch(("do_layer_norm_before", True))
+        _OPT,
+        final_norm=False,
+        outer_extra=_opt_outer,
+        count_if=lambda body: body.reader.switch(("layer_norm_elementwise_affine", True)),
     ),
     "biogpt": replace(_OPT, mixers=_one(ALL_BIASED), mlp=Mlp(gated=False, bias=True)),
     "xglm": replace(
@@ -683,6 +704,16 @@ FAMILIES: dict[str, Family] = {
         listed="layer_types",
         inert=("sliding_window_pattern", "_sliding_window_pattern"),
     ),
+    "cohere2_moe": replace(
+        _COHERE,
+        mixers=_slide(HEADED),
+        window="sliding_window",
+        kinds=kinds.cohere2_moe,
+        listed="layer_types",
+        mlp=Mlp(("prefix_dense_intermediate_size", "intermediate_size")),
+        experts=Experts("num_experts", shared_count="num_shared_experts", sparse=after("first_k_dense_replace", 0)),
+        inert=("sliding_window_pattern", "prefix_dense_sliding_window_pattern"),
+    ),
     "olmo": Family(mixers=_one(LENIENT), norm_vectors=0),
     "olmo2": Family(mixers=_one(replace(LENIENT, qk_norm="full"))),
     "olmo3": Family(
@@ -753,7 +784,19 @@ FAMILIES: dict[str, Family] = {
     "glm": Family(mixers=_one(replace(HEADED, qkv_bias=("attention_bias", True), out_bias=False))),
     "glm4": Family(mixers=_one(replace(HEADED, qkv_bias=("attention_bias", True), out_bias=False)), norms=4),
     "glm4_moe": _GLM_MOE,
-    "helium": Family(mixers=_one(replace(HEADED, out_bias=False)), mlp=Mlp(bias=MLP_BIAS)),
+    "sarvam_moe": replace(
+        _GLM_MOE,
+        mixers=_one(
+            replace(HEADED, out_bias=False, qkv_bias=ATTENTION_BIAS, qk_norm="head", qk_norm_if=("use_qk_norm", True))
+        ),
+        experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1)),
+        count_if=lambda body: not body.reader.switch(("use_qkv_bias", False)),
+    ),
+    "helium": Family(
+        mixers=_one(replace(HEADED, out_bias=False)),
+        mlp=Mlp(bias=MLP_BIAS),
+        count_if=lambda body: body.num_q_heads * body.reader.count("head_dim", "head_dim") == body.hidden,
+    ),
     "exaone4": _EXAONE4,
     "exaone_moe": replace(
         _EXAONE4,
@@ -830,8 +873,13 @@ FAMILIES: dict[str, Family] = {
         mixers=_one(replace(NORMED, kv_required=True)),
         mlp=Mlp(bias=MLP_BIAS),
         experts=Experts("num_experts", "moe_intermediate_size", shared_count="num_shared_experts", sparse=listed_or(1)),
+        count_if=lambda body: _plain_mlps(body) and body.reader.get("num_shared_experts") != 0,
     ),
-    "hyperclovax": Family(mixers=_one(LENIENT), mlp=Mlp(bias=MLP_BIAS), norms=4),
+    "hyperclovax": Family(
+        mixers=_one(LENIENT),
+        mlp=Mlp(bias=MLP_BIAS),
+        layer_extra=lambda body: 2 * body.hidden if body.reader.switch(("use_post_norm", True)) else 0,
+    ),
     "internlm3": Family(
         mixers=_one(replace(LENIENT, qkv_bias=("qkv_bias", False), out_bias=("bias", False))),
         mlp=Mlp(bias=("bias", False)),
@@ -846,6 +894,7 @@ FAMILIES: dict[str, Family] = {
         mixers=_one(LENIENT),
         mlp=None,
         experts=Experts("moe_num_experts", "intermediate_size", "moe_topk", shared_count="moe_num_shared_experts"),
+        count_if=_plain_mlps,
     ),
     "afmoe": replace(
         _WINDOWED,
@@ -886,9 +935,7 @@ FAMILIES: dict[str, Family] = {
         mixers=_slide(replace(HEADED, qk_norm="head", extra=lambda hidden, heads, kv, dim: hidden * heads)),
         kinds=kinds.full,
         experts=replace(_SHARED_GATED, shared_gate=False, sparse=listed_or(1), router_vectors=1),
-        count_if=lambda body: (
-            _no_list("num_attention_heads_per_layer")(body) and body.reader.get("gating") in (None, True, "per-head")
-        ),
+        count_if=lambda body: _same_heads(body) and body.reader.get("gating") in (None, True, "per-head"),
         inert=("num_attention_heads_per_layer", "gating"),
     ),
     "mellum": replace(
@@ -897,8 +944,24 @@ FAMILIES: dict[str, Family] = {
         kinds=kinds.full,
         experts=Experts(("num_local_experts", "num_experts"), "moe_intermediate_size", sparse=listed_or(0)),
     ),
+    "step3p5": Family(
+        mixers=_slide(
+            Attention(("num_attention_groups", "num_key_value_heads"), head_dim_required=True),
+            Attention(
+                ("attention_other_setting.num_attention_groups", "num_attention_groups", "num_key_value_heads"),
+                head_dim=("attention_other_setting.head_dim", "head_dim"),
+                head_dim_required=True,
+            ),
+        ),
+        window="sliding_window",
+        listed="layer_types",
+        nested=("attention_other_setting",),
+        experts=_STEPPED,
+        countable=False,
+        inert=("attention_other_setting", "attention_other_setting.attention_type"),
+    ),
     "solar_open": Family(
-        mixers=_one(replace(HEADED, head_dim_required=False)),
+        mixers=_one(replace(HEADED, head_dim_required=False, out_bias=False)),
         mlp=None,
         experts=replace(_DEEPSEEK_MOE, sparse=None),
     ),
@@ -914,7 +977,11 @@ FAMILIES: dict[str, Family] = {
         listed="layer_types",
         nested=("sparse_attention_config",),
         mlp=Mlp("dense_intermediate_size"),
-        experts=Experts(shared_inner="shared_intermediate_size", sparse=after("first_k_dense_replace", 0)),
+        experts=Experts(
+            inner=("moe_intermediate_size", "intermediate_size"),
+            shared_inner="shared_intermediate_size",
+            sparse=after("first_k_dense_replace", 0),
+        ),
         inert=(
             "index_block_size",
             "index_topk_blocks",
@@ -962,7 +1029,9 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     # Latent attention
-    "deepseek_v2": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 0))),
+    "deepseek_v2": replace(
+        _DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 0)), count_if=_plain_mlps
+    ),
     "deepseek_v3": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3))),
     "kimi_k2": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3))),
     "deepseek_v32": Family(
@@ -983,8 +1052,19 @@ FAMILIES: dict[str, Family] = {
             "index_skip_topk_offset",
         ),
     ),
+    "axk2": Family(
+        mixers=_one(DSA), listed="layer_types", experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1)), countable=False
+    ),
+    "hy_v4": Family(
+        mixers={"full": (DSA,), "latent": (Latent(),)},
+        kinds=kinds.hy_v4,
+        experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1)),
+        countable=False,
+        inert=("indexer_types",),
+    ),
     "glm4_moe_lite": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 1))),
     "mistral4": _DEEPSEEK,
+    "sarvam_mla": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1))),
     "minicpm3": Family(
         mixers=_one(Latent()),
         tied=True,
@@ -1015,8 +1095,9 @@ FAMILIES: dict[str, Family] = {
         window="sliding_window",
         kinds=kinds.deepseek_v4,
         listed="layer_types",
-        experts=replace(_DEEPSEEK_MOE, sparse=None),
+        experts=replace(_DEEPSEEK_MOE, shared_count=None, shared_inner="moe_intermediate_size", sparse=None),
         mlp=None,
+        count_if=lambda body: _plain_mlps(body) and body.reader.get("n_shared_experts") in (None, 1),
         layer_extra=_v4_layer,
         quirks=lambda body: ("two tensors", "compressed"),
         outer_extra=_v4_outer,
@@ -1077,9 +1158,16 @@ FAMILIES: dict[str, Family] = {
         norms=1,
         mlp=Mlp(gated=False, bias=MLP_BIAS),
         experts=Experts(
-            "n_routed_experts", "moe_intermediate_size", shared_inner="moe_shared_expert_intermediate_size", gated=False
+            "n_routed_experts",
+            "moe_intermediate_size",
+            shared_inner="moe_shared_expert_intermediate_size",
+            gated=False,
+            latent="moe_latent_size",
         ),
-        count_if=lambda body: not (body.reader.get("moe_latent_size") or body.reader.switch(MLP_BIAS)),
+        count_if=lambda body: (
+            _plain_mlps(body)
+            and not any(body.reader.switch((key, False)) for key in ("attention_bias", "tie_word_embeddings"))
+        ),
         inert=(
             *_MAMBA_KEYS,
             "hybrid_override_pattern",
@@ -1098,7 +1186,12 @@ FAMILIES: dict[str, Family] = {
                 replace(
                     LENIENT,
                 ),
-                replace(_BAMBA_MAMBA, inner="mamba_d_ssm", norm=("mamba_rms_norm", False)),
+                replace(
+                    _BAMBA_MAMBA,
+                    inner="mamba_d_ssm",
+                    norm=("mamba_rms_norm", False),
+                    out_bias=("projectors_bias", False),
+                ),
             )
         },
         kinds=kinds.hybrid,
@@ -1118,10 +1211,9 @@ FAMILIES: dict[str, Family] = {
         mixers={"full": (LENIENT,), "linear": (_BAMBA_MAMBA,)},
         kinds=kinds.linear,
         listed=("layer_types", "layers_block_type"),
-        mlp=None,
-        experts=replace(_GRANITE_MOE, sparse=None),
+        mlp=Mlp("shared_intermediate_size"),
+        experts=replace(_GRANITE_MOE, sparse=if_any("num_local_experts")),
         inert=_MAMBA_KEYS,
-        count_if=lambda body: bool(body.reader.get("num_local_experts")),
     ),
     "jamba": Family(
         mixers={
@@ -1239,6 +1331,21 @@ FAMILIES: dict[str, Family] = {
         mlp=Mlp(),
         experts=Experts("num_experts", "moe_intermediate_size", sparse=after("num_dense_layers", 2)),
     ),
+    "lfm3": Family(
+        mixers={
+            **_slide(replace(NORMED, extra=lambda hidden, heads, kv, dim: hidden * heads)),
+            "conv": (ShortConv(),),
+        },
+        window="sliding_window",
+        kinds=kinds.lfm3,
+        listed="layer_types",
+        tied=True,
+        norms=4,
+        count_if=lambda body: all(
+            body.reader.switch((f"use_{key}", True)) for key in ("sandwich_norm", "attention_gate")
+        ),
+        inert=("conv_L_cache", "conv_bias"),
+    ),
     "recurrent_gemma": Family(
         mixers={
             "sliding": (Attention(kv_required=False, head_dim=None, qkv_bias=ATTENTION_BIAS, out_bias=True),),
@@ -1282,10 +1389,19 @@ FAMILIES: dict[str, Family] = {
         mlp=Mlp(half=True),
         inert=("use_cache_quantization", "use_cache_kernel"),
     ),
-    "exaone": Family(num_layers=("num_layers", "num_hidden_layers"), mixers=_one(Attention(kv_required=False))),
+    "deepseek": replace(_LLAMA, experts=replace(_DEEPSEEK_MOE, sparse=listed_or(0)), count_if=_plain_mlps),
+    "orion": replace(_LLAMA, norm_vectors=2, count_if=_plain_mlps),
+    "exaone": replace(_LLAMA, num_layers=("num_layers", "num_hidden_layers")),
     "minicpm": _LLAMA,
 }
 
+FAMILIES["gemma4_unified_text"] = replace(
+    FAMILIES["gemma4_text"], experts=None, layer_extra=None, outer_extra=None, lookup_extra=None
+)
+FAMILIES["apertus1p5_text"] = replace(
+    FAMILIES["apertus"],
+    count_if=lambda body: body.reader.get("output_vocab_size") in (None, body.reader.get("vocab_size")),
+)
 for alias, known in {
     "kimi_k25_text": "kimi_k2",
     "minimax_text_01": "minimax",
@@ -1293,6 +1409,8 @@ for alias, known in {
     "gpt-sw3": "gpt2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
     "glm4v_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
     "qwen3_vl_text": "qwen3",
@@ -1305,7 +1423,12 @@ WRAPPERS = (
     "mistral3", "ministral3", "llama4", "gemma3", "gemma3n", "gemma4", "qwen3_5", "qwen3_5_moe", "kimi_k25",
     "llava", "llava_next", "vipllava", "paligemma", "internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm",
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "got_ocr2", "lfm2_vl", "minimax_m3_vl", "kimi_vl",
-    "glm4v", "glm4v_moe",
+    "glm4v", "glm4v_moe", "glm46v", "qwen2_5_omni", "qwen3_omni_moe", "step3p7", "kimi_k3", "internvl_chat",
+    "llava_next_video", "llava_onevision", "video_llava", "video_llama_3", "idefics2",
+    "aria", "ovis2", "perception_lm", "fast_vlm", "deepseek_vl", "deepseek_vl_hybrid", "janus", "lighton_ocr",
+    "qianfan_ocr", "exaone4_5", "minicpmv4_6", "shieldgemma2", "gemma4_unified", "apertus1p5", "nemotron_h_omni",
+    "hyperclovax_vision_v2", "qwen2_audio", "voxtral", "granite_speech", "granite_speech_plus", "audioflamingo3",
+    "glmasr", "vibevoice_asr",
 )  # fmt: skip
 """Outer model types whose ``text_config`` is a decoder of the table above."""
 

@@ -67,6 +67,7 @@ class Experts:
     dense_too: bool = False  # the plain MLP stands beside the experts
     zero_count: str | None = None  # key: experts that do nothing, which the router knows
     extra: Callable[[int, int], int] | None = None  # (hidden, experts) -> further parameters
+    latent: str | None = None  # key: width that the routed experts work in, between two projections
 
     def num_experts(self, body: Body) -> int:
         return body.reader.count_or_none("num_experts", self.count) or 0
@@ -77,9 +78,10 @@ class Experts:
         count = reader.count("num_experts", self.count)
         inner = reader.count("expert_size", self.inner)
         matrices = 3 if self.gated else 2
-        routed = count * matrices * hidden * inner
+        latent = reader.count_or_none("expert_latent", self.latent) if self.latent else None
+        routed = count * matrices * (latent or hidden) * inner
         choices = count + (reader.count("zero_experts", self.zero_count, zero=True) if self.zero_count else 0)
-        dense = choices * (hidden + self.router_vectors)
+        dense = choices * (hidden + self.router_vectors) + 2 * hidden * (latent or 0)
         if self.bias:
             routed += count * ((matrices - 1) * inner + hidden)
             dense += count

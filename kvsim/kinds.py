@@ -123,6 +123,33 @@ def glm_dsa(body: Body) -> list[str]:
     return ["full" if max(layer - offset + 1, 0) % every_nth == 0 else "latent" for layer in range(body.num_layers)]
 
 
+def hy_v4(body: Body) -> list[str]:
+    """Hunyuan 4's: as GLM-5's where ``indexer_types`` is given, else the first layer and every fourth from the next."""
+    if body.reader.get("indexer_types") is not None:
+        return glm_dsa(body)
+    return ["full" if layer == 0 or (layer - 1) % 4 == 0 else "latent" for layer in range(body.num_layers)]
+
+
+def cohere2_moe(body: Body) -> list[str]:
+    """Cohere2-MoE's: ``sliding_window_pattern`` behind the dense layers, a pattern of their own in these."""
+    reader = body.reader
+    dense = min(reader.count_or_none("first_dense", "first_k_dense_replace", zero=True) or 0, body.num_layers)
+    steps = [
+        (reader.count_or_none(key, key, fill=True) or default, length)
+        for key, default, length in (
+            ("prefix_dense_sliding_window_pattern", 1, dense),
+            ("sliding_window_pattern", 4, body.num_layers - dense),
+        )
+    ]
+    return ["sliding" if (layer + 1) % step else "full" for step, length in steps for layer in range(length)]
+
+
+def lfm3(body: Body) -> list[str]:
+    """LFM3's: of four layers the third full and the first sliding, but for the very first; convolutions between."""
+    names = {2: "full", 0: "sliding"}
+    return [names.get(layer % 4, "conv") if layer else "conv" for layer in range(body.num_layers)]
+
+
 def minimax_m3(body: Body) -> list[str]:
     """MiniMax-M3's ``sparse_attention_freq``: 1 for a layer whose blocks are picked by index keys."""
     key = "sparse_attention_config.sparse_attention_freq"
@@ -162,7 +189,9 @@ def _rotary(body: Body) -> list[bool]:
 
 
 def chunked(body: Body) -> list[str]:
-    """Llama 4's: chunks where there are rotary positions."""
+    """Llama 4's: chunks where there are rotary positions; a chunk size of null means none."""
+    if body.reader.value("attention_chunk_size") is None:
+        return full(body)
     return ["chunked" if rotary else "full" for rotary in _rotary(body)]
 
 
@@ -259,12 +288,10 @@ def minimax(body: Body) -> list[str]:
 
 
 def kimi(body: Body) -> list[str]:
-    """Kimi Linear's ``linear_attn_config``: layers counted from 1; without it every fourth is full."""
+    """Kimi Linear's ``linear_attn_config``: layers counted from 1; without it as the class has it."""
     nested = body.reader.child("linear_attn_config")
     if nested is None:
-        if "layer_types" in body.reader.config:
-            raise body.reader.error("layer_types", "allowed is a list")
-        return every(4, rest="linear")(body)
+        return ["full" if layer and layer % 4 == 0 else "linear" for layer in range(body.num_layers)]
     chosen, others = nested.indices("full_attn_layers"), nested.indices("kda_layers")
     if chosen is None or others is None or chosen | others != set(range(1, body.num_layers + 1)) or chosen & others:
         raise body.reader.error("linear_attn_config", "full_attn_layers and kda_layers must share out all layers")

@@ -60,10 +60,18 @@ INERT = frozenset(
         "moe_expert_groups", "moe_group", "mtp_layer_types", "mtp_num_hidden_layers", "n_group", "num_attention_groups",
         "num_beam_groups", "num_expert_group", "num_key_value_groups", "pretraining_tp", "qk_head_dim", "rope_head_dim",
         "rope_local_base_freq", "rope_parameters", "rope_scaling", "rotary_emb_base", "topk_group", "use_cache",
-        "use_cache_kernel", "use_cache_quantization", "use_mrope", "vision_config",
+        "context_window_size", "use_cache_kernel", "use_cache_quantization", "use_mrope", "vision_config",
     }
 )  # fmt: skip
 """Keys that smell and do not change what a token leaves behind."""
+
+UNCOUNTED = frozenset({"experts_per_token", "num_experts_per_tok", "num_experts_per_token", "moe_topk"})
+"""Keys that :data:`_WEIGHTY` finds and that are no weights."""
+
+_WEIGHTY = re.compile(
+    r"(^|_)experts?(_|$)(?!.*(group|bias|overlap|parallel))|^moe_.*(size|dim)$|_latent_|attn_res|output_gate|^hc_mult"
+)
+"""Keys that add or change weights, wherever a family knows them: experts, gates, further residual streams."""
 
 _SMELL = re.compile("|".join(FOREIGN))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -113,9 +121,13 @@ class Model:
         body = _body(reader, family, config)
         if wrapper:
             body.note(f"language model only: vision and projector weights of {wrapper!r} are not counted")
+        if wrapper in OMNI:
+            body.note("the thinker only: the talker's weights and its own cache are not counted")
         plan = _plan(body, family)
         layers, kinds = _layers(body, family, [kind for kind, _ in plan])
         weights = count_weights(body, family, plan)
+        if weights is not None:
+            weights = _known_weights(body, model_type, weights)
         _left_out(body, model_type, layers)
         _refuse_foreign(reader, model_type, layers)
         dtype = _dtype(reader, config)
@@ -176,37 +188,64 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     """The reader of the decoder's config, the wrapper's model type if there is one, the model type, the family."""
     outer = ConfigReader(config)
     model_type = outer.get("model_type")
-    inner, wrapper = config.get("text_config"), None
-    prefix, nested = "", False
+    wrapper, prefix, nested = None, "", False
     if not isinstance(model_type, str):
         raise outer.error("model_type", "allowed is the name of a model type")
+    if model_type in OMNI:
+        thinker = outer.child("thinker_config")
+        if thinker is None:
+            raise outer.error("thinker_config", "allowed is a JSON object")
+        outer = thinker
+    key = NESTED.get(model_type, "text_config")
+    inner = outer.config.get(key)
+    if inner is None and model_type in WRAPPERS and model_type not in FAMILIES and model_type not in FLAT:
+        raise outer.error(key, f"{model_type!r} has its decoder there: allowed is a JSON object")
     if inner is None and model_type in FLAT:
         wrapper, model_type = model_type, FLAT[model_type]
     elif inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
         if not isinstance(inner, Mapping):
-            raise outer.error("text_config", "allowed is a JSON object")
+            raise outer.error(key, "allowed is a JSON object")
         if model_type not in WRAPPERS:
             raise ValueError(
-                f"config key text_config of model_type {model_type[:40]!r}: nested configs are supported of "
+                f"config key {key} of model_type {model_type[:40]!r}: nested configs are supported of "
                 f"{', '.join(WRAPPERS)}"
             )
-        wrapper, prefix, nested, config = str(model_type), "text_config.", True, inner
+        wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}{key}.", True, inner
         model_type = inner.get("model_type", INNER.get(wrapper))
     family = _family(ConfigReader(config, prefix), model_type)
     reader = ConfigReader(config, prefix, catalog.defaults(model_type), nested)
     reader.get("model_type")
-    if wrapper and "tie_word_embeddings" not in config and outer.get("tie_word_embeddings") is not None:
-        reader.config = {**config, "tie_word_embeddings": outer.config["tie_word_embeddings"]}
+    if wrapper == "paligemma":  # its prompts see each other both ways; the windows stay as they are
+        reader.get("use_bidirectional_attention")
+    if wrapper:
+        ties = [source.get("tie_word_embeddings") for source in (config, outer.config)]
+        if True in ties or (ties[0] is None and ties[1] is not None):  # one of the two is enough to tie
+            reader.config = {**config, "tie_word_embeddings": True in ties or ties[1]}
     return reader, wrapper, model_type, family
 
 
-FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+FLAT = {
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "phi3_v": "phi3",
+    "phi4mm": "phi3",
+    "step3p7": "step3p5",
+}
 """Wrappers whose published configs hold the decoder's keys among their own."""
 
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
+"""Wrappers whose ``thinker_config`` holds the ``text_config``, beside a talker with a cache of its own."""
+
+NESTED = {"internvl_chat": "llm_config"}
+"""Wrappers whose decoder lies under another key than ``text_config``."""
+
 INNER = {
+    "qwen2_5_omni": "qwen2_5_omni_text",
+    "qwen3_omni_moe": "qwen3_omni_moe_text",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "gemma3": "gemma3_text",
+    "minimax_m3_vl": "minimax_m3_vl_text",
     "llava": "llama",
     "llava_next": "llama",
     "paligemma": "gemma",
@@ -371,6 +410,10 @@ def _neutral(reader: ConfigReader, key: str, value: Any) -> bool:
     """Whether a key that smells says nothing at this value."""
     if key == "cla_share_factor":
         return reader.config.get("use_cla") is False or value == 1
+    if key in ("sliding_window", "max_window_layers") and reader.config.get("use_sliding_window") is False:
+        return True
+    if key == "max_window_layers":  # of no window
+        return not reader.config.get("sliding_window")
     if key in ("attn_type_list", "moe_layer_freq"):  # every layer of the one kind
         return isinstance(value, list) and all(entry == 1 for entry in value)
     return NEUTRAL.get(key) == value and not isinstance(value, bool)
@@ -392,6 +435,19 @@ def _refuse_foreign(reader: ConfigReader, model_type: str, layers: tuple[LayerSh
         if found:
             what = next(what for pattern, what in FOREIGN.items() if re.search(pattern, key))
             raise reader.error(key, f"{what}: not known of model_type {model_type!r}")
+
+
+def _known_weights(body: Body, model_type: str, weights: Weights) -> Weights | None:
+    """The count, unless the config has weights that the family does not: then ``None``, and a note names the key."""
+    reader = body.reader
+    known = UNCOUNTED | known_keys(model_type) | reader.used
+    for key, value in reader.config.items():
+        if not isinstance(key, str) or key in known or not _WEIGHTY.search(key):
+            continue
+        if value is True or (isinstance(value, int) and value > 1):
+            body.note(f"{reader.label(key)} {value}: weights that are not known of {model_type!r}; not counted")
+            return None
+    return weights
 
 
 def _left_out(body: Body, model_type: str, layers: tuple[LayerShape | StateShape, ...]) -> None:

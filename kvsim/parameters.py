@@ -97,10 +97,13 @@ def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weight
     lookup = family.lookup_extra(body) if family.lookup_extra else 0
     if family.learned_positions is not None:
         lookup += (reader.count("max_positions", family.positions) + family.learned_positions) * hidden
-    per_token = reader.count_or_none("experts_per_token", family.experts.per_token) if family.experts else None
+    per_token = None
+    if family.experts:
+        per_token = reader.count_or_none("experts_per_token", family.experts.per_token, zero=not routed)
+    tied = reader.switch(("tie_word_embeddings", False)) if reader.has("tie_word_embeddings") else family.tied
     return Weights(
         embedding=vocab * hidden,
-        head=0 if reader.switch(("tie_word_embeddings", family.tied)) else vocab * hidden,
+        head=0 if tied else vocab * hidden,
         dense=dense,
         routed=routed,
         num_experts=family.experts.num_experts(body) if family.experts and routed else 0,

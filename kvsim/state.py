@@ -83,6 +83,7 @@ class Mamba2:
     inner: str | None = None  # key of the inner width, where it has one
     derived: bool = False  # the head dim is always inner / heads
     bias: Switch = ("use_bias", False)
+    out_bias: Switch | None = None  # None: as bias
     conv_bias: Switch = ("use_conv_bias", True)
     norm: Switch = True
 
@@ -126,7 +127,9 @@ class Mamba2:
         conv = inner + 2 * groups * state
         total = hidden * (inner + conv + heads) + conv * kernel + 3 * heads + inner * hidden
         if reader.switch(self.bias):
-            total += inner + conv + heads + hidden
+            total += inner + conv + heads
+        if reader.switch(self.bias if self.out_bias is None else self.out_bias):
+            total += hidden
         if reader.switch(self.conv_bias):
             total += conv
         return total + (inner if reader.switch(self.norm) else 0)

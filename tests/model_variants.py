@@ -9,6 +9,22 @@ from typing import Any
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ministral": [{"head_dim": 128}],
+    "sarvam_moe": [{}, {"use_qk_norm": False, "attention_bias": True, "n_shared_experts": 2}],
+    "sarvam_mla": [{}, {"q_lora_rank": 1536, "first_k_dense_replace": 3}],
+    "hyperclovax": [{}, {"use_post_norm": False}],
+    "cohere2_moe": [
+        {"num_hidden_layers": 6, "num_shared_experts": 2},
+        {
+            "num_hidden_layers": 6,
+            "prefix_dense_intermediate_size": 512,
+            "num_key_value_heads": 8,
+            "first_k_dense_replace": 2,
+        },
+    ],
+    "lfm3": [{}, {"conv_bias": True, "attention_bias": True}],
+    "solar_open": [{}, {"attention_bias": True}],
+    "exaone": [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}],
+    "hy_v3": [{}, {"num_shared_experts": 2}],
     "nemotron": [{"num_key_value_heads": 8}],
     "hunyuan_v1_dense": [{"head_dim": 128}],
     "hunyuan_v1_moe": [{"head_dim": 128, "num_experts": 4}],
@@ -34,6 +50,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {},
         {"mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_d_head": "auto"},
         {"mamba_d_ssm": 2048, "mamba_d_head": 16},
+        {"mamba_proj_bias": True},
+        {"projectors_bias": True},
     ],
     "glm_moe_dsa": [{}, {"index_topk_freq": 4, "index_skip_topk_offset": 3}],
     "gemma4_text": [
@@ -42,6 +60,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_kv_shared_layers": 10, "use_double_wide_mlp": True},
         {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
         {"hidden_size_per_layer_input": 0},
+        {"per_layer_config": {}},
     ],
     "gemma3n_text": [
         {},
@@ -72,14 +91,22 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "laguna": [{}, {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}],
     "llama4_text": [
         {},
+        {"num_hidden_layers": 4, "attention_chunk_size": None, "num_local_experts": 2},
         {"num_hidden_layers": 8, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "num_local_experts": 4},
     ],
     "recurrent_gemma": [{}, {"lru_width": 2560, "num_key_value_heads": 1}],
-    "opt": [{}, {"word_embed_proj_dim": 512, "hidden_size": 1024, "num_attention_heads": 16}],
+    "opt": [
+        {},
+        {"_remove_final_layer_norm": True},
+        {"do_layer_norm_before": False},
+        {"word_embed_proj_dim": 512, "hidden_size": 1024, "num_attention_heads": 16},
+    ],
     "stablelm": [{}, {"qk_layernorm": True, "use_qkv_bias": True, "num_key_value_heads": 8}],
     "ernie4_5_moe": [{}, {"moe_layer_start_index": 2, "moe_layer_interval": 2}],
     "mamba2": [{}, {"tie_word_embeddings": True, "use_bias": True}],
-    "mamba": [{}, {"use_bias": True, "use_conv_bias": False}],
+    "mamba": [{}, {"use_bias": True, "use_conv_bias": False}, {"intermediate_size": 1024}],
+    "zamba2": [{}, {"attention_head_dim": 80}],
+    "gemma4_unified_text": [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}],
     "olmo_hybrid": [{}, {"linear_num_key_heads": None}],
     "qwen3_next": [{}, {"mlp_only_layers": [0, 1], "decoder_sparse_step": 1}],
     "falcon": [
@@ -106,6 +133,9 @@ SKIPPED: dict[str, str] = {
     "glm4v_moe_text": "in no AutoModel by itself",
     "qwen2_vl_text": "in no AutoModel by itself",
     "qwen2_5_vl_text": "in no AutoModel by itself",
+    "qwen2_5_omni_text": "in no AutoModel by itself",
+    "qwen3_omni_moe_text": "in no AutoModel by itself",
+    "step3p5": "in no AutoModel by itself",
     "qwen3_vl_text": "in no AutoModel by itself",
     "qwen3_vl_moe_text": "in no AutoModel by itself",
 }

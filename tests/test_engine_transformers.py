@@ -54,7 +54,7 @@ def test_compressed_entries_and_their_buffers() -> None:
     assert parts["key"] == parts["value"] == 43 * 127 * 512 * 2
     assert parts["compressed"] == (21 * 33 + 20 * 1) * 512 * 2
     assert parts["index_compressed"] == 21 * 33 * 128 * 2
-    csa = 2 * 3 * (1024 + 256) + 2 * 4 * (512 + 128)
+    csa = 2 * 3 * (1024 + 256) + (1 + 2) * 4 * (512 + 128)  # the gates of the last block: float32
     assert parts["buffer"] == (21 * csa + 20 * 2 * 127 * 512) * 2
 
 

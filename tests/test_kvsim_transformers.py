@@ -54,7 +54,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "phimoe": [SIZES | LOCAL_EXPERTS, SIZES | LOCAL_EXPERTS | {"attention_bias": True, "lm_head_bias": True}],
     "olmo": [SIZES, SIZES | {"attention_bias": True}],
     "olmo2": [SIZES, SIZES | {"attention_bias": True}],
-    "olmoe": [SIZES | EXPERTS],
+    "olmoe": [SIZES | {"num_experts": 4, "num_experts_per_tok": 2}],
     "falcon": [
         SIZES,
         SIZES | {"multi_query": False, "bias": True, "parallel_attn": False},

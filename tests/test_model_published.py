@@ -1,7 +1,8 @@
 """Configs in the words in which they were published, with the keys that do not matter here, against literal figures.
 
 None of them is in the catalogue: the keys of remote code, older names, nested configs without what equals the class's
-defaults.  The parameters are the totals that their authors state, to the last digit where they give one.
+defaults (``source``: where the text was read, of those that have it).  The parameters are the totals that their authors
+state, to the last digit where they give one.
 """
 
 import json
@@ -57,6 +58,78 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
 def test_what_is_not_understood_is_refused_by_its_key(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Model.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("minicpm-moe-8x2b", "num_experts 8: weights that are not known of 'minicpm'"),
+        ("kimi-k3", "text_config.attn_res_block_size 12: weights that are not known of 'kimi_linear'"),
+    ],
+)
+def test_weights_that_a_family_does_not_know_are_not_counted(name: str, key: str) -> None:
+    model = Model.from_config(ROWS[name]["config"])
+    assert model.num_params is None
+    assert any(key in note for note in model.notes)
+
+
+QWEN2 = ROWS["qwen2.5-vl"]["config"]
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        ({"model_type": "internvl_chat", "llm_config": QWEN2 | {"model_type": "qwen2"}}, "llm_config."),
+        (
+            {
+                "model_type": "qwen2_5_omni",
+                "thinker_config": {"text_config": QWEN2 | {"model_type": "qwen2_5_omni_text"}},
+            },
+            "thinker_config.text_config.",
+        ),
+        ({"model_type": "llava_onevision", "text_config": QWEN2 | {"model_type": "qwen2"}}, "text_config."),
+    ],
+)
+def test_a_decoder_is_found_where_its_wrapper_has_it(config: dict[str, Any], prefix: str) -> None:
+    model = Model.from_config(config)
+    assert dict(model.kinds) == ROWS["qwen2.5-vl"]["kinds"]
+    assert model.source("num_kv_heads", "full") == f"{prefix}num_key_value_heads"
+    outer = {"model_type": config["model_type"], **({"thinker_config": {}} if "thinker_config" in config else {})}
+    with pytest.raises(ValueError, match=rf"config key {prefix.removesuffix('.')} is absent: .* has its decoder there"):
+        Model.from_config(outer)
+
+
+@pytest.mark.parametrize(("outer", "inner", "tied"), [(True, False, True), (False, True, True), (False, None, False)])
+def test_one_of_two_configs_is_enough_to_tie_the_embeddings(outer: bool, inner: bool | None, tied: bool) -> None:
+    text = {key: value for key, value in QWEN2.items() if key != "tie_word_embeddings"} | {"model_type": "qwen2"}
+    text |= {} if inner is None else {"tie_word_embeddings": inner}
+    model = Model.from_config({"model_type": "ovis2", "text_config": text, "tie_word_embeddings": outer})
+    assert model.weights is not None
+    assert (model.weights.head == 0) is tied
+
+
+def test_a_switched_off_window_is_none() -> None:
+    """Keys that Qwen's descendants keep when they are published as Llama."""
+    config = ROWS["orion-14b"]["config"] | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 9}
+    assert dict(Model.from_config(config).kinds) == {"full": 40}
+    with pytest.raises(ValueError, match="use_sliding_window is True"):
+        Model.from_config(config | {"use_sliding_window": True})
+
+
+def test_granites_without_experts_have_the_shared_mlp_alone() -> None:
+    """Granite 4.0 Micro, 3.4 billion parameters."""
+    config = ROWS["granite4h-tiny"]["config"] | {
+        "hidden_size": 2560,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 8192,
+        "vocab_size": 100352,
+        "layer_types": ["attention"] * 40,
+    }
+    layer = 2 * 2560 * (2560 + 512) + 3 * 2560 * 8192 + 2 * 2560
+    assert Model.from_config(config).num_params == 40 * layer + 2560 + 100352 * 2560 == 3402836480
 
 
 def test_absent_keys_take_the_values_of_the_class_and_a_note_says_which() -> None:

@@ -1,4 +1,4 @@
-"""transformers' own cache: ``DynamicCache`` (or ``StaticCache``), as version 5.23 allocates it for a model's classes.
+"""transformers' own cache: ``DynamicCache`` (or ``StaticCache``), as version 5.24 allocates it for a model's classes.
 
 The rules here are held, byte for byte, to the caches of transformers' own model classes on the ``meta`` device
 (tests/test_model_oracle.py) and to the recorded ones of the catalogue.
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("dynamic", "static")
 CONVOLUTIONS = ("conv", "shift_mlp", "shift_attention")
+GATE = "gate"
+"""The last block's gates, which 5.24 keeps in float32 (its bias is), 5.23 in the activations' type."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Transformers:
             raise ValueError(f"transformers' plain cache stores fp16, bf16 or fp32, not {method.name}")
         if self.cache_implementation == "static" and "compressed" in model.quirks:
             raise ValueError(f"transformers has no static cache for {model.model_type!r}")
-        size = DTYPE_BITS[method.dtype] // 8 * batch_size
         total = {"key": 0, "value": 0}
         for layer, count in Counter(layer for layer in model.layers if isinstance(layer, LayerShape)).items():
             for name, numbers in self._layer(model, layer, num_tokens):
-                total[name] = total.get(name, 0) + count * numbers * size
+                dtype, part = ("float32", "buffer") if name == GATE else (method.dtype, name)
+                total[part] = total.get(part, 0) + count * numbers * batch_size * DTYPE_BITS[dtype] // 8
         for state in model.state_layers:
             for name, shape, dtype in state.tensors:
                 held = method.dtype if name in CONVOLUTIONS else dtype
@@ -81,7 +83,8 @@ class Transformers:
         unfilled = min(num_tokens, layer.stride - 1)
         yield "buffer", 2 * unfilled * width * layer.key_dim
         if overlap and num_tokens >= layer.stride:
-            yield "buffer", 2 * layer.stride * layer.key_dim
+            yield "buffer", layer.stride * layer.key_dim
+            yield GATE, layer.stride * layer.key_dim
 
     def held(self, model: Model, layer: LayerShape, num_tokens: int) -> int:
         """Tokens that an attention layer holds between two steps."""
