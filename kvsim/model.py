@@ -206,9 +206,11 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         if not isinstance(inner, Mapping):
             raise outer.error(key, "allowed is a JSON object")
         if model_type not in WRAPPERS:
+            near = get_close_matches(model_type[:60], WRAPPERS, n=3, cutoff=0.6)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
             raise ValueError(
-                f"config key {key} of model_type {model_type[:40]!r}: nested configs are supported of "
-                f"{', '.join(WRAPPERS)}"
+                f"config key {key} of model_type {model_type[:40]!r}: {hint}nested configs are supported of "
+                f"{len(WRAPPERS)} that are known (kvsim/families.py, WRAPPERS)"
             )
         wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}{key}.", True, inner
         model_type = inner.get("model_type", INNER.get(wrapper))
