@@ -220,9 +220,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     if wrapper == "paligemma":  # its prompts see each other both ways; the windows stay as they are
         reader.get("use_bidirectional_attention")
     if wrapper:
-        ties = [source.get("tie_word_embeddings") for source in (config, outer.config)]
-        if True in ties or (ties[0] is None and ties[1] is not None):  # one of the two is enough to tie
-            reader.config = {**config, "tie_word_embeddings": True in ties or ties[1]}
+        told = outer.config.get("tie_word_embeddings")
+        if told is not None and not (wrapper in EITHER and config.get("tie_word_embeddings")):
+            reader.config = {**config, "tie_word_embeddings": told}
     return reader, wrapper, model_type, family
 
 
@@ -237,6 +237,12 @@ FLAT = {
 
 OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 """Wrappers whose ``thinker_config`` holds the ``text_config``, beside a talker with a cache of its own."""
+
+EITHER = (
+    "llava", "llava_next_video", "llava_onevision", "video_llama_3", "fast_vlm", "shieldgemma2", "minimax_m3_vl",
+    "qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe",
+)  # fmt: skip
+"""Wrappers that tie the embeddings where either config says so; of the others the outer one decides."""
 
 NESTED = {"internvl_chat": "llm_config"}
 """Wrappers whose decoder lies under another key than ``text_config``."""
