@@ -380,7 +380,7 @@ def _opt_outer(body: Body) -> int:
 
 def _same_heads(body: Body) -> bool:
     """Whether every layer has the model's number of query heads."""
-    return set(body.reader.listed("num_attention_heads_per_layer") or []) <= {body.num_q_heads}
+    return all(heads == body.num_q_heads for heads in body.reader.listed("num_attention_heads_per_layer") or [])
 
 
 def _plain_mlps(body: Body) -> bool:

@@ -173,4 +173,4 @@ def if_enabled(key: str) -> Sparse:
 
 def if_any(keys: Keys) -> Sparse:
     """Every layer where there are experts at all."""
-    return lambda body: [bool(body.reader.count_or_none("num_experts", keys, zero=True))] * body.num_layers
+    return lambda body: [bool(body.reader.count_or_none("num_experts", keys, zero=True, fill=True))] * body.num_layers

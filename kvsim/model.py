@@ -206,9 +206,11 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         if not isinstance(inner, Mapping):
             raise outer.error(key, "allowed is a JSON object")
         if model_type not in WRAPPERS:
+            near = get_close_matches(model_type[:60], WRAPPERS, n=3, cutoff=0.6)
+            hint = f"did you mean {', '.join(near)}? " if near else ""
             raise ValueError(
-                f"config key {key} of model_type {model_type[:40]!r}: nested configs are supported of "
-                f"{', '.join(WRAPPERS)}"
+                f"config key {key} of model_type {model_type[:40]!r}: {hint}nested configs are supported of "
+                f"{len(WRAPPERS)} that are known (kvsim/families.py, WRAPPERS)"
             )
         wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}{key}.", True, inner
         model_type = inner.get("model_type", INNER.get(wrapper))
@@ -218,9 +220,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     if wrapper == "paligemma":  # its prompts see each other both ways; the windows stay as they are
         reader.get("use_bidirectional_attention")
     if wrapper:
-        ties = [source.get("tie_word_embeddings") for source in (config, outer.config)]
-        if True in ties or (ties[0] is None and ties[1] is not None):  # one of the two is enough to tie
-            reader.config = {**config, "tie_word_embeddings": True in ties or ties[1]}
+        told = outer.config.get("tie_word_embeddings")
+        if told is not None and not (wrapper in EITHER and config.get("tie_word_embeddings")):
+            reader.config = {**config, "tie_word_embeddings": told}
     return reader, wrapper, model_type, family
 
 
@@ -235,6 +237,12 @@ FLAT = {
 
 OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 """Wrappers whose ``thinker_config`` holds the ``text_config``, beside a talker with a cache of its own."""
+
+EITHER = (
+    "llava", "llava_next_video", "llava_onevision", "video_llama_3", "fast_vlm", "shieldgemma2", "minimax_m3_vl",
+    "qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe",
+)  # fmt: skip
+"""Wrappers that tie the embeddings where either config says so; of the others the outer one decides."""
 
 NESTED = {"internvl_chat": "llm_config"}
 """Wrappers whose decoder lies under another key than ``text_config``."""

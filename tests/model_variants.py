@@ -141,6 +141,19 @@ SKIPPED: dict[str, str] = {
 }
 """Families that cannot be built alone, and why."""
 
+_EXPANDED = "5.17 caches the keys and values of sparse attention expanded to every head"
+_DATA = "5.17 reads a number from a tensor, which has none here"
+EARLIER: dict[str, tuple[tuple[int, int], str]] = {
+    "llama4_text": ((5, 24), "a chunk size of null is no model before 5.24"),
+    "deepseek_v32": ((5, 23), _EXPANDED),
+    "glm_moe_dsa": ((5, 23), _EXPANDED),
+    "axk2": ((5, 23), _EXPANDED),
+    "hy_v4": ((5, 23), _EXPANDED),
+    "opt": ((5, 23), _DATA),
+    "aria_text": ((5, 23), _DATA),
+}
+"""Families whose class was another before a version of transformers, and what it did."""
+
 NO_CACHE: dict[str, str] = {
     "openai-gpt": "its class keeps no cache",
     "mamba": "another output",

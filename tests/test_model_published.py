@@ -99,11 +99,24 @@ def test_a_decoder_is_found_where_its_wrapper_has_it(config: dict[str, Any], pre
         Model.from_config(outer)
 
 
-@pytest.mark.parametrize(("outer", "inner", "tied"), [(True, False, True), (False, True, True), (False, None, False)])
-def test_one_of_two_configs_is_enough_to_tie_the_embeddings(outer: bool, inner: bool | None, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("wrapper", "outer", "inner", "tied"),
+    [
+        ("ovis2", True, False, True),
+        ("ovis2", False, True, False),
+        ("ovis2", None, True, True),
+        ("llava", False, True, True),
+        ("llava", True, None, True),
+        ("llava", False, None, False),
+    ],
+)
+def test_the_outer_config_ties_the_embeddings_or_either_does(
+    wrapper: str, outer: bool | None, inner: bool | None, tied: bool
+) -> None:
     text = {key: value for key, value in QWEN2.items() if key != "tie_word_embeddings"} | {"model_type": "qwen2"}
     text |= {} if inner is None else {"tie_word_embeddings": inner}
-    model = Model.from_config({"model_type": "ovis2", "text_config": text, "tie_word_embeddings": outer})
+    config = {"model_type": wrapper, "text_config": text}
+    model = Model.from_config(config if outer is None else config | {"tie_word_embeddings": outer})
     assert model.weights is not None
     assert (model.weights.head == 0) is tied
 
