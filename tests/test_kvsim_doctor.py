@@ -235,9 +235,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
 
 def test_a_tuned_name_is_taken_for_its_base(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
-    log.write_text(BOOT_019.replace("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct"))
+    log.write_text(BOOT_019.replace("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B-Chat"))
     assert run(["doctor", "--log", str(log), "--json"]) == 0
-    assert "taken for Qwen/Qwen2.5-7B" in json.loads(capsys.readouterr().out)["notes"][0]
+    assert "taken for Qwen/Qwen3-8B" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 @pytest.mark.parametrize(
