@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ from kvsim.model import Model
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_SECONDS = 5
+QUANTIZED: Mapping[str, Mapping[str, Any]] = {
+    "-fp8": {"quant_method": "fp8"},
+    "-fp8-dynamic": {"quant_method": "fp8"},
+    "-nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "-fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "-awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    "-gptq-int4": {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    "-gptq-int8": {"quant_method": "gptq", "bits": 8, "group_size": 128},
+}
+"""How a checkpoint's name says that its weights are quantized, and the ``quantization_config`` of such checkpoints."""
 
 
 def load_model(name: str) -> Model:
-    """The model that ``name`` means: the catalogue first, then a path, then the model hub.
+    """The model that ``name`` means: the catalogue first, then a path, then a quantized checkpoint of a model of the
+    catalogue, then the model hub.
 
     A path is a config.json, a model directory (its safetensors' headers weigh the weights), a GGUF file, which is
     enough by itself, or a safetensors file with its config.json beside it.  Raises ``LookupError`` for an unknown
@@ -36,7 +49,21 @@ def load_model(name: str) -> Model:
         raise ValueError(f"model {name}: neither a file nor a directory")
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LookupError(f"no such file or directory: {name}")
-    return Model.from_config(_hub_config(name), name)
+    return _quantized(name) or Model.from_config(_hub_config(name), name)
+
+
+def _quantized(name: str) -> Model | None:
+    """The catalogue's model under a name that adds how its weights are quantized, whoever published that."""
+    for suffix, quantization in QUANTIZED.items():
+        plain = name[: -len(suffix)]
+        if not name.lower().endswith(suffix):
+            continue
+        row = catalog.find("models", plain) or catalog.find("models", plain.rsplit("/", 1)[-1])
+        if row is not None and "quantization_config" not in row["config"]:
+            model = Model.from_config({**row["config"], "quantization_config": quantization}, name)
+            note = f"layers of {row['id']}, quantized weights of {model.weight_bits:g} bits, by the name {name}"
+            return replace(model, notes=(*model.notes, note))
+    return None
 
 
 def load_config(name: str) -> tuple[str, dict[str, Any]]:

@@ -164,3 +164,27 @@ def test_cards_equal_the_wider_catalogue() -> None:
     cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
     known = [replace(card, num_sms=None, l2_nbytes=None, sms_source=None) for card in cards]
     assert [Hardware.from_row(row) for row in beside] == known
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "bits"),
+    [
+        ("nvidia/Llama-3.1-8B-Instruct-FP8", "meta-llama/Meta-Llama-3.1-8B", 8),
+        ("RedHatAI/Qwen2.5-32B-Instruct-FP8-dynamic", "Qwen/Qwen2.5-32B", 8),
+        ("nvidia/Llama-3.3-70B-Instruct-FP4", "meta-llama/Llama-3.3-70B-Instruct", 4.5),
+        ("qwen2.5-7b-instruct-awq", "Qwen/Qwen2.5-7B", 4 + 20 / 128),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8", "Qwen/Qwen2.5-7B", 8 + 24 / 128),
+    ],
+)
+def test_a_quantized_checkpoint_has_its_models_layers(name: str, row: str, bits: float) -> None:
+    quantized, plain = load_model(name), load_model(row)
+    assert quantized.layers == plain.layers
+    assert quantized.num_params == plain.num_params
+    assert quantized.weight_bits == bits
+    assert any(row in note and name in note for note in quantized.notes)
+
+
+@pytest.mark.parametrize("name", ["llama-9-8b-fp8", "fp8", "-fp8", "gpt-oss-20b-fp8"])
+def test_a_quantized_checkpoint_of_nothing_known_is_unknown(name: str) -> None:
+    with pytest.raises(LookupError, match="unknown model"):
+        load_model(name)
