@@ -1,6 +1,7 @@
 """Compile every kernel for several compute capabilities, without a GPU, and print what each uses as JSON lines.
 
 Run by ``test_kernels_compile.py`` in a process of its own, because the interpreter and the compiler exclude each other.
+``--record`` notes how many instructions each takes, the ceilings of that test; a word compiles what it is a part of.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
 
 TARGETS = (80, 89, 90, 100)
+INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 METHODS = {
     "2-bit g32 d64": (Kivi(), 64),
     "2-bit g32 d128": (Kivi(), 128),
@@ -280,11 +283,26 @@ def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str
         return kernel, name, sm, f"{type(error).__name__}: {error}"
 
 
+def record(rows: Iterable[tuple[str, str, int, dict[str, int] | str]]) -> None:
+    """Notes the most instructions that a kernel takes of any target, and of any Triton that noted them before."""
+    known = json.loads(INSTRUCTIONS.read_text()) if INSTRUCTIONS.exists() else {}
+    for kernel, name, _, used in rows:
+        if isinstance(used, dict):
+            points = known.setdefault(kernel, {})
+            points[name] = max(points.get(name, 0), used["instructions"])
+    INSTRUCTIONS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
 if __name__ == "__main__":
+    given = [word for word in sys.argv[1:] if word != "--record"]
     names = {function.__name__: points for function, points in ENGINE.items()}
     tasks = [(kernel, name, sm) for kernel in KERNELS for name in names.get(kernel, METHODS) for sm in TARGETS]
-    if len(sys.argv) > 1:
-        tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
+    if given:
+        tasks = [task for task in tasks if given[0] in f"{task[0]} {task[1]} sm_{task[2]}"]
+    rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(one, tasks):
+            rows.append(row)
             print(json.dumps(row), flush=True)
+    if "--record" in sys.argv:
+        record(rows)
