@@ -7,7 +7,7 @@
 # FILE: WikiText-2's raw test split, for `quality`, which is skipped without it.
 #
 # A part takes minutes on an H100, much of it Triton compiling, and goes on where an earlier run of the same commit
-# stopped: a machine that is lent for minutes can be used in several goes. What an older commit recorded stays until it
+# stopped: a machine that is there for minutes only can be used in several goes. What an older commit recorded stays until it
 # is measured again. Needs the runtime and test extras.
 set -uo pipefail
 text=""
