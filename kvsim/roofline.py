@@ -45,8 +45,8 @@ class Constants:
     ``engine_layer_seconds`` what stands there; ``quantize_seconds`` more where its cache is quantized, by width or
     engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.  ``prefill_seconds``, ``prefill_queue``: what
     a first token waits besides its prefill, and the share of a prefill that each further request in flight adds.
-    ``vector_ops``: operations to
-    unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.  ``chunk_tokens``: prompt tokens a step.
+    ``vector_ops``: operations to unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.
+    ``chunk_tokens``: prompt tokens a step.
     ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
     cache.  ``decode_band``, ``prefill_band``: factors (low, high) on a prediction.  ``kernels``, ``curve``:
     :mod:`kvsim.attention_curve`.
