@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 
 from test_speed_plot import attention_rows, step_rows
 
+from kvruntime.bench import engine_report, kernel_report
 from validation import speed_tables
 
 
@@ -62,3 +63,16 @@ def test_nothing_recorded_and_wrong_words(folder, tmp_path) -> None:
     assert "Nothing is recorded yet" in speed_tables.block("packing", folder)
     with pytest.raises(ValueError, match="allowed are kernels, packing, engine"):
         speed_tables.block("kernel", folder)
+
+
+@pytest.mark.parametrize(
+    ("report", "kind", "base"), [(kernel_report, "attend", "sdpa"), (engine_report, "step", "step")]
+)
+def test_a_baseline_of_another_commit_is_none(report, kind, base) -> None:
+    """A file that is measured anew, and stopped, holds rows of two kernels: no ratio goes across."""
+    size = {"model": "gpt2", "num_q_heads": 12, "num_kv_heads": 12, "head_dim": 64, "batch_size": 1, "num_tokens": 1024}
+    size |= {"dtype": "float16", "weights": "random (seed 0)", "package": "kvruntime"}
+    row = {**size, "kind": kind, "method": "kivi-2bit-g64-r64", "seconds": [1.0] * 3, "commit": "new"}
+    old = {**size, "kind": base, "method": "fp16", "seconds": [2.0] * 3, "commit": "old"}
+    assert report.baseline(row, [row, old]) is None
+    assert report.baseline(row, [row, {**old, "commit": "new"}]) is not None

@@ -55,8 +55,8 @@ def groups(rows: Iterable[Row], kind: str) -> list[list[Row]]:
 
 
 def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The same engine without compression at the same size."""
-    names = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
+    """The same engine without compression at the same size, of the same commit."""
+    names = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens", "commit")
     own = (other for other in rows if other["method"] in BASE and other.get("package") == "kvruntime")
     return next((other for other in own if all(other.get(name) == row.get(name) for name in names)), None)
 

@@ -33,9 +33,13 @@ def ceiling(rows: Iterable[Row], what: str) -> float | None:
 
 
 def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The fastest uncompressed attention over as many tokens, heads and type alike; for ragged rows, over even ones."""
+    """The fastest uncompressed attention over as many tokens, heads and type alike; for ragged rows, over even ones.
+
+    Only of the same commit: a file that is resumed or measured anew may hold rows of several.
+    """
     names = ("model", "num_q_heads", "num_kv_heads", "head_dim", "batch_size", "num_tokens", "dtype")
-    same = [other for other in done(rows, "sdpa") if all(other[name] == row[name] for name in names)]
+    alike = [other for other in done(rows, "sdpa") if all(other[name] == row[name] for name in names)]
+    same = [other for other in alike if other.get("commit") == row.get("commit")]
     return min(same, key=lambda other: other["seconds"][0], default=None)
 
 
