@@ -40,7 +40,7 @@ memory() {
 
 quality() {
     [ -n "$text" ] || { echo "quality is skipped: no --text" >&2; return 0; }
-    (cd "$(dirname "$text")" && PYTHONPATH="$OLDPWD" python3 -m kvruntime perplexity --text "$(basename "$text")" \
+    (cd "$(dirname "$text")" && PYTHONPATH="$OLDPWD${PYTHONPATH:+:$PYTHONPATH}" python3 -m kvruntime perplexity --text "$(basename "$text")" \
         --window 1024 --chunk 1 --batch 296 --max-tokens 0 --nbits 8 --nbits 4 --nbits 2 --anew \
         --out "$results/bench/$name-wikitext2.json")
 }
