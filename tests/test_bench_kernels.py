@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -159,7 +160,7 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
     assert rows[1]["failed"] == "RuntimeError: No available kernel."
     assert kernel_report.speedup(rows[2], rows) == pytest.approx(1.0 / rows[2]["seconds"][0])
     shown = capsys.readouterr()
-    assert "against fp16" in shown.err
+    assert re.search(r"\dx against fp16", shown.err)
     assert "failed: RuntimeError: No available kernel." in shown.err
     assert "decode attention" in shown.out
     shown = kernel_report.tables([*rows, {"kind": "ceiling", "what": "read", "bandwidth": 3e12}])

@@ -68,7 +68,7 @@ def carry_out(
 
     def told(row: Row) -> str:
         if "failed" not in row:
-            return line(row, results.rows)
+            return line({**row, "commit": results.header.get("commit")}, results.rows)  # ratios are within a commit
         if any(words in row["failed"] for words in LOST):
             raise DeviceLost(row["failed"])
         return f"    failed: {row['failed']}"
