@@ -229,7 +229,7 @@ def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware) -> tuple[Kern
     """The kernel that fits the rows best, and its errors on them."""
 
     def predicted(values: np.ndarray) -> np.ndarray:
-        kernel = kernel_of(values, "", merges=False)
+        kernel = kernel_of(values, "", merges=True)
         stream = rows.nbytes / (kernel.efficiency * (card.bandwidth or np.nan))
         return np.asarray(curve.seconds(kernel, rows.items, rows.tokens, stream, card.num_sms, np.maximum))
 
@@ -241,7 +241,7 @@ def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware) -> tuple[Kern
         f_scale=0.1,
     )
     low, high = quantiles(rows.seconds / predicted(found.x))
-    kernel = kernel_of(found.x, rows.source, merges=False, low=low, high=high)
+    kernel = kernel_of(found.x, rows.source, merges=True, low=low, high=high)
     return kernel, errors(predicted(found.x), rows.seconds)
 
 
