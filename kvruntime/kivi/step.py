@@ -44,8 +44,8 @@ def step_kernel(
     RECORD_WORDS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()  # not before: the attention that may start now reads records that earlier launches wrote
+        gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
+        gdc_wait()               # attention of the step before waited for them before it let anything start
     row = tl.program_id(0) // NUM_HEADS
     head = tl.program_id(0) % NUM_HEADS
     length = tl.load(lengths_ptr + row)
