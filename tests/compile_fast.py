@@ -52,9 +52,10 @@ QUERIES = (
 )
 TABLE = ("table_ptr",)
 MERGED = ("arrivals_ptr",)
-OPTIONAL = {*QUERIES, *TABLE, *MERGED}
+DRAWN = ("draws_ptr",)
+OPTIONAL = {*QUERIES, *TABLE, *MERGED, *DRAWN}
 POINTERS = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(
-    ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", "arrivals_ptr"), "*i32"
+    ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", *MERGED, *DRAWN), "*i32"
 )
 
 
@@ -110,6 +111,10 @@ def attend(name: str, sm: int, shares: bool = False, given: tuple[str, ...] = ()
     return used | {"elements": 2 * 64 * dim // 32}
 
 
+def attend_drawn(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, given=DRAWN)
+
+
 def attend_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True)
 
@@ -130,7 +135,7 @@ def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True, given=QUERIES + TABLE)
 
 
-def combine(name: str, sm: int, given: tuple[str, ...] = ()) -> dict[str, int]:
+def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN) -> dict[str, int]:
     _, dim, q_per_kv, dtype = METHODS[name]
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim,
@@ -149,6 +154,7 @@ KERNELS = {
     function.__name__: function
     for function in (
         attend,
+        attend_drawn,
         attend_shares,
         attend_queries,
         attend_queries_shares,

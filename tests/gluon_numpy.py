@@ -154,6 +154,12 @@ def atomic_add(pointer, value, sem, scope):
     return before
 
 
+def drawn(pointer, wanted):
+    before = load(pointer, wanted.a != 0)
+    store(pointer, before + 1, wanted.a != 0)
+    return before
+
+
 def copy_async(shared, pointer, mask=True):
     shared.a[...] = np.broadcast_to(load(pointer, mask).a, shared.a.shape)
 
@@ -195,6 +201,8 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     if "prefetch" in asm:
         load(args[0])  # it must lie within the tensor
         return None
+    if "atom." in asm:
+        return drawn(*args)
     if "fence" in asm:
         return args[0]
     if isinstance(dtype, tuple):
@@ -243,7 +251,7 @@ GL = SimpleNamespace(
     full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
     load=load, store=store, atomic_add=atomic_add, barrier=lambda: None,
     join=lambda a, b: Value(np.stack([a.a, b.a], -1)), broadcast=broadcast, where=where,
-    convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range,
+    convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range, static_assert=lambda _: None,
     maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp2=unary(np.exp2), log2=unary(np.log2),
     max=lambda x, axis=None: Value(np.fmax.reduce(x.a, axis)), fma=fma,
     sum=lambda x, axis=None: Value(np.sum(x.a, axis, dtype=x.dtype)),

@@ -146,7 +146,7 @@ def test_error(attend, name, dim, sharing, dtype) -> None:
     errors = [cache.error(out, query, dim**-0.5, row) for row in range(3)]
     assert max(errors) <= allowed, (lengths, q_per_kv, errors)
     if sharing in MERGED:
-        arrivals = torch.zeros(3 * heads * q_per_kv, dtype=torch.int32, device=DEVICE)
+        arrivals = torch.zeros(2 * 3 * heads * q_per_kv, dtype=torch.int32, device=DEVICE)
         for _ in range(2):  # the counts are left as they were found
             again = attend(query, *cache.arguments, dim**-0.5, num_splits=MERGED[sharing], arrivals=arrivals)
             torch.testing.assert_close(again, out, rtol=2 * torch.finfo(out.dtype).eps, atol=1e-6)
@@ -330,14 +330,56 @@ def test_supports() -> None:
 
 
 def test_plan() -> None:
-    """Programs fill the device; a split has two units at least."""
+    """Programs fill the device, or its schedulers where none then has more than a few units."""
     assert fast.plan_splits(64, 520, 128, 132) == 16
     assert fast.plan_splits(8, 520, 128, 132) == 132
-    assert fast.plan_splits(8, 134, 128, 132) == 67
-    assert fast.plan_splits(12, 20, 64, 132) == fast.MERGED_PARTS
+    assert fast.plan_splits(8, 260, 128, 132) == 66
+    assert fast.plan_splits(8, 132, 128, 132) == 66
+    assert fast.plan_splits(8, 134, 128, 132) == 45
+    assert fast.plan_splits(8, 68, 128, 132) == 34
+    assert fast.plan_splits(8, 36, 128, 132) == 36
+    assert fast.plan_splits(12, 20, 64, 132) == 20
     assert fast.plan_splits(12, 5, 64, 132) == 5
     assert fast.plan_splits(768, 22, 64, 132) == 2
     assert fast.plan_splits(5000, 22, 64, 132) == 1
+
+
+def test_merges() -> None:
+    """In the last program where parts are small or the device is full, and never very many of them."""
+    assert fast.merges(12, 12, 64, 132)
+    assert not fast.merges(12, 8, 512, 132)
+    assert fast.merges(16, 64, 512, 132)
+    assert not fast.merges(17, 64, 512, 132)
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["one launch", "two launches"])
+@pytest.mark.parametrize(
+    ("name", "dim", "splits"), [("2-bit g64 sink", 64, 3), ("4-bit g32", 128, 2), ("2-bit gk128", 64, 1)]
+)
+def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
+    """The end of a long row is whoever's comes first: every tile is somebody's, and the counts are zero again."""
+    method = METHODS[name]
+    lengths = [64 * (9 * splits + 20), 64 * 7 * splits + 70, 5]
+    key, value, query = normal(9, (3, 2, max(lengths), dim), (3, 2, max(lengths), dim), (3, 8, 1, dim))
+    cache = Filled(method, dim, 2, lengths, sized(key), sized(value))
+    run, drawn = attend, []
+    if DEVICE == "cuda":
+        monkeypatch.setattr(fast, "MERGED_PARTS", 16 if merged else 0)
+    else:
+        names = numpy_kernels(MERGED_PARTS=16 if merged else 0)
+        run, draw = names["attend"], names["draw"]
+
+        def counted(pointer, wanted):
+            drawn.append(bool(wanted))
+            return draw(pointer, wanted)
+
+        names["draw"] = counted
+    arrivals = torch.zeros(2 * 3 * 8, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        out = run(sized(query), *cache.arguments, dim**-0.5, num_splits=splits, arrivals=arrivals)
+        assert max(cache.error(out, sized(query), dim**-0.5, row) for row in range(3)) <= 2e-3
+        assert not arrivals.any()
+    assert DEVICE == "cuda" or any(drawn)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -390,4 +432,5 @@ def test_compiles() -> None:
             ceiling = CEILINGS.get(name, 1.75)
             ceiling += 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
             ceiling += 0.05 * ("table" in kernel)  # places looked up
+            ceiling += 0.05 * ("drawn" in kernel)  # tiles drawn
             assert used["loop"] / used["elements"] <= ceiling, (kernel, name, sm, used)

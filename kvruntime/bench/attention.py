@@ -120,7 +120,7 @@ def measure_kivi(
     def calls(attend: Callable[[KiviLayer], Tensor]) -> list[Callable[[], Tensor]]:
         return [partial(attend, layer) for layer in layers]
 
-    arrivals = torch.zeros(query.shape[0] * query.shape[1], dtype=torch.int32, device=bench.device)
+    arrivals = torch.zeros(2 * query.shape[0] * query.shape[1], dtype=torch.int32, device=bench.device)
 
     def public(layer: KiviLayer) -> Tensor:
         return layer.attend(query, shape.scale, arrivals=arrivals)

@@ -67,7 +67,7 @@ class Engine:
         """``[batch_size, vocab_size]`` after the newest prefill or step; the next one may write over it."""
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         q_heads = model.config.get_text_config(decoder=True).num_attention_heads
-        self._ticket = torch.zeros(batch_size * (1 + q_heads), dtype=torch.int32, device=self.device)
+        self._ticket = torch.zeros(batch_size * (1 + 2 * q_heads), dtype=torch.int32, device=self.device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._lengths = [0] * batch_size
 

@@ -148,9 +148,9 @@ class KiviLayer:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
 
         ``fresh``: ``(key, value, lengths)`` of L tokens not yet stored, which query i sees up to and with its own;
-        without it L must be 1.  ``arrivals [batch_size * num_q_heads]``: int32 zeros, scratch of one stream's calls,
-        with which one launch does where two would.  Returns ``[batch_size, num_q_heads, L, value_dim]``; padding
-        queries get zeros.
+        without it L must be 1.  ``arrivals [2 * batch_size * num_q_heads]``: int32 zeros, scratch of one stream's
+        calls, with which the kernel shares out work as it goes and may need one launch instead of two.  Returns
+        ``[batch_size, num_q_heads, L, value_dim]``; padding queries get zeros.
         """
         if fresh is None and query.shape[2] != 1:
             raise ValueError(
@@ -212,7 +212,7 @@ class KiviLayer:
         ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32,
         the tokens each row holds before; ``num_tokens``, the most a row will hold while this step is repeated (it plans
         the splits); ``ticket`` int32 zeros, scratch that is zeros again after every launch, for one stream's work at a
-        time: ``[batch_size]``, or ``[batch_size * (1 + num_q_heads)]`` for fewer launches.  ``rotary``:
+        time: ``[batch_size]``, or ``[batch_size * (1 + 2 * num_q_heads)]`` for faster ones.  ``rotary``:
         :func:`kvruntime.kivi.step.step`.
         Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``)
         stay behind until :meth:`reset`.

@@ -51,6 +51,8 @@ CHUNK = gl.constexpr(16)
 HIDDEN = gl.constexpr(-1.0e30)
 HEADROOM = gl.constexpr(8.0)
 EXACT_UNITS = gl.constexpr(2)
+DRAWN = gl.constexpr(8)
+"""One tile in so many of a long row is nobody's own."""
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1, 1], [1, 16, 8]))
 ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
@@ -60,12 +62,16 @@ PROGRAMS_PER_SM = {64: 12, 128: 8, 256: 8}
 """Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
 MAX_REGISTERS = {64: 168, 128: 248, 256: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
+SCHEDULERS = 4
+"""Of a multiprocessor: a program is one warp."""
 MAX_ROWS = 1024
 MAX_PARTS = 256
 RESERVED_BYTES = 1024
 """Of a program's shared memory, by the driver."""
-MERGED_PARTS = 12
-"""Parts of a block that the last of its programs merges itself; more are left to :func:`combine_kernel`'s many programs."""
+MERGED_PARTS = 16
+"""Parts of a block that the last of its programs may merge itself; more are left to :func:`combine_kernel`'s many programs."""
+MERGED_VALUES = 1024
+"""Values of those parts where the device is not full: one warp takes longer over more than a second launch."""
 MAX_QUERIES = 64
 """Queries a row: every block of 8 (query, head)s reads the records again, from the L2 cache."""
 REGISTERS = 255
@@ -315,9 +321,14 @@ def num_lines(words):
 
 @gluon.jit
 def prefetch(record_ptr, RECORD_WORDS: gl.constexpr):
-    """Ask for a record's lines to come into the L2 cache, whoever will need them."""
+    """:func:`ask_for` all of a record."""
     lines = gl.arange(0, num_lines(RECORD_WORDS), layout=gl.BlockedLayout([1], [32], [1], [0]))
-    at = record_ptr + gl.minimum(lines * 32, RECORD_WORDS - 1)
+    ask_for(record_ptr + gl.minimum(lines * 32, RECORD_WORDS - 1))
+
+
+@gluon.jit
+def ask_for(at):
+    """Ask for the lines of ``at`` to come into the L2 cache, whoever will need them."""
     gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -326,6 +337,18 @@ def forget_cached():
     """What this multiprocessor's L1 cache holds is asked for again: copies of fewer than 16 bytes a lane go through it."""
     lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def draw(counter_ptr, wanted):
+    """Count one on where ``wanted`` (a scalar): ``[32]`` of which the largest is the count before.  Nothing waits for it here:
+    to lanes of one address the assembler would hand out the sum at once."""
+    lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    wanted = gl.where((lanes == 0) & wanted, 1, 0)
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; }",
+        "=&r,l,r", [counter_ptr + lanes, wanted], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -355,6 +378,14 @@ def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step
 def units_of(packed, chunks):
     """Work of one head of a row, in tiles: chunks of exact slots first, each as much as ``EXACT_UNITS`` tiles."""
     return packed // TILE + EXACT_UNITS * chunks
+
+
+@triton.jit
+def owned(tiles, num_splits):
+    """Tiles that are a split's own; the rest is drawn, tile after tile, by whoever comes first: memory serves some
+    multiprocessors better than others."""
+    each = tiles // num_splits
+    return tl.maximum(each - each // DRAWN, 3)
 
 
 @triton.jit
@@ -444,14 +475,14 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
 
 @gluon.jit
 def attend_split(
-    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, count, certain,
-    first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr,
+    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk, step_chunk,
+    end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
-    AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """``(acc, sums, peak)`` of ``count`` tiles from ``first`` on and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
+    """``(acc, sums, peak)`` of every ``step``-th tile from ``first`` to ``end`` and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
     output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and
     values, their strides between tokens, how many, the first real one, each column's position, and the last column's."""
     TILES: gl.constexpr = RECORD // TILE
@@ -476,10 +507,16 @@ def attend_split(
     at, mask = gl.broadcast(column + channel, real)
     query = gl.load(query_ptr + at, mask=mask, other=0.0)
 
-    # ---- the first tiles are on their way before anything else is known; those below ``certain`` may be read
+    # ---- the first tiles, if they are not on their way; again those of a record that was packed since they were asked for
     if not BEGUN:
-        copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
+        copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
                    VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
+    elif EARLY:
+        if length - SINK - packed <= RESIDUAL - RECORD + 1:
+            async_copy.wait_group(0)
+            forget_cached()
+            copy_first(codes, key_params, value_params, base_ptr, None, first, step, (packed - RECORD) // TILE, end, DIM, KEY_NBITS,
+                       VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     query = query.to(gl.float32)
@@ -526,20 +563,27 @@ def attend_split(
 
     # ---- packed tokens, tile after tile, the next ones on their way
     stage = 0
+    tile = first
+    ahead = first + (STAGES - 1) * step  # the tile that is asked for while ``tile`` is worked on
     if table_ptr is not None:  # read a step before it is needed
-        tile = first + (STAGES - 1) * step
-        next_ptr = record_of(base_ptr, table_ptr, tile, STAGES - 1 < count, TILES, RECORD_STRIDE)
-    for index in range(count):
+        next_ptr = record_of(base_ptr, table_ptr, ahead, ahead < end, TILES, RECORD_STRIDE)
+    if draws_ptr is not None:
+        gl.static_assert(STAGES == 2)
+        own = owned(end, step)
+        turn = STAGES  # of the tile after ``ahead``, which is known when this step ends: its number was asked for a step before
+        asked = gl.full([32], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    while tile < end:
         async_copy.wait_group(STAGES - 2)
-        ahead = index + (STAGES - 1)
-        tile = first + ahead * step
         free = gl.where(stage == 0, STAGES - 1, stage - 1)
         if table_ptr is not None:
             record_ptr = next_ptr
-            next_ptr = record_of(base_ptr, table_ptr, tile + step, ahead + 1 < count, TILES, RECORD_STRIDE)
+            next_ptr = record_of(base_ptr, table_ptr, ahead + step, ahead + step < end, TILES, RECORD_STRIDE)
         copy_tile(codes.index(free), key_params.index(free), value_params.index(free),
-                  record_of(base_ptr, None, tile, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, tile % TILES,
-                  ahead < count, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                  record_of(base_ptr, None, ahead, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, ahead % TILES,
+                  ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+        if draws_ptr is not None:
+            drawn = gl.max(asked, axis=0)  # before the next is asked for: it may take the register
+            asked = draw(draws_ptr, (turn + 1 >= own) & (ahead < end))
         lanes = codes.index(stage).reshape([codes.shape[1] // 128, 32, 4])
         key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
         value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
@@ -588,6 +632,13 @@ def attend_split(
         rows = code_rows(value_words, "value", VALUE_GROUPS, DIM, VALUE_NBITS)
         fresh = mma_v2(rows, weight * value_scale, gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA))
         acc = rescale_add(acc, gl.convert_layout(repeat(alpha, VALUE_GROUPS, 0), MMA, assert_trivial=True), fresh)
+        if draws_ptr is None:
+            tile += step
+            ahead += step
+        else:
+            tile = ahead
+            ahead = gl.where(turn < own, ahead + step, own * step + drawn)
+            turn += 1
     async_copy.wait_group(0)
     return acc, sums, peak
 
@@ -595,12 +646,12 @@ def attend_split(
 @gluon.jit
 def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
-    first, step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh, num_queries, stride_ql, new, table_ptr,
+    first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
+    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
-    RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``.
 
@@ -636,10 +687,9 @@ def attend_part(
                  position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, first,
-        step, count, certain, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, DIM,
-        KEY_NBITS,
-        VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
-        BEGUN, AT_ONCE, STAGES,
+        step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr,
+        DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
+        BEGUN, EARLY, AT_ONCE, STAGES,
     )  # fmt: skip
 
     # ---- (out, lse); where no token was seen, zero and HIDDEN
@@ -682,12 +732,14 @@ def parts_layout(heads, dim):
 
 
 @gluon.jit
-def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, first_query_head, num_heads, num_parts, HEADS: gl.constexpr,
+def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, first_query_head, num_heads, num_parts, HEADS: gl.constexpr,
                 DIM: gl.constexpr):  # fmt: skip
     """What :func:`combine_kernel` does, by the last program of a block to come; it leaves the block's count at zero."""
     barrier()  # every lane's part is written before one counts it
     if gl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
         gl.store(arrivals_ptr + block, 0)
+        if draws_ptr is not None:
+            gl.store(draws_ptr + block, 0)
         SHAPE: gl.constexpr = parts_shape(HEADS, DIM)
         PARTS: gl.constexpr = SHAPE[0]
         PADDED: gl.constexpr = SHAPE[1]
@@ -724,8 +776,8 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, first_query_
 
 @gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits", "num_queries"])
 def attend_kernel(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, out_ptr,
-    scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, draws_ptr,
+    out_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
@@ -734,7 +786,7 @@ def attend_kernel(
     EARLY: gl.constexpr,
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
-    where ``arrivals_ptr`` has a count for each.  Else all blocks' units lie in one line (:func:`units_of`), and each of the
+    where ``arrivals_ptr`` has a count for each; where ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line (:func:`units_of`), and each of the
     programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare`.
 
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
@@ -763,6 +815,12 @@ def attend_kernel(
             copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS,
                        KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
         if EARLY:
+            if num_queries is None and num_splits - 1 - split < chunks:
+                lines = gl.minimum(gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * 64, CHUNK * DIM - 1)
+                at = gl.minimum((num_splits - 1 - split) * (CHUNK * DIM) + lines, num_slots * DIM - 1)
+                at += (block // of_head).to(gl.int64) * num_slots * DIM
+                ask_for(exact_key_ptr + at)
+                ask_for(exact_value_ptr + at)
             if table_ptr is None:
                 tile = split + (STAGES - 1) * num_splits
                 if tile < gl.load(packed_ptr + block // blocks, cache_modifier=".cg") // TILE:  # of before or after that step
@@ -771,28 +829,17 @@ def attend_kernel(
             gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
         length = gl.load(lengths_ptr + block // blocks)
         packed = gl.load(packed_ptr + block // blocks)
-        if EARLY and table_ptr is None:
-            if length - SINK - packed <= RESIDUAL - RECORD + 1:  # that step may have packed the newest record meanwhile
-                async_copy.wait_group(0)
-                forget_cached()
-                copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, (packed - RECORD) // TILE, certain, DIM,
-                           KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
-                           NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
-        count = (gl.maximum(packed // TILE - split, 0) + num_splits - 1) // num_splits
-        certain = num_records * (RECORD // TILE)
-        if table_ptr is not None:  # beyond the packed tokens a table may say anything
-            certain = packed // TILE
         attend_part(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-            block * num_splits + split, split, num_splits, count, certain, num_splits - 1 - split, num_splits, chunks, length, packed,
-            num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, NUM_HEADS, Q_PER_KV,
-            HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
-            RECORD_WORDS, table_ptr is None, AT_ONCE, STAGES,
+            block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split, num_splits, chunks, length, packed,
+            num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr,
+            None if draws_ptr is None else draws_ptr + block, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
+            RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
         )  # fmt: skip
         if arrivals_ptr is not None:
             member = block % of_head * HEADS
             merge_parts(
-                partial_ptr, lse_ptr, arrivals_ptr, out_ptr, block, block // of_head * Q_PER_KV + member, Q_PER_KV - member,
+                partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, block // of_head * Q_PER_KV + member, Q_PER_KV - member,
                 num_splits, HEADS, DIM,
             )  # fmt: skip
     else:
@@ -822,16 +869,16 @@ def attend_kernel(
             last = gl.maximum(stop - exact, 0)
             attend_part(
                 query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-                gl.program_id(0) + block, first, 1, last - first, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
+                gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
-                KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, AT_ONCE, STAGES,
+                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+                KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES,
             )  # fmt: skip
             unit += stop - start
 
 
 @triton.jit(do_not_specialize=["chunks", "batch_size", "num_splits", "num_queries"])
-def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, chunks, batch_size, num_splits, num_queries, NUM_HEADS: tl.constexpr,
+def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks, batch_size, num_splits, num_queries, NUM_HEADS: tl.constexpr,
                    Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_S: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
@@ -862,6 +909,9 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, out_ptr, chunks, batch_size
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    if draws_ptr is not None:  # left as they were found
+        if (tl.program_id(1) == 0) & (member % HEADS == 0):
+            tl.store(draws_ptr + block, 0)
     peak = tl.full([], HIDDEN, tl.float32)
     total = tl.zeros([], tl.float32)
     out = tl.zeros([BLOCK_D], tl.float32)
@@ -898,9 +948,23 @@ def constants(
 
 
 def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
-    """Splits of a row: ``PROGRAMS_PER_SM`` programs on each of ``num_sms`` multiprocessors, each with at least two of the
-    longest row's ``units`` (tiles, and chunks of exact slots), or one where one launch merges them all."""
-    return max(1, min(PROGRAMS_PER_SM[dim] * num_sms // max(1, programs), max(units // 2, min(units, MERGED_PARTS))))
+    """Splits of a row of ``units`` (tiles, and chunks of exact slots) where there are ``programs`` blocks of heads and rows.
+
+    At most one a scheduler of ``num_sms`` multiprocessors where that is three units each, or hardly more than four, because two that
+    share a scheduler take as long as one after the other; as few as have no more units.  Else ``PROGRAMS_PER_SM``."""
+    most = max(1, min(units, SCHEDULERS * num_sms // max(1, programs)))
+    each = -(-units // most)
+    if each <= 3:
+        return -(-units // each)
+    if 4 * units <= 17 * most:
+        return most
+    return max(1, min(units // 2, PROGRAMS_PER_SM[dim] * num_sms // max(1, programs)))
+
+
+def merges(splits: int, programs: int, values: int, num_sms: int) -> bool:
+    """Whether the last program of a block of ``values`` outputs merges its parts, or a second launch does."""
+    full = splits * programs > SCHEDULERS * num_sms
+    return splits <= MERGED_PARTS and (full or splits * values <= MERGED_VALUES)
 
 
 def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
@@ -965,8 +1029,9 @@ def attend(
     ``packed`` and the counts are int32 and stay on the device.  Every row is cut into ``num_splits`` splits (default: the
     plan's, for rows of ``num_tokens`` or of what the buffers provide for).  ``equal_shares``: all rows' tokens lie in one line
     instead, and each of ``num_splits`` programs has an equal share of it, for heads of up to 128 channels and up to ``MAX_ROWS``
-    rows of very different lengths.  ``arrivals``: int32 zeros, one a query head of a row at least, which no other call uses at
-    the same time: then one launch does it all where splits are few and a row has one query.
+    rows of very different lengths.  ``arrivals``: int32 zeros, two a query head of a row at least, which no other call uses at
+    the same time: then, where a row has one query, programs share out the end of long rows as they come to it, and one launch does
+    it all where splits are few.
     """
     if not supports(record, query, fresh):
         raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
@@ -989,22 +1054,27 @@ def attend(
     sms = properties.multi_processor_count
     block_b = max(32, triton.next_power_of_2(batch_size)) if equal_shares and dim <= 128 and batch_size <= MAX_ROWS else 0
     splits = num_splits
+    provided = num_records * record.num_tokens
+    longest = provided if num_tokens is None else min(provided, num_tokens)
     if splits is None and block_b:
         splits = PROGRAMS_PER_SM[dim] * sms
     elif splits is None:
-        provided = num_records * record.num_tokens
-        longest = provided if num_tokens is None else min(provided, num_tokens)
         splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, dim, sms)
     early = properties.major >= 9
-    if fresh is not None or block_b or splits > MERGED_PARTS or (arrivals is not None and arrivals.numel() < batch_size * blocks):
+    draws, count = None, batch_size * blocks
+    if fresh is not None or block_b or (arrivals is not None and arrivals.numel() < 2 * count):
         arrivals = None
+    if arrivals is not None:
+        if block_table is None and dim <= 128 and longest // TILE.value // splits > DRAWN.value:
+            draws = arrivals[count : 2 * count]
+        arrivals = arrivals[:count] if merges(splits, count, fixed["HEADS"] * dim, sms) else None
     slots = batch_size * blocks + splits if block_b else batch_size * blocks * splits
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
     out = query.new_empty(batch_size, q_heads, length, dim)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
-        query, records, exact_key, exact_value, lengths, packed, partial, lse, arrivals, out, scale * attention.LOG2E,
+        query, records, exact_key, exact_value, lengths, packed, partial, lse, arrivals, draws, out, scale * attention.LOG2E,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, None if block_table is None else block_table.contiguous(),
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
@@ -1017,7 +1087,7 @@ def attend(
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
     block_d = min(dim, max(16, 4096 // block_s))
     combine_kernel[(batch_size * q_heads * length, dim // block_d)](
-        partial, lse, packed, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
+        partial, lse, packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
         HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
         num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
