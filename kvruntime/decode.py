@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kivi.attention import COMBINE_D, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
-from kvruntime.kivi.step import overlaps, rotated
+from kvruntime.kivi.step import embedded_token, overlaps
 
 BLOCK_N = 64
 """Tokens a step of the loop."""
@@ -27,8 +27,8 @@ MAX_Q_PER_KV = 16
 def store_kernel(
     query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, stored_key_ptr, stored_value_ptr, positions_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, num_slots,
-    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -39,20 +39,17 @@ def store_kernel(
     slot = (row.to(tl.int64) * NUM_HEADS + head) * num_slots + position
     d = tl.arange(0, BLOCK_K)
     inside = d < KEY_DIM
+    query_ptr += row.to(tl.int64) * stride_qb
     key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
-    if ROTARY:
-        key = rotated(key_ptr, d, inside, cos_ptr, sin_ptr, position, KEY_DIM)
-        for member in range(Q_PER_KV):
-            at = query_ptr + row.to(tl.int64) * stride_qb + (head * Q_PER_KV + member).to(tl.int64) * stride_qh
-            turned = rotated(at, d, inside, cos_ptr, sin_ptr, position, KEY_DIM)
-            tl.debug_barrier()  # all halves are read before one is written
-            tl.store(at + d, turned, mask=inside)
-    else:
-        key = tl.load(key_ptr + d, mask=inside, other=0.0)
+    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, inside, inside, d,
+                                                ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
+    value_at = row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
+    v = tl.arange(0, BLOCK_V)
+    value = tl.load(value_ptr + value_at + v, mask=v < VALUE_DIM, other=0.0)
+    tl.debug_barrier()  # all halves are read before one is written
+    tl.store(query_at, query, mask=real)
     tl.store(stored_key_ptr + slot * KEY_DIM + d, key.to(stored_key_ptr.dtype.element_ty), mask=inside)
-    d = tl.arange(0, BLOCK_V)
-    value = tl.load(value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + d, mask=d < VALUE_DIM, other=0.0)
-    tl.store(stored_value_ptr + slot * VALUE_DIM + d, value.to(stored_value_ptr.dtype.element_ty), mask=d < VALUE_DIM)
+    tl.store(stored_value_ptr + slot * VALUE_DIM + v, value.to(stored_value_ptr.dtype.element_ty), mask=v < VALUE_DIM)
 
 
 @triton.jit
@@ -130,7 +127,8 @@ def store(
         query, key, value, cos, sin, stored_key, stored_value, positions,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], stored_key.shape[2],
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None,
+        BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(key_dim),
+        BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None,
         EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 

@@ -190,25 +190,32 @@ def freeze_layers(name: str, sm: int) -> dict[str, int]:
     return freeze(name, sm, layers=True)
 
 
-def advance(name: str, sm: int) -> dict[str, int]:
-    """A step's new token, with rotary embedding and a record to pack."""
+def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
+    """A step's new token, with rotary embedding and a record to pack, by one program, or by one a part."""
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
     block = triton.next_power_of_2(dim)
     constants = quantize.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
-        "BLOCK_K": block, "BLOCK_V": block, "ROTARY": True, "EARLY": sm >= 90,
+        "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": step.PART if spread else step.WHOLE,
+        "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
-    return resources(step.step_kernel, types, constants, sm, quantize.pack_warps(record))
+    return resources(
+        step.step_kernel, types, constants, sm, step.parts_launch(record)[1] if spread else quantize.pack_warps(record)
+    )
+
+
+def advance_spread(name: str, sm: int) -> dict[str, int]:
+    return advance(name, sm, spread=True)
 
 
 def store_full(name: str, sm: int) -> dict[str, int]:
     dim = METHODS[name][1]
     block = triton.next_power_of_2(dim)
     constants = {
-        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_K": block, "BLOCK_V": block,
-        "ROTARY": True, "EARLY": sm >= 90,
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_Q": 4, "BLOCK_K": block,
+        "BLOCK_V": block, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(decode.store_kernel, "bf16", positions_ptr="*i32")
     return resources(decode.store_kernel, types, constants, sm, 1)
@@ -270,7 +277,7 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, store_full, attend_full)
-} | {function.__name__: function for function in (pack_layers, store_layers, freeze_layers)}
+} | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
 ENGINE = {linear: LAYERS, dense: PRODUCTS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}
 

@@ -38,8 +38,10 @@ def stores(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     return {name: held.get(name) for name in ("records", "exact_key", "exact_value", "key_params")}
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_steps_store_and_pack_as_the_reference_does(name: str) -> None:
+def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, monkeypatch) -> None:
+    monkeypatch.setattr(step, "FEW_PROGRAMS", 264 if spread else 0)
     method, dim = METHODS[name]
     shape = LayerShape(HEADS, dim, dim)
     record = method.record(shape)
@@ -85,8 +87,10 @@ def tables(num_positions: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tens
     return angle.cos().to(dtype).to(DEVICE), angle.sin().to(dtype).to(DEVICE)
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_rotary_embedding_on_the_way(dtype: torch.dtype) -> None:
+def test_rotary_embedding_on_the_way(dtype: torch.dtype, spread: bool, monkeypatch) -> None:
+    monkeypatch.setattr(step, "FEW_PROGRAMS", 264 if spread else 0)
     method, dim = Kivi(residual_length=32, dtype={torch.float16: "float16", torch.float32: "float32"}[dtype]), 64
     shape = LayerShape(HEADS, dim, dim)
     held = tensors(method, shape, 64)

@@ -28,8 +28,6 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
 ROUND_BITS = tl.constexpr(0x4B400000)
 PART = 2048
 """Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
-STEP_PART = tl.constexpr(16384)
-"""Elements a program packs at once where it packs a whole record (:func:`pack_record`)."""
 COLUMNS = tl.constexpr(6)
 """Addresses a layer: keys, values, their exact slots, records, key scales."""
 ALIGNMENT = tl.constexpr(16)
@@ -524,7 +522,8 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
               VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
               TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
               VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
-    """A part of :func:`pack_record`: those of the keys come first, then those of the values."""
+    """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's own, but
+    ``zero_offset`` from scale to zero."""
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
     if part < KEY_PARTS:
         if direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
@@ -549,22 +548,6 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
                     pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32), half_ptr,
                                 tile, first, length, count, stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM,
                                 VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL)  # fmt: skip
-
-
-@triton.jit
-def pack_record(key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt, stride_vt,
-                zero_offset, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr,
-                KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
-                SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
-                VALUE_PARAMS: tl.constexpr):  # fmt: skip
-    """The record of one head that begins with token ``first``: pointers are the head's own, but ``zero_offset`` from scale to zero."""
-    SIZE: tl.constexpr = STEP_PART
-    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
-    VALUE_PARTS: tl.constexpr = num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE)
-    for part in tl.static_range(KEY_PARTS + VALUE_PARTS):
-        pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt,
-                  stride_vt, zero_offset, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK,
-                  RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
 
 
 @triton.jit

@@ -1,11 +1,14 @@
 """Triton: one decode step's new token, with nothing for the host to plan (the kernel of :meth:`KiviLayer.step`).
 
-One program a row and head: where the ring of exact slots is full its oldest record is packed, then the token goes to its slot;
-rotary embedding of its key, and of the query heads that share it, on the way.  The last program of a row writes the row's new
-lengths.  Everything that a step decides lies in device memory, so a CUDA graph of it holds for any lengths.
+One program a row and head, or where there are few, one for each part of a record: where the ring of exact slots is full its oldest
+record is packed, then the token goes to its slot, stored by those who packed what lay there; rotary embedding of its key, and of the query heads that share it,
+on the way.  All that a token needs is asked for at once, because nothing else takes time here.  The last program of a row writes the
+row's new lengths.  Everything that a step decides lies in device memory, so a CUDA graph of it holds for any lengths.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -13,25 +16,63 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvruntime.kivi.quantize import freeze, pack_record, pack_warps, record_constants
+from kvruntime.kivi.quantize import (
+    direct,
+    freeze,
+    key_part,
+    num_key_parts,
+    num_value_parts,
+    pack_part,
+    pack_warps,
+    record_constants,
+)
 from kvsim.record import Record
 
 OVERLAP = True
+FEW_PROGRAMS = 264
+"""A record's parts have a program each while those are no more: two on each multiprocessor of an H100."""
+PART, PART_WARPS = 2048, 4
+"""Elements of such a part, and its program's warps."""
+WHOLE = 16384
+"""Elements that a program packs at once where it packs a whole record."""
+
+
+@triton.constexpr_function
+def key_columns(record_length, dim, nbits, group, size):
+    """Channels of a key part: all parts with a record's first tokens come first, one beside the other."""
+    return key_part(record_length, dim, group, size)[1] if direct(dim, nbits, group) else dim
 
 
 @triton.jit
-def rotated(x_ptr, d, mask, cos_ptr, sin_ptr, position, DIM: tl.constexpr):
+def rotated(x_ptr, d, mask, cos, sin, DIM: tl.constexpr):
     """``x * cos + rotate_half(x) * sin``, each product rounded to the type of ``x`` as PyTorch does it: kernels that call this
     are compiled without ``enable_fp_fusion``, which makes one rounding of a product and the sum, in float16 too."""
     half: tl.constexpr = DIM // 2
     other = tl.where(d < half, d + half, d - half)
     x = tl.load(x_ptr + d, mask=mask, other=0.0)
     turned = tl.load(x_ptr + other, mask=mask, other=0.0)
-    cos = tl.load(cos_ptr + position * DIM + d, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + position * DIM + d, mask=mask, other=0.0).to(tl.float32)
     along = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
     across = (tl.where(d < half, -turned.to(tl.float32), turned.to(tl.float32)) * sin).to(x.dtype).to(tl.float32)
     return (along + across).to(x.dtype)
+
+
+@triton.jit
+def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, own_key, own_query, d,
+                   ROTARY: tl.constexpr, DIM: tl.constexpr, Q_PER_KV: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """``(key, query, where the query lies, which of it is real)`` at the channels ``d`` that are wanted of each: ``key_ptr`` is the
+    head's, ``query_ptr`` the row's.  Without ``ROTARY`` the query is left alone, and nothing of it real."""
+    m = tl.arange(0, BLOCK_Q)
+    heads_ptr = query_ptr + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh
+    real = (m < (Q_PER_KV if ROTARY else 0))[:, None] & own_query[None, :]
+    if ROTARY:
+        cos = tl.load(cos_ptr + position * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + position * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        key = rotated(key_ptr, d, own_key, cos, sin, DIM)
+        query = rotated(heads_ptr, d[None, :], real, cos[None, :], sin[None, :], DIM)
+    else:
+        key = tl.load(key_ptr + d, mask=own_key, other=0.0)
+        query = tl.zeros([BLOCK_Q, d.shape[0]], query_ptr.dtype.element_ty)
+    return key, query, heads_ptr + d[None, :], real
 
 
 @triton.jit
@@ -41,16 +82,38 @@ def step_kernel(
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
-    RECORD_WORDS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+    RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIZE: tl.constexpr,
+    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own."""
     if EARLY:
         gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
         gdc_wait()               # attention of the step before waited for them before it let anything start
-    row = tl.program_id(0) // NUM_HEADS
-    head = tl.program_id(0) % NUM_HEADS
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+    PARTS: tl.constexpr = KEY_PARTS + num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE)
+    PROGRAMS: tl.constexpr = PARTS if SPREAD else 1  # of a row and head
+    program = tl.program_id(0) % PROGRAMS
+    row = tl.program_id(0) // (NUM_HEADS * PROGRAMS)
+    head = tl.program_id(0) // PROGRAMS % NUM_HEADS
     length = tl.load(lengths_ptr + row)
     packed = tl.load(lengths_ptr + batch_size + row)
-    seen = tl.atomic_add(ticket_ptr + row, 1)  # every program of the row has read its lengths before it draws its ticket
+    d = tl.arange(0, BLOCK_K)
+    v = tl.arange(0, BLOCK_V)
+    own_key, own_value, own_query = d < KEY_DIM, v < VALUE_DIM, d < KEY_DIM
+    if SPREAD:  # a token's slot is read by those parts alone that have the record's first token: they store it
+        WIDTH: tl.constexpr = key_columns(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+        first = program * WIDTH
+        own_key = (d >= first) & (d < tl.minimum(first + WIDTH, KEY_DIM))
+        own_value = v < tl.where(program == KEY_PARTS, VALUE_DIM, 0)
+        own_query = d < tl.where(program == PARTS - 1, KEY_DIM, 0)
+    query_ptr += row.to(tl.int64) * stride_qb
+    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
+    value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
+    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, length, head, stride_qh, own_key, own_query, d,
+                                                ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
+    value = tl.load(value_ptr + v, mask=own_value, other=0.0)
+    tl.debug_barrier()  # all of the program has read the lengths, and what is written below
+    seen = tl.atomic_add(ticket_ptr + row, 1)
     rows = row.to(tl.int64) * NUM_HEADS + head
     exact_key_ptr += rows * num_slots * KEY_DIM
     exact_value_ptr += rows * num_slots * VALUE_DIM
@@ -61,30 +124,21 @@ def step_kernel(
         row_params_ptr = params_ptr
         if KEY_GROUP == 0:
             row_params_ptr = params_ptr + rows * KEY_DIM
-        pack_record(exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, SINK + packed,
-                    length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP,
-                    VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, False, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+        for turn in tl.static_range(1 if SPREAD else PARTS):
+            part = turn
+            if SPREAD:
+                part = program
+            pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, SINK + packed,
+                      length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP,
+                      VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, False, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
         tl.debug_barrier()  # the token takes the slot of the oldest one packed
     slot = length
     if length >= SINK:
         slot = SINK + (length - SINK) % RESIDUAL
-    d = tl.arange(0, BLOCK_K)
-    inside = d < KEY_DIM
-    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
-    if ROTARY:
-        key = rotated(key_ptr, d, inside, cos_ptr, sin_ptr, length, KEY_DIM)
-        for member in range(Q_PER_KV):
-            at = query_ptr + row.to(tl.int64) * stride_qb + (head * Q_PER_KV + member).to(tl.int64) * stride_qh
-            turned = rotated(at, d, inside, cos_ptr, sin_ptr, length, KEY_DIM)
-            tl.debug_barrier()  # all halves are read before one is written
-            tl.store(at + d, turned, mask=inside)
-    else:
-        key = tl.load(key_ptr + d, mask=inside, other=0.0)
-    tl.store(exact_key_ptr + slot * KEY_DIM + d, key.to(exact_key_ptr.dtype.element_ty), mask=inside)
-    d = tl.arange(0, BLOCK_V)
-    value = tl.load(value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + d, mask=d < VALUE_DIM, other=0.0)
-    tl.store(exact_value_ptr + slot * VALUE_DIM + d, value.to(exact_value_ptr.dtype.element_ty), mask=d < VALUE_DIM)
-    if seen == NUM_HEADS - 1:
+    tl.store(query_at, query, mask=real)
+    tl.store(exact_key_ptr + slot * KEY_DIM + d, key.to(exact_key_ptr.dtype.element_ty), mask=own_key)
+    tl.store(exact_value_ptr + slot * VALUE_DIM + v, value.to(exact_value_ptr.dtype.element_ty), mask=own_value)
+    if seen == NUM_HEADS * PROGRAMS - 1:
         tl.store(lengths_ptr + row, length + 1)
         if full:
             tl.store(lengths_ptr + batch_size + row, packed + RECORD)
@@ -94,6 +148,15 @@ def step_kernel(
 def overlaps(x: Tensor) -> bool:
     """Whether kernels may be launched while their predecessor still runs (each waits for it before it reads)."""
     return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@cache
+def parts_launch(record: Record) -> tuple[int, int]:
+    """Programs a row and head where a record's parts have one each, and the warps of such a program."""
+    keys = (record.key_dim, record.key_nbits, record.key_group)
+    values = (record.value_dim, record.value_nbits, record.value_group)
+    parts = num_key_parts(record.num_tokens, *keys, PART) + num_value_parts(record.num_tokens, *values, PART)
+    return parts, PART_WARPS if direct(*keys) and direct(*values) else pack_warps(record)
 
 
 def supports(record: Record, residual: int) -> bool:
@@ -135,10 +198,14 @@ def step(
     if key_params is not None:
         freeze(key, exact_key, key_params, lengths, None, record, sink, residual)
     cos, sin = rotary if rotary is not None else (None, None)
-    step_kernel[(batch_size * heads,)](
+    programs, warps = parts_launch(record)
+    if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
+        programs, warps = 1, pack_warps(record)
+    step_kernel[(batch_size * heads * programs,)](
         query, key, value, cos, sin, exact_key, exact_value, records, key_params, lengths, ticket,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
-        BLOCK_K=triton.next_power_of_2(record.key_dim), BLOCK_V=triton.next_power_of_2(record.value_dim), ROTARY=rotary is not None,
-        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=pack_warps(record), **({"launch_pdl": True} if early else {}),
+        BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
+        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=PART if spread else WHOLE, SPREAD=spread, ROTARY=rotary is not None,
+        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
