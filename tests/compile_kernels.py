@@ -195,15 +195,14 @@ def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
     block = triton.next_power_of_2(dim)
+    _, size, warps = step.parts_launch(record) if spread else (1, step.WHOLE, quantize.pack_warps(record))
     constants = quantize.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
-        "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": step.PART if spread else step.WHOLE,
+        "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": size,
         "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
-    return resources(
-        step.step_kernel, types, constants, sm, step.parts_launch(record)[1] if spread else quantize.pack_warps(record)
-    )
+    return resources(step.step_kernel, types, constants, sm, warps)
 
 
 def advance_spread(name: str, sm: int) -> dict[str, int]:

@@ -331,17 +331,29 @@ def test_supports() -> None:
 
 def test_plan() -> None:
     """Programs fill the device, or its schedulers where none then has more than a few units."""
-    assert fast.plan_splits(64, 520, 128, 132) == 16
-    assert fast.plan_splits(8, 520, 128, 132) == 132
-    assert fast.plan_splits(8, 260, 128, 132) == 66
-    assert fast.plan_splits(8, 132, 128, 132) == 66
-    assert fast.plan_splits(8, 134, 128, 132) == 45
-    assert fast.plan_splits(8, 68, 128, 132) == 34
-    assert fast.plan_splits(8, 36, 128, 132) == 36
-    assert fast.plan_splits(12, 20, 64, 132) == 20
-    assert fast.plan_splits(12, 5, 64, 132) == 5
-    assert fast.plan_splits(768, 22, 64, 132) == 2
-    assert fast.plan_splits(5000, 22, 64, 132) == 1
+    assert fast.plan_splits(64, 520, 8, 132) == 16
+    assert fast.plan_splits(8, 520, 8, 132) == 132
+    assert fast.plan_splits(8, 260, 8, 132) == 66
+    assert fast.plan_splits(8, 132, 8, 132) == 66
+    assert fast.plan_splits(8, 134, 8, 132) == 45
+    assert fast.plan_splits(8, 68, 8, 132) == 34
+    assert fast.plan_splits(8, 36, 8, 132) == 36
+    assert fast.plan_splits(12, 20, 12, 132) == 20
+    assert fast.plan_splits(12, 5, 12, 132) == 5
+    assert fast.plan_splits(768, 22, 12, 132) == 2
+    assert fast.plan_splits(5000, 22, 12, 132) == 1
+
+
+def test_large_tiles_have_half_the_programs() -> None:
+    held = {
+        (nbits, dim): fast.programs_per_sm(
+            fast.constants(Kivi(nbits=nbits, group_size=64).record(LayerShape(8, dim, dim)), 0, 64, 8, 4)
+        )
+        for nbits in (2, 4, 8)
+        for dim in (64, 128, 256)
+    }
+    half = {(8, 128), (4, 256), (8, 256)}
+    assert held == {key: (12 if key[1] == 64 else 8) // (2 if key in half else 1) for key in held}
 
 
 def test_merges() -> None:

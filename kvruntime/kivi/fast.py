@@ -60,6 +60,7 @@ STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
 PROGRAMS_PER_SM = {64: 12, 128: 8, 256: 8}
 """Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
+LARGE_TILE = 16 << 10
 MAX_REGISTERS = {64: 168, 128: 248, 256: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 SCHEDULERS = 4
@@ -947,18 +948,24 @@ def constants(
     }  # fmt: skip
 
 
-def plan_splits(programs: int, units: int, dim: int, num_sms: int) -> int:
+def plan_splits(programs: int, units: int, per_sm: int, num_sms: int) -> int:
     """Splits of a row of ``units`` (tiles, and chunks of exact slots) where there are ``programs`` blocks of heads and rows.
 
     At most one a scheduler of ``num_sms`` multiprocessors where that is three units each, or hardly more than four, because two that
-    share a scheduler take as long as one after the other; as few as have no more units.  Else ``PROGRAMS_PER_SM``."""
+    share a scheduler take as long as one after the other; as few as have no more units.  Else ``per_sm`` on each."""
     most = max(1, min(units, SCHEDULERS * num_sms // max(1, programs)))
     each = -(-units // most)
     if each <= 3:
         return -(-units // each)
     if 4 * units <= 17 * most:
         return most
-    return max(1, min(units // 2, PROGRAMS_PER_SM[dim] * num_sms // max(1, programs)))
+    return max(1, min(units // 2, per_sm * num_sms // max(1, programs)))
+
+
+def programs_per_sm(fixed: dict[str, int]) -> int:
+    """``PROGRAMS_PER_SM``, and half of them where the codes of a tile are 16 KiB and more: fewer then have as much under way."""
+    large = TILE.value * fixed["DIM"] * (fixed["KEY_NBITS"] + fixed["VALUE_NBITS"]) // 8 >= LARGE_TILE
+    return PROGRAMS_PER_SM[fixed["DIM"]] // (2 if large else 1)
 
 
 def merges(splits: int, programs: int, values: int, num_sms: int) -> bool:
@@ -1059,7 +1066,7 @@ def attend(
     if splits is None and block_b:
         splits = PROGRAMS_PER_SM[dim] * sms
     elif splits is None:
-        splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, dim, sms)
+        splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, programs_per_sm(fixed), sms)
     early = properties.major >= 9
     draws, count = None, batch_size * blocks
     if fresh is not None or block_b or (arrivals is not None and arrivals.numel() < 2 * count):

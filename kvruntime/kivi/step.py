@@ -31,8 +31,7 @@ from kvsim.record import Record
 OVERLAP = True
 FEW_PROGRAMS = 264
 """A record's parts have a program each while those are no more: two on each multiprocessor of an H100."""
-PART, PART_WARPS = 2048, 4
-"""Elements of such a part, and its program's warps."""
+PART_WARPS = 4
 WHOLE = 16384
 """Elements that a program packs at once where it packs a whole record."""
 
@@ -151,12 +150,15 @@ def overlaps(x: Tensor) -> bool:
 
 
 @cache
-def parts_launch(record: Record) -> tuple[int, int]:
-    """Programs a row and head where a record's parts have one each, and the warps of such a program."""
+def parts_launch(record: Record) -> tuple[int, int, int]:
+    """Programs a row and head where a record's parts have one each, elements of such a part, and its program's warps.
+
+    Narrow heads have two parts: every program is one more that a step without a record to pack starts and counts."""
     keys = (record.key_dim, record.key_nbits, record.key_group)
     values = (record.value_dim, record.value_nbits, record.value_group)
-    parts = num_key_parts(record.num_tokens, *keys, PART) + num_value_parts(record.num_tokens, *values, PART)
-    return parts, PART_WARPS if direct(*keys) and direct(*values) else pack_warps(record)
+    size = 4096 if max(record.key_dim, record.value_dim) <= 64 else 2048
+    parts = num_key_parts(record.num_tokens, *keys, size) + num_value_parts(record.num_tokens, *values, size)
+    return parts, size, PART_WARPS if direct(*keys) and direct(*values) else pack_warps(record)
 
 
 def supports(record: Record, residual: int) -> bool:
@@ -198,14 +200,14 @@ def step(
     if key_params is not None:
         freeze(key, exact_key, key_params, lengths, None, record, sink, residual)
     cos, sin = rotary if rotary is not None else (None, None)
-    programs, warps = parts_launch(record)
+    programs, size, warps = parts_launch(record)
     if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
-        programs, warps = 1, pack_warps(record)
+        programs, size, warps = 1, WHOLE, pack_warps(record)
     step_kernel[(batch_size * heads * programs,)](
         query, key, value, cos, sin, exact_key, exact_value, records, key_params, lengths, ticket,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
-        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=PART if spread else WHOLE, SPREAD=spread, ROTARY=rotary is not None,
+        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None,
         EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
