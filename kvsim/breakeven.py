@@ -1,7 +1,8 @@
 """From which context, and from which batch, one method pays against another: in tokens a second, and in money.
 
-At one batch and context a method pays where its decode step is shorter, by a margin that is worth having (the
-time model does not tell steps apart that differ by less).  In money each method is at its own best: the largest
+At one batch and context a method pays where its decode step reads fewer bytes of the cache and is shorter, by a margin
+that is worth having (the time model does not tell steps apart that differ by less, nor the launches of two kernels over
+a cache that is not compressed yet).  In money each method is at its own best: the largest
 batch that memory allows on the same card, so dollars a token compare as tokens a second do.
 
 Boundaries are solved by bisection to the exact token or sequence, inside brackets found at a few points an octave
@@ -117,6 +118,10 @@ class Runner:
         """Of one decode step."""
         return self.step(batch_size, num_tokens).seconds
 
+    def reads(self, num_tokens: int) -> int:
+        """Bytes of one sequence's cache that a decode step reads."""
+        return sum(sum(self.method.read_parts(layer, 1, num_tokens).values()) for layer in self.model.cache_layers)
+
     def _max_batch(self, num_tokens: int) -> int:
         """The most sequences of ``num_tokens`` tokens that fit."""
         found = largest_batch(self.cache, num_tokens, self.place.cache_nbytes)
@@ -162,7 +167,7 @@ class BreakEven:
 
 
 def by_context(method: Runner, against: Runner, batch_size: int, margin: float = MARGIN) -> BreakEven:
-    """From which context on a step of ``batch_size`` sequences is shorter."""
+    """From which context on a step of ``batch_size`` sequences reads less and is shorter."""
     last = method.max_context(batch_size)
     found = intervals(lambda tokens: _faster(method, against, batch_size, tokens, margin), 1, last)
     other = against.max_context(batch_size)
@@ -170,7 +175,7 @@ def by_context(method: Runner, against: Runner, batch_size: int, margin: float =
 
 
 def by_batch(method: Runner, against: Runner, num_tokens: int, margin: float = MARGIN) -> BreakEven:
-    """From which batch on a step over ``num_tokens`` tokens a sequence is shorter."""
+    """From which batch on a step over ``num_tokens`` tokens a sequence, of which it reads less, is shorter."""
     last = method.max_batch(num_tokens)
     found = intervals(lambda batch: _faster(method, against, batch, num_tokens, margin), 1, last)
     other = against.max_batch(num_tokens)
@@ -185,5 +190,7 @@ def by_money(method: Runner, against: Runner, margin: float = MARGIN) -> BreakEv
 
 
 def _faster(method: Runner, against: Runner, batch_size: int, num_tokens: int, margin: float) -> bool:
+    if method.reads(num_tokens) >= against.reads(num_tokens):
+        return False
     mine, other = method.seconds(batch_size, num_tokens).value, against.seconds(batch_size, num_tokens).value
     return mine * (1 + margin) < other

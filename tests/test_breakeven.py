@@ -51,7 +51,8 @@ def test_contexts_are_exact(batch: int, against: str) -> None:
     assert row.last == method.max_context(batch)
 
     def faster(tokens: int) -> bool:
-        return method.seconds(batch, tokens).value * 1.05 < other.seconds(batch, tokens).value
+        shorter = method.seconds(batch, tokens).value * 1.05 < other.seconds(batch, tokens).value
+        return shorter and method.reads(tokens) < other.reads(tokens)
 
     assert row.pays
     for start, end in row.pays:
@@ -174,19 +175,28 @@ def gain_of_kivi(num_tokens: int) -> float:
     """Seconds that a step of GPT-2 takes more with kivi than in float16, in this project's engine on an H100."""
     gpt2 = load_model("gpt2")
     kivi, fp16 = (Runner(gpt2, make_method(name), H100, engine=ENGINES["kvruntime"]()) for name in ("kivi", "fp16"))
-    assert by_context(kivi, fp16, 1).pays[0][0] <= 128  # as recorded: from the first context measured on
     return kivi.seconds(1, num_tokens).value - fp16.seconds(1, num_tokens).value
 
 
 def test_this_projects_kernels_are_compared_with_16_bit_ones_of_the_same_runs() -> None:
-    """28 microseconds less (of 264) over 1,024 tokens."""
-    assert gain_of_kivi(1024) == pytest.approx(-28e-6, abs=10e-6)
+    """38 microseconds less (of 262) over 1,024 tokens."""
+    assert gain_of_kivi(1024) == pytest.approx(-38e-6, abs=10e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="predicted 12 us less: float16 is fitted on PyTorch's kernels")
+def test_nothing_pays_before_something_is_packed() -> None:
+    """Within the residual a step reads what a float16 one reads; the token after it leaves a record."""
+    short = make_method("kivi", group_size=64, residual_length=64)
+    for packed, first in ((make_method("kivi"), 129), (short, 65)):
+        methods = packed, make_method("fp16")
+        kivi, fp16 = (Runner(load_model("gpt2"), method, H100, engine=ENGINES["kvruntime"]()) for method in methods)
+        assert by_context(kivi, fp16, 1).pays[0][0] == first
+        assert by_batch(kivi, fp16, first - 1).pays == ()
+
+
+@pytest.mark.xfail(strict=True, reason="predicted 26 us less: no kernel was recorded below 1,024 tokens")
 def test_a_context_within_the_residual_gains_next_to_nothing() -> None:
-    """2 microseconds less (of 226) over 128 tokens."""
-    assert gain_of_kivi(128) == pytest.approx(-1.9e-6, abs=5e-6)
+    """1 microsecond less (of 224) over 128 tokens."""
+    assert gain_of_kivi(128) == pytest.approx(-1.1e-6, abs=5e-6)
 
 
 def test_deepseek_v4_under_vllm_is_one_line(capsys) -> None:

@@ -33,6 +33,8 @@ SHAPES = (
 QUICK = ("llama-3-8b:8x32k", "llama-3-8b:1x8k", "gpt2:1x1k")
 SMALL = tuple(f"llama-3-8b:{size}" for size in ("1x2k", "1x4k", "2x2k", "2x4k", "4x2k", "8x2k"))
 """From 2k tokens on nothing may be slower than float16: the small end."""
+SHORT = ("llama-3-8b:1x512", "llama-3-8b:1x1k", "gpt2:1x128", "gpt2:1x512")
+"""What a launch costs, for the time model: hardly anything is packed."""
 RAGGED_BLOCKS = (323, 768, 249, 446, 305, 692, 645, 668)
 """Lengths of eight rows in blocks of 64 tokens; together as many as eight rows of 32k."""
 
@@ -52,11 +54,12 @@ MIXED = kivi(2, 64, 64, key_nbits=4, value_nbits=2)
 BFLOAT16 = kivi(2, 64, 64, dtype="bfloat16")
 MORE: tuple[tuple[str, tuple[Kivi, ...]], ...] = (
     *((spec, (kivi(2, 64, 64), kivi(2, 32, 128), kivi(4, 64, 64))) for spec in SMALL),
+    *((spec, (kivi(2, 64, 64), kivi(4, 64, 64))) for spec in SHORT),
     ("llama-3-8b:8x32k", (kivi(8, 64, 64), MIXED, BFLOAT16)),
     ("llama-3-8b:ragged", (kivi(2, 64, 64), kivi(2, 32, 128))),
     ("gemma-7b:8x4k", (kivi(2, 64, 64), kivi(4, 64, 64))),
 )
-"""Small batches, other bits and types, rows of different lengths, heads of 256 channels."""
+"""Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 channels."""
 PORTABLE = ("llama-3-8b:8x32k", (kivi(2, 64, 64), kivi(3, 64, 64)))
 """What the plain Triton kernel is timed on though another may take it."""
 

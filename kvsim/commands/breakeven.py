@@ -117,7 +117,7 @@ def command(
         notes.append(f"contexts beyond the model's {model.max_positions:,} positions are compared all the same")
     blocks = [
         f"{model.name} on {ranks} x {card.id}: where a method pays",
-        f"Faster by {least:.1%} or more of the time, at one batch and context (decode steps):\n\n"
+        f"Faster by {least:.1%} or more of the time with fewer bytes read, at one batch and context (decode steps):\n\n"
         + _faster([row for row in rows if row.kind == "context"], "batch", "from tokens")
         + "\n\n"
         + _faster([row for row in rows if row.kind == "batch"], "tokens", "from batch"),
