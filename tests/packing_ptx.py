@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from ptx_numpy import Program
 
-from kvruntime.kivi import quantize, reference
+from kvruntime.kivi import quantize, reference, step
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
 
@@ -49,13 +49,18 @@ class Memory:
 
 
 def launches(record: quantize.Record) -> list[dict[str, int]]:
-    """How :func:`quantize.append` packs the record, and how a decode step does: with more warps, in larger parts."""
-    prompt, warps, size = quantize.pack_launch(record), quantize.pack_warps(record), quantize.STEP_PART.value
+    """How :func:`quantize.append` packs the record, and how a decode step does: whole, and in parts."""
+    size = step.WHOLE
     keys = (record.num_tokens, record.key_dim, record.key_nbits, record.key_group, size)
     values = (record.num_tokens, record.value_dim, record.value_nbits, record.value_group, size)
-    parts = quantize.num_key_parts(*keys) + quantize.num_value_parts(*values)
-    step = {"PARTS": parts, "SIZE": size, "num_warps": warps}
-    return [prompt] if prompt["num_warps"] == warps else [prompt, step]
+    count = quantize.num_key_parts(*keys) + quantize.num_value_parts(*values)
+    whole = {"PARTS": count, "SIZE": size, "num_warps": quantize.pack_warps(record)}
+    parts = dict(zip(("PARTS", "SIZE", "num_warps"), step.parts_launch(record), strict=True))
+    out: list[dict[str, int]] = []
+    for launch in (quantize.pack_launch(record), whole, parts):
+        alike = [one for one in out if (one["PARTS"], one["num_warps"]) == (launch["PARTS"], launch["num_warps"])]
+        out += [] if alike else [launch]
+    return out
 
 
 def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layers: int) -> list[int]:
