@@ -50,11 +50,8 @@ class Memory:
 
 def launches(record: quantize.Record) -> list[dict[str, int]]:
     """How :func:`quantize.append` packs the record, and how a decode step does: whole, and in parts."""
-    size = step.WHOLE
-    keys = (record.num_tokens, record.key_dim, record.key_nbits, record.key_group, size)
-    values = (record.num_tokens, record.value_dim, record.value_nbits, record.value_group, size)
-    count = quantize.num_key_parts(*keys) + quantize.num_value_parts(*values)
-    whole = {"PARTS": count, "SIZE": size, "num_warps": quantize.pack_warps(record)}
+    count = quantize.num_parts(record, step.WHOLE)
+    whole = {"PARTS": count, "SIZE": step.WHOLE, "num_warps": quantize.pack_warps(record)}
     parts = dict(zip(("PARTS", "SIZE", "num_warps"), step.parts_launch(record), strict=True))
     out: list[dict[str, int]] = []
     for launch in (quantize.pack_launch(record), whole, parts):

@@ -146,7 +146,7 @@ def measure_kivi(
     if splits and answers:
 
         def with_splits(number: int) -> list[Callable[[], Tensor]]:
-            return calls(lambda layer: direct(fast, layer, query, shape.scale, num_splits=number))
+            return calls(lambda layer: direct(fast, layer, query, shape.scale, num_splits=number, arrivals=arrivals))
 
         row["sweep"] = sweep(bench, row["splits"], with_splits)
     if shape.lengths:

@@ -61,6 +61,7 @@ STAGES = 2
 PROGRAMS_PER_SM = {64: 12, 128: 8, 256: 8}
 """Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
 LARGE_TILE = 16 << 10
+"""Bytes of codes."""
 MAX_REGISTERS = {64: 168, 128: 248, 256: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 SCHEDULERS = 4

@@ -780,15 +780,23 @@ def pack_warps(record: Record) -> int:
     return 4 if max(record.key_dim, record.value_dim) <= 64 else 8
 
 
+def num_parts(record: Record, size: int) -> int:
+    """Parts of ``size`` elements that a record has, keys' and values'."""
+    keys = num_key_parts(record.num_tokens, record.key_dim, record.key_nbits, record.key_group, size)
+    return int(keys + num_value_parts(record.num_tokens, record.value_dim, record.value_nbits, record.value_group, size))
+
+
+def in_word_order(record: Record) -> bool:
+    """:func:`direct` of its keys and its values."""
+    keys = direct(record.key_dim, record.key_nbits, record.key_group)
+    return bool(keys and direct(record.value_dim, record.value_nbits, record.value_group))
+
+
 @cache
 def pack_launch(record: Record) -> dict[str, int]:
     """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps."""
-    keys = (record.key_dim, record.key_nbits, record.key_group)
-    values = (record.value_dim, record.value_nbits, record.value_group)
-    warps = 1 if direct(*keys) and direct(*values) else pack_warps(record)
-    size = PART * warps
-    parts = num_key_parts(record.num_tokens, *keys, size) + num_value_parts(record.num_tokens, *values, size)
-    return {"PARTS": parts, "SIZE": size, "num_warps": warps}
+    warps = 1 if in_word_order(record) else pack_warps(record)
+    return {"PARTS": num_parts(record, PART * warps), "SIZE": PART * warps, "num_warps": warps}
 
 
 @cache

@@ -19,8 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvruntime.kivi.quantize import (
     direct,
     freeze,
+    in_word_order,
     key_part,
     num_key_parts,
+    num_parts,
     num_value_parts,
     pack_part,
     pack_warps,
@@ -30,8 +32,9 @@ from kvsim.record import Record
 
 OVERLAP = True
 FEW_PROGRAMS = 264
-"""A record's parts have a program each while those are no more: two on each multiprocessor of an H100."""
+"""A record's parts have a program each while those are no more (an H100 has 132 multiprocessors)."""
 PART_WARPS = 4
+"""Of a part's program."""
 WHOLE = 16384
 """Elements that a program packs at once where it packs a whole record."""
 
@@ -154,11 +157,8 @@ def parts_launch(record: Record) -> tuple[int, int, int]:
     """Programs a row and head where a record's parts have one each, elements of such a part, and its program's warps.
 
     Narrow heads have two parts: every program is one more that a step without a record to pack starts and counts."""
-    keys = (record.key_dim, record.key_nbits, record.key_group)
-    values = (record.value_dim, record.value_nbits, record.value_group)
     size = 4096 if max(record.key_dim, record.value_dim) <= 64 else 2048
-    parts = num_key_parts(record.num_tokens, *keys, size) + num_value_parts(record.num_tokens, *values, size)
-    return parts, size, PART_WARPS if direct(*keys) and direct(*values) else pack_warps(record)
+    return num_parts(record, size), size, PART_WARPS if in_word_order(record) else pack_warps(record)
 
 
 def supports(record: Record, residual: int) -> bool:
