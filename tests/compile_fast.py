@@ -99,13 +99,16 @@ def build(
     return used | {"instructions": len(code), "loop": len(inner), "loop_local": local}
 
 
-def attend(name: str, sm: int, shares: bool = False, given: tuple[str, ...] = ()) -> dict[str, int]:
+def attend(
+    name: str, sm: int, shares: bool = False, given: tuple[str, ...] = (), whole: bool = False
+) -> dict[str, int]:
     method, dim, q_per_kv, dtype = METHODS[name]
     queries = 5 if "num_queries" in given else None
     constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
         "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "SPARE": 0, "EARLY": sm >= 90,
+        "WHOLE": whole,
     }  # fmt: skip
-    types = arguments(fast.attend_kernel, dtype, given if shares or queries else given + MERGED)
+    types = arguments(fast.attend_kernel, dtype, given if shares or queries or whole else given + MERGED)
     registers = fast.REGISTERS if queries else fast.MAX_REGISTERS[dim]
     used = build(fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=registers)
     return used | {"elements": 2 * 64 * dim // 32}
@@ -113,6 +116,10 @@ def attend(name: str, sm: int, shares: bool = False, given: tuple[str, ...] = ()
 
 def attend_drawn(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, given=DRAWN)
+
+
+def attend_whole(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, whole=True)
 
 
 def attend_shares(name: str, sm: int) -> dict[str, int]:
@@ -155,6 +162,7 @@ KERNELS = {
     for function in (
         attend,
         attend_drawn,
+        attend_whole,
         attend_shares,
         attend_queries,
         attend_queries_shares,

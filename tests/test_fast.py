@@ -366,7 +366,7 @@ def test_merges() -> None:
 
 @pytest.mark.parametrize("merged", [True, False], ids=["one launch", "two launches"])
 @pytest.mark.parametrize(
-    ("name", "dim", "splits"), [("2-bit g64 sink", 64, 3), ("4-bit g32", 128, 2), ("2-bit gk128", 64, 1)]
+    ("name", "dim", "splits"), [("2-bit g64 sink", 64, 3), ("4-bit g32", 128, 2), ("2-bit gk128", 64, 4)]
 )
 def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
     """The end of a long row is whoever's comes first: every tile is somebody's, and the counts are zero again."""

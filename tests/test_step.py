@@ -71,9 +71,11 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
             for n, p in zip(lengths, packed, strict=True)
         ]
         flushed += after != packed
+        positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         lengths, packed = [n + 1 for n in lengths], after
         wanted["lengths"].copy_(torch.tensor([lengths, packed]))
-        step.step(query, key, value, None, **stores(got), lengths=got["lengths"], ticket=ticket, **layout)
+        step.step(query, key, value, None, **stores(got), positions=positions, lengths=got["lengths"], ticket=ticket,
+                  **layout)  # fmt: skip
         assert torch.equal(query, before)
         assert not ticket.any()
         for buffer in wanted:
@@ -106,7 +108,7 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype, spread: bool, monkeypat
     spare = query.clone()
     decode.store(spare, key, value, rotary, full_key, full_value, lengths)
     ticket = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
-    step.step(query, key, value, rotary, **stores(held), lengths=held["lengths"], ticket=ticket,
+    step.step(query, key, value, rotary, **stores(held), positions=lengths, lengths=held["lengths"], ticket=ticket,
               record=method.record(shape), sink=0, residual=32)  # fmt: skip
     assert torch.equal(query, wanted_query)
     assert torch.equal(spare, wanted_query)
@@ -141,6 +143,6 @@ def test_what_a_step_does_not_support() -> None:
     record = Kivi(group_size=64, residual_length=64).record(LayerShape(HEADS, 64, 64))
     empty, stored = torch.zeros(1, 17, 1, 64), torch.zeros(1, 1, 4, 64)
     with pytest.raises(ValueError, match="packs from the residual alone"):
-        step.step(empty, empty, empty, None, empty, empty, empty, None, empty, empty, record, 0, 32)
+        step.step(empty, empty, empty, None, empty, empty, empty, None, empty, empty, empty, record, 0, 32)
     with pytest.raises(ValueError, match="17 query heads"):
         decode.attend(empty, stored, stored, torch.zeros(1), 1.0, 4)

@@ -124,10 +124,13 @@ def time_step(bench: Bench, layers: list[KiviLayer], tokens: Tokens, rewinds: li
     query = tokens.draw(shape.num_q_heads, 1)
     ticket = torch.zeros(shape.batch_size, dtype=torch.int32, device=bench.device)
 
+    positions = layers[0].tensors["lengths"][0].clone()
+
     def store(layer: KiviLayer, rewind: Call) -> None:
         rewind()
-        names = ("records", "exact_key", "exact_value", "key_params", "lengths")
-        stores: list[Any] = [layer.tensors.get(name) for name in names] + [ticket, layer.record]
+        names = ("records", "exact_key", "exact_value", "key_params")
+        stores: list[Any] = [layer.tensors.get(name) for name in names]
+        stores += [positions, layer.tensors["lengths"], ticket, layer.record]
         stores += [layer.method.sink_length, layer.method.residual_length]
         step(query, key, value, None, *stores)
 

@@ -227,6 +227,7 @@ class KiviLayer:
             value,
             rotary,
             **self._stores(False),
+            positions=positions,
             lengths=self.tensors["lengths"],
             ticket=ticket,
             record=self.record,

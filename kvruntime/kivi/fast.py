@@ -649,13 +649,14 @@ def attend_split(
 def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
     first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr,
+    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``.
+    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where ``out_ptr`` is given, and
+    the result to there.
 
     Several queries a row: a block's columns are some of its ``num_queries * Q_PER_KV`` (query, head)s."""
     blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
@@ -712,10 +713,15 @@ def attend_part(
     if new is not None:
         out = gl.where(gl.broadcast(saw[:, None, :], out)[0], out, 0.0)
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
-    at = slot * HEADS + n
-    gl.store(partial_ptr + at[:, None, :] * DIM + group * WIDTH + channel, out, mask=gl.broadcast((n < HEADS)[:, None, :], out)[0])
-    lse = gl.where(saw, peak - HEADROOM + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
-    gl.store(lse_ptr + at, lse, mask=n < HEADS)
+    if out_ptr is not None:
+        at = ((row * NUM_HEADS + head) * Q_PER_KV + first_head + n)[:, None, :] * DIM + group * WIDTH + channel
+        mask = gl.broadcast(((n < HEADS) & (first_head + n < Q_PER_KV))[:, None, :], out)[0]
+        gl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        at = slot * HEADS + n
+        gl.store(partial_ptr + at[:, None, :] * DIM + group * WIDTH + channel, out, mask=gl.broadcast((n < HEADS)[:, None, :], out)[0])
+        lse = gl.where(saw, peak - HEADROOM + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
+        gl.store(lse_ptr + at, lse, mask=n < HEADS)
 
 
 @gluon.constexpr_function
@@ -785,10 +791,10 @@ def attend_kernel(
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
-    EARLY: gl.constexpr,
+    EARLY: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
-    where ``arrivals_ptr`` has a count for each; where ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line (:func:`units_of`), and each of the
+    where ``arrivals_ptr`` has a count for each; ``WHOLE``: there is one, and nothing to merge; where ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line (:func:`units_of`), and each of the
     programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare`.
 
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
@@ -835,7 +841,7 @@ def attend_kernel(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
             block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split, num_splits, chunks, length, packed,
             num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr,
-            None if draws_ptr is None else draws_ptr + block, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
+            None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
             RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
         )  # fmt: skip
         if arrivals_ptr is not None:
@@ -873,7 +879,7 @@ def attend_kernel(
                 query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
                 gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
                 KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES,
             )  # fmt: skip
             unit += stop - start
@@ -1070,13 +1076,14 @@ def attend(
         splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, programs_per_sm(fixed), sms)
     early = properties.major >= 9
     draws, count = None, batch_size * blocks
-    if fresh is not None or block_b or (arrivals is not None and arrivals.numel() < 2 * count):
+    whole = splits == 1 and fresh is None and not block_b
+    if fresh is not None or block_b or whole or (arrivals is not None and arrivals.numel() < 2 * count):
         arrivals = None
     if arrivals is not None:
         if block_table is None and dim <= 128 and longest // TILE.value // splits > DRAWN.value:
             draws = arrivals[count : 2 * count]
         arrivals = arrivals[:count] if merges(splits, count, fixed["HEADS"] * dim, sms) else None
-    slots = batch_size * blocks + splits if block_b else batch_size * blocks * splits
+    slots = batch_size * blocks + splits if block_b else 0 if whole else batch_size * blocks * splits
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
     out = query.new_empty(batch_size, q_heads, length, dim)
@@ -1086,10 +1093,10 @@ def attend(
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, None if block_table is None else block_table.contiguous(),
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
-        SPARE=spare(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, num_warps=1,
+        SPARE=spare(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, WHOLE=whole, num_warps=1,
         maxnreg=MAX_REGISTERS[dim] if fresh is None else REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    if arrivals is not None:
+    if arrivals is not None or whole:
         return out
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))

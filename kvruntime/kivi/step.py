@@ -2,8 +2,9 @@
 
 One program a row and head, or where there are few, one for each part of a record: where the ring of exact slots is full its oldest
 record is packed, then the token goes to its slot, stored by those who packed what lay there; rotary embedding of its key, and of the query heads that share it,
-on the way.  All that a token needs is asked for at once, because nothing else takes time here.  The last program of a row writes the
-row's new lengths.  Everything that a step decides lies in device memory, so a CUDA graph of it holds for any lengths.
+on the way.  All that a token needs is asked for at once, because nothing else takes time here, and programs wait for each other's
+count only where a record is packed: nobody else reads the row's length here, and the last of them to come counts its packed tokens.
+Everything that a step decides lies in device memory, so a CUDA graph of it holds for any lengths.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_
 
 @triton.jit
 def step_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, ticket_ptr,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, positions_ptr, lengths_ptr, ticket_ptr,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, num_slots, num_records, batch_size,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
@@ -97,7 +98,7 @@ def step_kernel(
     program = tl.program_id(0) % PROGRAMS
     row = tl.program_id(0) // (NUM_HEADS * PROGRAMS)
     head = tl.program_id(0) // PROGRAMS % NUM_HEADS
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(positions_ptr + row)
     packed = tl.load(lengths_ptr + batch_size + row)
     d = tl.arange(0, BLOCK_K)
     v = tl.arange(0, BLOCK_V)
@@ -114,13 +115,14 @@ def step_kernel(
     key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, length, head, stride_qh, own_key, own_query, d,
                                                 ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
     value = tl.load(value_ptr + v, mask=own_value, other=0.0)
-    tl.debug_barrier()  # all of the program has read the lengths, and what is written below
-    seen = tl.atomic_add(ticket_ptr + row, 1)
+    tl.debug_barrier()  # all of the program has read what is written below
     rows = row.to(tl.int64) * NUM_HEADS + head
     exact_key_ptr += rows * num_slots * KEY_DIM
     exact_value_ptr += rows * num_slots * VALUE_DIM
     full = length - SINK - packed >= RESIDUAL
+    seen = -1
     if full:
+        seen = tl.atomic_add(ticket_ptr + row, 1)  # ``packed`` may change only when all have read it
         number = packed // RECORD
         record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
         row_params_ptr = params_ptr
@@ -140,10 +142,10 @@ def step_kernel(
     tl.store(query_at, query, mask=real)
     tl.store(exact_key_ptr + slot * KEY_DIM + d, key.to(exact_key_ptr.dtype.element_ty), mask=own_key)
     tl.store(exact_value_ptr + slot * VALUE_DIM + v, value.to(exact_value_ptr.dtype.element_ty), mask=own_value)
-    if seen == NUM_HEADS * PROGRAMS - 1:
+    if tl.program_id(0) == row * (NUM_HEADS * PROGRAMS):
         tl.store(lengths_ptr + row, length + 1)
-        if full:
-            tl.store(lengths_ptr + batch_size + row, packed + RECORD)
+    if seen == NUM_HEADS * PROGRAMS - 1:
+        tl.store(lengths_ptr + batch_size + row, packed + RECORD)
         tl.store(ticket_ptr + row, 0)
 
 
@@ -156,7 +158,7 @@ def overlaps(x: Tensor) -> bool:
 def parts_launch(record: Record) -> tuple[int, int, int]:
     """Programs a row and head where a record's parts have one each, elements of such a part, and its program's warps.
 
-    Narrow heads have two parts: every program is one more that a step without a record to pack starts and counts."""
+    Narrow heads have two parts: every program is one more that a step without a record to pack starts."""
     size = 4096 if max(record.key_dim, record.value_dim) <= 64 else 2048
     return num_parts(record, size), size, PART_WARPS if in_word_order(record) else pack_warps(record)
 
@@ -175,6 +177,7 @@ def step(
     exact_key: Tensor,
     exact_value: Tensor,
     key_params: Tensor | None,
+    positions: Tensor,
     lengths: Tensor,
     ticket: Tensor,
     record: Record,
@@ -187,8 +190,9 @@ def step(
     |---|---|
     | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
     | key, value | [batch_size, num_kv_heads, 1, dim], channels contiguous |
-    | rotary | (cos, sin), each [positions, key_dim]: row b's token stands at position lengths[0, b]; None: already embedded |
+    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
     | records, exact_key, exact_value, key_params | as :func:`reference.append` |
+    | positions | [batch_size] int32: tokens that each row holds, which is lengths[0] in other memory; left as it is |
     | lengths | [2, batch_size] int32: tokens held and tokens packed; updated |
     | ticket | [batch_size] int32 zeros, and zeros again afterwards |
 
@@ -204,7 +208,7 @@ def step(
     if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
         programs, size, warps = 1, WHOLE, pack_warps(record)
     step_kernel[(batch_size * heads * programs,)](
-        query, key, value, cos, sin, exact_key, exact_value, records, key_params, lengths, ticket,
+        query, key, value, cos, sin, exact_key, exact_value, records, key_params, positions, lengths, ticket,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
