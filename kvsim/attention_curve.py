@@ -1,6 +1,6 @@
 """How long one layer's decode attention takes: a launch, work dealt out to multiprocessors, and the stream of bytes.
 
-    seconds = fixed + max(split, ((item * waves)^P + stream^P)^(1/P))
+    seconds = fixed + value * values + max(split, ((item * waves)^P + stream^P)^(1/P))
     waves   = max(1, items / SMs)
     stream  = nbytes * miss / (efficiency * bandwidth), or the arithmetic where that takes longer
     split   = merge * tokens / (tokens + half) + (item^P + (stream / waves)^P)^(1/P)
@@ -10,7 +10,9 @@ query head.  A card with more multiprocessors takes them in fewer waves, one wit
 faster.  Few long sequences are split, and what the split computes is merged; from one piece a multiprocessor on
 nothing is split, and no more pieces take less time than those that just were.  ``miss`` is 1 where the cache comes
 from memory, as in a model, whose layers evict one another; a benchmark that reads one cache again and again
-finds it in L2 while it fits.  ``fixed``, ``item`` and ``efficiency`` are an engine's kernel's, the rest is shared.
+finds it in L2 while it fits.  ``values`` are a piece's outputs, which every part of it leaves and the merge reads.
+``fixed``, ``item`` and ``efficiency`` are an engine's kernel's, and ``value``, ``merge`` and ``half`` too
+where a kernel is fitted alone (this project's); the rest is shared.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Kernel:
     ``fixed``: seconds a launch.  ``item``: seconds a multiprocessor takes for a piece however short.
     ``efficiency``: share of the card's bandwidth when it streams.  ``item_is``: what a piece is, ``kv_head`` or
     ``query_head`` of a sequence.  ``merges``: whether a split costs more than ``fixed`` holds (a kernel that always
-    splits has it there).  ``low``, ``high``: factors that nine in ten measurements stay within.
+    splits has it there).  ``low``, ``high``: factors that nine in ten measurements stay within.  ``value``: seconds for
+    each value of a piece's output.  ``merge``, ``half``: seconds and tokens of a split, the curve's where None.
     """
 
     fixed: float
@@ -43,6 +46,9 @@ class Kernel:
     merges: bool = True
     low: float = 0.7
     high: float = 1.4
+    value: float = 0.0
+    merge: float | None = None
+    half: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,20 @@ class Curve:
         stream: Any,
         num_sms: int | None,
         maximum: Any = max,
+        values: Any = 0.0,
     ) -> Any:
         """Seconds of one layer's attention over ``tokens`` tokens a sequence: numbers, or arrays that broadcast
-        together with ``maximum`` as ``numpy.maximum``.  ``stream``: seconds of the bytes alone."""
+        together with ``maximum`` as ``numpy.maximum``.  ``stream``: seconds of the bytes alone; ``values``: outputs of
+        a piece, which count where the kernel has a ``value``."""
+        fixed = kernel.fixed + kernel.value * values
         waves = maximum(1.0, items / (num_sms or DEFAULT_SMS))
         whole = self._joined(kernel.item * waves, stream)
         if not kernel.merges:
-            return kernel.fixed + whole
-        split = self.merge * (tokens / (tokens + self.half)) + self._joined(kernel.item, stream / waves)
-        return kernel.fixed + maximum(split, whole)
+            return fixed + whole
+        merge = self.merge if kernel.merge is None else kernel.merge
+        half = self.half if kernel.half is None else kernel.half
+        split = merge * (tokens / (tokens + half)) + self._joined(kernel.item, stream / waves)
+        return fixed + maximum(split, whole)
 
     def _joined(self, dealt: Any, stream: Any) -> Any:
         return (dealt**self.power + stream**self.power) ** (1 / self.power)

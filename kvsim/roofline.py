@@ -186,7 +186,8 @@ class Roofline:
         if half is not None and layer.kind != "indexer":
             pairs = held * batch_size * (self.model.num_q_heads / self.ranks)
             stream = maximum(stream, 2 * pairs * _width(layer) / (self.fixed.prefill_efficiency * half))
-        seconds = self.fixed.curve.seconds(kernel, items, held, stream, self.hardware.num_sms, maximum)
+        values = layer.value_dim * (1 if kernel.item_is == "query_head" else q_per_kv)
+        seconds = self.fixed.curve.seconds(kernel, items, held, stream, self.hardware.num_sms, maximum, values)
         if not packed:
             return seconds, 0.0
         codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)

@@ -178,9 +178,10 @@ def gain_of_kivi(num_tokens: int) -> float:
     return kivi.seconds(1, num_tokens).value - fp16.seconds(1, num_tokens).value
 
 
-def test_this_projects_kernels_are_compared_with_16_bit_ones_of_the_same_runs() -> None:
-    """38 microseconds less (of 262) over 1,024 tokens."""
-    assert gain_of_kivi(1024) == pytest.approx(-38e-6, abs=10e-6)
+@pytest.mark.parametrize(("num_tokens", "measured"), [(512, -30e-6), (1024, -47e-6)])
+def test_this_projects_kernels_are_compared_with_16_bit_ones_of_the_same_runs(num_tokens: int, measured: float) -> None:
+    """Of 251 and 262 microseconds."""
+    assert gain_of_kivi(num_tokens) == pytest.approx(measured, abs=10e-6)
 
 
 def test_nothing_pays_before_something_is_packed() -> None:
@@ -193,10 +194,10 @@ def test_nothing_pays_before_something_is_packed() -> None:
         assert by_batch(kivi, fp16, first - 1).pays == ()
 
 
-@pytest.mark.xfail(strict=True, reason="predicted 26 us less: no kernel was recorded below 1,024 tokens")
-def test_a_context_within_the_residual_gains_next_to_nothing() -> None:
-    """1 microsecond less (of 224) over 128 tokens."""
-    assert gain_of_kivi(128) == pytest.approx(-1.1e-6, abs=5e-6)
+@pytest.mark.xfail(strict=True, reason="15 us less, against PyTorch's 16-bit kernel: the engine's was not timed")
+def test_a_context_within_the_residual_gains_little() -> None:
+    """8 microseconds less (of 224) over 128 tokens."""
+    assert gain_of_kivi(128) == pytest.approx(-7.9e-6, abs=5e-6)
 
 
 def test_deepseek_v4_under_vllm_is_one_line(capsys) -> None:

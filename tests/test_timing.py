@@ -257,6 +257,8 @@ def test_a_warm_cache_is_quicker_until_it_outgrows_l2() -> None:
     assert curve.miss(1e6, None) == 1
     kernel = Kernel(1e-6, 1e-6, 0.9, "")
     assert curve.seconds(kernel, 1, 1, 0.0, 132) < curve.seconds(kernel, 1, 100_000, 0.0, 132)
+    own = replace(kernel, value=2e-9, merge=3e-6, half=500.0)
+    assert curve.seconds(own, 1, 500, 0.0, 132, values=512) == pytest.approx(1e-6 + 1.024e-6 + 1.5e-6 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     from validation import attention_time
 
     assert attention_time.recorded_rows(H100, folder=tmp_path) is None
-    shape = {"num_kv_heads": 8, "kernel": "fast", "ragged": False, "kind": "attend"}
+    shape = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "kernel": "fast", "ragged": False, "kind": "attend"}
     rows = [
         {**shape, "batch_size": batch, "num_tokens": tokens, "nbytes_read": nbytes, "seconds": [seconds, 0, 0]}
         for batch, tokens, nbytes, seconds in ((8, 32768, 1.7e8, 66e-6), (1, 8192, 5.2e6, 8e-6))
@@ -323,8 +325,7 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     rows += [{**rows[0], "kernel": "portable"}, {**rows[0], "ragged": True}, {"kind": "ceiling"}]
     rows += [{"kind": "attend", "ragged": False, "failed": "out of memory"}]
     rows += [
-        {**rows[0], "kind": "sdpa", "kernel": None, "num_q_heads": 32, "seconds": [seconds, 0, 0]}
-        for seconds in (350e-6, 344e-6, 345e-6)
+        {**rows[0], "kind": "sdpa", "kernel": None, "seconds": [seconds, 0, 0]} for seconds in (350e-6, 344e-6, 345e-6)
     ]
     for name, device in (("a.json", "NVIDIA H100 80GB HBM3"), ("b.json", "NVIDIA A100-SXM4-80GB")):
         (tmp_path / name).write_text(json.dumps({"device": {"name": device}, "rows": rows}), encoding="utf-8")
@@ -334,6 +335,7 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     found = attention_time.recorded_rows(H100, folder=tmp_path)
     assert found is not None
     assert found.items.tolist() == [64, 8]
+    assert found.values.tolist() == [512, 512]
     assert found.seconds.tolist() == [66e-6, 8e-6]
     assert found.source.endswith("a.json")
     assert attention_time.study_rows().seconds[0] == pytest.approx(351e-6 / 4.54)

@@ -173,11 +173,12 @@ def mean_kernels(kernels: dict[str, Kernel], q_per_kv: int = 4) -> dict[str, Ker
 @dataclass(frozen=True)
 class RecordedRows:
     """Decode attention of this project's recorded runs, cache not in L2: arrays ``[num_rows]`` of work items, tokens,
-    bytes read and seconds, and where they come from."""
+    bytes read, outputs of an item and seconds, and where they come from."""
 
     items: np.ndarray
     tokens: np.ndarray
     nbytes: np.ndarray
+    values: np.ndarray
     seconds: np.ndarray
     source: str
 
@@ -185,7 +186,10 @@ class RecordedRows:
 def study_rows() -> RecordedRows:
     """:data:`STUDY_ROWS`, codes and scales only."""
     rows = [
-        (batch * 8, tokens, batch * tokens * 8 * 256 * (bits + 32 / group) / 8, STUDY_BASE[batch, tokens] / speed_up)
+        (
+            *(batch * 8, tokens, batch * tokens * 8 * 256 * (bits + 32 / group) / 8),
+            *(4 * 128, STUDY_BASE[batch, tokens] / speed_up),
+        )
         for (batch, tokens), found in STUDY_ROWS.items()
         for (bits, group), speed_up in found.items()
     ]
@@ -198,7 +202,7 @@ def recorded_rows(card: Hardware, width: str = "packed", folder: Path = KERNELS)
     ``width``: ``packed``, this project's kernel over codes, or ``fp16``, the fastest of PyTorch's 16-bit kernels at
     every shape, measured in the same runs.
     """
-    rows: dict[tuple[Any, ...], tuple[float, float, float, float]] = {}
+    rows: dict[tuple[Any, ...], tuple[float, ...]] = {}
     names: list[str] = []
     for path in sorted(folder.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
@@ -209,9 +213,10 @@ def recorded_rows(card: Hardware, width: str = "packed", folder: Path = KERNELS)
             if row["kind"] != kind or row.get("kernel") != kernel or row["ragged"] or "seconds" not in row:
                 continue
             heads = row["num_kv_heads"]
-            found = (row["batch_size"] * heads, row["num_tokens"], row["nbytes_read"], row["seconds"][0])
-            shape = (*found[:3], row["num_q_heads"]) if width == "fp16" else (number,)
-            rows[path.name, *shape] = min(rows.get((path.name, *shape), found), found, key=lambda each: each[3])
+            values = row["num_q_heads"] // heads * row["head_dim"]
+            found = (row["batch_size"] * heads, row["num_tokens"], row["nbytes_read"], values, row["seconds"][0])
+            shape = found[:4] if width == "fp16" else (number,)
+            rows[path.name, *shape] = min(rows.get((path.name, *shape), found), found, key=lambda each: each[4])
             names.append(path.name)
     if not rows:
         return None
@@ -219,30 +224,40 @@ def recorded_rows(card: Hardware, width: str = "packed", folder: Path = KERNELS)
     return as_rows(list(rows.values()), f"fitted on {what} on an H100, {', '.join(dict.fromkeys(names))}")
 
 
-def as_rows(rows: Sequence[tuple[float, float, float, float]], source: str) -> RecordedRows:
-    """Rows of (items, tokens, bytes, seconds) as arrays."""
-    items, tokens, nbytes, taken = np.array(rows, dtype=float).T
-    return RecordedRows(items, tokens, nbytes, taken, source)
+def as_rows(rows: Sequence[tuple[float, ...]], source: str) -> RecordedRows:
+    """Rows of (items, tokens, bytes, values, seconds) as arrays."""
+    items, tokens, nbytes, values, taken = np.array(rows, dtype=float).T
+    return RecordedRows(items, tokens, nbytes, values, taken, source)
 
 
-def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware) -> tuple[Kernel, dict[str, Any]]:
-    """The kernel that fits the rows best, and its errors on them."""
+def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware, own: bool = False) -> tuple[Kernel, dict[str, Any]]:
+    """The kernel that fits the rows best, and its errors on them.
 
-    def predicted(values: np.ndarray) -> np.ndarray:
-        kernel = kernel_of(values, "", merges=True)
+    ``own``: ``value``, ``merge`` and ``half`` too, fitted as microseconds for 512 values, microseconds and thousands of
+    tokens."""
+
+    def kernel_at(point: np.ndarray, **more: Any) -> Kernel:
+        if own:
+            value, merge, half = (float(number) for number in point[3:])
+            more |= {"value": value * 1e-6 / 512, "merge": merge * 1e-6, "half": half * 1e3}
+        return kernel_of(point[:3], rows.source, merges=True, **more)
+
+    def predicted(point: np.ndarray) -> np.ndarray:
+        kernel = kernel_at(point)
         stream = rows.nbytes / (kernel.efficiency * (card.bandwidth or np.nan))
-        return np.asarray(curve.seconds(kernel, rows.items, rows.tokens, stream, card.num_sms, np.maximum))
+        taken = curve.seconds(kernel, rows.items, rows.tokens, stream, card.num_sms, np.maximum, rows.values)
+        return np.asarray(taken)
 
+    size = 6 if own else 3
     found = least_squares(
-        lambda values: np.log(predicted(values) / rows.seconds),
-        np.array([3.0, 1.0, 0.9]),
-        bounds=([0.1, 0.01, 0.3], [20.0, 20.0, 1.1]),
+        lambda point: np.log(predicted(point) / rows.seconds),
+        np.array([3.0, 1.0, 0.9, 1.0, 3.0, 0.9])[:size],
+        bounds=([0.1, 0.01, 0.3, 0.0, 0.0, 0.05][:size], [20.0, 20.0, 1.1, 5.0, 20.0, 20.0][:size]),
         loss="soft_l1",
         f_scale=0.1,
     )
     low, high = quantiles(rows.seconds / predicted(found.x))
-    kernel = kernel_of(found.x, rows.source, merges=True, low=low, high=high)
-    return kernel, errors(predicted(found.x), rows.seconds)
+    return kernel_at(found.x, low=low, high=high), errors(predicted(found.x), rows.seconds)
 
 
 def carried(packed: Kernel, own: Kernel, engine: Kernel) -> Kernel:
@@ -271,9 +286,11 @@ def recorded_kernels(curve: Curve, card: Hardware, engine: Kernel) -> tuple[dict
     plain = recorded_rows(card, "fp16")
     if plain is None:
         return {"packed": packed}, {"packed": packed_errors}
-    own, own_errors = fit_recorded(plain, curve, card)
-    kernels = {"packed": carried(packed, own, engine), "kvruntime/packed": packed, "kvruntime/fp16": own}
-    return kernels, {"kvruntime/packed": packed_errors, "kvruntime/fp16": own_errors}
+    kernels = {"packed": carried(packed, fit_recorded(plain, curve, card)[0], engine)}
+    found = {}
+    for name, each in (("kvruntime/packed", rows), ("kvruntime/fp16", plain)):
+        kernels[name], found[name] = fit_recorded(each, curve, card, own=True)
+    return kernels, found
 
 
 FOLDS: dict[str, Callable[[Rows], np.ndarray]] = {
