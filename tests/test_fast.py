@@ -68,7 +68,9 @@ def attend():
 
 
 class Filled:
-    """Buffers of ``method``, poisoned and then filled, rows of ``lengths`` tokens, and what they hold in float64."""
+    """Buffers of ``method``, poisoned and then filled, rows of ``lengths`` tokens, and what they hold in float64.
+
+    All of it is made and judged on the CPU: a sanitizer instruments every kernel, and PyTorch's are many."""
 
     def __init__(self, method, dim, heads, lengths, key, value):
         self.method, self.lengths, self.record = method, lengths, method.record(LayerShape(heads, dim, dim))
@@ -76,15 +78,19 @@ class Filled:
         for buffer in method.buffers(LayerShape(heads, dim, dim), len(lengths), max(lengths)):
             fill = 0 if buffer.name == "lengths" else -7 if buffer.dtype == "int32" else float("nan")
             dtype = key.dtype if buffer.name.startswith("exact") else getattr(torch, buffer.dtype)
-            self.tensors[buffer.name] = torch.full(buffer.shape, fill, dtype=dtype, device=DEVICE)
-        names = ("records", "exact_key", "exact_value")
-        self.stores = [self.tensors[name] for name in names]
-        layout = (self.record, method.sink_length, method.residual_length)
+            self.tensors[buffer.name] = torch.full(buffer.shape, fill, dtype=dtype)
+        self.fill(key.cpu(), value.cpu(), lengths)
+
+    def fill(self, key, value, lengths):
+        """Its first tokens: the rows' last ``lengths`` of ``key`` and ``value``."""
+        stores = [self.tensors[name] for name in ("records", "exact_key", "exact_value")]
+        layout = (self.record, self.method.sink_length, self.method.residual_length)
         none = [0] * len(lengths)
-        reference.append(key, value, list(lengths), none, none, *self.stores, *layout)
-        self.packed = [method.num_packed(n) for n in lengths]
+        reference.append(key, value, list(lengths), none, none, *stores, *layout)
+        self.lengths, self.packed = lengths, [self.method.num_packed(n) for n in lengths]
         self.tensors["lengths"].copy_(torch.tensor([lengths, self.packed]))
-        self.arguments = (*self.stores, *self.tensors["lengths"], *layout)
+        self.stores = [tensor.to(DEVICE) for tensor in stores]
+        self.arguments = (*self.stores, *self.tensors["lengths"].to(DEVICE), *layout)
         self.new = key, value
 
     def held(self, row):
@@ -98,6 +104,8 @@ class Filled:
 
     def error(self, out, query, scale, row, fresh=None):
         """Relative to float64 attention; the largest value of queries that are padding or see nothing."""
+        out, query = out.cpu(), query.cpu()
+        fresh = fresh and [x.cpu() for x in fresh]
         count = query.shape[2] if fresh is None else int(fresh[2][row])
         nothing = out[row, :, : query.shape[2] - count if self.lengths[row] or fresh else None]
         worst = nothing.abs().max().item() if nothing.numel() else 0.0
@@ -108,8 +116,8 @@ class Filled:
         if fresh is not None:
             new = [x[row, :, x.shape[2] - count :].double() for x in fresh[:2]]
             key, value = torch.cat([key, new[0]], 1), torch.cat([value, new[1]], 1)
-            last = key.shape[1] - count + torch.arange(count, device=DEVICE)
-            seen = torch.arange(key.shape[1], device=DEVICE) <= last[:, None]
+            last = key.shape[1] - count + torch.arange(count)
+            seen = torch.arange(key.shape[1]) <= last[:, None]
         rows = query[row, :, query.shape[2] - count :].double().unflatten(0, (key.shape[0], -1))
         score = scale * rows @ key[:, None].transpose(2, 3)
         truth = (score if seen is None else score.masked_fill(~seen, -torch.inf)).softmax(-1) @ value[:, None]
@@ -149,8 +157,8 @@ def test_error(attend, name, dim, sharing, dtype) -> None:
         arrivals = torch.zeros(2 * 3 * heads * q_per_kv, dtype=torch.int32, device=DEVICE)
         for _ in range(2):  # the counts are left as they were found
             again = attend(query, *cache.arguments, dim**-0.5, num_splits=MERGED[sharing], arrivals=arrivals)
-            torch.testing.assert_close(again, out, rtol=2 * torch.finfo(out.dtype).eps, atol=1e-6)
-        assert not arrivals.any()
+            torch.testing.assert_close(again.cpu(), out.cpu(), rtol=2 * torch.finfo(out.dtype).eps, atol=1e-6)
+        assert not arrivals.cpu().any()
 
 
 QUERIES = ((2, 1), (1, 4), (3, 7), (5, 4), (16, 2), (4, 12), (33, 1), (2, 2), (64, 1), (17, 3))
@@ -171,9 +179,10 @@ def test_several_queries(attend, name, dim, sharing) -> None:
     key, value, query, *new = normal(index, *sizes, (3, heads, count, dim), (3, count, heads, dim))
     cache = Filled(method, dim, heads, lengths, sized(key), sized(value))
     counts = torch.tensor([count, (count + 1) // 2, index % 2], dtype=torch.int32, device=DEVICE)
-    fresh = (sized(new[0]), sized(new[1]).transpose(1, 2), counts)
-    for x in fresh[:2]:
+    new[1] = new[1].transpose(1, 2)
+    for x in new:
         x[1, :, : count // 2] = float("nan")
+    fresh = (*(sized(x) for x in new), counts)
     out = attend(sized(query), *cache.arguments, dim**-0.5, None, fresh, **SHARING[sharing])
     assert out.shape == query.shape
     errors = [cache.error(out, sized(query), dim**-0.5, row, fresh) for row in range(3)]
@@ -184,13 +193,13 @@ def pooled(records, packed, record, seed):
     """A pool with the rows' records in random places, and where: the first two of row 1 are row 0's."""
     generator = torch.Generator().manual_seed(seed)
     batch, blocks = records.shape[:2]
-    place = torch.randperm(batch * blocks + 3, generator=generator)[: batch * blocks].view(batch, blocks).to(DEVICE)
-    pool = torch.full((batch * blocks + 3, *records.shape[2:]), -7, dtype=torch.int32, device=DEVICE)
-    pool[place] = records
-    held = torch.arange(blocks, device=DEVICE) < torch.tensor(packed, device=DEVICE)[:, None] // record.num_tokens
+    place = torch.randperm(batch * blocks + 3, generator=generator)[: batch * blocks].view(batch, blocks)
+    pool = torch.full((batch * blocks + 3, *records.shape[2:]), -7, dtype=torch.int32)
+    pool[place] = records.cpu()
+    held = torch.arange(blocks) < torch.tensor(packed)[:, None] // record.num_tokens
     pool[place[1, :2]] = -7
     place[1, :2] = place[0, :2]
-    return pool, torch.where(held, place, -(1 << 30)).to(torch.int32)
+    return pool.to(DEVICE), torch.where(held, place, -(1 << 30)).to(torch.int32).to(DEVICE)
 
 
 @pytest.mark.parametrize("sharing", SHARING)
@@ -202,18 +211,20 @@ def test_block_table(attend, name, dim, sharing, count) -> None:
     method = METHODS[name]
     lengths = [900, 700, 70]
     sizes = [(3, 2, 900, dim)] * 2 + [(3, 8, count or 1, dim)] + [(3, 2, count or 1, dim)] * 2
-    key, value, query, *new = (sized(x) for x in normal(2, *sizes))
+    key, value, query, *new = normal(2, *sizes)
     for x in (key, value):  # the first tokens of row 1, which lie to the right, are those of row 0
         x[1, :, 200 : 200 + 400] = x[0, :, :400]
-    cache = Filled(method, dim, 2, lengths, key, value)
+    query, *new = (sized(x) for x in (query, *new))
+    cache = Filled(method, dim, 2, lengths, key.half(), value.half())
     pool, table = pooled(cache.stores[0], cache.packed, cache.record, 4)
     fresh = None if count is None else (*new, torch.tensor([count, 2, 1], dtype=torch.int32, device=DEVICE))
     options = {"key_params": None, "fresh": fresh, **SHARING[sharing]}
     out = attend(query, *cache.arguments, dim**-0.5, **options)
     assert max(cache.error(out, query, dim**-0.5, row, fresh) for row in range(3)) <= 2e-3
-    assert torch.equal(attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table, **options), out)
-    wide = torch.cat([table, table], 1)[:, : table.shape[1]]  # rows not next to each other
-    assert torch.equal(attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=wide, **options), out)
+    wide = torch.cat([table.cpu(), table.cpu()], 1).to(DEVICE)[:, : table.shape[1]]  # rows not next to each other
+    for places in (table, wide):
+        again = attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=places, **options)
+        assert torch.equal(again.cpu(), out.cpu())
     with pytest.raises(ValueError, match="expected \\[3, num_blocks\\] int32 over"):
         attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table[:2], **options)
 
@@ -239,13 +250,10 @@ def test_one_row(attend) -> None:
     for length in (1, 3, 70, 131, 197, 460):
         key, value, query = normal(length, (1, 2, 700, 64), (1, 2, 700, 64), (1, 8, 1, 64))
         cache = Filled(method, 64, 2, [700], sized(key), sized(value))
-        cache.lengths, cache.packed = [length], [method.num_packed(length)]
-        for tensor in cache.stores:
+        for name in ("records", "exact_key", "exact_value"):
+            tensor = cache.tensors[name]
             tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
-        key, value = (sized(x)[:, :, :length] for x in (key, value))
-        reference.append(key, value, [length], [0], [0], *cache.stores, *cache.arguments[5:])
-        cache.tensors["lengths"].copy_(torch.tensor([cache.lengths, cache.packed]))
-        cache.new = key, value
+        cache.fill(*(x.half()[:, :, :length] for x in (key, value)), [length])
         out = attend(sized(query), *cache.arguments, 0.125)
         assert cache.error(out, sized(query), 0.125, 0) <= 2e-3, length
 
@@ -257,7 +265,7 @@ def test_record_packed_while_it_starts(name, length) -> None:
     method = METHODS[name]
     key, value, query = normal(length, (1, 1, length, 64), (1, 1, length, 64), (1, 4, 1, 64))
     cache = Filled(method, 64, 1, [length], sized(key), sized(value))
-    records = cache.tensors["records"]
+    records = cache.stores[0]
     true = records.clone()
     records.fill_(0x7FFF7FFF)  # NaN as a scale
 
@@ -301,8 +309,8 @@ def test_nan_shows(attend) -> None:
     key[0, 1, 10, 5] = float("nan")
     cache = Filled(METHODS["2-bit g32"], 64, 2, [400], sized(key), sized(value))
     out = attend(sized(query), *cache.arguments, 0.125)
-    assert out[0, 2:].isnan().all()
-    assert not out[0, :2].isnan().any()
+    assert out[0, 2:].cpu().isnan().all()
+    assert not out[0, :2].cpu().isnan().any()
 
 
 def test_supports() -> None:
@@ -390,7 +398,7 @@ def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
     for _ in range(2):
         out = run(sized(query), *cache.arguments, dim**-0.5, num_splits=splits, arrivals=arrivals)
         assert max(cache.error(out, sized(query), dim**-0.5, row) for row in range(3)) <= 2e-3
-        assert not arrivals.any()
+        assert not arrivals.cpu().any()
     assert DEVICE == "cuda" or any(drawn)
 
 

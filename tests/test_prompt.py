@@ -98,7 +98,7 @@ def test_layers_stored_together_hold_what_each_holds_alone(
         assert (one.row_lengths, one.row_packed) == (other.row_lengths, other.row_packed)
         assert min(one.row_packed) > 0
         for buffer in one.tensors:
-            assert torch.equal(one.tensors[buffer].view(torch.uint8), other.tensors[buffer].view(torch.uint8)), buffer
+            assert torch.equal(*(held.tensors[buffer].cpu().view(torch.uint8) for held in (one, other))), buffer
     assert not torch.equal(together[0].tensors["records"], together[1].tensors["records"])
 
 
@@ -134,7 +134,7 @@ def test_layers_that_differ_are_stored_alone(why: str, monkeypatch: pytest.Monke
         layer.append(*one)
     for one, other in zip(together, alone, strict=True):
         for buffer in one.tensors:
-            assert torch.equal(one.tensors[buffer].view(torch.uint8), other.tensors[buffer].view(torch.uint8)), buffer
+            assert torch.equal(*(held.tensors[buffer].cpu().view(torch.uint8) for held in (one, other))), buffer
 
 
 def engine(num_layers: int, method: str) -> Engine:

@@ -28,8 +28,9 @@ METHODS = {
 
 
 def tensors(method: Kivi, shape: LayerShape, num_tokens: int) -> dict[str, torch.Tensor]:
+    """On the CPU, as all that is not a kernel's: a sanitizer instruments every kernel, and PyTorch's are many."""
     return {
-        buffer.name: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=DEVICE)
+        buffer.name: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype))
         for buffer in method.buffers(shape, ROWS, num_tokens)
     }
 
@@ -53,18 +54,18 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
     generator = torch.Generator().manual_seed(1)
 
     def randn(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).half().to(DEVICE)
+        return torch.randn(*size, generator=generator).half()
 
     reference.append(randn(ROWS, HEADS, held, dim), randn(ROWS, HEADS, held, dim), lengths, [0] * ROWS, [0] * ROWS,
                      **stores(wanted), **layout)  # fmt: skip
     packed = [reference.flush_plan(0, 0, n, record.num_tokens, sink, residual) for n in lengths]
     wanted["lengths"].copy_(torch.tensor([lengths, packed]))
-    got = {key: tensor.clone() for key, tensor in wanted.items()}
+    got = {key: tensor.clone().to(DEVICE) for key, tensor in wanted.items()}
     ticket = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
     flushed = 0
     for _ in range(record.num_tokens + 3):
         key, value, query = (randn(ROWS, heads, 1, dim) for heads in (HEADS, HEADS, 2 * HEADS))
-        before = query.clone()
+        on_device = query.clone().to(DEVICE)
         reference.append(key, value, [1] * ROWS, lengths, packed, **stores(wanted), **layout)
         after = [
             reference.flush_plan(n, p, 1, record.num_tokens, sink, residual)
@@ -74,19 +75,20 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
         positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         lengths, packed = [n + 1 for n in lengths], after
         wanted["lengths"].copy_(torch.tensor([lengths, packed]))
-        step.step(query, key, value, None, **stores(got), positions=positions, lengths=got["lengths"], ticket=ticket,
-                  **layout)  # fmt: skip
-        assert torch.equal(query, before)
-        assert not ticket.any()
+        step.step(on_device, key.to(DEVICE), value.to(DEVICE), None, **stores(got), positions=positions,
+                  lengths=got["lengths"], ticket=ticket, **layout)  # fmt: skip
+        assert torch.equal(query, on_device.cpu())
+        assert not ticket.cpu().any()
         for buffer in wanted:
-            assert torch.equal(wanted[buffer].view(torch.uint8), got[buffer].view(torch.uint8)), (buffer, lengths)
+            there = got[buffer].cpu()
+            assert torch.equal(wanted[buffer].view(torch.uint8), there.view(torch.uint8)), (buffer, lengths)
     assert flushed
 
 
 def tables(num_positions: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     angle = torch.arange(num_positions)[:, None] / 50.0 ** (torch.arange(dim // 2) / (dim // 2))
     angle = torch.cat((angle, angle), 1)
-    return angle.cos().to(dtype).to(DEVICE), angle.sin().to(dtype).to(DEVICE)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -96,22 +98,27 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype, spread: bool, monkeypat
     method, dim = Kivi(residual_length=32, dtype={torch.float16: "float16", torch.float32: "float32"}[dtype]), 64
     shape = LayerShape(HEADS, dim, dim)
     held = tensors(method, shape, 64)
-    lengths = torch.tensor([0, 7, 31], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([0, 7, 31], dtype=torch.int32)
     held["lengths"][0] = lengths
+    held = {name: tensor.to(DEVICE) for name, tensor in held.items()}
     generator = torch.Generator().manual_seed(2)
-    qkv = torch.randn(ROWS, 4 * HEADS + 2 * HEADS, 1, dim, generator=generator).to(dtype).to(DEVICE)
-    query, key, value = qkv.split([4 * HEADS, HEADS, HEADS], 1)
+    qkv = torch.randn(ROWS, 4 * HEADS + 2 * HEADS, 1, dim, generator=generator).to(dtype)
     rotary = tables(64, dim, dtype)
+    parts = [4 * HEADS, HEADS, HEADS]
+    query, key, wanted_value = qkv.clone().split(parts, 1)
     wanted_query, wanted_key = embedded(query, key, rotary, lengths)
-    wanted_value = value.clone()
-    full_key, full_value = (torch.zeros(ROWS, HEADS, 40, dim, dtype=dtype, device=DEVICE) for _ in range(2))
-    spare = query.clone()
-    decode.store(spare, key, value, rotary, full_key, full_value, lengths)
-    ticket = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
-    step.step(query, key, value, rotary, **stores(held), positions=lengths, lengths=held["lengths"], ticket=ticket,
+    rotary, positions = tuple(table.to(DEVICE) for table in rotary), lengths.to(DEVICE)
+    full_key, full_value = (torch.zeros(ROWS, HEADS, 40, dim, dtype=dtype).to(DEVICE) for _ in range(2))
+    spare, key, value = qkv.clone().to(DEVICE).split(parts, 1)
+    decode.store(spare, key, value, rotary, full_key, full_value, positions)
+    query = qkv.to(DEVICE).split(parts, 1)[0]
+    ticket = torch.zeros(ROWS, dtype=torch.int32).to(DEVICE)
+    step.step(query, key, value, rotary, **stores(held), positions=positions, lengths=held["lengths"], ticket=ticket,
               record=method.record(shape), sink=0, residual=32)  # fmt: skip
-    assert torch.equal(query, wanted_query)
-    assert torch.equal(spare, wanted_query)
+    assert torch.equal(query.cpu(), wanted_query)
+    assert torch.equal(spare.cpu(), wanted_query)
+    held = {name: tensor.cpu() for name, tensor in held.items()}
+    full_key, full_value = full_key.cpu(), full_value.cpu()
     for row, slot in enumerate(lengths.tolist()):
         assert torch.equal(held["exact_key"][row, :, slot], wanted_key[row, :, 0])
         assert torch.equal(full_key[row, :, slot], wanted_key[row, :, 0])
@@ -124,12 +131,13 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype, spread: bool, monkeypat
 @pytest.mark.parametrize(("dim", "q_per_kv"), [(64, 1), (128, 4), (96, 2), (80, 7), (256, 16)])
 def test_uncompressed_attention_with_lengths_on_the_device(dim, q_per_kv, dtype, monkeypatch) -> None:
     generator = torch.Generator().manual_seed(dim)
-    key, value = (torch.randn(ROWS, HEADS, 300, dim, generator=generator).to(dtype).to(DEVICE) for _ in range(2))
-    query = torch.randn(ROWS, HEADS * q_per_kv, 1, dim, generator=generator).to(dtype).to(DEVICE)
-    positions = torch.tensor([0, 130, 299], dtype=torch.int32, device=DEVICE)
+    key, value = (torch.randn(ROWS, HEADS, 300, dim, generator=generator).to(dtype) for _ in range(2))
+    query = torch.randn(ROWS, HEADS * q_per_kv, 1, dim, generator=generator).to(dtype)
+    positions = torch.tensor([0, 130, 299], dtype=torch.int32)
+    there = [x.to(DEVICE) for x in (query, key, value, positions)]
     for splits in (1, 3):
         monkeypatch.setattr(decode, "plan_splits", lambda *_, splits=splits: splits)
-        out = decode.attend(query, key, value, positions, dim**-0.5, 300)
+        out = decode.attend(*there, dim**-0.5, 300).cpu()
         for row, position in enumerate(positions.tolist()):
             seen = slice(0, position + 1)
             q = query[row].view(HEADS, q_per_kv, dim).double()

@@ -76,10 +76,15 @@ calibrate() {
     python3 -m kvsim calibrate --device cuda --out "$results/profiles/$name.json"
 }
 
-sanitized() { # compute-sanitizer over the kernels' grid in float16, in one process
-    compute-sanitizer --tool "$1" --error-exitcode 1 python3 -m pytest -q -x -p no:cacheprovider -p no:benchmark -p no:xdist \
-        -k "not compiles and not bfloat16 and not float32" \
-        tests/test_step.py tests/test_prompt.py tests/test_fast.py tests/test_kernels.py::test_words_bit_exact
+sanitized() { # compute-sanitizer over the kernels' grid in float16, in one process; first without it, which compiles
+    local points=(-p no:cacheprovider -p no:benchmark -k "not compiles and not bfloat16 and not float32"
+        tests/test_step.py tests/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
+        tests/test_prompt.py::test_layers_that_differ_are_stored_alone tests/test_fast.py
+        tests/test_kernels.py::test_words_bit_exact)
+    local kernels=() name
+    for name in attend combine step store pack freeze; do kernels+=(--kernel-name "kns=${name}_kernel"); done
+    python3 -m pytest -q -n $(($(nproc) * 3 / 4)) "${points[@]}" || return
+    compute-sanitizer --tool "$1" "${kernels[@]}" --error-exitcode 1 python3 -m pytest -v -x -p no:xdist "${points[@]}"
 }
 
 memcheck() { sanitized memcheck; }
