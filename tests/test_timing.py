@@ -332,6 +332,12 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     fastest = attention_time.recorded_rows(H100, "fp16", tmp_path)
     assert fastest is not None
     assert fastest.seconds.tolist() == [344e-6]
+    assert attention_time.recorded_rows(H100, "engine", tmp_path) is None
+    rows.append({**rows[0], "kind": "full", "kernel": None})
+    (tmp_path / "a.json").write_text(json.dumps({"device": {"name": "NVIDIA H100"}, "rows": rows}), encoding="utf-8")
+    own = attention_time.recorded_rows(H100, "engine", tmp_path)
+    assert own is not None
+    assert own.seconds.tolist() == [66e-6]
     found = attention_time.recorded_rows(H100, folder=tmp_path)
     assert found is not None
     assert found.items.tolist() == [64, 8]

@@ -170,6 +170,10 @@ def mean_kernels(kernels: dict[str, Kernel], q_per_kv: int = 4) -> dict[str, Ker
     return out
 
 
+RECORDED = {"packed": ("attend", "fast"), "fp16": ("sdpa", None), "engine": ("full", None)}
+"""Kind and kernel of ``bench kernels``' rows."""
+
+
 @dataclass(frozen=True)
 class RecordedRows:
     """Decode attention of this project's recorded runs, cache not in L2: arrays ``[num_rows]`` of work items, tokens,
@@ -199,8 +203,8 @@ def study_rows() -> RecordedRows:
 def recorded_rows(card: Hardware, width: str = "packed", folder: Path = KERNELS) -> RecordedRows | None:
     """What ``kvruntime bench kernels`` recorded on ``card``; ``None`` without any.
 
-    ``width``: ``packed``, this project's kernel over codes, or ``fp16``, the fastest of PyTorch's 16-bit kernels at
-    every shape, measured in the same runs.
+    ``width``: ``packed``, this project's kernel over codes; ``fp16``, the fastest of PyTorch's 16-bit kernels at every
+    shape, measured in the same runs; ``engine``, this project's 16-bit kernel.
     """
     rows: dict[tuple[Any, ...], tuple[float, ...]] = {}
     names: list[str] = []
@@ -209,18 +213,17 @@ def recorded_rows(card: Hardware, width: str = "packed", folder: Path = KERNELS)
         if card.id.partition("-")[0] not in file["device"]["name"].lower():
             continue
         for number, row in enumerate(file["rows"]):
-            kind, kernel = ("sdpa", None) if width == "fp16" else ("attend", "fast")
-            if row["kind"] != kind or row.get("kernel") != kernel or row["ragged"] or "seconds" not in row:
+            if (row["kind"], row.get("kernel")) != RECORDED[width] or row["ragged"] or "seconds" not in row:
                 continue
             heads = row["num_kv_heads"]
             values = row["num_q_heads"] // heads * row["head_dim"]
             found = (row["batch_size"] * heads, row["num_tokens"], row["nbytes_read"], values, row["seconds"][0])
-            shape = found[:4] if width == "fp16" else (number,)
+            shape = (number,) if width == "packed" else found[:4]
             rows[path.name, *shape] = min(rows.get((path.name, *shape), found), found, key=lambda each: each[4])
             names.append(path.name)
     if not rows:
         return None
-    what = "this project's kernels" if width == "packed" else "PyTorch's fastest 16-bit kernels"
+    what = "PyTorch's fastest 16-bit kernels" if width == "fp16" else "this project's kernels"
     return as_rows(list(rows.values()), f"fitted on {what} on an H100, {', '.join(dict.fromkeys(names))}")
 
 
@@ -288,7 +291,8 @@ def recorded_kernels(curve: Curve, card: Hardware, engine: Kernel) -> tuple[dict
         return {"packed": packed}, {"packed": packed_errors}
     kernels = {"packed": carried(packed, fit_recorded(plain, curve, card)[0], engine)}
     found = {}
-    for name, each in (("kvruntime/packed", rows), ("kvruntime/fp16", plain)):
+    engine_rows = recorded_rows(card, "engine") or plain
+    for name, each in (("kvruntime/packed", rows), ("kvruntime/fp16", engine_rows)):
         kernels[name], found[name] = fit_recorded(each, curve, card, own=True)
     return kernels, found
 

@@ -76,7 +76,9 @@ def residual(row: Row) -> int:
 
 
 def full_kernels(rows: Sequence[Row]) -> str:
-    return fenced(kernel_report.ceilings(rows), kernel_report.attention_table(rows), *failures(rows, "sdpa", "attend"))
+    return fenced(
+        kernel_report.ceilings(rows), kernel_report.attention_table(rows), *failures(rows, "sdpa", "full", "attend")
+    )
 
 
 def full_packing(rows: Sequence[Row]) -> str:

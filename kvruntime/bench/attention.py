@@ -239,14 +239,36 @@ def measure_sdpa(bench: Bench, shape: Shape, backend: str, dtype: str) -> dict[s
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
+    grouped = shape.num_q_heads != shape.num_kv_heads
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, scale=shape.scale, enable_gqa=grouped)
+
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return measure_plain(bench, shape, dtype, attend)
+
+
+def measure_full(bench: Bench, shape: Shape, dtype: str) -> dict[str, Any]:
+    """Seconds of the uncompressed engine's kernel (``kvruntime/decode.py``) over the same cache."""
+    from kvruntime import decode
+
+    positions = torch.full((shape.batch_size,), shape.num_tokens - 1, dtype=torch.int32, device=bench.device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return decode.attend(query, key, value, positions, shape.scale, shape.num_tokens)
+
+    return measure_plain(bench, shape, dtype, attend)
+
+
+def measure_plain(
+    bench: Bench, shape: Shape, dtype: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """Seconds of ``attend(query, key, value)`` over an uncompressed cache, and the bytes it reads."""
     tokens = Tokens(bench, shape, getattr(torch, dtype))
     size = shape.nbytes_read(Full(dtype))
     stores = [tokens.pair(shape.num_tokens) for _ in range(bench.copies(size))]
     query = tokens.draw(shape.num_q_heads, 1)
-    grouped = shape.num_q_heads != shape.num_kv_heads
-    call = partial(scaled_dot_product_attention, query, scale=shape.scale, enable_gqa=grouped)
-    calls = [partial(call, key=key, value=value) for key, value in stores]
-    with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, backend)):
-        timing = bench.timer(calls)
+    with torch.no_grad():
+        timing = bench.timer([partial(attend, query, *pair) for pair in stores])
     row: dict[str, Any] = {"nbytes_read": size, "nbytes_held": size, "flops": shape.flops, "seconds": timing.spread}
     return row | {"bandwidth": size / timing.seconds, "copies": timing.copies, "replays": timing.replays}

@@ -74,7 +74,9 @@ def run_once(bench: Bench, case: Case) -> None:
     tokens = Tokens(bench, shape, getattr(torch, method.dtype))
     layer = KiviLayer(method, shape.layer, shape.batch_size, longest, bench.device)
     layer.append(*tokens.pair(min(longest - 4, method.residual_length + 2 * method.record_length)))
-    layer.attend(tokens.draw(shape.num_q_heads, 1), shape.scale)
+    query = tokens.draw(shape.num_q_heads, 1)
+    arrivals = torch.zeros(2 * query.shape[0] * query.shape[1], dtype=torch.int32, device=bench.device)
+    layer.attend(query, shape.scale, arrivals=arrivals)
     if case.steps:
         layer.append(*tokens.pair(1))  # packs a record from the ring
         table = tokens.draw(1, longest)[0, 0]

@@ -122,9 +122,9 @@ def ceilings(rows: Sequence[Row]) -> str:
 
 
 def attention_body(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the attention table, shape by shape, the baselines first."""
+    """Head and lines of the attention table, shape by shape: the baselines, the engine's 16-bit kernel, the rest."""
     read = ceiling(rows, "read")
-    found = done(rows, "sdpa") + done(rows, "attend")
+    found = done(rows, "sdpa") + done(rows, "full") + done(rows, "attend")
     body = []
     for shape in dict.fromkeys(title(row) for row in found):
         for row in (row for row in found if title(row) == shape):

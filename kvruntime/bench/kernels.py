@@ -105,16 +105,18 @@ def ceiling_tasks(bench: Bench) -> list[Task]:
 
 
 def sdpa_tasks(bench: Bench, shape: Shape, dtype: str = "float16") -> list[Task]:
-    """The baselines of one shape."""
-    from kvruntime.bench.attention import BACKENDS, measure_sdpa
+    """The baselines of one shape, and beside them the uncompressed engine's kernel."""
+    from kvruntime.bench.attention import BACKENDS, measure_full, measure_sdpa
 
-    return [
+    out = [
         task(
             key_of("sdpa", bench, shape, dtype=dtype, method=name),
             lambda backend=backend: measure_sdpa(bench, shape, backend, dtype),  # type: ignore[misc]
         )
         for name, backend in BACKENDS.items()
     ]
+    key = key_of("full", bench, shape, dtype=dtype, method="fp16-engine")
+    return [*out, task(key, lambda: measure_full(bench, shape, dtype))]
 
 
 def attend_tasks(
