@@ -119,8 +119,11 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     rows = [row | {"every_step": True, "measured": weigh(cache), "trace": observer.trace}]
     rows += held.rows(row | {"kind": "held"}, left)
     if modelled(load_config(name)[1]):
+        store = cache.stores[0]
+        heads, dim = model.config.num_attention_heads, store.shape.key_dim
+        query = torch.zeros(1, heads, 1, dim, dtype=model.dtype, device=device)
         for phase, peak in (("prefill", observer.prefill), ("decode", observer.decode)):
-            rows += held.rows(row | {"kind": "peak", "phase": phase, **splits(method, cache.stores[0], device)}, peak)
+            rows += held.rows(row | {"kind": "peak", "phase": phase, **splits(method, store, query)}, peak)
     return rows
 
 

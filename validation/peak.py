@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvruntime.bench.attention import fast_kernel, planned
 from kvruntime.layers import make_layer
 from kvsim.layout import Method
 from kvsim.methods import Kivi
@@ -48,7 +49,7 @@ def _task(name: str, method: Method, num_tokens: int, device: torch.device) -> T
             rows = held.rows(known | {"phase": "append"}, held.peak)
             held.restart()
             layer.attend(query, shape.key_dim**-0.5)
-            rows += held.rows(known | {"phase": "attend", **splits(method, layer, device)}, held.peak)
+            rows += held.rows(known | {"phase": "attend", **splits(method, layer, query)}, held.peak)
         del layer
         with Allocator(device) as held:
             layer = make_layer(method, shape, 1, None, device)
@@ -61,13 +62,12 @@ def _task(name: str, method: Method, num_tokens: int, device: torch.device) -> T
     return Task(f"peak {name} {method.name} {num_tokens}", num_tokens * 2, f"{name} {method}", measure)
 
 
-def splits(method: Method, layer: Any, device: torch.device) -> dict[str, int]:
-    """How many ways the decode kernel splits the tokens for one query a row of ``layer``, as it plans it itself."""
-    if device.type != "cuda" or not isinstance(method, Kivi):
+def splits(method: Method, layer: Any, query: torch.Tensor) -> dict[str, int]:
+    """How many ways the kernel that attends ``query`` over ``layer`` splits the tokens, as it plans it itself."""
+    if not query.is_cuda or not isinstance(method, Kivi):
         return {}
-    from kvruntime.kivi.attention import plan_splits
+    from kvruntime.kivi import attention
 
-    batch_size, num_heads, slots = layer.tensors["exact_key"].shape[:3]
-    tokens = layer.tensors["records"].shape[1] * method.record_length + slots
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return {"num_splits": plan_splits(batch_size * num_heads, tokens, sms)}
+    with planned(fast_kernel(layer, query) or attention) as answers:
+        layer.attend(query, 1.0)
+    return {"num_splits": answers[-1]}
