@@ -101,10 +101,11 @@ def calibrate(
     say(
         f"attention: {figures['attention']['bandwidth']:.4g} B/s, {figures['attention']['fixed'] * 1e6:.1f} us a launch"
     )
+    command = ["kvsim", "calibrate", "--device", str(place), "--seconds", f"{seconds:g}", "--out", str(out)]
     profile = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **describe(str(place), []),
+        **describe(str(place), command),
         **figures,
         "seconds": round(time.perf_counter() - started, 2),
     }

@@ -30,6 +30,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_profile_is_of_this_machine(measured: Path) -> None:
     found = json.loads(measured.read_text(encoding="utf-8"))
     assert found["seconds"] < 60
+    assert found["command"] == ["kvsim", "calibrate", "--device", "cpu", "--seconds", "1", "--out", measured.name]
     for name in ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds"):
         assert 0 < found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
     assert 1e8 < found["read_bandwidth"]["value"] < 1e12
