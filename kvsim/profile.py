@@ -84,6 +84,7 @@ class Profile:
             weight_efficiency=self.weight_bandwidth / peak,
             layer_seconds=self.layer_seconds,
             engine_layer_seconds={},
+            engine_wide={},
             prefill_efficiency=self.flops / (card.fp16_flops or self.flops),
             kernels={**kernels, "fp16": kernel},
         )

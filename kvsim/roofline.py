@@ -42,9 +42,11 @@ class Constants:
     """What the model of time rests on.  Efficiencies are shares of the card's stated peaks, times are seconds.
 
     ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides, in an engine of
-    ``engine_layer_seconds`` what stands there; ``quantize_seconds`` more where its cache is quantized, by width or
-    engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.  ``prefill_seconds``, ``prefill_queue``: what
-    a first token waits besides its prefill, and the share of a prefill that each further request in flight adds.
+    ``engine_layer_seconds`` what stands there; ``engine_wide``: by engine, above how many ``rows`` a step takes
+    ``layer_seconds`` a layer more and the share ``weights`` of the weight stream; ``quantize_seconds`` more where its
+    cache is quantized, by width or engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.
+    ``prefill_seconds``, ``prefill_queue``: what a first token waits besides its prefill, and the share of a prefill
+    that each further request in flight adds.
     ``vector_ops``: operations to unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.
     ``chunk_tokens``: prompt tokens a step.
     ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
@@ -55,6 +57,7 @@ class Constants:
     weight_efficiency: float
     layer_seconds: float
     engine_layer_seconds: Mapping[str, float]
+    engine_wide: Mapping[str, Mapping[str, float]]
     quantize_seconds: Mapping[str, float]
     prefill_efficiency: float
     prefill_seconds: float
@@ -192,6 +195,14 @@ class Roofline:
             return seconds, 0.0
         codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
         return seconds, maximum(0.0, codes * self.fixed.vector_ops / self.lanes - seconds)
+
+    def wide(self, batch_size: Any) -> tuple[Any, Any]:
+        """Seconds, and share of the weight stream, that a step of so many rows takes more than one of few."""
+        more = self.fixed.engine_wide.get(self.engine)
+        if more is None:
+            return 0.0, 0.0
+        above = batch_size > more["rows"]  # a bool, or an array of them
+        return above * (more["layer_seconds"] * self.model.num_layers), above * more["weights"]
 
     def overhead(self, method: Method) -> float:
         """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
