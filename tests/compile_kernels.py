@@ -201,7 +201,7 @@ def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
         "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": size,
         "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
-    types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
+    types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", positions_ptr="*i32", ticket_ptr="*i32")
     return resources(step.step_kernel, types, constants, sm, warps)
 
 
