@@ -227,6 +227,21 @@ def test_this_projects_engine_as_it_was_recorded() -> None:
     assert max(errors) < 0.1
 
 
+def test_the_engines_numbers_are_those_that_fit_its_recorded_steps() -> None:
+    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    from validation import step_time
+
+    fixed = constants()
+    other = replace(fixed, engine_layer_seconds={"transformers": 1.0})
+    fitted, found = step_time.study(other)
+    assert fitted.engine_layer_seconds == {"transformers": 1.0, "kvruntime": fixed.engine_layer_seconds["kvruntime"]}
+    assert fitted.engine_wide == fixed.engine_wide
+    recorded = timing.recorded()["steps"]
+    assert list(found) == list(recorded)
+    for name, each in found.items():  # those were of constants before they were rounded
+        assert each == pytest.approx(recorded[name], abs=2e-4), name
+
+
 def test_an_engines_wide_steps_take_more() -> None:
     """From five rows on, in the engine that was timed, and nowhere else."""
     more = constants().engine_wide["kvruntime"]

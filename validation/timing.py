@@ -18,7 +18,7 @@ from typing import Any
 import kvsim.catalog
 from kvsim.attention_curve import Curve, Kernel
 from kvsim.roofline import Constants, constants
-from validation import attention_time, decode_time
+from validation import attention_time, decode_time, step_time
 from validation.held_out import digest
 from validation.tables import plain
 
@@ -36,13 +36,14 @@ PUBLISHED = (
 
 
 def study(decode: Path = DECODE, attention: Path = ATTENTION) -> tuple[Constants, dict[str, Any]]:
-    """Both fits and all errors.  The attention curve is fitted first and stays as it is."""
+    """All fits and errors: the attention curve first, which stays, then the loads, then this engine's steps."""
     curves = attention_time.study(attention)
     kernels = {name: Kernel(**entry) for name, entry in curves.pop("kernels").items()}
     fixed = replace(constants(), kernels=kernels, curve=Curve(**curves.pop("curve")))
     fixed, loads = decode_time.study(decode, fixed)
+    fixed, steps = step_time.study(fixed)
     hashes = {path.name: digest(path) for path in (decode, attention)}
-    return fixed, {"schema": SCHEMA, "attention": curves, "loads": loads, "sha256": hashes}
+    return fixed, {"schema": SCHEMA, "attention": curves, "loads": loads, "steps": steps, "sha256": hashes}
 
 
 def tried(decode: Path | None, attention: Path | None) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def table_of(fixed: Constants) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))
     for name in (*decode_time.FITTED, *decode_time.FITTED_FIRST):
         table["constants"][name] = {"value": _short(getattr(fixed, name)), "source": FITTED_ON}
+    for name in ("engine_layer_seconds", "engine_wide"):
+        table["constants"][name]["value"] = dict(getattr(fixed, name))
     for name in ("decode_band", "prefill_band"):
         source = f"what {decode_time.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
         table["constants"][name] = {"value": list(getattr(fixed, name)), "source": source}
@@ -125,6 +128,12 @@ def attention_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [f"decode attention, {curves['card']}", "rows", "mean", "median", "bias", "worst"], body
 
 
+def step_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: whole steps that this project's engine was recorded with, in sample."""
+    body = [_line(name, each) for name, each in found["steps"].items()]
+    return ["steps of kvruntime.Engine, in sample", "rows", "mean", "median", "bias", "worst"], body
+
+
 def bands(found: dict[str, Any]) -> str:
     """One sentence a band."""
     token, first = found["loads"]["token"], found["loads"]["first"]
@@ -138,13 +147,16 @@ def bands(found: dict[str, Any]) -> str:
 
 def text(found: dict[str, Any]) -> str:
     """The tables for a terminal."""
-    tables = [plain(table) for table in (token_table(found), first_table(found), attention_table(found))]
-    return "\n\n".join([*tables, bands(found)])
+    return "\n\n".join([*(plain(table) for table in every_table(found)), bands(found)])
+
+
+def every_table(found: dict[str, Any]) -> tuple[tuple[list[str], list[list[str]]], ...]:
+    return token_table(found), first_table(found), attention_table(found), step_table(found)
 
 
 def markdown(found: dict[str, Any], short: bool = False) -> str:
     """The tables for a document; ``short``: per output token only."""
-    tables = (token_table(found),) if short else (token_table(found), first_table(found), attention_table(found))
+    tables = (token_table(found),) if short else every_table(found)
     out = []
     for head, body in tables:
         rows = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
