@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kvruntime import decode
+from kvruntime.engine import hopper, norm, product
 from kvruntime.engine import linear as narrow
-from kvruntime.engine import norm, product
 from kvruntime.kivi import attention, quantize, step
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
@@ -71,6 +73,11 @@ PRODUCTS = {  # rows, N, K, activation, in parts, dtype
     "llama head x32": (32, 128256, 4096, None, False, "bf16"),
     "llama up x64": (64, 14336, 4096, "silu", False, "bf16"),
 }
+STREAMS = {name: point for name, point in PRODUCTS.items() if point[-1] != "fp32"} | {
+    "gpt2 qkv x1": (1, 2304, 768, None, False, "fp16"),
+    "llama up x128": (128, 14336, 4096, "silu", False, "bf16"),
+    "llama down x128": (128, 4096, 14336, None, True, "bf16"),
+}
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
 INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr"), "*i32")
 INTEGERS |= {"layers_ptr": "*i64"}
@@ -90,7 +97,8 @@ def compiled(
         for index, name in enumerate(kernel.arg_names)
         if types.get(name, "").startswith("*") or (name in types and name.startswith("stride"))
     }
-    source = ASTSource(kernel, signature, constants, attrs)
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, **options}).asm
 
 
@@ -264,6 +272,26 @@ def dense(name: str, sm: int) -> dict[str, int]:
     return resources(product.product_kernel, types, constants, sm, chosen.num_warps)
 
 
+def stream(name: str, sm: int) -> dict[str, int]:
+    rows, width, k, activation, partial, dtype = STREAMS[name]
+    chosen = hopper.plan(rows, width, k, activation == "silu", partial)
+    constants = {
+        "BLOCK_M": chosen.block_m, "BLOCK_N": hopper.BLOCK_N, "BLOCK_K": hopper.BLOCK_K, "STEPS": chosen.steps,
+        "STAGES": chosen.stages, "ACTIVATION": activation, "PARTIAL": partial, "EARLY": True,
+    }  # fmt: skip
+    fixed = {"x_desc": tiles(chosen.block_m, dtype), "weight_desc": tiles(hopper.BLOCK_N, dtype)}
+    fixed |= {"out_ptr": "*fp32"} if partial else {}
+    types = arguments(hopper.stream_kernel, dtype, **fixed)
+    return resources(hopper.stream_kernel, types, constants, sm, hopper.NUM_WARPS)
+
+
+def tiles(num_rows: int, dtype: str) -> str:
+    """The type of the copy engine's view of a matrix."""
+    block = [num_rows, hopper.BLOCK_K]
+    layout = gl.NVMMASharedLayout.get_default_for(block, {"fp16": gl.float16, "bf16": gl.bfloat16}[dtype])
+    return f"tensordesc<{dtype}{block},{layout!r}>"
+
+
 def add_norm(name: str, sm: int) -> dict[str, int]:
     k, kind, dtype, parts = NORMS[name]
     constants = {"K": k, "BLOCK_K": triton.next_power_of_2(k), "PARTS": parts, "NORM": kind, "EARLY": sm >= 90}
@@ -277,7 +305,7 @@ KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, store_full, attend_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
-ENGINE = {linear: LAYERS, dense: PRODUCTS, add_norm: NORMS}
+ENGINE = {linear: LAYERS, dense: PRODUCTS, stream: STREAMS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}
 
 
@@ -302,7 +330,13 @@ def record(rows: Iterable[tuple[str, str, int, dict[str, int] | str]]) -> None:
 if __name__ == "__main__":
     given = [word for word in sys.argv[1:] if word != "--record"]
     names = {function.__name__: points for function, points in ENGINE.items()}
-    tasks = [(kernel, name, sm) for kernel in KERNELS for name in names.get(kernel, METHODS) for sm in TARGETS]
+    targets = {"stream": (90,)}
+    tasks = [
+        (kernel, name, sm)
+        for kernel in KERNELS
+        for name in names.get(kernel, METHODS)
+        for sm in targets.get(kernel, TARGETS)
+    ]
     if given:
         tasks = [task for task in tasks if given[0] in f"{task[0]} {task[1]} sm_{task[2]}"]
     rows = []

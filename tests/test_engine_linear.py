@@ -7,10 +7,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime.engine import linear, norm, product, reference  # noqa: E402
+from kvruntime.engine import hopper, linear, norm, product, reference  # noqa: E402
 from kvruntime.engine.reference import Norm  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 DTYPES = ["float16", "float32"] + (["bfloat16"] if DEVICE == "cuda" else [])  # the interpreter has no bfloat16
 NORMS = [None, "layer", "rms"]
 
@@ -134,6 +135,7 @@ def test_linear_at_the_models_sizes(width, k, kind, activation, rows, dtype) -> 
 
 
 SIZES = [
+    (1, 130, 96),
     (5, 37, 768),
     (8, 64, 640),
     (16, 130, 96),
@@ -145,10 +147,17 @@ if DEVICE == "cuda":
     SIZES += [(m, n, k) for m in (8, 64, 128) for n, k in ((2304, 768), (768, 3072), (50257, 768), (4096, 14336))]
 
 
+@pytest.fixture(params=[True, False] if ON_HOPPER else [False], ids=["hopper", "any"][not ON_HOPPER :])
+def kernel(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``product.py`` with and without the kernel that is Hopper's own, where the device is one."""
+    if not request.param:
+        monkeypatch.setattr(hopper, "supports", lambda x, weight: False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
 @pytest.mark.parametrize(("rows", "width", "k"), SIZES)
-def test_product(rows, width, k, activation, dtype) -> None:
+def test_product(kernel, rows, width, k, activation, dtype) -> None:
     random = Random(rows, dtype)
     factor = 2 if activation == "silu" else 1
     x, weight = random(rows, k), random(factor * width, k, scale=k**-0.5)
@@ -161,7 +170,7 @@ def test_product(rows, width, k, activation, dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS[1:])
 @pytest.mark.parametrize(("rows", "width", "k"), [size for size in SIZES if size[1] <= 4096])  # no model adds logits
-def test_parts_and_add_norm(rows, width, k, kind, dtype) -> None:
+def test_parts_and_add_norm(kernel, rows, width, k, kind, dtype) -> None:
     random = Random(rows, dtype)
     x, weight, hidden, bias = random(rows, k), random(width, k, scale=k**-0.5), random(rows, width), random(width)
     given = random.norm(kind, width)
@@ -177,7 +186,8 @@ def test_parts_and_add_norm(rows, width, k, kind, dtype) -> None:
     hold(normalized, wanted[1], exact_linear(truth, identity, None, double(given), None, None))
 
 
-def test_parts_split_where_programs_are_few() -> None:
+def test_parts_split_where_programs_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "supports", lambda x, weight: False)
     chosen = product.plan(64, 768, 3072, False, True, 2)
     assert -(-3072 // chosen.share) > 4
     random = Random(1, "float16")
@@ -254,3 +264,45 @@ def test_plans() -> None:
                 assert plan.share >= k or partial
                 tiles = plan.block_k * 2 * (plan.block_m + plan.block_n)
                 assert plan.stages * tiles <= product.SHARED_BYTES
+
+
+def test_hopper_plans() -> None:
+    """Shares that cover K, a ring that fits, and in it more than the tile that is worked on."""
+    for rows in (1, 5, 16, 17, 64, 100, 128):
+        for width, k in ((768, 96), (768, 768), (768, 3072), (4096, 14336), (50257, 768)):
+            for gated, partial in ((False, False), (True, False), (False, True)):
+                plan = hopper.plan(rows, width, k, gated, partial)
+                assert plan.block_m >= rows
+                assert (plan.splits - 1) * plan.steps * hopper.BLOCK_K < k <= plan.splits * plan.steps * hopper.BLOCK_K
+                assert plan.splits == 1 or partial
+                assert plan.stages >= min(plan.steps, 3)
+                tiles = 2 * hopper.BLOCK_K * (hopper.BLOCK_N * (1 + gated) + plan.block_m)
+                assert plan.stages * tiles <= hopper.RING_BYTES
+
+
+def test_hopper_takes_what_its_copy_engine_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cuda:
+        """A tensor as far as ``supports`` looks."""
+
+        def __init__(self, shape, size=2, at=0) -> None:
+            self.shape, self.size, self.at = shape, size, at
+            self.device = torch.device("cuda")
+
+        def element_size(self) -> int:
+            return self.size
+
+        def data_ptr(self) -> int:
+            return self.at
+
+    weight = Cuda((64, 96))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert hopper.supports(Cuda((8, 96)), weight)
+    assert not hopper.supports(Cuda((8, 96), size=4), weight)
+    assert not hopper.supports(Cuda((129, 96)), weight)
+    assert not hopper.supports(Cuda((8, 100)), Cuda((64, 100)))
+    assert not hopper.supports(Cuda((8, 96), at=8), weight)
+    assert not hopper.supports(Cuda((8, 96)), Cuda((64, 96), at=2))
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+        assert not hopper.supports(Cuda((8, 96)), weight)
+    assert not hopper.supports(torch.zeros(8, 96).half(), torch.zeros(64, 96).half())

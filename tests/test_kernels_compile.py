@@ -1,4 +1,7 @@
-"""Every kernel compiles for sm_80, sm_89, sm_90 and sm_100 without a GPU, none spills, and none grows unseen."""
+"""Every kernel compiles for sm_80, sm_89, sm_90 and sm_100 without a GPU, none spills, and none grows unseen.
+
+``engine/hopper.py`` is for sm_90 alone.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def test_all_compile_without_spills() -> None:
     assert {kernel for kernel, *_ in rows} == {
         *("pack", "store", "freeze", "advance", "attend", "attend_fresh", "attend_table", "combine", "store_full"),
         *("attend_full", "advance_spread", "pack_layers", "store_layers", "freeze_layers"),
-        *("linear", "dense", "add_norm"),
+        *("linear", "dense", "stream", "add_norm"),
     }
     bad = [row for row in rows if isinstance(row[3], str) or row[3]["STACK"] > STACK or row[3]["LOCAL"]]
     assert not bad, bad

@@ -1,9 +1,9 @@
 """Which models run by fused kernels instead of their own forward, and how: one decode step, rounded as theirs is.
 
 GPT-2 and the Llama family (Llama, Mistral, Qwen2) are one list of layers here, ``norm, qkv, attention, out, norm, up,
-down``, and differ in its norms, biases and activation.  Up to four rows each product is one launch with all that
-surrounds it (``linear.py``); more rows take tensor cores, and the norms a launch each (``product.py``, ``norm.py``);
-many rows, and tensors elsewhere than on a CUDA device, PyTorch.
+down``, and differ in its norms, biases and activation.  Few rows take one launch a product with all that surrounds it
+(``linear.py``); more take tensor cores, and the norms a launch each (``product.py``, ``hopper.py``, ``norm.py``); many
+rows, and tensors elsewhere than on a CUDA device, PyTorch.
 
 A decoder holds the model's own weights, no copies: products that are fused here get one tensor, and the model's
 parameters become views of it.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvruntime.engine import linear, norm, product, reference
+from kvruntime.engine import hopper, linear, norm, product, reference
 from kvruntime.engine.reference import Norm
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -78,12 +78,12 @@ class Decoder:
         num_rows = tokens.shape[0]
         if not kernels:
             return self._narrow(hidden, attend, reference.linear)
-        if num_rows <= linear.MAX_ROWS:
+        if num_rows <= (1 if hopper.supports(hidden, self.head.weight) else linear.MAX_ROWS):
             return self._narrow(hidden, attend, linear.linear)
         return self._wide(hidden, attend)
 
     def _narrow(self, hidden: Tensor, attend: Attend, run: Callable[..., Tensor]) -> Tensor:
-        """Four products a layer, each with all that surrounds it."""
+        """Four launches a layer, each a product with all that surrounds it."""
         for index, layer in enumerate(self.layers):
             qkv = run(hidden, layer.qkv.weight, layer.qkv.bias, norm=layer.attention_norm)
             attended = attend(index, qkv)

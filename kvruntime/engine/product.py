@@ -1,4 +1,4 @@
-"""Triton: products of a decode step's rows with a weight on the matrix units, for more rows than ``linear.py`` takes::
+"""Triton: products of a decode step's rows with a weight on the matrix units, where ``linear.py`` has too many rows::
 
     y = activation(x W^T + bias)        x [M, K], W [N, K];   or its parts over shares of K, in float32
 
@@ -7,7 +7,7 @@ come into the L2 cache before it waits for the launch that makes ``x`` (sm_90 an
 Where N alone would leave multiprocessors idle, K is split too and the parts are left for the norm that follows
 (``norm.py``) to sum: in order, so that the result does not depend on timing.
 
-Parallel over blocks of rows of W, blocks of rows of x, and shares of K.
+Parallel over blocks of rows of W, blocks of rows of x, and shares of K.  On Hopper ``hopper.py`` takes what it can.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvruntime.engine import reference
+from kvruntime.engine import hopper, reference
 from kvruntime.engine.linear import NUM_SMS, activate, load_biases, overlaps
 
 MAX_ROWS = 128
@@ -147,6 +147,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     num_rows, k = x.shape
     if num_rows > MAX_ROWS:
         raise ValueError(f"x has {num_rows} rows, not 1 to {MAX_ROWS}")
+    if hopper.supports(x, weight):
+        return hopper.launch(x, weight, bias, activation, partial)
     chosen = plan(num_rows, width, k, activation == "silu", partial, weight.element_size())
     splits = -(-k // chosen.share)
     early = overlaps(x.device)
