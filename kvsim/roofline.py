@@ -43,8 +43,7 @@ class Constants:
 
     ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides, in an engine of
     ``engine_layer_seconds`` what stands there; ``engine_wide``: by engine, above how many ``rows`` a step takes
-    ``layer_seconds`` a layer more and the share ``weights`` of the weight stream; ``quantize_seconds`` more where its
-    cache is quantized, by width or engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.
+    ``layer_seconds`` a layer more; ``quantize_seconds`` more where its cache is quantized, by width or engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.
     ``prefill_seconds``, ``prefill_queue``: what a first token waits besides its prefill, and the share of a prefill
     that each further request in flight adds.
     ``vector_ops``: operations to unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.
@@ -196,13 +195,12 @@ class Roofline:
         codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
         return seconds, maximum(0.0, codes * self.fixed.vector_ops / self.lanes - seconds)
 
-    def wide(self, batch_size: Any) -> tuple[Any, Any]:
-        """Seconds, and share of the weight stream, that a step of so many rows takes more than one of few."""
+    def wide(self, batch_size: Any) -> Any:
+        """Seconds that a step of so many rows takes more than one of few."""
         more = self.fixed.engine_wide.get(self.engine)
         if more is None:
-            return 0.0, 0.0
-        above = batch_size > more["rows"]  # a bool, or an array of them
-        return above * (more["layer_seconds"] * self.model.num_layers), above * more["weights"]
+            return 0.0
+        return (batch_size > more["rows"]) * (more["layer_seconds"] * self.model.num_layers)  # of a bool, or an array
 
     def overhead(self, method: Method) -> float:
         """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where

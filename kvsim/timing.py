@@ -251,15 +251,13 @@ def _decode_parts(
     roofline: Roofline, method: Method, batch_size: Any, num_tokens: Any, maximum: Any = max
 ) -> dict[str, Any]:
     weights, widen = roofline.weights(batch_size)
-    seconds, share = roofline.wide(batch_size)
-    weights = weights * (1 + share)
     stream, unpack = roofline.attention(method, batch_size, num_tokens, maximum)
     return {
         "weights": weights,
         "compute": maximum(0.0, roofline.products(batch_size, batch_size) - weights - widen),
         "kv": stream + roofline.states(batch_size),
         "dequantize": widen + unpack,
-        "overhead": roofline.overhead(method) + seconds,
+        "overhead": roofline.overhead(method) + roofline.wide(batch_size),
         "communication": roofline.communication(batch_size),
     }
 

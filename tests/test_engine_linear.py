@@ -298,7 +298,6 @@ def test_hopper_takes_what_its_copy_engine_reaches(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert hopper.supports(Cuda((8, 96)), weight)
     assert not hopper.supports(Cuda((8, 96), size=4), weight)
-    assert not hopper.supports(Cuda((129, 96)), weight)
     assert not hopper.supports(Cuda((8, 100)), Cuda((64, 100)))
     assert not hopper.supports(Cuda((8, 96), at=8), weight)
     assert not hopper.supports(Cuda((8, 96)), Cuda((64, 96), at=2))

@@ -1,7 +1,7 @@
 """Whole decode steps that ``kvruntime bench engine`` recorded against kvsim's: a layer's cost in that engine.
 
 A step takes what kvsim's weights and attention take and ``engine_layer_seconds`` a layer.  Above ``engine_wide``'s rows
-the products are other kernels: its ``layer_seconds`` a layer and its ``weights`` of the weight stream more.
+the products are other kernels, in more launches: its ``layer_seconds`` a layer more.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ def method_named(name: str) -> Method:
 
 
 def fit(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
-    """The engine's three numbers by least squares of the relative errors."""
+    """The engine's two numbers by least squares of the relative errors."""
     free = replace(fixed, engine_layer_seconds=dict(fixed.engine_layer_seconds) | {ENGINE: 0.0}, engine_wide={})
     rows = fixed.engine_wide[ENGINE]["rows"]
     left, right = [], []
     for step in steps:
         parts, layers = step.parts(free), step.model.num_layers
         wide = step.batch_size > rows
-        left.append([layers / step.seconds, wide * layers / step.seconds, wide * parts["weights"] / step.seconds])
+        left.append([layers / step.seconds, wide * layers / step.seconds])
         right.append(1 - sum(parts.values()) / step.seconds)
-    layer, more, share = (float(f"{value:.3g}") for value in np.linalg.lstsq(np.array(left), np.array(right))[0])
+    layer, more = (float(f"{value:.3g}") for value in np.linalg.lstsq(np.array(left), np.array(right))[0])
     return replace(
         fixed,
         engine_layer_seconds=dict(fixed.engine_layer_seconds) | {ENGINE: layer},
-        engine_wide={ENGINE: {"rows": rows, "layer_seconds": more, "weights": share}},
+        engine_wide={ENGINE: {"rows": rows, "layer_seconds": more}},
     )
 
 

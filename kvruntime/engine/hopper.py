@@ -26,7 +26,6 @@ from kvruntime.engine.linear import NUM_SMS, activate, overlaps
 
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9, before it
 
-MAX_ROWS = 128
 BLOCK_N = 64
 """Rows of W a program, of each half where it is gated: what one warp group multiplies at once."""
 BLOCK_K = 128
@@ -158,7 +157,6 @@ def supports(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cuda"
         and torch.cuda.get_device_capability(x.device)[0] == 9
         and x.element_size() == 2
-        and x.shape[0] <= MAX_ROWS
         and x.shape[1] % 8 == 0
         and x.data_ptr() % 16 == 0
         and weight.data_ptr() % 16 == 0
