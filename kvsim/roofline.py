@@ -43,9 +43,9 @@ class Constants:
 
     ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides, in an engine of
     ``engine_layer_seconds`` what stands there; ``engine_wide``: by engine, above how many ``rows`` a step takes
-    ``layer_seconds`` a layer more; ``quantize_seconds`` more where its cache is quantized, by width or engine and width as ``kernels``.  ``prefill_efficiency``: arithmetic.
-    ``prefill_seconds``, ``prefill_queue``: what a first token waits besides its prefill, and the share of a prefill
-    that each further request in flight adds.
+    ``layer_seconds`` a layer more; ``quantize_seconds`` more where its cache is quantized, by width or engine and
+    width as ``kernels``. ``prefill_efficiency``: arithmetic. ``prefill_seconds``, ``prefill_queue``: what a first
+    token waits besides its prefill, and the share of a prefill that each further request in flight adds.
     ``vector_ops``: operations to unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.
     ``chunk_tokens``: prompt tokens a step.
     ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
