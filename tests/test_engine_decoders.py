@@ -167,7 +167,7 @@ def test_a_second_decoder_shares_the_first_ones_weights(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 3, 5, 17])
+@pytest.mark.parametrize("rows", [1, 2, 3, 17])
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama biases"])
 def test_kernels_equal_pytorch(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The narrow launches and the wide ones, in float16 against the same in PyTorch."""

@@ -78,7 +78,7 @@ class Decoder:
         num_rows = tokens.shape[0]
         if not kernels:
             return self._narrow(hidden, attend, reference.linear)
-        if num_rows <= (1 if hopper.supports(hidden, self.head.weight) else linear.MAX_ROWS):
+        if num_rows <= few_rows(hidden, self.head.weight):
             return self._narrow(hidden, attend, linear.linear)
         return self._wide(hidden, attend)
 
@@ -107,6 +107,13 @@ class Decoder:
 def runs_kernels(x: Tensor) -> bool:
     """Whether the Triton kernels take ``x``, or PyTorch."""
     return x.device.type == "cuda"
+
+
+def few_rows(x: Tensor, weight: Tensor) -> int:
+    """Up to how many rows ``linear.py`` is the fastest, by the chains of docs/kernels.md on an H100."""
+    if hopper.supports(x, weight):
+        return 1
+    return 2 if x.element_size() == 2 else linear.MAX_ROWS
 
 
 def by_cublas(x: Tensor) -> bool:
