@@ -2,13 +2,16 @@
 
 Values are arrays, layouts are nothing (that a layout conversion moves no data is asserted when the kernel is compiled),
 asynchronous copies happen at once, inline PTX is the few instructions of ``ASM``.  New shared memory is poisoned.
+Barriers count bytes and phases, and a wait that would never end is an error; warp-group products happen only when they
+are waited for, so a tile that is overwritten before its product is done spoils the result.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -170,6 +173,82 @@ def mma_v2(a, b, acc):
         return Value((np.matmul(a.a.astype(np.float64), b.a.astype(np.float64)) + acc.a).astype(np.float32))
 
 
+class Descriptor:
+    """A matrix as the copy engine sees it: tiles of ``block``, zeros outside."""
+
+    layout = None
+
+    def __init__(self, tensor, block, layout) -> None:
+        self.a, self.block, self.dtype = tensor.numpy(), tuple(block), tensor.numpy().dtype
+
+    def tile(self, coordinates):
+        out = np.zeros(self.block, self.a.dtype)
+        starts = [int(raw(at)) for at in coordinates]
+        inside = self.a[tuple(slice(at, at + size) for at, size in zip(starts, self.block, strict=True))]
+        out[tuple(map(slice, inside.shape))] = inside
+        return out
+
+
+class Barriers:
+    """Memory barriers by their place in shared memory: complete phases, bytes that are due, whether someone arrived."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, list[int]] = {}
+
+    def state(self, bar):
+        return self.states[bar.a.__array_interface__["data"][0]]
+
+    def init(self, bar, count):
+        assert count == 1
+        self.states[bar.a.__array_interface__["data"][0]] = [0, 0, 0]
+
+    def changed(self, state):
+        if state[2] and not state[1]:
+            state[:] = [state[0] + 1, 0, 0]
+
+    def expect(self, bar, nbytes, pred=True):
+        state = self.state(bar)
+        if pred:
+            assert not state[2], "a barrier that someone has arrived at"
+            state[1:] = [state[1] + nbytes, 1]
+            self.changed(state)
+
+    def load(self, descriptor, coordinates, bar, tile, pred=True):
+        if pred:
+            state = self.state(bar)
+            tile.a[...] = descriptor.tile(coordinates)
+            state[1] -= tile.a.nbytes
+            self.changed(state)
+
+    def wait(self, bar, parity):
+        assert self.state(bar)[0] % 2 != parity, "a wait that never ends"
+
+    def invalidate(self, bar):
+        assert self.state(bar)[1:] == [0, 0], "copies under way into memory that is given back"
+
+
+class Accumulator(Value):
+    """The sum of warp-group products, of which some may be to come."""
+
+
+class WarpGroup:
+    def __init__(self) -> None:
+        self.products: list[tuple[Shared, Shared, Accumulator]] = []
+
+    def warpgroup_mma(self, a, b, acc, is_async):
+        assert is_async
+        assert a.a.dtype == b.a.dtype == np.float16
+        acc = acc if isinstance(acc, Accumulator) else Accumulator(acc.a)
+        self.products.append((a, b, acc))
+        return acc
+
+    def warpgroup_mma_wait(self, num_outstanding, deps):
+        while len(self.products) > num_outstanding:
+            a, b, acc = self.products.pop(0)
+            acc.a = (acc.a + a.a.astype(np.float64) @ b.a.astype(np.float64)).astype(np.float32)
+        return deps[0] if len(deps) == 1 else tuple(deps)
+
+
 def swap(x):
     return x[..., np.arange(8) ^ 4]
 
@@ -252,13 +331,15 @@ GL = SimpleNamespace(
     load=load, store=store, atomic_add=atomic_add, barrier=lambda: None,
     join=lambda a, b: Value(np.stack([a.a, b.a], -1)), broadcast=broadcast, where=where,
     convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range, static_assert=lambda _: None,
-    maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp2=unary(np.exp2), log2=unary(np.log2),
+    maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp=unary(np.exp),
+    exp2=unary(np.exp2), log2=unary(np.log2),
     max=lambda x, axis=None: Value(np.fmax.reduce(x.a, axis)), fma=fma,
     sum=lambda x, axis=None: Value(np.sum(x.a, axis, dtype=x.dtype)),
     associative_scan=lambda x, axis, function: Value(np.cumsum(x.a, axis, dtype=x.dtype)),
     inline_asm_elementwise=inline_asm_elementwise, allocate_shared_memory=allocate,
     BlockedLayout=Layout, SliceLayout=Layout, DotOperandLayout=Layout, NVMMADistributedLayout=Layout,
     SwizzledSharedLayout=Layout, DistributedLinearLayout=Layout,
+    NVMMASharedLayout=SimpleNamespace(get_default_for=lambda shape, dtype: Layout()),
 )  # fmt: skip
 
 
@@ -295,8 +376,10 @@ def jit(function=None, **_):
     return Jit(function) if function else Jit
 
 
-def run_file(path) -> dict[str, object]:
-    """The names of a kernel file whose kernels run here."""
+def run_file(path, **others: object) -> dict[str, object]:
+    """The names of a kernel file whose kernels run here, with ``others`` for what it imports from kernel files."""
+    barriers = Barriers()
+    sys.modules.setdefault("kernels_in_numpy", ModuleType("kernels_in_numpy"))  # dataclasses look for it
     text = re.sub(r"^(import triton|from triton).*\n", "", path.read_text(), flags=re.MULTILINE)
     names = {
         "__name__": "kernels_in_numpy", "gl": GL, "tl": GL,
@@ -304,6 +387,10 @@ def run_file(path) -> dict[str, object]:
         "triton": SimpleNamespace(jit=jit, next_power_of_2=lambda n: 1 << (n - 1).bit_length()), "mma_v2": mma_v2,
         "async_copy": SimpleNamespace(async_load=copy_async, commit_group=lambda: None, wait_group=lambda n: None),
         "gdc_wait": lambda: None, "gdc_launch_dependents": lambda: None,
+        "TensorDescriptor": SimpleNamespace(from_tensor=Descriptor),
+        "tma": SimpleNamespace(async_load=barriers.load), "mbarrier": barriers, "hopper": WarpGroup(),
     }  # fmt: skip
+    barriers.MBarrierLayout = Layout
     exec(compile(text, str(path), "exec"), names)
+    names.update(others)
     return names

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+import gluon_numpy  # noqa: E402
 
 from kvruntime.engine import hopper, linear, norm, product, reference  # noqa: E402
 from kvruntime.engine.reference import Norm  # noqa: E402
@@ -142,23 +146,39 @@ SIZES = [
     (33, 70, 200),
     (64, 64, 256),
     (100, 40, 256),
+    (3, 20, 2000),  # more tiles than are under way at once
+    (70, 40, 2000),
 ]
 if DEVICE == "cuda":
     SIZES += [(m, n, k) for m in (8, 64, 128) for n, k in ((2304, 768), (768, 3072), (50257, 768), (4096, 14336))]
 
 
-@pytest.fixture(params=[True, False] if ON_HOPPER else [False], ids=["hopper", "any"][not ON_HOPPER :])
-def kernel(request, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``product.py`` with and without the kernel that is Hopper's own, where the device is one."""
-    if not request.param:
+def hopper_in_numpy() -> dict[str, object]:
+    """What ``hopper.py`` defines, its kernel run by ``gluon_numpy.py``."""
+    return gluon_numpy.run_file(Path(hopper.__file__), activate=gluon_numpy.run_file(Path(linear.__file__))["activate"])
+
+
+KERNELS = [("any", dtype) for dtype in DTYPES]
+if DEVICE == "cpu" or ON_HOPPER:
+    KERNELS += [("hopper", dtype) for dtype in DTYPES if dtype != "float32"]
+
+
+@pytest.fixture(params=KERNELS, ids="-".join)
+def dtype_of_product(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The type for ``product`` by its own kernel, and by Hopper's, which runs in NumPy without a device."""
+    name, dtype = request.param
+    if name == "any":
         monkeypatch.setattr(hopper, "supports", lambda x, weight: False)
+    elif DEVICE == "cpu":
+        monkeypatch.setattr(hopper, "supports", lambda x, weight: True)
+        monkeypatch.setattr(hopper, "launch", hopper_in_numpy()["launch"])
+    return dtype
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, "gelu", "silu"])
 @pytest.mark.parametrize(("rows", "width", "k"), SIZES)
-def test_product(kernel, rows, width, k, activation, dtype) -> None:
-    random = Random(rows, dtype)
+def test_product(dtype_of_product, rows, width, k, activation) -> None:
+    random = Random(rows, dtype_of_product)
     factor = 2 if activation == "silu" else 1
     x, weight = random(rows, k), random(factor * width, k, scale=k**-0.5)
     bias = random(factor * width) if rows % 3 else None
@@ -167,11 +187,10 @@ def test_product(kernel, rows, width, k, activation, dtype) -> None:
     hold(got, wanted, exact_linear(x.double(), weight.double(), double(bias), None, activation, None))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS[1:])
 @pytest.mark.parametrize(("rows", "width", "k"), [size for size in SIZES if size[1] <= 4096])  # no model adds logits
-def test_parts_and_add_norm(kernel, rows, width, k, kind, dtype) -> None:
-    random = Random(rows, dtype)
+def test_parts_and_add_norm(dtype_of_product, rows, width, k, kind) -> None:
+    random = Random(rows, dtype_of_product)
     x, weight, hidden, bias = random(rows, k), random(width, k, scale=k**-0.5), random(rows, width), random(width)
     given = random.norm(kind, width)
     parts = product.parts(x, weight)
@@ -278,6 +297,26 @@ def test_hopper_plans() -> None:
                 assert plan.stages >= min(plan.steps, 3)
                 tiles = 2 * hopper.BLOCK_K * (hopper.BLOCK_N * (1 + gated) + plan.block_m)
                 assert plan.stages * tiles <= hopper.RING_BYTES
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it would not end on a device")
+def test_a_ring_of_one_tile_would_not_end() -> None:
+    """What ``gluon_numpy.py`` says of a refill that waits for its own product."""
+    run, x = hopper_in_numpy(), torch.zeros(8, 256, dtype=torch.float16)
+    launch = run["stream_kernel"][1, 1]
+    tiles = [run["tiles_of"](x, 8), run["tiles_of"](x, 64)]
+    sizes = {
+        "BLOCK_M": 8,
+        "BLOCK_N": 64,
+        "BLOCK_K": 128,
+        "STEPS": 2,
+        "ACTIVATION": None,
+        "PARTIAL": False,
+        "EARLY": False,
+    }
+    launch(*tiles, None, torch.empty(8, 8, dtype=torch.float16), 8, 8, STAGES=2, **sizes)
+    with pytest.raises(AssertionError, match="a wait that never ends"):
+        launch(*tiles, None, torch.empty(8, 8, dtype=torch.float16), 8, 8, STAGES=1, **sizes)
 
 
 def test_hopper_takes_what_its_copy_engine_reaches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,12 +54,12 @@ def stream_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
     ACTIVATION: gl.constexpr, PARTIAL: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """``STEPS``: tiles of K a program.  ``PARTIAL``: store float32, share by share."""
+    """16-bit numbers.  ``STEPS``: tiles of K a program.  ``PARTIAL``: store float32, share by share."""
     if EARLY:
         gdc_launch_dependents()
     GATED: gl.constexpr = ACTIVATION == "silu"
     dtype: gl.constexpr = weight_desc.dtype
-    BYTES: gl.constexpr = ((2 if GATED else 1) * BLOCK_N + BLOCK_M) * BLOCK_K * (dtype.primitive_bitwidth // 8)
+    BYTES: gl.constexpr = ((2 if GATED else 1) * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     first = gl.program_id(0) * BLOCK_N
     share = gl.program_id(1)
     begin = share * (STEPS * BLOCK_K)
@@ -108,7 +108,7 @@ def stream_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(stage))
     out_dtype: gl.constexpr = out_ptr.dtype.element_ty
-    LAYOUT: gl.constexpr = store_layout(128 // out_dtype.primitive_bitwidth)
+    LAYOUT: gl.constexpr = store_layout(4 if PARTIAL else 8)
     n = first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT))
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
     y = gl.convert_layout(acc, LAYOUT)
