@@ -1,7 +1,7 @@
 """A fault of each kind that compute-sanitizer is to find, so that ``validation/record.sh`` knows that it looks.
 
-``python tests/faults.py memcheck`` stores outside a tensor; with ``racecheck`` all threads write one shared word.
-Without the tool the second ends well.
+``python tests/faults.py memcheck`` stores right behind a tensor; with ``racecheck`` all threads write one shared word.
+Without the tool both end well.
 """
 
 from __future__ import annotations
@@ -29,5 +29,5 @@ def faulty_kernel(x_ptr, out_ptr, offset, RACING: tl.constexpr):
 if __name__ == "__main__":
     racing = {"memcheck": False, "racecheck": True}[sys.argv[1]]
     x = torch.arange(128, dtype=torch.int32, device="cuda")
-    faulty_kernel[(1,)](x, torch.empty_like(x), 0 if racing else 1 << 22, RACING=racing, num_warps=4)
+    faulty_kernel[(1,)](x, torch.empty_like(x), 0 if racing else len(x), RACING=racing, num_warps=4)
     torch.cuda.synchronize()
