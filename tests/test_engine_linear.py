@@ -106,14 +106,12 @@ def test_linear(rows, width, k, bias, kind, activation, dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 def test_linear_takes_tile_after_tile(rows: int, activation: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than programs, the last of them half empty."""
-    monkeypatch.setattr(linear, "NUM_SMS", 1)
-    linear.plan.cache_clear()
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 1)
     width = 103
-    plan = linear.plan(width, 256, 4 if rows == 3 else 1, activation == "silu", 2)
+    plan = linear.plan(width, 256, 4 if rows == 3 else 1, activation == "silu", 2, 1)
     assert plan.num_programs < plan.num_tiles
     assert width % plan.block_n
     run_linear(rows, width, 256, "layer", activation, "float16", True)
-    linear.plan.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="too many programs for the interpreter")
@@ -286,10 +284,13 @@ def test_plans() -> None:
 
 
 def test_hopper_plans() -> None:
-    """Shares that cover K, a ring that fits, and in it more than the tile that is worked on."""
+    """Shares that cover K and run at once, a ring that fits, and in it more than the tile that is worked on."""
     for rows in (1, 5, 16, 17, 64, 100, 128):
         for width, k in ((768, 96), (768, 768), (768, 3072), (4096, 14336), (50257, 768)):
             for gated, partial in ((False, False), (True, False), (False, True)):
+                for num_sms in (78, 114, 132):
+                    tiles = -(-width // hopper.BLOCK_N)
+                    assert hopper.plan(rows, width, k, gated, True, num_sms).splits <= max(1, num_sms // tiles)
                 plan = hopper.plan(rows, width, k, gated, partial)
                 assert plan.block_m >= rows
                 assert (plan.splits - 1) * plan.steps * hopper.BLOCK_K < k <= plan.splits * plan.steps * hopper.BLOCK_K

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvruntime.engine.linear import NUM_SMS, activate, overlaps
+from kvruntime.engine.linear import NUM_SMS, activate, multiprocessors, overlaps
 
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9, before it
 
@@ -137,8 +137,8 @@ class Plan:
 
 
 @cache
-def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool) -> Plan:
-    """Where K may be split, about one program a multiprocessor.
+def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, num_sms: int = NUM_SMS) -> Plan:
+    """Where K may be split, as many programs as run at once: one a multiprocessor.
 
     >>> plan(8, 4096, 4096, False, True)
     Plan(block_m=8, steps=16, stages=11, splits=2)
@@ -146,7 +146,7 @@ def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool) -> Plan:
     block_m = max(8, 1 << (num_rows - 1).bit_length())
     steps = -(-k // BLOCK_K)
     if partial:
-        steps = -(-steps // max(1, min(steps, NUM_SMS // -(-width // BLOCK_N))))
+        steps = -(-steps // max(1, min(steps, num_sms // -(-width // BLOCK_N))))
     tile = 2 * BLOCK_K * (BLOCK_N * (2 if gated else 1) + block_m)
     return Plan(block_m, steps, min(steps, RING_BYTES // tile), -(-k // (steps * BLOCK_K)))
 
@@ -174,7 +174,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     """``product.product`` or ``product.parts`` of checked arguments that :func:`supports` takes."""
     num_rows, k = x.shape
     width = weight.shape[0] // (2 if activation == "silu" else 1)
-    chosen = plan(num_rows, width, k, activation == "silu", partial)
+    chosen = plan(num_rows, width, k, activation == "silu", partial, multiprocessors(x.device))
     early = overlaps(x.device)
     shape = (chosen.splits, num_rows, width) if partial else (num_rows, width)
     out = x.new_empty(shape, dtype=torch.float32 if partial else x.dtype)

@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.engine import reference
 from kvruntime.engine.reference import Norm
+from kvruntime.kivi.attention import num_multiprocessors
 
 MAX_ROWS = 4
 WHOLE_K = 4096
@@ -31,7 +32,7 @@ STEP_K = 2048
 OVERLAP = True
 """Whether launches overlap on devices that can (sm_90 and later)."""
 NUM_SMS = 132
-"""Multiprocessors to share the work among: an H100's; other cards get the same programs."""
+"""Multiprocessors of an H100: what a plan shares the work among where it is not told a device's."""
 
 
 @triton.jit
@@ -246,7 +247,7 @@ class Plan:
 
 
 @cache
-def plan(width: int, k: int, rows: int, gated: bool, itemsize: int) -> Plan:
+def plan(width: int, k: int, rows: int, gated: bool, itemsize: int, num_sms: int = NUM_SMS) -> Plan:
     """Tiles of about eight 16-byte loads a thread, fewer where there would be less than four programs a multiprocessor.
 
     >>> plan(2304, 768, 1, False, 2)
@@ -259,13 +260,18 @@ def plan(width: int, k: int, rows: int, gated: bool, itemsize: int) -> Plan:
     block_n = max(1, 8 // loads)
     if k > WHOLE_K:  # every row has sums of its own
         block_n = max(1, block_n // rows)
-    while block_n > 1 and -(-width // block_n) < 4 * NUM_SMS:
+    while block_n > 1 and -(-width // block_n) < 4 * num_sms:
         block_n //= 2
     num_tiles = -(-width // block_n)
     num_programs = num_tiles
-    if k <= WHOLE_K and num_tiles > 8 * NUM_SMS:
-        num_programs = NUM_SMS * (4 if num_warps <= 4 else 1)  # as many as the registers hold at once
+    if k <= WHOLE_K and num_tiles > 8 * num_sms:
+        num_programs = num_sms * (4 if num_warps <= 4 else 1)  # as many as the registers hold at once
     return Plan(block_n, block_k, num_warps, num_programs, num_tiles)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of ``device``; elsewhere than on CUDA an H100's."""
+    return num_multiprocessors(device) if device.type == "cuda" else NUM_SMS
 
 
 def overlaps(device: torch.device) -> bool:
@@ -301,7 +307,7 @@ def linear(
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"x has {num_rows} rows, not 1 to {MAX_ROWS}")
     rows = triton.next_power_of_2(num_rows)
-    chosen = plan(width, k, rows, activation == "silu", weight.element_size())
+    chosen = plan(width, k, rows, activation == "silu", weight.element_size(), multiprocessors(x.device))
     early = overlaps(x.device)
     out = x.new_empty(num_rows, width)
     linear_kernel[(chosen.num_programs,)](

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.engine import hopper, reference
-from kvruntime.engine.linear import NUM_SMS, activate, load_biases, overlaps
+from kvruntime.engine.linear import NUM_SMS, activate, load_biases, multiprocessors, overlaps
 
 MAX_ROWS = 128
 """Beyond, cuBLAS."""
@@ -119,7 +119,7 @@ class Plan:
 
 
 @cache
-def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, itemsize: int) -> Plan:
+def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, itemsize: int, num_sms: int = NUM_SMS) -> Plan:
     """Tiles as wide as leave two programs a multiprocessor; where K may be split, about one program each.
 
     >>> plan(64, 768, 3072, False, True, 2)
@@ -129,13 +129,13 @@ def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, itemsize
     blocks_m = -(-num_rows // block_m)
     narrowest = 64 if partial else 16 if block_m == 16 else 32
     block_n = 64 if gated else 128
-    while block_n > narrowest and -(-width // block_n) * blocks_m < 2 * NUM_SMS:
+    while block_n > narrowest and -(-width // block_n) * blocks_m < 2 * num_sms:
         block_n //= 2
     block_k = 64 if block_n == 128 or itemsize == 4 else 128
     while block_k > 16 and block_k >= 2 * k:
         block_k //= 2
     steps = -(-k // block_k)
-    splits = max(1, min(steps, NUM_SMS // (-(-width // block_n) * blocks_m))) if partial else 1
+    splits = max(1, min(steps, num_sms // (-(-width // block_n) * blocks_m))) if partial else 1
     share = -(-steps // splits) * block_k
     tiles = block_k * itemsize * (block_m + block_n * (2 if gated else 1))
     sums = gcd(share // block_k, 8) if itemsize == 4 else 1
@@ -149,7 +149,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         raise ValueError(f"x has {num_rows} rows, not 1 to {MAX_ROWS}")
     if hopper.supports(x, weight):
         return hopper.launch(x, weight, bias, activation, partial)
-    chosen = plan(num_rows, width, k, activation == "silu", partial, weight.element_size())
+    num_sms = multiprocessors(x.device)
+    chosen = plan(num_rows, width, k, activation == "silu", partial, weight.element_size(), num_sms)
     splits = -(-k // chosen.share)
     early = overlaps(x.device)
     shape = (splits, num_rows, width) if partial else (num_rows, width)
