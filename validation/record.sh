@@ -78,16 +78,18 @@ calibrate() {
 
 sanitized() { # compute-sanitizer over the kernels' grid in float16, in one process; first without it, which compiles
     local -x PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else a tensor is a part of 2 MB, and what leaves it is not seen
-    compute-sanitizer --tool "$1" --kernel-name kns=faulty_kernel python3 tests/faults.py "$1" 2>&1 | grep -q "at faulty_kernel" || {
+    local said
+    said="$(compute-sanitizer --tool "$1" --kernel-name kns=faulty_kernel python3 tests/faults.py "$1" 2>&1)"
+    [[ "$said" == *"at faulty_kernel"* ]] || {
         echo "$1 does not see the fault of tests/faults.py, so it says nothing of the others" >&2
         return 1
     }
-    local points=(-p no:cacheprovider -p no:benchmark -k "not compiles and not bfloat16 and not float32"
+    local points=(-p no:cacheprovider -p no:benchmark -k "not compiles and not bfloat16 and not float32 and not 50257 and not 14336"
         tests/test_step.py tests/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
         tests/test_prompt.py::test_layers_that_differ_are_stored_alone tests/test_fast.py
-        tests/test_kernels.py::test_words_bit_exact)
+        tests/test_kernels.py::test_words_bit_exact tests/test_engine_linear.py::test_product)
     local kernels=() name
-    for name in attend combine step store pack freeze stream; do kernels+=(--kernel-name "kns=${name}_kernel"); done
+    for name in attend combine step store pack freeze stream product; do kernels+=(--kernel-name "kns=${name}_kernel"); done
     python3 -m pytest -q -n $(($(nproc) * 3 / 4)) "${points[@]}" || return
     compute-sanitizer --tool "$1" "${kernels[@]}" --error-exitcode 1 python3 -m pytest -v -x -p no:xdist "${points[@]}"
 }

@@ -32,14 +32,11 @@ BLOCK_K = 128
 RING_BYTES = 200 << 10
 """Of shared memory for the tiles under way: one program a multiprocessor."""
 NUM_WARPS = 4
-PRODUCT_LAYOUT = {
-    rows: gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, rows, 16]) for rows in (8, 16, 32, 64, 128)
-}
 
 
 @gluon.constexpr_function
 def product_layout(block_m):
-    return PRODUCT_LAYOUT[block_m]
+    return gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, block_m, 16])
 
 
 @gluon.constexpr_function
