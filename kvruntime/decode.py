@@ -17,8 +17,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvruntime.kivi.attention import COMBINE_D, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
 from kvruntime.kivi.step import embedded_token, overlaps
 
-BLOCK_N = 64
-"""Tokens a step of the loop."""
+TILES = {2: (128, 64, 32), 4: (16,)}
+"""Tokens a step of the loop by bytes a number, the first that shared memory takes; more in float32 spill."""
+NUM_STAGES = 3
+"""One tile that is worked on and two under way, which lie in shared memory."""
+SHARED_BYTES = 99 << 10
+"""Shared memory of a program where no device says, that of sm_89."""
+BESIDE_BYTES = 10 << 10
+"""Of it beside the tiles: queries, weights and what a program reserves."""
 MAX_SPLITS = 128
 MAX_Q_PER_KV = 16
 
@@ -133,9 +139,37 @@ def store(
     )  # fmt: skip
 
 
-def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
-    """Splits of a row: two programs on each of ``num_sms`` multiprocessors, each with at least 128 tokens."""
-    return max(1, min(2 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def plan_tile(channels: int, element_size: int, shared_bytes: int) -> tuple[int, int]:
+    """Tokens a step of the loop, and programs that a multiprocessor holds at once.  ``channels``: of key and value.
+
+    >>> plan_tile(256, 2, 227 << 10), plan_tile(128, 2, 227 << 10), plan_tile(256, 2, 99 << 10)
+    ((128, 1), (128, 3), (64, 1))
+    """
+    under_way = (NUM_STAGES - 1) * channels * element_size
+    tiles = TILES[element_size]
+    tile = next((tile for tile in tiles if tile * under_way + BESIDE_BYTES <= shared_bytes), tiles[-1])
+    return tile, max(1, shared_bytes // (tile * under_way + BESIDE_BYTES))
+
+
+def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
+    """Splits of a row: those that end first, where ``at_once`` programs run and each costs a tile more than it has.
+
+    >>> plan_splits(8, 131072, 128, 132), plan_splits(24, 20000, 128, 132), plan_splits(512, 4096, 128, 132)
+    (16, 11, 1)
+    """
+    tiles = -(-num_tokens // tile)
+
+    def end(splits: int) -> int:
+        return -(-programs * splits // at_once) * (-(-tiles // splits) + 1)
+
+    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=end)
 
 
 def attend(
@@ -151,17 +185,18 @@ def attend(
     value_dim, q_per_kv = stored_value.shape[3], q_heads // heads
     if q_per_kv > MAX_Q_PER_KV:
         raise ValueError(f"{q_per_kv} query heads a key/value head: allowed are up to {MAX_Q_PER_KV}")
+    block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    tile, a_multiprocessor = plan_tile(block_k + block_v, stored_key.element_size(), shared_bytes(query.device))
     sms = num_multiprocessors(query.device) if query.is_cuda else 1
-    splits = plan_splits(batch_size * heads, num_tokens, sms)
+    splits = plan_splits(batch_size * heads, num_tokens, tile, sms * a_multiprocessor)
     out = query.new_empty(batch_size, q_heads, 1, value_dim)
     partial = query.new_empty(batch_size * q_heads, splits, value_dim, dtype=torch.float32) if splits > 1 else out
     lse = query.new_empty(batch_size * q_heads, splits, dtype=torch.float32)
     dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float16)
     attend_kernel[(splits, batch_size * heads)](
         query, stored_key, stored_value, positions, partial, lse, scale * LOG2E, *query.stride()[:2], num_slots, splits,
-        NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=16, BLOCK_N=BLOCK_N,
-        BLOCK_K=triton.next_power_of_2(key_dim), BLOCK_V=triton.next_power_of_2(value_dim), DOT=dot,
-        NUM_STAGES=3 if max(key_dim, value_dim) <= 128 and query.dtype != torch.float32 else 1, num_warps=4,
+        NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=16, BLOCK_N=tile,
+        BLOCK_K=block_k, BLOCK_V=block_v, DOT=dot, NUM_STAGES=NUM_STAGES, num_warps=4,
         EARLY=(early := overlaps(query)), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if splits > 1:

@@ -78,6 +78,15 @@ STREAMS = {name: point for name, point in PRODUCTS.items() if point[-1] != "fp32
     "llama up x128": (128, 14336, 4096, "silu", False, "bf16"),
     "llama down x128": (128, 4096, 14336, None, True, "bf16"),
 }
+WHOLE = {  # head dimension, query heads a key/value head, dtype
+    "gpt2": (64, 1, "fp16"),
+    "llama": (128, 4, "bf16"),
+    "llama fp32": (128, 4, "fp32"),
+    "phi": (80, 1, "fp16"),
+    "gemma": (256, 16, "bf16"),
+    "gemma fp32": (256, 16, "fp32"),
+}
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
 INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr"), "*i32")
 INTEGERS |= {"layers_ptr": "*i64"}
@@ -88,7 +97,8 @@ def compiled(
 ) -> dict[str, object]:
     """What the compiler makes of a kernel for compute capability ``sm`` (90 = sm_90): ``ptx``, ``cubin``, ...
 
-    Pointers and strides are 16-byte aligned, as PyTorch's are.
+    Pointers and strides are 16-byte aligned, as PyTorch's are.  Raises ``ValueError`` where the device has less
+    shared memory.
     """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = constants | {name: None for name in kernel.arg_names if name not in types and name not in constants}
@@ -99,7 +109,10 @@ def compiled(
     }
     kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = kind(kernel, signature, constants, attrs)
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, **options}).asm
+    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, **options})
+    if made.metadata.shared > SHARED_BYTES[sm]:
+        raise ValueError(f"{made.metadata.shared} bytes of shared memory: sm_{sm} has {SHARED_BYTES[sm]}")
+    return made.asm
 
 
 def resources(
@@ -229,15 +242,17 @@ def store_full(name: str, sm: int) -> dict[str, int]:
 
 
 def attend_full(name: str, sm: int) -> dict[str, int]:
-    dim = METHODS[name][1]
+    dim, q_per_kv, dtype = WHOLE[name]
     block = triton.next_power_of_2(dim)
+    size = 4 if dtype == "fp32" else 2
     fixed = {"positions_ptr": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     constants = {
-        "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_M": 16, "BLOCK_N": decode.BLOCK_N,
-        "BLOCK_K": block, "BLOCK_V": block, "DOT": tl.bfloat16, "NUM_STAGES": 3 if dim <= 128 else 1,
-        "EARLY": sm >= 90,
+        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_M": 16,
+        "BLOCK_N": decode.plan_tile(2 * block, size, SHARED_BYTES[sm])[0], "BLOCK_K": block, "BLOCK_V": block,
+        "DOT": getattr(tl, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[dtype]),
+        "NUM_STAGES": decode.NUM_STAGES, "EARLY": sm >= 90,
     }  # fmt: skip
-    return resources(decode.attend_kernel, arguments(decode.attend_kernel, "bf16", **fixed), constants, sm, 4)
+    return resources(decode.attend_kernel, arguments(decode.attend_kernel, dtype, **fixed), constants, sm, 4)
 
 
 def combine(name: str, sm: int) -> dict[str, int]:
@@ -303,9 +318,9 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
 
 KERNELS = {
     function.__name__: function
-    for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, store_full, attend_full)
+    for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
-ENGINE = {linear: LAYERS, dense: PRODUCTS, stream: STREAMS, add_norm: NORMS}
+ENGINE = {attend_full: WHOLE, linear: LAYERS, dense: PRODUCTS, stream: STREAMS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}
 
 

@@ -32,6 +32,8 @@ BLOCK_K = 128
 RING_BYTES = 200 << 10
 """Of shared memory for the tiles under way: one program a multiprocessor."""
 NUM_WARPS = 4
+SMALL = 5 << 19
+"""Numbers of W up to which 33 to 64 rows of x are shared out to programs of 32: each reads all of its x, and few do."""
 
 
 @gluon.constexpr_function
@@ -59,6 +61,7 @@ def stream_kernel(
     BYTES: gl.constexpr = ((2 if GATED else 1) * BLOCK_N + BLOCK_M) * BLOCK_K * 2
     first = gl.program_id(0) * BLOCK_N
     share = gl.program_id(1)
+    row = gl.program_id(2) * BLOCK_M
     begin = share * (STEPS * BLOCK_K)
     tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
     factor_tiles = tiles
@@ -76,7 +79,7 @@ def stream_kernel(
     if EARLY:
         gdc_wait()
     for stage in gl.static_range(STAGES):
-        load(x_desc, [0, begin + stage * BLOCK_K], bars.index(stage), x_tiles.index(stage))
+        load(x_desc, [row, begin + stage * BLOCK_K], bars.index(stage), x_tiles.index(stage))
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, product_layout(BLOCK_M))
     factor = acc
     for step in range(STEPS):
@@ -97,7 +100,7 @@ def stream_kernel(
         load(weight_desc, [first, k], bars.index(free), tiles.index(free), wanted)
         if GATED:
             load(weight_desc, [width + first, k], bars.index(free), factor_tiles.index(free), wanted)
-        load(x_desc, [0, k], bars.index(free), x_tiles.index(free), wanted)
+        load(x_desc, [row, k], bars.index(free), x_tiles.index(free), wanted)
     if GATED:
         acc, factor = hopper.warpgroup_mma_wait(0, [acc, factor])
     else:
@@ -107,7 +110,7 @@ def stream_kernel(
     out_dtype: gl.constexpr = out_ptr.dtype.element_ty
     LAYOUT: gl.constexpr = store_layout(4 if PARTIAL else 8)
     n = first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, LAYOUT))
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+    m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT))
     y = gl.convert_layout(acc, LAYOUT)
     if not PARTIAL:
         if bias_ptr is not None:
@@ -141,9 +144,12 @@ def plan(num_rows: int, width: int, k: int, gated: bool, partial: bool, num_sms:
     Plan(block_m=8, steps=16, stages=11, splits=2)
     """
     block_m = max(8, 1 << (num_rows - 1).bit_length())
+    if block_m == 64 and width * k <= SMALL:
+        block_m = 32
     steps = -(-k // BLOCK_K)
     if partial:
-        steps = -(-steps // max(1, min(steps, num_sms // -(-width // BLOCK_N))))
+        programs = -(-width // BLOCK_N) * -(-num_rows // block_m)
+        steps = -(-steps // max(1, min(steps, num_sms // programs)))
     tile = 2 * BLOCK_K * (BLOCK_N * (2 if gated else 1) + block_m)
     return Plan(block_m, steps, min(steps, RING_BYTES // tile), -(-k // (steps * BLOCK_K)))
 
@@ -175,7 +181,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     early = overlaps(x.device)
     shape = (chosen.splits, num_rows, width) if partial else (num_rows, width)
     out = x.new_empty(shape, dtype=torch.float32 if partial else x.dtype)
-    stream_kernel[(-(-width // BLOCK_N), chosen.splits)](
+    stream_kernel[(-(-width // BLOCK_N), chosen.splits, -(-num_rows // chosen.block_m))](
         tiles_of(x, chosen.block_m), tiles_of(weight, BLOCK_N), bias, out, num_rows, width,
         BLOCK_M=chosen.block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, STEPS=chosen.steps, STAGES=chosen.stages,
         ACTIVATION=activation, PARTIAL=partial, EARLY=early, num_warps=NUM_WARPS,
