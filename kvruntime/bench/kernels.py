@@ -23,6 +23,7 @@ HEADS = {
     "llama-2-7b": (32, 32, 128),
     "gpt2": (12, 12, 64),
     "gemma-7b": (16, 16, 256),
+    "phi-3-mini-4k-instruct": (32, 32, 96),
 }
 """Query heads, key/value heads and head dimension; a test holds them to the catalogue."""
 
@@ -58,8 +59,9 @@ MORE: tuple[tuple[str, tuple[Kivi, ...]], ...] = (
     ("llama-3-8b:8x32k", (kivi(8, 64, 64), MIXED, BFLOAT16)),
     ("llama-3-8b:ragged", (kivi(2, 64, 64), kivi(2, 32, 128))),
     ("gemma-7b:8x4k", (kivi(2, 64, 64), kivi(4, 64, 64))),
+    ("phi-3-mini-4k-instruct:8x4k", (kivi(2, 32, 64), kivi(4, 32, 64))),
 )
-"""Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 channels."""
+"""Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 and of 96 channels."""
 PORTABLE = ("llama-3-8b:8x32k", (kivi(2, 64, 64), kivi(3, 64, 64)))
 """What the plain Triton kernel is timed on though another may take it."""
 
