@@ -41,6 +41,7 @@ def study(decode: Path = DECODE, attention: Path = ATTENTION) -> tuple[Constants
     kernels = {name: Kernel(**entry) for name, entry in curves.pop("kernels").items()}
     fixed = replace(constants(), kernels=kernels, curve=Curve(**curves.pop("curve")))
     fixed, loads = decode_time.study(decode, fixed)
+    fixed = shortened(fixed)
     fixed, steps = step_time.study(fixed)
     hashes = {path.name: digest(path) for path in (decode, attention)}
     return fixed, {"schema": SCHEMA, "attention": curves, "loads": loads, "steps": steps, "sha256": hashes}
@@ -57,22 +58,32 @@ def tried(decode: Path | None, attention: Path | None) -> dict[str, Any]:
     return found | more
 
 
+def shortened(fixed: Constants) -> Constants:
+    """The fitted constants as ``timing.json`` writes them: what is fitted after them is fitted on these."""
+
+    def short(entry: Any) -> Any:
+        return replace(
+            entry, **{name: _short(value) for name, value in asdict(entry).items() if isinstance(value, float)}
+        )
+
+    names = (*decode_time.FITTED, *decode_time.FITTED_FIRST)
+    constants: dict[str, Any] = {name: _short(getattr(fixed, name)) for name in names}
+    kernels = {name: short(kernel) for name, kernel in fixed.kernels.items()}
+    return replace(fixed, curve=short(fixed.curve), kernels=kernels, **constants)
+
+
 def table_of(fixed: Constants) -> dict[str, Any]:
     """``timing.json`` with the fitted constants in it; stated ones and sources stay."""
     table: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))
     for name in (*decode_time.FITTED, *decode_time.FITTED_FIRST):
-        table["constants"][name] = {"value": _short(getattr(fixed, name)), "source": FITTED_ON}
+        table["constants"][name] = {"value": getattr(fixed, name), "source": FITTED_ON}
     for name in ("engine_layer_seconds", "engine_wide"):
         table["constants"][name]["value"] = dict(getattr(fixed, name))
     for name in ("decode_band", "prefill_band"):
         source = f"what {decode_time.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
         table["constants"][name] = {"value": list(getattr(fixed, name)), "source": source}
-    curve = {name: _short(value) for name, value in asdict(fixed.curve).items()}
-    table["curve"] = {"value": curve, "source": attention_time.FITTED_ON}
-    table["kernels"] = {
-        name: {key: _short(value) if isinstance(value, float) else value for key, value in asdict(kernel).items()}
-        for name, kernel in fixed.kernels.items()
-    }
+    table["curve"] = {"value": asdict(fixed.curve), "source": attention_time.FITTED_ON}
+    table["kernels"] = {name: asdict(kernel) for name, kernel in fixed.kernels.items()}
     return table
 
 

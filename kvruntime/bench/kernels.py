@@ -61,7 +61,7 @@ MORE: tuple[tuple[str, tuple[Kivi, ...]], ...] = (
     ("gemma-7b:8x4k", (kivi(2, 64, 64), kivi(4, 64, 64))),
     ("phi-3-mini-4k-instruct:8x4k", (kivi(2, 32, 64), kivi(4, 32, 64))),
 )
-"""Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 and of 96 channels."""
+"""Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 and 96 channels."""
 PORTABLE = ("llama-3-8b:8x32k", (kivi(2, 64, 64), kivi(3, 64, 64)))
 """What the plain Triton kernel is timed on though another may take it."""
 
