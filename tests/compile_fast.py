@@ -34,6 +34,9 @@ METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "k4v2 g64 d128": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 128, 4, "fp16"),
     "2-bit g32 d64": (Kivi(), 64, 1, "fp16"),
     "2-bit g64 d64": (Kivi(group_size=64), 64, 1, "fp16"),
+    "2-bit g32 d96": (Kivi(), 96, 1, "fp16"),
+    "4-bit g32 d96": (Kivi(nbits=4), 96, 4, "fp16"),
+    "k4v2 g32 d96": (Kivi(key_nbits=4, value_nbits=2), 96, 8, "bf16"),
 }
 HEADS_256 = {  # one query, splits, groups of 64 and more
     "2-bit g64 d256": (Kivi(group_size=64), 256, 4, "fp16"),
@@ -45,7 +48,7 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
     "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
 }
 METHODS |= HEADS_256
-EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256")
+EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96")
 QUERIES = (
     *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
     *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),
@@ -145,7 +148,7 @@ def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
 def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN) -> dict[str, int]:
     _, dim, q_per_kv, dtype = METHODS[name]
     constants = {
-        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim,
+        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim & -dim,
         "BLOCK_S": 32, "EARLY": sm >= 90,
     }  # fmt: skip
     return build(

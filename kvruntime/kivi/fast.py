@@ -20,6 +20,9 @@ Range, whatever the cache holds: the query is scaled so that ``query * scale`` c
 ``reference.LIMIT`` allows, and where a tile has a value scale of 256 or more its weights are made smaller.  A key
 scale below about 2**-8 leaves ``query * scale`` fewer than 11 bits.
 
+A head of 96 channels is two chunks, of 64 and 32 channels, each with a word order of its own (:func:`spans`): whatever has
+channels is a tuple of two, in shared memory and in registers.  Scores are one chain of products, and one softmax.
+
 Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
 """
 
@@ -58,11 +61,11 @@ ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
 STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
-PROGRAMS_PER_SM = {64: 12, 128: 8, 256: 8}
-"""Programs at once on a multiprocessor, by head dimension: as measured on an H100, not as many as would fit."""
+PROGRAMS_PER_SM = {64: 12, 96: 8, 128: 8, 256: 8}
+"""Programs at once on a multiprocessor, by head dimension: as measured on an H100 (96: as 128), not as many as would fit."""
 LARGE_TILE = 16 << 10
 """Bytes of codes."""
-MAX_REGISTERS = {64: 168, 128: 248, 256: 255}
+MAX_REGISTERS = {64: 168, 96: 248, 128: 248, 256: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 SCHEDULERS = 4
 """Of a multiprocessor: a program is one warp."""
@@ -79,7 +82,31 @@ MAX_QUERIES = 64
 REGISTERS = 255
 """Of a thread where there are several queries: left to choose, ptxas at times takes 168 and spills in the loop."""
 
+channel_chunks = gluon.constexpr_function(layout.channel_chunks)
 tile_order = gluon.constexpr_function(layout.tile_order)
+
+
+@gluon.constexpr_function
+def padded(size):
+    """The power of two that ``size`` fits."""
+    return 1 << (size - 1).bit_length()
+
+
+@gluon.constexpr_function
+def spans(dim, groups):
+    """``((first channel, width, first value group, value groups), ...)`` of a head's chunks of channels, which are spans here: a
+    chunk is of exact slots."""
+    out, first = [], 0
+    for width in channel_chunks(dim):
+        out.append((first, width, first * groups // dim, max(1, width * groups // dim)))
+        first += width
+    return tuple(out)
+
+
+@gluon.constexpr_function
+def channels_shape(width, groups):
+    """``[groups, channels, heads]`` of a span's accumulator."""
+    return [groups, width // groups, 8]
 
 
 @gluon.constexpr_function
@@ -212,6 +239,15 @@ def operand_order(share):
 
 
 @gluon.jit
+def repeated_rows(share):
+    """``[groups, 4, count]`` by lanes as 16 like rows a group of a product, ``[groups, 16, 4 * count]``."""
+    GROUPS: gl.constexpr = share.shape[0]
+    COUNT: gl.constexpr = share.shape[2]
+    rows = gl.convert_layout(operand_order(share), gl.SliceLayout(1, ROWS), assert_trivial=True)[:, None, :]
+    return gl.broadcast(rows, gl.zeros([GROUPS, 16, 4 * COUNT], gl.float16, ROWS))[0]
+
+
+@gluon.jit
 def repeat(x, TIMES: gl.constexpr, AXIS: gl.constexpr):
     """``x [a, b, n]`` a power of two times along axis 0 or 1, in registers."""
     if TIMES > 1:
@@ -280,39 +316,79 @@ def power_of_two(exponent):
 
 
 @gluon.jit
-def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
-              VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
-              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr):  # fmt: skip
-    """Start copying a tile: key and value codes; key scales and zeros; value zeros and scales."""
-    KEY_WORDS: gl.constexpr = TILE * DIM * KEY_NBITS // 32
-    VALUE_WORDS: gl.constexpr = TILE * DIM * VALUE_NBITS // 32
-    VALUE_CODES: gl.constexpr = RECORD * DIM * KEY_NBITS // 32
-    half_ptr = record_ptr.to(gl.pointer_type(gl.float16), bitcast=True)
+def copy_codes(codes, record_ptr, tile, wanted, FIRST: gl.constexpr, SPAN: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+               VALUE_NBITS: gl.constexpr, RECORD: gl.constexpr):  # fmt: skip
+    """Start copying a tile's key and value codes, ``SPAN`` channels from ``FIRST`` on."""
+    KEY_WORDS: gl.constexpr = TILE * SPAN * KEY_NBITS // 32
+    VALUE_WORDS: gl.constexpr = TILE * SPAN * VALUE_NBITS // 32
+    KEY_TILE: gl.constexpr = TILE * DIM * KEY_NBITS // 32
+    VALUE_TILE: gl.constexpr = TILE * DIM * VALUE_NBITS // 32
+    KEY_CODES: gl.constexpr = TILE * FIRST * KEY_NBITS // 32
+    VALUE_CODES: gl.constexpr = RECORD * DIM * KEY_NBITS // 32 + TILE * FIRST * VALUE_NBITS // 32
     if KEY_WORDS == VALUE_WORDS:
         BOTH: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
         stream = gl.arange(0, 2, layout=gl.SliceLayout(1, BOTH))[:, None]
         i = gl.arange(0, KEY_WORDS, layout=gl.SliceLayout(0, BOTH))[None, :]
-        copy_async(codes.reshape([2, KEY_WORDS]), record_ptr + tile * KEY_WORDS + (stream * VALUE_CODES + i), mask=wanted)
+        at = stream * (VALUE_CODES - KEY_CODES) + (i + KEY_CODES)
+        copy_async(codes.reshape([2, KEY_WORDS]), record_ptr + tile * KEY_TILE + at, mask=wanted)
     else:
         VECTORS: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])  # in shared memory the larger comes first
         KEY_AT: gl.constexpr = 0 if KEY_WORDS > VALUE_WORDS else VALUE_WORDS
         VALUE_AT: gl.constexpr = KEY_WORDS if KEY_WORDS > VALUE_WORDS else 0
         i = gl.arange(0, KEY_WORDS, layout=VECTORS)
-        copy_async(codes.slice(KEY_AT, KEY_WORDS), record_ptr + tile * KEY_WORDS + i, mask=wanted)
+        copy_async(codes.slice(KEY_AT, KEY_WORDS), record_ptr + tile * KEY_TILE + (KEY_CODES + i), mask=wanted)
         i = gl.arange(0, VALUE_WORDS, layout=VECTORS)
-        copy_async(codes.slice(VALUE_AT, VALUE_WORDS), record_ptr + tile * VALUE_WORDS + (VALUE_CODES + i), mask=wanted)
+        copy_async(codes.slice(VALUE_AT, VALUE_WORDS), record_ptr + tile * VALUE_TILE + (VALUE_CODES + i), mask=wanted)
 
-    KEY_SIZE: gl.constexpr = 2 * KEY_GROUPS * DIM
-    i = gl.arange(0, KEY_SIZE, layout=gl.BlockedLayout([8 if KEY_SIZE >= 256 else KEY_SIZE // 32], [32], [1], [0]))
-    copy_async(key_params, half_ptr + 2 * KEY_PARAMS + i, mask=wanted)
 
-    VALUE_SIZE: gl.constexpr = 2 * VALUE_GROUPS * TILE
+@gluon.jit
+def copy_key_params(key_params, half_ptr, wanted, FIRST: gl.constexpr, SPAN: gl.constexpr, DIM: gl.constexpr, KEY_GROUPS: gl.constexpr,
+                    KEY_PARAMS: gl.constexpr):  # fmt: skip
+    """Start copying a tile's key scales and zeros, of ``SPAN`` channels from ``FIRST`` on."""
+    KEY_SIZE: gl.constexpr = 2 * KEY_GROUPS * SPAN
+    if SPAN == DIM:
+        i = gl.arange(0, KEY_SIZE, layout=gl.BlockedLayout([8 if KEY_SIZE >= 256 else KEY_SIZE // 32], [32], [1], [0]))
+        copy_async(key_params, half_ptr + 2 * KEY_PARAMS + i, mask=wanted)
+    else:
+        LINES: gl.constexpr = line_layout(KEY_SIZE, SPAN)
+        line = gl.arange(0, 2 * KEY_GROUPS, layout=gl.SliceLayout(1, LINES))[:, None]
+        i = gl.arange(0, SPAN, layout=gl.SliceLayout(0, LINES))[None, :]
+        at = line * DIM + (i + FIRST)
+        copy_async(key_params.reshape([2 * KEY_GROUPS, SPAN]), half_ptr + 2 * KEY_PARAMS + at, mask=wanted)
+
+
+@gluon.jit
+def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
+              VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
+              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr):  # fmt: skip
+    """Start copying a tile: key and value codes and key scales and zeros, each span of channels to its own memory; value
+    zeros and scales, groups to a power of two."""
+    SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
+    half_ptr = record_ptr.to(gl.pointer_type(gl.float16), bitcast=True)
+    for i in gl.static_range(len(SPANS)):
+        copy_codes(codes[i], record_ptr, tile, wanted, SPANS[i][0], SPANS[i][1], DIM, KEY_NBITS, VALUE_NBITS, RECORD)
+    for i in gl.static_range(len(SPANS)):
+        copy_key_params(key_params[i], half_ptr, wanted, SPANS[i][0], SPANS[i][1], DIM, KEY_GROUPS, KEY_PARAMS)
+
+    GROUPS: gl.constexpr = padded(VALUE_GROUPS)
+    VALUE_SIZE: gl.constexpr = 2 * GROUPS * TILE
     LINES: gl.constexpr = line_layout(VALUE_SIZE, 16)
-    line = gl.arange(0, VALUE_SIZE // 16, layout=gl.SliceLayout(1, LINES)) ^ (4 * VALUE_GROUPS)  # zeros first
-    i = gl.arange(0, 16, layout=gl.SliceLayout(0, LINES))
-    at = line[:, None] * (RECORD // 4) + i[None, :] + 2 * VALUE_PARAMS
+    line = gl.arange(0, VALUE_SIZE // 16, layout=gl.SliceLayout(1, LINES)) ^ (4 * GROUPS)  # zeros first
+    if GROUPS > VALUE_GROUPS:  # the last line stands for those of groups that are none: what they make is not used
+        line = line // (4 * GROUPS) * (4 * VALUE_GROUPS) + gl.minimum(line % (4 * GROUPS), 4 * VALUE_GROUPS - 1)
+    halves = gl.arange(0, 16, layout=gl.SliceLayout(0, LINES))
+    at = line[:, None] * (RECORD // 4) + halves[None, :] + 2 * VALUE_PARAMS
     copy_async(value_params.reshape([VALUE_SIZE // 16, 16]), half_ptr + tile * 16 + at, mask=wanted)
     async_copy.commit_group()
+
+
+@gluon.jit
+def at_stage(buffers, stage):
+    """A stage of every span's memory."""
+    own = ()
+    for i in gl.static_range(len(buffers)):
+        own = own + (buffers[i].index(stage),)
+    return own
 
 
 @gluon.constexpr_function
@@ -371,7 +447,7 @@ def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step
     for index in gl.static_range(STAGES - 1):
         tile = first + index * step
         if tile >= least:
-            copy_tile(codes.index(index), key_params.index(index), value_params.index(index),
+            copy_tile(at_stage(codes, index), at_stage(key_params, index), value_params.index(index),
                       record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES, tile < certain,
                       DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
 
@@ -411,15 +487,68 @@ def present(slot, length, packed, num_slots, since, SINK: gl.constexpr, RESIDUAL
 
 
 @gluon.jit
-def reinterpret_half(words, TOKENS: gl.constexpr, DIM: gl.constexpr):
-    """Shared words as float16 ``[TOKENS, DIM]``, swizzled for ldmatrix."""
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    ALL: gl.constexpr = 2 * words.shape[0] // DIM
+def reinterpret_half(words, TOKENS: gl.constexpr, SPAN: gl.constexpr):
+    """Shared words as float16 ``[TOKENS, SPAN]``, swizzled for ldmatrix: the banks are 64 halves wide."""
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(8, max(1, 64 // SPAN), min(8, SPAN // 8), [1, 0])
+    ALL: gl.constexpr = 2 * words.shape[0] // SPAN
     if NEW_API:
-        tokens = words.reinterpret(gl.float16, [ALL, DIM], SWIZZLED)
+        tokens = words.reinterpret(gl.float16, [ALL, SPAN], SWIZZLED)
     else:
-        tokens = words._reinterpret(gl.float16, [ALL, DIM], SWIZZLED)
+        tokens = words._reinterpret(gl.float16, [ALL, SPAN], SWIZZLED)
     return tokens.slice(0, TOKENS)
+
+
+@gluon.jit
+def load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, FIRST: gl.constexpr, SPAN: gl.constexpr, SINK: gl.constexpr,
+              RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+    """Keys of 16 exact slots ``[2 (hi), 8 (r), 4 (c), SPAN / 4]``."""
+    KEYS: gl.constexpr = rows_layout(2, SPAN // 4)
+    hi = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[:, None, None, None]
+    r = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[None, :, None, None]
+    c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, KEYS))))[None, None, :, None]
+    i = gl.arange(0, SPAN // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, KEYS))))[None, None, None, :]
+    slot = first + hi * 8 + r
+    wanted = slot < num_slots if AT_ONCE else present(slot, length, packed, num_slots, since, SINK, RESIDUAL)
+    at, wanted = gl.broadcast(slot * stride_k + c * (SPAN // 4) + (i + FIRST), wanted)
+    return gl.load(key_ptr + at, mask=wanted, other=0.0)
+
+
+@gluon.jit
+def load_values(value_ptr, stride_v, first, length, packed, num_slots, since, FIRST: gl.constexpr, SPAN: gl.constexpr, SINK: gl.constexpr,
+                RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+    """Values of 16 exact slots ``[slots, SPAN]``, zeros where there is no token."""
+    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SPAN, SPAN // 8], [1, 1], [1, 0])
+    slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
+    at = slot * stride_v + (gl.arange(0, SPAN, layout=gl.SliceLayout(0, VALUES))[None, :] + FIRST)
+    mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), at)[0]
+    if AT_ONCE:
+        value = gl.load(value_ptr + at, mask=gl.broadcast(slot < num_slots, at)[0], other=0.0)
+        value = gl.where(mask, value, 0.0).to(value.dtype)
+    else:
+        value = gl.load(value_ptr + at, mask=mask, other=0.0)
+    return value
+
+
+@gluon.jit
+def key_rows(key, SPAN: gl.constexpr):
+    """:func:`load_keys`' as the rows of a product."""
+    key = to_half(key).reshape([2, 8, 4, SPAN // 16, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([1, CHUNK, SPAN])
+    return gl.convert_layout(key, ROWS, assert_trivial=True)
+
+
+@gluon.jit
+def add_values(acc, weight, alpha, staged, VALUE_NBITS: gl.constexpr):
+    """``acc`` of a span of channels after 16 exact slots, whose values lie in ``staged``."""
+    GROUPS: gl.constexpr = acc.shape[0]
+    WIDTH: gl.constexpr = acc.shape[1]
+    TRANSPOSED: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
+    rows = gl.convert_layout(staged.permute([1, 0]).load(TRANSPOSED).reshape([GROUPS, WIDTH, CHUNK]), ROWS, assert_trivial=True)
+    weight = gl.convert_layout(repeat(weight, GROUPS, 0), COLUMNS, assert_trivial=True)
+    fresh = mma_v2(rows, weight, gl.zeros(acc.shape, gl.float32, MMA))
+    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    fresh, down = gl.broadcast(fresh, power_of_two(VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1)) - 24))
+    alpha = gl.convert_layout(repeat(alpha, GROUPS, 0), MMA, assert_trivial=True)
+    return rescale_add(acc, alpha, fresh * down)
 
 
 @gluon.jit
@@ -430,29 +559,17 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
 
     ``AT_ONCE``: empty slots are read too, so that nothing waits for ``length`` and ``packed``.  Fresh tokens are slots
     from ``since`` on, and a column sees those up to its ``position``."""
-    KEYS: gl.constexpr = rows_layout(2, DIM // 4)
-    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [1, 1], [1, 0])
-    TRANSPOSED: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2)
-    WIDTH: gl.constexpr = DIM // VALUE_GROUPS
-    hi = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[:, None, None, None]
-    r = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[None, :, None, None]
-    c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, KEYS))))[None, None, :, None]
-    i = gl.arange(0, DIM // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, KEYS))))[None, None, None, :]
-    slot = first + hi * 8 + r
-    wanted = slot < num_slots if AT_ONCE else present(slot, length, packed, num_slots, since, SINK, RESIDUAL)
-    at, wanted = gl.broadcast(slot * stride_k + c * (DIM // 4) + i, wanted)
-    key = gl.load(key_ptr + at, mask=wanted, other=0.0)
-    slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
-    at = slot * stride_v + gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
-    mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), at)[0]
-    if AT_ONCE:
-        value = gl.load(value_ptr + at, mask=gl.broadcast(slot < num_slots, at)[0], other=0.0)
-        value = gl.where(mask, value, 0.0).to(value.dtype)
-    else:
-        value = gl.load(value_ptr + at, mask=mask, other=0.0)
-    key = to_half(key).reshape([2, 8, 4, DIM // 16, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([1, CHUNK, DIM])
-    key = gl.convert_layout(key, ROWS, assert_trivial=True)
-    score = mma_v2(key, query, gl.zeros([1, CHUNK, 8], gl.float32, MMA))
+    SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
+    keys, values = (), ()
+    for i in gl.static_range(len(SPANS)):
+        keys = keys + (load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, SPANS[i][0], SPANS[i][1], SINK, RESIDUAL,
+                                 AT_ONCE),)  # fmt: skip
+    for i in gl.static_range(len(SPANS)):
+        values = values + (load_values(value_ptr, stride_v, first, length, packed, num_slots, since, SPANS[i][0], SPANS[i][1], SINK,
+                                       RESIDUAL, AT_ONCE),)  # fmt: skip
+    score = gl.zeros([1, CHUNK, 8], gl.float32, MMA)
+    for i in gl.static_range(len(SPANS)):
+        score = mma_v2(key_rows(keys[i], SPANS[i][1]), query[i], score)
     if SHARED and DIM <= 128:  # of wider heads all eight columns hold the query
         score += swap_halves(score)
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
@@ -461,18 +578,63 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
         mask = mask & (slot <= position)
     score = gl.where(mask, score, float("-inf"))
     weight, alpha, peak = softmax_step(score, factor, peak, 0.0)
-    staged.store(to_half(value))
+    for i in gl.static_range(len(SPANS)):
+        staged[i].store(to_half(values[i]))
     row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, ROWS)))[None, :, None]
     ones = gl.where(row >= 8, 1.0, 0.0).to(gl.float16)
     ones = gl.broadcast(ones, gl.zeros([1, 16, CHUNK], gl.float16, ROWS))[0]
     sums = rescale_add(sums, alpha, mma_v2(ones, weight, gl.zeros([1, 16, 8], gl.float32, MMA)))
-    rows = gl.convert_layout(staged.permute([1, 0]).load(TRANSPOSED).reshape([VALUE_GROUPS, WIDTH, CHUNK]), ROWS, assert_trivial=True)
-    weight = gl.convert_layout(repeat(weight, VALUE_GROUPS, 0), COLUMNS, assert_trivial=True)
-    fresh = mma_v2(rows, weight, gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA))
-    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
-    fresh, down = gl.broadcast(fresh, power_of_two(VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1)) - 24))
-    alpha = gl.convert_layout(repeat(alpha, VALUE_GROUPS, 0), MMA, assert_trivial=True)
-    return rescale_add(acc, alpha, fresh * down), sums, peak
+    new_acc = ()
+    for i in gl.static_range(len(SPANS)):
+        new_acc = new_acc + (add_values(acc[i], weight, alpha, staged[i], VALUE_NBITS),)
+    return new_acc, sums, peak
+
+
+@gluon.jit
+def load_words(codes, SPAN: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr):
+    """Key and value words of a tile, ``SPAN`` channels."""
+    KEY_VECTORS: gl.constexpr = TILE * SPAN * KEY_NBITS // 32 // 128
+    VALUE_VECTORS: gl.constexpr = TILE * SPAN * VALUE_NBITS // 32 // 128
+    KEY_AT: gl.constexpr = 0 if KEY_VECTORS >= VALUE_VECTORS else VALUE_VECTORS
+    VALUE_AT: gl.constexpr = KEY_VECTORS if KEY_VECTORS >= VALUE_VECTORS else 0
+    lanes = codes.reshape([codes.shape[0] // 128, 32, 4])
+    key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
+    value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
+    return key_words, value_words
+
+
+@gluon.jit
+def load_key_params(key_params, SPAN: gl.constexpr, KEY_GROUPS: gl.constexpr):
+    """Key scales and zeros of a tile, ``SPAN`` channels, by lanes."""
+    SHARE: gl.constexpr = share_layout(KEY_GROUPS, SPAN // 4)
+    lines = key_params.reshape([2 * KEY_GROUPS, 4, SPAN // 4])
+    scale = lines.slice(0, KEY_GROUPS).load(SHARE)
+    zero = lines.slice(KEY_GROUPS, KEY_GROUPS).load(SHARE)
+    return scale, zero
+
+
+@gluon.jit
+def largest_of_query(query):
+    """A column's largest element, of all spans."""
+    largest = gl.max(gl.abs(query[0].to(gl.float32)), axis=1)
+    for i in gl.static_range(1, len(query)):
+        largest = gl.maximum(largest, gl.max(gl.abs(query[i].to(gl.float32)), axis=1))
+    return largest
+
+
+@gluon.jit
+def largest_scale_of(scales):
+    """The largest of the spans' value scales."""
+    if len(scales) == 1:
+        largest = gl.max(gl.max(gl.max(scales[0], axis=2), axis=1), axis=0)
+    else:  # of all spans before lanes compare theirs
+        LANES: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, share_layout(scales[0].shape[0], scales[0].shape[2])))
+        of_lane = gl.max(gl.max(scales[0], axis=2), axis=0)
+        for i in gl.static_range(1, len(scales)):
+            other = gl.max(gl.max(scales[i], axis=2), axis=0)
+            of_lane = gl.maximum(of_lane, gl.convert_layout(other, LANES, assert_trivial=True))
+        largest = gl.max(of_lane, axis=0)
+    return largest.to(gl.float32)
 
 
 @gluon.jit
@@ -488,26 +650,23 @@ def attend_split(
     output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and
     values, their strides between tokens, how many, the first real one, each column's position, and the last column's."""
     TILES: gl.constexpr = RECORD // TILE
-    WIDTH: gl.constexpr = DIM // VALUE_GROUPS
+    SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
+    GROUPS: gl.constexpr = padded(VALUE_GROUPS)
     KEY_STEP: gl.constexpr = 8 // KEY_NBITS  # codes a byte; code j of a byte lies at 2**(nbits * j - 24)
     KEY_ROOM: gl.constexpr = room(KEY_NBITS)
-    KEY_VECTORS: gl.constexpr = TILE * DIM * KEY_NBITS // 32 // 128
-    VALUE_VECTORS: gl.constexpr = TILE * DIM * VALUE_NBITS // 32 // 128
-    KEY_AT: gl.constexpr = 0 if KEY_VECTORS >= VALUE_VECTORS else VALUE_VECTORS
-    VALUE_AT: gl.constexpr = KEY_VECTORS if KEY_VECTORS >= VALUE_VECTORS else 0
     PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
-    KEY_SHARE: gl.constexpr = share_layout(KEY_GROUPS, DIM // 4)
-    VALUE_SHARE: gl.constexpr = share_layout(VALUE_GROUPS, TILE // 4)
-    ZERO_ROWS: gl.constexpr = zero_layout(VALUE_GROUPS, TILE // 4)
+    ZERO_ROWS: gl.constexpr = zero_layout(GROUPS, TILE // 4)
     WIDE: gl.constexpr = DIM > 128  # registers are short: what can be made or read again is not kept
     ONCE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 4, 2], [1, 1, 1], [2, 1, 0])
-    ZERO_SHAPE: gl.constexpr = [8 // VALUE_GROUPS, VALUE_GROUPS, 4, TILE // 4]
+    ZERO_SHAPE: gl.constexpr = [8 // GROUPS, GROUPS, 4, TILE // 4]
 
     # ---- the query is asked for first: behind the tiles it would wait for all of them
-    k = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
-    channel = (((k >> 1) & 3) * (DIM // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1))[None, :, None]
-    at, mask = gl.broadcast(column + channel, real)
-    query = gl.load(query_ptr + at, mask=mask, other=0.0)
+    loaded = ()
+    for i in gl.static_range(len(SPANS)):
+        k = gl.arange(0, SPANS[i][1], layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
+        channel = (((k >> 1) & 3) * (SPANS[i][1] // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1) + SPANS[i][0])[None, :, None]
+        at, mask = gl.broadcast(column + channel, real)
+        loaded = loaded + (gl.load(query_ptr + at, mask=mask, other=0.0),)
 
     # ---- the first tiles, if they are not on their way; again those of a record that was packed since they were asked for
     if not BEGUN:
@@ -521,36 +680,42 @@ def attend_split(
                        VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
-    query = query.to(gl.float32)
-    exponent = (gl.max(gl.abs(query), axis=1).to(gl.int32, bitcast=True) >> 23) - 127
+    exponent = (largest_of_query(loaded).to(gl.int32, bitcast=True) >> 23) - 127
     exponent = gl.minimum(gl.maximum(exponent, -80), 80)
-    query, down = gl.broadcast(query, power_of_two(-exponent)[:, None, :])
-    query = query * down
-    up_half = power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None].to(gl.float16)
-    query, up = gl.broadcast(query, power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None])
-    scaled = (query * up).to(gl.float16)  # at most 2**KEY_ROOM, and a scale at most 65504 / 2**KEY_ROOM
-    if SHARED:
-        n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
-        low = gl.broadcast(n >= 4, query)[0]
-        if not WIDE:
-            query = gl.where(low, 0.0, query)
-        part = gl.where(low, -1.0, 0.0).to(gl.float16)
-    query = query.to(gl.float16)
-    group_query = gl.convert_layout(repeat(query, KEY_GROUPS, 0), COLUMNS, assert_trivial=True)
+    queries, group_queries, scaled, parts, up_halves = (), (), (), (), ()
+    for i in gl.static_range(len(SPANS)):
+        query, down = gl.broadcast(loaded[i].to(gl.float32), power_of_two(-exponent)[:, None, :])
+        query = query * down
+        k = gl.arange(0, SPANS[i][1], layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
+        up_halves = up_halves + (power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None].to(gl.float16),)
+        query, up = gl.broadcast(query, power_of_two(KEY_ROOM - 1 - KEY_NBITS * ((k >> 3) & (KEY_STEP - 1)))[None, :, None])
+        scaled = scaled + ((query * up).to(gl.float16),)  # at most 2**KEY_ROOM, and a scale at most 65504 / 2**KEY_ROOM
+        if SHARED:
+            n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
+            low = gl.broadcast(n >= 4, query)[0]
+            if not WIDE:
+                query = gl.where(low, 0.0, query)
+            parts = parts + (gl.where(low, -1.0, 0.0).to(gl.float16),)
+        queries = queries + (query.to(gl.float16),)
+        group_queries = group_queries + (gl.convert_layout(repeat(queries[i], KEY_GROUPS, 0), COLUMNS, assert_trivial=True),)
     factor = gl.convert_layout(power_of_two(exponent), PER_HEAD) * scale_log2  # of exact scores; of packed ones:
     packed_factor = factor * 2.0 ** (25 - KEY_ROOM)
-    acc = gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA)
+    acc = ()
+    for i in gl.static_range(len(SPANS)):
+        acc = acc + (gl.zeros(channels_shape(SPANS[i][1], SPANS[i][3]), gl.float32, MMA),)
     sums = gl.zeros([1, 16, 8], gl.float32, MMA)
     peak = gl.full([1, 8], -1.0e20, gl.float32, PER_HEAD)
 
     # ---- exact tokens, 16 slots a step
-    staged = reinterpret_half(codes.index(STAGES - 1), CHUNK, DIM)
+    staged = ()
+    for i in gl.static_range(len(SPANS)):
+        staged = staged + (reinterpret_half(codes[i].index(STAGES - 1), CHUNK, SPANS[i][1]),)
     end_exact = end_chunk
     if newest is not None:
         chunks = (num_slots + CHUNK - 1) // CHUNK
         end_exact = gl.minimum(end_chunk, chunks)
     for chunk in range(first_chunk, end_exact, step_chunk):
-        acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, exact_key_ptr, exact_value_ptr, DIM, DIM, chunk * CHUNK,
+        acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, DIM, DIM, chunk * CHUNK,
                                      length, packed, num_slots, None, None, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL,
                                      AT_ONCE)  # fmt: skip
 
@@ -559,7 +724,7 @@ def attend_split(
         done = (gl.maximum(end_exact - first_chunk, 0) + step_chunk - 1) // step_chunk
         end_fresh = gl.minimum(end_chunk, chunks + newest[7] // CHUNK + 1)
         for chunk in range(first_chunk + done * step_chunk, end_fresh, step_chunk):
-            acc, sums, peak = exact_step(acc, sums, peak, query, factor, staged, newest[0], newest[1], newest[2], newest[3],
+            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, newest[0], newest[1], newest[2], newest[3],
                                          (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5], newest[6], VALUE_NBITS, SHARED,
                                          DIM, VALUE_GROUPS, SINK, RESIDUAL, False)  # fmt: skip
 
@@ -580,60 +745,71 @@ def attend_split(
         if table_ptr is not None:
             record_ptr = next_ptr
             next_ptr = record_of(base_ptr, table_ptr, ahead + step, ahead + step < end, TILES, RECORD_STRIDE)
-        copy_tile(codes.index(free), key_params.index(free), value_params.index(free),
+        copy_tile(at_stage(codes, free), at_stage(key_params, free), value_params.index(free),
                   record_of(base_ptr, None, ahead, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, ahead % TILES,
                   ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
         if draws_ptr is not None:
             drawn = gl.max(asked, axis=0)  # before the next is asked for: it may take the register
             asked = draw(draws_ptr, (turn + 1 >= own) & (ahead < end))
-        lanes = codes.index(stage).reshape([codes.shape[1] // 128, 32, 4])
-        key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
-        value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
-        lines = key_params.index(stage).reshape([2 * KEY_GROUPS, 4, DIM // 4])
-        key_scale = lines.slice(0, KEY_GROUPS).load(KEY_SHARE)
-        key_zero = lines.slice(KEY_GROUPS, KEY_GROUPS).load(KEY_SHARE)
-        lines = value_params.index(stage).reshape([2 * VALUE_GROUPS, 4, TILE // 4])
-        value_zero = lines.slice(0, VALUE_GROUPS).load(gl.SliceLayout(0, ZERO_ROWS))
-        value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(ONCE if WIDE else VALUE_SHARE)
-        largest = gl.max(gl.max(gl.max(value_scale, axis=2), axis=1), axis=0).to(gl.float32)
+        words, key_scales, key_zeros, value_scales = (), (), (), ()
+        for i in gl.static_range(len(SPANS)):
+            words = words + (load_words(codes[i].index(stage), SPANS[i][1], KEY_NBITS, VALUE_NBITS),)
+        for i in gl.static_range(len(SPANS)):
+            key_scale, key_zero = load_key_params(key_params[i].index(stage), SPANS[i][1], KEY_GROUPS)
+            key_scales, key_zeros = key_scales + (key_scale,), key_zeros + (key_zero,)
+        lines = value_params.index(stage).reshape([2 * GROUPS, 4, TILE // 4])
+        value_zero = lines.slice(0, GROUPS).load(gl.SliceLayout(0, ZERO_ROWS))
+        for i in gl.static_range(len(SPANS)):
+            share = lines.slice(GROUPS + SPANS[i][2], SPANS[i][3])
+            value_scales = value_scales + (share.load(ONCE if WIDE else share_layout(SPANS[i][3], TILE // 4)),)
+        largest = largest_scale_of(value_scales)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         margin = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 134, 0).to(gl.float32)  # scales from 2**8 on
 
         # ---- scores: codes, and the zeros' product, the same for every token of a group
-        key_zero = gl.convert_layout(operand_order(key_zero), gl.SliceLayout(1, ROWS), assert_trivial=True)[:, None, :]
-        key_zero = gl.broadcast(key_zero, gl.zeros([KEY_GROUPS, 16, DIM], gl.float16, ROWS))[0]
-        start = mma_v2(key_zero, group_query, gl.zeros([KEY_GROUPS, 16, 8], gl.float32, MMA)) * 2.0 ** (KEY_ROOM - 25)
+        start = gl.zeros([KEY_GROUPS, 16, 8], gl.float32, MMA)
+        for i in gl.static_range(len(SPANS)):
+            start = mma_v2(repeated_rows(key_zeros[i]), group_queries[i], start)
+        start = start * 2.0 ** (KEY_ROOM - 25)
         start = gl.convert_layout(repeat(start, TILE // KEY_GROUPS // 16, 1), MMA, assert_trivial=True)
-        key_scale = gl.convert_layout(operand_order(key_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
+        score = gl.zeros([KEY_GROUPS, TILE // KEY_GROUPS, 8], gl.float32, MMA)
         if WIDE:
-            scaled = query * up_half
-        wide, key_scale = gl.broadcast(scaled, key_scale)
-        rows = code_rows(key_words, "key", KEY_GROUPS, DIM, KEY_NBITS)
-        none = gl.zeros([KEY_GROUPS, TILE // KEY_GROUPS, 8], gl.float32, MMA)
+            scaled = ()
+            for i in gl.static_range(len(SPANS)):
+                scaled = scaled + (queries[i] * up_halves[i],)
+        for i in gl.static_range(len(SPANS)):
+            key_scale = gl.convert_layout(operand_order(key_scales[i]), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
+            wide, key_scale = gl.broadcast(scaled[i], key_scale)
+            rows = code_rows(words[i][0], "key", KEY_GROUPS, SPANS[i][1], KEY_NBITS)
+            if SHARED:
+                score = mma_v2(rows, product_or_rest(wide, key_scale, gl.broadcast(parts[i], wide)[0]), score)
+            else:
+                rest = product_or_rest(wide, key_scale, gl.full(wide.shape, -1.0, gl.float16, COLUMNS))
+                score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, score))
         if SHARED:
-            score = mma_v2(rows, product_or_rest(wide, key_scale, gl.broadcast(part, wide)[0]), none)
             score += swap_halves(score)
-        else:
-            rest = product_or_rest(wide, key_scale, gl.full(wide.shape, -1.0, gl.float16, COLUMNS))
-            score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, none))
         score += start  # of columns n and n ^ 4 that are added, only n's: the other is nobody's
         score = gl.convert_layout(score.reshape([1, TILE, 8]), MMA, assert_trivial=True)
         weight, alpha, peak = softmax_step(score, packed_factor, peak, margin)
 
         # ---- values: sums of p * zero and p, then the codes
         if WIDE:
-            value_scale = lines.slice(VALUE_GROUPS, VALUE_GROUPS).load(VALUE_SHARE)
+            value_scales = (lines.slice(GROUPS, GROUPS).load(share_layout(GROUPS, TILE // 4)),)
         value_zero = gl.broadcast(value_zero[None, :, :, :], gl.zeros(ZERO_SHAPE, gl.float16, ZERO_ROWS))[0]
         zero_rows = gl.join(value_zero, gl.full(ZERO_SHAPE, 1.0, gl.float16, ZERO_ROWS))
         zero_rows = zero_rows.reshape([8, 4, TILE // 16, 2, 2, 2]).permute([5, 0, 2, 3, 1, 4]).reshape([1, 16, TILE])
         zero_rows = gl.convert_layout(zero_rows, ROWS, assert_trivial=True)
         sums = rescale_add(sums, alpha, mma_v2(zero_rows, weight, gl.zeros([1, 16, 8], gl.float32, MMA)))
-        value_scale = gl.convert_layout(operand_order(value_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
-        weight = gl.convert_layout(repeat(weight, VALUE_GROUPS, 0), COLUMNS, assert_trivial=True)
-        weight, value_scale = gl.broadcast(weight, value_scale)
-        rows = code_rows(value_words, "value", VALUE_GROUPS, DIM, VALUE_NBITS)
-        fresh = mma_v2(rows, weight * value_scale, gl.zeros([VALUE_GROUPS, WIDTH, 8], gl.float32, MMA))
-        acc = rescale_add(acc, gl.convert_layout(repeat(alpha, VALUE_GROUPS, 0), MMA, assert_trivial=True), fresh)
+        new_acc = ()
+        for i in gl.static_range(len(SPANS)):
+            value_scale = gl.convert_layout(operand_order(value_scales[i]), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
+            own_weight = gl.convert_layout(repeat(weight, SPANS[i][3], 0), COLUMNS, assert_trivial=True)
+            own_weight, value_scale = gl.broadcast(own_weight, value_scale)
+            rows = code_rows(words[i][1], "value", SPANS[i][3], SPANS[i][1], VALUE_NBITS)
+            fresh = mma_v2(rows, own_weight * value_scale, gl.zeros(acc[i].shape, gl.float32, MMA))
+            own_alpha = gl.convert_layout(repeat(alpha, SPANS[i][3], 0), MMA, assert_trivial=True)
+            new_acc = new_acc + (rescale_add(acc[i], own_alpha, fresh),)
+        acc = new_acc
         if draws_ptr is None:
             tile += step
             ahead += step
@@ -643,6 +819,22 @@ def attend_split(
             turn += 1
     async_copy.wait_group(0)
     return acc, sums, peak
+
+
+@gluon.jit
+def span_output(acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE_NBITS: gl.constexpr):
+    """What a span's ``acc`` and the sums of p * zero make of the output; the channels before a group, and in it."""
+    GROUPS: gl.constexpr = acc.shape[0]
+    WIDTH: gl.constexpr = acc.shape[1]
+    PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
+    sums_row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
+    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1))), acc)[0]
+    for g in gl.static_range(GROUPS):
+        zeros = gl.convert_layout(gl.sum(gl.where(sums_row == FIRST_GROUP + g, sums, 0.0), axis=1), PER_HEAD)[:, None, :]
+        out += gl.where(group == g, zeros, 0.0)
+    return out, group * WIDTH, channel + FIRST
 
 
 @gluon.jit
@@ -661,7 +853,7 @@ def attend_part(
     Several queries a row: a block's columns are some of its ``num_queries * Q_PER_KV`` (query, head)s."""
     blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     SHARED: gl.constexpr = HEADS <= 4  # columns 4..7 are free for the low parts
-    WIDTH: gl.constexpr = DIM // VALUE_GROUPS
+    SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
     PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
     row = (block // (NUM_HEADS * blocks)).to(gl.int64)
     head = block // blocks % NUM_HEADS
@@ -703,23 +895,21 @@ def attend_part(
         n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
         saw = saw & ((first_head + (n & 3 if SHARED else n)) // Q_PER_KV >= num_queries - gl.load(new[2] + row))
     inverse = gl.where(saw, 1.0 / gl.where(saw, total, 1.0), 0.0)
-    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
-    group = gl.arange(0, VALUE_GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
-    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1))), acc)[0]
-    for g in gl.static_range(VALUE_GROUPS):
-        zeros = gl.convert_layout(gl.sum(gl.where(sums_row == g, sums, 0.0), axis=1), PER_HEAD)[:, None, :]
-        out += gl.where(group == g, zeros, 0.0)
-    out = out * inverse[:, None, :]
-    if new is not None:
-        out = gl.where(gl.broadcast(saw[:, None, :], out)[0], out, 0.0)
-    n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
-    if out_ptr is not None:
-        at = ((row * NUM_HEADS + head) * Q_PER_KV + first_head + n)[:, None, :] * DIM + group * WIDTH + channel
-        mask = gl.broadcast(((n < HEADS) & (first_head + n < Q_PER_KV))[:, None, :], out)[0]
-        gl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        at = slot * HEADS + n
-        gl.store(partial_ptr + at[:, None, :] * DIM + group * WIDTH + channel, out, mask=gl.broadcast((n < HEADS)[:, None, :], out)[0])
+    for i in gl.static_range(len(SPANS)):
+        out, first_channel, channel = span_output(acc[i], sums, SPANS[i][0], SPANS[i][2], VALUE_NBITS)
+        out = out * inverse[:, None, :]
+        if new is not None:
+            out = gl.where(gl.broadcast(saw[:, None, :], out)[0], out, 0.0)
+        n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
+        if out_ptr is not None:
+            at = ((row * NUM_HEADS + head) * Q_PER_KV + first_head + n)[:, None, :] * DIM + first_channel + channel
+            mask = gl.broadcast(((n < HEADS) & (first_head + n < Q_PER_KV))[:, None, :], out)[0]
+            gl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            at = slot * HEADS + n
+            mask = gl.broadcast((n < HEADS)[:, None, :], out)[0]
+            gl.store(partial_ptr + at[:, None, :] * DIM + first_channel + channel, out, mask=mask)
+    if out_ptr is None:
         lse = gl.where(saw, peak - HEADROOM + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
         gl.store(lse_ptr + at, lse, mask=n < HEADS)
 
@@ -748,22 +938,25 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
         gl.store(arrivals_ptr + block, 0)
         if draws_ptr is not None:
             gl.store(draws_ptr + block, 0)
-        SHAPE: gl.constexpr = parts_shape(HEADS, DIM)
+        CHANNELS: gl.constexpr = padded(DIM)
+        SHAPE: gl.constexpr = parts_shape(HEADS, CHANNELS)
         PARTS: gl.constexpr = SHAPE[0]
         PADDED: gl.constexpr = SHAPE[1]
-        ALL: gl.constexpr = parts_layout(PADDED, DIM)
+        ALL: gl.constexpr = parts_layout(PADDED, CHANNELS)
         EACH: gl.constexpr = gl.SliceLayout(2, ALL)
         PER_HEAD: gl.constexpr = gl.SliceLayout(0, EACH)
         s = gl.arange(0, PARTS, layout=gl.SliceLayout(1, EACH))[:, None]
         n = gl.arange(0, PADDED, layout=PER_HEAD)
-        d = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, None, :]
+        d = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(1, ALL)))[None, None, :]
         peak = gl.full([PADDED], HIDDEN, gl.float32, PER_HEAD)
         total = gl.zeros([PADDED], gl.float32, PER_HEAD)
-        out = gl.zeros([PADDED, DIM], gl.float32, gl.SliceLayout(0, ALL))
+        out = gl.zeros([PADDED, CHANNELS], gl.float32, gl.SliceLayout(0, ALL))
         for begin in range(0, num_parts, PARTS):
             at, wanted = gl.broadcast((block * num_parts + begin + s) * HEADS + n[None, :], (begin + s < num_parts) & (n < HEADS)[None, :])
             lse = gl.load(lse_ptr + at, mask=wanted, other=HIDDEN, cache_modifier=".cg")
             at, wanted = gl.broadcast(at[:, :, None] * DIM + d, wanted[:, :, None])
+            if CHANNELS > DIM:
+                wanted = wanted & (d < DIM)
             part = gl.load(partial_ptr + at, mask=wanted, other=0.0, cache_modifier=".cg")
             new_peak = gl.maximum(peak, gl.max(lse, axis=0))
             lse, shift = gl.broadcast(lse, new_peak[None, :])
@@ -776,9 +969,11 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
             out = out * alpha + gl.sum(part * weight, axis=0)
         total = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, gl.SliceLayout(0, ALL)))[:, None]
         n = gl.arange(0, PADDED, layout=gl.SliceLayout(1, gl.SliceLayout(0, ALL)))[:, None]
-        d = gl.arange(0, DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, ALL)))[None, :]
+        d = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, gl.SliceLayout(0, ALL)))[None, :]
         out, total = gl.broadcast(out, total)
         at, wanted = gl.broadcast((first_query_head + n) * DIM + d, (n < HEADS) & (n < num_heads))
+        if CHANNELS > DIM:
+            wanted = wanted & (d < DIM)
         gl.store(out_ptr + at, (out / total).to(out_ptr.dtype.element_ty), mask=wanted)
 
 
@@ -802,10 +997,14 @@ def attend_kernel(
     of_head = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     blocks = NUM_HEADS * of_head  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    STAGE_WORDS: gl.constexpr = TILE * DIM * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) // 16
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES, STAGE_WORDS], FLAT)
-    key_params = gl.allocate_shared_memory(gl.float16, [STAGES + SPARE, 2 * KEY_GROUPS * DIM], FLAT)
-    value_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * VALUE_GROUPS * TILE], FLAT)
+    SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
+    STAGE_BITS: gl.constexpr = TILE * (KEY_NBITS if KEY_NBITS > VALUE_NBITS else VALUE_NBITS) * 2  # of a channel
+    codes, key_params = (), ()
+    for i in gl.static_range(len(SPANS)):
+        codes = codes + (gl.allocate_shared_memory(gl.int32, [STAGES, STAGE_BITS * SPANS[i][1] // 32], FLAT),)
+    for i in gl.static_range(len(SPANS)):
+        key_params = key_params + (gl.allocate_shared_memory(gl.float16, [STAGES + SPARE, 2 * KEY_GROUPS * SPANS[i][1]], FLAT),)
+    value_params = gl.allocate_shared_memory(gl.float16, [STAGES, 2 * padded(VALUE_GROUPS) * TILE], FLAT)
     chunks = (num_slots + CHUNK - 1) // CHUNK
     new = None
     if num_queries is not None:
@@ -987,7 +1186,7 @@ def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
     dim, tile = fixed["DIM"], TILE.value
     stage = 4 * fixed["KEY_GROUPS"] * dim
     codes = tile * dim * max(fixed["KEY_NBITS"], fixed["VALUE_NBITS"]) // 4
-    own = STAGES * (codes + stage + 4 * fixed["VALUE_GROUPS"] * tile) + RESERVED_BYTES
+    own = STAGES * (codes + stage + 4 * padded(fixed["VALUE_GROUPS"]) * tile) + RESERVED_BYTES
     least = sm_nbytes // (PROGRAMS_PER_SM[dim] + 1) + 1
     return max(0, -(-(least - own) // stage))
 
@@ -1004,15 +1203,17 @@ def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor]
 
 
 def holds(record: Record) -> bool:
-    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 128 or 256 channels, 2, 4 or 8 bits.
+    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 96, 128 or 256 channels, 2, 4 or 8 bits.
 
+    Of 96 channels with value groups of 32 or the head: each of its chunks has whole groups or one.  Not of 80: codes of a chunk
+    of 16 channels have bits of the token among the fields of a byte, and those of the channel alone are undone.
     Of 256 channels only with groups of 64 and more: others take more registers than there are."""
     return (
         record.tile == layout.MAX_TILE
         and record.key_dim == record.value_dim
-        and record.key_dim in (64, 128, 256)
+        and record.key_dim in (64, 96, 128, 256)
         and {record.key_nbits, record.value_nbits} <= {2, 4, 8}
-        and record.value_group in (32, 64, 128)
+        and record.value_group in ((32, 96) if record.key_dim == 96 else (32, 64, 128))
         and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
         and (record.key_dim <= 128 or min(record.key_group, record.value_group) >= 64)
     )
@@ -1100,7 +1301,7 @@ def attend(
         return out
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
-    block_d = min(dim, max(16, 4096 // block_s))
+    block_d = min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
     combine_kernel[(batch_size * q_heads * length, dim // block_d)](
         partial, lse, packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
         HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
