@@ -34,7 +34,7 @@ MAX_CONTEXT = 1 << 30
 NOT_MODELLED = (
     "prefill, arrivals and waiting (decode steps alone are compared), an engine's scheduler",
     "kernels other than those measured: packed codes are this project's kernel, in another engine carried over from it",
-    "layouts that this project's portable kernel reads (3 bits, odd heads and groups): slower than these times",
+    "layouts that this project's portable kernel reads (3 bits, odd groups): slower than these times",
     "fixed costs of a layer that grow with the batch (measured for one request: early break-evens are optimistic)",
     "what a method costs in quality",
 )

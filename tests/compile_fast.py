@@ -37,6 +37,10 @@ METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "2-bit g32 d96": (Kivi(), 96, 1, "fp16"),
     "4-bit g32 d96": (Kivi(nbits=4), 96, 4, "fp16"),
     "k4v2 g32 d96": (Kivi(key_nbits=4, value_nbits=2), 96, 8, "bf16"),
+    "2-bit gv80 d80": (Kivi(group_size=64, value_group_size="head"), 80, 1, "fp16"),
+    "4-bit gv80 d80": (Kivi(nbits=4, group_size=64, value_group_size="head"), 80, 4, "fp16"),
+    "2-bit g32 gv16 d80": (Kivi(value_group_size=16), 80, 8, "bf16"),
+    "k8v2 g32 gv16 d80": (Kivi(key_nbits=8, value_nbits=2, value_group_size=16), 80, 4, "fp16"),
 }
 HEADS_256 = {  # one query, splits, groups of 64 and more
     "2-bit g64 d256": (Kivi(group_size=64), 256, 4, "fp16"),
@@ -48,7 +52,7 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
     "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
 }
 METHODS |= HEADS_256
-EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96")
+EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80", "4-bit gv80 d80")
 QUERIES = (
     *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
     *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),

@@ -54,6 +54,23 @@ THIRDS = ("2-bit g16 r64", "2-bit g32", "2-bit g64 head", "4-bit g32", "k4v2", *
 POINTS += [(name, 96, sharing, "float16") for name in THIRDS for sharing in SHARING]
 POINTS += [("k4v2", 96, "plan", dtype) for dtype in ("bfloat16", "float32")]
 METHODS |= MORE
+SIXTEENS = {
+    "2-bit gv80": Kivi(group_size=64, value_group_size="head", residual_length=192, sink_length=4),
+    "2-bit g32 gv16": Kivi(value_group_size=16),
+    "2-bit g16 gv16 r64": Kivi(group_size=16, residual_length=64),
+    "2-bit gk128 gv16": Kivi(key_group_size=128, value_group_size=16),
+    "4-bit gv80": Kivi(nbits=4, group_size=64, value_group_size="head"),
+    "4-bit g32 gv16": Kivi(nbits=4, value_group_size=16, sink_length=1),
+    "8-bit g32 gv16": Kivi(nbits=8, value_group_size=16),
+    "k4v2 gv16": Kivi(key_nbits=4, value_nbits=2, value_group_size=16),
+    "k8v2 gv80": Kivi(key_nbits=8, value_nbits=2, value_group_size="head"),
+    "k2v8 gv16": Kivi(key_nbits=2, value_nbits=8, key_group_size=64, value_group_size=16),
+    "k2v4 gv80": Kivi(key_nbits=2, value_nbits=4, key_group_size=64, value_group_size="head"),
+}
+"""Methods of heads of 80 channels, whose value groups divide the chunks of 64 and 16 channels or are the head."""
+POINTS += [(name, 80, sharing, "float16") for name in SIXTEENS for sharing in SHARING]
+POINTS += [("k4v2 gv16", 80, "plan", dtype) for dtype in ("bfloat16", "float32")]
+METHODS |= SIXTEENS
 
 
 def numpy_kernels(**replaced):
@@ -172,8 +189,12 @@ def test_error(attend, name, dim, sharing, dtype) -> None:
 
 QUERIES = ((2, 1), (1, 4), (3, 7), (5, 4), (16, 2), (4, 12), (33, 1), (2, 2), (64, 1), (17, 3))
 """Queries a row and heads that share a key/value head."""
-MANY = [(name, dim, sharing) for name in METHODS if name not in MORE for dim in (64, 128) for sharing in SHARING]
+OLD = [name for name in METHODS if name not in MORE and name not in SIXTEENS]
+MANY = [(name, dim, sharing) for name in OLD for dim in (64, 128) for sharing in SHARING]
 MANY += [(name, 96, sharing) for name in ("2-bit g32", "2-bit g64 head", "k4v2") for sharing in SHARING]
+MANY += [
+    (name, 80, sharing) for name in ("2-bit gv80", "2-bit g32 gv16", "k4v2 gv16", "k2v8 gv16") for sharing in SHARING
+]
 
 
 @pytest.mark.parametrize(("name", "dim", "sharing"), MANY)
@@ -218,6 +239,7 @@ def pooled(records, packed, record, seed):
     [
         *[("2-bit g64 sink", 128, None), ("2-bit gk128", 64, None), ("k4v2", 64, 5)],
         *[("8-bit g32 sink", 96, None), ("k4v2", 96, 5)],
+        *[("2-bit gv80", 80, None), ("k4v2 gv16", 80, 5)],
     ],
 )
 def test_block_table(attend, name, dim, sharing, count) -> None:
@@ -297,6 +319,7 @@ def test_record_packed_while_it_starts(name, length) -> None:
     [
         *[("2-bit g64 sink", 64, 4), ("2-bit gk128", 128, 4), ("4-bit g64", 128, 8), ("2-bit g64 sink", 256, 7)],
         *[("2-bit g32", 96, 1), ("4-bit g32", 96, 8)],
+        *[("2-bit gv80", 80, 1), ("2-bit g32 gv16", 80, 8), ("4-bit g32 gv16", 80, 4)],
     ],
 )
 def test_hard_cases(attend, name, dim, q_per_kv, kind) -> None:
@@ -321,18 +344,20 @@ def test_hard_cases(attend, name, dim, q_per_kv, kind) -> None:
 
 
 @pytest.mark.parametrize("large", ["first", "last"])
-@pytest.mark.parametrize("name", ["2-bit g32", "8-bit g32 sink"])
-def test_chunks_have_one_range(attend, name, large) -> None:
-    """A head of 96 channels, one of whose chunks alone has what sets the query's scale and the weights'."""
-    key, value, query = normal(11, (1, 2, 700, 96), (1, 2, 700, 96), (1, 8, 1, 96))
-    channels = slice(0, 64) if large == "first" else slice(64, 96)
+@pytest.mark.parametrize(
+    ("name", "dim"), [("2-bit g32", 96), ("8-bit g32 sink", 96), ("2-bit g32 gv16", 80), ("2-bit gv80", 80)]
+)
+def test_chunks_have_one_range(attend, name, dim, large) -> None:
+    """A head of two chunks, one of which alone has what sets the query's scale and the weights'."""
+    key, value, query = normal(11, (1, 2, 700, dim), (1, 2, 700, dim), (1, 8, 1, dim))
+    channels = slice(0, 64) if large == "first" else slice(64, dim)
     key, query = 4 * key, query / 1024
     query[..., channels] *= 1024
     value[..., channels] = (3e4 * value[..., channels]).clamp(-6e4, 6e4)
-    cache = Filled(METHODS[name], 96, 2, [700], sized(key), sized(value))
+    cache = Filled(METHODS[name], dim, 2, [700], sized(key), sized(value))
     for sharing in SHARING.values():
-        out = attend(sized(query), *cache.arguments, 96**-0.5, **sharing)
-        assert cache.error(out, sized(query), 96**-0.5, 0) <= 2e-3
+        out = attend(sized(query), *cache.arguments, dim**-0.5, **sharing)
+        assert cache.error(out, sized(query), dim**-0.5, 0) <= 2e-3
 
 
 def test_nan_shows(attend) -> None:
@@ -347,8 +372,8 @@ def test_nan_shows(attend) -> None:
 
 def test_supports() -> None:
     """What the kernel takes, and that anything else is refused with the record's name."""
-    for method in METHODS.values():
-        for dim in (64, 128):
+    for name, method in METHODS.items():
+        for dim in (64, 128) if name not in SIXTEENS else (80,):
             assert fast.holds(method.record(LayerShape(2, dim, dim)))
     assert all(fast.holds(METHODS[name].record(LayerShape(2, 256, 256))) for name in WIDE)
     assert all(fast.holds(METHODS[name].record(LayerShape(2, 96, 96))) for name in THIRDS)
@@ -356,7 +381,7 @@ def test_supports() -> None:
         (Kivi(residual_length=32), 64, 64), (Kivi(nbits=3, residual_length=64), 64, 64), (kivi_seed(), 64, 64),
         (Kivi(group_size=96, residual_length=96, value_group_size=32), 64, 64), (Kivi(), 256, 256),
         (Kivi(value_group_size=16), 96, 96), (Kivi(value_group_size=48), 96, 96), (Kivi(nbits=3), 96, 96),
-        (Kivi(value_group_size=16), 80, 80), (Kivi(value_group_size="head"), 80, 80), (Kivi(), 160, 160),
+        (Kivi(value_group_size=40), 80, 80), (Kivi(nbits=3, value_group_size=16), 80, 80), (Kivi(), 160, 160),
         (Kivi(key_group_size=64, value_group_size=32), 256, 256),
         (Kivi(), 128, 64), (Kivi(value_group_size=16), 64, 64),
     ]  # fmt: skip
@@ -410,7 +435,10 @@ def test_merges() -> None:
 @pytest.mark.parametrize("merged", [True, False], ids=["one launch", "two launches"])
 @pytest.mark.parametrize(
     ("name", "dim", "splits"),
-    [("2-bit g64 sink", 64, 3), ("4-bit g32", 128, 2), ("2-bit gk128", 64, 4), ("2-bit g32", 96, 3)],
+    [
+        *[("2-bit g64 sink", 64, 3), ("4-bit g32", 128, 2), ("2-bit gk128", 64, 4)],
+        *[("2-bit g32", 96, 3), ("2-bit gv80", 80, 3)],
+    ],
 )
 def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
     """The end of a long row is whoever's comes first: every tile is somebody's, and the counts are zero again."""
@@ -438,11 +466,11 @@ def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
     assert DEVICE == "cuda" or any(drawn)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_as_many_programs_share_a_multiprocessor_as_planned(dim) -> None:
     """Not more, and not fewer where there is room for them: an H100 has 228 KiB, an A100 164."""
     for name, method in METHODS.items():
-        if dim == 96 and name not in THIRDS:  # groups that do not divide the head
+        if name not in {80: SIXTEENS, 96: THIRDS}.get(dim, METHODS):  # groups that do not divide the head
             continue
         record = method.record(LayerShape(2, dim, dim))
         if not fast.holds(record):
@@ -464,6 +492,10 @@ CEILINGS = {
     "2-bit g32 d96": 2.1,
     "4-bit g32 d96": 2.2,
     "k4v2 g32 d96": 2.25,
+    "2-bit gv80 d80": 1.95,
+    "4-bit gv80 d80": 2.05,
+    "2-bit g32 gv16 d80": 2.5,
+    "k8v2 g32 gv16 d80": 2.85,
 }
 """Instructions of the tile loop per code and lane; 1.75 for all others."""
 SPILLS_256 = (24, 3) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else (0, 0)

@@ -20,8 +20,9 @@ Range, whatever the cache holds: the query is scaled so that ``query * scale`` c
 ``reference.LIMIT`` allows, and where a tile has a value scale of 256 or more its weights are made smaller.  A key
 scale below about 2**-8 leaves ``query * scale`` fewer than 11 bits.
 
-A head of 96 channels is two chunks, of 64 and 32 channels, each with a word order of its own (:func:`spans`): whatever has
-channels is a tuple of two, in shared memory and in registers.  Scores are one chain of products, and one softmax.
+A head of 96 channels is two chunks, of 64 and 32 channels, one of 80 is 64 and 16, each with a word order of its own
+(:func:`spans`): whatever has channels is a tuple of two, in shared memory and in registers.  Scores are one chain of products,
+and one softmax.  Of 16 channels at 2 bits the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
 
 Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
 """
@@ -61,11 +62,11 @@ ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
 STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
-PROGRAMS_PER_SM = {64: 12, 96: 8, 128: 8, 256: 8}
-"""Programs at once on a multiprocessor, by head dimension: as measured on an H100 (96: as 128), not as many as would fit."""
+PROGRAMS_PER_SM = {64: 12, 80: 8, 96: 8, 128: 8, 256: 8}
+"""Programs at once on a multiprocessor, by head dimension: as measured on an H100 (80 and 96: as 128), not as many as would fit."""
 LARGE_TILE = 16 << 10
 """Bytes of codes."""
-MAX_REGISTERS = {64: 168, 96: 248, 128: 248, 256: 255}
+MAX_REGISTERS = {64: 168, 80: 248, 96: 248, 128: 248, 256: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 SCHEDULERS = 4
 """Of a multiprocessor: a program is one warp."""
@@ -107,6 +108,13 @@ def spans(dim, groups):
 def channels_shape(width, groups):
     """``[groups, channels, heads]`` of a span's accumulator."""
     return [groups, width // groups, 8]
+
+
+@gluon.constexpr_function
+def token_in_byte(width, nbits):
+    """Whether a code's place in its byte has a bit of the token above those of the channel, which are ``width // 8`` places: ``hi``
+    of keys, ``kk`` of values."""
+    return 8 // nbits > width // 8
 
 
 @gluon.constexpr_function
@@ -156,15 +164,22 @@ def room(nbits):
 
 
 @gluon.constexpr_function
-def words_layout(vectors):
-    """``[vectors, 32, 4]`` words: 16-byte vectors, lane after lane."""
-    return gl.BlockedLayout([vectors, 1, 4], [1, 32, 1], [1, 1, 1], [2, 1, 0])
+def words_shape(width, nbits):
+    """``[vectors, 32, 4]`` words of a tile: 16-byte vectors, lane after lane; of 16 channels at 2 bits 8-byte vectors."""
+    words = layout.MAX_TILE * width * nbits // 32
+    each = min(4, words // 32)
+    return [words // 32 // each, 32, each]
+
+
+@gluon.constexpr_function
+def words_layout(shape):
+    return gl.BlockedLayout([shape[0], 1, shape[2]], [1, 32, 1], [1, 1, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
 def line_layout(size, width):
-    """``[size / width, width]`` halves, copied in vectors of 16 bytes where there are enough of them."""
-    vector = min(8, size // 32)
+    """``[size / width, width]`` halves, copied in vectors of 16 bytes where there are enough of them, and of 4 at least."""
+    vector = max(2, min(8, size // 32))
     return gl.BlockedLayout([1, vector], [32 * vector // width, width // vector], [1, 1], [1, 0])
 
 
@@ -326,7 +341,8 @@ def copy_codes(codes, record_ptr, tile, wanted, FIRST: gl.constexpr, SPAN: gl.co
     KEY_CODES: gl.constexpr = TILE * FIRST * KEY_NBITS // 32
     VALUE_CODES: gl.constexpr = RECORD * DIM * KEY_NBITS // 32 + TILE * FIRST * VALUE_NBITS // 32
     if KEY_WORDS == VALUE_WORDS:
-        BOTH: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, 1], [1, 0])
+        LANES: gl.constexpr = 16 if KEY_WORDS < 128 else 32
+        BOTH: gl.constexpr = gl.BlockedLayout([1, 4], [32 // LANES, LANES], [1, 1], [1, 0])
         stream = gl.arange(0, 2, layout=gl.SliceLayout(1, BOTH))[:, None]
         i = gl.arange(0, KEY_WORDS, layout=gl.SliceLayout(0, BOTH))[None, :]
         at = stream * (VALUE_CODES - KEY_CODES) + (i + KEY_CODES)
@@ -537,6 +553,16 @@ def key_rows(key, SPAN: gl.constexpr):
 
 
 @gluon.jit
+def value_places(GROUPS: gl.constexpr, WIDTH: gl.constexpr, VALUE_NBITS: gl.constexpr):
+    """Of the channels of an accumulator, the places that their codes have in a byte (but for :func:`token_in_byte`)."""
+    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    if GROUPS > 1 and token_in_byte(WIDTH, VALUE_NBITS):  # groups of 16 channels: every second one's are the upper two of four places
+        group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
+        channel = group * WIDTH + channel
+    return (channel >> 3) & (8 // VALUE_NBITS - 1)
+
+
+@gluon.jit
 def add_values(acc, weight, alpha, staged, VALUE_NBITS: gl.constexpr):
     """``acc`` of a span of channels after 16 exact slots, whose values lie in ``staged``."""
     GROUPS: gl.constexpr = acc.shape[0]
@@ -545,8 +571,7 @@ def add_values(acc, weight, alpha, staged, VALUE_NBITS: gl.constexpr):
     rows = gl.convert_layout(staged.permute([1, 0]).load(TRANSPOSED).reshape([GROUPS, WIDTH, CHUNK]), ROWS, assert_trivial=True)
     weight = gl.convert_layout(repeat(weight, GROUPS, 0), COLUMNS, assert_trivial=True)
     fresh = mma_v2(rows, weight, gl.zeros(acc.shape, gl.float32, MMA))
-    channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
-    fresh, down = gl.broadcast(fresh, power_of_two(VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1)) - 24))
+    fresh, down = gl.broadcast(fresh, power_of_two(VALUE_NBITS * value_places(GROUPS, WIDTH, VALUE_NBITS) - 24))
     alpha = gl.convert_layout(repeat(alpha, GROUPS, 0), MMA, assert_trivial=True)
     return rescale_add(acc, alpha, fresh * down)
 
@@ -593,14 +618,34 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
 @gluon.jit
 def load_words(codes, SPAN: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr):
     """Key and value words of a tile, ``SPAN`` channels."""
-    KEY_VECTORS: gl.constexpr = TILE * SPAN * KEY_NBITS // 32 // 128
-    VALUE_VECTORS: gl.constexpr = TILE * SPAN * VALUE_NBITS // 32 // 128
-    KEY_AT: gl.constexpr = 0 if KEY_VECTORS >= VALUE_VECTORS else VALUE_VECTORS
-    VALUE_AT: gl.constexpr = KEY_VECTORS if KEY_VECTORS >= VALUE_VECTORS else 0
-    lanes = codes.reshape([codes.shape[0] // 128, 32, 4])
-    key_words = lanes.slice(KEY_AT, KEY_VECTORS).load(words_layout(KEY_VECTORS))
-    value_words = lanes.slice(VALUE_AT, VALUE_VECTORS).load(words_layout(VALUE_VECTORS))
+    KEY: gl.constexpr = words_shape(SPAN, KEY_NBITS)
+    VALUE: gl.constexpr = words_shape(SPAN, VALUE_NBITS)
+    KEY_AT: gl.constexpr = 0 if KEY_NBITS >= VALUE_NBITS else TILE * SPAN * VALUE_NBITS // 32
+    VALUE_AT: gl.constexpr = TILE * SPAN * KEY_NBITS // 32 if KEY_NBITS >= VALUE_NBITS else 0
+    keys = codes.reshape([codes.shape[0] // (32 * KEY[2]), 32, KEY[2]])
+    values = codes.reshape([codes.shape[0] // (32 * VALUE[2]), 32, VALUE[2]])
+    key_words = keys.slice(KEY_AT // (32 * KEY[2]), KEY[0]).load(words_layout(KEY))
+    value_words = values.slice(VALUE_AT // (32 * VALUE[2]), VALUE[0]).load(words_layout(VALUE))
     return key_words, value_words
+
+
+@gluon.jit
+def undo_token(score, KEY_NBITS: gl.constexpr):
+    """Scores ``[groups, tokens, 8]`` of keys whose places in a byte have the bit ``hi`` of the token, which is undone."""
+    token = gl.arange(0, score.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+    score, down = gl.broadcast(score, power_of_two(-2 * KEY_NBITS * ((token >> 3) & 1)))
+    return score * down
+
+
+@gluon.jit
+def narrow_values(rows, weight, VALUE_NBITS: gl.constexpr):
+    """The product of ``rows`` whose places in a byte have the bit ``kk`` of the token, and ``weight``: in two, because a weight
+    that is made smaller may lose bits."""
+    SHAPE: gl.constexpr = [rows.shape[0], rows.shape[1], 8]
+    token = gl.arange(0, TILE, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))[None, :, None]
+    upper = gl.broadcast((token & 8) != 0, weight)[0]
+    high = mma_v2(rows, gl.where(upper, weight, 0.0), gl.zeros(SHAPE, gl.float32, MMA))
+    return mma_v2(rows, gl.where(upper, 0.0, weight), high * 2.0 ** (-2 * VALUE_NBITS))
 
 
 @gluon.jit
@@ -657,6 +702,7 @@ def attend_split(
     PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
     ZERO_ROWS: gl.constexpr = zero_layout(GROUPS, TILE // 4)
     WIDE: gl.constexpr = DIM > 128  # registers are short: what can be made or read again is not kept
+    NARROW_KEYS: gl.constexpr = token_in_byte(SPANS[len(SPANS) - 1][1], KEY_NBITS)
     ONCE: gl.constexpr = gl.BlockedLayout([1, 1, 8], [4, 4, 2], [1, 1, 1], [2, 1, 0])
     ZERO_SHAPE: gl.constexpr = [8 // GROUPS, GROUPS, 4, TILE // 4]
 
@@ -777,7 +823,7 @@ def attend_split(
             scaled = ()
             for i in gl.static_range(len(SPANS)):
                 scaled = scaled + (queries[i] * up_halves[i],)
-        for i in gl.static_range(len(SPANS)):
+        for i in gl.static_range(len(SPANS) - 1 if NARROW_KEYS else 0, -1 if NARROW_KEYS else len(SPANS), -1 if NARROW_KEYS else 1):
             key_scale = gl.convert_layout(operand_order(key_scales[i]), gl.SliceLayout(2, COLUMNS), assert_trivial=True)[:, :, None]
             wide, key_scale = gl.broadcast(scaled[i], key_scale)
             rows = code_rows(words[i][0], "key", KEY_GROUPS, SPANS[i][1], KEY_NBITS)
@@ -786,6 +832,8 @@ def attend_split(
             else:
                 rest = product_or_rest(wide, key_scale, gl.full(wide.shape, -1.0, gl.float16, COLUMNS))
                 score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, score))
+            if token_in_byte(SPANS[i][1], KEY_NBITS):  # the first, of which the others' products go on
+                score = undo_token(score, KEY_NBITS)
         if SHARED:
             score += swap_halves(score)
         score += start  # of columns n and n ^ 4 that are added, only n's: the other is nobody's
@@ -806,7 +854,10 @@ def attend_split(
             own_weight = gl.convert_layout(repeat(weight, SPANS[i][3], 0), COLUMNS, assert_trivial=True)
             own_weight, value_scale = gl.broadcast(own_weight, value_scale)
             rows = code_rows(words[i][1], "value", SPANS[i][3], SPANS[i][1], VALUE_NBITS)
-            fresh = mma_v2(rows, own_weight * value_scale, gl.zeros(acc[i].shape, gl.float32, MMA))
+            if token_in_byte(SPANS[i][1], VALUE_NBITS):
+                fresh = narrow_values(rows, own_weight * value_scale, VALUE_NBITS)
+            else:
+                fresh = mma_v2(rows, own_weight * value_scale, gl.zeros(acc[i].shape, gl.float32, MMA))
             own_alpha = gl.convert_layout(repeat(alpha, SPANS[i][3], 0), MMA, assert_trivial=True)
             new_acc = new_acc + (rescale_add(acc[i], own_alpha, fresh),)
         acc = new_acc
@@ -830,7 +881,7 @@ def span_output(acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE
     sums_row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
-    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * ((channel >> 3) & (8 // VALUE_NBITS - 1))), acc)[0]
+    out = acc * gl.broadcast(power_of_two(24 - VALUE_NBITS * value_places(GROUPS, WIDTH, VALUE_NBITS)), acc)[0]
     for g in gl.static_range(GROUPS):
         zeros = gl.convert_layout(gl.sum(gl.where(sums_row == FIRST_GROUP + g, sums, 0.0), axis=1), PER_HEAD)[:, None, :]
         out += gl.where(group == g, zeros, 0.0)
@@ -1203,17 +1254,16 @@ def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor]
 
 
 def holds(record: Record) -> bool:
-    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 96, 128 or 256 channels, 2, 4 or 8 bits.
+    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 80, 96, 128 or 256 channels, 2, 4 or 8 bits.
 
-    Of 96 channels with value groups of 32 or the head: each of its chunks has whole groups or one.  Not of 80: codes of a chunk
-    of 16 channels have bits of the token among the fields of a byte, and those of the channel alone are undone.
+    Of 80 channels with value groups of 16 or the head, of 96 with 32 or the head: each of their chunks has whole groups or one.
     Of 256 channels only with groups of 64 and more: others take more registers than there are."""
     return (
         record.tile == layout.MAX_TILE
         and record.key_dim == record.value_dim
-        and record.key_dim in (64, 96, 128, 256)
+        and record.key_dim in (64, 80, 96, 128, 256)
         and {record.key_nbits, record.value_nbits} <= {2, 4, 8}
-        and record.value_group in ((32, 96) if record.key_dim == 96 else (32, 64, 128))
+        and record.value_group in {80: (16, 80), 96: (32, 96)}.get(record.key_dim, (32, 64, 128))
         and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
         and (record.key_dim <= 128 or min(record.key_group, record.value_group) >= 64)
     )
