@@ -77,9 +77,9 @@ calibrate() {
 }
 
 sanitized() { # compute-sanitizer over the kernels' grid in float16, in one process; first without it, which compiles
-    local -x PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else a tensor is a part of 2 MB, and what leaves it is not seen
+    local apart=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1) # else a tensor is a part of 2 MB, and what leaves it is not seen
     local said
-    said="$(compute-sanitizer --tool "$1" --kernel-name kns=faulty_kernel python3 tests/faults.py "$1" 2>&1)"
+    said="$("${apart[@]}" compute-sanitizer --tool "$1" --kernel-name kns=faulty_kernel python3 tests/faults.py "$1" 2>&1)"
     [[ "$said" == *"at faulty_kernel"* ]] || {
         echo "$1 does not see the fault of tests/faults.py, so it says nothing of the others" >&2
         return 1
@@ -91,7 +91,7 @@ sanitized() { # compute-sanitizer over the kernels' grid in float16, in one proc
     local kernels=() name
     for name in attend combine step store pack freeze stream product; do kernels+=(--kernel-name "kns=${name}_kernel"); done
     python3 -m pytest -q -n $(($(nproc) * 3 / 4)) "${points[@]}" || return
-    compute-sanitizer --tool "$1" "${kernels[@]}" --error-exitcode 1 python3 -m pytest -v -x -p no:xdist "${points[@]}"
+    "${apart[@]}" compute-sanitizer --tool "$1" "${kernels[@]}" --error-exitcode 1 python3 -m pytest -v -x -p no:xdist "${points[@]}"
 }
 
 memcheck() { sanitized memcheck; }
