@@ -34,6 +34,8 @@ METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "k4v2 g64 d128": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 128, 4, "fp16"),
     "2-bit g32 d64": (Kivi(), 64, 1, "fp16"),
     "2-bit g64 d64": (Kivi(group_size=64), 64, 1, "fp16"),
+}
+TWO_CHUNKS = {  # the kernels with most in them: all of them take minutes
     "2-bit g32 d96": (Kivi(), 96, 1, "fp16"),
     "4-bit g32 d96": (Kivi(nbits=4), 96, 4, "fp16"),
     "k4v2 g32 d96": (Kivi(key_nbits=4, value_nbits=2), 96, 8, "bf16"),
@@ -51,8 +53,8 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
     "k4v2 g64 d256": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 256, 4, "fp16"),
     "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
 }
-METHODS |= HEADS_256
-EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80", "4-bit gv80 d80")
+METHODS |= TWO_CHUNKS | HEADS_256
+EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80")
 QUERIES = (
     *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
     *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),
@@ -197,6 +199,7 @@ if __name__ == "__main__":
         for sm in (80, 89, 90, 100)
         if (sm == 90 or name in EVERYWHERE)
         and (name not in HEADS_256 or kernel in ("attend", "attend_table", "combine"))
+        and (name not in TWO_CHUNKS or kernel in ("attend", "attend_drawn", "attend_queries_table_shares", "combine"))
     ]
     if len(sys.argv) > 1:
         tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
