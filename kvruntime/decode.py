@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvruntime.kivi.attention import COMBINE_D, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
 from kvruntime.kivi.step import embedded_token, overlaps
 
-TILES = {2: (128, 64, 32), 4: (16,)}
+TILES = {2: (128, 64, 32, 16), 4: (16,)}
 """Tokens a step of the loop by bytes a number, the first that shared memory takes; more in float32 spill."""
 NUM_STAGES = 3
 """One tile that is worked on and two under way, which lie in shared memory."""
@@ -146,16 +146,18 @@ def shared_bytes(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def plan_tile(channels: int, element_size: int, shared_bytes: int) -> tuple[int, int]:
-    """Tokens a step of the loop, and programs that a multiprocessor holds at once.  ``channels``: of key and value.
+def plan_tile(channels: int, element_size: int, room: int) -> tuple[int, int]:
+    """Tokens a step of the loop, and programs that a multiprocessor holds at once.
+
+    ``channels``: of key and value; ``room``: bytes of shared memory that a program may have.
 
     >>> plan_tile(256, 2, 227 << 10), plan_tile(128, 2, 227 << 10), plan_tile(256, 2, 99 << 10)
     ((128, 1), (128, 3), (64, 1))
     """
     under_way = (NUM_STAGES - 1) * channels * element_size
     tiles = TILES[element_size]
-    tile = next((tile for tile in tiles if tile * under_way + BESIDE_BYTES <= shared_bytes), tiles[-1])
-    return tile, max(1, shared_bytes // (tile * under_way + BESIDE_BYTES))
+    tile = next((tile for tile in tiles if tile * under_way + BESIDE_BYTES <= room), tiles[-1])
+    return tile, max(1, room // (tile * under_way + BESIDE_BYTES))
 
 
 def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:

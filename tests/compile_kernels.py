@@ -85,6 +85,7 @@ WHOLE = {  # head dimension, query heads a key/value head, dtype
     "phi": (80, 1, "fp16"),
     "gemma": (256, 16, "bf16"),
     "gemma fp32": (256, 16, "fp32"),
+    "gemma 512": (512, 8, "bf16"),
 }
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}

@@ -178,19 +178,19 @@ def gain_of_kivi(num_tokens: int) -> float:
     return kivi.seconds(1, num_tokens).value - fp16.seconds(1, num_tokens).value
 
 
-@pytest.mark.parametrize(("num_tokens", "measured"), [(128, -2.4e-6), (512, -4.3e-6), (1024, -22.7e-6)])
+@pytest.mark.parametrize(("num_tokens", "measured"), [(512, -4.3e-6), (1024, -22.7e-6)])
 def test_this_projects_kernels_are_compared_with_16_bit_ones_of_the_same_runs(num_tokens: int, measured: float) -> None:
-    """Of 218, 224 and 238 microseconds."""
+    """Of 224 and 238 microseconds."""
     assert gain_of_kivi(num_tokens) == pytest.approx(measured, abs=10e-6)
 
 
 def test_nothing_pays_before_something_is_packed() -> None:
-    """Within the residual a step reads what a float16 one reads, and a packed attention starts later."""
+    """Within the residual a step reads what a float16 one reads; a few records later bytes outweigh a later start."""
     short = make_method("kivi", group_size=64, residual_length=64)
     for packed, first in ((make_method("kivi"), 129), (short, 65)):
         methods = packed, make_method("fp16")
         kivi, fp16 = (Runner(load_model("gpt2"), method, H100, engine=ENGINES["kvruntime"]()) for method in methods)
-        assert by_context(kivi, fp16, 1).pays[0][0] >= first
+        assert first <= by_context(kivi, fp16, 1).pays[0][0] <= 256
         assert by_batch(kivi, fp16, first - 1).pays == ()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import re
 import subprocess
 import sys
@@ -95,3 +97,17 @@ def test_no_merge_is_left_half_done() -> None:
     packages = [path for package in (*ALLOWED, "tests") for path in (ROOT / package).rglob("*.py")]
     for path in (*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/*.md"), *packages):
         assert not any(line.startswith(marks) for line in path.read_text(encoding="utf-8").splitlines()), path.name
+
+
+def test_examples_in_docstrings() -> None:
+    """They print what they say."""
+    pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+    paths = [
+        path for name in ALLOWED for path in (ROOT / name).rglob("*.py") if ">>> " in path.read_text(encoding="utf-8")
+    ]
+    for path in paths:
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        result = doctest.testmod(module)
+        assert result.attempted
+        assert not result.failed, path
+    assert paths
