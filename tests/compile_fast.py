@@ -44,6 +44,7 @@ TWO_CHUNKS = {  # the kernels with most in them: all of them take minutes
     "2-bit g32 gv16 d80": (Kivi(value_group_size=16), 80, 8, "bf16"),
     "k8v2 g32 gv16 d80": (Kivi(key_nbits=8, value_nbits=2, value_group_size=16), 80, 4, "fp16"),
 }
+TWO_CHUNKS_IN = ("attend", "attend_drawn", "attend_queries_table_shares", "combine", "combine_few")
 HEADS_256 = {  # one query, splits, groups of 64 and more
     "2-bit g64 d256": (Kivi(group_size=64), 256, 4, "fp16"),
     "2-bit g64 d256 bf16": (Kivi(group_size=64), 256, 8, "bf16"),
@@ -79,7 +80,8 @@ def build(
     kernel, source, types: dict[str, str], constants: dict[str, object], sm: int, **options: int
 ) -> dict[str, int]:
     """REG, STACK, ... as the binary states them; of its innermost loop that copies and multiplies, the number of
-    instructions (``loop``) and of those that touch local memory (``loop_local``)."""
+    instructions (``loop``) and of those that touch local memory (``loop_local``); and how many sums over threads add a
+    product that is not rounded (``unrounded``), so that each of the threads ends with a sum of its own."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = constants | {name: None for name in kernel.arg_names if name in OPTIONAL - types.keys()}
     aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride")]
@@ -105,7 +107,15 @@ def build(
                 loops.append(body)
     inner = min(loops, key=len, default=[])
     local = sum(bool(re.search(r"\b(LDL|STL)", text)) for text in inner)
-    return used | {"instructions": len(code), "loop": len(inner), "loop_local": local}
+    counts = {"instructions": len(code), "loop": len(inner), "loop_local": local}
+    return used | counts | {"unrounded": unrounded(binary.asm["ptx"])}
+
+
+def unrounded(ptx: str) -> int:
+    """Fused steps whose summand has come from another thread, as PTX gives them."""
+    came = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    came |= {to for to, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx) if source in came}
+    return sum(summand in came for summand in re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
 
 
 def attend(
@@ -151,15 +161,21 @@ def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True, given=QUERIES + TABLE)
 
 
-def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN) -> dict[str, int]:
+def combine(
+    name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True
+) -> dict[str, int]:
     _, dim, q_per_kv, dtype = METHODS[name]
+    block_d = dim & -dim
     constants = {
-        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32, "BLOCK_D": dim & -dim,
-        "BLOCK_S": 32, "EARLY": sm >= 90,
+        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32 if shares else 0,
+        "BLOCK_D": block_d, "BLOCK_S": parts, "EARLY": sm >= 90,
     }  # fmt: skip
-    return build(
-        fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, num_warps=4
-    )
+    options = {"num_warps": 4 if parts * block_d >= 1024 else 1, **fast.ROUND_PRODUCTS}
+    return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, **options)
+
+
+def combine_few(name: str, sm: int) -> dict[str, int]:
+    return combine(name, sm, parts=2, shares=False)
 
 
 def combine_queries(name: str, sm: int) -> dict[str, int]:
@@ -178,6 +194,7 @@ KERNELS = {
         attend_table,
         attend_queries_table_shares,
         combine,
+        combine_few,
         combine_queries,
     )
 }
@@ -198,8 +215,8 @@ if __name__ == "__main__":
         for name in METHODS
         for sm in (80, 89, 90, 100)
         if (sm == 90 or name in EVERYWHERE)
-        and (name not in HEADS_256 or kernel in ("attend", "attend_table", "combine"))
-        and (name not in TWO_CHUNKS or kernel in ("attend", "attend_drawn", "attend_queries_table_shares", "combine"))
+        and (name not in HEADS_256 or kernel in ("attend", "attend_table", "combine", "combine_few"))
+        and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
     ]
     if len(sys.argv) > 1:
         tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
