@@ -161,9 +161,7 @@ def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True, given=QUERIES + TABLE)
 
 
-def combine(
-    name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True
-) -> dict[str, int]:
+def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True) -> dict[str, int]:
     _, dim, q_per_kv, dtype = METHODS[name]
     block_d = dim & -dim
     constants = {
