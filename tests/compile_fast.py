@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
+from compile_kernels import unrounded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -80,8 +81,8 @@ def build(
     kernel, source, types: dict[str, str], constants: dict[str, object], sm: int, **options: int
 ) -> dict[str, int]:
     """REG, STACK, ... as the binary states them; of its innermost loop that copies and multiplies, the number of
-    instructions (``loop``) and of those that touch local memory (``loop_local``); and how many sums over threads add a
-    product that is not rounded (``unrounded``), so that each of the threads ends with a sum of its own."""
+    instructions (``loop``) and of those that touch local memory (``loop_local``); and how many sums are
+    ``unrounded``."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = constants | {name: None for name in kernel.arg_names if name in OPTIONAL - types.keys()}
     aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride")]
@@ -109,13 +110,6 @@ def build(
     local = sum(bool(re.search(r"\b(LDL|STL)", text)) for text in inner)
     counts = {"instructions": len(code), "loop": len(inner), "loop_local": local}
     return used | counts | {"unrounded": unrounded(binary.asm["ptx"])}
-
-
-def unrounded(ptx: str) -> int:
-    """Fused steps whose summand has come from another thread, as PTX gives them."""
-    came = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
-    came |= {to for to, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx) if source in came}
-    return sum(summand in came for summand in re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
 
 
 def attend(

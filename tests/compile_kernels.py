@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -119,16 +120,26 @@ def compiled(
 def resources(
     kernel, types: dict[str, str], constants: dict[str, object], sm: int, num_warps: int, **options: int
 ) -> dict[str, int]:
-    """REG, STACK, SHARED, ... as the binary states them, and ``instructions``."""
+    """REG, STACK, SHARED, ... as the binary states them, ``instructions`` and ``unrounded`` sums."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled(kernel, types, constants, sm, num_warps, **options)["cubin"])
+        built = compiled(kernel, types, constants, sm, num_warps, **options)
+        path.write_bytes(built["cubin"])
         dump = [tools / "cuobjdump", "-res-usage", "-sass", path]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
     used = {key: int(value) for key, value in (pair.split(":") for pair in line.split() if pair.count(":") == 1)}
-    return used | {"instructions": sum(line.lstrip().startswith("/*") and ";" in line for line in text.splitlines())}
+    count = sum(line.lstrip().startswith("/*") and ";" in line for line in text.splitlines())
+    return used | {"instructions": count, "unrounded": unrounded(built["ptx"])}
+
+
+def unrounded(ptx: str) -> int:
+    """Sums over threads in PTX that add a product, not rounded, to what came from another thread: each of the threads
+    ends with a sum of its own, and where all write it to one place of shared memory that is a race."""
+    came = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    came |= {to for to, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx) if source in came}
+    return sum(summand in came for summand in re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+);", ptx))
 
 
 def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
