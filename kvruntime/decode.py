@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvruntime.kivi.attention import COMBINE_D, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
+from kvruntime.kivi.attention import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
 from kvruntime.kivi.step import embedded_token, overlaps
 
 TILES = {2: (128, 64, 32, 16), 4: (16,)}
@@ -198,12 +198,13 @@ def attend(
     attend_kernel[(splits, batch_size * heads)](
         query, stored_key, stored_value, positions, partial, lse, scale * LOG2E, *query.stride()[:2], num_slots, splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=16, BLOCK_N=tile,
-        BLOCK_K=block_k, BLOCK_V=block_v, DOT=dot, NUM_STAGES=NUM_STAGES, num_warps=4,
+        BLOCK_K=block_k, BLOCK_V=block_v, DOT=dot, NUM_STAGES=NUM_STAGES, enable_fp_fusion=True, num_warps=4,
         EARLY=(early := overlaps(query)), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(batch_size * q_heads, triton.cdiv(value_dim, COMBINE_D))](
-            partial, lse, out, splits, VALUE_DIM=value_dim, BLOCK_D=COMBINE_D, BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+            partial, lse, out, splits, VALUE_DIM=value_dim, BLOCK_D=COMBINE_D, BLOCK_S=triton.next_power_of_2(splits),
+            enable_fp_fusion=FUSED_MERGE, num_warps=4,
             EARLY=early, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvruntime.kivi import fast
+from kvruntime.kivi import attention, fast
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi
 
@@ -87,6 +87,7 @@ def build(
     constants = constants | {name: None for name in kernel.arg_names if name in OPTIONAL - types.keys()}
     aligned = [name for name in types if name.endswith("_ptr") or name.startswith("stride")]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    options = {"enable_fp_fusion": True, **options}
     binary = triton.compile(
         source(kernel, signature, constants, attrs), target=GPUTarget("cuda", sm, 32), options=options
     )
@@ -162,7 +163,7 @@ def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64,
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32 if shares else 0,
         "BLOCK_D": block_d, "BLOCK_S": parts, "EARLY": sm >= 90,
     }  # fmt: skip
-    options = {"num_warps": 4 if parts * block_d >= 1024 else 1, **fast.ROUND_PRODUCTS}
+    options = {"num_warps": 4 if parts * block_d >= 1024 else 1, "enable_fp_fusion": attention.FUSED_MERGE}
     return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, **options)
 
 

@@ -111,7 +111,8 @@ def compiled(
     }
     kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = kind(kernel, signature, constants, attrs)
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps, **options})
+    options = {"enable_fp_fusion": True, "num_warps": num_warps, **options}
+    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     if made.metadata.shared > SHARED_BYTES[sm]:
         raise ValueError(f"{made.metadata.shared} bytes of shared memory: sm_{sm} has {SHARED_BYTES[sm]}")
     return made.asm
@@ -235,7 +236,7 @@ def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
         "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", positions_ptr="*i32", ticket_ptr="*i32")
-    return resources(step.step_kernel, types, constants, sm, warps)
+    return resources(step.step_kernel, types, constants, sm, warps, enable_fp_fusion=False)
 
 
 def advance_spread(name: str, sm: int) -> dict[str, int]:
@@ -250,7 +251,7 @@ def store_full(name: str, sm: int) -> dict[str, int]:
         "BLOCK_V": block, "ROTARY": True, "EARLY": sm >= 90,
     }  # fmt: skip
     types = arguments(decode.store_kernel, "bf16", positions_ptr="*i32")
-    return resources(decode.store_kernel, types, constants, sm, 1)
+    return resources(decode.store_kernel, types, constants, sm, 1, enable_fp_fusion=False)
 
 
 def attend_full(name: str, sm: int) -> dict[str, int]:
@@ -267,11 +268,16 @@ def attend_full(name: str, sm: int) -> dict[str, int]:
     return resources(decode.attend_kernel, arguments(decode.attend_kernel, dtype, **fixed), constants, sm, 4)
 
 
-def combine(name: str, sm: int) -> dict[str, int]:
+def combine(name: str, sm: int, parts: int = attention.MAX_SPLITS) -> dict[str, int]:
     dim = METHODS[name][1]
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32"}
-    constants = {"VALUE_DIM": dim, "BLOCK_D": attention.COMBINE_D, "BLOCK_S": attention.MAX_SPLITS, "EARLY": sm >= 90}
-    return resources(attention.combine_kernel, types, constants, sm, 4)
+    constants = {"VALUE_DIM": dim, "BLOCK_D": attention.COMBINE_D, "BLOCK_S": parts, "EARLY": sm >= 90}
+    fused = attention.FUSED_MERGE
+    return resources(attention.combine_kernel, types, constants, sm, 4, enable_fp_fusion=fused)
+
+
+def combine_few(name: str, sm: int) -> dict[str, int]:
+    return combine(name, sm, parts=16)
 
 
 def linear(name: str, sm: int) -> dict[str, int]:
@@ -330,7 +336,7 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
 
 KERNELS = {
     function.__name__: function
-    for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, store_full)
+    for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
 ENGINE = {attend_full: WHOLE, linear: LAYERS, dense: PRODUCTS, stream: STREAMS, add_norm: NORMS}
 KERNELS |= {function.__name__: function for function in ENGINE}

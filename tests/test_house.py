@@ -99,6 +99,19 @@ def test_no_merge_is_left_half_done() -> None:
         assert not any(line.startswith(marks) for line in path.read_text(encoding="utf-8").splitlines()), path.name
 
 
+def test_launches_say_whether_they_fuse() -> None:
+    """Products with sums: Triton 3.9 warns where a launch leaves it open, and 3.10 will not where earlier ones do."""
+    launches = 0
+    for path in sorted((ROOT / "kvruntime").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                name = node.func.value
+                if isinstance(name, ast.Name) and name.id.endswith("_kernel"):
+                    launches += 1
+                    assert "enable_fp_fusion" in {word.arg for word in node.keywords}, (path, node.lineno)
+    assert launches >= 17
+
+
 def test_examples_in_docstrings() -> None:
     """They print what they say."""
     pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")

@@ -35,5 +35,5 @@ def greedy(logits: Tensor, tokens: Tensor, positions: Tensor) -> None:
     A row without a number (all NaN) gives token 0.
     """
     greedy_kernel[(logits.shape[0],)](
-        logits, tokens, positions, logits.shape[1], BLOCK_V=BLOCK_V, num_warps=8
+        logits, tokens, positions, logits.shape[1], BLOCK_V=BLOCK_V, enable_fp_fusion=True, num_warps=8
     )

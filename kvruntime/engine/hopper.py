@@ -184,7 +184,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     stream_kernel[(-(-width // BLOCK_N), chosen.splits, -(-num_rows // chosen.block_m))](
         tiles_of(x, chosen.block_m), tiles_of(weight, BLOCK_N), bias, out, num_rows, width,
         BLOCK_M=chosen.block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, STEPS=chosen.steps, STAGES=chosen.stages,
-        ACTIVATION=activation, PARTIAL=partial, EARLY=early, num_warps=NUM_WARPS,
+        ACTIVATION=activation, PARTIAL=partial, EARLY=early, enable_fp_fusion=True, num_warps=NUM_WARPS,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

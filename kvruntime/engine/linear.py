@@ -314,7 +314,8 @@ def linear(
         x, weight, bias, None if norm is None else norm.weight, None if norm is None else norm.bias, residual, out,
         width, num_rows, chosen.num_tiles, 0.0 if norm is None else norm.eps,
         K=k, ROWS=rows, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, NORM=norm_kind(norm), ACTIVATION=activation,
-        PERSISTENT=chosen.num_programs < chosen.num_tiles, EARLY=early, num_warps=chosen.num_warps, num_stages=1,
+        PERSISTENT=chosen.num_programs < chosen.num_tiles, EARLY=early,
+        enable_fp_fusion=True, num_warps=chosen.num_warps, num_stages=1,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

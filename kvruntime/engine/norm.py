@@ -88,8 +88,8 @@ def embed(tokens: Tensor, positions: Tensor, table: Tensor, position_table: Tens
     block_k = min(1024, triton.next_power_of_2(k))
     out = table.new_empty(num_rows, k)
     embed_kernel[(num_rows, -(-k // block_k))](
-        tokens, positions, table, position_table, out, K=k, BLOCK_K=block_k, EARLY=early, num_warps=4,
-        **({"launch_pdl": True} if early else {}),
+        tokens, positions, table, position_table, out, K=k, BLOCK_K=block_k, EARLY=early,
+        enable_fp_fusion=True, num_warps=4, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
 
@@ -121,6 +121,6 @@ def add_norm(hidden: Tensor, partial: Tensor | None, bias: Tensor | None, norm: 
     add_norm_kernel[(num_rows,)](
         hidden, partial, bias, norm.weight, norm.bias, total, out, num_rows, norm.eps,
         K=k, BLOCK_K=block_k, PARTS=0 if partial is None else partial.shape[0], NORM=norm_kind(norm), EARLY=early,
-        num_warps=num_warps(k), **({"launch_pdl": True} if early else {}),
+        enable_fp_fusion=True, num_warps=num_warps(k), **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return total, out

@@ -158,7 +158,8 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
     product_kernel[(-(-num_rows // chosen.block_m), -(-width // chosen.block_n), splits)](
         x, weight, bias, out, num_rows, width, K=k, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
         BLOCK_K=chosen.block_k, SHARE=chosen.share, SUMS=chosen.sums, ACTIVATION=activation, PARTIAL=partial,
-        STAGES=chosen.stages, EARLY=early, num_warps=chosen.num_warps, **({"launch_pdl": True} if early else {}),
+        STAGES=chosen.stages, EARLY=early, enable_fp_fusion=True, num_warps=chosen.num_warps,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
 

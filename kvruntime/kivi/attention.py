@@ -40,6 +40,9 @@ LOG2E = 1.4426950408889634
 HIDDEN = tl.constexpr(-1.0e30)
 MAX_SPLITS = 128
 COMBINE_D = 32
+FUSED_MERGE = False
+"""Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own as it
+is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
 REGISTERS = 255
 """Of a thread that looks up a block table: left to choose, ptxas takes 168 on sm_80 and spills."""
 
@@ -369,13 +372,14 @@ def attend(
         query, records, exact_key, exact_value, key_params, lengths, packed, new_key, new_value, counts, table, partial, lse,
         scale * LOG2E, *query.stride()[:3], *strides, num_queries, num_slots, num_records, batch_size, num_splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m,
-        DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record), **launch(record, block_m),
+        DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),
+        enable_fp_fusion=True, **launch(record, block_m),
         **({} if table is None else {"maxnreg": REGISTERS}),
     )  # fmt: skip
     if num_splits > 1:
         combine_kernel[(batch_size * q_heads * num_queries, triton.cdiv(record.value_dim, COMBINE_D))](
             partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=COMBINE_D,
-            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=4,
+            BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -72,9 +72,6 @@ SCHEDULERS = 4
 """Of a multiprocessor: a program is one warp."""
 MAX_ROWS = 1024
 MAX_PARTS = 256
-ROUND_PRODUCTS = {"enable_fp_fusion": False}
-"""Where :func:`combine_kernel` adds: threads that hold one sum would each leave a product of its own unrounded, end apart in
-the last bit, and write that to one place of shared memory on the way out.  Whose bit it is would be a race."""
 RESERVED_BYTES = 1024
 """Of a program's shared memory, by the driver."""
 MERGED_PARTS = 16
@@ -1347,7 +1344,8 @@ def attend(
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, None if block_table is None else block_table.contiguous(),
         **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
-        SPARE=spare(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, WHOLE=whole, num_warps=1,
+        SPARE=spare(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, WHOLE=whole,
+        enable_fp_fusion=True, num_warps=1,
         maxnreg=MAX_REGISTERS[dim] if fresh is None else REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if arrivals is not None or whole:
@@ -1358,6 +1356,6 @@ def attend(
     combine_kernel[(batch_size * q_heads * length, dim // block_d)](
         partial, lse, packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
         HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
-        num_warps=4 if block_s * block_d >= 1024 else 1, **ROUND_PRODUCTS, **({"launch_pdl": True} if early else {}),
+        enable_fp_fusion=attention.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

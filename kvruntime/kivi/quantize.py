@@ -721,7 +721,7 @@ def append(
             key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged, layers,
             *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
-            SINK=sink, RESIDUAL=residual, **record_constants(record), **launch,
+            SINK=sink, RESIDUAL=residual, **record_constants(record), enable_fp_fusion=True, **launch,
         )  # fmt: skip
     dim = max(record.key_dim, record.value_dim)
     block = 1 if new_length == 1 else 16
@@ -735,7 +735,8 @@ def append(
         key, value, exact_key, exact_value, lengths_ptr, ragged, layers,
         *strides, new_length, exact_key.shape[2], batch_size, skip,
         NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
-        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), num_warps=1 if block == 1 else 4,
+        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
+        enable_fp_fusion=True, num_warps=1 if block == 1 else 4,
     )  # fmt: skip
 
 
@@ -771,7 +772,8 @@ def freeze(
     freeze_kernel[(triton.cdiv(dim, block), batch_size * heads, 1 if layers is None else len(layers))](
         key, exact_key, key_params, lengths_ptr, ragged, layers, *key.stride()[:3], new_length, exact_key.shape[2], batch_size,
         NUM_HEADS=heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
-        NEW=new_length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block, num_warps=4,
+        NEW=new_length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block,
+        enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
 
 
