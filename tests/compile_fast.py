@@ -55,6 +55,7 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
     "k4v2 g64 d256": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 256, 4, "fp16"),
     "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
 }
+HEADS_256_IN = ("attend", "attend_table", "combine", "combine_few")
 METHODS |= TWO_CHUNKS | HEADS_256
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80")
 QUERIES = (
@@ -208,7 +209,7 @@ if __name__ == "__main__":
         for name in METHODS
         for sm in (80, 89, 90, 100)
         if (sm == 90 or name in EVERYWHERE)
-        and (name not in HEADS_256 or kernel in ("attend", "attend_table", "combine", "combine_few"))
+        and (name not in HEADS_256 or kernel in HEADS_256_IN)
         and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
     ]
     if len(sys.argv) > 1:

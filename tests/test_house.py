@@ -104,11 +104,10 @@ def test_launches_say_whether_they_fuse() -> None:
     launches = 0
     for path in sorted((ROOT / "kvruntime").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                name = node.func.value
-                if isinstance(name, ast.Name) and name.id.endswith("_kernel"):
-                    launches += 1
-                    assert "enable_fp_fusion" in {word.arg for word in node.keywords}, (path, node.lineno)
+            launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+            if launch and ast.unparse(node.func.value).endswith("_kernel"):
+                launches += 1
+                assert "enable_fp_fusion" in {word.arg for word in node.keywords}, (path, node.lineno)
     assert launches >= 17
 
 

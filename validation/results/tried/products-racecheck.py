@@ -1,4 +1,6 @@
-"""The sizes of tests/test_engine_linear.py's ``test_product``, called and awaited one by one, judged on the CPU.
+"""The sizes of tests/test_engine_linear.py's ``test_product``, called and awaited one by one.
+
+Prints the largest error where there is no activation.
 
 compute-sanitizer --tool racecheck --kernel-name kns=stream_kernel --kernel-name kns=product_kernel \
     python3 products-racecheck.py any|hopper
