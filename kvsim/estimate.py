@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvsim.engines import Engine, Ideal
-from kvsim.layout import Method
+from kvsim.layout import Method, nbytes, shared_buffers
 from kvsim.methods import Full, placed
 from kvsim.model import Model
 
@@ -122,16 +122,11 @@ def estimate(
 
 
 def cache_nbytes(model: Model, method: Method, batch_size: int, num_tokens: int) -> int:
-    """Bytes of the keys and values: every buffer of every layer, rounded by nobody."""
-    return sum(
-        count * sum(buffer.nbytes for buffer in chosen.buffers(layer, batch_size, num_tokens))
+    """Bytes of the keys and values: every buffer of every layer and what the layers share, rounded by nobody."""
+    return nbytes(shared_buffers(method, model.cache_layers)) + sum(
+        count * nbytes(chosen.buffers(layer, batch_size, num_tokens))
         for (layer, chosen), count in placed(method, model.cache_layers).items()
     )
-
-
-def taken_nbytes(model: Model, method: Method, batch_size: int, num_tokens: int, engine: Engine = IDEAL) -> int:
-    """Bytes that ``engine`` takes: cache, constant state and index keys."""
-    return sum(engine.parts(model, method, batch_size, num_tokens).values())
 
 
 def check_sizes(batch_size: int, num_tokens: int) -> None:

@@ -7,6 +7,7 @@ tensor as ``torch.empty`` would make it.  Nothing here knows any method, model o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -91,7 +92,20 @@ class StateShape:
 
 @runtime_checkable
 class Method(Protocol):
-    """How tokens are stored.  Implementations are frozen dataclasses, one file each in ``kvsim/methods/``."""
+    """How tokens are stored.  Implementations are frozen dataclasses, one file each in ``kvsim/methods/``.
+
+    A method may say more of itself, and what it does not say has a default:
+
+    * ``formulas(layer, count, batch_size, num_tokens)``: the bytes as products (:mod:`kvsim.methods.formulas`; by
+      default the buffers' shapes);
+    * ``edges(longest)``: the lengths at which its layout changes (:func:`edges`; none);
+    * ``tokens_alone``: whether a token's bytes depend on that token alone (:func:`tokens_alone`; False);
+    * ``shared_buffers(layers)``: tensors that a model's layers share (:func:`shared_buffers`; none);
+    * ``at(layer, index, num_layers)``: the method of one place, where layers are stored differently
+      (:func:`kvsim.methods.place.at`; itself);
+    * ``kvruntime``: whether kvruntime has a room for it (False);
+    * ``inner``: the method that stores what a wrapper keeps.
+    """
 
     @property
     def name(self) -> str:
@@ -119,3 +133,29 @@ def parts(buffers: list[Buffer]) -> dict[str, int]:
         for name, size in buffer.parts().items():
             total[name] = total.get(name, 0) + size
     return total
+
+
+def shared_buffers(method: Method, layers: Sequence[LayerShape]) -> list[Buffer]:
+    """Tensors that ``layers`` share under ``method`` (a rotation, a codebook, a channel order), counted once a model.
+
+    A wrapper without any of its own has those of the method that it holds.
+    """
+    own = getattr(method, "shared_buffers", None)
+    if own is not None:
+        out: list[Buffer] = own(layers)
+        return out
+    inner = getattr(method, "inner", None)
+    return [] if inner is None else shared_buffers(inner, layers)
+
+
+def edges(method: Method, longest: int) -> list[int]:
+    """The lengths of 1 to ``longest`` tokens at which the method's layout changes, ascending."""
+    own = getattr(method, "edges", None)
+    inner = getattr(method, "inner", None)
+    found = own(longest) if own is not None else [] if inner is None else edges(inner, longest)
+    return sorted({edge for edge in found if 1 <= edge <= longest})
+
+
+def tokens_alone(method: Method) -> bool:
+    """Whether the bytes of a stored token depend on that token alone, so that sequences may share a prefix's."""
+    return bool(getattr(method, "tokens_alone", False))

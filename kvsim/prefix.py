@@ -1,6 +1,6 @@
 """A prefix that all sequences share, stored once (a system prompt under prefix caching).
 
-Sharing wants tokens that are stored each alone: the methods in :data:`ALONE`.  KIVI's ring and records, and an
+Sharing wants tokens that are stored each alone (:func:`kvsim.layout.tokens_alone`).  KIVI's ring and records, and an
 evicting cache, depend on how long the row is, so their prefixes are not the same bytes.
 
 * ``ideal`` shares every token of the prefix that a layer still holds (a window moves past it).
@@ -12,12 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvsim.engines import Engine, Ideal, Vllm
-from kvsim.layout import LayerShape, Method, parts
-from kvsim.methods import Fp8, Full, Ggml, Nvfp4, Paged, PerTokenHead, placed
+from kvsim.layout import LayerShape, Method, parts, tokens_alone
+from kvsim.methods import Paged, placed
 from kvsim.model import Model
-
-ALONE = (Full, Fp8, Ggml, Nvfp4, PerTokenHead)
-"""The methods that store a token without regard to the others."""
 
 
 def without_copies(
@@ -41,7 +38,7 @@ def without_copies(
     for (layer, chosen), count in placed(method, model.cache_layers).items():
         tokens = _shared(layer, chosen, model, method, engine, num_tokens, shared_prefix)
         inner = chosen.inner if isinstance(chosen, Paged) else chosen
-        if not isinstance(inner, ALONE):
+        if not tokens_alone(chosen):
             raise ValueError(f"{method.name} does not share prefixes: it does not store each token alone")
         for name, size in parts(inner.buffers(_whole(layer), batch_size - 1, tokens)).items():
             out[name] -= count * size

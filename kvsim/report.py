@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from kvsim.catalog import Row
     from kvsim.doctor import Diagnosis
     from kvsim.engines.vllm import Pool
-    from kvsim.explain import Explanation, Number
+    from kvsim.explain import Explanation
     from kvsim.hardware import Hardware
+    from kvsim.methods.formulas import Number
     from kvsim.model import Model
     from kvsim.parallel import Sharding
 

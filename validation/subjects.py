@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvsim.layout import Method
+from kvsim.layout import Method, edges
 from kvsim.methods import METHODS, Full, Kivi, kivi_seed
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "smollm2-135m", "llama-3.2-1b")
@@ -39,14 +39,9 @@ LONG = (1024, 2048)
 
 
 def lengths(method: Method, longest: int = LONG[-1]) -> list[int]:
-    """The lengths at which something changes, ascending: 1, around the residual, a record, a growth block, and long."""
-    edges = {1, *BLOCK_EDGES, *LONG}
-    if isinstance(method, Kivi):
-        exact, record = method.sink_length + method.residual_length, method.record_length
-        edges |= {exact - 1, exact, exact + 1, 2 * method.residual_length - 1}
-        edges |= {exact + record - 1, exact + record, exact + record + 1}
-        edges |= {method.residual_length - 1, method.residual_length, method.residual_length + 1}
-    return sorted(edge for edge in edges if 1 <= edge <= longest)
+    """The lengths at which something changes, ascending: 1, the method's edges, around a growth block, and long."""
+    points = {1, *BLOCK_EDGES, *LONG, *edges(method, longest)}
+    return sorted(point for point in points if point <= longest)
 
 
 def describe_method(method: Method) -> dict[str, Any]:

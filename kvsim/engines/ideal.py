@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvsim.layout import Method, parts
+from kvsim.layout import Method, parts, shared_buffers
 from kvsim.methods import Full, placed
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ INDEX = Full()
 
 @dataclass(frozen=True)
 class Ideal:
-    """Every layer's own buffers at their exact size: keys and values by the method, index keys at 16 bits, states."""
+    """Every layer's own buffers at their exact size: keys and values by the method (with what its
+    layers share, once), index keys at 16 bits, states."""
 
     @property
     def name(self) -> str:
@@ -35,6 +36,7 @@ class Ideal:
 
         for (layer, chosen), count in placed(method, model.cache_layers).items():
             add("", parts(chosen.buffers(layer, batch_size, num_tokens)), count)
+        add("", parts(shared_buffers(method, model.cache_layers)), 1)
         for layer, count in Counter(model.index_layers).items():
             add("index_", parts(INDEX.buffers(layer, batch_size, num_tokens)), count)
         for state, count in Counter(model.state_layers).items():

@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING
 
 from kvsim.engines.ideal import Ideal
 from kvsim.layout import Method
-from kvsim.methods import Full, Kivi, placed
+from kvsim.methods import METHODS, placed
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
     from kvsim.model import Model
 
 GROW_TOKENS = 256
+
+
+def stored(method: Method) -> bool:
+    """Whether kvruntime has a room for ``method``, and for the one inside it where there is one."""
+    inner = getattr(method, "inner", None)
+    return bool(getattr(method, "kvruntime", False)) and (inner is None or stored(inner))
+
+
+def names() -> list[str]:
+    """The names of the methods that kvruntime stores."""
+    return [name for name, make in METHODS.items() if stored(make())]
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,8 @@ class Kvruntime:
         if model.state_layers or model.index_layers:
             raise ValueError("kvruntime runs models of full-attention layers only: this one has states or index keys")
         for layer, chosen in placed(method, model.cache_layers):
-            if not isinstance(chosen, (Full, Kivi)):
-                raise ValueError(f"kvruntime does not store {chosen.name}: it has fp16, bf16, fp32 and kivi")
+            if not stored(chosen):
+                raise ValueError(f"kvruntime does not store {chosen.name}: allowed are {', '.join(names())}")
             if layer.window is not None or not layer.value_dim or layer.stride > 1:
                 raise ValueError(f"kvruntime holds full-attention layers only, not {layer.kind} ones")
         exact = Ideal().parts(model, method, batch_size, num_tokens)

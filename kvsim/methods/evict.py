@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from kvsim.layout import Buffer, LayerShape, Method
+from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.methods.place import at
 
@@ -46,6 +47,12 @@ class Evict:
     def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
         kept = self.num_kept(layer, num_tokens)
         return self.inner.buffers(replace(layer, window=None, stride=1), batch_size, kept)
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        kept = self.num_kept(layer, num_tokens)
+        numbers, out = written(self.inner, replace(layer, window=None, stride=1), count, batch_size, kept)
+        return [Number("kept", kept, f"min({num_tokens:,} tokens, budget {self.budget:,})"), *numbers], out
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         kept = self.num_kept(layer, num_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.layout import Buffer, LayerShape, parts
+from kvsim.methods.formulas import Formula, Written, held
 
 FORMATS = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 
@@ -26,6 +27,8 @@ class Fp8:
         if self.format not in FORMATS:
             raise ValueError(f"fp8 format {self.format!r}: allowed are {', '.join(FORMATS)}")
 
+    tokens_alone = True
+
     @property
     def name(self) -> str:
         return "fp8" if self.format == "e4m3" else f"fp8-{self.format}"
@@ -35,6 +38,14 @@ class Fp8:
         return [
             Buffer("key_codes", (batch_size, layer.num_kv_heads, held, layer.key_dim), dtype),
             Buffer("value_codes", (batch_size, layer.num_kv_heads, held, layer.value_dim), dtype),
+        ]
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        rows, tokens, numbers = held(layer, count, batch_size, num_tokens)
+        return numbers, [
+            Formula(f"{stream}_codes", f"{stream}_codes", (rows, tokens, (dim, "head dim"), (1, "byte")))
+            for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim))
         ]
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:

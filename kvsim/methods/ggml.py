@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.layout import Buffer, LayerShape, parts
+from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, parts
+from kvsim.methods.formulas import Formula, Number, Written, held
 
 BLOCK = 32
 TYPES: dict[str, tuple[int, int, int]] = {
@@ -39,6 +40,8 @@ class Ggml:
             if given not in TYPES and given not in PLAIN:
                 raise ValueError(f"{label} {given!r}: allowed are {', '.join((*TYPES, *PLAIN))}")
 
+    tokens_alone = True
+
     @property
     def name(self) -> str:
         return self.key_type if self.key_type == self.value_type else f"{self.key_type}-{self.value_type}"
@@ -49,6 +52,25 @@ class Ggml:
             _stream("key", self.key_type, layer.num_kv_heads, layer.key_dim, batch_size, held),
             _stream("value", self.value_type, layer.num_kv_heads, layer.value_dim, batch_size, held),
         ]
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        rows, tokens, numbers = held(layer, count, batch_size, num_tokens)
+        numbers.append(Number("block", 32, "channels, float16 scales (ggml-common.h)"))
+        out = []
+        sides = (("key", self.key_type, layer.key_dim), ("value", self.value_type, layer.value_dim))
+        for stream, kind, dim in sides:
+            if kind in PLAIN:
+                size = DTYPE_BITS[PLAIN[kind]] // 8
+                out.append(Formula(stream, stream, (rows, tokens, (dim, "head dim"), (size, "bytes"))))
+                continue
+            bits = {"q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4, "iq4_nl": 4}[kind]
+            codes = (rows, tokens, (dim, "head dim"), (bits, "bits"))
+            out.append(Formula(stream, f"{stream}_codes", codes, 8))
+            halves = ("scale", "zero") if kind.endswith("_1") else ("scale",)
+            for half in halves:
+                out.append(Formula(stream, f"{stream}_{half}", (rows, tokens, (dim // 32, "blocks"), (2, "bytes"))))
+        return numbers, out
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         return parts(self.buffers(layer, batch_size, num_tokens))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
+from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
 from kvsim.methods.full import SHORT
 from kvsim.record import MAX_TILE, MIN_TOKENS, PLANES, Record, channel_chunks
 
@@ -46,6 +47,8 @@ class Kivi:
     value_group_size: int | str | None = None
     sink_length: int = 0
     dtype: str = "float16"
+
+    kvruntime = True
 
     def __post_init__(self) -> None:
         if self.dtype not in SHORT:
@@ -176,6 +179,72 @@ class Kivi:
         sink = min(slots, self.sink_length)
         sections = ((f"{stream}_sink", sink * slot), (f"{stream}_residual", (slots - sink) * slot))
         return Buffer(f"exact_{stream}", (batch_size, heads, slots, dim), self.dtype, sections)
+
+    def edges(self, longest: int) -> list[int]:
+        """Around the exact tokens, the residual, and a record."""
+        exact, residual, record = self.sink_length + self.residual_length, self.residual_length, self.record_length
+        around = (exact, exact + record, residual)
+        return [2 * residual - 1, *(edge + more for edge in around for more in (-1, 0, 1))]
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        record = self.record(layer)
+        length, records, exact = self.record_length, self.num_records(num_tokens), self.num_exact(num_tokens)
+        sink = min(exact, self.sink_length)
+        packed = length * records
+        size = DTYPE_BITS[self.dtype] // 8
+        whole = self.k_group == SEQUENCE
+        rule = (
+            f"{length} x ceil({num_tokens:,} / {length}), a record of {length} for every token"
+            if whole
+            else f"{length} x ceil(max(0, {num_tokens:,} - {self.sink_length} - {self.residual_length}) / {length})"
+        )
+        numbers = [
+            rows_number(layer, count, batch_size),
+            Number("key bits", self.k_bits, "nbits" if self.key_nbits is None else "key_nbits"),
+            Number("value bits", self.v_bits, "nbits" if self.value_nbits is None else "value_nbits"),
+            Number("packed", packed, rule),
+            Number(
+                "residual", exact - sink, f"min({num_tokens:,} - {sink} sink, residual_length {self.residual_length})"
+            ),
+            Number("bytes", size, f"dtype {self.dtype}"),
+        ]
+        if sink:
+            numbers.append(Number("sink", sink, "sink_length"))
+        rows = kv_rows(layer, count, batch_size)
+        tokens: Factor = (packed, "packed")
+        if whole:
+            key_groups: tuple[Factor, ...] = ()
+            params = "key_params"
+        else:
+            groups = packed // record.key_group
+            numbers.append(Number("key groups", groups, f"packed / key group of {record.key_group} tokens"))
+            key_groups = ((groups, "key groups"),)
+            params = "records"
+        numbers.append(
+            Number("value groups", record.num_value_groups, f"head dim / value group of {record.value_group} channels")
+        )
+        half: Factor = (2, "bytes")  # scales and zeros are float16
+        key_params = (rows, *key_groups, (layer.key_dim, "head dim"), half)
+        value_params = (rows, tokens, (record.num_value_groups, "value groups"), half)
+        formulas = [
+            Formula("records", "key_codes", (rows, tokens, (layer.key_dim, "head dim"), (self.k_bits, "bits")), 8),
+            Formula("records", "value_codes", (rows, tokens, (layer.value_dim, "head dim"), (self.v_bits, "bits")), 8),
+            Formula(params, "key_scale", key_params),
+            Formula(params, "key_zero", key_params),
+            Formula("records", "value_scale", value_params),
+            Formula("records", "value_zero", value_params),
+        ]
+        for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+            tail = ((dim, "head dim"), (size, "bytes"))
+            if sink:
+                formulas.append(Formula(f"exact_{stream}", f"{stream}_sink", (rows, (sink, "sink"), *tail)))
+            formulas.append(Formula(f"exact_{stream}", f"{stream}_residual", (rows, (exact - sink, "residual"), *tail)))
+        formulas.append(
+            Formula("lengths", "lengths", ((count, "layers"), (batch_size, "batch"), (2, "counts"), (4, "bytes")))
+        )
+        formulas.sort(key=lambda formula: formula.buffer == "key_params")  # a buffer's sections stay together
+        return numbers, formulas
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         packed, record = self.num_packed(num_tokens), self.record(layer)

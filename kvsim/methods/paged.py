@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from kvsim.layout import Buffer, LayerShape, Method
+from kvsim.layout import Buffer, LayerShape, Method, tokens_alone
+from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.methods.place import at
 
@@ -26,6 +27,10 @@ class Paged:
             raise ValueError(f"block_size {self.block_size}: allowed are 1 token and above")
 
     @property
+    def tokens_alone(self) -> bool:
+        return tokens_alone(self.inner)
+
+    @property
     def name(self) -> str:
         return f"paged-{self.block_size}({self.inner.name})"
 
@@ -44,6 +49,13 @@ class Paged:
     def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
         provided = self.num_provided(layer, num_tokens)
         return self.inner.buffers(replace(layer, window=None, stride=1), batch_size, provided)
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        provided = self.num_provided(layer, num_tokens)
+        numbers, out = written(self.inner, replace(layer, window=None, stride=1), count, batch_size, provided)
+        rule = f"{provided // self.block_size:,} blocks of {self.block_size}"
+        return [Number("provided", provided, rule), *numbers], out
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         return self.inner.read_parts(layer, batch_size, num_tokens)

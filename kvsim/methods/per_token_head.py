@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, parts
+from kvsim.methods.formulas import Formula, Number, Written, held
 
 CODES = {"int8": ("int8", 1), "int4": ("uint8", 2), "fp8": ("float8_e4m3fn", 1)}
 """Format -> the stored type, and codes an element of it."""
@@ -32,6 +33,8 @@ class PerTokenHead:
         if self.scale_dtype not in SCALES:
             raise ValueError(f"scale_dtype {self.scale_dtype!r}: allowed are {', '.join(SCALES)}")
 
+    tokens_alone = True
+
     @property
     def name(self) -> str:
         base = "fp8-token-head" if self.format == "fp8" else self.format
@@ -49,6 +52,19 @@ class PerTokenHead:
                 out.append(Buffer(f"{stream}_codes", (*rows, dim // packed), dtype))
                 out.append(Buffer(f"{stream}_scale", rows, self.scale_dtype))
         return out
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        bits, scale = (4 if self.format == "int4" else 8), DTYPE_BITS[self.scale_dtype] // 8
+        rows, tokens, numbers = held(layer, count, batch_size, num_tokens)
+        numbers += [Number("bits", bits, f"format {self.format}"), Number("scale bytes", scale, "scale_dtype")]
+        out = []
+        for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
+            if dim:
+                codes = (rows, tokens, (dim, "head dim"), (bits, "bits"))
+                out.append(Formula(f"{stream}_codes", f"{stream}_codes", codes, 8))
+                out.append(Formula(f"{stream}_scale", f"{stream}_scale", (rows, tokens, (scale, "scale bytes"))))
+        return numbers, out
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         return parts(self.buffers(layer, batch_size, num_tokens))
