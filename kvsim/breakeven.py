@@ -6,7 +6,7 @@ a cache that is not compressed yet).  In money each method is at its own best: t
 batch that memory allows on the same card, so dollars a token compare as tokens a second do.
 
 Boundaries are solved by bisection to the exact token or sequence, inside brackets found at a few points an octave
-(steps and bytes change smoothly in between but for saw teeth of one record): ``pays(n)`` and not ``pays(n - 1)``.
+(steps change smoothly in between, bytes but for saw teeth of one record): ``pays(n)`` and not ``pays(n - 1)``.
 """
 
 from __future__ import annotations

@@ -121,6 +121,19 @@ class Method(Protocol):
         """Bytes that one decode step reads with ``num_tokens`` tokens present, by purpose (name -> bytes)."""
 
 
+def mean_read_nbytes(method: Method, layer: LayerShape, batch_size: int, num_tokens: int) -> int:
+    """Bytes that a decode step reads near ``num_tokens`` tokens; these never fall as tokens are added.
+
+    Of a method whose reads rise and fall as it packs, its own ``mean_read_nbytes``: the mean over the steps between
+    two packings.  Of every other method those of ``read_parts``.
+    """
+    mean = getattr(method, "mean_read_nbytes", None)
+    if mean is None:
+        return sum(method.read_parts(layer, batch_size, num_tokens).values())
+    found: int = mean(layer, batch_size, num_tokens)
+    return found
+
+
 def nbytes(buffers: list[Buffer]) -> int:
     """Total bytes of a list of buffers."""
     return sum(buffer.nbytes for buffer in buffers)

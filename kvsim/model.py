@@ -156,6 +156,11 @@ class Model:
         return len(self.cache_layers)
 
     @property
+    def num_blocks(self) -> int:
+        """All decoder layers: those with keys and values, with a state, with another layer's cache, or with neither."""
+        return sum(count for _, count in self.kinds)
+
+    @property
     def num_params(self) -> int | None:
         """All weights of the language model, ``None`` where the config does not tell."""
         return None if self.weights is None else self.weights.total

@@ -409,12 +409,13 @@ def hardware_list(rows: Sequence[Hardware]) -> str:
 def model_detail(row: Row, model: Model) -> str:
     """All about one model, a line a fact, with the config key of every number."""
     sources = dict(model.sources)
+    cached = "" if model.num_layers == model.num_blocks else f"; {model.num_layers} streams of keys and values"
     facts = {
         "id": row["id"],
         "aliases": ", ".join(row["aliases"]),
         "source": row["source"],
         "note": row["note"],
-        "layers": f"{model.num_layers} ({sources['num_layers']})",
+        "layers": f"{model.num_blocks} ({sources['num_layers']}){cached}",
         "query heads": f"{model.num_q_heads} ({sources['num_q_heads']})",
         "kv heads": f"{model.cache_layers[0].num_kv_heads} ({sources['num_kv_heads']})",
         "head dim": f"{model.cache_layers[0].key_dim} ({sources['head_dim']})",

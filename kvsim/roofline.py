@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from kvsim.attention_curve import DEFAULT_SMS, Curve, Kernel
 from kvsim.hardware import Hardware
-from kvsim.layout import LayerShape, Method
+from kvsim.layout import LayerShape, Method, mean_read_nbytes
 from kvsim.methods.place import placed
 from kvsim.model import Model
 from kvsim.parameters import Weights
@@ -24,6 +24,8 @@ from kvsim.traced import Vectorized
 
 LANE_OPS = 128 * 1.7e9
 """Vector operations a second of one multiprocessor: 128 lanes at 1.7 GHz (an H100 SXM's)."""
+
+MAX_WEIGHT_BITS = 64
 
 EXPERTS_ONLY = ("gpt_oss",)
 """Families whose published checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
@@ -113,6 +115,10 @@ class Roofline:
     ranks: int = 1
     engine: str = "ideal"
 
+    def __post_init__(self) -> None:
+        if self.weight_bits is not None and not 0 < self.weight_bits <= MAX_WEIGHT_BITS:
+            raise ValueError(f"weight bits {self.weight_bits:g}: allowed are above 0 to {MAX_WEIGHT_BITS}")
+
     @property
     def bandwidth(self) -> float:
         """Bytes a second of one card's memory.  Raises ``ValueError`` where it is not known."""
@@ -200,12 +206,12 @@ class Roofline:
         more = self.fixed.engine_wide.get(self.engine)
         if more is None:
             return 0.0
-        return (batch_size > more["rows"]) * (more["layer_seconds"] * self.model.num_layers)  # of a bool, or an array
+        return (batch_size > more["rows"]) * (more["layer_seconds"] * self.model.num_blocks)  # of a bool, or an array
 
     def overhead(self, method: Method) -> float:
         """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
         the layer's new keys and values and its query are quantized."""
-        total = self.layer_seconds * self.model.num_layers
+        total = self.layer_seconds * self.model.num_blocks
         for (layer, chosen), count in placed(method, self.model.cache_layers).items():
             names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
             total += count * next(
@@ -227,7 +233,7 @@ class Roofline:
         nbytes = 2 * num_tokens * self.model.hidden_size
         ring = 2 * (self.ranks - 1) / self.ranks * nbytes
         ring = ring / (self.fixed.link_efficiency * self.hardware.link_bandwidth / 2)
-        return 2 * self.model.num_layers * (self.fixed.link_seconds * log2(2 * self.ranks) + ring)
+        return 2 * self.model.num_blocks * (self.fixed.link_seconds * log2(2 * self.ranks) + ring)
 
     def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
         """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
@@ -306,9 +312,9 @@ def method_width(method: Method, layer: LayerShape) -> str:
 
 
 def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
-    """Bytes that a step reads of one layer and sequence, for numbers and arrays alike."""
+    """Bytes that a step reads of one layer and sequence (:func:`mean_read_nbytes`), for numbers and arrays alike."""
     if isinstance(num_tokens, int | float):
-        return sum(method.read_parts(layer, 1, int(num_tokens)).values())
+        return mean_read_nbytes(method, layer, 1, int(num_tokens))
     import numpy
 
     tokens = num_tokens.astype(numpy.int64).reshape(-1, 1)
@@ -318,7 +324,7 @@ def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
 
 @cache
 def _read_formula(method: Method, layer: LayerShape) -> Vectorized:
-    return Vectorized(lambda batch_size, num_tokens: sum(method.read_parts(layer, batch_size, num_tokens).values()))
+    return Vectorized(lambda batch_size, num_tokens: mean_read_nbytes(method, layer, batch_size, num_tokens))
 
 
 def entries(layer: LayerShape, num_tokens: Any, maximum: Any = max) -> Any:

@@ -108,6 +108,7 @@ def model_object(model: Model) -> dict[str, Any]:
     return {
         "model_type": model.model_type,
         "num_layers": model.num_layers,
+        "num_blocks": model.num_blocks,
         "num_q_heads": model.num_q_heads,
         "num_kv_heads": plain.num_kv_heads if plain else None,
         "key_dim": plain.key_dim if plain else None,

@@ -28,6 +28,10 @@ from kvsim.roofline import Constants, Roofline, constants, weight_nbytes
 PARTS = ("weights", "compute", "kv", "dequantize", "overhead", "communication", "prefill")
 
 
+MOST = 10**15
+"""The largest batch, length or number of cards that is timed; products of them stay finite."""
+
+
 class Band(NamedTuple):
     """Seconds: the prediction, and the range that nine in ten measurements fell into."""
 
@@ -85,8 +89,12 @@ def decode_seconds(
     import numpy
 
     batch, tokens = numpy.asarray(batch_size), numpy.asarray(num_tokens)  # not broadcast yet: grids stay separable
-    if batch.size and tokens.size and (batch.min() < 1 or tokens.min() < 1):
-        raise ValueError("batch and context: allowed are 1 and above")
+    if (
+        batch.size
+        and tokens.size
+        and not (min(batch.min(), tokens.min()) >= 1 and max(batch.max(), tokens.max()) <= MOST)
+    ):
+        raise ValueError(f"batch and context: allowed are 1 to {MOST:,}")
     fixed = profile or constants()
     roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
     parts = _decode_parts(roofline, method, batch, tokens, numpy.maximum)
@@ -269,7 +277,7 @@ def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: in
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
-        "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_layers,
+        "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_blocks,
         "communication": roofline.communication(batch_size * new),
     }
 
@@ -285,5 +293,6 @@ def _check_cached(cached_tokens: int, num_tokens: int) -> None:
 
 def _positive(**numbers: float) -> None:
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are 1 and above")
+        if not 1 <= value <= MOST:
+            given = f"{value:.3g}" if isinstance(value, float) else str(value)[:40]
+            raise ValueError(f"{name.replace('_', ' ')} {given}: allowed are 1 to {MOST:,}")

@@ -69,7 +69,7 @@ def fit(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
     rows = fixed.engine_wide[ENGINE]["rows"]
     left, right = [], []
     for step in steps:
-        parts, layers = step.parts(free), step.model.num_layers
+        parts, layers = step.parts(free), step.model.num_blocks
         wide = step.batch_size > rows
         left.append([layers / step.seconds, wide * layers / step.seconds])
         right.append(1 - sum(parts.values()) / step.seconds)

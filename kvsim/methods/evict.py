@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from kvsim.layout import Buffer, LayerShape, Method
+from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.methods.place import at
@@ -57,3 +57,8 @@ class Evict:
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         kept = self.num_kept(layer, num_tokens)
         return self.inner.read_parts(replace(layer, window=None, stride=1), batch_size, kept)
+
+    def mean_read_nbytes(self, layer: LayerShape, batch_size: int, num_tokens: int) -> int:
+        """What ``inner`` reads of the kept tokens (:func:`kvsim.layout.mean_read_nbytes`)."""
+        kept = self.num_kept(layer, num_tokens)
+        return mean_read_nbytes(self.inner, replace(layer, window=None, stride=1), batch_size, kept)

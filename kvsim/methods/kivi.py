@@ -261,6 +261,24 @@ class Kivi:
         out["lengths"] = 8 * batch_size
         return out
 
+    def mean_read_nbytes(self, layer: LayerShape, batch_size: int, num_tokens: int) -> int:
+        """The mean of :meth:`read_parts` over the ``record_length`` steps between two flushes; never falls.
+
+        Between ``record_length - 1`` tokens fewer than sink and residual hold and none fewer are exact, on average
+        half of that.  Up to the first flush every token is; after it the bytes stay until the mean has caught up.
+        """
+        record, rows = self.record(layer), batch_size * layer.num_kv_heads
+        token = rows * (layer.key_dim + layer.value_dim) * DTYPE_BITS[self.dtype] // 8
+        lengths, held = 8 * batch_size, self.sink_length + self.residual_length
+        if num_tokens <= held:
+            return num_tokens * token + lengths
+        exact = 2 * held - (self.record_length - 1)  # twice the tokens
+        nbytes = (2 * num_tokens - exact) * rows * 4 * record.num_words // (2 * self.record_length)
+        nbytes += exact * token // 2
+        if not record.key_group:
+            nbytes += 2 * rows * layer.key_dim * 2
+        return max(held * token, nbytes) + lengths
+
 
 def kivi_seed(dtype: str = "float16") -> Kivi:
     """The seed's layout: 2 bits, key scales over the whole sequence, value scales a head, 32 exact tokens besides."""

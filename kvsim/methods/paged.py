@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from kvsim.layout import Buffer, LayerShape, Method, tokens_alone
+from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes, tokens_alone
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.methods.place import at
@@ -59,3 +59,7 @@ class Paged:
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         return self.inner.read_parts(layer, batch_size, num_tokens)
+
+    def mean_read_nbytes(self, layer: LayerShape, batch_size: int, num_tokens: int) -> int:
+        """What ``inner`` reads (:func:`kvsim.layout.mean_read_nbytes`)."""
+        return mean_read_nbytes(self.inner, layer, batch_size, num_tokens)
