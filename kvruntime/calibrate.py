@@ -6,6 +6,7 @@
     layer        what a decoder layer's kernels take when its matrices weigh nothing
     attention    one query a sequence over keys and values [batch, kv heads, tokens, 128], rotated past L2
 
+All of it with PyTorch's own kernels, which the profile says: it is not of an engine that runs others.
 On CUDA every figure is timed inside a CUDA graph, so that the host does not count.  Medians over repeats.
 """
 
@@ -40,6 +41,8 @@ CUDA_REPEATS, SETTLED = 2000, 1.0
 CUDA_SHAPES = ((1, 512), (1, 8192), (1, 65536), (16, 2048), (64, 4096), (256, 512))
 CPU_SHAPES = ((1, 128), (1, 2048), (4, 512), (4, 2048))
 NUM_LAYERS = 8
+RUNTIME = "pytorch"
+"""Whose kernels are measured: PyTorch's own products, norms and attention, none of this project's."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def calibrate(
     command = ["kvsim", "calibrate", "--device", str(place), "--seconds", f"{seconds:g}", "--out", str(out)]
     profile = {
         "schema": SCHEMA,
+        "runtime": RUNTIME,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe(str(place), command),
         **figures,

@@ -1,7 +1,9 @@
 """A card as it was measured: a profile file takes the place of the stated constants of the model of time.
 
 ``kvsim calibrate`` writes one (schema ``kvsim.profile/1``); every measured figure is an object with ``value`` in SI
-units and ``low``, ``high``, the 10th and 90th percentile of its repeats.
+units and ``low``, ``high``, the 10th and 90th percentile of its repeats.  A profile is of a card *and* of the runtime
+whose kernels ran (:data:`RUNTIMES`): an engine that runs others is refused, because their launches, products and
+attention are not those measured.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from kvsim.roofline import Constants, constants
 SCHEMA = "kvsim.profile/1"
 FIGURES = ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds")
 KERNEL = ("fixed", "item", "bandwidth")
+RUNTIMES: dict[str, tuple[str, ...]] = {"pytorch": ("ideal", "transformers")}
+"""Runtime -> the engines that a profile measured with it is for.  ``ideal`` names no runtime: it takes the profile's.
+A profile that does not say was measured with the first."""
+LARGEST = 1e30
+"""No figure of a card is larger."""
 PLAUSIBLE = (0.45, 1.15)
 """What a card's measured read bandwidth may be of its stated one, before the profile is another card's."""
 
@@ -27,7 +33,10 @@ PLAUSIBLE = (0.45, 1.15)
 @dataclass(frozen=True)
 class Profile:
     """What was measured: bytes a second read, copied and streamed as weights, products a second, seconds a layer
-    costs besides, and the attention kernel (``fixed`` and ``item`` seconds, ``bandwidth`` when it streams)."""
+    costs besides, and the attention kernel (``fixed`` and ``item`` seconds, ``bandwidth`` when it streams).
+
+    ``runtime``: whose kernels these are, a key of :data:`RUNTIMES`.
+    """
 
     device: str
     memory_nbytes: int | None
@@ -42,6 +51,7 @@ class Profile:
     low: float
     high: float
     source: str
+    runtime: str = "pytorch"
 
     @property
     def hardware(self) -> Hardware:
@@ -61,9 +71,20 @@ class Profile:
             source=self.source,
         )
 
+    def note(self, engine: str) -> str:
+        """Whose times ``engine`` has with this profile."""
+        kept = ", the host's launches a layer as stated" if engine in constants().engine_layer_seconds else ""
+        return (
+            f"times are those of {self.runtime}'s 16-bit kernels, measured on {self.device}, and of no other engine's"
+            f"{kept}; quantized caches and links as stated"
+        )
+
     def constants(self, hardware: Hardware | None = None) -> Constants:
         """The stated constants with what was measured in their place, as shares of ``hardware``'s peaks (default:
-        of the measured ones).
+        of the measured ones), for the engines of the profile's runtime alone.
+
+        What a layer costs stock ``generate()`` stays as stated: there the host launches every kernel, and a card's
+        figures are measured in CUDA graphs.
 
         Raises ``ValueError`` where the measured bandwidth is not that of such a card.
         """
@@ -83,10 +104,15 @@ class Profile:
             stated,
             weight_efficiency=self.weight_bandwidth / peak,
             layer_seconds=self.layer_seconds,
-            engine_layer_seconds={},
+            engine_layer_seconds={
+                name: max(seconds, self.layer_seconds)
+                for name, seconds in stated.engine_layer_seconds.items()
+                if name in RUNTIMES[self.runtime]
+            },
             engine_wide={},
             prefill_efficiency=self.flops / (card.fp16_flops or self.flops),
             kernels={**kernels, "fp16": kernel},
+            engines=RUNTIMES[self.runtime],
         )
 
 
@@ -105,11 +131,15 @@ def load_profile(path: Path) -> Profile:
     device = found.get("device")
     if not isinstance(device, Mapping) or not isinstance(device.get("name"), str):
         raise ValueError(f"profile {path}: device.name is missing")
+    runtime = found.get("runtime", next(iter(RUNTIMES)))
+    if not isinstance(runtime, str) or runtime not in RUNTIMES:
+        raise ValueError(f"profile {path}: runtime is {str(runtime)[:40]!r}, allowed are {', '.join(RUNTIMES)}")
     memory = device.get("total_nbytes")
     return Profile(
         device=device["name"],
-        memory_nbytes=memory if isinstance(memory, int) else None,
+        memory_nbytes=memory if isinstance(memory, int) and 0 < memory <= LARGEST else None,
         source=f"measured on {device['name']}, {found.get('created', 'date unknown')}",
+        runtime=runtime,
         **values,
     )
 
@@ -118,6 +148,7 @@ def _positive(found: Mapping[str, Any], path: Path, name: str, field: str) -> fl
     """A number above zero at ``found[name][field]``."""
     holder = found.get(name)
     value = holder.get(field) if isinstance(holder, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value <= 0:
-        raise ValueError(f"profile {path}: {name}.{field} is {value!r}, allowed are numbers above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+        given = repr(value)[:40]
+        raise ValueError(f"profile {path}: {name}.{field} is {given}, allowed are numbers above 0 to {LARGEST:g}")
     return float(value)

@@ -52,7 +52,7 @@ class Constants:
     ``chunk_tokens``: prompt tokens a step.
     ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
     cache.  ``decode_band``, ``prefill_band``: factors (low, high) on a prediction.  ``kernels``, ``curve``:
-    :mod:`kvsim.attention_curve`.
+    :mod:`kvsim.attention_curve`.  ``engines``: the only ones that these constants were measured for (``None``: any).
     """
 
     weight_efficiency: float
@@ -73,6 +73,15 @@ class Constants:
     prefill_band: tuple[float, float]
     kernels: Mapping[str, Kernel]
     curve: Curve
+    engines: tuple[str, ...] | None = None
+
+    def check_engine(self, engine: str) -> None:
+        """Raises ``ValueError`` for an engine that these constants were not measured for."""
+        if self.engines is not None and engine not in self.engines:
+            raise ValueError(
+                f"engine {engine}: the profile was not measured with its kernels; allowed with this profile are "
+                f"{', '.join(self.engines)}, without one every engine"
+            )
 
 
 @cache
@@ -116,6 +125,7 @@ class Roofline:
     engine: str = "ideal"
 
     def __post_init__(self) -> None:
+        self.fixed.check_engine(self.engine)
         if self.weight_bits is not None and not 0 < self.weight_bits <= MAX_WEIGHT_BITS:
             raise ValueError(f"weight bits {self.weight_bits:g}: allowed are above 0 to {MAX_WEIGHT_BITS}")
 

@@ -14,7 +14,7 @@ from kvsim.hardware import find_hardware
 from kvsim.load import load_model
 from kvsim.methods import make_method
 from kvsim.profile import Profile, load_profile
-from kvsim.timing import decode_step
+from kvsim.timing import decode_step, first_token, prefill, token_step
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_profile_is_of_this_machine(measured: Path) -> None:
     found = json.loads(measured.read_text(encoding="utf-8"))
     assert found["seconds"] < 60
+    assert found["runtime"] == load_profile(measured).runtime == "pytorch"
     assert found["command"] == ["kvsim", "calibrate", "--device", "cpu", "--seconds", "1", "--out", measured.name]
     for name in ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds"):
         assert 0 < found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
@@ -70,6 +71,48 @@ def card() -> Profile:
     return Profile("NVIDIA H100 80GB HBM3", 85017493504, *numbers, source="test")
 
 
+@pytest.mark.parametrize("engine", ["kvruntime", "vllm", "sglang", "trtllm", "llama.cpp", "never-heard-of"])
+def test_a_profile_is_of_the_runtime_it_was_measured_with(engine: str) -> None:
+    """PyTorch's launches, products and attention are not another engine's: its times are refused, not misled."""
+    hardware, model, method = find_hardware("h100"), load_model("llama-3.1-8b"), make_method("fp16")
+    fixed = card().constants(hardware)
+    with pytest.raises(ValueError, match=f"engine {engine}: the profile was not measured with its kernels"):
+        decode_step(model, method, hardware, 1, 2048, engine=engine, profile=fixed)
+    with pytest.raises(ValueError, match=f"engine {engine}"):
+        token_step(model, method, hardware, 1, 2048, 16, engine=engine, profile=fixed)
+    with pytest.raises(ValueError, match=f"engine {engine}"):
+        prefill(model, hardware, 1, 2048, engine=engine, profile=fixed)
+    with pytest.raises(ValueError, match=f"engine {engine}"):
+        first_token(model, method, hardware, 1, 2048, 16, engine=engine, profile=fixed)
+
+
+def test_stock_generate_waits_for_the_host_with_a_profile_too() -> None:
+    """78 tokens a second of GPT-2 on an H100: a layer in a CUDA graph is not what the host takes to launch it."""
+    hardware = find_hardware("h100")
+    fixed = card().constants(hardware)
+    step = decode_step(load_model("gpt2"), make_method("fp16"), hardware, 1, 512, engine="transformers", profile=fixed)
+    assert 1 / step.seconds.value == pytest.approx(78, rel=0.05)
+    assert step.parts["weights"] < 0.2e-3
+
+
+PROFILE = Path(__file__).parents[1] / "validation/results/profiles/nvidia-h100-80gb-hbm3.json"
+
+
+def test_a_recorded_profile_is_of_its_runtime_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that does not say its runtime was measured with PyTorch's."""
+    assert "runtime" not in json.loads(PROFILE.read_text(encoding="utf-8"))
+    ask = ["estimate", "--model", "llama-3-8b", "--gpu", "h100", "--method", "fp16", "--profile", str(PROFILE)]
+    for engine in ("kvruntime", "vllm", "llama.cpp"):
+        assert run([*ask, "--engine", engine]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"kvsim: error: engine {engine}: the profile was not measured with its kernels")
+        assert len(said.err.splitlines()) == 1
+    for engine in ([], ["--engine", "transformers"]):
+        assert run([*ask, *engine]) == 0
+        assert "note: times are those of pytorch's 16-bit kernels, measured on NVIDIA H100" in capsys.readouterr().out
+
+
 def test_a_faster_profile_is_faster() -> None:
     hardware, model, method = find_hardware("h100"), load_model("llama-3.1-8b"), make_method("fp16")
     one = decode_step(model, method, hardware, 8, 8192, profile=card().constants(hardware))
@@ -87,6 +130,11 @@ def test_a_faster_profile_is_faster() -> None:
         ({"weight_bandwidth": {"value": "fast"}}, "weight_bandwidth.value is 'fast'"),
         ({"attention": {}}, "attention.fixed is None"),
         ({"device": {}}, "device.name is missing"),
+        ({"runtime": "vllm"}, "runtime is 'vllm', allowed are pytorch"),
+        ({"runtime": ["pytorch"]}, "runtime is .*, allowed are pytorch"),
+        ({"flops": {"value": 10**400}}, "flops.value is 1000.*, allowed are numbers above 0 to 1e"),
+        ({"flops": {"value": float("inf")}}, "flops.value is inf"),
+        ({"flops": {"value": float("nan")}}, "flops.value is nan"),
     ],
 )
 def test_a_broken_profile_names_the_field(tmp_path: Path, change: dict[str, object], said: str) -> None:
@@ -97,6 +145,7 @@ def test_a_broken_profile_names_the_field(tmp_path: Path, change: dict[str, obje
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(good), encoding="utf-8")
     assert load_profile(path).device == "x"
+    assert load_profile(path).runtime == "pytorch"
     path.write_text(json.dumps({**good, **change}), encoding="utf-8")
     with pytest.raises(ValueError, match=said):
         load_profile(path)
@@ -112,7 +161,9 @@ def test_the_answer_as_json(
     assert out["schema"] == "kvsim.calibrate/1"
     assert out["rows"][0]["device"] == load_profile(measured).device
     assert run(["calibrate", "--out", str(tmp_path / "p.json")]) == 0
-    assert "Not modelled:\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured with pytorch's own kernels: for --engine ideal and transformers" in said
+    assert "Not modelled:\n" in said
 
 
 def test_estimate_takes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

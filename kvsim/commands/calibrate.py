@@ -21,6 +21,7 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
 
     from kvsim import report
     from kvsim.calibrate import calibrate
+    from kvsim.profile import RUNTIMES
     from kvsim.schema import envelope
 
     profile = calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
@@ -36,5 +37,6 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
         f"  cache   {profile.bandwidth / 1e9:10,.1f} GB/s, {profile.fixed * 1e6:,.1f} us a launch\n"
         f"  products{profile.flops / 1e12:10,.2f} TFLOP/s\n"
         f"  a layer {profile.layer_seconds * 1e6:10,.1f} us besides\n\n"
+        f"measured with {profile.runtime}'s own kernels: for --engine {' and '.join(RUNTIMES[profile.runtime])}\n"
         f"wrote {out}\n\n{report.not_modelled('calibrate')}"
     )

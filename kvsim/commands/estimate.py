@@ -114,7 +114,6 @@ def command(
         prefill_context_parallel_size,
     )
     card, sharding = choose_card(gpu, sharding)
-    fixed = _constants(profile, card)
     bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)
     flags: dict[str, Any] = {
         "block_size": block_size,
@@ -124,6 +123,7 @@ def command(
         "tensor_parallel_size": sharding.tensor_parallel_size,
     }
     serving, notes = choose_engine(engine, card, flags)
+    fixed = _constants(profile, card, serving, notes)
     share = _reserve(reserve, gpu_memory_utilization, serving)
     if max_num_seqs is not None and max_num_seqs < 1:
         raise ValueError(f"max-num-seqs {max_num_seqs}: allowed are 1 and above")
@@ -250,15 +250,23 @@ def _pool_object(pool: Pool) -> dict[str, Any]:
     }
 
 
-def _constants(profile: Path | None, card: Hardware | None) -> Constants | None:
-    """The constants that a profile measured on ``card``; ``None`` without one."""
+def _constants(profile: Path | None, card: Hardware | None, engine: Engine, notes: list[str]) -> Constants | None:
+    """The constants that a profile measured on ``card`` for ``engine``, and a note of whose times they are; ``None``
+    without one.
+
+    Raises ``ValueError`` for a profile of another card or of a runtime that is not the engine's.
+    """
     if profile is None:
         return None
     if card is None:
         raise ValueError("--profile is of a card: give --gpu too")
     from kvsim.profile import load_profile
 
-    return load_profile(profile).constants(card)
+    measured = load_profile(profile)
+    fixed = measured.constants(card)
+    fixed.check_engine(engine.name)
+    notes.append(measured.note(engine.name))
+    return fixed
 
 
 def _times(
