@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
+import stat
 from pathlib import Path
 
 import click
 
 from kvsim import catalog, report
 from kvsim.commands.flags import json_option, show, show_json
-from kvsim.doctor import diagnose, engine_of, model_of
+from kvsim.doctor import Log, diagnose, draft_of, engine_of, model_of
 from kvsim.hardware import find_hardware
 from kvsim.load import load_model
 from kvsim.model import Model
@@ -18,6 +18,8 @@ from kvsim.schema import envelope
 
 TUNED = re.compile(r"-(?:instruct|chat|it|hf)$", re.IGNORECASE)
 """Suffixes under which a tuned model has its base model's shape."""
+LOG_NBYTES = 1 << 24
+"""A boot prints a few hundred kilobytes; requests follow it."""
 
 
 @click.command("doctor")
@@ -27,15 +29,22 @@ TUNED = re.compile(r"-(?:instruct|chat|it|hf)$", re.IGNORECASE)
 @json_option
 def command(log: str, model_name: str | None, gpu: str | None, as_json: bool) -> None:
     """An engine's boot log against prediction, line by line, with causes."""
-    text = sys.stdin.read() if log == "-" else _read(Path(log))
-    engine = engine_of(text)
+    text, notes = _read(log)
+    lines = Log.of(text)
+    engine = engine_of(lines)
     if engine is None:
         raise ValueError(f"log {log}: no line of a vLLM or llama.cpp boot log in it")
-    name = model_name or (model_of(text) if engine == "vllm" else None)
+    name = model_name or (model_of(lines) if engine == "vllm" else None)
     if engine == "vllm" and name is None:
         raise ValueError(f"log {log} does not name its model: give --model")
-    model, notes = (None, []) if name is None else _load(name, asked=model_name is not None)
-    diagnosis = diagnose(text, model, find_hardware(gpu) if gpu is not None else None)
+    model = None
+    if name is not None:
+        model, taken = (load_model(name), []) if model_name is not None else _named(name)
+        notes += taken
+    draft = draft_of(lines) if engine == "vllm" else None
+    row = catalog.find("models", draft) if draft is not None else None
+    card = find_hardware(gpu) if gpu is not None else None
+    diagnosis = diagnose(lines, model, card, None if row is None else load_model(row["id"]))
     notes += diagnosis.notes
     if as_json:
         inputs = {"log": log, "model": model.name if model else None, "gpu": gpu}
@@ -53,22 +62,58 @@ def command(log: str, model_name: str | None, gpu: str | None, as_json: bool) ->
     show(report.diagnosis(diagnosis), report.notes(notes), report.not_modelled("doctor"))
 
 
-def _load(name: str, asked: bool) -> tuple[Model, list[str]]:
-    """The model; one that the log names may be in the catalogue without the suffix of its tuning, which a note says.
+def _named(name: str) -> tuple[Model, list[str]]:
+    """The model that a log names; it may be in the catalogue without the suffix of its tuning, which a note says.
 
-    Raises ``LookupError`` for an unknown model.
+    Raises ``LookupError`` where it is not to be had here: the log is mostly of another machine.
     """
     plain = TUNED.sub("", name)
-    if not asked and catalog.find("models", name) is None and plain != name:
+    if catalog.find("models", name) is None and plain != name:
         row = catalog.find("models", plain)
         if row is not None:
             return load_model(plain), [f"{name} taken for {row['id']}, the same shape untuned; else give --model"]
-    return load_model(name), []
-
-
-def _read(path: Path) -> str:
-    """The file's text.  Raises ``ValueError``, naming it, where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"log {path} cannot be read: {error.strerror}") from None
+        return load_model(name), []
+    except LookupError as error:
+        hub = re.search(r"\((model hub: .*|no model hub: .*)\)$", str(error))
+        why = f"; {hub[1]}" if hub else ""
+        message = f"the log's model is not here: give --model (the log names {name}{why})"
+        raise LookupError(message) from None
+
+
+def _read(log: str) -> tuple[str, list[str]]:
+    """The text of a file or of standard input (``-``), and a note where it was too long to be read whole.
+
+    Raises ``ValueError``, naming the log, where it cannot be read, is no regular file, empty, or no text.
+    """
+    if log == "-":
+        data = click.get_binary_stream("stdin").read(LOG_NBYTES + 1)
+        size = len(data)
+    else:
+        try:
+            found = Path(log).stat()
+            if stat.S_ISDIR(found.st_mode):
+                raise ValueError(f"log {log} is a directory")
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError(f"log {log} is no regular file: pipe it to --log -")
+            with Path(log).open("rb") as file:
+                data, size = file.read(LOG_NBYTES + 1), found.st_size
+        except OSError as error:
+            raise ValueError(f"log {log} cannot be read: {error.strerror}") from None
+    notes = []
+    if len(data) > LOG_NBYTES:
+        data = data[:LOG_NBYTES]
+        of = "" if log == "-" else f" of {size / (1 << 20):,.0f}"
+        notes.append(f"the first {LOG_NBYTES >> 20} MiB{of} of the log are read")
+    if not data.strip():
+        raise ValueError(f"log {log} is empty")
+    return _text(log, data), notes
+
+
+def _text(log: str, data: bytes) -> str:
+    """UTF-8, or UTF-16 with its mark, as a Windows shell redirects.  Raises ``ValueError`` for what is no text."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", errors="replace")
+    if b"\0" in data:
+        raise ValueError(f"log {log} is no text: it has a byte 0 at {data.index(0):,}")
+    return data.decode("utf-8", errors="replace").removeprefix("\ufeff")
