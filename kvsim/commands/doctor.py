@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+import sys
 from pathlib import Path
 
 import click
@@ -87,7 +88,7 @@ def _read(log: str) -> tuple[str, list[str]]:
     Raises ``ValueError``, naming the log, where it cannot be read, is no regular file, empty, or no text.
     """
     if log == "-":
-        data = click.get_binary_stream("stdin").read(LOG_NBYTES + 1)
+        data = sys.stdin.buffer.read(LOG_NBYTES + 1)
         size = len(data)
     else:
         try:

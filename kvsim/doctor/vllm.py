@@ -468,7 +468,8 @@ class _Boot:
 
     def _overridden(self, memory: _Memory) -> int | None:
         """Blocks that ``num_gpu_blocks_override`` fixes, and what they replace."""
-        given = self.log.number(rf"'num_gpu_blocks_override': {NUMBER}", rf"[ (]num_gpu_blocks_override={NUMBER}")
+        told = rf"(?<!with)[ (]num_gpu_blocks_override={NUMBER}"
+        given = self.log.number(rf"'num_gpu_blocks_override': {NUMBER}", told)
         real = [each for each in self.log.all(lines.OVERRIDE) if number(each[1][1]) > 0]
         for found in real[:1]:
             natural = self.engine.pool(self.stage, self.method, int(memory.size * GIB), self.length).num_gpu_blocks
