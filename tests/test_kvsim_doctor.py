@@ -464,6 +464,16 @@ def test_a_pipeline_takes_each_stage_by_its_own_layers() -> None:
         "GPU KV cache size: 16,384 tokens"
     )
     assert figures(diagnose(text, LLAMA))["KV cache size"] == (16_384, 16_384, 0)
+    two = text.splitlines(keepends=True)[2]
+    used = two.replace("Available KV cache memory: 1.00 GiB", "Current kv cache memory in use is 1.0 GiB.")
+    assert figures(diagnose(text.replace(two, used), LLAMA))["KV cache size"] == (16_384, 16_384, 0)
+    rest = two.replace(
+        "Available KV cache memory: 1.00 GiB", "total_memory=10.00GiB; Total non KV cache memory: 8.0GiB;"
+    )
+    diagnosis = diagnose(text.replace(two, rest), LLAMA)
+    assert figures(diagnosis)["KV cache size"] == (16_384, 16_384, 0)
+    (cause,) = [each.cause for each in diagnosis.findings if each.what == "KV cache memory"]
+    assert "(Worker_PP1 pid=2) prints what is not cache, 1.00 GiB are left" in cause
 
 
 def test_a_memory_that_is_not_printed_is_an_estimate() -> None:

@@ -68,7 +68,18 @@ class _Memory:
 
     size: float
     logged: bool
-    spread: str = ""
+
+
+@dataclass(frozen=True)
+class _RankSize:
+    """GiB of one rank for its cache and the blocks of its stage that they hold; ``derived``: from what is not cache."""
+
+    rank: str
+    size: float
+    blocks: float
+    stage: Model
+    found: Found
+    derived: bool
 
 
 @dataclass
@@ -331,27 +342,23 @@ class _Boot:
 
     def _available(self) -> _Memory | None:
         """The memory for the cache, and with it which rank's figures are read."""
-        every = next((list(self.log.all(pattern)) for pattern in lines.AVAILABLE if self.log.find(pattern)), [])
-        sizes: list[tuple[float, float, Found]] = []
-        for found in every:
-            place = re.search(r"PP(\d+)", rank_of(found[1]))
-            stage = self.ranks[min(int(place[1]), len(self.ranks) - 1) if place else 0]
-            sizes.append((gib(found[1]) / self._block(self.engine, stage, self.method), gib(found[1]), found))
-            if min(sizes, key=lambda each: each[0])[2] is found:
-                self.stage, self.rank = stage, rank_of(found[1])
+        sizes = self._rank_sizes()
+        if sizes:
+            least = min(sizes, key=lambda each: each.blocks)
+            self.stage, self.rank = least.stage, least.rank
         terms = self._terms()
-        fixed = every and every[0][1].re.pattern == lines.RESERVED
+        fixed = bool(sizes) and sizes[0].found[1].re.pattern == lines.RESERVED
         predicted: float | None = None
         if self.memory and all(size is not None for _, size, _ in terms):
             predicted = self.memory / GIB * self.utilization - sum(size or 0.0 for _, size, _ in terms)
         bytes_given = self.log.number(
             rf"'kv_cache_memory(?:_bytes)?': {NUMBER}", rf"[ (]kv_cache_memory_bytes={NUMBER}"
         )
-        if not every:
+        if not sizes:
             if bytes_given:
                 return _Memory(bytes_given / GIB, True)
             return None if predicted is None else _Memory(predicted, False)
-        _, reported, found = min(sizes, key=lambda each: each[0])
+        reported, found = least.size, least.found
         if fixed:
             predicted = bytes_given / GIB if bytes_given else None
             self._add(
@@ -364,11 +371,35 @@ class _Boot:
             cause = "the log does not say the card's memory: give --gpu"
         elif predicted is None:
             cause = "the weights are not known"
-        low, high = (pick(size for _, size, _ in sizes) for pick in (min, max))
+        if least.derived:
+            cause += f"; {least.rank} prints what is not cache, {reported:.2f} GiB are left"
+        low, high = (pick(each.size for each in sizes) for pick in (min, max))
         if high > low:
             cause += f"; {len(sizes)} ranks have {low:.2f} to {high:.2f}, the fewest blocks are the pool"
         self._add(found, "KV cache memory", "GiB", predicted, reported, cause)
         return _Memory(reported, True)
+
+    def _rank_sizes(self) -> list[_RankSize]:
+        """The memory of every rank that prints it, or prints what is not cache."""
+        out: dict[str, _RankSize] = {}
+
+        def add(found: Found, size: float, derived: bool = False) -> None:
+            rank = rank_of(found[1])
+            place = re.search(r"PP(\d+)", rank)
+            stage = self.ranks[min(int(place[1]), len(self.ranks) - 1) if place else 0]
+            blocks = size / self._block(self.engine, stage, self.method)
+            if rank not in out or (not rank and blocks < out[rank].blocks):
+                out[rank] = _RankSize(rank, size, blocks, stage, found, derived)
+
+        for pattern in lines.AVAILABLE:
+            if out and pattern in lines.AVAILABLE[-2:] and "" in out:
+                break  # ranks are not told apart: a line that repeats the memory is none of another rank
+            for found in self.log.all(pattern):
+                add(found, gib(found[1]))
+        if out and self.memory and "" not in out and not self._graphs_counted():
+            for found in self.log.all(lines.NOT_CACHE):
+                add(found, self.memory / GIB * self.utilization - gib(found[1]), derived=True)
+        return list(out.values())
 
     # layout
 
@@ -526,7 +557,7 @@ class _Boot:
         if found:
             return f"fits {' or '.join(found)}"
         ratios = [reported / predicted for reported, predicted in pairs if predicted]
-        printed = len({rank_of(f[1]) for pattern in lines.AVAILABLE for f in self.log.all(pattern)} or {""})
+        printed = len(self._rank_sizes())
         shortest = min(ratios, default=1.0)
         world = self.sharding.replica_ranks
         if world > printed and 1 - RANKS_APART <= shortest < 1 and max(ratios) - shortest <= CLOSE:

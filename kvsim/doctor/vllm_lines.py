@@ -52,6 +52,7 @@ AVAILABLE = (
     rf"larger than the available(?: KV cache memory)? \({QUANTITY}",
     rf"Current kv cache memory in use is {QUANTITY}",
 )
+NOT_CACHE = rf"Total non KV cache memory: {QUANTITY}"
 MEMORY = (
     rf"total_memory[ \t]*=[ \t]*{QUANTITY}",
     rf"total_gpu_memory[ \t=(:]+{QUANTITY}",
