@@ -23,6 +23,10 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
     "models": ("what a checkpoint adds to or leaves out of its config",),
     "hardware": ("memory that other processes hold; clocks below the stated peak",),
     "calibrate": ("other types of cache than 16-bit", "clocks that fall under load, other cards on the same link"),
-    "doctor": ("what a log does not print; other processes on the card", *BYTES),
+    "doctor": (
+        "what a log does not print; other processes on the card",
+        BYTES[0],
+        "a draft whose model is not in the catalogue, but for one layer more; LoRA adapters, vision encoders",
+    ),
 }
 """Command -> what its answer leaves out."""

@@ -38,10 +38,10 @@ RUN = re.compile(
 NAME = re.compile(r"general\.name +(?:str )? *= (.+)")
 FILE = re.compile(r"loaded meta data with .* from (\S+)|loading (?:draft )?model '([^']+)'")
 TOTAL = re.compile(
-    r"size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers, +(\d+)(?:/ ?(\d+))? seqs\)"
-    r"(?:, K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB)?"
+    rf"size = +{NUMBER} MiB \( *(\d+) cells, +(\d+) layers, +(\d+)(?:/ ?(\d+))? seqs\)"
+    rf"(?:, K \((\w+)\): +{NUMBER} MiB, V \((\w+)\): +{NUMBER} MiB)?"
 )
-SELF = re.compile(r"KV self size += +([\d.]+) MiB, K \((\w+)\): +([\d.]+) MiB, V \((\w+)\): +([\d.]+) MiB")
+SELF = re.compile(rf"KV self size += +{NUMBER} MiB, K \((\w+)\): +{NUMBER} MiB, V \((\w+)\): +{NUMBER} MiB")
 CELLS = re.compile(r"creating +(non-SWA|SWA) KV cache, size = (\d+) cells")
 FAILED = re.compile(rf"failed to allocate (\w+) buffer of size {NUMBER}|allocating {NUMBER} MiB on device")
 _UNKNOWN_CARD = Hardware("card", "", "", None, "not known", None, None, None, None, None, None, "")
@@ -111,7 +111,7 @@ def _sections(log: Log) -> list[_Section]:
         last.lines.append((at, line))
         if meta is not None:
             last.meta[meta[1]] = meta[2]
-        if run is not None:
+        if run is not None and (run[2].isdecimal() or run[1] in ("flash_attn", "kv_unified")):
             last.run.setdefault(run[1], run[2])
         if file is not None:
             last.file = (file[1] or file[2]).replace("\\", "/").rsplit("/", 1)[-1]
@@ -166,29 +166,29 @@ def _buffers(section: _Section, found: Sequence[Finding]) -> list[Finding]:
     """The device's buffers: keys and values over all devices, states, and the graph's."""
     out = []
     log, model = section.log, section.model
-    held = [(at, float(match[1])) for at, match in log.all(r"KV buffer size = +([\d.]+) MiB")]
+    held = [(at, number(match[1])) for at, match in log.all(rf"KV buffer size = +{NUMBER} MiB")]
     if held:
         caches = [each.reported for each in found if each.unit == "MiB"]
         why = "the sum of the caches" if caches else "no cache is printed with its cells and types"
         out.append(Finding(held[-1][0], "KV buffers", "MiB", sum(caches) or None, sum(size for _, size in held), why))
-    states = log.find(r"recurrent: size = +([\d.]+) MiB \( *(\d+) cells")
+    states = log.find(rf"recurrent: size = +{NUMBER} MiB \( *(\d+) cells")
     if states is not None:
         predicted = None
         if model is not None:
             each = [served(state, "float32", "float32").buffers(int(states[1][2])) for state in model.state_layers]
             predicted = sum(nbytes(buffers) for buffers in each) / MIB
         why = f"{states[1][2]} sequences, float32" if predicted else "the states' shape is not in the log: give --model"
-        out.append(Finding(states[0], "states", "MiB", predicted, float(states[1][1]), why))
-    graph = log.find(r"(?:CUDA|ROCm|Vulkan|MTL|Metal|SYCL)\d* +compute buffer size = +([\d.]+) MiB")
+        out.append(Finding(states[0], "states", "MiB", predicted, number(states[1][1]), why))
+    graph = log.find(rf"(?:CUDA|ROCm|Vulkan|MTL|Metal|SYCL)\d* +compute buffer size = +{NUMBER} MiB")
     if graph is not None:
         predicted, why = None, "an estimate needs the model: give --model"
         if model is not None:
             engine = LlamaCpp(n_ubatch=int(section.run.get("n_ubatch", "512")))
             predicted = engine.overhead(model, _UNKNOWN_CARD)["compute"] / MIB
             low, high = (factor * predicted for factor in OVERHEAD_BAND["compute"])
-            inside = "within" if low <= float(graph[1][1]) <= high else "outside"
+            inside = "within" if low <= number(graph[1][1]) <= high else "outside"
             why = f"an estimate: {inside} its band {low:.0f}-{high:.0f}"
-        out.append(Finding(graph[0], "compute buffer", "MiB", predicted, float(graph[1][1]), why))
+        out.append(Finding(graph[0], "compute buffer", "MiB", predicted, number(graph[1][1]), why))
     return out
 
 
@@ -199,7 +199,7 @@ def _failures(section: _Section, notes: list[str]) -> list[Finding]:
     if failed is None:
         return []
     at, match = failed
-    size = float(number(match[3])) if match[3] else number(match[2]) / MIB
+    size = number(match[3]) if match[3] else number(match[2]) / MIB
     cache = log.find(r"failed to allocate buffer for kv cache") is not None
     part = "the cache" if cache else "weights" if log.find(r"unable to allocate \w+ buffer") else "a buffer"
     notes.insert(0, f"the boot failed, line {at}: {size:,.2f} MiB for {part} could not be allocated")
@@ -251,8 +251,8 @@ def _cache(at: int, match: re.Match[str], section: _Section, window: str) -> lis
     cells, layers = int(match[2]), int(match[3])
     streams = int(match[5] or match[4])
     if match[6] is None:
-        return [Finding(at, "cache", "MiB", None, float(match[1]), "its types are not printed")]
-    types, sizes = (match[6], match[8]), (float(match[7]), float(match[9]))
+        return [Finding(at, "cache", "MiB", None, number(match[1]), "its types are not printed")]
+    types, sizes = (match[6], match[8]), (number(match[7]), number(match[9]))
     shape = _shape(section, layers, window)
     where = {"SWA": " (window)", "non-SWA": " (full)"}.get(window, "")
     why = f"{layers} layers x {cells} cells x {streams} streams"
@@ -265,7 +265,7 @@ def _older_cache(at: int, match: re.Match[str], section: _Section) -> list[Findi
     cells = int(told.get("n_ctx", "0"))
     shape = _shape(section, layers, "") if layers and cells else None
     why = f"{layers} layers x {cells} cells" if shape else "layers or n_ctx are not in the log: give --model"
-    types, sizes = (match[2], match[4]), (float(match[3]), float(match[5]))
+    types, sizes = (match[2], match[4]), (number(match[3]), number(match[5]))
     return list(_streams(at, shape, types, sizes, layers * cells, "", why))
 
 

@@ -121,7 +121,7 @@ class _Boot:
         self.method = self._method()
         self.quantization = self._setting("quantization", "None")
         asked = log.find(lines.CONCURRENCY) or log.find(lines.NEEDED) or log.find(lines.STORED)
-        self.length = int(number(asked[1][1])) if asked else int(log.number(rf"max_seq_len={NUMBER}") or 8192)
+        self.length = max(1, int(number(asked[1][1]) if asked else log.number(rf"max_seq_len={NUMBER}") or 8192))
         defaults = server_defaults(int(self.memory), hardware.id if hardware else "")
         if self.v0:  # prompts whole; in pieces where they may be very long
             whole = max(2048, self.length) if self.length <= V0_WHOLE else 512
