@@ -18,6 +18,8 @@ RESERVE = 0.10
 """Share of the memory held back for activations, workspaces and the allocator (vLLM holds back as much)."""
 
 DEFAULT_WEIGHT_BITS = 16
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+"""Config keys that say the bits of the layers' weights; what tensors say is a mean over embedding and head too."""
 HEAD_BITS = 16
 EXPERTS_ONLY = ("gpt_oss",)
 """Families whose checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
@@ -83,11 +85,12 @@ def room(
     notes: list[str] = []
     if weight_bits is None:
         weight_bits = model.weight_bits
-        if model.source("weight_bits"):
+        source = model.source("weight_bits")
+        if source in QUANTIZED_KEYS:
             if weight_bits is None:
-                raise ValueError(f"model {model.name}: its quantization_config is not known here, give --weight-bits")
+                raise ValueError(f"model {model.name}: its {source} is not known here, give --weight-bits")
             quantized = True
-            notes.append(f"quantized weights counted at {weight_bits:g} bits each (quantization_config)")
+            notes.append(f"quantized weights counted at {weight_bits:g} bits each ({source})")
         elif weight_bits is None:
             weight_bits = DEFAULT_WEIGHT_BITS
             notes.append(f"the config gives no dtype: weights counted at {weight_bits:g} bits each")

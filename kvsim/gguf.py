@@ -14,11 +14,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from kvsim.regular_files import regular_nbytes, short
+
 MAGIC = b"GGUF"
-MOST = 1 << 20  # tensors, metadata entries
-LONGEST = 1 << 26  # elements of an array
+MOST = 1 << 17  # tensors, metadata entries
+LONGEST = 1 << 26  # numbers of an array
+VALUES = 1 << 21  # texts and other values that are walked one by one, over the whole header
+NAME = 1 << 16  # bytes of a name, the format's own bound
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+PARTS = 9999  # of a split model
 KEPT = 4096  # longer arrays are vocabularies: walked, not kept
 
 BLOCKS: dict[int, tuple[int, int]] = {
@@ -57,6 +62,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, file: str) -> None:
         self.data, self.at, self.file = data, 0, file
+        self.walked = 0
 
     def fail(self, why: str) -> ValueError:
         return ValueError(f"{self.file} is no whole GGUF file: {why} at byte {self.at:,}")
@@ -78,8 +84,15 @@ class _Cursor:
             raise self.fail(f"{size:,} {what} are announced, allowed are {most:,}")
         return size
 
+    def walk(self, count: int) -> None:
+        """Counts values that are to be read one by one; raises ``ValueError`` where they are too many."""
+        self.walked += count
+        if self.walked > VALUES:
+            raise self.fail(f"more than {VALUES:,} values in the header")
+
     def string(self) -> str:
-        size = self.length("bytes of text", len(self.data))
+        """A name, of a tensor or an entry."""
+        size = self.length("bytes of a name", NAME)
         start = self.skip(size)
         try:
             return self.data[start : start + size].decode("utf-8")
@@ -101,6 +114,8 @@ class _Cursor:
     def array(self, depth: int) -> list[Any] | int:
         """The entries; of a long array their number."""
         kind, size = self.number("I"), self.length("entries", LONGEST)
+        if size <= KEPT or kind == STRING:
+            self.walk(size)
         if size <= KEPT:
             return [self.value(kind, depth + 1) for _ in range(size)]
         if kind in SCALARS:
@@ -121,11 +136,12 @@ class _Cursor:
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a file starts as a GGUF file does."""
+    """Whether a regular file starts as a GGUF file does."""
     try:
+        regular_nbytes(file)
         with file.open("rb") as stream:
             return stream.read(4) == MAGIC
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -135,34 +151,46 @@ def read_header(file: Path) -> Header:
     Raises ``ValueError``, naming the file, for one that is truncated, corrupt or of an unknown version.
     """
     header = _read(file)
-    parts = header.metadata.get("split.count", 0)
-    if not isinstance(parts, int) or parts <= 1:
+    parts = _part_count(file, header)
+    if parts <= 1:
         return header
-    found = re.fullmatch(r"(.*-)(\d{5})(-of-\d{5}\.gguf)", file.name)
-    if not found or parts > 9999:
-        raise ValueError(f"{file} is one of {parts} parts: its name must end in -00001-of-{parts:05d}.gguf")
+    found = re.fullmatch(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)", file.name)
+    if not found or int(found[4]) != parts:
+        raise ValueError(f"{short(file)} is one of {parts} parts: its name must end in -00001-of-{parts:05d}.gguf")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = {}
     for part in range(1, parts + 1):
         other = file.with_name(f"{found[1]}{part:05d}{found[3]}")
-        if not other.is_file():
-            raise ValueError(f"{file} is one of {parts} parts, and {other.name} is not beside it")
+        if not other.exists():
+            raise ValueError(f"{short(file)} is one of {parts} parts, and {other.name} is not beside it")
         inner = _read(other)
+        if _part_count(other, inner) != parts or inner.metadata.get("split.no", part - 1) != part - 1:
+            raise ValueError(f"{short(other)} does not say of itself that it is part {part} of {parts}")
+        twice = next(iter(tensors.keys() & inner.tensors.keys()), None)
+        if twice is not None:
+            raise ValueError(f"{short(other)}: tensor {twice[:60]!r} is in another part too")
         tensors |= inner.tensors
         metadata = inner.metadata | metadata
     return Header(metadata, tensors)
 
 
+def _part_count(file: Path, header: Header) -> int:
+    """``split.count``, 0 where it is absent.  Raises ``ValueError`` for anything but a whole number."""
+    parts = header.metadata.get("split.count", 0)
+    if isinstance(parts, bool) or not isinstance(parts, int) or not 0 <= parts <= PARTS:
+        raise ValueError(f"{short(file)}: GGUF key split.count is {parts!r:.60}: allowed are whole numbers to {PARTS}")
+    return parts
+
+
 def _read(file: Path) -> Header:
     try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            if size < 24:
-                raise ValueError(f"{file} is no whole GGUF file: {size} bytes")
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(data, str(file)))
+        size = regular_nbytes(file)
+        if size < 24:
+            raise ValueError(f"{short(file)} is no whole GGUF file: {size} bytes")
+        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(_Cursor(data, short(file)))
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{short(file)} cannot be read: {error.strerror}") from None
 
 
 def _parse(cursor: _Cursor) -> Header:
@@ -176,12 +204,14 @@ def _parse(cursor: _Cursor) -> Header:
     metadata: dict[str, Any] = {}
     for _ in range(num_entries):
         name = cursor.string()
+        if name in metadata:
+            raise cursor.fail(f"entry {name[:60]!r} for the second time")
         value = cursor.value(cursor.number("I"))
         if isinstance(value, list) and len(value) > KEPT:
             value = len(value)
         metadata[name] = value
     tensors: dict[str, Tensor] = {}
-    ends: list[int] = []
+    offsets: list[tuple[str, int, int]] = []
     for _ in range(num_tensors):
         name, axes = cursor.string(), cursor.number("I")
         if not 0 < axes <= 8:
@@ -191,15 +221,29 @@ def _parse(cursor: _Cursor) -> Header:
         if kind not in BLOCKS:
             raise cursor.fail(f"tensor {name[:60]!r} of the unknown type {kind}")
         per_block, size = BLOCKS[kind]
-        if not shape[0] or shape[0] % per_block or name in tensors:
+        if name in tensors:
+            raise cursor.fail(f"tensor {name[:60]!r} for the second time")
+        if not shape[0] or shape[0] % per_block:
             raise cursor.fail(f"tensor {name[:60]!r} of the shape {list(shape)}, type {kind}")
         tensors[name] = Tensor(shape, kind, prod(shape) // per_block * size)
-        ends.append(offset + tensors[name].nbytes)
+        offsets.append((name, offset, tensors[name].nbytes))
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or isinstance(alignment, bool) or not 0 < alignment <= 1 << 20:
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
         raise cursor.fail(f"general.alignment {str(alignment)[:20]}")
-    start = -(-cursor.at // alignment) * alignment
-    if ends and start + max(ends) > len(cursor.data):
-        missing = start + max(ends) - len(cursor.data)
+    if alignment & (alignment - 1):
+        raise cursor.fail(f"general.alignment {alignment}, which is no power of 2")
+    start, end = _aligned(cursor.at, alignment), 0
+    for name, offset, nbytes in offsets:
+        # as ggml reads them: one tensor right behind the other, each at a multiple of the alignment
+        if offset != _aligned(end, alignment):
+            expected = _aligned(end, alignment)
+            raise cursor.fail(f"tensor {name[:60]!r} at offset {offset:,}, the one before makes it {expected:,}")
+        end = offset + nbytes
+    if offsets and start + end > len(cursor.data):
+        missing = start + end - len(cursor.data)
         raise cursor.fail(f"its tensors end {missing:,} bytes behind the end of the file (cut short?), header read")
     return Header(metadata, tensors)
+
+
+def _aligned(at: int, alignment: int) -> int:
+    return -(-at // alignment) * alignment

@@ -78,7 +78,7 @@ class _Reader:
         self.sources: dict[str, str] = {}
         self.notes: list[str] = []
         self.arch = self.metadata.get("general.architecture")
-        if self.arch not in PLAIN and self.arch not in WINDOWS:
+        if not isinstance(self.arch, str) or (self.arch not in PLAIN and self.arch not in WINDOWS):
             known = sorted(PLAIN | set(WINDOWS))
             near = get_close_matches(str(self.arch)[:40], known, n=3, cutoff=0.6)
             hint = f"did you mean {', '.join(near)}? " if near else ""
@@ -98,7 +98,7 @@ class _Reader:
 
     def error(self, key: str, why: str, whole: bool = False) -> ValueError:
         name = key if whole else f"{self.arch}.{key}"
-        given = str(self.metadata[name])[:60] if name in self.metadata else "absent"
+        given = " ".join(str(self.metadata[name])[:60].split()) if name in self.metadata else "absent"
         return ValueError(f"{self.file}: GGUF key {name} is {given}: {why}")
 
     def get(self, key: str) -> Any:
@@ -119,7 +119,7 @@ class _Reader:
         value = self.get(key)
         if not isinstance(value, list):
             return [self.count(name, key, default)] * self.num_layers
-        if len(value) < self.num_layers or not all(isinstance(one, int) and 0 <= one <= 10**6 for one in value):
+        if len(value) < self.num_layers or not all(type(one) is int and 0 <= one <= 10**6 for one in value):
             raise self.error(key, f"allowed are {self.num_layers} whole numbers")
         self.sources[name] = f"{self.arch}.{key}"
         return [int(one) for one in value[: self.num_layers]]
@@ -138,7 +138,7 @@ class _Reader:
                 f"{self.arch}.nextn_predict_layers: {self.next:,} weights of further prediction not counted"
             )
         return Model(
-            name=str(self.metadata.get("general.name") or name),
+            name=" ".join(str(self.metadata.get("general.name") or name)[:100].split()),
             model_type=str(self.arch),
             layers=tuple(layers),
             num_q_heads=max([*heads, 1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from kvsim.options import parse_size
+from kvsim.regular_files import TRACE_NBYTES, read_text
 
 INPUT_COLUMNS = ("input_len", "input_length", "input_tokens", "prompt_len", "prompt_tokens", "num_prefill_tokens")
 OUTPUT_COLUMNS = ("output_len", "output_length", "output_tokens", "completion_tokens", "num_decode_tokens")
@@ -170,7 +172,7 @@ def read_trace(path: Path, output_len: int) -> Lengths:
 
 def _read_trace(path: Path, output_len: int) -> Lengths:
     pairs: Counter[tuple[int, int]] = Counter()
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with io.StringIO(read_text(path, TRACE_NBYTES, "utf-8-sig"), newline="") as file:
         reader = csv.reader(file)
         header = [name.strip().lower() for name in next(reader, [])]
         header = [AZURE.get(name, name) for name in header]

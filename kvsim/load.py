@@ -12,6 +12,7 @@ from typing import Any
 
 from kvsim import catalog
 from kvsim.model import Model
+from kvsim.regular_files import read_text, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_SECONDS = 5
@@ -93,13 +94,52 @@ def _directory(folder: Path) -> Model:
         from kvsim.safetensors import weighed
 
         return weighed(Model.from_config(read_config(file), folder.resolve().name), folder)
-    files = sorted(folder.glob("*.gguf"))
-    firsts = [each for each in files if "-of-" not in each.name or "-00001-of-" in each.name]
-    if len(firsts) == 1:
-        return _file(firsts[0])
-    if firsts:
-        raise ValueError(f"model directory {folder} has {len(firsts)} GGUF models: name one, such as {firsts[0].name}")
+    models = _gguf_models(folder)
+    if len(models) == 1:
+        return _file(models[0])
+    if models:
+        raise ValueError(f"model directory {folder} has {len(models)} GGUF models: name one, such as {models[0].name}")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"model directory {folder} holds an adapter: give the model that it is for")
     raise ValueError(f"model directory {folder} has no config.json and no GGUF file")
+
+
+GGUF_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+NO_MODEL = ("adapter", "mmproj", "imatrix", "vocab", "control_vector")
+"""``general.type``, or a word of the file's name, of a GGUF file that is no language model."""
+
+
+def _gguf_models(folder: Path) -> list[Path]:
+    """The GGUF models of a directory, of a split one the first part.
+
+    A projector (mmproj), an adapter or an importance matrix is none.  Raises ``ValueError``, naming the file, where a
+    first part is missing or a file is half downloaded.
+    """
+    from kvsim.gguf import is_gguf, read_header
+    from kvsim.safetensors import HALF
+
+    names = {entry.name for entry in folder.iterdir() if not entry.is_dir()}
+    models = []
+    for name in sorted(names):
+        base = name.removesuffix(next((end for end in HALF if name.endswith(end)), ""))
+        if base != name and base.endswith(".gguf") and (base not in names or name.endswith(".aria2")):
+            raise ValueError(f"{short(folder)}: {name} is half a download")
+        if not name.endswith(".gguf") or any(word in re.split(r"[^a-z_]+", name.lower()) for word in NO_MODEL):
+            continue
+        found = GGUF_PART.fullmatch(name)
+        if found and int(found[2]) != 1:
+            first = f"{found[1]}-00001-of-{found[3]}.gguf"
+            if first not in names:
+                raise ValueError(f"{short(folder)} has {name} and not {first}: half a download")
+            continue
+        models.append(folder / name)
+    if len(models) > 1:
+        models = [
+            file
+            for file in models
+            if not is_gguf(file) or read_header(file).metadata.get("general.type") not in NO_MODEL
+        ]
+    return models
 
 
 def _file(path: Path) -> Model:
@@ -114,7 +154,7 @@ def _file(path: Path) -> Model:
 
         read_tensors(path)  # a broken file is said to be one before anything else
         if not (path.parent / "config.json").is_file():
-            raise ValueError(f"{path} has no config.json beside it: tensor shapes alone do not tell the heads")
+            raise ValueError(f"{short(path)} has no config.json beside it: tensor shapes alone do not tell the heads")
         return _directory(path.parent)
     return Model.from_config(read_config(path), str(path))
 
@@ -122,13 +162,15 @@ def _file(path: Path) -> Model:
 def read_config(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``.  Raises ``ValueError``, naming the file, for anything else."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        text = read_text(file)
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8 text") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+        raise ValueError(f"{short(file)} is not UTF-8 text") from None
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{short(file)} cannot be read: {error.strerror}") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a whole number of thousands of digits is a ValueError
+        raise ValueError(f"{short(file)} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a JSON {type(config).__name__}, not a config object")
     return config

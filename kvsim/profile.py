@@ -16,6 +16,7 @@ from typing import Any
 
 from kvsim.attention_curve import Kernel
 from kvsim.hardware import Hardware
+from kvsim.regular_files import read_text
 from kvsim.roofline import Constants, constants
 
 SCHEMA = "kvsim.profile/1"
@@ -119,10 +120,14 @@ class Profile:
 def load_profile(path: Path) -> Profile:
     """Reads a profile.  Raises ``ValueError``, naming the field, for a file that is missing, broken or no profile."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
     except OSError as error:
         raise ValueError(f"cannot read profile {path}: {error.strerror}") from None
-    except ValueError as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"profile {path} is not UTF-8 text") from None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"profile {path} is not valid JSON: {error}") from None
     if not isinstance(found, Mapping) or found.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a profile (schema {SCHEMA!r}): kvsim calibrate writes one")
