@@ -57,6 +57,22 @@ class Room:
         return self.memory_nbytes - self.reserve_nbytes - self.weight_nbytes - sum(self.overhead.values())
 
 
+def held_share(engine: object, reserve: float | None = None, utilization: float | None = None) -> float:
+    """The share of a card's memory that is held back: ``reserve``, 1 less the ``utilization`` that is asked for, or
+    else what ``engine`` does by default, which without such a flag is :data:`RESERVE`.
+
+    To 12 digits, so that ``1 - 0.9`` is ``0.1``.  Raises ``ValueError`` where both are given or one is out of range.
+    """
+    if reserve is not None and utilization is not None:
+        raise ValueError("give --reserve or --gpu-memory-utilization, not both")
+    used = getattr(engine, "gpu_memory_utilization", None) if utilization is None else utilization
+    if reserve is not None or used is None:
+        return RESERVE if reserve is None else reserve
+    if not 0 < used <= 1:
+        raise ValueError(f"gpu-memory-utilization {used:g}: allowed are above 0 to 1")
+    return round(1 - used, 12)
+
+
 def room(
     model: Model,
     hardware: Hardware,

@@ -23,6 +23,9 @@ Value = int | str
 SWITCHES = frozenset({"disable_hybrid_kv_cache_manager", "flash_attn", "kv_unified", "swa_full"})
 """Fields of an engine that are on or off."""
 
+WORDS = frozenset({"cache_implementation"})
+"""Fields of an engine that are words."""
+
 NESTED = frozenset({"inner", "exact"})
 """Fields of a method that hold another."""
 
@@ -126,15 +129,18 @@ def parse_engine(spec: str, shared: Mapping[str, Any]) -> Engine:
         if not equals or (name in ENGINES and field not in own):
             allowed = ", ".join(sorted(own)) or "none"
             raise ValueError(f"engine {spec!r}: option {item!r} is not one of {allowed} (field=value)")
-        options[field] = _number(spec, item, text.strip())
-    for field in own & options.keys() & SWITCHES:
-        options[field] = bool(options[field])
+        options[field] = text.strip() if field in WORDS else _number(spec, item, text.strip(), field in SWITCHES)
     return make_engine(name, **options)
 
 
-def _number(spec: str, item: str, text: str) -> int | float:
-    """A number, ``4k`` and ``true`` too.  Raises ``ValueError``."""
-    value: Value | float = {"true": 1, "false": 0, "on": 1, "off": 0}.get(text.lower(), parse_value(text))
+def _number(spec: str, item: str, text: str, switch: bool = False) -> int | float:
+    """A number, ``4k`` too; of a ``switch`` true or false (on, off, 1, 0).  Raises ``ValueError``."""
+    if switch:
+        known = {"true": True, "false": False, "on": True, "off": False, "1": True, "0": False}
+        if text.lower() not in known:
+            raise ValueError(f"engine {spec!r}: option {item!r}: allowed are true and false")
+        return known[text.lower()]
+    value = parse_value(text)
     try:
         return value if isinstance(value, int) else float(value)
     except ValueError:

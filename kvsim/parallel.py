@@ -20,6 +20,7 @@ from kvsim.engines import Engine
 from kvsim.estimate import IDEAL
 from kvsim.layout import LayerShape, Method, StateShape
 from kvsim.model import Model
+from kvsim.whole_numbers import check_whole
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Sharding:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name.replace('_', '-')} {value}: allowed are 1 and above")
+            check_whole(name.replace("_", "-"), value)
         if self.tensor_parallel_size % self.decode_context_parallel_size:
             raise ValueError(
                 f"decode-context-parallel-size {self.decode_context_parallel_size}: "

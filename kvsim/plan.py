@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kvsim.capacity import RESERVE, room
+from kvsim.capacity import held_share, room
 from kvsim.engines import Engine
 from kvsim.estimate import IDEAL
 from kvsim.hardware import Hardware
@@ -143,13 +143,11 @@ def site(
 
     Raises ``ValueError`` where memory or weights are not known, :class:`NoRoomError` where the weights do not fit.
     """
-    if reserve is None:
-        reserve = 1 - getattr(engine, "gpu_memory_utilization", 1 - RESERVE)
     space = room(
         model,
         card,
         weight_bits,
-        reserve,
+        held_share(engine, reserve),
         quantized=quantized,
         overhead=engine.overhead(model, card),
         sharding=Sharding(tensor_parallel_size=num_cards),

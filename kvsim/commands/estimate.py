@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvsim import report
-from kvsim.capacity import RESERVE, Room, largest_batch, largest_context, room
+from kvsim.capacity import Room, held_share, largest_batch, largest_context, room
 from kvsim.commands.flags import (
     Chosen,
     batch_option,
@@ -28,7 +28,7 @@ from kvsim.commands.flags import (
     show_json,
     tokens_a_sequence,
 )
-from kvsim.engines import Engine, Vllm
+from kvsim.engines import Vllm
 from kvsim.engines.vllm import Pool
 from kvsim.estimate import check_sizes
 from kvsim.hardware import Hardware
@@ -124,7 +124,7 @@ def command(
     }
     serving, notes = choose_engine(engine, card, flags)
     fixed = _constants(profile, card, serving, notes)
-    share = _reserve(reserve, gpu_memory_utilization, serving)
+    share = held_share(serving, parse_reserve(reserve) if reserve is not None else None, gpu_memory_utilization)
     if max_num_seqs is not None and max_num_seqs < 1:
         raise ValueError(f"max-num-seqs {max_num_seqs}: allowed are 1 and above")
     prefix = parse_size(shared_prefix, "shared-prefix") if shared_prefix is not None else 0
@@ -202,19 +202,6 @@ def command(
         blocks += [report.pools(rows, pools), report.times(rows, times)]
     show(*blocks, report.notes(notes), report.not_modelled("estimate"))
     return code
-
-
-def _reserve(reserve: str | None, utilization: float | None, engine: Engine) -> float:
-    if reserve is not None and utilization is not None:
-        raise ValueError("give --reserve or --gpu-memory-utilization, not both")
-    if reserve is not None:
-        return parse_reserve(reserve)
-    if utilization is None and not isinstance(engine, Vllm):
-        return RESERVE
-    used = utilization if utilization is not None else getattr(engine, "gpu_memory_utilization", 1 - RESERVE)
-    if not 0 < used <= 1:
-        raise ValueError(f"gpu-memory-utilization {used:g}: allowed are above 0 to 1")
-    return 1 - used
 
 
 def _limits(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from kvsim import report
+from kvsim.capacity import held_share
 from kvsim.commands.flags import choose_weights
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
@@ -120,11 +121,7 @@ def command(
                 raise ValueError(f"gpu {gpu!r}: {count} cards, but --tensor-parallel-size is {tensor_parallel_size}")
         cards = [(card, tensor_parallel_size) for card, _ in cards]
     if gpu_memory_utilization is not None:
-        if not 0 < gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu-memory-utilization {gpu_memory_utilization:g}: allowed are above 0 to 1")
-        if held is not None:
-            raise ValueError("give --reserve or --gpu-memory-utilization, not both")
-        held = 1 - gpu_memory_utilization
+        held = held_share(None, held, gpu_memory_utilization)
     made = parse_size(output_len, "output-len")
     lengths = parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
     model = load_model(model_name)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvsim.engines.ideal import Ideal
 from kvsim.layout import Method
 from kvsim.methods import METHODS, placed
+from kvsim.whole_numbers import check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
@@ -38,8 +39,7 @@ class Kvruntime:
     max_seq_len: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_seq_len < 0:
-            raise ValueError(f"max_seq_len {self.max_seq_len}: allowed are 0 and above")
+        check_whole("max_seq_len", self.max_seq_len, least=0)
 
     @property
     def name(self) -> str:

@@ -22,6 +22,7 @@ from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, nbytes
 from kvsim.methods import Full, Ggml, placed
 from kvsim.methods.ggml import PLAIN
+from kvsim.whole_numbers import check_switch, check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
@@ -46,8 +47,9 @@ class LlamaCpp:
     swa_full: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_ubatch < 1:
-            raise ValueError(f"n_ubatch {self.n_ubatch}: allowed are 1 and above")
+        check_whole("n_ubatch", self.n_ubatch)
+        for name in ("flash_attn", "kv_unified", "swa_full"):
+            check_switch(name, getattr(self, name))
 
     @property
     def name(self) -> str:

@@ -31,6 +31,7 @@ from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, StateShape, nbytes
 from kvsim.methods import Fp8, Full, Nvfp4, PerTokenHead, placed
 from kvsim.methods.place import at
+from kvsim.whole_numbers import check_switch, check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
@@ -48,6 +49,16 @@ FLOAT32_STATES = ("nemotron_h", "qwen3_5")
 """Families whose config asks vLLM for float32 states (--mamba-ssm-cache-dtype auto); KDA has them always."""
 SPARSE_BLOCK = 64
 MLA_ALIGNMENT = 128
+
+WHOLE = (
+    "block_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "concurrent_batches",
+    "state_blocks",
+    "tensor_parallel_size",
+)
+"""The fields that are whole numbers from 1."""
 
 PADDING_RATIO = 1.5
 """Largest bucket over smallest up to which vLLM pads the smaller ones instead of cutting the larger."""
@@ -130,10 +141,9 @@ class Vllm:
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_batched_tokens", "max_num_seqs", "concurrent_batches", "state_blocks"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(self, name)}: allowed are 1 and above")
+        for name in WHOLE:
+            check_whole(name.replace("_", "-"), getattr(self, name))
+        check_switch("disable-hybrid-kv-cache-manager", self.disable_hybrid_kv_cache_manager)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu-memory-utilization {self.gpu_memory_utilization:g}: allowed are above 0 to 1")
 

@@ -12,6 +12,7 @@ from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.methods.place import at
+from kvsim.whole_numbers import check_whole
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Evict:
     inner: Method = field(default_factory=Full)
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"budget {self.budget}: allowed are 1 token and above")
-        if not 0 <= self.sink_length <= self.budget:
+        check_whole("budget", self.budget)
+        check_whole("sink_length", self.sink_length, least=0)
+        if self.sink_length > self.budget:
             raise ValueError(f"sink_length {self.sink_length}: allowed are 0 to the budget {self.budget}")
 
     @property

@@ -19,6 +19,7 @@ from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
 from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
 from kvsim.methods.full import SHORT
 from kvsim.record import MAX_TILE, MIN_TOKENS, PLANES, Record, channel_chunks
+from kvsim.whole_numbers import check_whole
 
 SEQUENCE = "sequence"
 HEAD = "head"
@@ -54,14 +55,13 @@ class Kivi:
         if self.dtype not in SHORT:
             raise ValueError(f"dtype {self.dtype!r}: allowed are {', '.join(SHORT)}")
         for label, bits in (("nbits", self.nbits), ("key_nbits", self.k_bits), ("value_nbits", self.v_bits)):
-            if bits not in PLANES or not isinstance(bits, int):
-                raise ValueError(f"{label} {bits!r}: allowed are {', '.join(map(str, PLANES))}")
+            if type(bits) is not int or bits not in PLANES:
+                raise ValueError(f"{label} {repr(bits)[:40]}: allowed are {', '.join(map(str, PLANES))}")
         for label in ("group_size", "residual_length", "key_group_size", "value_group_size", "sink_length"):
             count = getattr(self, label)
-            if not isinstance(count, int | str | None):
-                raise ValueError(f"{label} {count!r}: allowed are whole numbers")
-        if self.sink_length < 0:
-            raise ValueError(f"sink_length {self.sink_length}: allowed are 0 and above")
+            words = label in ("key_group_size", "value_group_size")
+            if not (words and isinstance(count, str | None)):
+                check_whole(label, count, least=0)
         group = self.k_group
         if isinstance(group, str):
             if group != SEQUENCE:

@@ -8,6 +8,7 @@ from kvsim.layout import Buffer, LayerShape, Method
 from kvsim.methods.full import Full
 from kvsim.methods.kivi import Kivi
 from kvsim.methods.place import at
+from kvsim.whole_numbers import check_whole
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,9 @@ class LayerMix:
 
     def __post_init__(self) -> None:
         for label, given in (("first", self.first), ("last", self.last)):
-            if given < 0:
-                raise ValueError(f"{label} {given}: allowed are 0 layers and above")
-        if self.windows not in (0, 1):
-            raise ValueError(f"windows {self.windows}: allowed are 0 and 1")
+            check_whole(label, given, least=0)
+        if type(self.windows) is not int or self.windows not in (0, 1):
+            raise ValueError(f"windows {str(self.windows)[:40]}: allowed are 0 and 1")
 
     @property
     def name(self) -> str:

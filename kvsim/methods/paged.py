@@ -8,6 +8,7 @@ from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes, tokens_al
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.methods.place import at
+from kvsim.whole_numbers import check_whole
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,7 @@ class Paged:
     inner: Method = field(default_factory=Full)
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size {self.block_size}: allowed are 1 token and above")
+        check_whole("block_size", self.block_size)
 
     @property
     def tokens_alone(self) -> bool:
