@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvsim.engines import Engine, Ideal
+from kvsim.engines import Engine, Ideal, LlamaCpp
 from kvsim.layout import Method, nbytes, shared_buffers
 from kvsim.methods import Full, placed
 from kvsim.model import Model
@@ -96,7 +96,8 @@ def estimate(
     """
     check_sizes(batch_size, num_tokens)
     read: dict[str, int] = {}
-    for (layer, chosen), count in placed(method, model.cache_layers).items():
+    held = engine.held(model) if isinstance(engine, LlamaCpp) else model  # a window that is not applied is read whole
+    for (layer, chosen), count in placed(method, held.cache_layers).items():
         for name, size in chosen.read_parts(layer, batch_size, num_tokens).items():
             read[name] = read.get(name, 0) + count * size
     taken = engine.parts(model, method, batch_size, num_tokens)

@@ -2,7 +2,8 @@
 
 What a block leaves follows from the tensors that it has (keys and values, a latent, a state-space layer, a short
 convolution); heads, widths and windows come from the metadata, and must agree with the tensors' shapes.  The one
-thing that llama.cpp knows by heart, which layers slide, stands in :data:`WINDOWS`.
+thing that llama.cpp knows by heart, which layers slide, stands in :data:`WINDOWS`.  Whether llama.cpp itself applies
+a window is its engine's rule (:data:`kvsim.engines.llama_cpp.WINDOWED`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsim.body import MAX_LAYERS
+from kvsim.engines.llama_cpp import WINDOWED
 from kvsim.gguf import Header, Tensor, read_header
 from kvsim.layout import LayerShape, StateShape
 from kvsim.model import Model
@@ -35,14 +37,22 @@ WINDOWS: dict[str, tuple[int, bool]] = {
     "phimoe": (0, False),
     "mistral3": (0, False),
     "starcoder2": (0, False),
+    "lfm2": (0, False),
 }
 """Architecture -> (period, whether it starts with the full layer): one full layer a period, 0: every layer slides.
 
-As llama.cpp's model loader sets them where the file has no ``sliding_window_pattern`` of its own.
+As llama.cpp's model loader sets them where the file has no ``sliding_window_pattern`` of its own; of phi3, phimoe,
+mistral3 and starcoder2, which it runs whole, as the models' own classes do.
 """
 
 CHUNKS = {"llama4": 8192}
-"""Chunked attention that llama.cpp knows without a key."""
+"""Chunked attention that llama.cpp knows without a key, and whatever the key says but for 0."""
+
+SET_WIDTHS = {"smallthinker": 4096}
+"""Windows of this width wherever the key is not 0."""
+
+ABSENT_WIDTHS = {"gemma2": 4096}
+"""Windows where the key is absent."""
 
 PLAIN = frozenset(
     {
@@ -50,7 +60,7 @@ PLAIN = frozenset(
         "command-r", "dbrx", "deci", "deepseek", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe", "exaone", "falcon",
         "falcon-h1", "gemma", "gemma4", "glm-dsa", "glm4", "glm4moe", "gpt2", "gptj", "gptneox", "granite",
         "granitehybrid", "granitemoe", "grok", "grovemoe", "hunyuan-dense", "hunyuan-moe", "internlm2", "jais", "jais2",
-        "jamba", "kimi-linear", "lfm2", "lfm2moe", "llama", "mamba", "mamba2", "mimo2", "minicpm", "minicpm3",
+        "jamba", "kimi-linear", "lfm2moe", "llama", "mamba", "mamba2", "mimo2", "minicpm", "minicpm3",
         "minimax-m2", "mistral4", "mpt", "nemotron", "nemotron_h", "nemotron_h_moe", "olmo", "olmoe", "openelm",
         "orion", "pangu-embedded", "phi2", "plm", "qwen", "qwen2", "qwen2moe", "qwen2vl", "qwen3", "qwen35",
         "qwen35moe", "qwen3moe", "qwen3next", "qwen3vl", "qwen3vlmoe", "refact", "seed_oss", "smollm3", "stablelm",
@@ -197,18 +207,26 @@ class _Reader:
     def windows(self) -> tuple[list[bool], int | None, str]:
         """Which layers slide, the window, and the label of such a layer."""
         chunk = CHUNKS.get(str(self.arch))
-        window = self.count("window", "attention.sliding_window", 0) or chunk
+        absent = chunk or ABSENT_WIDTHS.get(str(self.arch), 0)
+        window = self.count("window", "attention.sliding_window", absent)
         none = [False] * self.num_layers
         if not window:
             return none, None, ""
+        window = chunk or SET_WIDTHS.get(str(self.arch), window)
         pattern = self.get("attention.sliding_window_pattern")
         if isinstance(pattern, list):
             if len(pattern) < self.num_layers:
                 raise self.error("attention.sliding_window_pattern", f"allowed are {self.num_layers} entries")
             which = [bool(entry) for entry in pattern[: self.num_layers]]
         else:
+            if self.arch in WINDOWED and self.arch not in WINDOWS:
+                raise self.error("attention.sliding_window_pattern", "this architecture must say which layers slide")
             if self.arch not in WINDOWS:
-                raise self.error("attention.sliding_window", "which layers slide is not known of this architecture")
+                self.notes.append(
+                    f"{self.arch}.attention.sliding_window {window}: which layers slide is not known of this "
+                    "architecture, which llama.cpp runs whole; full attention"
+                )
+                return none, None, ""
             period, first = WINDOWS[str(self.arch)]
             if pattern is not None:
                 period = self.count("pattern", "attention.sliding_window_pattern")

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.engines import ENGINES, Engine, Ideal, Kvruntime, LlamaCpp, Vllm, make_engine
+from kvsim.engines.llama_cpp import WINDOWED
 from kvsim.engines.vllm import Group, block_nbytes, server_defaults
+from kvsim.estimate import estimate
+from kvsim.families import FAMILIES
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape
 from kvsim.load import load_model
@@ -176,10 +179,44 @@ def test_llama_cpp_prints_these_sizes() -> None:
     q8 = LlamaCpp().parts(LLAMA, make_method("q8_0"), 1, 8192)
     assert sum(q8.values()) == 544 * MIB
     assert sum(LlamaCpp().parts(LLAMA, Full(), 1, 8000).values()) == 1024 * MIB  # 8000 -> 8192 cells
-    windows = shaped((43, LayerShape(1, 512, 0, window=128)))
+    windows = replace(shaped((43, LayerShape(1, 512, 0, window=128))), model_type="deepseek_v4")
     engine = LlamaCpp(n_ubatch=4096)
     assert engine.cells(windows.cache_layers[0], 1, 64000) == 4352
     assert sum(engine.parts(windows, Full(), 1, 64000).values()) / MIB == 182.75
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "mib"),
+    [("Phi-3-mini-4k-instruct", 4096, 1536), ("Mistral-7B-v0.1", 32768, 4096), ("starcoder2-7b", 16384, 1024)],
+)
+def test_llama_cpp_has_windows_by_architecture(name: str, tokens: int, mib: int) -> None:
+    """What llama.cpp prints of phi3 (its window is off, llama.cpp#13676) and of the llama architecture (#3377)."""
+    row = estimate(load_model(name), Full(), 1, tokens, LlamaCpp())
+    assert row.nbytes == row.read_nbytes == mib * MIB
+    assert estimate(load_model(name), Full(), 1, tokens).nbytes < row.nbytes
+    notes = LlamaCpp().notes(load_model(name), Full())
+    assert any("is not applied" in note for note in notes)
+    assert not any("n_ubatch" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["gemma-2-9b", "gemma-3-27b-it", "gemma-3n-E4B", "gpt-oss-20b"])
+def test_llama_cpp_keeps_the_windows_that_it_applies(name: str) -> None:
+    model = load_model(name)
+    assert LlamaCpp().held(model) is model
+    assert LlamaCpp(swa_full=True).parts(model, Full(), 1, 8192) != LlamaCpp().parts(model, Full(), 1, 8192)
+
+
+def test_every_windowed_family_is_in_llama_cpp_s_table_or_runs_whole() -> None:
+    """A new family with a window must be looked up in llama.cpp's src/models."""
+    known = {name for names in WINDOWED.values() for name in names}
+    whole = {
+        "cwm", "dots1", "gpt_neo", "lfm3", "mimo", "ministral", "ministral3", "mistral", "mixtral", "phi3", "phimoe",
+        "qwen2", "qwen2_5_omni_text", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe",
+        "qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen3_vl_text", "recurrent_gemma", "smollm3", "starcoder2",
+        "vaultgemma",
+    }  # fmt: skip
+    windowed = {name for name, family in FAMILIES.items() if family.window or family.chunk}
+    assert windowed - known == whole
 
 
 def test_llama_cpp_streams_and_unified() -> None:

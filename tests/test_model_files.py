@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from kvsim.engines import LlamaCpp
 from kvsim.gguf import BLOCKS, read_header
 from kvsim.gguf_model import PLAIN, WINDOWS
 from kvsim.layout import LayerShape
 from kvsim.load import load_model
+from kvsim.methods import Full
 from kvsim.model import Model
 
 F32, F16, Q8_0 = 0, 1, 8
@@ -114,9 +116,38 @@ def test_windows_follow_the_architecture_or_the_file(tmp_path: Path) -> None:
     assert windows("mimo2", attention__sliding_window=64, attention__sliding_window_pattern=pattern) == [
         64 if slides else None for slides in pattern
     ]
-    with pytest.raises(ValueError, match=r"qwen2\.attention\.sliding_window is 64: which layers slide is not known"):
-        windows("qwen2", attention__sliding_window=64)
+    assert windows("qwen2", attention__sliding_window=64) == [None] * 6  # llama.cpp runs it whole
+    assert windows("gemma2", context_length=8192) == [4096, None] * 3  # its width where the key is absent
+    assert windows("smallthinker", attention__sliding_window=64, context_length=8192)[:2] == [None, 4096]
+    assert windows("llama4", attention__sliding_window=64, context_length=16384)[:2] == [8192, 8192]
+    assert windows("llama4", attention__sliding_window=0, context_length=16384) == [None] * 6
+    with pytest.raises(ValueError, match=r"sliding_window_pattern is absent: this architecture must say which layers"):
+        windows("mimo2", attention__sliding_window=64)
     assert not PLAIN & set(WINDOWS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "whole"),
+    [
+        ("phi3", True), ("llama", True), ("qwen2", True), ("phimoe", True), ("mistral3", True), ("starcoder2", True),
+        ("gemma2", False), ("gemma3", False), ("gpt-oss", False), ("olmo2", False), ("cohere2", False),
+        ("exaone4", True), ("lfm2", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("listed", [False, True])
+def test_llama_cpp_applies_windows_by_architecture(tmp_path: Path, arch: str, whole: bool, listed: bool) -> None:
+    """A GGUF file's too, and a list of its own does not change that.  exaone4 has them in 64 layers alone."""
+    keys = {"attention__sliding_window": 256, "context_length": 8192}
+    keys |= {"attention__sliding_window_pattern": [True] * 64} if listed else {}  # type: ignore[dict-item]
+
+    def taken(layers: int) -> int:
+        model = load_model(written(tmp_path, gguf(*decoder(arch, layers=layers, **keys))))
+        return sum(LlamaCpp().parts(model, Full(), 1, 8192).values()) // layers
+
+    every = 8192 * 2 * 2 * 8 * 2
+    assert (taken(6) == every) == whole
+    if arch == "exaone4":
+        assert taken(64) < every
 
 
 def test_latents_states_and_shared_caches(tmp_path: Path) -> None:

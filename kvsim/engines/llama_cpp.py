@@ -1,10 +1,12 @@
 """llama.cpp: one tensor a layer for keys and one for values, allocated whole when the context is made.
 
-Read in src/llama-context.cpp, llama-kv-cache.cpp and llama-kv-cache-iswa.cpp (2026).
+Read in src/llama-context.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp and src/models/ (2026).
 
 * ``n_ctx`` is padded to 256 cells.  Streams of their own (``kv_unified`` off) divide it among ``n_seq_max`` sequences
   and pad each to 256; a unified cache is one stream for all.  Both are counted here at what ``batch_size`` sequences
   of ``num_tokens`` tokens need.
+* Which layers have a window is decided by architecture (:data:`WINDOWED`), whatever the config says: Mistral is of the
+  ``llama`` architecture, which has none; ``phi3``'s is turned off.  Those layers hold the whole context.
 * Layers with a window have a cache of their own: ``pad256(min(n_ctx, n_swa * (sequences if unified else 1) +
   n_ubatch))`` cells a stream.
 * Latents (MLA) are stored once, as keys.  A quantized value type needs flash attention.
@@ -27,6 +29,38 @@ from kvsim.whole_numbers import check_switch, check_whole
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
     from kvsim.model import Model
+
+WINDOWED: dict[str, tuple[str, ...]] = {
+    "afmoe": ("afmoe",),
+    "cohere2": ("cohere2",),
+    "cohere2moe": ("cohere2_moe",),
+    "deepseek4": ("deepseek_v4",),
+    "exaone-moe": ("exaone_moe",),
+    "exaone4": ("exaone4",),
+    "gemma2": ("gemma2",),
+    "gemma3": ("gemma3_text",),
+    "gemma3n": ("gemma3n_text",),
+    "gemma4": ("gemma4_text", "gemma4_unified_text"),
+    "gpt-oss": ("gpt_oss",),
+    "granite_swa": ("granite_swa", "granitemoe_swa"),
+    "laguna": ("laguna",),
+    "lfm2": ("lfm2",),
+    "llama4": ("llama4_text",),
+    "maple": ("maple",),
+    "mellum": ("mellum",),
+    "mimo2": ("mimo_v2_flash",),
+    "muse-glimmer": (),
+    "olmo2": ("olmo3",),
+    "plamo3": ("plamo3",),
+    "smallthinker": ("smallthinker",),
+    "spark2_5": (),
+    "step35": ("step3p5",),
+}
+"""GGUF architectures whose loader sets a ``swa_type`` (src/models/, ``load_arch_hparams``), and the ``model_type`` that
+conversion/ turns into them.  Every other architecture runs its layers whole, phi3 after reading its window
+(llama.cpp#13676); mistral, mixtral, qwen2, qwen3, phimoe, starcoder2, smollm3, ministral3 are among them."""
+EXAONE4_LAYERS = 64
+"""exaone4 has its windows in the model of 64 layers alone."""
 
 PAD = 256
 MIB = 1 << 20
@@ -69,8 +103,22 @@ class LlamaCpp:
         sequences = batch_size if self.kv_unified else 1
         return streams * _padded(min(context, layer.window * sequences + self.n_ubatch))
 
+    def held(self, model: Model) -> Model:
+        """``model`` with the windows that llama.cpp does not apply taken off its layers."""
+        if windowed(model) or all(layer.window is None for layer in model.cache_layers):
+            return model
+        return replace(
+            model,
+            layers=tuple(
+                replace(layer, window=None, kind="" if layer.kind == "chunked" else layer.kind)
+                if isinstance(layer, LayerShape) and layer.window is not None
+                else layer
+                for layer in model.layers
+            ),
+        )
+
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
-        total = 0
+        model, total = self.held(model), 0
         for (layer, chosen), count in placed(method, model.cache_layers).items():
             self._check(layer, chosen)
             cells = self.cells(layer, batch_size, num_tokens)
@@ -105,6 +153,12 @@ class LlamaCpp:
 
     def notes(self, model: Model, method: Method) -> tuple[str, ...]:
         out = [f"the context is padded to {PAD} cells and allocated whole"]
+        held = self.held(model)
+        if held is not model:
+            windows = sorted({layer.window for layer in model.cache_layers if layer.window is not None})
+            what = ", ".join(f"{window:,}" for window in windows)
+            out.append(f"no window in its architecture of {model.model_type}: the window {what} is not applied")
+            model = held
         if any(layer.window is not None for layer in model.cache_layers):
             out.append(
                 "windows at the full context (--swa-full)"
@@ -116,6 +170,15 @@ class LlamaCpp:
         if isinstance(method, Ggml) and method.value_type not in PLAIN:
             out.append("a quantized value cache needs flash attention")
         return tuple(out)
+
+
+def windowed(model: Model) -> bool:
+    """Whether llama.cpp applies the windows of such a model, named by ``model_type`` or by GGUF architecture."""
+    name = model.model_type
+    arch = next((arch for arch, types in WINDOWED.items() if name == arch or name in types), None)
+    if arch == "exaone4":
+        return sum(count for _, count in model.kinds) == EXAONE4_LAYERS
+    return arch is not None
 
 
 def _padded(cells: int) -> int:
