@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
-from kvsim.model import Model
+from kvsim.model import QUANTIZATION_KEYS, Model
 from kvsim.parallel import SINGLE, Deployment, Sharding, pipeline_layers
 
 RESERVE = 0.10
 """Share of the memory held back for activations, workspaces and the allocator (vLLM holds back as much)."""
 
 DEFAULT_WEIGHT_BITS = 16
-QUANTIZED_KEYS = ("quantization_config", "compression_config")
-"""Config keys that say the bits of the layers' weights; what tensors say is a mean over embedding and head too."""
 HEAD_BITS = 16
 EXPERTS_ONLY = ("gpt_oss",)
 """Families whose checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
@@ -102,7 +100,7 @@ def room(
     if weight_bits is None:
         weight_bits = model.weight_bits
         source = model.source("weight_bits")
-        if source in QUANTIZED_KEYS:
+        if source in QUANTIZATION_KEYS:  # bits of the layers; what tensors say is a mean over embedding and head too
             if weight_bits is None:
                 raise ValueError(f"model {model.name}: its {source} is not known here, give --weight-bits")
             quantized = True

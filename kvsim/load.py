@@ -12,6 +12,7 @@ from typing import Any
 
 from kvsim import catalog
 from kvsim.model import Model
+from kvsim.quantization import quant_method
 from kvsim.regular_files import read_text, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -93,7 +94,7 @@ def _directory(folder: Path) -> Model:
     if file.is_file():
         from kvsim.safetensors import weighed
 
-        return weighed(Model.from_config(read_config(file), folder.resolve().name), folder)
+        return weighed(Model.from_config(_with_quantization(read_config(file), folder), folder.resolve().name), folder)
     models = _gguf_models(folder)
     if len(models) == 1:
         return _file(models[0])
@@ -156,7 +157,28 @@ def _file(path: Path) -> Model:
         if not (path.parent / "config.json").is_file():
             raise ValueError(f"{short(path)} has no config.json beside it: tensor shapes alone do not tell the heads")
         return _directory(path.parent)
-    return Model.from_config(read_config(path), str(path))
+    config = read_config(path)
+    if path.name == "config.json":
+        config = _with_quantization(config, path.parent)
+    return Model.from_config(config, str(path))
+
+
+def _with_quantization(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """``config`` with what ModelOpt wrote into a file of its own, ``hf_quant_config.json``, where it says nothing else.
+
+    Raises ``ValueError`` for a file that is no such object.
+    """
+    file = folder / "hf_quant_config.json"
+    if not file.exists() or config.get("compression_config"):
+        return config
+    told = read_config(file)
+    inner = told.get("quantization")
+    if not isinstance(inner, dict):
+        raise ValueError(f"{short(file)} has no object quantization, which ModelOpt writes")
+    own = config.get("quantization_config")
+    if isinstance(own, dict) and not quant_method(own).startswith("modelopt"):
+        return config
+    return {**config, "quantization_config": {"quant_method": "modelopt", **inner, **(own or {})}}
 
 
 def read_config(file: Path) -> dict[str, Any]:

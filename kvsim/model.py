@@ -20,8 +20,8 @@ from kvsim.config import ConfigReader, Keys
 from kvsim.families import FAMILIES, WRAPPERS, Family, known_keys
 from kvsim.kinds import spelled
 from kvsim.layout import LayerShape, StateShape
-from kvsim.parameters import Weights, count_weights, mixer_kind
-from kvsim.quantization import config_bits
+from kvsim.parameters import Weights, count_weights, mixer_kind, weight_modules
+from kvsim.quantization import cache_dtype, config_bits
 
 FOREIGN: dict[str, str] = {
     r"lora_rank|kv_latent": "multi-head latent attention",
@@ -73,6 +73,9 @@ _WEIGHTY = re.compile(
 )
 """Keys that add or change weights, wherever a family knows them: experts, gates, further residual streams."""
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where a config says how its weights are quantized: the second is what compressed-tensors wrote at first."""
+
 _SMELL = re.compile("|".join(FOREIGN))
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -88,7 +91,8 @@ class Model:
     number, ``read`` all keys that were looked at.  ``kinds`` counts the layers by kind, ``none`` and ``shared``
     (another layer's cache) among them.  ``quirks``: what transformers' own classes do otherwise than the layers say:
     ``broadcast`` (keys and values for every query head), ``whole`` (windows kept whole), ``two tensors`` (a vector
-    that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks).
+    that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks).  ``cache_dtype``: the type
+    of cache that the checkpoint asks for (``fp8``, ``nvfp4``), which an engine's ``auto`` means.
     """
 
     name: str
@@ -105,6 +109,7 @@ class Model:
     notes: tuple[str, ...] = ()
     kinds: tuple[tuple[str, int], ...] = ()
     quirks: tuple[str, ...] = ()
+    cache_dtype: str | None = None
     read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @classmethod
@@ -129,6 +134,7 @@ class Model:
         if weights is not None:
             weights = _known_weights(body, model_type, weights)
         _left_out(body, model_type, layers)
+        own_cache = _cache_dtype(body, config)
         _refuse_foreign(reader, model_type, layers)
         dtype = _dtype(reader, config)
         vocab = next((reader.count("vocab_size", key) for key in _each(family.vocab) if reader.has(key)), None)
@@ -142,11 +148,12 @@ class Model:
             weights=weights,
             max_positions=body.max_positions,
             dtype=dtype,
-            weight_bits=_weight_bits(reader, config, dtype),
+            weight_bits=_weight_bits(body, family, config, dtype, plan),
             sources=tuple(reader.sources.items()),
             notes=tuple(body.notes),
             kinds=kinds,
             quirks=family.quirks(body) if family.quirks else (),
+            cache_dtype=own_cache,
             read=frozenset(reader.used),
         )
 
@@ -499,10 +506,36 @@ def _dtype(reader: ConfigReader, outer: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _weight_bits(reader: ConfigReader, outer: Mapping[str, Any], dtype: str | None) -> float | None:
+def _quantization(reader: ConfigReader, outer: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The key that says how the weights are quantized (``""``: none does), and what it says."""
+    for key in QUANTIZATION_KEYS:
+        found = reader.get(key) or outer.get(key)
+        if isinstance(found, Mapping):
+            inner = found.get("quantization_config")
+            return key, inner if key == "compression_config" and isinstance(inner, Mapping) else found
+    return "", {}
+
+
+def _weight_bits(
+    body: Body, family: Family, outer: Mapping[str, Any], dtype: str | None, plan: list[tuple[str, bool]]
+) -> float | None:
     """Bits a parameter; ``None`` where the config does not tell (no dtype, or an unknown quantization)."""
-    quantization = reader.get("quantization_config") or outer.get("quantization_config")
-    if isinstance(quantization, Mapping):
-        reader.sources["weight_bits"] = "quantization_config"
-        return config_bits(quantization)
+    key, quantization = _quantization(body.reader, outer)
+    if key:
+        body.reader.sources["weight_bits"] = key
+        bits = config_bits(quantization, weight_modules(body, family, plan))
+        if bits is not None and bits != config_bits(quantization):
+            body.note(f"{key}: {bits:.4g} bits a weight are the mean over its groups and what they leave at 16")
+        return bits
     return None if dtype is None else 32 if dtype == "float32" else 16
+
+
+def _cache_dtype(body: Body, outer: Mapping[str, Any]) -> str | None:
+    """The checkpoint's own type of cache; a note where it asks for one that vLLM does not have."""
+    key, quantization = _quantization(body.reader, outer)
+    own, where = cache_dtype(quantization)
+    if own is not None:
+        body.reader.sources["cache_dtype"] = f"{key}.{where}"
+    elif where:
+        body.note(f"{key}.{where} {str(quantization.get(where))[:60]}: a type of cache that vLLM does not have")
+    return own

@@ -14,6 +14,7 @@ from kvsim.attention import Attention
 from kvsim.body import Body
 from kvsim.config import AbsentKeyError
 from kvsim.families import Family
+from kvsim.quantization import Module
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,80 @@ def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weight
         experts_per_token=(per_token or 0) if routed else 0,
         lookup=lookup,
     )
+
+
+LAYERS = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.")
+MIXER = {True: ("self_attn.", "attn.", "attention."), False: ("linear_attn.", "mixer.", "mamba.", "conv.")}
+MLP: dict[str, tuple[str, ...]] = {
+    "gate": ("mlp.gate_proj", "feed_forward.w1", "feed_forward.gate_proj"),
+    "up": ("mlp.up_proj", "feed_forward.w3", "feed_forward.up_proj", "mlp.fc1", "mlp.c_fc"),
+    "down": ("mlp.down_proj", "feed_forward.w2", "feed_forward.down_proj", "mlp.fc2", "mlp.c_proj"),
+}
+EXPERT: dict[str, tuple[str, ...]] = {
+    "gate": ("mlp.experts.0.gate_proj", "block_sparse_moe.experts.0.w1", "feed_forward.experts.gate_proj"),
+    "up": ("mlp.experts.0.up_proj", "block_sparse_moe.experts.0.w3", "feed_forward.experts.up_proj"),
+    "down": ("mlp.experts.0.down_proj", "block_sparse_moe.experts.0.w2", "feed_forward.experts.down_proj"),
+}
+SHARED = ("mlp.shared_experts.up_proj", "mlp.shared_expert.up_proj", "feed_forward.shared_expert.up_proj")
+ROUTER = ("mlp.gate", "block_sparse_moe.gate", "feed_forward.router", "mlp.router")
+"""How families spell a layer's matrices."""
+
+
+def weight_modules(body: Body, family: Family, plan: list[tuple[str, bool]]) -> list[Module]:
+    """The matrices of all layers, by the names that a quantization knows them by; empty where they cannot be counted.
+
+    ``plan`` as in :func:`count_weights`.  A mixer's matrices share its weights as those of attention do.
+    """
+    if not family.countable or (family.count_if is not None and not family.count_if(body)):
+        return []
+    try:
+        return _modules(body, family, plan)
+    except AbsentKeyError:
+        return []
+
+
+def _modules(body: Body, family: Family, plan: list[tuple[str, bool]]) -> list[Module]:
+    mixing = {kind: _mixer_params(body, family, kind) for kind in {kind for kind, _ in plan}}
+    some_sparse, some_dense = any(sparse for _, sparse in plan), any(not sparse for _, sparse in plan)
+    router, block = family.experts.block(body) if family.experts and some_sparse else (0, 0)
+    shared = bool(family.experts and (family.experts.shared_inner or family.experts.shared_count))
+    plain = [0] * len(plan)
+    if family.mlp and (some_dense or (family.experts and family.experts.dense_too)):
+        widths = family.mlp.widths(body)
+        size = {width: family.mlps * family.mlp.params(body, width) for width in set(widths)}
+        plain = [size[width] for width in widths]
+    out: list[Module] = []
+
+    def add(at: int, names: tuple[str, ...], count: float) -> None:
+        if count:
+            out.append((tuple(f"{layers}{at}.{name}" for layers in LAYERS for name in names), count))
+
+    for at, ((kind, sparse), mlp) in enumerate(zip(plan, plain, strict=True)):
+        attends = any(isinstance(mixer, Attention) for mixer in family.mixers.get(mixer_kind(family, kind), ()))
+        for name, share in _mixer_shares(body, family, kind):
+            parts = (f"{name}_proj", *(("qkv_proj", "query_key_value", "c_attn") if name in "qkv" else ("out_proj",)))
+            add(at, tuple(mixer + part for mixer in MIXER[attends] for part in parts), share * mixing[kind])
+        if family.single and kind not in ("dense", "sparse"):
+            continue
+        if sparse:
+            add(at, SHARED if shared else ROUTER, router)
+            for names in EXPERT.values():
+                add(at, names, block / len(EXPERT))
+        if not sparse or (family.experts and family.experts.dense_too):
+            for names in MLP.values():
+                add(at, names, mlp / len(MLP))
+    return out
+
+
+def _mixer_shares(body: Body, family: Family, kind: str) -> list[tuple[str, float]]:
+    """The projections of a mixer and their shares of its weights."""
+    for mixer in family.mixers.get(mixer_kind(family, kind), ()):
+        if isinstance(mixer, Attention):
+            num_kv_heads, key_dim, value_dim = mixer.heads(body)
+            query, heads = mixer.q_width * body.num_q_heads * key_dim, body.num_q_heads
+            each = {"q": query, "k": num_kv_heads * key_dim, "v": num_kv_heads * value_dim, "o": heads * value_dim}
+            return [(name, width / sum(each.values())) for name, width in each.items()]
+    return [(name, 0.25) for name in "qkvo"]
 
 
 def _mixer_params(body: Body, family: Family, kind: str) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import translate
 from typing import Any
 
 WEIGHT_DTYPES: dict[str, float] = {
@@ -68,46 +70,245 @@ KV_DTYPES: dict[str, str] = {
     "q4_1": "q4_1",
     "q4_0": "q4_0",
 }
-"""``--kv-cache-dtype`` -> method, in vLLM's and llama.cpp's spelling; ``auto`` is the model's own type."""
+"""``--kv-cache-dtype`` -> method, in vLLM's and llama.cpp's spelling; ``auto`` is the checkpoint's own type of cache
+(:func:`cache_dtype`), else the model's type."""
 
 
-CONFIG_METHODS: dict[str, float] = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4.25}
+CONFIG_METHODS: dict[str, float] = {"fp8": 8, "fbgemm-fp8": 8, "mxfp4": 4.25}
 """``quant_method`` of a config -> bits a quantized weight, where the name alone tells."""
 
+MODELOPT: dict[str, tuple[float, int, int]] = {
+    "FP8": (8, 0, 0),
+    "FP8_PER_CHANNEL_PER_TOKEN": (8, 0, 0),
+    "FP8_PB_WO": (8, 0, 0),
+    "W8A8_SQ_PER_CHANNEL": (8, 0, 0),
+    "INT8_SQ": (8, 0, 0),
+    "MXFP8": (8, 32, 8),
+    "NVFP4": (4, 16, 8),
+    "NVFP4_AWQ": (4, 16, 8),
+    "W4A16_NVFP4": (4, 16, 8),
+    "MXFP4": (4, 32, 8),
+    "W4A8_MXFP4_FP8": (4, 32, 8),
+    "W4A16": (4, 128, 16),
+    "W4A16_AWQ": (4, 128, 16),
+    "W4A8_AWQ": (4, 128, 16),
+    "INT4_AWQ": (4, 128, 16),
+}
+"""``quant_algo`` -> bits of a code, weights that share a scale (0: a row or more), bits of the scale."""
 
-def config_bits(quantization: Mapping[str, Any]) -> float | None:
+SCALE_BITS = {"float8_e4m3fn": 8, "float8_e8m0fnu": 8, "uint8": 8, "float16": 16, "bfloat16": 16, "float32": 32}
+"""``scale_dtype`` of compressed-tensors -> bits of a scale."""
+BLOCK_SCALES = ("nvfp4", "mxfp4", "mxfp8")
+"""Formats whose scales have 8 bits: fp8 (e4m3) of 16 weights, a power of two (e8m0) of 32."""
+PLAIN_BITS = 16.0
+"""Bits of a weight that a quantization leaves out."""
+
+Module = tuple[tuple[str, ...], float]
+"""A matrix of the model: its name, as families spell it, and its number of weights."""
+
+
+def config_bits(quantization: Mapping[str, Any], modules: Sequence[Module] = ()) -> float | None:
     """Bits a quantized weight of a config's ``quantization_config``; ``None`` where it does not tell.
 
-    AWQ and GPTQ: ``bits``, with a 16-bit scale and a zero of ``bits`` a group; compressed-tensors: ``num_bits`` of the
-    first group of weights, with a 16-bit scale a group; modelopt by its ``quant_algo``; bitsandbytes by its switches.
+    AWQ and GPTQ: ``bits``, with a 16-bit scale and a zero of ``bits`` a group; bitsandbytes by its switches.
+    compressed-tensors and modelopt: each group's codes and scales, of their own type.  Where groups differ, or some
+    layers are left out, the mean over ``modules``, those left out at 16 bits; ``None`` where a group names none of
+    them.
     """
-    method = quantization.get("quant_method")
-    if isinstance(method, str) and method in CONFIG_METHODS:
+    method = quant_method(quantization)
+    if method in CONFIG_METHODS:
         return CONFIG_METHODS[method]
     if method in ("awq", "gptq"):
-        bits, group = quantization.get("bits"), quantization.get("group_size")
-        return _grouped(bits, group, zeros=True)
+        bits = next((quantization[key] for key in ("bits", "w_bit") if key in quantization), None)
+        group = next((quantization[key] for key in ("group_size", "q_group_size") if key in quantization), None)
+        return _grouped(bits, group, 16, zeros=True)
     if method == "compressed-tensors":
-        groups = quantization.get("config_groups")
-        first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-        weights = first.get("weights") if isinstance(first, Mapping) else None
-        if not isinstance(weights, Mapping):
-            return None
-        return _grouped(weights.get("num_bits"), weights.get("group_size"), zeros=False)
-    if method == "modelopt":
-        return {"FP8": 8.0, "NVFP4": 4.5}.get(str(quantization.get("quant_algo")))
+        return _mean_bits(_compressed_groups(quantization), quantization.get("ignore"), modules)
+    if method.startswith("modelopt"):
+        inner = _inner(quantization)
+        left_out = inner.get("exclude_modules") or inner.get("ignore") or quantization.get("ignore")
+        return _mean_bits(_modelopt_groups(inner), left_out, modules)
     if method == "bitsandbytes":
-        return 8.0 if quantization.get("load_in_8bit") else 4.127 if quantization.get("load_in_4bit") else None
+        if quantization.get("load_in_8bit"):
+            return 8.0
+        double = quantization.get("bnb_4bit_use_double_quant") is not False
+        return (4.127 if double else 4.5) if quantization.get("load_in_4bit") else None
     return None
 
 
-def _grouped(bits: object, group: object, zeros: bool) -> float | None:
-    """``bits`` and the share of a 16-bit scale and, with ``zeros``, of a zero; -1 or no group: a scale a channel."""
+def quant_method(quantization: Mapping[str, Any]) -> str:
+    """``quant_method`` in one spelling; absent, what the other keys are of (an older ``compression_config``)."""
+    method = quantization.get("quant_method")
+    if method is None and isinstance(quantization.get("config_groups"), Mapping):
+        return "compressed-tensors"
+    name = method.lower().replace("_", "-") if isinstance(method, str) else ""
+    return {"sparseml": "compressed-tensors"}.get(name, name)
+
+
+def cache_dtype(quantization: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The checkpoint's own type of cache, which ``--kv-cache-dtype auto`` means, and the key that says so.
+
+    As vLLM reads it (``get_kv_cache_quant_algo_string``): ``kv_cache_scheme`` of compressed-tensors,
+    ``kv_cache_scheme`` or ``kv_cache_quant_algo`` of modelopt.  ``None`` with a key: a type that vLLM does not have.
+    """
+    method = quant_method(quantization)
+    if method == "compressed-tensors":
+        scheme = quantization.get("kv_cache_scheme")
+        if not isinstance(scheme, Mapping):
+            return None, ""
+        return ("fp8" if _is_float(scheme, 8) else None), "kv_cache_scheme"
+    if not method.startswith("modelopt"):
+        return None, ""
+    for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+        told = _inner(quantization).get(key) or quantization.get(key)
+        if isinstance(told, Mapping):
+            fp8 = _is_float(told, 8) and told.get("dynamic") is False
+            return ("fp8" if fp8 else "nvfp4" if _is_float(told, 4) else None), key
+        if isinstance(told, str) and told.lower() not in ("none", "auto", "mixed_precision"):
+            return {"fp8": "fp8", "nvfp4": "nvfp4"}.get(told.lower()), key
+    return None, ""
+
+
+def _is_float(scheme: Mapping[str, Any], bits: int) -> bool:
+    return scheme.get("num_bits") == bits and scheme.get("type") == "float"
+
+
+def _inner(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    """modelopt's keys lie in ``quantization`` in its own file."""
+    inner = quantization.get("quantization")
+    return inner if isinstance(inner, Mapping) else quantization
+
+
+Groups = list[tuple[Sequence[str], float | None]]
+"""What a group is for (``targets``), and its bits (``None``: not told)."""
+
+
+def _compressed_groups(quantization: Mapping[str, Any]) -> Groups:
+    groups = quantization.get("config_groups")
+    out: Groups = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        if not isinstance(group, Mapping):
+            return []
+        targets, weights = group.get("targets"), group.get("weights")
+        named = [str(target) for target in targets] if isinstance(targets, list) else ["Linear"]
+        form = str(group.get("format") or quantization.get("format") or "")
+        if weights is None:
+            bits: float | None = PLAIN_BITS  # a group of activations alone
+        else:
+            bits = _scheme_bits(weights, form) if isinstance(weights, Mapping) else None
+        out.append((named, bits))
+    return out
+
+
+def _scheme_bits(weights: Mapping[str, Any], form: str) -> float | None:
+    """Bits a weight of one scheme: its codes, a scale a group (or block) and, not symmetric, a zero."""
+    group, block = weights.get("group_size"), weights.get("block_structure")
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        group = block[0] * block[1]
+    floats = weights.get("type") == "float"
+    told = str(weights.get("scale_dtype") or "").removeprefix("torch.")
+    small = form.startswith(BLOCK_SCALES) or (floats and (weights.get("num_bits") == 4 or group == 32))
+    scale = SCALE_BITS.get(told, 8 if small else 16)
+    return _grouped(weights.get("num_bits"), group, scale, zeros=weights.get("symmetric") is False and not floats)
+
+
+def _modelopt_groups(inner: Mapping[str, Any]) -> Groups:
+    layers = inner.get("quantized_layers")
+    if isinstance(layers, Mapping) and layers:
+        rows = [(str(name), row if isinstance(row, Mapping) else {}) for name, row in layers.items()]
+        return [([name], _algo_bits(row)) for name, row in rows]
+    if inner.get("quant_algo") is None and isinstance(inner.get("config_groups"), Mapping):
+        return _compressed_groups(inner)
+    return [(["Linear"], _algo_bits(inner))]
+
+
+def _algo_bits(row: Mapping[str, Any]) -> float | None:
+    known = MODELOPT.get(str(row.get("quant_algo")).upper())
+    if known is None:
+        return None
+    bits, group, scale = known
+    told = row.get("group_size")
+    return _grouped(int(bits), told if group and type(told) is int else group, scale, zeros=False)
+
+
+MOST_LAYERS, MOST_LOOPS = 256, 5
+"""Of patterns over names: layers that are matched one by one, and repeats in one pattern, which bound its time."""
+
+
+def _mean_bits(groups: Groups, left_out: object, modules: Sequence[Module]) -> float | None:
+    """The mean bits a weight over ``modules``; where all groups are alike and none is left out, theirs."""
+    each = {bits for _, bits in groups}
+    if not groups or None in each:
+        return None
+    named = [str(name) for name in left_out] if isinstance(left_out, list) else []
+    if not modules:
+        return each.pop() if len(each) == 1 else None
+    if len(modules) > 16 * MOST_LAYERS:
+        return each.pop() if len(each) == 1 and not named else None
+    try:
+        ignored = _Names(named)
+        matches = [(_Names(targets), bits or PLAIN_BITS) for targets, bits in groups]
+    except ValueError:
+        return None
+    used: set[int] = set()
+    whole = False
+    sums: dict[float, float] = {}
+    for spellings, count in modules:
+        bits = PLAIN_BITS
+        if not ignored.match(spellings):
+            found = next((at for at, (names, _) in enumerate(matches) if names.match(spellings)), None)
+            if found is None:
+                found = next((at for at, (names, _) in enumerate(matches) if names.linear), None)
+            whole = whole or found is None
+            if found is not None:
+                used.add(found)
+                bits = matches[found][1]
+        sums[bits] = sums.get(bits, 0.0) + count
+    if not used or (whole and len(used) < len(matches)):  # a group names layers as this family is not known to
+        return None
+    total = sum(sums.values())
+    return next(iter(sums)) if len(sums) == 1 else sum(bits * count for bits, count in sums.items()) / total
+
+
+class _Names:
+    """Targets of a quantization: names, patterns (``re:``), wildcards, or the class of all matrices (``Linear``).
+
+    Raises ``ValueError`` for a pattern that is none, or could take too long.
+    """
+
+    def __init__(self, targets: Sequence[str]) -> None:
+        self.linear = "Linear" in targets
+        self.exact = {target for target in targets if not target.startswith("re:") and "*" not in target}
+        self.patterns = []
+        for target in targets:
+            if not target.startswith("re:") and "*" not in target:
+                continue
+            pattern = target[3:] if target.startswith("re:") else translate(target)
+            if len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > MOST_LOOPS or re.search(r"\)[*+{]", pattern):
+                raise ValueError(f"pattern {target[:60]!r}")
+            try:
+                self.patterns.append(re.compile(pattern))
+            except (re.error, OverflowError, RecursionError):
+                raise ValueError(f"pattern {target[:60]!r}") from None
+
+    def match(self, spellings: Sequence[str]) -> bool:
+        """Whether a matrix, or a module that it lies in, is named."""
+        for name in spellings:
+            parts = name.split(".")
+            if any(".".join(parts[:size]) in self.exact for size in range(1, len(parts) + 1)):
+                return True
+            if any(pattern.match(name) for pattern in self.patterns):
+                return True
+        return False
+
+
+def _grouped(bits: object, group: object, scale: int, zeros: bool) -> float | None:
+    """``bits`` and the share of a scale and, with ``zeros``, of a zero; -1 or no group: a scale a channel."""
     if type(bits) is not int or not 1 <= bits <= 16:
         return None
     if type(group) is not int or group < 1:
         return float(bits)
-    return bits + (16 + (bits if zeros else 0)) / group
+    return bits + (scale + (bits if zeros else 0)) / group
 
 
 def weight_bits_of(name: str, table: dict[str, float], flag: str) -> float:
@@ -117,6 +318,8 @@ def weight_bits_of(name: str, table: dict[str, float], flag: str) -> float:
 
 def kv_method(name: str, model_dtype: str | None) -> str:
     """The method's name for ``--kv-cache-dtype``; ``auto`` is ``model_dtype``, else float16.
+
+    A checkpoint's own type of cache (:func:`cache_dtype`) may stand for ``model_dtype``.
 
     Raises ``LookupError`` for an unknown name.
     """

@@ -148,7 +148,7 @@ def _engines(
             reasons.append(reason)
     if not rows:
         raise ValueError("; ".join(reason["error"] for reason in reasons))
-    notes = beyond(model, contexts)
+    notes = [*beyond(model, contexts), *chosen.notes]
     if as_json:
         inputs = inputs_object(model, batch, chosen, ctx=contexts, engines=[each.name for each in compared])
         out = envelope("compare", inputs, notes) | {"model": model_object(model)}

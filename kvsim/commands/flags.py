@@ -26,7 +26,7 @@ from kvsim.options import (
 )
 from kvsim.parallel import Sharding
 from kvsim.quantities import parse_card
-from kvsim.quantization import QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
+from kvsim.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -119,12 +119,16 @@ class Chosen:
         self.engine = engine or ENGINES["ideal"]()
         given = {key: value for key, value in shared.items() if value is not None}
         named = list(specs)
+        own, self.notes = own_cache(model, self.engine.name)
         if kv_cache_dtype is not None:
-            named.append(kv_method(kv_cache_dtype, self.dtype or model.dtype))
+            named.append(kv_method(kv_cache_dtype, own or self.dtype or model.dtype))
         self.methods, self.default = choose_methods(named, given, self.dtype)
         if self.default and self.engine.name in DEFAULT_METHODS:
-            baseline = self.methods[0].name
-            self.methods, _ = choose_methods([baseline, *DEFAULT_METHODS[self.engine.name]], {}, None)
+            shown = [self.methods[0].name, *DEFAULT_METHODS[self.engine.name]]
+            shown = [KV_DTYPES[own], *shown] if own is not None else shown
+            self.methods, _ = choose_methods(shown, {}, None)
+        elif kv_cache_dtype is None or kv_cache_dtype.lower() != "auto":
+            self.notes = []
 
     def weigh(
         self, model: Model, batch: int, contexts: Iterable[int], shared_prefix: int = 0
@@ -142,7 +146,15 @@ class Chosen:
         notes = left_out(reasons)
         if not rows:
             raise ValueError(f"{model.name}: {'; '.join(notes)}")
-        return rows, notes
+        return rows, [*self.notes, *notes]
+
+
+def own_cache(model: Model, engine: str) -> tuple[str | None, list[str]]:
+    """What ``--kv-cache-dtype auto`` means beyond the model's type: the checkpoint's own, under vLLM, whose flag it is
+    (and under no engine); a note."""
+    if model.cache_dtype is None or engine not in ("vllm", "ideal"):
+        return None, []
+    return model.cache_dtype, [f"--kv-cache-dtype auto is {model.cache_dtype}: {model.source('cache_dtype')}"]
 
 
 def choose_engine(spec: str | None, card: Hardware | None, given: dict[str, Any]) -> tuple[Engine, list[str]]:

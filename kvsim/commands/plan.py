@@ -11,7 +11,7 @@ import click
 
 from kvsim import report
 from kvsim.capacity import held_share
-from kvsim.commands.flags import choose_weights
+from kvsim.commands.flags import choose_weights, own_cache
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
 from kvsim.lengths import Lengths, constant, parse_lengths
@@ -139,7 +139,11 @@ def command(
     def cost(card: Hardware, num_cards: int) -> Price | None:
         return lowest(card.id, num_cards) if price is None else given(card.id, price)
 
-    named = [*specs, *([kv_method(kv_cache_dtype, model.dtype)] if kv_cache_dtype is not None else [])]
+    named = list(specs)
+    if kv_cache_dtype is not None:
+        own, said = own_cache(model, engine.partition(":")[0].strip().lower())
+        named.append(kv_method(kv_cache_dtype, own or model.dtype))
+        notes += said if kv_cache_dtype.lower() == "auto" else []
     ways = plan(
         model,
         choose_methods(named or METHODS, {}, None)[0],

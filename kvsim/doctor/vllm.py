@@ -171,7 +171,7 @@ class _Boot:
         dtype = self._setting("dtype", "auto").removeprefix("torch.").lower()
         if dtype == "auto":
             dtype = self.model.dtype or "float16"
-        name = dtype if kv == "auto" else kv
+        name = (self.model.cache_dtype or dtype) if kv == "auto" else kv
         name = KV_SPELLINGS.get(name, name)
         if name not in KV_DTYPES:
             self.notes.append(f"kv_cache_dtype {kv}: not known here, the cache is counted at 16 bits")
