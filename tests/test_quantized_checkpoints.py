@@ -1,7 +1,6 @@
 """Bits a weight by group and type of scale, and the cache that a checkpoint asks for, as its config says them."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +109,10 @@ def test_experts_are_a_group_of_their_own() -> None:
     ],
 )
 def test_groups_that_are_not_understood_are_refused_not_guessed(quantization: dict[str, Any]) -> None:
-    start = time.perf_counter()
     model = Model.from_config(CONFIG | {"quantization_config": quantization})
     assert model.weight_bits is None
     with pytest.raises(ValueError, match="its quantization_config is not known here, give --weight-bits"):
         room(model, find_hardware("h100-sxm"))
-    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Which files of a directory hold the weights, and which files are refused: one line each, within milliseconds."""
+"""Which files of a directory hold the weights, and which files are refused: one line each."""
 
 import json
 import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,12 +173,10 @@ def test_the_bytes_of_a_file_are_the_bytes_on_the_card(tmp_path: Path) -> None:
     assert abs(room(load_model(str(folder)), card).weight_nbytes - (16384 + 2048)) <= 1
 
 
-def quick(call: Callable[[], Any], message: str, seconds: float = 20.0) -> None:
-    """One clear line, and no endless work (a bound that a loaded machine keeps)."""
-    start = time.perf_counter()
+def refused(call: Callable[[], Any], message: str) -> None:
+    """One clear line of bounded length; what would be read for ever hangs here."""
     with pytest.raises(ValueError, match=message) as caught:
         call()
-    assert time.perf_counter() - start < seconds
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
 
@@ -224,7 +221,7 @@ def tensor(name: str, start: int, end: int, shape: str | None = None) -> str:
 )
 def test_headers_that_safetensors_forbids_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = Path(written(tmp_path, content, "model.safetensors"))
-    quick(lambda: read_tensors(path), message)
+    refused(lambda: read_tensors(path), message)
 
 
 def offset_of(content: bytes, name: str) -> int:
@@ -244,15 +241,15 @@ def test_offsets_that_gguf_forbids_are_refused(tmp_path: Path, offset: int, mess
     content = gguf(*decoder("llama"))
     at = offset_of(content, "blk.1.attn_k.weight")
     hurt = content[:at] + struct.pack("<Q", offset) + content[at + 8 :]
-    quick(lambda: read_header(Path(written(tmp_path, hurt))), message)
+    refused(lambda: read_header(Path(written(tmp_path, hurt))), message)
 
 
 def test_duplicate_names_of_a_gguf_are_refused(tmp_path: Path) -> None:
     content = gguf(*decoder("llama"))
     tensors = content.replace(b"blk.1.attn_k.weight", b"blk.1.attn_v.weight")
-    quick(lambda: read_header(Path(written(tmp_path, tensors))), "tensor 'blk.1.attn_v.weight' for the second time")
+    refused(lambda: read_header(Path(written(tmp_path, tensors))), "tensor 'blk.1.attn_v.weight' for the second time")
     entries = gguf({"a": 1, "b": 2}, {}).replace(b"\x01\0\0\0\0\0\0\0b", b"\x01\0\0\0\0\0\0\0a")
-    quick(lambda: read_header(Path(written(tmp_path, entries))), "entry 'a' for the second time")
+    refused(lambda: read_header(Path(written(tmp_path, entries))), "entry 'a' for the second time")
 
 
 @pytest.mark.parametrize("count", ["3", [3], True, -1, 10_000])
@@ -261,16 +258,18 @@ def test_a_split_count_is_a_whole_number(tmp_path: Path, count: Any) -> None:
     raw = gguf(metadata | {"split.count": 7 if count == -1 else count}, tensors)
     if count == -1:
         raw = raw.replace(b"split.count" + struct.pack("<II", 4, 7), b"split.count" + struct.pack("<Ii", 5, -1))
-    quick(lambda: load_model(written(tmp_path, raw)), r"GGUF key split.count is .*: allowed are whole numbers to 9999")
+    refused(
+        lambda: load_model(written(tmp_path, raw)), r"GGUF key split.count is .*: allowed are whole numbers to 9999"
+    )
 
 
 def test_parts_of_other_models_are_refused(tmp_path: Path) -> None:
     metadata, tensors = decoder("llama")
     for part, told in ((1, {"split.count": 2, "split.no": 0}), (2, {"split.count": 3, "split.no": 1})):
         written(tmp_path, gguf(metadata | told, tensors), f"tiny-0000{part}-of-00002.gguf")
-    quick(lambda: load_model(str(tmp_path)), "does not say of itself that it is part 2 of 2")
+    refused(lambda: load_model(str(tmp_path)), "does not say of itself that it is part 2 of 2")
     written(tmp_path, gguf(metadata | {"split.count": 2, "split.no": 1}, tensors), "tiny-00002-of-00002.gguf")
-    quick(lambda: load_model(str(tmp_path)), "is in another part too")
+    refused(lambda: load_model(str(tmp_path)), "is in another part too")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_parts_of_other_models_are_refused(tmp_path: Path) -> None:
 )
 def test_metadata_of_other_types_is_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     metadata, tensors = decoder("llama")
-    quick(lambda: load_model(written(tmp_path, gguf(metadata | change, tensors))), message)
+    refused(lambda: load_model(written(tmp_path, gguf(metadata | change, tensors))), message)
 
 
 def test_a_sparse_gguf_of_endless_texts_is_refused(tmp_path: Path) -> None:
@@ -294,28 +293,28 @@ def test_a_sparse_gguf_of_endless_texts_is_refused(tmp_path: Path) -> None:
     for kind, entries in ((8, 1 << 26), (8, 1 << 22), (9, 4097)):
         path = Path(written(tmp_path, start + struct.pack("<IIQ", 9, kind, entries)))
         os.truncate(path, 1 << 32)  # zeros that take no room: texts of no length, arrays of no entries
-        quick(lambda path=path: read_header(path), "no whole GGUF file")  # type: ignore[misc]
+        refused(lambda path=path: read_header(path), "no whole GGUF file")  # type: ignore[misc]
     path = Path(written(tmp_path, b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 31)))
     os.truncate(path, 1 << 32)
-    quick(lambda: read_header(path), "bytes of a name are announced, allowed are 65,536")
+    refused(lambda: read_header(path), "bytes of a name are announced, allowed are 65,536")
 
 
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     for name in ("model.safetensors", "a.gguf"):
         os.mkfifo(tmp_path / name)
-    quick(lambda: load_model(str(tmp_path)), "a.gguf is not a regular file")
-    quick(lambda: read_header(tmp_path / "a.gguf"), "is not a regular file")
-    quick(lambda: read_tensors(tmp_path / "model.safetensors"), "is not a regular file")
-    quick(lambda: load_model(str(directory(tmp_path))), "model.safetensors is not a regular file")
+    refused(lambda: load_model(str(tmp_path)), "a.gguf is not a regular file")
+    refused(lambda: read_header(tmp_path / "a.gguf"), "is not a regular file")
+    refused(lambda: read_tensors(tmp_path / "model.safetensors"), "is not a regular file")
+    refused(lambda: load_model(str(directory(tmp_path))), "model.safetensors is not a regular file")
     (tmp_path / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "model.safetensors.index.json")
-    quick(lambda: load_model(str(tmp_path)), "index.json is not a regular file")
+    refused(lambda: load_model(str(tmp_path)), "index.json is not a regular file")
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors").symlink_to("/dev/zero")
-    quick(lambda: load_model(str(tmp_path)), "model.safetensors is not a regular file")
+    refused(lambda: load_model(str(tmp_path)), "model.safetensors is not a regular file")
     for read in (read_text, read_config, load_profile, lambda path: parse_lengths(str(path), 1)):
         for path in (Path("/dev/zero"), tmp_path / "a.gguf"):
-            quick(lambda read=read, path=path: read(path), "is not a regular file")  # type: ignore[misc]
+            refused(lambda read=read, path=path: read(path), "is not a regular file")  # type: ignore[misc]
     for arguments in (["--log", "/dev/zero"], ["--log", str(tmp_path / "a.gguf")]):
         result = CliRunner().invoke(doctor, arguments)
         assert isinstance(result.exception, ValueError)
@@ -327,7 +326,7 @@ def test_files_of_gigabytes_are_not_read(tmp_path: Path) -> None:
     path.touch()
     os.truncate(path, 1 << 40)
     for read in (read_text, read_config, load_profile, lambda path: parse_lengths(str(path), 1)):
-        quick(lambda read=read: read(path), r"1,099,511,627,776 bytes: allowed are up to")  # type: ignore[misc]
+        refused(lambda read=read: read(path), r"1,099,511,627,776 bytes: allowed are up to")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
