@@ -783,7 +783,7 @@ def test_what_is_no_log(data: bytes, message: str, capsys: pytest.CaptureFixture
 def test_only_regular_files_are_opened(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A pipe without a writer would wait for ever, a device never end."""
     os.mkfifo(tmp_path / "pipe")
-    for path, message in ((tmp_path / "pipe", "is no regular file"), (Path("/dev/zero"), "is no regular file")):
+    for path, message in ((tmp_path / "pipe", "is not a regular file"), (Path("/dev/zero"), "is not a regular file")):
         assert run(["doctor", "--log", str(path)]) == 2
         assert message in capsys.readouterr().err
     assert run(["doctor", "--log", str(tmp_path)]) == 2

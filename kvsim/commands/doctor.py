@@ -85,7 +85,7 @@ def _named(name: str) -> tuple[Model, list[str]]:
 def _read(log: str) -> tuple[str, list[str]]:
     """The text of a file or of standard input (``-``), and a note where it was too long to be read whole.
 
-    Raises ``ValueError``, naming the log, where it cannot be read, is no regular file, empty, or no text.
+    Raises ``ValueError``, naming the log, where it cannot be read, is not a regular file, empty, or no text.
     """
     if log == "-":
         data = sys.stdin.buffer.read(LOG_NBYTES + 1)
@@ -96,7 +96,7 @@ def _read(log: str) -> tuple[str, list[str]]:
             if stat.S_ISDIR(found.st_mode):
                 raise ValueError(f"log {log} is a directory")
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError(f"log {log} is no regular file: pipe it to --log -")
+                raise ValueError(f"log {log} is not a regular file: pipe it to --log -")
             with Path(log).open("rb") as file:
                 data, size = file.read(LOG_NBYTES + 1), found.st_size
         except OSError as error:

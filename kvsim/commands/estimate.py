@@ -28,7 +28,7 @@ from kvsim.commands.flags import (
     show_json,
     tokens_a_sequence,
 )
-from kvsim.engines import Vllm
+from kvsim.engines import Engine, Vllm
 from kvsim.engines.vllm import Pool
 from kvsim.estimate import check_sizes
 from kvsim.hardware import Hardware
