@@ -12,9 +12,6 @@ On CUDA every figure is timed inside a CUDA graph, so that the host does not cou
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,6 +28,7 @@ import torch.nn.functional as F
 
 from kvruntime.bench.results import check_writable, describe
 from kvruntime.bench.timing import timed_passes
+from kvruntime.disk import json_text, replace_file
 from kvsim.attention_curve import Curve, Kernel
 from kvsim.profile import SCHEMA
 from kvsim.roofline import constants
@@ -43,6 +41,7 @@ CPU_SHAPES = ((1, 128), (1, 2048), (4, 512), (4, 2048))
 NUM_LAYERS = 8
 RUNTIME = "pytorch"
 """Whose kernels are measured: PyTorch's own products, norms and attention, none of this project's."""
+MOST_SECONDS = 86400
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def calibrate(
     """
     from kvruntime.weights import pick_device
 
-    if not seconds > 0:
-        raise ValueError(f"seconds {seconds:g}: allowed are numbers above 0")
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ValueError(f"seconds {seconds:g}: allowed are numbers above 0, at most {MOST_SECONDS:,}")
     check_writable(out)
     place = torch.device(pick_device(device))
     started = time.perf_counter()
@@ -297,13 +296,5 @@ def fit_kernel(rows: Sequence[dict[str, Any]], read: float, device: torch.device
 
 
 def write(path: Path, profile: dict[str, Any]) -> None:
-    """Replaces the file in one step."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.resolve().parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(profile, file, indent=1)
-            file.write("\n")
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Replaces the file in one step.  Raises ``ValueError`` where it cannot be written or a figure is not finite."""
+    replace_file(path, json_text(profile, indent=1) + "\n")

@@ -18,6 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 RUNS = ("fp16", "bf16", "fp32", "kivi", "kivi-seed")
 """The names of kvsim's methods that kvruntime runs: those of the types in ``kvruntime.layers.LAYERS``."""
 DEFAULT = "kivi:nbits=2"
+MOST = (1 << 31) - 1
+"""The largest count that any option takes."""
 SWEPT = ("nbits", "group_size", "residual_length")
 """Options that may be given more than once: every combination is one method."""
 

@@ -12,7 +12,7 @@ import torch
 from kvruntime.bench.contenders import Contender
 from kvruntime.bench.memory import layer_shapes
 from kvruntime.bench.weigh import weigh
-from kvruntime.weights import Loaded
+from kvruntime.weights import Loaded, first_not_finite
 from kvsim.layout import nbytes
 from kvsim.methods import Full
 
@@ -50,6 +50,9 @@ def generate(
     from kvruntime.hf.cache import argument
 
     ids = _encode(loaded, prompt)
+    wrong = first_not_finite(loaded.model)
+    if wrong is not None:
+        raise ValueError(f"{loaded.source.name}: weight {wrong} holds NaN or infinity as {loaded.dtype}")
     length = ids.shape[1] + max_new_tokens
     if max_new_tokens < 1:
         raise ValueError(f"max new tokens {max_new_tokens}: allowed are 1 and above")
@@ -80,6 +83,8 @@ def generate(
 def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:
     if not prompt:
         raise ValueError("the prompt is empty")
+    if loaded.tokenizer is None and loaded.no_tokenizer.startswith("has"):
+        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}")
     if loaded.tokenizer is None:
         ids = [byte % loaded.vocab_size for byte in prompt.encode()]
     elif getattr(loaded.tokenizer, "chat_template", None):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.report import MIB, baseline, compression, groups
 from kvruntime.bench.results import Row
+from kvruntime.disk import replace_file
 from kvruntime.speed_plot import speed_panels
 
 if TYPE_CHECKING:
@@ -46,10 +48,9 @@ def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
             place.set_axis_off()
         figure.suptitle(_circumstances(results), fontsize=9)
         path = folder / f"{name}.{suffix}"
-        try:
-            figure.savefig(path, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        picture = BytesIO()
+        figure.savefig(picture, format=suffix, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+        replace_file(path, picture.getvalue())
         paths.append(path)
     return paths
 

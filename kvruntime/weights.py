@@ -7,19 +7,31 @@ pass for something else.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvruntime.pull import PULLS, pull, pulled
+from kvruntime.disk import read_json
+from kvruntime.pull import PULLS, damage, pull, pulled
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Names that transformers looks for, the first that is there is loaded."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    "chat_template.jinja",
+)
+MOST_CONFIG_NBYTES = 64 << 20
 DTYPES = ("float16", "bfloat16", "float32")
 SEED = 0
 GIB = 1 << 30
@@ -52,6 +64,16 @@ class Loaded:
     source: Source
     model: Any
     tokenizer: Any
+    no_tokenizer: str = "comes without a tokenizer"
+    """Why ``tokenizer`` is None."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """What identifies the model whatever its name: of a shape with random weights the configuration's SHA-256, of
+        real weights that of every byte of configuration, weights and tokenizer files."""
+        if self.source.path is None:
+            return shape_sha256(self.source.config or {})
+        return files_sha256(_folder(self.source.path))
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +110,8 @@ def resolve(name: str, *, seed: int = SEED, offline: bool = False, say: Callable
         folder = pulled(name)
         if folder is None and offline:
             raise LookupError(
-                f"{name} is not on this machine yet, and --offline forbids a download: `kvruntime pull {name}`"
+                f"{name} is {damage(name) or 'not on this machine yet'}, and --offline forbids a download: "
+                f"`kvruntime pull {name}`"
             )
         return Source(name, PULLS[name].label, path=str(folder or pull(name, say)))
     if name.count("/") == 1:
@@ -101,14 +124,19 @@ def resolve(name: str, *, seed: int = SEED, offline: bool = False, say: Callable
     return Source(name, f"random (seed {seed})", config=config, seed=seed)
 
 
-def load(source: Source, device: str, dtype: str | None = None) -> Loaded:
+def load(
+    source: Source,
+    device: str,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> Loaded:
     """The model on ``device``, weights in ``dtype`` (default: float16 on CUDA, float32 elsewhere).
 
-    Raises ``ValueError`` for an architecture that transformers has no causal language model for, ``OSError`` where a
-    hub id cannot be had.
+    ``say`` is told what of the files is not used.  Raises ``ValueError`` for an architecture that transformers has no
+    causal language model for, weights that are damaged, missing or of another shape, pickled objects other than
+    tensors and a model that brings code of its own; ``OSError`` where a hub id cannot be had.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -117,10 +145,95 @@ def load(source: Source, device: str, dtype: str | None = None) -> Loaded:
     if source.path is None:
         model = _random(source, device, kind)
         folder = pulled("gpt2-tokenizer") if model.config.model_type == "gpt2" else None
-        return Loaded(source, model, _tokenizer(str(folder), False) if folder else None)
-    with _one_line(source.name):
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=kind, local_files_only=not source.download)
-    return Loaded(source, model.to(device).eval(), _tokenizer(source.path, source.download))
+        return Loaded(source, model, *(_tokenizer(str(folder), False) if folder else (None,)))
+    model = pretrained(source.name, source.path, say, dtype=kind, local_files_only=not source.download)
+    tokenizer, why_not = _tokenizer(source.path, source.download)
+    return Loaded(source, model.to(device).eval(), tokenizer, why_not)
+
+
+def pretrained(name: str, path: str | Path, say: Callable[[str], None], **options: Any) -> Any:
+    """transformers' causal language model with every weight from ``path``, whose own code is never run.
+
+    Raises ``ValueError`` by key for a weight that is not there or has another shape.  What the model shares (tied
+    embeddings) or makes itself may be absent; what it has no place for is said.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to be named below
+            trust_remote_code=False,
+            weights_only=True,
+            **options,
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{name}: {_some(missing)} missing from the checkpoint")
+    if found["mismatched_keys"]:
+        key, there, wanted = min(found["mismatched_keys"], key=lambda each: each[0])
+        raise ValueError(f"{name}: weight {key} has shape {list(there)}, the configuration asks for {list(wanted)}")
+    if found.get("error_msgs"):
+        raise ValueError(f"{name}: cannot load the weights: {_first_line(found['error_msgs'][0])}")
+    if getattr(model.config, "auto_map", None):
+        say(f"{name}: its own code (auto_map) is not run: transformers' {type(model).__name__} is")
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        say(f"{name}: {_some(unexpected)} not used: the configured model has no place for them")
+    return model
+
+
+def shape_sha256(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def files_sha256(folder: Path) -> str:
+    """SHA-256 of a model directory: every byte of what is loaded of it, names included.
+
+    Nothing cheaper notices a weight that was changed in place.  A core hashes 0.4 to 2 GB a second.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", *weight_files(folder), *TOKENIZER_FILES):
+        path = folder / name
+        if path.is_file():
+            with path.open("rb") as file:
+                part = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{name} {part}\n".encode())
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` that transformers takes the weights from, an index first.
+
+    Raises ``ValueError`` where there is none, for an index that is none or leads out of the folder, and for a weight
+    file that is not a regular one.
+    """
+    first = next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    if first is None:
+        raise ValueError(f"directory {folder} holds no weights: expected {' or '.join(WEIGHT_FILES)}")
+    names = [first]
+    if first.endswith(".index.json"):
+        index = read_json(folder / first, "index of weights", MOST_CONFIG_NBYTES)
+        parts = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+            raise ValueError(f"{folder / first} has no weight_map of names to files")
+        names += sorted(set(parts.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{folder / first} names {name!r}: allowed are files of its own folder")
+        if not (folder / name).exists():
+            raise ValueError(f"{folder / first} names {name!r}, which is not there")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is not a regular file")
+    return names
+
+
+def first_not_finite(model: Any) -> str | None:
+    """The name of a weight that holds NaN or infinity; None where all are numbers."""
+    return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
 
 
 def pick_device(device: str | None) -> str:
@@ -142,14 +255,26 @@ def pick_device(device: str | None) -> str:
 def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory: a local model is a directory with config.json and weights")
-    try:
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"directory {path} holds no config.json: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} is not valid JSON: {error}") from None
-    if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ValueError(f"directory {path} holds no weights: expected {' or '.join(WEIGHT_FILES)}")
+    if not (path / "config.json").exists():
+        raise ValueError(f"directory {path} holds no config.json")
+    config = read_json(path / "config.json", "configuration", MOST_CONFIG_NBYTES)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'} is not a JSON object")
+    if "transformers_weights" in config:
+        raise ValueError(f"{path / 'config.json'} names its weights (transformers_weights): not supported")
+    weight_files(path)
+
+
+def _folder(path: str) -> Path:
+    """The directory that ``path``, a directory or a hub id whose files are here, was loaded from."""
+    if Path(path).expanduser().is_dir():
+        return Path(path).expanduser()
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, "config.json")
+    if not isinstance(found, str):
+        raise OSError(f"{path} is not in this machine's hub cache")
+    return Path(found).parent
 
 
 def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
@@ -167,7 +292,7 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
     with _one_line(source.name):
         config = AutoConfig.for_model(**source.config)
         with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     layer_shapes(outline)
     size, free = sum(tensor.nbytes for tensor in outline.parameters()), _free_nbytes(device)
     if free is not None and size > free:
@@ -177,7 +302,7 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
         )
     with _one_line(source.name), torch.random.fork_rng(cuda), torch.device(device):
         torch.manual_seed(source.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()
 
 
@@ -194,28 +319,56 @@ def _free_nbytes(device: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _tokenizer(path: str, download: bool) -> Any:
+def _tokenizer(path: str, download: bool) -> tuple[Any, str]:
+    """The tokenizer that lies beside the weights, or None and why there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=not download)
-    except (OSError, ValueError):
-        return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = AutoTokenizer.from_pretrained(path, local_files_only=not download, trust_remote_code=False)
+        return found, ""
+    except Exception as error:
+        if not any((_folder(path) / name).exists() for name in TOKENIZER_FILES):
+            return None, "comes without a tokenizer"
+        return None, f"has a tokenizer that cannot be loaded ({_first_line(error)})"
 
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Turns transformers' long refusals into one line."""
+    """Turns what transformers and the readers of weights raise into one line."""
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{name}: unsupported architecture: {_first_line(error)}") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ValueError(f"{name}: its weights do not fit into memory") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{name}: the pickled weights are damaged or hold more than tensors: refused, nothing of them was run"
+        ) from None
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"{name}: cannot read the weights: {_first_line(error)}") from None
     except OSError as error:
         raise OSError(f"cannot load {name}: {_first_line(error)}") from None
+    except Exception as error:  # of other people's code, on other people's files
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{name}: needs code of its own (auto_map), which is not run") from None
+        if isinstance(error, ValueError | KeyError):
+            raise ValueError(f"{name}: unsupported architecture: {_first_line(error)}") from None
+        raise ValueError(f"{name}: cannot load it: {type(error).__name__}: {_first_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _some(keys: list[str]) -> str:
+    """``weight a.b is`` or ``3 weights (a.b, ...) are``."""
+    return f"weight {keys[0]} is" if len(keys) == 1 else f"{len(keys)} weights ({keys[0]}, ...) are"
 
 
 def _quiet() -> None:

@@ -9,13 +9,12 @@ the files.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import kvsim.catalog
+from kvruntime.disk import json_text, replace_file
 from kvsim.attention_curve import Curve, Kernel
 from kvsim.roofline import Constants, constants
 from validation import attention_time, decode_time, step_time
@@ -92,12 +91,13 @@ def record(fixed: Constants, found: dict[str, Any]) -> list[Path]:
     table = table_of(fixed)
     found = found | {"constants": {name: entry["value"] for name, entry in table["constants"].items()}}
     lines = ",\n".join(
-        f"{json.dumps(part)}: " + (_rows(table[part]) if part in ("constants", "kernels") else json.dumps(table[part]))
+        f"{json.dumps(part)}: " + (_rows(table[part]) if part in ("constants", "kernels") else json_text(table[part]))
         for part in ("units", "constants", "curve", "kernels")
     )
-    _replace(CONSTANTS, f"{{{lines}}}\n")
+    errors = json_text(found, indent=1)
     RECORDED.parent.mkdir(exist_ok=True)
-    _replace(RECORDED, json.dumps(found, indent=1) + "\n")
+    replace_file(CONSTANTS, f"{{{lines}}}\n")
+    replace_file(RECORDED, errors + "\n")
     return [CONSTANTS, RECORDED]
 
 
@@ -223,17 +223,4 @@ def _short(value: float) -> float:
 
 def _rows(entries: dict[str, Any]) -> str:
     """One entry a line."""
-    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()) + "\n}"
-
-
-def _replace(path: Path, content: str) -> None:
-    """Writes a file in one step."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json_text(entry)}" for name, entry in entries.items()) + "\n}"

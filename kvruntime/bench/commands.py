@@ -21,7 +21,9 @@ from kvruntime.bench.run import (
     run,
     speed_tasks,
     subject,
+    went_wrong,
 )
+from kvruntime.choose import MOST
 from kvruntime.eval.text import load_text, token_windows
 from kvruntime.pull import pulled
 from kvruntime.weights import Loaded, Source, load, pick_device, resolve
@@ -29,6 +31,7 @@ from kvsim.layout import Method
 from kvsim.methods import Kivi
 from kvsim.options import parse_dtype, parse_sizes
 
+MOST_TEMPERATURE = 100.0
 REAL = "smollm2-135m"
 """The real model that quality falls back on."""
 
@@ -43,11 +46,15 @@ def bench(methods: list[Method], **given: Any) -> int:
     contexts = parse_sizes(given["ctx"])
     if contexts[0] < 2:
         raise ValueError(f"ctx {contexts[0]}: allowed are 2 and above (one token to prefill, one to decode)")
+    if contexts[-1] > MOST:
+        raise ValueError(f"ctx {contexts[-1]}: allowed are 2 to {MOST:,}")
     _check(given)
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
     cpu = device == "cpu"
     batches = tuple(parse_sizes(given["batch"] or ("1,4" if cpu else "1,8,64"), "batch"))
+    if batches[-1] > MOST:
+        raise ValueError(f"batch {batches[-1]}: allowed are 1 to {MOST:,}")
     speed = Speed(
         batches,
         _or(given["prompt_tokens"], 256 if cpu else 512),
@@ -174,12 +181,14 @@ def _check(given: dict[str, Any]) -> None:
     if given["weights_dtype"] is not None:
         given["weights_dtype"] = parse_dtype(given["weights_dtype"])
     least = {"window": 2, "chunk": 1, "quality_batch": 1, "prompt_tokens": 1, "decode_tokens": 1, "repeats": 1}
-    least |= {"warmup": 0, "max_tokens": 0, "max_new_tokens": 1}
+    least |= {"warmup": 0, "max_tokens": 0, "max_new_tokens": 1, "batch": 1}
     for name, low in least.items():
-        if given.get(name) is not None and given[name] < low:
-            raise ValueError(f"{name.replace('_', ' ')} {given[name]}: allowed are {low} and above")
-    if isinstance(given.get("batch"), int) and given["batch"] < 1:
-        raise ValueError(f"batch {given['batch']}: allowed are 1 and above")
+        if isinstance(given.get(name), int) and not low <= given[name] <= MOST:
+            raise ValueError(f"{name.replace('_', ' ')} {given[name]}: allowed are {low} to {MOST:,}")
+    if not 0 <= given["seed"] < 1 << 63:
+        raise ValueError(f"seed {given['seed']}: allowed are 0 to {(1 << 63) - 1:,}")
+    if "temperature" in given and not 0 <= given["temperature"] <= MOST_TEMPERATURE:
+        raise ValueError(f"temperature {given['temperature']:g}: allowed are 0 (greedy) to {MOST_TEMPERATURE:g}")
 
 
 def _results(given: dict[str, Any], device: str, default: Path) -> Results:
@@ -193,7 +202,7 @@ def _resolve(given: dict[str, Any]) -> Source:
 
 def _load(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> Loaded:
     say(f"loading {source.name}, weights: {source.weights}")
-    loaded = load(source, device, given["weights_dtype"])
+    loaded = load(source, device, given["weights_dtype"], say)
     if contenders:
         check_methods(loaded, contenders)
     return loaded
@@ -213,7 +222,7 @@ def _real(source: Source, loaded: Loaded | None, asked: str | None, where: dict[
         return source
     if where["offline"] and pulled(REAL) is None:
         raise LookupError(f"--offline; `kvruntime pull {REAL}` once (93 MB), or --quality-model DIRECTORY")
-    why = "comes without a tokenizer" if source.real else f"has {source.weights} weights"
+    why = loaded.no_tokenizer if source.real and loaded else f"has {source.weights} weights"
     say(f"{source.name} {why}: quality is measured on {REAL} instead")
     return resolve(REAL, **where)
 
@@ -233,7 +242,7 @@ def _contenders(methods: list[Method], peers: bool) -> tuple[list[Contender], li
 
 def _quality(loaded: Loaded, text: Any, given: dict[str, Any], batch: int) -> Quality:
     if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.source.name} comes without a tokenizer: text cannot be scored")
+        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
     cpu = loaded.device.type == "cpu"
     most = _or(given["max_tokens"], 4096 if cpu else 32768) or None
     windows = token_windows(loaded.tokenizer, text, given["window"], most)
@@ -245,6 +254,7 @@ def _quality(loaded: Loaded, text: Any, given: dict[str, Any], batch: int) -> Qu
 
 
 def _finish(tasks: list[Task], results: Results) -> int:
+    """Measures, prints the tables; 1 where a measurement of our own failed otherwise than for want of memory."""
     try:
         rows = run(tasks, results)
     except Interrupted as stop:
@@ -255,4 +265,4 @@ def _finish(tasks: list[Task], results: Results) -> int:
     rows += [row for row in results.rows if row["kind"] in ("missing", "skipped")]
     print(tables(rows))
     print(f"\nrecorded in {results.path}")
-    return 0
+    return 1 if went_wrong(rows) else 0

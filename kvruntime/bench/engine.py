@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.results import Results, Row, describe
 from kvruntime.bench.sitting import carry_out, release, say, task
+from kvruntime.choose import MOST
+from kvruntime.weights import shape_sha256
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
 
@@ -248,6 +250,7 @@ def measure_largest(models: Models, subject: Subject, method: Method, clock: Clo
 
 def key_of(kind: str, models: Models, subject: Subject, method: str, package: str = "kvruntime", **rest: Any) -> Row:
     about = {"kind": kind, "model": subject.model, "weights": models.weights, "dtype": subject.dtype}
+    about["model_sha256"] = shape_sha256(models.config(subject))
     return about | {"method": method, "package": package, "seed": models.seed, **rest}
 
 
@@ -283,11 +286,13 @@ def subject_tasks(
         longest = max(*contexts, *prompts, 1)
         for method in methods:
             for context in contexts:
-                key = key_of("step", models, subject, method.name, batch_size=batch_size, num_tokens=context)
+                size = {"batch_size": batch_size, "num_tokens": context, "max_seq_len": longest, "repeats": repeats}
+                key = key_of("step", models, subject, method.name, **size)
                 work = partial(steps, method, batch_size, longest, context)
                 out.append(task(key, work, cost=batch_size * context / 8192 + 4))
             for prompt in prompts:
-                key = key_of("prefill", models, subject, method.name, batch_size=1, num_tokens=prompt)
+                size = {"batch_size": 1, "num_tokens": prompt, "max_seq_len": longest, "repeats": repeats}
+                key = key_of("prefill", models, subject, method.name, **size)
                 out.append(task(key, partial(prefill, method, longest, prompt), cost=4))
     for method in (methods[0], *methods[1:][-2:]) if subject.largest else ():
         key = key_of("largest", models, subject, method.name, num_tokens=LARGEST_AT)
@@ -297,7 +302,7 @@ def subject_tasks(
 
 def peer_tasks(models: Models, subject: Subject) -> tuple[list[Task], list[Row]]:
     """Other libraries' caches under transformers' own forward, and rows for those that are not installed."""
-    from kvruntime.bench.peers import find_peers
+    from kvruntime.bench.peers import find_peers, package_version
 
     def measure(contender: Contender, batch_size: int, context: int, decoded: int) -> Row:
         from kvruntime.bench.speed import measure_speed
@@ -312,7 +317,8 @@ def peer_tasks(models: Models, subject: Subject) -> tuple[list[Task], list[Row]]
     for batch_size, context, decoded in subject.peers:
         for contender in there:
             size = {"batch_size": batch_size, "num_tokens": context}
-            key = key_of("step", models, subject, contender.name, contender.package, **size)
+            of = {"package_version": package_version(contender.package)}
+            key = key_of("step", models, subject, contender.name, contender.package, **size, **of)
             out.append(task(key, partial(measure, contender, batch_size, context, decoded), cost=30))
     return out, [dict(row) for row in missing]
 
@@ -342,8 +348,8 @@ def engine(**given: Any) -> int:
     subjects = [SUBJECTS[name] for name in dict.fromkeys(names)]
     if given["quick"]:
         subjects = [replace(one, contexts=QUICK[one.model], prompts=(), largest=False) for one in subjects]
-    if given["repeats"] < 1:
-        raise ValueError(f"repeats {given['repeats']}: allowed are 1 and above")
+    if not 1 <= given["repeats"] <= MOST:
+        raise ValueError(f"repeats {given['repeats']}: allowed are 1 to {MOST:,}")
     methods = {one.model: chosen(given["specs"], one.dtype) for one in subjects}
     device = pick_device(given["device"])
     if not device.startswith("cuda"):

@@ -77,7 +77,7 @@ def make_shape(spec: str) -> Shape:
         lengths = tuple(64 * blocks for blocks in RAGGED_BLOCKS)
         return Shape(model, *HEADS[model], len(lengths), sum(lengths) // len(lengths), lengths)
     batch, cross, tokens = size.lower().partition("x")
-    if not cross or not batch.isdigit() or not int(batch):
+    if not cross or not batch.isascii() or not batch.isdigit() or len(batch) > 9 or not int(batch):
         raise ValueError(f"shape {spec!r}: expected MODEL:BATCHxTOKENS, such as llama-3-8b:8x32k")
     return Shape(model, *HEADS[model], int(batch), parse_size(tokens, "tokens"))
 
@@ -129,7 +129,15 @@ def attend_tasks(
 
     return [
         task(
-            key_of("attend", bench, shape, dtype=method.dtype, method=method.name, portable=portable),
+            key_of(
+                "attend",
+                bench,
+                shape,
+                dtype=method.dtype,
+                method=method.name,
+                portable=portable,
+                tries_splits=splits,
+            ),
             lambda method=method: measure_kivi(bench, shape, method, splits=splits, portable=portable),  # type: ignore[misc]
             cost=3.0,
         )

@@ -22,9 +22,9 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def groups(rows: Iterable[Row], kind: str) -> list[list[Row]]:
-    """The finished rows of one kind, those of one model, weights, dtype and setting together."""
+    """The finished rows of one kind, those of one model, weights, dtype, seed and setting together."""
     setting = ("prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows")
-    names = ("model", "weights", "dtype", *setting)
+    names = ("model", "weights", "model_sha256", "dtype", "seed", *setting)
     out: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["kind"] == kind and "failed" not in row:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvruntime.bench.contenders import Contender
+from kvruntime.bench.peers import package_version
 from kvruntime.bench.progress import Progress
 from kvruntime.bench.results import Results, Row
+from kvruntime.disk import not_finite
 from kvruntime.weights import Loaded
 
 Tick = Callable[[float], None]
@@ -54,6 +56,9 @@ def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | No
         with Progress([task.cost for task in todo]) as progress:
             if len(todo) < len(everything):
                 progress.say(f"{len(everything) - len(todo)} of {len(everything)} measurements are in {results.path}")
+                other = results.of_other_code()
+                if other and not results.anew:
+                    progress.say(f"{other} rows there were measured by other code than this: --anew measures them again")
             for task in todo:
                 progress.begin(task.label)
                 row = _measured(task, progress.tick)
@@ -73,18 +78,34 @@ def _is(row: Row, key: Mapping[str, Any]) -> bool:
     return all(row.get(name) == value for name, value in key.items())
 
 
+OUT_OF_MEMORY = "out of memory"
+
+
 def _measured(task: Task, tick: Tick) -> Row:
+    """The task's figures; out of memory, a figure that is no finite number and a guest's failure are a failed row."""
     import torch
 
     try:
-        return task.measure(tick)
+        row = task.measure(tick)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return {"failed": "out of memory"}
+        return {"failed": OUT_OF_MEMORY}
     except Exception as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            return {"failed": OUT_OF_MEMORY}
         if not task.guest:
             raise
         return {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
+    wrong = not_finite(row)
+    return row if wrong is None else {"failed": f"{wrong}: the weights, or what was computed with them, overflowed"}
+
+
+def went_wrong(rows: Iterable[Row]) -> bool:
+    """Whether a measurement of our own failed, otherwise than for want of memory."""
+    return any(
+        row.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY and str(row.get("package")).startswith("kvruntime")
+        for row in rows
+    )
 
 
 @dataclass(frozen=True)
@@ -110,16 +131,26 @@ class Quality:
 
 
 def subject(loaded: Loaded, contender: Contender, seed: int) -> dict[str, Any]:
-    """The part of every key that says what was measured: model, weights, dtype, method."""
+    """The part of every key that says what was measured: model and weights by name and content, dtype, method.
+
+    ``cache_dtype`` is the type of the method's exact tokens, which its name leaves out; ``package_version`` that of
+    another library's cache.
+    """
     source = loaded.source
-    return {
+    key = {
         "model": source.name,
         "weights": source.weights,
+        "model_sha256": loaded.sha256,
         "dtype": loaded.dtype,
         "method": contender.name,
         "package": contender.package,
         "seed": seed,
     }
+    if hasattr(contender.method, "dtype"):
+        key["cache_dtype"] = contender.method.dtype
+    if not contender.package.startswith("kvruntime"):
+        key["package_version"] = package_version(contender.package)
+    return key
 
 
 def memory_tasks(loaded: Loaded, contenders: list[Contender], contexts: list[int], seed: int) -> list[Task]:

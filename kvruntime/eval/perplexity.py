@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
+from math import exp, inf
 from typing import Any
 
 import torch
@@ -25,7 +25,11 @@ class Score:
 
     @property
     def ppl(self) -> float:
-        return exp(self.nll)
+        """``exp(nll)``; infinity where that is beyond a float."""
+        try:
+            return exp(self.nll)
+        except OverflowError:
+            return inf
 
 
 def perplexity(

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvruntime.disk import read_regular
+
 DEFAULT = "pydoc"
 
 
@@ -25,7 +27,7 @@ class Text:
 def load_text(path: str | os.PathLike[str] | None = None) -> Text:
     """The file's text, or Python's own language reference (``pydoc_data.topics``, some 700 KB) without one.
 
-    Raises ``ValueError`` for a file that is missing, empty or not UTF-8.
+    Raises ``ValueError`` for a file that is missing, empty, not UTF-8 or not a regular one.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -33,9 +35,7 @@ def load_text(path: str | os.PathLike[str] | None = None) -> Text:
         return Text(DEFAULT, "\n".join(topics[key] for key in sorted(topics)))
     path = Path(path)
     try:
-        content = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read text file {path}: {error.strerror}") from None
+        content = read_regular(path, "text file").decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {path} is not UTF-8 (byte {error.start})") from None
     if not content.strip():
