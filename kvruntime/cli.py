@@ -185,7 +185,12 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
     from kvruntime.bench.results import read
     from kvruntime.plot import draw_all
 
-    for path in draw_all(read(results), out, suffix):
+    found = read(results)
+    try:
+        paths = draw_all(found, out, suffix)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{results} holds a row that cannot be drawn: {type(error).__name__}: {error}") from error
+    for path in paths:
         click.echo(f"wrote {path}")
 
 

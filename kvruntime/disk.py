@@ -50,7 +50,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def not_finite(value: Any, name: str = "") -> str | None:
-    """Where ``value`` (of objects, lists and numbers) holds NaN or infinity, as ``decode_runs[1] is nan``; else None."""
+    """Where ``value`` (objects, lists, numbers) holds NaN or infinity, as ``decode_runs[1] is nan``; else None."""
     if isinstance(value, float):
         return None if math.isfinite(value) else f"{name} is {value}".strip()
     if isinstance(value, dict):

@@ -24,7 +24,9 @@ from kvruntime.pull import PULLS, damage, pull, pulled
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = tuple(
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
+)
 """Names that transformers looks for, the first that is there is loaded."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -69,11 +71,8 @@ class Loaded:
 
     @cached_property
     def sha256(self) -> str:
-        """What identifies the model whatever its name: of a shape with random weights the configuration's SHA-256, of
-        real weights that of every byte of configuration, weights and tokenizer files."""
-        if self.source.path is None:
-            return shape_sha256(self.source.config or {})
-        return files_sha256(_folder(self.source.path))
+        """``sha256_of`` its source."""
+        return sha256_of(self.source)
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +182,17 @@ def pretrained(name: str, path: str | Path, say: Callable[[str], None], **option
     if unexpected:
         say(f"{name}: {_some(unexpected)} not used: the configured model has no place for them")
     return model
+
+
+def sha256_of(source: Source) -> str:
+    """What identifies a model whatever its name: of a shape with random weights the configuration's SHA-256, of real
+    weights that of every byte of configuration, weights and tokenizer files.
+
+    Raises ``OSError`` for a hub id whose files are not on this machine.
+    """
+    if source.path is None:
+        return shape_sha256(source.config or {})
+    return files_sha256(_folder(source.path))
 
 
 def shape_sha256(config: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ A bad input is one line on stderr and exit code 2; a cache that does not weigh w
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +12,13 @@ from typing import Any
 
 import click
 
+from kvruntime.disk import json_text
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
 from kvsim.options import parse_sizes
 
+MOST = (1 << 31) - 1
+"""The largest count that an option takes."""
 JUDGED: tuple[Method, ...] = (Full(), Kivi(8), Kivi(4), Kivi(2))
 
 
@@ -72,7 +74,7 @@ def cli(context: click.Context) -> None:
 
 @cli.command()
 @click.option("--model", "models", multiple=True, help="A catalogue name or a config.json. Repeatable.")
-@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: 1 on CPU, most cores on CUDA]")
+@click.option("--jobs", type=click.IntRange(1, MOST), help="Processes.  [default: 1 on CPU, most cores on CUDA]")
 @click.option("--quick", is_flag=True, help="A small grid, some seconds.")
 @recording
 def memory(models: tuple[str, ...], jobs: int | None, quick: bool, **given: Any) -> int:
@@ -93,9 +95,9 @@ def memory(models: tuple[str, ...], jobs: int | None, quick: bool, **given: Any)
 @cli.command()
 @click.option("--model", default="gpt2", show_default=True, help="A catalogue name, a directory, something pulled.")
 @click.option("--batch", help="Batch sizes.  [default: 1,4 on CPU, 1,8,64 on CUDA]")
-@click.option("--prompt-tokens", type=click.IntRange(1), help="[default: 128 on CPU, 512 on CUDA]")
-@click.option("--decode-tokens", type=click.IntRange(1), help="[default: 16 on CPU, 128 on CUDA]")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1, MOST), help="[default: 128 on CPU, 512 on CUDA]")
+@click.option("--decode-tokens", type=click.IntRange(1, MOST), help="[default: 16 on CPU, 128 on CUDA]")
+@click.option("--repeats", type=click.IntRange(1, MOST), default=3, show_default=True)
 @recording
 def speed(
     model: str, batch: str | None, prompt_tokens: int | None, decode_tokens: int | None, repeats: int, **given: Any
@@ -122,10 +124,10 @@ def speed(
     "--model", default="smollm2-135m", show_default=True, help="A directory with weights, or something pulled."
 )
 @click.option("--text", "text_path", help="A UTF-8 text file.  [default: Python's language reference]")
-@click.option("--window", type=click.IntRange(2), default=1024, show_default=True, help="Tokens scored together.")
-@click.option("--max-tokens", type=click.IntRange(0), help="0: all.  [default: 4096 on CPU, 32768 on CUDA]")
-@click.option("--chunk", type=click.IntRange(1), help="Tokens a step.  [default: 16 on CPU, 1 on CUDA]")
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Windows side by side.")
+@click.option("--window", type=click.IntRange(2, MOST), default=1024, show_default=True, help="Tokens scored together.")
+@click.option("--max-tokens", type=click.IntRange(0, MOST), help="0: all.  [default: 4096 on CPU, 32768 on CUDA]")
+@click.option("--chunk", type=click.IntRange(1, MOST), help="Tokens a step.  [default: 16 on CPU, 1 on CUDA]")
+@click.option("--batch", type=click.IntRange(1, MOST), default=4, show_default=True, help="Windows side by side.")
 @click.option("--offline", is_flag=True, help="Never download.")
 @recording
 def quality(
@@ -166,7 +168,11 @@ def report(folder: Path, files: tuple[Path, ...]) -> None:
     from validation.results import read, read_all
 
     rows = [row for file in files for row in read(file)] if files else read_all()
-    for path in write_report(rows, folder):
+    try:
+        written = write_report(rows, folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"a row cannot be reported: {type(error).__name__}: {error}") from error
+    for path in written:
         click.echo(f"wrote {path}")
 
 
@@ -183,10 +189,10 @@ def time_(decode: Path | None, attention: Path | None, recording_: bool, tried: 
     if tried:
         if recording_ or (decode is None and attention is None):
             raise ValueError("--try takes --decode or --attention or both, and records nothing")
-        print(json.dumps(timing.tried(decode, attention), indent=1))
+        print(json_text(timing.tried(decode, attention), indent=1))
         return 0
     fixed, found = timing.study(decode or timing.DECODE, attention or timing.ATTENTION)
-    print(json.dumps(found, indent=1) if as_json else timing.text(found))
+    print(json_text(found, indent=1) if as_json else timing.text(found))
     if recording_:
         for path in timing.record(fixed, found):
             _say(f"recorded in {path}")
@@ -224,7 +230,7 @@ def _run(
     facts = circumstances(device, " ".join(["python -m validation", *sys.argv[1:]]))
     recorded = FOLDER / f"{slug(facts['device_name']) if device != 'cpu' else 'cpu'}.json"
     results = Results(given["out"] or (recorded if given["record"] else None), facts)
-    todo = [task for task in tasks if not (given["resume"] and results.holds(task.name))]
+    todo = [task for task in tasks if not (given["resume"] and results.holds(task.name, task.about))]
     names = {task.name for task in tasks}
     with Progress([task.cost for task in todo]) as progress:
         for task, rows in measure(todo):
@@ -233,7 +239,7 @@ def _run(
             progress.end()
     rows = [row for row in results.rows if row["task"] in names]
     if given["as_json"]:
-        print(json.dumps({"schema": "validation/1", "rows": rows}, indent=1))
+        print(json_text({"schema": "validation/1", "rows": rows}, indent=1))
     else:
         made = (
             tables.claims_table(rows),

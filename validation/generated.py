@@ -11,7 +11,7 @@ import torch
 from kvsim.layout import Method
 from kvsim.load import load_config
 from validation.allocator import Allocator
-from validation.memory import SEED, activations, base_row, fits, note
+from validation.memory import SEED, about_model, activations, base_row, fits, note
 from validation.peak import splits
 from validation.subjects import Grid
 from validation.tasks import Row, Task
@@ -65,7 +65,8 @@ def _task(holder: ModelHolder, name: str, method: Method, prompt: int, new: int)
             _run(model, name, method, prompt, 2, holder.device)
         return _run(model, name, method, prompt, new, holder.device)
 
-    return Task(f"generate {name} {method.name} {prompt}+{new}", 2000 + 300 * new, f"{name} {method}", measure)
+    shown = f"generate {name} {method.name} {prompt}+{new}"
+    return Task(shown, 2000 + 300 * new, f"{name} {method}", measure, about_model(name, method))
 
 
 class Observer:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from kvruntime.layers import Layer, make_layer
+from kvruntime.weights import shape_sha256
 from kvsim.layout import LayerShape, Method
+from kvsim.load import load_config
 from validation.allocator import Allocator
 from validation.predict import load_row_model
 from validation.subjects import Grid, describe_method, lengths
@@ -96,7 +98,16 @@ def _boundary_task(grid: Grid, name: str, method: Method, device: torch.device, 
         return rows
 
     cost = points[-1] * (grid.fill_layers or 4) * (1 if known else 0.7)
-    return Task(f"layers {name} {method.name} {method_dtype(method)} {kind}", cost, f"{name} {method}", measure)
+    about = about_model(name, method) | {"num_tokens": points[-1]}
+    if grid.fill_layers is not None:
+        about["num_layers"] = min(grid.fill_layers, len(load_row_model(name).cache_layers))
+    shown = f"layers {name} {method.name} {method_dtype(method)} {kind}"
+    return Task(shown, cost, f"{name} {method}", measure, about)
+
+
+def about_model(name: str, method: Method) -> Row:
+    """What a task's name leaves out: a model file may change, a method's name is not all of it."""
+    return {"model_sha256": shape_sha256(load_config(name)[1]), "method": describe_method(method)}
 
 
 def method_dtype(method: Method) -> str:
@@ -120,7 +131,8 @@ def _step_task(grid: Grid, name: str, method: Method, device: torch.device) -> T
         row |= {"provided": "grown", "max_seq_len": None, "num_tokens": grid.steps, "every_step": True}
         return [{**row, "measured": weigh(layer), "trace": trace}]
 
-    return Task(f"steps {name} {method.name} {grid.steps}", 4 * grid.steps, f"{name} {method}", measure)
+    shown = f"steps {name} {method.name} {grid.steps}"
+    return Task(shown, 4 * grid.steps, f"{name} {method}", measure, about_model(name, method))
 
 
 def note(trace: list[list[int]], num_tokens: int, nbytes: int) -> None:

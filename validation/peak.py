@@ -14,7 +14,7 @@ from kvruntime.layers import make_layer
 from kvsim.layout import Method
 from kvsim.methods import Kivi
 from validation.allocator import Allocator
-from validation.memory import activations, base_row, fits, random_tokens
+from validation.memory import about_model, activations, base_row, fits, random_tokens
 from validation.predict import load_row_model
 from validation.subjects import Grid
 from validation.tasks import Row, Task
@@ -59,7 +59,8 @@ def _task(name: str, method: Method, num_tokens: int, device: torch.device) -> T
             rows += held.rows(base | {"phase": "grow", "provided": "grown", "max_seq_len": None}, held.peak)
         return rows
 
-    return Task(f"peak {name} {method.name} {num_tokens}", num_tokens * 2, f"{name} {method}", measure)
+    shown = f"peak {name} {method.name} {num_tokens}"
+    return Task(shown, num_tokens * 2, f"{name} {method}", measure, about_model(name, method))
 
 
 def splits(method: Method, layer: Any, query: torch.Tensor) -> dict[str, int]:

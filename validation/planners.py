@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kvruntime.disk import json_text, read_json, replace_file
 from kvsim import __version__
 from kvsim.estimate import estimate
 from kvsim.methods import make_method
@@ -202,9 +203,13 @@ def main() -> None:
     if arguments.install:
         for name in NAMES:
             install(name, arguments.peers)
-    record = measure(json.loads(arguments.configs.read_text(encoding="utf-8")), arguments.peers)
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    try:
+        record = measure(read_json(arguments.configs, "configs"), arguments.peers)
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(RECORD, json_text(record, indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"validation.planners: error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(table(record))
 
 

@@ -22,7 +22,7 @@ def quality_tasks(
     """
     loaded = load(source, device)
     if loaded.tokenizer is None:
-        raise ValueError(f"{source.name} comes without a tokenizer: text cannot be scored")
+        raise ValueError(f"{source.name} {loaded.no_tokenizer}: text cannot be scored")
     if loaded.max_positions is not None and settings["window"] > loaded.max_positions:
         raise ValueError(f"window {settings['window']} exceeds the model's {loaded.max_positions} positions")
     windows = token_windows(loaded.tokenizer, text, settings["window"], settings["max_tokens"] or None)
@@ -45,6 +45,8 @@ def quality_tasks(
             return [row | {"measured": figures["ppl"], "nll": figures["nll"], "seconds": figures["seconds"]}]
 
         shown = f"{text.name} {windows.shape[0]}x{windows.shape[1]} chunk {settings['chunk']}"
-        return Task(f"quality {source.name} {method.name} {shown}", windows.numel(), "quality", measure)
+        about = {"model_sha256": loaded.sha256, "text_sha256": text.sha256, "batch_size": batch}
+        about["method"] = describe_method(method)
+        return Task(f"quality {source.name} {method.name} {shown}", windows.numel(), "quality", measure, about)
 
     return [task(method) for method in methods]

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from kvruntime.disk import replace_file
 from validation import tables
 from validation.compare import stale
 from validation.figures import draw
@@ -35,7 +36,7 @@ img { max-width: 100%; display: block; margin: 1rem 0 }
 def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
     """``report.md`` with its PNG files and ``report.html`` in ``folder``; returns what was written.
 
-    Raises ``ValueError`` for a folder that cannot be written.
+    Each file is replaced in one step.  Raises ``ValueError`` for a folder that cannot be written.
     """
     pictures = draw(rows)
     try:
@@ -44,7 +45,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
         files[folder / "report.md"] = markdown(rows, list(pictures)).encode()
         files[folder / "report.html"] = html(rows, pictures).encode()
         for path, content in files.items():
-            path.write_bytes(content)
+            replace_file(path, content)
     except OSError as error:
         raise ValueError(f"cannot write {error.filename or folder}: {error.strerror}") from None
     return list(files)

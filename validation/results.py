@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from kvruntime.disk import json_text, read_json, replace_file, signature
 
 Row = dict[str, Any]
 
@@ -51,12 +51,19 @@ class Results:
         from kvruntime.bench.results import check_writable
 
         check_writable(path)
-        if path.exists():
+        self._seen = signature(path)
+        if self._seen is not None:
             self.rows = read(path)
 
-    def holds(self, task: str) -> bool:
-        """Whether the task's rows are here."""
-        return any(row["task"] == task for row in self.rows)
+    def holds(self, task: str, about: Mapping[str, Any] | None = None) -> bool:
+        """Whether the task's rows are here, measured by this code and these versions on this device.
+
+        ``about``: fields that all of them must have, besides: what the task's name leaves out.
+        """
+        same = {name: self.circumstances.get(name) for name in ("device_name", "driver", "versions", "code")}
+        wanted = json.loads(json_text({**same, **(about or {})}))  # tuples are lists there
+        rows = [row for row in self.rows if row["task"] == task]
+        return bool(rows) and all(row.get(name) == value for row in rows for name, value in wanted.items())
 
     def add(self, rows: Sequence[Row]) -> list[Row]:
         """Takes rows with their circumstances, in place of older ones with the same key, and writes the file."""
@@ -67,32 +74,27 @@ class Results:
         return taken
 
     def write(self) -> None:
-        """Replaces the file in one step, one row a line."""
+        """Replaces the file in one step, one row a line.
+
+        Raises ``ValueError`` where it cannot be written, and where another run has written it since.
+        """
         if self.path is None:
             return
-        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        lines = ",\n".join(json_text(row) for row in self.rows)
         text = f'{{"schema": {json.dumps(SCHEMA)}, "rows": [\n{lines}\n]}}\n'
-        descriptor, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        if signature(self.path) != self._seen:
+            raise ValueError(f"{self.path} was changed by another run meanwhile: give each its own --out")
+        replace_file(self.path, text)
+        self._seen = signature(self.path)
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file.  Raises ``ValueError`` for one that is missing, broken or of another schema."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read results {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"results {path} are not valid JSON: {error}") from None
+    found = read_json(path, "results")
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("rows"), list):
         raise ValueError(f"{path} is not a file of validation rows (schema {SCHEMA!r})")
+    if not all(isinstance(row, dict) and isinstance(row.get("task"), str) for row in found["rows"]):
+        raise ValueError(f"{path} holds a row without a task")
     rows: list[Row] = found["rows"]
     return rows
 
@@ -106,11 +108,11 @@ def read_all(folder: Path = FOLDER) -> list[Row]:
 
 
 def circumstances(device: str, command: str) -> Row:
-    """What belongs beside every row: device name, driver, versions, commit, command."""
-    from kvruntime.bench.results import describe
+    """What belongs beside every row: device name, driver, versions, commit, the code's SHA-256, command."""
+    from kvruntime.bench.results import CODE, code_sha256, describe
 
     facts = describe(device, [])
     hardware = facts["device"]
     versions = {name: value for name, value in facts["versions"].items() if value is not None}
     out = {"device_name": hardware["name"], "driver": hardware.get("driver"), "versions": versions}
-    return out | {"commit": facts["commit"], "command": command}
+    return out | {"commit": facts["commit"], "code": code_sha256((*CODE, "validation/*.py")), "command": command}

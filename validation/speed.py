@@ -6,7 +6,7 @@ from typing import Any
 
 from kvruntime.bench.contenders import ours
 from kvruntime.bench.speed import measure_speed
-from kvruntime.weights import load, resolve
+from kvruntime.weights import load, resolve, sha256_of
 from kvsim.layout import Method
 from validation.subjects import describe_method
 from validation.tasks import Row, Task
@@ -17,10 +17,12 @@ def speed_tasks(
 ) -> list[Task]:
     """One a method and batch size.  ``settings``: prompt_tokens, decode_tokens, warmup, repeats."""
     loaded: list[Any] = []
+    source = resolve(name, offline=True, say=say)
+    digest = sha256_of(source)
 
     def model() -> Any:
         if not loaded:
-            loaded.append(load(resolve(name, offline=True, say=say), device))
+            loaded.append(load(source, device))
         return loaded[0]
 
     def task(method: Method, batch_size: int) -> Task:
@@ -50,6 +52,7 @@ def speed_tasks(
                 },
             ]
 
-        return Task(f"speed {name} {method.name} batch {batch_size}", batch_size, "speed", measure)
+        about = {**settings, "method": describe_method(method), "model_sha256": digest}
+        return Task(f"speed {name} {method.name} batch {batch_size}", batch_size, "speed", measure, about)
 
     return [task(method, batch_size) for batch_size in batches for method in methods]

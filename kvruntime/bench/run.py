@@ -58,7 +58,7 @@ def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | No
                 progress.say(f"{len(everything) - len(todo)} of {len(everything)} measurements are in {results.path}")
                 other = results.of_other_code()
                 if other and not results.anew:
-                    progress.say(f"{other} rows there were measured by other code than this: --anew measures them again")
+                    progress.say(f"{other} rows there are of other code than this: --anew measures them again")
             for task in todo:
                 progress.begin(task.label)
                 row = _measured(task, progress.tick)
