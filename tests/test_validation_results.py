@@ -101,6 +101,59 @@ def test_rows_are_merged_by_key(tmp_path):
     assert merged([], rows) == rows
 
 
+HERE = {"device_name": "card", "driver": None, "versions": {"torch": "2"}, "code": "k", "commit": "c"}
+
+
+@pytest.mark.parametrize("name", ["device_name", "driver", "versions", "code"])
+def test_resume_takes_rows_of_this_machine_and_code_only(tmp_path, name):
+    path = tmp_path / "cpu.json"
+    Results(path, HERE).add([example()])
+    assert Results(path, HERE | {"commit": "another with the same files"}).holds("example")
+    assert not Results(path, HERE | {name: {"torch": "3"} if name == "versions" else "other"}).holds("example")
+    assert not Results(path, HERE).holds("example", {"num_tokens": 7})
+    assert Results(path, HERE).holds("example", {"num_tokens": 2048, "method": describe_method(Kivi(2))})
+    assert not Results(path, HERE).holds("example", {"method": describe_method(Kivi(2, dtype="float32"))})
+
+
+def test_quick_rows_do_not_stand_for_a_full_run(tmp_path):
+    """The names are the same, the layers and lengths are not."""
+    from validation.memory_tasks import memory_tasks
+
+    quick, full = (
+        {task.name: task.about for task in memory_tasks("cpu", quick, ("gpt2",))} for quick in (True, False)
+    )
+    both = [name for name in quick if name in full and name.startswith("layers")]
+    assert both
+    assert all(quick[name] != full[name] for name in both)
+
+
+def test_a_models_file_that_changed_is_measured_again(tmp_path):
+    from validation.memory_tasks import memory_tasks
+
+    path, found = tmp_path / "config.json", []
+    for layers in (2, 3):
+        config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 1}
+        path.write_text(json.dumps(config | {"intermediate_size": 8, "vocab_size": 9, "max_position_embeddings": 4096}))
+        found.append({task.name: task.about["model_sha256"] for task in memory_tasks("cpu", True, (str(path),))})
+    assert found[0].keys() == found[1].keys()
+    assert not set(found[0].values()) & set(found[1].values())
+
+
+def test_a_figure_that_is_no_number_is_not_recorded():
+    from validation.tasks import Task, judged
+
+    row = {"kind": "quality", "measured": float("nan")}
+    with pytest.raises(ValueError, match="quality tiny: measured is nan: the weights"):
+        judged(Task("quality tiny", 1, "quality", lambda: [row]))
+
+
+def test_two_runs_into_one_file_are_refused(tmp_path):
+    first, second = (Results(tmp_path / "cpu.json", {"commit": "a"}) for _ in range(2))
+    first.add([example()])
+    with pytest.raises(ValueError, match="changed by another run meanwhile"):
+        second.add([example(task="other")])
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"schema": "other", "rows": []}', "[1", '{"schema": "validation/1"}'])
 def test_a_foreign_file_is_left_alone(tmp_path, content, capsys):
     path = tmp_path / "x.json"
