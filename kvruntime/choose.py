@@ -20,6 +20,7 @@ RUNS = ("fp16", "bf16", "fp32", "kivi", "kivi-seed")
 DEFAULT = "kivi:nbits=2"
 MOST = (1 << 31) - 1
 """The largest count that any option takes."""
+SEED = click.IntRange(0, (1 << 63) - 1)
 SWEPT = ("nbits", "group_size", "residual_length")
 """Options that may be given more than once: every combination is one method."""
 
@@ -59,6 +60,9 @@ def check_runs(method: object) -> None:
     if type(method) not in {type(METHODS[name]()) for name in RUNS}:
         name = getattr(method, "name", repr(method))
         raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(RUNS)}")
+    for name, value in vars(method).items():
+        if isinstance(value, int) and value > MOST:
+            raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are at most {MOST:,}")
 
 
 def chosen_methods(

@@ -1,6 +1,6 @@
 """The command line: ``kvruntime bench | perplexity | axes | plot | generate | selfcheck | calibrate | pull``.
 
-A bad input is one line on stderr and exit code 2; Ctrl-C is 130, with all finished measurements in the file.
+A bad input is one line on stderr and exit code 2, a measurement of our own that failed 1; Ctrl-C is 130, with all finished measurements in the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kvruntime.choose import chosen_method, chosen_methods, method_options, options
+from kvruntime.choose import SEED, chosen_method, chosen_methods, method_options, options
 from kvsim import __version__
 
 
@@ -62,7 +62,7 @@ MODEL_HELP = "Catalogue name (random weights), smollm2-135m, a model directory, 
 machine_options = options(
     click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]"),
     click.option("--weights-dtype", help="fp16, bf16 or fp32.  [default: fp16 on CUDA, else fp32]"),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of random weights, tokens and sampling."),
+    click.option("--seed", type=SEED, default=0, show_default=True, help="Of random weights, tokens and sampling."),
     click.option("--offline", is_flag=True, help="Never download anything."),
 )
 text_options = options(
@@ -122,7 +122,7 @@ def bench_command(context: click.Context, **given: Any) -> int:
 @click.option("--compile-ahead/--no-compile-ahead", default=True, help="In several processes at once.")
 @record_options
 @click.option("--device", help="cuda, cuda:1.  [default: cuda]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random keys and values.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random keys and values.")
 def kernels_command(**given: Any) -> int:
     """The decode kernel and the packer against what this card can do and against float16 attention.  Needs CUDA."""
     from kvruntime.bench.kernels import kernels
@@ -139,7 +139,7 @@ def kernels_command(**given: Any) -> int:
 @click.option("--compile-ahead/--no-compile-ahead", default=True, help="In several processes at once.")
 @record_options
 @click.option("--device", help="cuda, cuda:1.  [default: cuda]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights and tokens.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and tokens.")
 def engine_command(**given: Any) -> int:
     """Whole decode steps over context and batch, every layout against the float16 engine.  Needs CUDA."""
     from kvruntime.bench.engine import engine

@@ -1,6 +1,7 @@
 """The command line: the whole benchmark on a tiny model, and every bad input in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,60 @@ def test_bad_input_is_one_line(name, folder, here, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kvruntime: error: ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+COUNTS = {
+    "bench": ("--prompt-tokens", "--decode-tokens", "--repeats", "--warmup", "--quality-batch", "--window", "--chunk"),
+    "perplexity": ("--batch", "--max-tokens", "--group-size", "--residual-length", "--sink-length", "--nbits"),
+    "generate x": ("--max-new-tokens", "--temperature", "--key-nbits", "--key-group-size"),
+    "bench kernels": ("--seed",),
+    "bench engine": ("--seed", "--repeats"),
+    "calibrate": ("--seconds",),
+}
+
+
+@pytest.mark.parametrize("command", COUNTS)
+def test_numbers_that_are_none_or_too_large_are_one_line(command, folder, here, capsys):
+    words = [*command.split(), "--device", "cpu"]
+    words += [] if command in ("bench kernels", "bench engine", "calibrate") else ["--model", str(folder)]
+    for option in COUNTS[command]:
+        for value in ("nan", "inf", "-inf", "-1", "9" * 400, ""):
+            assert run([*words, option, value]) == 2, (option, value)
+            lines = capsys.readouterr().err.splitlines()
+            assert [line for line in lines if line.startswith("kvruntime: error: ")] == lines[-1:], (option, value)
+    for option, value in (("--ctx", "9" * 400), ("--batch", "9" * 20), ("--ctx", "0")) if command == "bench" else ():
+        assert run([*words, option, value]) == 2
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/null", "/dev/zero"])
+def test_only_regular_files_are_read_and_written(place, folder, here, capsys):
+    if place == "pipe":
+        os.mkfifo(here / "pipe")
+    for words in (
+        ["perplexity", "--text", place, "--model", str(folder)],
+        ["bench", "--out", place, "--model", str(folder)],
+        ["calibrate", "--device", "cpu", "--out", place],
+        ["plot", place],
+    ):
+        assert run(words) == 2
+        assert "is not a regular file" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "[" * 100_000, '{"schema": "kvruntime.bench/1"}', '{"schema": "kvruntime.bench/1", "rows": [1]}']
+)
+def test_results_that_are_none_are_one_line(content, here, capsys):
+    (here / "r.json").write_text(content)
+    assert run(["plot", "r.json"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_row_that_cannot_be_drawn_is_one_line(here, capsys):
+    rows = [{"kind": "memory", "method": "fp16"}]
+    (here / "r.json").write_text(json.dumps({"schema": "kvruntime.bench/1", "rows": rows}))
+    assert run(["plot", "r.json"]) == 2
+    assert "r.json holds a row that cannot be drawn: KeyError" in capsys.readouterr().err
 
 
 def test_help_is_quick_and_imports_no_torch():

@@ -185,8 +185,6 @@ def _check(given: dict[str, Any]) -> None:
     for name, low in least.items():
         if isinstance(given.get(name), int) and not low <= given[name] <= MOST:
             raise ValueError(f"{name.replace('_', ' ')} {given[name]}: allowed are {low} to {MOST:,}")
-    if not 0 <= given["seed"] < 1 << 63:
-        raise ValueError(f"seed {given['seed']}: allowed are 0 to {(1 << 63) - 1:,}")
     if "temperature" in given and not 0 <= given["temperature"] <= MOST_TEMPERATURE:
         raise ValueError(f"temperature {given['temperature']:g}: allowed are 0 (greedy) to {MOST_TEMPERATURE:g}")
 
