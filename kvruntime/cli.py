@@ -1,6 +1,7 @@
 """The command line: ``kvruntime bench | perplexity | axes | plot | generate | selfcheck | calibrate | pull``.
 
-A bad input is one line on stderr and exit code 2, a measurement of our own that failed 1; Ctrl-C is 130, with all finished measurements in the file.
+A bad input is one line on stderr and exit code 2, a measurement of our own that failed 1; Ctrl-C is 130, with all
+finished measurements in the file.
 """
 
 from __future__ import annotations

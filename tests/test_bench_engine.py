@@ -74,6 +74,20 @@ def test_a_sitting_on_a_tiny_model(subject, tmp_path, capsys) -> None:
         assert words in shown
 
 
+def test_resumed_steps_are_of_the_same_room_repeats_and_shape(subject) -> None:
+    """``--quick`` gives a shorter cache, ``--repeats`` another spread, raised positions another shape."""
+
+    def keys(one, repeats):
+        tasks = engine.subject_tasks(engine.Models("cpu"), one, METHODS, engine.wall_clock, repeats, lambda: 0)
+        return {tuple(task.key.items()) for task in tasks if task.key["kind"] in ("step", "prefill")}
+
+    contexts = {1: subject.contexts[1][:1]}
+    first = keys(replace(subject, contexts=contexts), 2)
+    assert not first & keys(replace(subject, contexts=contexts), 3)
+    assert not first & keys(replace(subject, contexts={1: subject.contexts[1]}), 2)
+    assert not first & keys(replace(subject, contexts=contexts, positions=500), 2)
+
+
 def test_the_largest_batch_is_predicted_then_run(subject, monkeypatch) -> None:
     models = engine.Models("cpu")
     monkeypatch.setattr("kvruntime.engine.engine.FILL_TOKENS", 32)

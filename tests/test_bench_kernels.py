@@ -180,6 +180,11 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
     assert json.loads((tmp_path / "k.json").read_text())["schema"] == "kvruntime.bench/1"
 
 
+def test_rows_without_other_splits_do_not_stand_for_rows_with_them() -> None:
+    with_splits, without = (kernels.attend_tasks(BENCH, SMALL, METHODS, splits=splits) for splits in (True, False))
+    assert with_splits[0].key != without[0].key
+
+
 def test_a_lost_device_stops_the_run_and_what_failed_comes_last(tmp_path, capsys) -> None:
     done = []
 

@@ -286,13 +286,13 @@ def subject_tasks(
         longest = max(*contexts, *prompts, 1)
         for method in methods:
             for context in contexts:
-                size = {"batch_size": batch_size, "num_tokens": context, "max_seq_len": longest, "repeats": repeats}
-                key = key_of("step", models, subject, method.name, **size)
+                of: Row = {"batch_size": batch_size, "max_seq_len": longest, "repeats": repeats}
+                key = key_of("step", models, subject, method.name, num_tokens=context, **of)
                 work = partial(steps, method, batch_size, longest, context)
                 out.append(task(key, work, cost=batch_size * context / 8192 + 4))
             for prompt in prompts:
-                size = {"batch_size": 1, "num_tokens": prompt, "max_seq_len": longest, "repeats": repeats}
-                key = key_of("prefill", models, subject, method.name, **size)
+                of = {"batch_size": 1, "max_seq_len": longest, "repeats": repeats}
+                key = key_of("prefill", models, subject, method.name, num_tokens=prompt, **of)
                 out.append(task(key, partial(prefill, method, longest, prompt), cost=4))
     for method in (methods[0], *methods[1:][-2:]) if subject.largest else ():
         key = key_of("largest", models, subject, method.name, num_tokens=LARGEST_AT)

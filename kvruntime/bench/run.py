@@ -146,8 +146,9 @@ def subject(loaded: Loaded, contender: Contender, seed: int) -> dict[str, Any]:
         "package": contender.package,
         "seed": seed,
     }
-    if hasattr(contender.method, "dtype"):
-        key["cache_dtype"] = contender.method.dtype
+    cache_dtype = getattr(contender.method, "dtype", None)
+    if cache_dtype is not None:
+        key["cache_dtype"] = cache_dtype
     if not contender.package.startswith("kvruntime"):
         key["package_version"] = package_version(contender.package)
     return key
