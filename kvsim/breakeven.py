@@ -21,6 +21,7 @@ from kvsim.engines import Engine
 from kvsim.estimate import IDEAL
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
+from kvsim.methods import placed
 from kvsim.model import Model
 from kvsim.parallel import Deployment, Sharding
 from kvsim.plan import MAX_BATCH, site
@@ -100,6 +101,8 @@ class Runner:
         self.cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=num_cards))
         self.step = lru_cache(maxsize=None)(self._step)
         self.max_batch = lru_cache(maxsize=None)(self._max_batch)
+        self.max_context = lru_cache(maxsize=None)(self._max_context)
+        self.reads = lru_cache(maxsize=None)(self._reads)
         self.seconds(1, 1)
         self.max_batch(1)  # an engine that does not store the method says so here
 
@@ -119,16 +122,21 @@ class Runner:
         """Of one decode step."""
         return self.step(batch_size, num_tokens).seconds
 
-    def reads(self, num_tokens: int) -> int:
+    def _reads(self, num_tokens: int) -> int:
         """Bytes of one sequence's cache that a decode step reads."""
-        return sum(sum(self.method.read_parts(layer, 1, num_tokens).values()) for layer in self.model.cache_layers)
+        return sum(
+            count * sum(chosen.read_parts(layer, 1, num_tokens).values())
+            for (layer, chosen), count in placed(self.method, self.model.cache_layers).items()
+        )
 
     def _max_batch(self, num_tokens: int) -> int:
         """The most sequences of ``num_tokens`` tokens that fit."""
+        if self.max_context(1) < min(num_tokens, MAX_CONTEXT):
+            return 0
         found = largest_batch(self.cache, num_tokens, self.place.cache_nbytes)
         return MAX_BATCH if found is None else min(found, MAX_BATCH)
 
-    def max_context(self, batch_size: int) -> int:
+    def _max_context(self, batch_size: int) -> int:
         """The most tokens that ``batch_size`` sequences can have."""
         found = largest_context(self.cache, batch_size, self.place.cache_nbytes)
         return MAX_CONTEXT if found is None else min(found, MAX_CONTEXT)

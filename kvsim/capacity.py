@@ -1,7 +1,8 @@
 """What fits beside the weights: the largest batch at a context, the largest context at a batch.
 
-Both are exact inverses of what an engine takes (:meth:`kvsim.parallel.Deployment.rank_nbytes`), found by doubling and
-bisection (a cache never shrinks as it grows longer or wider), some forty evaluations each.
+Both are exact inverses of what an engine takes (:meth:`kvsim.parallel.Deployment.rank_nbytes`), found by a
+first guess in proportion and a bracket (a cache never shrinks as it grows longer or wider), three evaluations where
+bytes are proportional, some twenty where they grow by blocks.
 """
 
 from __future__ import annotations
@@ -168,23 +169,45 @@ def largest_batch(deployment: Deployment, num_tokens: int, available: int) -> in
 def largest_context(deployment: Deployment, batch_size: int, available: int) -> int | None:
     """The most tokens a sequence, ``batch_size`` of them, of which every rank's share fits ``available`` bytes.
 
-    With a shared prefix no fewer than its tokens; 0 where not even those fit.
+    With a shared prefix no fewer than its tokens; 0 where not even those fit.  An engine that allocates for
+    ``max_seq_len`` tokens at once has all of them or none.
     """
     least = max(1, deployment.shared_prefix)
     if deployment.rank_nbytes(batch_size, least) > available:
         return 0
+    most = getattr(deployment.engine, "max_seq_len", 0)
+    if most:
+        return most * deployment.sharding.context_ranks
     found = _largest(lambda more: deployment.rank_nbytes(batch_size, least + more), available)
     return None if found is None else least + found
 
 
 def _largest(weigh: Callable[[int], int], available: int) -> int | None:
-    """The largest n >= 0 with ``weigh(n) <= available``, ``weigh`` never falling; n = 0 needs nothing."""
-    low, high = 0, 1
-    while weigh(high) <= available:
-        low, high = high, 2 * high
-        if high > SEARCH_LIMIT:
+    """The largest n >= 0 with ``weigh(n) <= available``, ``weigh`` never falling; n = 0 needs nothing.
+
+    ``None`` where :data:`SEARCH_LIMIT` fits.  The line through the last two points says where to look next, since
+    bytes grow in proportion to the batch, and nearly so to the context; where a look leaves more than half of the
+    bracket (blocks and records are steps) the next is at the middle.
+    """
+    low, light, high, heavy = 0, 0, 1, weigh(1)
+    stretch = 1
+    while heavy <= available:
+        if high == SEARCH_LIMIT:
             return None
+        width, grown = high - low, heavy - light
+        low, light = high, heavy
+        further = (available - light) * width // grown * stretch + 1 if grown else SEARCH_LIMIT
+        high = min(low + further, SEARCH_LIMIT)
+        heavy, stretch = weigh(high), 2 * stretch
+    halve = False
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if weigh(middle) <= available else (low, middle)
+        width = high - low
+        middle = low + (width // 2 if halve else (available - light) * width // (heavy - light))
+        middle = min(max(middle, low + 1), high - 1)
+        size = weigh(middle)
+        if size <= available:
+            low, light = middle, size
+        else:
+            high, heavy = middle, size
+        halve = not halve and 2 * (high - low) > width
     return low

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Protocol, runtime_checkable
 
@@ -73,6 +74,20 @@ class LayerShape:
         """Entries the layer really holds after ``seq_len`` tokens were seen (window and stride applied once, here)."""
         entries = seq_len // self.stride
         return entries if self.window is None else min(entries, self.window)
+
+
+class Layers(tuple[LayerShape, ...]):
+    """A model's layers in order, hashed once: they are looked up at every batch and context that is weighed."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[Layers], tuple[tuple[LayerShape, ...]]]:
+        return Layers, (tuple(self),)  # without the hash, which another process would not find
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from kvsim import catalog
@@ -19,7 +20,7 @@ from kvsim.body import MAX_LAYERS, Body, Shapes
 from kvsim.config import ConfigReader, Keys
 from kvsim.families import FAMILIES, WRAPPERS, Family, known_keys
 from kvsim.kinds import spelled
-from kvsim.layout import LayerShape, StateShape
+from kvsim.layout import Layers, LayerShape, StateShape
 from kvsim.parameters import Weights, count_weights, mixer_kind, weight_modules
 from kvsim.quantization import cache_dtype, config_bits
 
@@ -172,17 +173,17 @@ class Model:
         """All weights of the language model, ``None`` where the config does not tell."""
         return None if self.weights is None else self.weights.total
 
-    @property
-    def cache_layers(self) -> tuple[LayerShape, ...]:
+    @cached_property
+    def cache_layers(self) -> Layers:
         """The keys and values that grow with the tokens."""
-        return tuple(s for s in self.layers if isinstance(s, LayerShape) and s.kind != "indexer")
+        return Layers(s for s in self.layers if isinstance(s, LayerShape) and s.kind != "indexer")
 
-    @property
+    @cached_property
     def index_layers(self) -> tuple[LayerShape, ...]:
         """The index keys beside them (DeepSeek-V3.2's kind): weighed apart, no method stores them."""
         return tuple(s for s in self.layers if isinstance(s, LayerShape) and s.kind == "indexer")
 
-    @property
+    @cached_property
     def state_layers(self) -> tuple[StateShape, ...]:
         """The states that do not grow with the tokens."""
         return tuple(layer for layer in self.layers if isinstance(layer, StateShape))

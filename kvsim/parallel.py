@@ -14,6 +14,7 @@ Ranks that do not divide heads, or heads that do not divide ranks, are refused, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 from kvsim.engines import Engine
@@ -162,13 +163,14 @@ class Deployment:
         batch, tokens = self.sharding.rank_batch(batch_size), self.sharding.rank_tokens(num_tokens)
         prefix = self.shared_prefix // self.sharding.context_ranks
         out = []
-        for stage in self._stages():
+        for stage in self._stages:
             taken = self.engine.parts(stage, self.method, batch, tokens)
             if prefix:
                 taken = without_copies(taken, stage, self.method, self.engine, batch, tokens, prefix)
             out.append(sum(taken.values()))
         return tuple(out)
 
+    @cached_property
     def _stages(self) -> tuple[Model, ...]:
         return (self.model,) if self.sharding == SINGLE else stages(self.model, self.sharding)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kvsim.capacity import held_share, room
+from kvsim.capacity import RESERVE, held_share, largest_context, room
 from kvsim.engines import Engine
 from kvsim.estimate import IDEAL
 from kvsim.hardware import Hardware
@@ -212,14 +212,14 @@ def _priced(way: Plan, price: Price | None) -> Plan:
 def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: Engine, max_num_seqs: int) -> Plan:
     """Raises ``ValueError``, saying why, where no batch meets the demand."""
     lengths, ranks = demand.lengths, place.num_cards
-    weigh = Deployment(model, method, engine, Sharding(tensor_parallel_size=ranks)).rank_nbytes
+    cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=ranks))
     clock = Clock(model, method, place, lengths, engine)
     ttft = clock.ttft(1)
     if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
         raise ValueError(
             f"time to first token {ttft.value * 1e3:,.0f} ms even alone, over {demand.slo_ttft * 1e3:g} ms"
         )
-    risk = MemoryRisk(weigh, lengths, place.cache_nbytes, demand.occupancy)
+    risk = MemoryRisk(cache.rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
     by_memory = min(MAX_BATCH, max_num_seqs, risk.most(demand.risk))
     if not by_memory:
         raise ValueError(
@@ -233,6 +233,7 @@ def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: En
     replicas = -(-demand.users // by_time)
     batch = -(-demand.users // replicas)
     tpot = clock.tpot(batch)
+    longest = largest_context(cache, batch, place.cache_nbytes)
     return Plan(
         method,
         place.card,
@@ -241,7 +242,7 @@ def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: En
         batch_size=batch,
         max_batch=by_time,
         batch_bound="users" if batch == demand.users else "memory" if by_time == by_memory else "latency",
-        max_context=largest(lambda tokens: weigh(batch, tokens) <= place.cache_nbytes, MAX_CONTEXT),
+        max_context=MAX_CONTEXT if longest is None else min(longest, MAX_CONTEXT),
         tpot=tpot,
         ttft=clock.ttft(batch),
         bound=clock.bound(batch),

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,7 +311,7 @@ def kernel_names(width: str, engine: str, mha: bool = False) -> list[str]:
     return [f"{engine}/{width}-mha"] * mha + [f"{engine}/{width}", width]
 
 
-@cache
+@lru_cache(maxsize=1024)
 def method_width(method: Method, layer: LayerShape) -> str:
     """By the type of most bytes: ``fp16`` for floats of 16 bits and more, ``fp8`` of 8 bits, else ``packed``."""
     sizes: Counter[str] = Counter()
@@ -332,7 +332,7 @@ def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
     return read.reshape(num_tokens.shape).astype(numpy.float64)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _read_formula(method: Method, layer: LayerShape) -> Vectorized:
     return Vectorized(lambda batch_size, num_tokens: mean_read_nbytes(method, layer, batch_size, num_tokens))
 

@@ -209,3 +209,20 @@ def test_deepseek_v4_under_vllm_is_one_line(capsys) -> None:
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert err.count("packed pages for compressed layers are not modelled") == 1
+
+
+def test_a_mix_of_layers_is_compared_too() -> None:
+    """Its bytes are those of each layer's own place: 28 of 32 layers packed, the others exact."""
+    mix, fp16 = Runner(LLAMA, make_method("mix"), H100), Runner(LLAMA, make_method("fp16"), H100)
+    packed = Runner(LLAMA, make_method("kivi"), H100)
+    assert mix.reads(8192) == (28 * packed.reads(8192) + 4 * fp16.reads(8192)) // 32
+    assert by_context(mix, fp16, 8).first is not None
+
+
+def test_tokens_allocated_at_once_bound_the_context(capsys) -> None:
+    once = [*COMMAND, "--against", "fp16"]
+    for command in (once, ["plan", *COMMAND[1:], "--users", "2"], ["report", *COMMAND[1:], "--ctx", "64"]):
+        more = ["--engine", "kvruntime:max_seq_len=4096", "--method", "kivi", "--json"]
+        assert run([*command, *more]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert {row.get("max_ctx", row.get("method_fits_to")) for row in rows if row.get("kind") != "batch"} == {4096}

@@ -3,12 +3,17 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvsim.capacity import max_batch, max_context, room
+from kvsim.capacity import SEARCH_LIMIT, _largest, largest_batch, largest_context, max_batch, max_context, room
+from kvsim.engines import Engine, Kvruntime, LlamaCpp, Vllm
 from kvsim.estimate import cache_nbytes
 from kvsim.hardware import find_hardware
+from kvsim.layout import Method
 from kvsim.load import load_model
-from kvsim.methods import Full, Kivi, kivi_seed
+from kvsim.methods import Evict, Fp8, Full, Kivi, kivi_seed
+from kvsim.parallel import Deployment, Sharding
 
 LLAMA = load_model("llama-3-8b")
 METHODS = [Full(), Kivi(), Kivi(nbits=4, sink_length=4), kivi_seed()]
@@ -78,3 +83,65 @@ def test_weights_that_do_not_fit_are_said() -> None:
     assert space.cache_nbytes < 0
     assert space.notes[-1] == "the weights leave no room for a cache on one t4"
     assert max_batch(LLAMA, Full(), 1, space.cache_nbytes) == 0
+
+
+@given(
+    st.integers(0, 300),
+    st.integers(0, 50),
+    st.integers(1, 64),
+    st.one_of(st.none(), st.integers(1, 400)),
+    st.integers(-5, 20_000),
+)
+def test_the_largest_is_a_scans(fixed: int, slope: int, block: int, end: int | None, available: int) -> None:
+    """Blocks, a constant, a window that ends the growth: the answer of trying every number, within few evaluations."""
+    calls = []
+
+    def weigh(n: int) -> int:
+        calls.append(n)
+        held = n if end is None else min(n, end)
+        return fixed + slope * -(-held // block) * block
+
+    found = _largest(weigh, available)
+    assert len(calls) <= 130
+    if weigh(SEARCH_LIMIT) <= available:
+        assert found is None
+    else:
+        assert found == next(n for n in range(1, 30_000) if weigh(n) > available) - 1
+
+
+@pytest.mark.parametrize("available", [1, 10**3, 7 * 10**9, 10**12 + 7])
+def test_what_grows_in_proportion_takes_three_evaluations(available: int) -> None:
+    calls: list[int] = []
+    assert _largest(lambda n: calls.append(n) or 1000 * n, available) == available // 1000
+    assert len(calls) <= 3
+
+
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    [
+        (None, Full()),
+        (None, Kivi(nbits=4, sink_length=4)),
+        (None, Evict(budget=300)),
+        (Vllm(), Fp8()),
+        (LlamaCpp(kv_unified=True), Full()),
+        (Kvruntime(), Kivi()),
+    ],
+    ids=lambda one: getattr(one, "name", None),
+)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_inverses_are_a_scans(engine: Engine | None, method: Method, ranks: int) -> None:
+    """Against trying every batch and every context, one after the other, in a small room."""
+    few = replace(LLAMA, layers=LLAMA.layers[:2])
+    cache = Deployment(few, method, *([engine] if engine else []), sharding=Sharding(tensor_parallel_size=ranks))
+    for room_nbytes in (cache.rank_nbytes(1, 1) - 1, cache.rank_nbytes(1, 700), cache.rank_nbytes(2, 400) + 999):
+        batches = [batch for batch in range(1, 60) if cache.rank_nbytes(batch, 200) <= room_nbytes]
+        assert largest_batch(cache, 200, room_nbytes) == len(batches) < 59
+        contexts = [tokens for tokens in range(1, 2000) if cache.rank_nbytes(1, tokens) <= room_nbytes]
+        assert largest_context(cache, 1, room_nbytes) == (None if len(contexts) == 1999 else len(contexts))
+
+
+def test_an_engine_that_allocates_at_once_holds_what_it_allocates() -> None:
+    cache = Deployment(LLAMA, Full(), Kvruntime(max_seq_len=4096))
+    assert largest_context(cache, 3, cache.rank_nbytes(3, 1)) == 4096
+    assert largest_context(cache, 3, cache.rank_nbytes(3, 1) - 1) == 0
+    assert largest_batch(cache, 100, 7 * cache.rank_nbytes(1, 4096)) == 7

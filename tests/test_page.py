@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+from weakref import ref
 
 import pytest
 
-from kvsim import chart
+from kvsim import breakeven, chart, parallel
 from kvsim.breakeven import Runner, by_context
 from kvsim.cli import run
+from kvsim.engines import ENGINES
 from kvsim.estimate import estimate
 from kvsim.hardware import find_hardware
 from kvsim.load import load_model
-from kvsim.methods import make_method
+from kvsim.methods import Kivi, make_method
+from kvsim.methods.place import _placed
 from kvsim.page import Question, amount, answer, report
+from kvsim.roofline import method_width
 
 COMMAND = ["report", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
 VOID = {"meta", "link", "input", "br"}
@@ -114,6 +122,51 @@ def test_hybrids_latents_and_several_cards(tmp_path: Path, capsys) -> None:
         tree = parse(out.read_text(encoding="utf-8"))
         assert "on each card" in tree.text
     assert "constant state" not in tree.text
+
+
+@pytest.mark.parametrize(
+    ("model", "cards", "engine", "names"),
+    [
+        ("qwen3-32b", 4, "ideal", ("fp16", "fp8", "kivi", "int4")),
+        ("qwen3-32b", 4, "vllm", ("fp16", "fp8", "int8")),
+        ("llama-3.1-8b", 1, "ideal", ("fp16", "fp8", "kivi", "int4")),
+    ],
+)
+def test_an_answer_calls_what_costs_seldom(model: str, cards: int, engine: str, names: tuple[str, ...]) -> None:
+    """Splitting a model and weighing its cache: 16,000 times each once, with seconds for it."""
+    calls: Counter[str] = Counter()
+    kind = type(ENGINES[engine]())
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **more: Any) -> Any:
+            calls[name] += 1
+            return function(*given, **more)
+
+        return call
+
+    asked = Question(
+        load_model(model), find_hardware("h100-sxm"), tuple(map(make_method, names)), 32768, 8, cards, engine=engine
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "stages", counted("stages", parallel.stages))
+        patch.setattr(kind, "parts", counted("parts", kind.parts))
+        patch.setattr(breakeven, "decode_step", counted("steps", breakeven.decode_step))
+        report(answer(asked))
+    assert calls["stages"] <= len(names) + 1
+    assert 0 < calls["parts"] <= 2500
+    assert 0 < calls["steps"] <= 1500
+
+
+def test_a_question_leaves_nothing_behind() -> None:
+    """A server answers for months: what an answer remembers goes with it, and what is kept longer is bounded."""
+    kept = [_placed, Kivi.record, method_width]
+    assert all(memo.cache_parameters()["maxsize"] for memo in kept)
+    model, card = load_model("gpt2"), find_hardware("h100-sxm")
+    found = answer(Question(model, card, (make_method("fp16"), make_method("fp8")), 512, 1))
+    gone = ref(found.runners[0])
+    del found
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_was_typed_is_escaped() -> None:

@@ -14,6 +14,7 @@ one token at a time; the bytes at full residual are the same.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
 from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
@@ -113,6 +114,7 @@ class Kivi:
             length *= 2
         return length
 
+    @lru_cache(maxsize=256)  # noqa: B019  # bounded, and methods are frozen
     def record(self, layer: LayerShape) -> Record:
         """The packed record of one head of ``layer``.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 
 from kvsim.layout import LayerShape, Method
 
@@ -16,8 +17,13 @@ def at(method: Method, layer: LayerShape, index: int, num_layers: int) -> Method
     return method if chosen is None else chosen(layer, index, num_layers)
 
 
-def placed(method: Method, layers: Sequence[LayerShape]) -> Counter[Placed]:
-    """How often each (layer, method for it) occurs among ``layers``, in first-seen order."""
+@lru_cache(maxsize=256)
+def _placed(method: Method, layers: tuple[LayerShape, ...]) -> Counter[Placed]:
     if getattr(method, "at", None) is None:
-        return Counter((layer, method) for layer in layers)
+        return Counter({(layer, method): count for layer, count in Counter(layers).items()})
     return Counter((layer, at(method, layer, index, len(layers))) for index, layer in enumerate(layers))
+
+
+def placed(method: Method, layers: tuple[LayerShape, ...]) -> Mapping[Placed, int]:
+    """How often each (layer, method for it) occurs among ``layers``, in first-seen order."""
+    return _placed(method, layers)  # type: ignore[arg-type]  # every method is frozen
