@@ -4,12 +4,15 @@
 const form = document.querySelector("form");
 const result = document.getElementById("result");
 let latest = 0;
+let asking = new AbortController();
 
 async function ask(address, remember) {
   const mine = ++latest;
+  asking.abort(); // nobody waits for the answer before: the server need not find it
+  asking = new AbortController();
   result.setAttribute("aria-busy", "true");
   try {
-    const page = await fetch(address, { headers: { Accept: "text/html" } });
+    const page = await fetch(address, { headers: { Accept: "text/html" }, signal: asking.signal });
     const fresh = new DOMParser().parseFromString(await page.text(), "text/html");
     if (mine !== latest) return;
     result.innerHTML = fresh.getElementById("result").innerHTML;

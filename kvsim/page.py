@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,7 +40,7 @@ NOT_MODELLED = (
 class Question:
     """What the page is about.  ``num_cards`` share the model; ``price``: of a card-hour, ``None``: none is listed.
 
-    ``specs``: the methods as they were typed.
+    ``specs``, ``model_spec``: methods and model as they were typed (without the methods the page names no command).
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Question:
     reserve: float | None = None
     price: Price | None = None
     specs: tuple[str, ...] = ()
+    model_spec: str = ""
 
 
 @dataclass
@@ -125,15 +127,24 @@ def amount(nbytes: float) -> str:
 
 
 def command_line(question: Question) -> str:
-    """The same numbers on the command line."""
-    first, *others = question.specs or ("fp16", "fp8")
-    return " ".join(
-        (
-            f"kvsim breakeven --model {question.model.name} --gpu {question.card.id}:{question.num_cards}",
-            f"--ctx {question.num_tokens} --batch {question.batch_size} --against {first}",
-            *(f"--method {spec}" for spec in others),
-        )
-    )
+    """The command that writes the same page, quoted for a shell; a flag where the default is another."""
+    price = question.price if question.price != question_price(question.card, question.num_cards) else None
+    flags: list[tuple[str, object]] = [
+        ("--model", question.model_spec or question.model.name),
+        ("--gpu", f"{question.card.id}:{question.num_cards}"),
+        *(("--method", spec) for spec in question.specs),
+        ("--ctx", question.num_tokens),
+        ("--batch", question.batch_size),
+    ]
+    if question.weight_bits is not None:
+        flags.append(("--weight-bits", question.weight_bits))
+    if question.engine != "ideal":
+        flags.append(("--engine", question.engine))
+    if question.reserve is not None:
+        flags.append(("--reserve", question.reserve))
+    if price is not None:
+        flags.append(("--price", price.usd_per_hour))
+    return shlex.join(["kvsim", "report", *(str(word) for flag in flags for word in flag)])
 
 
 def as_json(found: Answer) -> dict[str, Any]:
@@ -225,9 +236,14 @@ def sections(found: Answer) -> str:
             _section("speed", "How fast a token is", _speed(found)),
             _section("breakeven", f"When it pays against {found.runners[0].method.name}", _breakeven(found)),
             _section("not", "Not modelled", _limits(found)),
-            f'<p class="note">kvsim {__version__}: <code>{escape(command_line(question))}</code></p>',
+            _footer(question),
         )
     )
+
+
+def _footer(question: Question) -> str:
+    command = f": the same on the command line, <code>{escape(command_line(question))}</code>" if question.specs else ""
+    return f'<p class="note">kvsim {__version__}{command}</p>'
 
 
 def _section(name: str, title: str, content: str) -> str:

@@ -6,18 +6,20 @@ catalogue, or are the one that the command was given: a request cannot make the 
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Sequence
+from asyncio import Lock
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsim import catalog
 from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.model import Model
 from kvsim.options import choose_methods, parse_reserve, parse_size
-from kvsim.page import Question, answer, as_json, asset, document, link, question_price, sections
+from kvsim.page import Answer, Question, answer, as_json, asset, document, link, question_price, sections
 from kvsim.prices import given
 from kvsim.quantities import parse_card, parse_serving
 
@@ -30,12 +32,18 @@ METHODS = ("fp16", "fp8", "int8", "int4", "nvfp4", "q8_0", "q4_0", "kivi:nbits=4
 CHOSEN = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 BITS = ("", "16", "8", "4")
 MAX_METHODS = 8
+MAX_LENGTH = 400
+"""Characters of a field, and of an error."""
 MAX_TOKENS = 1 << 30
 MAX_BATCH = 1 << 20
+LONG_WORD = re.compile(r"\S{80,}")
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
+LEFT = 499
+"""Status of a request whose client has left; nobody reads it."""
+Shown = TypeVar("Shown", dict[str, Any], tuple[str, str])
 HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -56,17 +64,28 @@ class Asked:
     price: str = ""
 
     @classmethod
-    def from_query(cls, pairs: Sequence[tuple[str, str]], default: Asked) -> Asked:
-        """The fields of a query string; those that it lacks are ``default``'s.  Unknown names: ``ValueError``."""
+    def from_query(cls, pairs: Sequence[tuple[str, str]], default: Asked) -> tuple[Asked, str]:
+        """The fields of a query string, and what is wrong with it (empty: nothing); without what is wrong, the others
+        stand.  Fields that it lacks are ``default``'s."""
         known = cls.__dataclass_fields__
-        unknown = sorted({name for name, _ in pairs} - set(known))
-        if unknown:
-            raise ValueError(f"unknown parameter {unknown[0][:40]!r}: allowed are {', '.join(known)}")
-        fields = vars(default) | {name: value.strip() for name, value in pairs if name != "method"}
-        methods = tuple(value for name, value in pairs if name == "method")
-        if methods or any(name == "more" for name, _ in pairs):  # the form always sends "more": no method was ticked
-            fields["method"] = methods
-        return cls(**fields)
+        fields, methods, wrong = dict(vars(default)), [], []
+        given: set[str] = set()
+        for name, text in pairs:
+            value = text.strip()
+            if name not in known:
+                wrong.append(f"unknown parameter {name[:40]!r}: allowed are {', '.join(known)}")
+            elif len(value) > MAX_LENGTH and value != fields[name]:
+                wrong.append(f"{name} of {len(value):,} characters: allowed are up to {MAX_LENGTH}")
+            elif name == "method":
+                methods.append(value)
+            elif name in given:
+                wrong.append(f"{name} is given twice: {fields[name]!r} and {value!r}")
+            else:
+                fields[name] = value
+            given.add(name)
+        if given & {"method", "more"}:  # the form always sends "more": no method was ticked
+            fields["method"] = tuple(methods)
+        return cls(**fields), wrong[0] if wrong else ""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -79,7 +98,10 @@ class Asked:
     def question(self, own: dict[str, Model]) -> Question:
         """The question asked.  Raises ``ValueError`` or ``LookupError`` for a field that means nothing."""
         model = own.get(self.model) or _catalogued(self.model)
-        card, count = parse_card(f"{self.gpu}:{self.cards}" if self.cards and ":" not in self.gpu else self.gpu)
+        counted = ":" in self.gpu
+        card, count = parse_card(self.gpu if counted or not self.cards else f"{self.gpu}:{self.cards}")
+        if counted and self.cards not in ("", "1", str(count)):
+            raise ValueError(f"gpu {self.gpu!r} and cards {self.cards!r}: give the number of cards once")
         specs = [*self.method, *_specs(self.more)]
         if not specs:
             raise ValueError("choose a method")
@@ -104,6 +126,7 @@ class Asked:
             parse_reserve(self.reserve) if self.reserve else None,
             question_price(card, count or 1) if price is None else given(card.id, price),
             tuple(specs),
+            self.model,
         )
 
 
@@ -176,9 +199,10 @@ def _listed(name: str, label: str, value: str, names: Sequence[str]) -> str:
 
 
 def _chosen(name: str, label: str, value: str, options: Sequence[tuple[str, str]]) -> str:
+    more = [] if value in dict(options) else [(value, value)]
     items = "".join(
         f'<option value="{escape(each)}"{" selected" * (each == value)}>{escape(text)}</option>'
-        for each, text in options
+        for each, text in (*options, *more)
     )
     return f'<label class="field">{escape(label)}<select name="{name}">{items}</select></label>'
 
@@ -186,19 +210,36 @@ def _chosen(name: str, label: str, value: str, options: Sequence[tuple[str, str]
 def app(default: Asked | None = None, own: dict[str, Model] | None = None) -> Starlette:
     """The web application: ``/`` is the page, ``/api`` the same as JSON.
 
-    ``own``: models beyond the catalogue, by the name that the form shows.
+    ``own``: models beyond the catalogue, by the name that the form shows.  Answers are computed one after the other
+    (they are Python's work alone), none for a client that has left before its turn.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import HTMLResponse, JSONResponse
+    from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
     first, models = default or Asked(), own or {}
+    turn = Lock()
+
+    async def computed(request: Request, show: Callable[[Answer], Shown]) -> tuple[Asked, Shown | str] | None:
+        """What was asked, and what it shows or what is wrong with it; ``None``: nobody waits any more."""
+        async with turn:
+            if await request.is_disconnected():
+                return None
+            return await run_in_threadpool(_computed, request.query_params.multi_items(), first, models, show)
 
     async def page(request: Request) -> Response:
-        status, body, heading, asked = await run_in_threadpool(_page, request.query_params.multi_items(), first, models)
+        done = await computed(request, _shown)
+        if done is None:
+            return Response(status_code=LEFT)
+        asked, found = done
+        if isinstance(found, str):
+            status, heading = 400, "What a cache costs"
+            body = f'<p class="error" role="alert">{escape(found)}</p>'
+        else:
+            status, (heading, body) = 200, found
         nonce = secrets.token_urlsafe(12)
         header = f"<header><h1>{escape(heading)}</h1></header>"
         share = f'<p class="note"><a href="{escape(link(asked.pairs))}">Link to this page</a></p>'
@@ -212,30 +253,43 @@ def app(default: Asked | None = None, own: dict[str, Model] | None = None) -> St
         return HTMLResponse(html, status, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
     async def api(request: Request) -> Response:
-        try:
-            asked = Asked.from_query(request.query_params.multi_items(), first)
-            return JSONResponse(await run_in_threadpool(lambda: as_json(answer(asked.question(models)))))
-        except (ValueError, LookupError) as error:
-            if isinstance(error, KeyError | IndexError):
-                raise
-            return JSONResponse({"schema": "kvsim.page/1", "error": str(error)}, 400)
+        done = await computed(request, as_json)
+        if done is None:
+            return Response(status_code=LEFT)
+        asked, found = done
+        if isinstance(found, str):
+            return JSONResponse({"schema": "kvsim.page/1", "inputs": vars(asked), "error": found}, 400)
+        return JSONResponse(found)
 
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[host.strip("[]") for host in HOSTS] + ["[::1]"])
     return Starlette(routes=[Route("/", page), Route("/api", api)], middleware=[hosts])
 
 
-def _page(pairs: Sequence[tuple[str, str]], first: Asked, models: dict[str, Model]) -> tuple[int, str, str, Asked]:
-    """Status, body, heading, and what was asked."""
-    asked = first
+def _shown(found: Answer) -> tuple[str, str]:
+    """The page's heading and body."""
+    return f"{found.question.model.name} on {found.question.card.id}", sections(found)
+
+
+def _computed(
+    pairs: Sequence[tuple[str, str]], first: Asked, models: dict[str, Model], show: Callable[[Answer], Shown]
+) -> tuple[Asked, Shown | str]:
+    asked, wrong = Asked.from_query(pairs, first)
+    if wrong:
+        return asked, _cut(wrong)
     try:
-        asked = Asked.from_query(pairs, first)
-        question = asked.question(models)
-        body = sections(answer(question))
+        return asked, show(answer(asked.question(models)))
+    except OverflowError:
+        return asked, "a number is too large: its bytes or seconds cannot be computed"
     except (ValueError, LookupError) as error:
         if isinstance(error, KeyError | IndexError):
-            raise
-        return 400, f'<p class="error" role="alert">{escape(str(error))}</p>', "What a cache costs", asked
-    return 200, body, f"{question.model.name} on {question.card.id}", asked
+            raise  # a fault of ours
+        return asked, _cut(str(error))
+
+
+def _cut(line: str) -> str:
+    """An error in a line of moderate length: of a long word its ends, so that what is allowed is still read."""
+    line = LONG_WORD.sub(lambda word: f"{word[0][:40]}...{word[0][-8:]}", line)
+    return line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH - 4]} ..."
 
 
 def serve(application: Starlette, host: str, port: int) -> None:

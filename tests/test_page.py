@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,20 +17,22 @@ from weakref import ref
 
 import pytest
 
-from kvsim import breakeven, chart, parallel
+from kvsim import breakeven, catalog, chart, parallel
 from kvsim.breakeven import Runner, by_context
 from kvsim.cli import run
 from kvsim.engines import ENGINES
 from kvsim.estimate import estimate
 from kvsim.hardware import find_hardware
 from kvsim.load import load_model
-from kvsim.methods import Kivi, make_method
+from kvsim.methods import Full, Kivi, make_method
 from kvsim.methods.place import _placed
-from kvsim.page import Question, amount, answer, report
+from kvsim.page import Question, amount, answer, as_json, command_line, report, sections, table
+from kvsim.prices import given
 from kvsim.roofline import method_width
+from kvsim.serve import Asked, form
 
 COMMAND = ["report", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "option"}
 
 
 class Tree(HTMLParser):
@@ -50,7 +55,7 @@ class Tree(HTMLParser):
         self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.stack.pop() == tag
+        assert tag in VOID or self.stack.pop() == tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -169,13 +174,148 @@ def test_a_question_leaves_nothing_behind() -> None:
     assert gone() is None
 
 
-def test_what_was_typed_is_escaped() -> None:
-    model, card = load_model("gpt2"), find_hardware("h100-sxm")
-    from dataclasses import replace
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"model": "QWEN3-32B", "gpu": "H100-SXM", "cards": "4"},
+    {"model": "qwen3-32b", "gpu": "h100-sxm:4", "method": ("fp16",)},
+    {"ctx": "1M", "batch": "3", "weight_bits": "4.123456789"},
+    {"engine": "vllm:block_size=32, max_num_seqs=64", "method": ("fp16", "fp8"), "reserve": "7.5%"},
+    {"engine": "llama.cpp", "method": ("q8_0", "q4_0"), "reserve": "0", "price": "0.1"},
+    {"method": (), "more": "bf16; paged:block_size=16,inner=(kivi:nbits=4) mix", "price": "1e-05"},
+    {"method": ("kivi:nbits=3, group_size=64",), "more": "fp32", "gpu": "l40s", "price": "12.345678901"},
+]
 
-    evil = replace(model, name="<script>alert(1)</script>")
-    found = answer(Question(evil, card, (make_method("fp16"), make_method("fp8")), 512, 1))
-    assert "<script" not in report(found)
+
+def commanded(html: str) -> list[str]:
+    """The words of the footer's command."""
+    words = shlex.split(unescape(re.search(r"<code>([^<]*)</code>", html)[1]))
+    assert words[:2] == ["kvsim", "report"]
+    return words[1:]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: " ".join(fields))
+def test_the_pages_command_gives_the_pages_figures(fields: dict[str, Any], tmp_path: Path, capsys) -> None:
+    found = answer(Asked(**fields).question({}))
+    command = commanded(sections(found))
+    assert run([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(found)))
+    assert run([*command, "--out", str(tmp_path / "r.html")]) == 0
+    assert sections(found) in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_model_of_ones_own_is_named_as_it_was_given(tmp_path: Path, capsys) -> None:
+    file = tmp_path / 'it\'s $(mine); "<b>"' / "config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(catalog.find("models", "gpt2")["config"]), encoding="utf-8")
+    found = answer(Asked(str(file), method=("fp16", "fp8"), ctx="512").question({str(file): load_model(str(file))}))
+    assert run([*commanded(sections(found)), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(found)))
+
+
+def test_every_field_of_the_form_is_in_the_command() -> None:
+    other = {"model": "gpt2", "gpu": "h200-sxm", "cards": "2", "method": ("fp16",), "more": "int4", "ctx": "4k"}
+    other |= {"batch": "2", "weight_bits": "8", "engine": "vllm", "reserve": "20%", "price": "2"}
+    assert other.keys() == Asked.__dataclass_fields__.keys()
+    plain = command_line(Asked().question({}))
+    for name, value in other.items():
+        assert command_line(Asked(**{name: value}).question({})) != plain, name
+
+
+def test_a_page_of_nothing_typed_names_no_command() -> None:
+    model, card = load_model("gpt2"), find_hardware("h100-sxm")
+    assert "<code>" not in sections(answer(Question(model, card, (make_method("fp16"),), 512, 1)))
+
+
+HOSTILE = "<x-evil onload=\"a\" onclick='b'>&amp;"
+
+
+@dataclass(frozen=True)
+class Named(Full):
+    """A method by a hostile name."""
+
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{HOSTILE}{self.label}"
+
+
+class Shown(Tree):
+    """Every value of an attribute too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[str] = []
+        self.names: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        super().handle_starttag(tag, attrs)
+        self.names |= {name for name, _ in attrs}
+        self.values += [value or "" for _, value in attrs]
+
+
+def shown(html: str) -> Shown:
+    """Reads HTML in which hostile names are to be text alone."""
+    tree = Shown()
+    tree.feed(html)
+    tree.close()
+    assert not tree.stack
+    assert "x-evil" not in tree.tags
+    assert not {"onload", "onclick"} & tree.names
+    assert HOSTILE in tree.text + " ".join(tree.values)
+    raw = html.count("<x-evil") + html.count('onload="') + html.count("onclick='")
+    assert raw == 0
+    assert "&amp;amp;" in html
+    return tree
+
+
+def test_what_was_typed_is_escaped() -> None:
+    """Names of a model, a card, methods, an engine, a price and notes, wherever the page prints them."""
+    model, card = replace(load_model("gpt2"), name=HOSTILE), replace(find_hardware("h100-sxm"), id=HOSTILE)
+    methods = Named(), Named(label="2"), make_method("kivi")
+    asked = Question(model, card, methods, 2048, 1, price=given(HOSTILE, 2.0), specs=(HOSTILE,), model_spec=HOSTILE)
+    asked = replace(asked, price=replace(asked.price, provider=HOSTILE))
+    found = answer(asked)
+    found.notes.append(HOSTILE)
+    found.question = replace(asked, engine=HOSTILE)
+    text = shown(report(found)).text
+    assert text.count(HOSTILE) > 30
+    for runners in (1, 2):
+        few = replace(found, runners=found.runners[:runners], estimates=found.estimates[:runners])
+        shown(sections(replace(few, speed=found.speed[: runners - 1], money=found.money[: runners - 1])))
+
+
+@pytest.mark.parametrize("place", ["caption", "heads", "row", "cell", "note"])
+def test_a_table_escapes(place: str) -> None:
+    given = {"caption": "c", "heads": ["h", "h"], "row": "r", "cell": "d", "note": "n"}
+    given[place] = [HOSTILE, "h"] if place == "heads" else HOSTILE
+    shown(table(given["caption"], given["heads"], [(given["row"], given["cell"])], given["note"]))
+
+
+@pytest.mark.parametrize("place", ["title", "x_name", "y_name", "curve", "rule"])
+def test_a_chart_of_lines_escapes(place: str) -> None:
+    given = dict.fromkeys(("title", "x_name", "y_name", "curve", "rule"), "a") | {place: HOSTILE}
+    curves = [chart.Line(given["curve"], 0, ((1.0, 1.0), (2.0, 2.0)))]
+    shown(chart.lines(given["title"], given["x_name"], given["y_name"], curves, [chart.Rule(1.0, given["rule"])]))
+
+
+@pytest.mark.parametrize("place", ["title", "caption", "row", "part", "total"])
+def test_a_chart_of_bars_escapes(place: str) -> None:
+    given = dict.fromkeys(("title", "caption", "row", "part", "total"), "a") | {place: HOSTILE}
+    rows = [(given["row"], {given["part"]: 1.0})]
+    shown(chart.bars(given["title"], given["caption"], rows, lambda amount: given["total"]))
+
+
+@pytest.mark.parametrize("name", Asked.__dataclass_fields__)
+def test_the_form_escapes(name: str) -> None:
+    shown(form(Asked(**{name: (HOSTILE,) if name == "method" else HOSTILE}), ["gpt2"]))
+    shown(form(Asked(), [HOSTILE]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("engine", "vllm:block_size=32"), ("weight_bits", "4.5")])
+def test_the_form_keeps_what_its_lists_do_not_offer(name: str, value: str) -> None:
+    """What the address asked for is still asked for when another field is changed."""
+    assert f'<option value="{value}" selected>' in form(Asked(**{name: value}), [])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode
 from urllib.request import Request, urlopen
 
 import pytest
@@ -21,10 +23,14 @@ import pytest
 pytest.importorskip("starlette", reason="starlette (the serve extra) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (the serve extra) is not installed")
 
+from kvsim import serve
 from kvsim.cli import run
 from kvsim.estimate import estimate
 from kvsim.load import load_model
 from kvsim.methods import make_method
+from kvsim.model import Model
+from kvsim.page import answer
+from kvsim.serve import MAX_LENGTH, app
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -129,6 +135,93 @@ def test_bad_input_is_a_line_not_a_trace(url: str, query: str) -> None:
     assert "Traceback" not in html
     assert "<script>alert" not in html
     assert json.loads(get(f"{url}api?{query}")[1])["error"] == unescape(alert)
+
+
+def called(path: str, pairs: list[tuple[str, str]], own: dict[str, Model] | None = None, gone: bool = False):
+    """Status and text of the application's answer to one request, without a server; ``gone``: the client has left."""
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "http.disconnect"} if gone else {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": [(b"host", b"localhost")]}
+    asyncio.run(app(own=own)({**scope, "query_string": urlencode(pairs).encode()}, receive, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:]).decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        *((name, "9" * 400, "allowed") for name in ("batch", "weight_bits", "cards", "price", "reserve", "engine")),
+        *((name, "nan", "allowed") for name in ("batch", "weight_bits", "cards", "price", "reserve", "engine")),
+        ("reserve", "-inf", "reserve '-inf': allowed are"),
+        ("price", "1e999", "price '1e999': allowed are numbers above 0"),
+        ("batch", "9" * 5000, "batch of 5,000 characters: allowed are up to 400"),
+        ("more", "fp8;" * 200, "more of 800 characters"),
+        ("method", "paged:inner=" + "(paged:inner=" * 25 + ")" * 25, "inside one another"),
+        ("method", "kivi:nbits=" + "9" * 380, "allowed are 1, 2, 3, 4, 8"),
+        ("model", "x" * 400, "unknown model"),
+        ("gpu", "x" * 400, "unknown GPU"),
+        ("colour", "red", "unknown parameter 'colour': allowed are model"),
+        ("ctx", "16k", "ctx is given twice: '8k' and '16k'"),
+    ],
+)
+def test_a_hostile_field_gets_a_short_line_and_the_others_stay(name: str, value: str, said: str) -> None:
+    pairs = [("ctx", "8k"), ("reserve", "5%")] if name != "reserve" else [("ctx", "8k")]
+    status, html = called("/", [*pairs, (name, value)])
+    alert = unescape(re.search(r'role="alert">([^<]+)<', html)[1])
+    assert status == 400
+    assert said in alert
+    assert len(alert) <= MAX_LENGTH
+    assert alert.isprintable()
+    for key, kept in pairs:
+        assert f'<input name="{key}" value="{kept}"' in html
+    status, text = called("/api", [*pairs, (name, value)])
+    document = json.loads(text)
+    assert (status, document["schema"], document["error"]) == (400, "kvsim.page/1", alert)
+    assert document["inputs"].items() >= dict(pairs).items()
+
+
+@pytest.mark.parametrize(
+    "pair", [("method", "paged:block_size=" + "9" * 370), ("engine", "vllm:block_size=" + "9" * 370)]
+)
+def test_what_no_float_holds_is_a_line(pair: tuple[str, str]) -> None:
+    status, html = called("/", [pair])
+    assert status == 400
+    assert "a number is too large" in html
+
+
+def test_cards_are_counted_once() -> None:
+    assert called("/", [("gpu", "h100-sxm:2"), ("cards", "1")])[0] == 200  # as the form sends it
+    status, html = called("/", [("gpu", "h100-sxm:2"), ("cards", "4")])
+    assert status == 400
+    assert "give the number of cards once" in html
+
+
+@pytest.mark.parametrize("path", ["/", "/api"])
+def test_a_client_that_has_left_is_not_computed_for(path: str, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(serve, "answer", lambda question: asked.append(question) or answer(question))
+    assert called(path, [("model", "gpt2")], gone=True) == (serve.LEFT, "")
+    assert asked == []
+    assert called(path, [("model", "gpt2")])[0] == 200
+    assert len(asked) == 1
+
+
+def test_what_was_typed_is_escaped() -> None:
+    evil = "<x-evil>&amp;"
+    own = {evil: replace(load_model("gpt2"), name=evil)}
+    for pairs in ([("model", evil)], [("model", evil), ("gpu", evil)], [(evil, evil)], [("method", evil)]):
+        html = called("/", pairs, own)[1]
+        assert "<x-evil" not in html
+        assert "&lt;x-evil" in html
+        assert "<h1>&lt;x-evil&gt;&amp;amp; on h100-sxm</h1>" in html or pairs[-1] != ("model", evil)
+        link = unescape(re.search(r'<a href="([^"]+)">Link to this page', html)[1])
+        if pairs[0][0] in ("model", "method"):
+            assert pairs[0] in parse_qsl(link[1:], keep_blank_values=True)
 
 
 def test_other_hosts_are_refused(url: str) -> None:

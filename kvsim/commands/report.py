@@ -72,6 +72,7 @@ def command(
         parse_reserve(reserve) if reserve is not None else None,
         question_price(card, count or 1) if price is None else given(card.id, price),
         specs or METHODS,
+        model_name,
     )
     try:
         found = answer(question)
