@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kvsim.capacity import RESERVE, held_share, largest_context, room
+from kvsim.capacity import held_share, largest_context, room
 from kvsim.engines import Engine
 from kvsim.estimate import IDEAL
 from kvsim.hardware import Hardware
