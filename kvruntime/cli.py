@@ -17,6 +17,8 @@ from click.core import ParameterSource
 
 from kvruntime.choose import SEED, chosen_method, chosen_methods, method_options, options
 from kvsim import __version__
+from kvsim.commandline import Group, one_line
+from kvsim.install import missing_hint
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,12 +47,12 @@ def run(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("kvruntime", "kvsim"):
             raise
-        message = f"{error}: install the runtime with pip install 'kvsim[runtime]'"
-    print("kvruntime: error: " + " ".join(message.split()), file=sys.stderr)
+        message = f"{error}{missing_hint(error.name)}"
+    print(f"kvruntime: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="kvruntime")
 @click.pass_context
 def cli(context: click.Context) -> None:

@@ -11,6 +11,7 @@ from kvruntime.bench.report import MIB, baseline, compression, groups
 from kvruntime.bench.results import Row
 from kvruntime.disk import replace_file
 from kvruntime.speed_plot import speed_panels
+from kvsim.install import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plot needs matplotlib: pip install 'kvsim[plot]'") from None
+        raise ValueError(f"plot needs matplotlib: {install_hint('plot')}") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

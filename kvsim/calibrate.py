@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from kvsim.install import install_hint
 from kvsim.profile import Profile, load_profile
 
 NEEDED = ("kvruntime", "torch")
@@ -24,9 +25,7 @@ def calibrate(
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ValueError(
-            f"calibrate needs the runtime, {' and '.join(missing)} not found: pip install 'kvsim[runtime]'"
-        )
+        raise ValueError(f"calibrate needs the runtime, {' and '.join(missing)} not found: {install_hint('runtime')}")
     command = [sys.executable, "-m", "kvruntime", "calibrate", "--out", str(out), "--seconds", str(seconds)]
     command += ["--device", device] if device else []
     failure = ""

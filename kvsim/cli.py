@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import click
 
 from kvsim import __version__
+from kvsim.commandline import one_line
 from kvsim.commands import LazyGroup
 
 
@@ -41,7 +42,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         message = error.format_message()
     except (ValueError, LookupError, OSError) as error:
         message = str(error)
-    print("kvsim: error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"kvsim: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvsim.estimate import Estimate
+from kvsim.install import install_hint
 from kvsim.report import unit
 
 FORMATS = (".png", ".svg")
@@ -25,7 +26,7 @@ def draw(rows: Sequence[Estimate], title: str, path: Path) -> None:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, NullFormatter
     except ImportError:
-        raise ValueError("plot needs matplotlib: pip install 'kvsim[plot]'") from None
+        raise ValueError(f"plot needs matplotlib: {install_hint('plot')}") from None
 
     name, scale = unit(max(row.nbytes for row in rows))
     figure = Figure(figsize=(10, 4.2), layout="constrained")

@@ -19,6 +19,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from kvsim.install import install_hint
 from kvsim.sweep import NOT_MODELLED, Cell, Chunk, Grid, evaluate, spread
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def suffix(path: Path) -> str:
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise ValueError("Parquet needs pyarrow: pip install 'kvsim[parquet]' (or write .csv or .json)") from None
+            hint = install_hint("parquet")
+            raise ValueError(f"Parquet needs pyarrow: {hint} (or write .csv or .json)") from None
     return kind
 
 

@@ -19,6 +19,7 @@ from kvruntime import selfcheck as checking  # noqa: E402
 from kvruntime.bench import commands  # noqa: E402
 from kvruntime.bench import run as running  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
+from kvsim.install import install_hint  # noqa: E402
 from kvsim.layout import nbytes  # noqa: E402
 from kvsim.methods import make_method  # noqa: E402
 
@@ -130,7 +131,7 @@ def test_peers_that_are_missing_are_recorded(folder, here, capsys, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
     monkeypatch.setattr(commands, "find_peers", peers.find_peers)
     assert run(bench(folder, "--only", "memory", "--peers", "--residual-length", "32")) == 0
-    assert "pip install 'kvsim[peers]'" in capsys.readouterr().out
+    assert install_hint("peers") in capsys.readouterr().out
     rows = json.loads((here / "kvruntime-bench.json").read_text())["rows"]
     assert {row["package"] for row in rows if row["kind"] == "missing"} >= {"optimum-quanto", "hqq", "tiny-turboquant"}
 

@@ -19,6 +19,7 @@ from kvsim.capacity import room  # noqa: E402
 from kvsim.cli import run  # noqa: E402
 from kvsim.estimate import estimate  # noqa: E402
 from kvsim.hardware import find_hardware  # noqa: E402
+from kvsim.install import install_hint  # noqa: E402
 from kvsim.load import load_model  # noqa: E402
 from kvsim.methods import METHODS, make_method  # noqa: E402
 from kvsim.sweep import Grid, chunks, evaluate, parse_axis  # noqa: E402
@@ -161,7 +162,7 @@ def test_parquet_holds_the_same(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     assert run(["sweep", "--model", "gpt2", "--out", str(tmp_path / "a.parquet")]) == 2
-    assert "pip install 'kvsim[parquet]'" in capfd.readouterr().err
+    assert install_hint("parquet") in capfd.readouterr().err
 
 
 class InterruptedError_(Exception):

@@ -12,6 +12,7 @@ import torch
 
 from kvruntime.buffers import GROW_TOKENS
 from kvruntime.layers import make_layer
+from kvsim.install import install_hint
 from kvsim.layout import LayerShape
 from kvsim.methods import Full, Kivi, kivi_seed
 from validation import cli, compare, predict
@@ -193,5 +194,5 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     assert cli.run(["speed"]) == 2
     err = capsys.readouterr().err
     assert "torch" in err
-    assert "pip install 'kvsim[runtime]'" in err
+    assert install_hint("runtime") in err
     assert err.count("\n") == 1

@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from kvruntime.disk import json_text
+from kvsim.commandline import Group, one_line
+from kvsim.install import missing_hint
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
 from kvsim.options import parse_sizes
@@ -44,8 +46,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("validation", "kvruntime", "kvsim"):
             raise
-        message = f"{error}: install the runtime with pip install 'kvsim[runtime]'"
-    print(f"validation: error: {' '.join(message.split())}", file=sys.stderr)
+        message = f"{error}{missing_hint(error.name)}"
+    print(f"validation: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
@@ -64,7 +66,7 @@ def recording(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """What kvsim predicts beside what this machine says."""

@@ -27,6 +27,7 @@ from kvruntime.choose import MOST
 from kvruntime.eval.text import load_text, token_windows
 from kvruntime.pull import pulled
 from kvruntime.weights import Loaded, Source, load, pick_device, resolve
+from kvsim.install import install_hint
 from kvsim.layout import Method
 from kvsim.methods import Kivi
 from kvsim.options import parse_dtype, parse_sizes
@@ -232,7 +233,7 @@ def _contenders(methods: list[Method], peers: bool) -> tuple[list[Contender], li
         there, missing = find_peers()
         contenders += there
         for row in missing:
-            say(f"{row['method']} is left out: {row['package']} is not installed: {row['install']}")
+            say(f"{row['method']} is left out: {row['package']} is not installed: {install_hint('peers')}")
         for peer in there:
             say(f"{peer.name}: {peer.package} {package_version(peer.package)}")
     return contenders, list(missing)

@@ -14,7 +14,6 @@ from typing import Any
 
 from kvruntime.bench.contenders import Contender, plain_attention, stock
 
-INSTALL = "pip install 'kvsim[peers]'"
 NBITS, GROUP_SIZE, RESIDUAL_LENGTH = 2, 64, 128
 
 
@@ -78,7 +77,7 @@ PEERS: dict[str, tuple[str, str, Callable[[], Contender]]] = {
 
 
 def find_peers() -> tuple[list[Contender], list[dict[str, str]]]:
-    """``(contenders that are installed, rows that say which are not and what installs them)``."""
+    """``(contenders that are installed, rows that say which are not)``."""
     there, missing = [], []
     for name, (distribution, module, make) in PEERS.items():
         try:
@@ -88,7 +87,7 @@ def find_peers() -> tuple[list[Contender], list[dict[str, str]]]:
         if installed:
             there.append(make())
         else:
-            missing.append({"kind": "missing", "method": name, "package": distribution, "install": INSTALL})
+            missing.append({"kind": "missing", "method": name, "package": distribution})
     return there, missing
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvruntime.bench.results import Row
+from kvsim.install import install_hint
 
 MIB = 1 << 20
 BASE = ("fp16", "bf16", "fp32")
@@ -103,7 +104,7 @@ def axes_table(group: list[Row]) -> str:
 def note(row: Row) -> str:
     """One line on a measurement that is not there."""
     if row["kind"] == "missing":
-        return f"missing: {row['method']} needs {row['package']}: {row['install']}"
+        return f"missing: {row['method']} needs {row['package']}: {install_hint('peers')}"
     if row["kind"] == "skipped":
         return f"skipped: {row['what']}: {row['reason']}"
     return f"failed: {row['kind']} {row.get('method', '')} {row.get('num_tokens', '')}: {row['failed']}"

@@ -6,6 +6,8 @@ from importlib import import_module
 
 import click
 
+from kvsim.commandline import Command, Group
+
 LAZY: dict[str, str] = {
     "estimate": "Bytes of the cache: stored, read per step; what fits on a card; the time of a token.",
     "compare": "Methods down, contexts across; with --engines what each engine takes, and why.",
@@ -24,7 +26,7 @@ LAZY: dict[str, str] = {
 """Name -> one-line help.  ``kvsim.commands.<name>`` holds the command itself, as ``command``."""
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group that knows the commands of :data:`LAZY` by name and help, and imports one only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -34,8 +36,8 @@ class LazyGroup(click.Group):
         if cmd_name not in LAZY:
             return super().get_command(ctx, cmd_name)
         command = import_module(f"kvsim.commands.{cmd_name}").command
-        if not isinstance(command, click.Command):
-            raise TypeError(f"kvsim.commands.{cmd_name}.command is no click command")
+        if not isinstance(command, Command):
+            raise TypeError(f"kvsim.commands.{cmd_name}.command is no {Command.__module__}.Command")
         return command
 
     def resolve_command(

@@ -10,6 +10,7 @@ import click
 
 from kvsim import report
 from kvsim.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, by_context, by_money
+from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.options import choose_methods, left_out, parse_reserve, parse_sizes
@@ -21,7 +22,7 @@ METHODS = ("fp8", "kivi:nbits=4", "kivi:nbits=2")
 AGAINST = ("fp16", "fp8")
 
 
-@click.command("breakeven")
+@click.command("breakeven", cls=Command)
 @click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
 @click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
 @click.option("--method", "specs", multiple=True, help=f"Method; repeatable.  [default: {', '.join(METHODS)}]")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from kvsim.commandline import Command
 
-@click.command("calibrate")
+
+@click.command("calibrate", cls=Command)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("profile.json"), show_default=True, help="Profile to write."
 )

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from kvsim import report
+from kvsim.commandline import Command
 from kvsim.commands.flags import (
     Chosen,
     batch_option,
@@ -31,7 +32,7 @@ from kvsim.schema import envelope, model_object, row_object
 COMPARE_METHODS = ("kivi:nbits=8", "kivi:nbits=4", "kivi:nbits=2", "kivi:nbits=2,group_size=64", "kivi-seed")
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @model_option
 @click.option("--ctx", default="1k,8k,32k,128k", show_default=True, help="Tokens a sequence, commas between several.")
 @batch_option

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from kvsim import catalog, report
+from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
 from kvsim.doctor import Log, diagnose, draft_of, engine_of, model_of
 from kvsim.hardware import find_hardware
@@ -23,7 +24,7 @@ LOG_NBYTES = 1 << 24
 """A boot prints a few hundred kilobytes; requests follow it."""
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @click.option("--log", "log", required=True, help="Boot log of vLLM or llama.cpp; - reads standard input.")
 @click.option("--model", "model_name", help="Model to predict.  [default: as the log names it]")
 @click.option("--gpu", help="Card, where the log does not say its memory.")

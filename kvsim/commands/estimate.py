@@ -10,6 +10,7 @@ import click
 
 from kvsim import report
 from kvsim.capacity import Room, held_share, largest_batch, largest_context, room
+from kvsim.commandline import Command
 from kvsim.commands.flags import (
     Chosen,
     batch_option,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from kvsim.roofline import Constants
 
 
-@click.command("estimate")
+@click.command("estimate", cls=Command)
 @model_option
 @click.option("--ctx", help="Tokens a sequence: 4096, 128k, 1M.  [default: --max-model-len, else 4k]")
 @click.option("--max-model-len", help="Longest sequence, as vLLM reads it: 32k is 32000, 32K 32768.")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from kvsim import report
+from kvsim.commandline import Command
 from kvsim.commands.flags import (
     Chosen,
     batch_option,
@@ -25,7 +26,7 @@ from kvsim.options import Value, parse_size
 from kvsim.schema import envelope, formulas_object, model_object, row_object
 
 
-@click.command("explain")
+@click.command("explain", cls=Command)
 @model_option
 @click.option("--ctx", default="4k", show_default=True, help="Tokens a sequence: 4096, 128k, 1M.")
 @batch_option

@@ -7,12 +7,13 @@ from dataclasses import asdict
 import click
 
 from kvsim import catalog, report
+from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.schema import envelope
 
 
-@click.command("hardware")
+@click.command("hardware", cls=Command)
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:

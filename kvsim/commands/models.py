@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 
 from kvsim import catalog, report
+from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
 from kvsim.model import Model
 from kvsim.schema import envelope, model_object
 
 
-@click.command("models")
+@click.command("models", cls=Command)
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:

@@ -11,9 +11,11 @@ import click
 
 from kvsim import report
 from kvsim.capacity import held_share
+from kvsim.commandline import Command
 from kvsim.commands.flags import choose_weights, own_cache
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
+from kvsim.install import install_hint
 from kvsim.lengths import Lengths, constant, parse_lengths
 from kvsim.load import load_model
 from kvsim.memory_risk import OCCUPANCIES
@@ -26,7 +28,7 @@ from kvsim.quantization import WEIGHT_DTYPES, kv_method
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
 @click.option(
     "--gpu",
@@ -105,7 +107,7 @@ def command(
     try:
         import numpy  # noqa: F401
     except ImportError:
-        raise ValueError("plan needs numpy: pip install 'kvsim[plan]'") from None
+        raise ValueError(f"plan needs numpy: {install_hint('plan')}") from None
     if weight_bits is not None and not 0 < weight_bits <= 64:
         raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
     weight_bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)

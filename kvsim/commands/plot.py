@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kvsim import report
+from kvsim.commandline import Command
 from kvsim.commands.compare import weighed_grid
 from kvsim.commands.flags import (
     batch_option,
@@ -23,7 +24,7 @@ from kvsim.schema import envelope, model_object, row_object
 PLOT_CONTEXTS = "128,256,512,1k,2k,4k,8k,16k,32k,64k,128k"
 
 
-@click.command("plot")
+@click.command("plot", cls=Command)
 @model_option
 @click.option("--ctx", default=PLOT_CONTEXTS, help="Tokens a sequence, commas between several.  [default: 128 to 128k]")
 @batch_option

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve, parse_size
@@ -19,7 +20,7 @@ from kvsim.quantities import parse_card, parse_serving
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
 @click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
 @click.option(

@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from kvsim import catalog
+from kvsim.commandline import Command
+from kvsim.install import install_hint
 from kvsim.load import load_model
 from kvsim.model import Model
 
 
-@click.command("serve")
+@click.command("serve", cls=Command)
 @click.option("--model", "model_name", help="Model to begin with: catalogue name, config.json, directory, or hub id.")
 @click.option("--gpu", help="Card to begin with.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port; 0: any free one.")
@@ -28,7 +30,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise ValueError("serve needs starlette and uvicorn: pip install 'kvsim[serve]'") from None
+        raise ValueError(f"serve needs starlette and uvicorn: {install_hint('serve')}") from None
     from kvsim.page import NOT_MODELLED
     from kvsim.quantities import parse_card
     from kvsim.serve import Asked, app, serve

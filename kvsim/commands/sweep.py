@@ -14,8 +14,10 @@ from typing import Any
 import click
 
 from kvsim import catalog
+from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
+from kvsim.install import install_hint
 from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve
 
@@ -45,7 +47,7 @@ class Meter:
         sys.stderr.flush()
 
 
-@click.command("sweep")
+@click.command("sweep", cls=Command)
 @click.option("--model", "names", multiple=True, required=True, help="Model; repeatable; 'all': the whole catalogue.")
 @click.option("--method", "specs", multiple=True, help="Method, as in estimate; repeatable.  [default: fp16 and kivi]")
 @click.option(
@@ -86,7 +88,7 @@ def command(
     try:
         import numpy  # noqa: F401
     except ImportError:
-        raise ValueError("sweep needs numpy: pip install 'kvsim[plan]'") from None
+        raise ValueError(f"sweep needs numpy: {install_hint('plan')}") from None
     from kvsim import rowfile
     from kvsim.quantities import parse_serving
     from kvsim.sweep import NOT_MODELLED, Grid, parse_axis
