@@ -28,7 +28,8 @@ import torch.nn.functional as F
 
 from kvruntime.bench.results import check_writable, describe
 from kvruntime.bench.timing import timed_passes
-from kvruntime.disk import json_text, replace_file
+from kvruntime.disk import json_text
+from kvsim.atomic import replace_file
 from kvsim.attention_curve import Curve, Kernel
 from kvsim.profile import SCHEMA
 from kvsim.roofline import constants

@@ -5,28 +5,34 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
+
+SYNCS_AT_ONCE = 16
+"""A file system commits what several ask for together: twenty times as fast as one after another."""
 
 Content = bytes | str | Callable[[IO[bytes]], object]
 
 
-def replace_file(path: str | os.PathLike[str], content: Content, folder: Path | None = None) -> None:
+def replace_file(
+    path: str | os.PathLike[str], content: Content, *, folder: Path | None = None, sync: bool = True
+) -> None:
     """Writes ``content`` (bytes, text as UTF-8, or what it writes into the binary file it is called with) to ``path``.
 
     A reader, an error and a kill at any moment find the old file or the new one whole.  A link is followed; the mode
     of a file that was there is kept; a device or a pipe is written to.  ``folder``: where the file is written before
-    it is renamed (of the same file system; default: the path's own).
+    it is renamed (of the same file system; default: the path's own).  ``sync``: whether it reaches the disk before
+    the name does; what is left unsynced needs a digest, and :func:`sync_files` later.
     Raises ``ValueError`` with one line for a path that cannot be written; then the old file is as it was.
     """
     try:
-        _replace(Path(path), content, folder)
+        _replace(Path(path), content, folder, sync)
     except OSError as error:
         raise ValueError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from None
 
 
-def _replace(path: Path, content: Content, folder: Path | None) -> None:
+def _replace(path: Path, content: Content, folder: Path | None, sync: bool) -> None:
     target = Path(os.path.realpath(path))
     mode = None
     if target.exists():
@@ -35,8 +41,7 @@ def _replace(path: Path, content: Content, folder: Path | None) -> None:
             with open(target, "wb") as file:
                 _fill(file, content)
             return
-        with open(target, "r+b"):  # a directory, and what is protected against writing, are refused
-            pass
+        _open_to_write(target)
     temporary = (folder or target.parent) / f".{target.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -44,12 +49,28 @@ def _replace(path: Path, content: Content, folder: Path | None) -> None:
                 os.chmod(temporary, stat.S_IMODE(mode))
             _fill(file, content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(target.parent)
+    if sync:
+        _sync(target.parent)
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raises ``ValueError`` where a file is there that cannot be written, or a directory: before long work."""
+    try:
+        if os.path.exists(path):
+            _open_to_write(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {os.fspath(path)}: {error.strerror or error}") from None
+
+
+def _open_to_write(path: str | os.PathLike[str]) -> None:
+    with open(path, "r+b"):
+        pass
 
 
 def _fill(file: IO[bytes], content: Content) -> None:
@@ -59,11 +80,25 @@ def _fill(file: IO[bytes], content: Content) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Has the names in ``folder`` reach the disk, where a system can be asked to."""
+def sync_files(paths: Sequence[Path]) -> None:
+    """Has files of one folder, and their names, reach the disk.  Raises ``ValueError`` where they cannot."""
+    if not paths:
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    try:
+        with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+            list(pool.map(_sync, paths))
+        _sync(paths[0].parent)
+    except OSError as error:
+        raise ValueError(f"cannot write {paths[0].parent}: {error.strerror or error}") from None
+
+
+def _sync(path: Path) -> None:
+    """Of a file its content, of a folder its names, where a system can be asked to."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

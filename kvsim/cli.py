@@ -40,7 +40,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 130
     except click.ClickException as error:
         message = error.format_message()
-    except (ValueError, LookupError, OSError) as error:
+    except OSError as error:
+        message = ": ".join(str(each) for each in (error.filename, error.strerror or error) if each)
+    except (ValueError, LookupError) as error:
         message = str(error)
     print(f"kvsim: error: {one_line(message)}", file=sys.stderr)
     return 2

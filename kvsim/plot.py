@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvsim.atomic import replace_file
 from kvsim.estimate import Estimate
 from kvsim.install import install_hint
 from kvsim.report import unit
@@ -22,6 +23,7 @@ def draw(rows: Sequence[Estimate], title: str, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"output {str(path)!r}: no directory {str(path.parent)!r}")
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -51,10 +53,10 @@ def draw(rows: Sequence[Estimate], title: str, path: Path) -> None:
     ratios.set_ylim(bottom=0)
     sizes.legend()
     figure.suptitle(title)
-    try:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
-    except OSError as error:
-        raise ValueError(f"output {str(path)!r} cannot be written: {error.strerror}") from None
+    kind = path.suffix.lower().lstrip(".")
+    metadata = {"Date": None} if kind == "svg" else None
+    with rc_context({"svg.hashsalt": "kvsim"}):  # the same rows are the same bytes
+        replace_file(path, lambda file: figure.savefig(file, format=kind, dpi=150, metadata=metadata))
 
 
 def _tokens(ctx: int) -> str:

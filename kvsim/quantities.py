@@ -38,6 +38,12 @@ def parse_share(text: str, what: str) -> float:
     return share
 
 
+def check_weight_bits(bits: float | None) -> None:
+    """Raises ``ValueError`` for bits a weight that cannot be; ``None`` stands for the model's own."""
+    if bits is not None and not 0 < bits <= 64:
+        raise ValueError(f"weight-bits {bits:g}: allowed are above 0 to 64")
+
+
 def parse_card(text: str) -> tuple[Hardware, int | None]:
     """``h100-sxm`` or ``h100-sxm:2``: a card, and how many share the model.  Raises ``LookupError``, ``ValueError``."""
     name, colon, count = text.partition(":")

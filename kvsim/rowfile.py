@@ -1,8 +1,9 @@
 """Rows of a sweep as a file: CSV, JSON or Parquet, by the file's suffix; written in parts, so that a sweep resumes.
 
-Each chunk becomes one part, put in place by a rename; parts lie in ``<file>.parts`` beside a description of the
-grid.  A sweep that was interrupted goes on with the chunks that are missing, and refuses where the description is
-another grid's.  When all are there they are joined into one file, again put in place by a rename.
+Each chunk becomes one part, put in place whole and sealed with a digest; parts lie in ``<file>.parts`` beside a
+description of what they were computed from.  A sweep that was interrupted goes on with the chunks that are missing or
+broken, and refuses where the description is another's.  When all are there they are checked and joined into one file,
+again put in place whole.  One process at a time writes a file: it holds a lock on the folder of parts.
 
 Text is laid out with NumPy: every column becomes a matrix of digits, and leading zeros are cut out.
 """
@@ -12,15 +13,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
 from functools import partial
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
+from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
 
+from kvsim.atomic import check_replaceable, replace_file, sync_files
 from kvsim.install import install_hint
-from kvsim.sweep import NOT_MODELLED, Cell, Chunk, Grid, evaluate, spread
+from kvsim.sweep import NOT_MODELLED, Cell, Chunk, Grid, evaluate, origin, spread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +51,9 @@ DECIMALS = 9
 
 SLAB_ROWS = 1 << 13
 """Rows laid out at a time: their digits stay in the processor's cache."""
+
+SYNC_SECONDS = 1.0
+"""Between syncs of the parts written meanwhile: one by one they would take longer than small chunks themselves."""
 
 PARQUET: dict[str, Any] = {"compression": "snappy", "use_dictionary": ["model", "method", "gpu"]}
 
@@ -76,26 +84,37 @@ def write(
 ) -> int:
     """Sweeps ``grid`` into ``path`` and returns the number of chunks that were already there.
 
-    ``inputs`` describes the grid (JSON); the parts of a file with other inputs are refused with ``ValueError``.
-    ``progress(done, total)`` is told of chunks.
+    ``inputs`` describes the grid (JSON).  ``progress(done, total)`` is told of chunks.  Raises ``ValueError`` where
+    the path cannot be written, another process writes it, or its parts were computed from something else.
     """
     kind = suffix(path)
+    check_replaceable(path)
     parts = path.with_name(path.name + ".parts")
-    _claim(parts, {"schema": "kvsim.sweep/1", "kind": kind, "chunks": grid.num_chunks, "inputs": inputs})
-    missing = [index for index in range(grid.num_chunks) if not _part(parts, index).exists()]
-    there = grid.num_chunks - len(missing)
-    for done, (index, content) in enumerate(spread(partial(_encoded, grid, kind), missing, executor, ahead), there + 1):
-        _put(_part(parts, index), lambda file, content=content: file.write(content))  # type: ignore[misc]
-        if progress is not None:
-            progress(done, grid.num_chunks)
-    files = [_part(parts, index) for index in range(grid.num_chunks)]
-    joined: dict[str, Callable[[list[Path], IO[bytes]], None]] = {
-        "csv": _join_csv,
-        "json": partial(_join_json, grid, inputs),
-        "parquet": _join_parquet,
-    }
-    _put(path, partial(joined[kind], files))
-    shutil.rmtree(parts)
+    with _locked(parts, path):
+        _claim(parts, {"kind": kind, "inputs": inputs, **origin(grid)})
+        missing = [index for index in range(grid.num_chunks) if _content(_part(parts, index)) is None]
+        there = grid.num_chunks - len(missing)
+        encoded = spread(partial(_encoded, grid, kind), missing, executor, ahead)
+        unsynced: list[Path] = []
+        synced = monotonic()
+        for done, (index, content) in enumerate(encoded, there + 1):
+            replace_file(_part(parts, index), _sealed(content), sync=False)
+            unsynced.append(_part(parts, index))
+            if monotonic() - synced > SYNC_SECONDS or done == grid.num_chunks:
+                sync_files(unsynced)
+                unsynced, synced = [], monotonic()
+            if progress is not None:
+                progress(done, grid.num_chunks)
+        joined: dict[str, Callable[[Iterable[bytes], IO[bytes]], None]] = {
+            "csv": _join_csv,
+            "json": partial(_join_json, grid, inputs),
+            "parquet": _join_parquet,
+        }
+        contents = (_whole(_part(parts, index)) for index in range(grid.num_chunks))
+        replace_file(path, lambda out: joined[kind](contents, out), folder=parts)
+        for part in parts.glob("*.part"):  # before what says of what they are
+            part.unlink()
+        shutil.rmtree(parts)
     return there
 
 
@@ -108,34 +127,111 @@ def stream(grid: Grid, inputs: dict[str, Any], out: IO[bytes]) -> None:
     out.write(b"\n]}\n")
 
 
-def _claim(parts: Path, description: dict[str, Any]) -> None:
-    """Makes the folder of parts this grid's, or raises ``ValueError`` where it is another's."""
-    label = parts / "grid.json"
-    text = json.dumps(description, indent=1)
-    if label.exists():
-        if label.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{parts} holds parts of another sweep: give the same grid, another --out, or remove it")
+@contextmanager
+def _locked(parts: Path, path: Path) -> Iterator[None]:
+    """The folder of parts, made where it is not there, for this process alone; the lock ends with the process.
+
+    Raises ``ValueError`` where another holds it.  A system without such locks has none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        _make(parts, path)
+        yield
         return
+    descriptor = -1
+    while descriptor < 0:
+        _make(parts, path)
+        descriptor = _lock(fcntl, parts, path)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # where nothing was computed
+            parts.rmdir()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(fcntl: Any, parts: Path, path: Path) -> int:
+    """The descriptor that holds the lock; -1 where another process has just removed the folder, its file being whole.
+
+    Raises ``ValueError`` where another process holds it.
+    """
+    try:
+        descriptor = os.open(parts, os.O_RDONLY)
+    except FileNotFoundError:
+        return -1
+    held = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(descriptor), os.stat(parts))
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        raise ValueError(f"another sweep writes {path}: let it end, or give another --out") from None
+    except OSError as error:
+        raise ValueError(f"cannot lock {parts}: {error.strerror}") from None
+    finally:
+        if not held:
+            os.close(descriptor)
+    return descriptor if held else -1
+
+
+def _make(parts: Path, path: Path) -> None:
     try:
         parts.mkdir(exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write {parts.with_suffix('')}: {error.strerror}") from None
-    _put(label, lambda file: file.write(text.encode()))
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _claim(parts: Path, description: dict[str, Any]) -> None:
+    """Makes the folder of parts this sweep's.  Raises ``ValueError`` where it is another's, saying what differs."""
+    label, mine = parts / "origin.json", json.loads(json.dumps(description))
+    advice = "give the same again, another --out, or remove it"
+    if label.exists():
+        try:
+            theirs = json.loads(label.read_text(encoding="utf-8"))
+        except ValueError:
+            theirs = None
+        if not isinstance(theirs, dict):
+            raise ValueError(f"{parts} does not say what its parts were computed from: {advice}")
+        other = [name for name in mine if theirs.get(name) != mine[name]]
+        if other:
+            raise ValueError(f"{parts} holds parts of another sweep ({', '.join(other)} changed): {advice}")
+        return
+    if any(parts.glob("*.part")):
+        raise ValueError(f"{parts} does not say what its parts were computed from: {advice}")
+    replace_file(label, json.dumps(mine, indent=1) + "\n")
 
 
 def _part(parts: Path, index: int) -> Path:
     return parts / f"{index:09d}.part"
 
 
-def _put(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _sealed(content: bytes) -> bytes:
+    """A part: a line with the digest of what follows, and that."""
+    return _digest(content) + b"\n" + content
+
+
+def _digest(content: bytes) -> bytes:
+    return blake2b(content, digest_size=16).hexdigest().encode()
+
+
+def _content(part: Path) -> bytes | None:
+    """What a part holds; ``None`` where it is not there or not whole."""
     try:
-        with open(temporary, "wb") as file:
-            fill(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        digest, _, content = part.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    return content if content and digest == _digest(content) else None
+
+
+def _whole(part: Path) -> bytes:
+    content = _content(part)
+    if content is None:
+        raise ValueError(f"{part} was changed while the sweep ran: the same command makes it again")
+    return content
 
 
 def _encoded(grid: Grid, kind: str, index: int) -> bytes:
@@ -239,25 +335,10 @@ def _digits(column: NDArray[np.int64], decimals: int) -> tuple[NDArray[np.uint8]
     return text, keep
 
 
-def _join_csv(files: list[Path], out: IO[bytes]) -> None:
+def _join_csv(contents: Iterable[bytes], out: IO[bytes]) -> None:
     out.write((",".join(COLUMNS) + "\n").encode())
-    for file in files:
-        _append(file, out)
-
-
-def _append(file: Path, out: IO[bytes]) -> None:
-    """Adds a file's bytes, without a way through this process where the system can."""
-    out.flush()
-    with open(file, "rb") as part:
-        left = os.fstat(part.fileno()).st_size
-        try:
-            while left:
-                left -= os.copy_file_range(part.fileno(), out.fileno(), left)
-            out.seek(0, os.SEEK_END)
-        except (AttributeError, OSError):  # not on this system, or not on these files
-            out.seek(0, os.SEEK_END)
-            part.seek(-left, os.SEEK_END)
-            shutil.copyfileobj(part, out, 1 << 20)
+    for content in contents:
+        out.write(content)
 
 
 def _json_head(grid: Grid, inputs: dict[str, Any]) -> bytes:
@@ -265,12 +346,13 @@ def _json_head(grid: Grid, inputs: dict[str, Any]) -> bytes:
     return f'{json.dumps(head)[:-1]},\n"rows": [\n'.encode()
 
 
-def _join_json(grid: Grid, inputs: dict[str, Any], files: list[Path], out: IO[bytes]) -> None:
+def _join_json(grid: Grid, inputs: dict[str, Any], contents: Iterable[bytes], out: IO[bytes]) -> None:
     out.write(_json_head(grid, inputs))
-    for file in files:
-        _append(file, out)
-    out.seek(-2, os.SEEK_CUR)  # the last comma
-    out.truncate()
+    before = b""
+    for content in contents:
+        out.write(before)
+        before = content
+    out.write(before[:-2])  # without the last comma
     out.write(b"\n]}\n")
 
 
@@ -301,12 +383,12 @@ def _zeros(rows: int) -> NDArray[np.int32]:
     return np.zeros(rows, np.int32)
 
 
-def _join_parquet(files: list[Path], out: IO[bytes]) -> None:
+def _join_parquet(contents: Iterable[bytes], out: IO[bytes]) -> None:
     import pyarrow.parquet as pq
 
     writer = None
-    for file in files:
-        table = pq.read_table(file)
+    for content in contents:
+        table = pq.read_table(BytesIO(content))
         if writer is None:
             writer = pq.ParquetWriter(out, table.schema, **PARQUET)
         writer.write_table(table)

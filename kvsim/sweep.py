@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, TypeVar
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsim.engines import Engine
 from kvsim.estimate import estimate
@@ -21,8 +23,8 @@ from kvsim.layout import Method
 from kvsim.model import Model
 from kvsim.options import parse_size, parse_sizes
 from kvsim.plan import NoRoomError, site
-from kvsim.quantities import parse_serving
-from kvsim.timing import decode_seconds, decode_step
+from kvsim.quantities import check_weight_bits, parse_serving
+from kvsim.timing import constants, decode_seconds, decode_step
 from kvsim.traced import Vectorized
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class Grid:
     ``contexts`` (tokens) and ``batches`` (sequences) are tuples or ranges of numbers from 1.  ``cards`` may be
     empty: bytes only.  ``weight_bits``: bits a weight (``None``: the config's).  ``reserve``: share of a card's
     memory held back (``None``: as the engine does).  ``engine``: whose bytes, ``vllm:block_size=32``.  Raises
-    ``ValueError`` for an empty axis, a number below 1, or bytes beyond int64.
+    ``ValueError`` for an empty axis, a number below 1, bits or a share that cannot be, or bytes beyond int64.
     """
 
     models: tuple[Model, ...]
@@ -108,6 +110,9 @@ class Grid:
         for name, axis in (("contexts", self.contexts), ("batches", self.batches)):
             if _ends(axis)[0] < 1:
                 raise ValueError(f"{name} {_ends(axis)[0]}: allowed are 1 and above")
+        check_weight_bits(self.weight_bits)
+        if self.reserve is not None and not 0 <= self.reserve < 1:
+            raise ValueError(f"reserve {self.reserve:g}: allowed are 0 to below 1")
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -267,6 +272,44 @@ def _formulas(model: Model, method: Method, engine: Engine) -> tuple[Vectorized,
         return Vectorized(lambda batch, tokens: getattr(estimate(model, method, batch, tokens, engine), quantity))
 
     return tuple(map(formula, QUANTITIES))
+
+
+def origin(grid: Grid) -> dict[str, Any]:
+    """What the rows of a grid are computed from, in JSON: the same again are the same rows, chunk by chunk.
+
+    Models, methods, cards, axes and constants of time as they are, not as they are named; the version of kvsim and
+    its own files.
+    """
+    from kvsim import __version__
+
+    cells = [(cell.engine, cell.available_nbytes, cell.timed, cell.notes) for cell in grid.cells]
+    return {
+        "models": [[model.name, _digest(model)] for model in grid.models],
+        "methods": [[method.name, _digest(method)] for method in grid.methods],
+        "cards": [[card.id, _digest(card)] for card in grid.cards],
+        "ctx": _digest(grid.contexts),
+        "batch": _digest(grid.batches),
+        "weights": grid.weight_bits,
+        "reserve": grid.reserve,
+        "engine": [grid.engine, _digest(cells)],
+        "chunks": [grid.num_chunks, *grid._blocks],
+        "constants of time": _digest(constants()),
+        "kvsim": [__version__, _digest_of_files()],
+    }
+
+
+def _digest(of: object) -> str:
+    """Of plain frozen data, by its ``repr``."""
+    return blake2b(repr(of).encode(), digest_size=16).hexdigest()
+
+
+def _digest_of_files() -> str:
+    """Of the code and the tables of kvsim."""
+    package, digest = Path(__file__).parent, blake2b(digest_size=16)
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".json"):
+            digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def chunks(grid: Grid, executor: Executor | None = None) -> Iterator[Chunk]:

@@ -101,7 +101,9 @@ def test_any_other_install_is_repeated_with_the_extra(
     assert install.install_hint("plan").startswith(f"python -m pip install {said}")
 
 
-@pytest.mark.parametrize(("module", "extra"), [("scipy.optimize", "validation"), ("torch", "runtime"), ("hqq", "peers")])
+@pytest.mark.parametrize(
+    ("module", "extra"), [("scipy.optimize", "validation"), ("torch", "runtime"), ("hqq", "peers")]
+)
 def test_a_missing_module_names_its_extra(module: str, extra: str) -> None:
     assert install.missing_hint(module) == f": install it with {install.install_hint(extra)}"
 

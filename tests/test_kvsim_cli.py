@@ -190,7 +190,7 @@ BAD = {
     "hardware nope": "unknown GPU 'nope'",
     "plot --model gpt2 -o {tmp}/none/x.png": "no directory",
     "plot --model gpt2 -o {tmp}/x.pdf": "allowed are names that end in .png or .svg",
-    "plot --model gpt2 -o {tmp}/folder.png": "cannot be written",
+    "plot --model gpt2 -o {tmp}/folder.png": "cannot write",
     "estimate --model {tmp}": "has no config.json",
     "estimate --model {tmp}/none.json": "no such file",
     "estimate --model {tmp}/broken.json": "is not valid JSON",

@@ -16,7 +16,7 @@ from kvsim.load import load_model
 from kvsim.options import choose_methods, left_out, parse_reserve, parse_sizes
 from kvsim.plan import NoRoomError
 from kvsim.prices import Price, given, lowest
-from kvsim.quantities import milliseconds, parse_card, parse_serving, parse_share
+from kvsim.quantities import check_weight_bits, milliseconds, parse_card, parse_serving, parse_share
 
 METHODS = ("fp8", "kivi:nbits=4", "kivi:nbits=2")
 AGAINST = ("fp16", "fp8")
@@ -63,8 +63,7 @@ def command(
     if reserve is not None:
         share = parse_reserve(reserve)
     least = parse_share(margin, "margin")
-    if weight_bits is not None and not 0 < weight_bits <= 64:
-        raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
+    check_weight_bits(weight_bits)
     runners: dict[str, Runner] = {}
     refusal = ""
     reasons: dict[str, str] = {}

@@ -25,7 +25,7 @@ from kvsim.options import (
     parse_value,
 )
 from kvsim.parallel import Sharding
-from kvsim.quantities import parse_card
+from kvsim.quantities import check_weight_bits, parse_card
 from kvsim.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -197,8 +197,9 @@ def choose_card(spec: str | None, sharding: Sharding) -> tuple[Hardware | None, 
 def choose_weights(bits: float | None, dtype: str | None, quantization: str | None) -> tuple[float | None, bool]:
     """Bits a weight, and whether they are those of the layers only.
 
-    Raises ``LookupError`` for an unknown name, ``ValueError`` for more than one flag.
+    Raises ``LookupError`` for an unknown name, ``ValueError`` for more than one flag or bits that cannot be.
     """
+    check_weight_bits(bits)
     given = [
         name for name, value in (("bits", bits), ("dtype", dtype), ("quantization", quantization)) if value is not None
     ]

@@ -108,8 +108,6 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"plan needs numpy: {install_hint('plan')}") from None
-    if weight_bits is not None and not 0 < weight_bits <= 64:
-        raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
     weight_bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)
     if price is not None:
         given("", price)

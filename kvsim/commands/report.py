@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import click
 
+from kvsim.atomic import replace_file
 from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.load import load_model
@@ -15,7 +15,7 @@ from kvsim.options import choose_methods, parse_reserve, parse_size
 from kvsim.page import NOT_MODELLED, Question, answer, as_json, json_object, question_price, report
 from kvsim.plan import NoRoomError
 from kvsim.prices import given
-from kvsim.quantities import parse_card, parse_serving
+from kvsim.quantities import check_weight_bits, parse_card, parse_serving
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
@@ -58,8 +58,7 @@ def command(
     Exit code 1 (and no file) where the weights alone do not fit.
     """
     card, count = parse_card(gpu)
-    if weight_bits is not None and not 0 < weight_bits <= 64:
-        raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
+    check_weight_bits(weight_bits)
     parse_serving(engine, card)
     question = Question(
         load_model(model_name),
@@ -86,18 +85,8 @@ def command(
     if as_object:
         click.echo(json.dumps(as_json(found), indent=2))
         return 0
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        if out.exists() and not out.is_file():  # a device or a pipe is written to, not replaced
-            temporary = out
-        temporary.write_text(report(found), encoding="utf-8")
-        if temporary != out:
-            os.replace(temporary, out)
-    except OSError as error:
-        raise ValueError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        if temporary != out:
-            temporary.unlink(missing_ok=True)
-    click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {out.stat().st_size / 1024:,.0f} KiB")
+    page = report(found).encode()
+    replace_file(out, page)
+    click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {len(page) / 1024:,.0f} KiB")
     click.echo("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
     return 0

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from kvsim.load import load_model
 from kvsim.options import choose_methods, parse_reserve
 
 REPORT_SECONDS = 2.0
+MAX_WORKERS = 1024
+GOES_ON = "the same command goes on from the chunks that are there"
 
 
 class Meter:
@@ -63,7 +65,7 @@ class Meter:
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write: .csv, .parquet or .json.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=1, show_default=True, help="Processes.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Without --out the rows as one JSON object, else a summary.")
 def command(
@@ -132,8 +134,12 @@ def command(
         with pool as executor:
             there = rowfile.write(grid, out, inputs, executor, meter, 4 * workers)
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from the chunks that are there", file=sys.stderr)
+        print(f"\nstopped: {GOES_ON}", file=sys.stderr)
         raise
+    except BrokenExecutor:
+        raise ValueError(f"a worker was killed (out of memory?): {GOES_ON}, and fewer --workers need less") from None
+    except MemoryError:
+        raise ValueError(f"out of memory: {GOES_ON}") from None
     seconds = time.monotonic() - start
     fresh = grid.num_rows * (grid.num_chunks - there) / grid.num_chunks
     if as_json:
