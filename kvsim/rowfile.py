@@ -1,6 +1,6 @@
 """Rows of a sweep as a file: CSV, JSON or Parquet, by the file's suffix; written in parts, so that a sweep resumes.
 
-Each chunk becomes one part, put in place whole and sealed with a digest; parts lie in ``<file>.parts`` beside a
+Each chunk becomes one part, put in place whole and sealed with a checksum; parts lie in ``<file>.parts`` beside a
 description of what they were computed from.  A sweep that was interrupted goes on with the chunks that are missing or
 broken, and refuses where the description is another's.  When all are there they are checked and joined into one file,
 again put in place whole.  One process at a time writes a file: it holds a lock on the folder of parts.
@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from functools import partial
-from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
+from zlib import crc32
 
 from kvsim.atomic import check_replaceable, replace_file, sync_files
 from kvsim.install import install_hint
@@ -54,6 +54,9 @@ SLAB_ROWS = 1 << 13
 
 SYNC_SECONDS = 1.0
 """Between syncs of the parts written meanwhile: one by one they would take longer than small chunks themselves."""
+
+BLOCK = 1 << 20
+"""Bytes of a part that are looked at together."""
 
 PARQUET: dict[str, Any] = {"compression": "snappy", "use_dictionary": ["model", "method", "gpu"]}
 
@@ -92,26 +95,26 @@ def write(
     parts = path.with_name(path.name + ".parts")
     with _locked(parts, path):
         _claim(parts, {"kind": kind, "inputs": inputs, **origin(grid)})
-        missing = [index for index in range(grid.num_chunks) if _content(_part(parts, index)) is None]
+        missing = [index for index in range(grid.num_chunks) if not _is_whole(_part(parts, index))]
         there = grid.num_chunks - len(missing)
         encoded = spread(partial(_encoded, grid, kind), missing, executor, ahead)
         unsynced: list[Path] = []
         synced = monotonic()
         for done, (index, content) in enumerate(encoded, there + 1):
-            replace_file(_part(parts, index), _sealed(content), sync=False)
+            replace_file(_part(parts, index), partial(_write_part, content), sync=False)
             unsynced.append(_part(parts, index))
             if monotonic() - synced > SYNC_SECONDS or done == grid.num_chunks:
                 sync_files(unsynced)
                 unsynced, synced = [], monotonic()
             if progress is not None:
                 progress(done, grid.num_chunks)
-        joined: dict[str, Callable[[Iterable[bytes], IO[bytes]], None]] = {
+        joined: dict[str, Callable[[Iterable[Path], IO[bytes]], None]] = {
             "csv": _join_csv,
             "json": partial(_join_json, grid, inputs),
             "parquet": _join_parquet,
         }
-        contents = (_whole(_part(parts, index)) for index in range(grid.num_chunks))
-        replace_file(path, lambda out: joined[kind](contents, out), folder=parts)
+        whole = _checked(_part(parts, index) for index in range(grid.num_chunks))
+        replace_file(path, partial(joined[kind], whole), folder=parts)
         for part in parts.glob("*.part"):  # before what says of what they are
             part.unlink()
         shutil.rmtree(parts)
@@ -209,29 +212,38 @@ def _part(parts: Path, index: int) -> Path:
     return parts / f"{index:09d}.part"
 
 
-def _sealed(content: bytes) -> bytes:
-    """A part: a line with the digest of what follows, and that."""
-    return _digest(content) + b"\n" + content
+def _seal(checksum: int, length: int) -> bytes:
+    """The first line of a part: of what follows, the CRC-32 and the length."""
+    return b"%08x %020d\n" % (checksum, length)
 
 
-def _digest(content: bytes) -> bytes:
-    return blake2b(content, digest_size=16).hexdigest().encode()
+SEAL = len(_seal(0, 0))
 
 
-def _content(part: Path) -> bytes | None:
-    """What a part holds; ``None`` where it is not there or not whole."""
+def _write_part(content: bytes, out: IO[bytes]) -> None:
+    out.write(_seal(crc32(content), len(content)))
+    out.write(content)
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there and holds what was sealed."""
+    checksum, length, block = 0, 0, memoryview(bytearray(BLOCK))
     try:
-        digest, _, content = part.read_bytes().partition(b"\n")
+        with open(part, "rb", buffering=0) as file:
+            seal = file.readline(SEAL)
+            while size := file.readinto(block):
+                checksum, length = crc32(block[:size], checksum), length + size
     except FileNotFoundError:
-        return None
-    return content if content and digest == _digest(content) else None
+        return False
+    return length > 0 and seal == _seal(checksum, length)
 
 
-def _whole(part: Path) -> bytes:
-    content = _content(part)
-    if content is None:
-        raise ValueError(f"{part} was changed while the sweep ran: the same command makes it again")
-    return content
+def _checked(parts: Iterable[Path]) -> Iterator[Path]:
+    """The parts, each after a look that it is whole.  Raises ``ValueError`` where one is not."""
+    for part in parts:
+        if not _is_whole(part):
+            raise ValueError(f"{part} was changed while the sweep ran: the same command makes it again")
+        yield part
 
 
 def _encoded(grid: Grid, kind: str, index: int) -> bytes:
@@ -335,10 +347,25 @@ def _digits(column: NDArray[np.int64], decimals: int) -> tuple[NDArray[np.uint8]
     return text, keep
 
 
-def _join_csv(contents: Iterable[bytes], out: IO[bytes]) -> None:
+def _join_csv(parts: Iterable[Path], out: IO[bytes]) -> None:
     out.write((",".join(COLUMNS) + "\n").encode())
-    for content in contents:
-        out.write(content)
+    for part in parts:
+        _append(part, out)
+
+
+def _append(part: Path, out: IO[bytes]) -> None:
+    """Adds what a part holds, without a way through this process where the system can."""
+    out.flush()
+    with open(part, "rb") as file:
+        at, end = SEAL, os.fstat(file.fileno()).st_size
+        try:
+            while at < end and (copied := os.copy_file_range(file.fileno(), out.fileno(), end - at, at)):
+                at += copied
+        except (AttributeError, OSError):  # not on this system, or not on these files
+            pass
+        out.seek(0, os.SEEK_END)
+        file.seek(at)
+        shutil.copyfileobj(file, out, BLOCK)
 
 
 def _json_head(grid: Grid, inputs: dict[str, Any]) -> bytes:
@@ -346,13 +373,12 @@ def _json_head(grid: Grid, inputs: dict[str, Any]) -> bytes:
     return f'{json.dumps(head)[:-1]},\n"rows": [\n'.encode()
 
 
-def _join_json(grid: Grid, inputs: dict[str, Any], contents: Iterable[bytes], out: IO[bytes]) -> None:
+def _join_json(grid: Grid, inputs: dict[str, Any], parts: Iterable[Path], out: IO[bytes]) -> None:
     out.write(_json_head(grid, inputs))
-    before = b""
-    for content in contents:
-        out.write(before)
-        before = content
-    out.write(before[:-2])  # without the last comma
+    for part in parts:
+        _append(part, out)
+    out.seek(-2, os.SEEK_CUR)  # the last comma
+    out.truncate()
     out.write(b"\n]}\n")
 
 
@@ -383,12 +409,12 @@ def _zeros(rows: int) -> NDArray[np.int32]:
     return np.zeros(rows, np.int32)
 
 
-def _join_parquet(contents: Iterable[bytes], out: IO[bytes]) -> None:
+def _join_parquet(parts: Iterable[Path], out: IO[bytes]) -> None:
     import pyarrow.parquet as pq
 
     writer = None
-    for content in contents:
-        table = pq.read_table(BytesIO(content))
+    for part in parts:
+        table = pq.read_table(BytesIO(part.read_bytes()[SEAL:]))
         if writer is None:
             writer = pq.ParquetWriter(out, table.schema, **PARQUET)
         writer.write_table(table)
