@@ -31,6 +31,7 @@ from kvruntime.bench.timing import timed_passes
 from kvruntime.disk import json_text
 from kvsim.atomic import replace_file
 from kvsim.attention_curve import Curve, Kernel
+from kvsim.calibrate import DAY
 from kvsim.profile import SCHEMA
 from kvsim.roofline import constants
 
@@ -42,7 +43,6 @@ CPU_SHAPES = ((1, 128), (1, 2048), (4, 512), (4, 2048))
 NUM_LAYERS = 8
 RUNTIME = "pytorch"
 """Whose kernels are measured: PyTorch's own products, norms and attention, none of this project's."""
-MOST_SECONDS = 86400
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def calibrate(
     """
     from kvruntime.weights import pick_device
 
-    if not 0 < seconds <= MOST_SECONDS:
-        raise ValueError(f"seconds {seconds:g}: allowed are numbers above 0, at most {MOST_SECONDS:,}")
+    if not 0 < seconds <= DAY:
+        raise ValueError(f"seconds {seconds:g}: allowed are above 0 to {DAY:,}")
     check_writable(out)
     place = torch.device(pick_device(device))
     started = time.perf_counter()

@@ -12,6 +12,9 @@ from kvsim.install import install_hint
 from kvsim.profile import Profile, load_profile
 
 NEEDED = ("kvruntime", "torch")
+DAY = 86_400
+"""Longest measurement, in seconds."""
+
 FAILED = "kvruntime: error: "
 
 
@@ -23,6 +26,8 @@ def calibrate(
     Runs ``python -m kvruntime calibrate`` and hands its progress to ``say``.  Raises ``ValueError`` where the runtime
     is not installed or fails.
     """
+    if not 0 < seconds <= DAY:
+        raise ValueError(f"seconds {seconds:g}: allowed are above 0 to {DAY:,}")
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ValueError(f"calibrate needs the runtime, {' and '.join(missing)} not found: {install_hint('runtime')}")

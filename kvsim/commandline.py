@@ -1,11 +1,15 @@
-"""What every command line here keeps to: an option that takes one value is given once, and an error is one line."""
+"""What every command line here keeps to: an option of one value is given once, numbers are finite, errors one line."""
 
 from __future__ import annotations
 
 from collections import Counter
+from math import isfinite
 
 import click
 
+from kvsim.options import LARGEST
+
+BITS_64 = (1 << 63) - 1
 LONGEST = 1000
 """Characters of an error's line; of a longer one the middle is left out."""
 
@@ -39,12 +43,35 @@ def _takes_one(option: click.Option) -> bool:
     return not option.multiple and not option.count and bool(not option.is_flag or option.secondary_opts)
 
 
+def refuse_boundless(command: click.Command, context: click.Context) -> None:
+    """Raises ``click.UsageError`` for a number that is not finite, or beyond what anything here is counted in.
+
+    What an option takes of the others, its command says.
+    """
+    for parameter in command.params:
+        given = context.params.get(parameter.name or "")
+        for value in given if isinstance(given, tuple) else (given,):
+            most = BITS_64 if parameter.name == "seed" else LARGEST
+            if isinstance(value, float) and not isfinite(value):
+                raise click.UsageError(f"{_name(parameter)} {value}: allowed are finite numbers", context)
+            if isinstance(value, int | float) and abs(value) > most:
+                text = f"{value}"
+                text = text if len(text) <= 30 else f"{text[:20]}... ({len(text)} digits)"
+                raise click.UsageError(f"{_name(parameter)} {text}: allowed are numbers up to {most:,}", context)
+
+
+def _name(parameter: click.Parameter) -> str:
+    return max(parameter.opts, key=len).lstrip("-")
+
+
 class Command(click.Command):
-    """A command whose options that take one value are given once."""
+    """A command whose options of one value are given once, and whose numbers are finite."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         refuse_repeated(self, ctx, args)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        refuse_boundless(self, ctx)
+        return rest
 
 
 class Group(click.Group):
@@ -55,4 +82,6 @@ class Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         refuse_repeated(self, ctx, args)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        refuse_boundless(self, ctx)
+        return rest

@@ -11,7 +11,7 @@ from math import exp, log
 from pathlib import Path
 from statistics import NormalDist
 
-from kvsim.options import parse_size
+from kvsim.options import LARGEST, parse_size
 from kvsim.regular_files import TRACE_NBYTES, read_text
 
 INPUT_COLUMNS = ("input_len", "input_length", "input_tokens", "prompt_len", "prompt_tokens", "num_prefill_tokens")
@@ -146,8 +146,10 @@ def parse_lengths(text: str, output_len: int) -> Lengths:
         mean, sigma = options["output_mean"], options["output_sigma"]
         points = _lognormal_points(mean, sigma, None, OUTPUT_POINTS)
         output = Lengths(tuple((length, 1, weight) for length, weight in points), f"mean {mean:g}, sigma {sigma:g}")
-    longest = int(options["max"]) if "max" in options else None
-    return lognormal(options["mean"], options["sigma"], output, longest)
+    longest = options.get("max")
+    if longest is not None and not 1 <= longest <= LARGEST:
+        raise ValueError(f"lengths max {longest:g}: allowed are 1 to {LARGEST:,} tokens")
+    return lognormal(options["mean"], options["sigma"], output, None if longest is None else int(longest))
 
 
 def read_trace(path: Path, output_len: int) -> Lengths:
@@ -187,8 +189,8 @@ def _read_trace(path: Path, output_len: int) -> Lengths:
                 pair = int(row[given]), int(row[made]) if made is not None else output_len
             except (ValueError, IndexError):
                 raise ValueError(f"{path} line {reader.line_num}: no whole numbers of tokens") from None
-            if min(pair) < 0:
-                raise ValueError(f"{path} line {reader.line_num}: lengths below 0")
+            if min(pair) < 0 or max(pair) > LARGEST:
+                raise ValueError(f"{path} line {reader.line_num}: allowed are lengths from 0 to {LARGEST:,}")
             pairs[max(1, pair[0]), max(1, pair[1])] += 1
     total = sum(pairs.values())
     if not total:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from typing import Any
 
 from kvsim.engines import ENGINES, Engine, engine_fields, make_engine
@@ -16,6 +17,8 @@ SIZE = re.compile(r"(\d{1,15})([kKmM]?)")
 HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
 HUMAN_FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
+LARGEST = 1 << 40
+"""The largest number that is taken of anything: tokens, sequences, cards; products of three stay exact and finite."""
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
 Value = int | str
@@ -30,12 +33,19 @@ NESTED = frozenset({"inner", "exact"})
 """Fields of a method that hold another."""
 
 
+def brief(text: str) -> str:
+    """What a user typed, quoted and cut: a wall of text says no more than its beginning."""
+    return repr(text if len(text) <= 60 else f"{text[:50]}...")
+
+
 def parse_size(text: str, what: str = "ctx") -> int:
-    """``131072``, ``128k`` (1024s), ``1M`` -> a whole number from 1.  Raises ``ValueError``."""
+    """``131072``, ``128k`` (1024s), ``1M`` -> a whole number from 1 to :data:`LARGEST`.  Raises ``ValueError``."""
     match = SIZE.fullmatch(text.strip())
     size = int(match[1]) * FACTOR[match[2].lower()] if match else 0
-    if size < 1:
-        raise ValueError(f"{what} {text!r}: allowed are whole numbers from 1, such as 4096, 128k or 1M")
+    if not 1 <= size <= LARGEST:
+        raise ValueError(
+            f"{what} {brief(text)}: allowed are whole numbers from 1 to {LARGEST:,}, such as 4096, 128k or 1M"
+        )
     return size
 
 
@@ -45,8 +55,11 @@ def parse_human(text: str, what: str) -> int:
     number = match[1] if match else "0"
     factor = HUMAN_FACTOR[match[2]] if match else 1
     size = int(float(number) * factor) if len(number) < 16 else 0
-    if size < 1 or ("." in number and factor & 1023 == 0 and factor > 1):
-        raise ValueError(f"{what} {text!r}: allowed are whole numbers from 1, such as 4096, 32k (32,000), 32K (32,768)")
+    if not 1 <= size <= LARGEST or ("." in number and factor & 1023 == 0 and factor > 1):
+        raise ValueError(
+            f"{what} {brief(text)}: allowed are whole numbers from 1 to {LARGEST:,}, such as 4096, 32k (32,000), "
+            "32K (32,768)"
+        )
     return size
 
 
@@ -59,7 +72,7 @@ def parse_dtype(text: str) -> str:
     """``fp16`` or ``float16``, and so on -> ``float16``.  Raises ``ValueError``."""
     dtype = LONG.get(text.lower(), text.lower())
     if dtype not in SHORT:
-        raise ValueError(f"dtype {text!r}: allowed are {', '.join((*SHORT, *LONG))}")
+        raise ValueError(f"dtype {brief(text)}: allowed are {', '.join((*SHORT, *LONG))}")
     return dtype
 
 
@@ -70,14 +83,22 @@ def parse_reserve(text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise ValueError(f"reserve {text!r}: allowed are 0% to below 100%, or 0 to below 1")
+        raise ValueError(f"reserve {brief(text)}: allowed are 0% to below 100%, or 0 to below 1")
     return share
 
 
 def parse_value(text: str) -> Value:
-    """A method option's value: a whole number (``-1``, ``4k``), else the text itself (``sequence``, ``bfloat16``)."""
+    """A method option's value: a whole number (``-1``, ``4k``), else the text itself (``sequence``, ``bfloat16``).
+
+    Raises ``ValueError`` for a number beyond :data:`LARGEST`.
+    """
     match = re.fullmatch(r"(-?\d+)([kKmM]?)", text)
-    return int(match[1]) * FACTOR[match[2].lower()] if match else text
+    if match is None:
+        return text
+    value = int(match[1]) * FACTOR[match[2].lower()] if len(match[1]) <= 16 else LARGEST + 1
+    if abs(value) > LARGEST:
+        raise ValueError(f"{brief(text)}: allowed are whole numbers up to {LARGEST:,}")
+    return value
 
 
 def fields(name: str) -> frozenset[str]:
@@ -142,9 +163,12 @@ def _number(spec: str, item: str, text: str, switch: bool = False) -> int | floa
         return known[text.lower()]
     value = parse_value(text)
     try:
-        return value if isinstance(value, int) else float(value)
+        number = value if isinstance(value, int) else float(value)
     except ValueError:
-        raise ValueError(f"engine {spec!r}: option {item!r} is not a number") from None
+        number = nan
+    if not isfinite(number):
+        raise ValueError(f"engine {brief(spec)}: option {brief(item)} is not a number")
+    return number
 
 
 def _head(spec: str) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ import re
 from kvsim.engines import Engine
 from kvsim.engines.vllm import server_defaults
 from kvsim.hardware import Hardware, find_hardware
-from kvsim.options import parse_engine
+from kvsim.options import brief, parse_engine
 
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
 UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -20,10 +20,10 @@ def parse_seconds(text: str, what: str) -> float:
     """``30ms``, ``2s``, ``1.5 min``; a bare number is seconds, below ``BARE``.  Raises ``ValueError``."""
     match = SECONDS.fullmatch(text.strip())
     if match and not match[2] and float(match[1]) >= BARE:
-        raise ValueError(f"{what} {text!r}: seconds or milliseconds? write {text.strip()}s or {text.strip()}ms")
+        raise ValueError(f"{what} {brief(text)}: seconds or milliseconds? write {text.strip()}s or {text.strip()}ms")
     seconds = float(match[1]) * UNIT[match[2] or "s"] if match else 0.0
     if not 0 < seconds < 1e6:
-        raise ValueError(f"{what} {text!r}: allowed are times such as 30ms or 2s")
+        raise ValueError(f"{what} {brief(text)}: allowed are times such as 30ms or 2s")
     return seconds
 
 
@@ -34,7 +34,7 @@ def parse_share(text: str, what: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 10:
-        raise ValueError(f"{what} {text!r}: allowed are shares such as 1% or 0.01")
+        raise ValueError(f"{what} {brief(text)}: allowed are shares such as 1% or 0.01")
     return share
 
 
@@ -49,8 +49,9 @@ def parse_card(text: str) -> tuple[Hardware, int | None]:
     name, colon, count = text.partition(":")
     if not colon:
         return find_hardware(name), None
-    if not count.isascii() or not count.isdigit() or not 1 <= int(count) <= MAX_RANKS:
-        raise ValueError(f"gpu {text!r}: allowed is CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2")
+    if not re.fullmatch("[0-9]{1,4}", count) or not 1 <= int(count) <= MAX_RANKS:
+        allowed = f"CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2"
+        raise ValueError(f"gpu {brief(text)}: allowed is {allowed}")
     return find_hardware(name), int(count)
 
 

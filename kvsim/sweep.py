@@ -21,7 +21,7 @@ from kvsim.estimate import estimate
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
 from kvsim.model import Model
-from kvsim.options import parse_size, parse_sizes
+from kvsim.options import brief, parse_size, parse_sizes
 from kvsim.plan import NoRoomError, site
 from kvsim.quantities import check_weight_bits, parse_serving
 from kvsim.timing import constants, decode_seconds, decode_step
@@ -56,15 +56,15 @@ def parse_axis(text: str, what: str) -> Sequence[int]:
     if len(bounds) == 1:
         return tuple(parse_sizes(text, what))
     if len(bounds) > 3:
-        raise ValueError(f"{what} {text!r}: allowed are from:to, from:to:step, from:to:*factor")
+        raise ValueError(f"{what} {brief(text)}: allowed are from:to, from:to:step, from:to:*factor")
     first, last = parse_size(bounds[0], what), parse_size(bounds[1], what)
     if first > last:
-        raise ValueError(f"{what} {text!r}: {first} is above {last}")
+        raise ValueError(f"{what} {brief(text)}: {first} is above {last}")
     if len(bounds) == 2 or not bounds[2].startswith("*"):
         return range(first, last + 1, parse_size(bounds[2], what) if len(bounds) == 3 else 1)
     factor = parse_size(bounds[2][1:], what)
     if factor < 2:
-        raise ValueError(f"{what} {text!r}: allowed are factors from 2")
+        raise ValueError(f"{what} {brief(text)}: allowed are factors from 2")
     sizes = [first]
     while sizes[-1] * factor <= last:
         sizes.append(sizes[-1] * factor)

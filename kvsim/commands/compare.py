@@ -15,6 +15,7 @@ from kvsim.commands.flags import (
     choose_engine,
     engine_option,
     engine_options,
+    given_flags,
     inputs_object,
     json_option,
     method_options,
@@ -133,7 +134,7 @@ def _engines(
     chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype)
     if chosen.default:
         chosen.methods = chosen.methods[:1]
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = given_flags(flags)
     names = list(ENGINES) if engines == "all" else [name.strip() for name in engines.split(",")]
     compared = [parse_engine(name, given) for name in names]
     rows: list[Estimate] = []

@@ -162,7 +162,7 @@ def choose_engine(spec: str | None, card: Hardware | None, given: dict[str, Any]
 
     Raises ``LookupError`` for an unknown engine, ``ValueError`` for a flag that it does not have.
     """
-    flags = {key: value for key, value in given.items() if value is not None}
+    flags = given_flags(given)
     own = [key for key in VLLM_ONLY if key in flags]
     notes = []
     if spec is None and own:
@@ -175,6 +175,14 @@ def choose_engine(spec: str | None, card: Hardware | None, given: dict[str, Any]
         if name in ENGINES and key not in engine_fields(name):
             raise ValueError(f"engine {name} has no --{key.replace('_', '-')}: it is vllm's")
     return parse_engine(spec or "ideal", flags), notes
+
+
+def given_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """The engine's flags that are given.  Raises ``ValueError`` for a count below 1, of any engine."""
+    for key, value in given.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{key.replace('_', '-')} {value}: allowed are 1 and above")
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def choose_card(spec: str | None, sharding: Sharding) -> tuple[Hardware | None, Sharding]:
