@@ -111,6 +111,20 @@ def test_launches_say_whether_they_fuse() -> None:
     assert launches >= 17
 
 
+RATIOS = {"test_config_fuzz.py", "test_model_files.py", "test_sweep.py"}
+"""Tests that compare processor times of one machine and moment with each other."""
+
+
+def test_no_test_is_a_stop_watch() -> None:
+    """Nor gives up after some seconds: the tests pass on a slow, loaded machine."""
+    clock = re.compile(r"\b(perf_counter|monotonic|time\.time|timeit|timeout=\d|deadline=\d|\.wait\(\d)")
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.name != Path(__file__).name:
+            assert not clock.search(text), path.name
+            assert "process_time" not in text or path.name in RATIOS, path.name
+
+
 def test_examples_in_docstrings() -> None:
     """They print what they say."""
     pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")

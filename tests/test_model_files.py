@@ -231,7 +231,11 @@ def test_every_cut_of_a_gguf_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_corrupt_headers_are_refused_and_never_hang(tmp_path: Path) -> None:
     content = gguf(*decoder("gemma3", layers=2, attention__sliding_window=512))
-    rng, start, outcomes = random.Random(0), time.perf_counter(), [0, 0]
+    start = time.process_time()
+    for _ in range(20):
+        load_model(written(tmp_path, content))
+    unhurt = (time.process_time() - start) / 20
+    rng, start, outcomes = random.Random(0), time.process_time(), [0, 0]
     for _ in range(1500):
         hurt = bytearray(content)
         for _ in range(rng.randint(1, 4)):
@@ -244,7 +248,7 @@ def test_corrupt_headers_are_refused_and_never_hang(tmp_path: Path) -> None:
             assert "\n" not in str(error).replace("\\n", "")  # noqa: PT017
             outcomes[1] += 1
     assert min(outcomes) > 50
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 1500 * 20 * unhurt
 
 
 def test_block_sizes_are_those_of_the_gguf_package() -> None:

@@ -51,21 +51,21 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert document["schema"] == "kvsim.serve/1"
             address = document["rows"][0]["url"]
             assert address.startswith("http://127.0.0.1:")
-            for _ in range(200):  # bound to be there soon: the address is printed just before
+            while server.poll() is None:  # bound to be there soon: the address is printed just before
                 try:
-                    urlopen(address, timeout=10).close()
+                    urlopen(address).close()
                     break
                 except OSError:
                     time.sleep(0.05)
             yield address
         finally:
             server.terminate()
-            server.wait(10)
+            server.wait()
 
 
 def get(url: str, **headers: str) -> tuple[int, str, dict[str, str]]:
     try:
-        with urlopen(Request(url, headers=headers), timeout=30) as answer:
+        with urlopen(Request(url, headers=headers)) as answer:
             return answer.status, answer.read().decode(), dict(answer.headers)
     except HTTPError as error:
         return error.code, error.read().decode(), dict(error.headers)
@@ -233,6 +233,10 @@ def test_a_taken_port_is_one_line(url: str, capsys) -> None:
     assert capsys.readouterr().err.startswith("kvsim: error: port ")
 
 
+HANG = 600_000
+"""Milliseconds after which a page hangs, on however slow a machine."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -248,6 +252,7 @@ def browser() -> Iterator:
 def test_in_a_browser(url: str, browser, width: int, scheme: str) -> None:
     """The form answers as it is changed, the address follows, nothing overflows, nothing is logged or fetched."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    context.set_default_timeout(HANG)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -282,6 +287,7 @@ def test_in_a_browser(url: str, browser, width: int, scheme: str) -> None:
 
 def test_without_script_the_button_does_it(url: str, browser) -> None:
     context = browser.new_context(java_script_enabled=False)
+    context.set_default_timeout(HANG)
     page = context.new_page()
     page.goto(url + "?model=gpt2&gpu=l4")
     page.fill("input[name=ctx]", "512")
