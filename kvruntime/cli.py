@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from kvruntime.choose import SEED, chosen_method, chosen_methods, method_options, options
 from kvsim import __version__
-from kvsim.commandline import Group, one_line
+from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
 
 
@@ -42,7 +42,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         raise  # a fault of ours, though also a LookupError
     except click.ClickException as error:
         message = error.format_message()
-    except (ValueError, LookupError, OSError) as error:
+    except OSError as error:
+        message = os_message(error)
+    except (ValueError, LookupError) as error:
         message = str(error)
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("kvruntime", "kvsim"):

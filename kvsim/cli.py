@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import click
 
 from kvsim import __version__
-from kvsim.commandline import one_line
+from kvsim.commandline import one_line, os_message
 from kvsim.commands import LazyGroup
 
 
@@ -41,7 +41,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         message = error.format_message()
     except OSError as error:
-        message = ": ".join(str(each) for each in (error.filename, error.strerror or error) if each)
+        message = os_message(error)
     except (ValueError, LookupError) as error:
         message = str(error)
     print(f"kvsim: error: {one_line(message)}", file=sys.stderr)

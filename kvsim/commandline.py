@@ -26,6 +26,11 @@ def one_line(message: str) -> str:
     return f"{text[: LONGEST - TAIL]} [{left_out:,} characters left out] {text[-TAIL:]}"
 
 
+def os_message(error: OSError) -> str:
+    """Which file, where the system says it, and what was wrong: ``a.csv: No such file or directory``."""
+    return ": ".join(str(each) for each in (error.filename, error.strerror or error) if each)
+
+
 def refuse_repeated(command: click.Command, context: click.Context, args: list[str]) -> None:
     """Raises ``click.UsageError`` where an option that takes one value is given more than once.
 

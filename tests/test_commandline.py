@@ -8,7 +8,7 @@ import click
 import pytest
 
 from kvsim import cli
-from kvsim.commandline import LONGEST, Command, Group, one_line
+from kvsim.commandline import LONGEST, Command, Group, one_line, os_message
 from kvsim.commands import LAZY
 
 
@@ -93,3 +93,9 @@ def test_a_cut_line_keeps_both_ends() -> None:
     assert len(line) < LONGEST + 60
     assert one_line("a\n b\x1b[31m") == "a b?[31m"
     assert one_line("y" * LONGEST) == "y" * LONGEST
+
+
+def test_an_error_of_the_system_names_its_file() -> None:
+    assert os_message(FileNotFoundError(2, "No such file or directory", "a.csv")) == "a.csv: No such file or directory"
+    assert os_message(OSError(28, "No space left on device")) == "No space left on device"
+    assert os_message(OSError("plain")) == "plain"

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from kvruntime.disk import json_text
-from kvsim.commandline import Group, one_line
+from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
@@ -41,7 +41,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         raise  # a fault of ours, though also a LookupError
     except click.ClickException as error:
         message = error.format_message()
-    except (ValueError, LookupError, OSError) as error:
+    except OSError as error:
+        message = os_message(error)
+    except (ValueError, LookupError) as error:
         message = str(error)
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("validation", "kvruntime", "kvsim"):
