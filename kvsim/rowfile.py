@@ -413,10 +413,16 @@ def _join_parquet(parts: Iterable[Path], out: IO[bytes]) -> None:
     import pyarrow.parquet as pq
 
     writer = None
-    for part in parts:
-        table = pq.read_table(BytesIO(part.read_bytes()[SEAL:]))
-        if writer is None:
-            writer = pq.ParquetWriter(out, table.schema, **PARQUET)
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    try:
+        for part in parts:
+            table = pq.read_table(BytesIO(part.read_bytes()[SEAL:]))
+            if writer is None:
+                writer = pq.ParquetWriter(out, table.schema, **PARQUET)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+    except BaseException:
+        if writer is not None:
+            with suppress(Exception):  # else it closes itself, and says so, when the file is gone
+                writer.close()
+        raise

@@ -24,7 +24,8 @@ from kvsim.model import Model
 from kvsim.options import brief, parse_size, parse_sizes
 from kvsim.plan import NoRoomError, site
 from kvsim.quantities import check_weight_bits, parse_serving
-from kvsim.timing import constants, decode_seconds, decode_step
+from kvsim.roofline import constants
+from kvsim.timing import decode_seconds, decode_step
 from kvsim.traced import Vectorized
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ def spread(
             if not waiting:
                 return
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in sorted(done, key=lambda each: each.exception() is not None):  # what is done is kept
                 yield waiting.pop(future), future.result()
     finally:
         for future in waiting:

@@ -316,12 +316,15 @@ def test_a_broken_part_is_computed_again(how: str, kind: str, tmp_path: Path) ->
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_part_that_breaks_while_the_sweep_runs_is_not_joined(tmp_path: Path) -> None:
-    grid, out = make(), tmp_path / "a.csv"
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_part_that_breaks_while_the_sweep_runs_is_not_joined(kind: str, tmp_path: Path) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow (the parquet extra) is not installed")
+    grid, out = make(), tmp_path / f"a.{kind}"
 
     def hurt(done: int, total: int) -> None:
         if done == total:
-            (tmp_path / "a.csv.parts" / "000000002.part").write_bytes(b"")
+            (tmp_path / f"a.{kind}.parts" / "000000002.part").write_bytes(b"")
 
     with pytest.raises(ValueError, match=r"000000002.part was changed while the sweep ran: the same command"):
         rowfile.write(grid, out, {}, progress=hurt)
