@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvruntime.engine import Engine
-    from kvruntime.hf import Cache, make_cache
+    from kvruntime.hf import Cache, make_cache, restore
 
-__all__ = ["Cache", "Engine", "make_cache"]
+__all__ = ["Cache", "Engine", "make_cache", "restore"]
 
 
 def __getattr__(name: str) -> object:
-    """``make_cache``, ``Cache`` and ``Engine`` on first use: transformers is slow to import."""
+    """``make_cache``, ``restore``, ``Cache`` and ``Engine`` on first use: transformers is slow to import."""
     if name == "Engine":
         from kvruntime.engine import Engine
 

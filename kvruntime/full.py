@@ -174,6 +174,11 @@ class FullLayer:
         """Takes the rows' lengths from ``positions``, where steps have left the host's books behind."""
         self.row_lengths = positions.tolist()
 
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row, ``[num_kv_heads, row_lengths[row], dim]`` each; views."""
+        key, value = (self.tensors[name][row, :, : self.row_lengths[row]] for name in ("key", "value"))
+        return key, value
+
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""
         for tensor in self.tensors.values():
@@ -189,9 +194,15 @@ class FullLayer:
         self.batch_size = len(rows)
 
     def crop(self, num_tokens: int) -> None:
-        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row."""
+        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row.
+
+        Their slots are zeroed (a NaN left behind would reach a shorter row's sums).
+        """
         drop = max(0, max(self.row_lengths) - num_tokens)
         if drop > min(self.row_lengths):
             least = max(self.row_lengths) - min(self.row_lengths)
             raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
         self.row_lengths = [length - drop for length in self.row_lengths]
+        for tensor in self.tensors.values():
+            for row, length in enumerate(self.row_lengths):
+                tensor[row, :, length : length + drop] = 0

@@ -6,14 +6,14 @@ import inspect
 from typing import Any
 
 from kvruntime.choose import check_runs
-from kvruntime.hf.attention import attach
+from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.models import layer_shapes
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 
-__all__ = ["Cache", "make_cache"]
+__all__ = ["Cache", "make_cache", "restore"]
 
 
 def make_cache(
@@ -24,12 +24,12 @@ def make_cache(
     compiled: bool = False,
     **options: object,
 ) -> Cache:
-    """A cache for ``model``, which from now on attends through it wherever it is given one.
+    """A cache for ``model``, which from now on attends through it wherever it is given one (:func:`restore` ends that).
 
     ``method``: a name, with the method's fields as ``options`` (``nbits=2, group_size=32, residual_length=128``;
     ``dtype``, that of the exact tokens, is the model's unless said otherwise), or a kvsim method object.
     ``max_seq_len``: tokens a row to allocate for at once; None grows in blocks of 256.  Batch size and device are
-    learnt from the first forward.  The model still takes any other cache, or none.
+    learnt from the first forward.  With any other cache, or none, the model runs as before.
     ``compiled``: a cache for ``max_seq_len`` tokens a row whose decode step ``torch.compile`` takes whole; on CUDA
     ``generate()`` compiles it by itself (:mod:`kvruntime.hf.compiled`).
 

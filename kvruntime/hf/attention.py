@@ -1,36 +1,160 @@
 """How a model attends through the cache: one attention function and one mask function in transformers' interfaces.
 
-Given plain tensors (another cache, or none) both are the stock ``sdpa`` ones.
+A model has them only while it runs with a kvruntime cache (:class:`Switch`); with another cache or none it is as it was.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 
-from kvruntime.hf.cache import CacheLayer, Length, Pending
+from kvruntime.hf.cache import Cache, CacheLayer, Length, Pending
 from kvruntime.hf.compiled import StepLength
 
 NAME = "kvruntime"
 """Holds none of the words and signs by which transformers recognizes flash, sdpa, flex, paged or hub kernels."""
 
+MASKS = "create_masks_for_generate"
+"""The attribute by which ``generate()`` finds a model's own way to make masks."""
+
 REFUSED = ("softcap", "s_aux", "position_bias", "head_mask", "sliding_window", "output_attentions")
 """Keyword arguments that would change the scores or ask for them."""
+
+
+_LOCK = threading.Lock()
+
+
+class Switch:
+    """Puts a model's configs to :data:`NAME` while it runs with a kvruntime cache, and back: its forward hooks.
+
+    Whatever the implementation was is what every other forward finds: other caches, ``eager`` and its attention
+    weights, ``generate_batch``.
+    """
+
+    def __init__(self, configs: list[Any], create_masks: Any) -> None:
+        self.configs, self.original = configs, create_masks
+        self.previous: list[str | None] = [None] * len(configs)
+        self.active = 0
+        """Forwards under way, those of other threads too."""
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins."""
+        cache = _given(args, kwargs)
+        if cache is not None:
+            self.on(cache)
+            cache.forward.begin(cache.layers)
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """It ended, or with ``output`` None raised."""
+        cache = _given(args, kwargs)
+        if cache is not None:
+            self.off(cache)
+            if output is None:
+                cache.forward.fail(cache.layers)
+
+    def create_masks(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``create_masks_for_generate``, which ``generate()`` calls for a compiled cache."""
+        cache = _given(args, kwargs)
+        if cache is None:
+            return self.original(*args, **kwargs)
+        self.on(cache)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.off(cache)
+
+    def on(self, cache: Cache) -> None:
+        cache.forward.running = True
+        if torch.compiler.is_compiling():
+            self._set()
+            return
+        with _LOCK:
+            self.active += 1
+            self._set()
+
+    def off(self, cache: Cache) -> None:
+        cache.forward.running = False
+        if torch.compiler.is_compiling():
+            self._put_back()
+            return
+        with _LOCK:
+            self.active = max(0, self.active - 1)
+            if not self.active:
+                self._put_back()
+
+    def _set(self) -> None:
+        for index, config in enumerate(self.configs):
+            if config._attn_implementation_internal != NAME:
+                self.previous[index] = config._attn_implementation_internal
+                object.__setattr__(config, "_attn_implementation_internal", NAME)
+
+    def _put_back(self) -> None:
+        for config, previous in zip(self.configs, self.previous, strict=True):
+            if config._attn_implementation_internal == NAME:
+                object.__setattr__(config, "_attn_implementation_internal", previous)
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    """The kvruntime cache among a forward's arguments."""
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, Cache):
+            return value
+    return None
 
 
 def attach(model: Any) -> None:
     """Lets ``model`` attend through a kvruntime cache; raises ``ValueError`` where transformers does not allow it."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
-    if model.config.get_text_config(decoder=True)._attn_implementation != NAME:
-        raise ValueError(f"{type(model).__name__} is not supported: its attention implementation cannot be set")
+    if next(_attached(model), None):
+        return
+    config = model.config.get_text_config(decoder=True)
+    inside = [module for module in model.modules() if isinstance(getattr(module, "config", None), type(config))]
+    models = [module for module in {id(m): m for m in (model, *inside)}.values() if isinstance(module, PreTrainedModel)]
+    for one in models:
+        if not one._can_set_attn_implementation():
+            raise ValueError(f"{type(model).__name__} is not supported: its attention implementation cannot be set")
+    configs = list({id(c): c for c in (config, *(module.config for module in inside))}.values())
+    switch = Switch(configs, getattr(model, MASKS, create_masks_for_generate))
+    for one in models:
+        one.register_forward_pre_hook(switch.before, with_kwargs=True)
+        one.register_forward_hook(switch.after, with_kwargs=True, always_call=True)
+        setattr(one, MASKS, switch.create_masks)
+
+
+def restore(model: Any) -> None:
+    """Takes back what ``make_cache`` added to ``model``: its hooks.
+
+    A kvruntime cache given to it afterwards is read back whole for the model's own attention, as any stock cache is.
+    """
+    for module, switch in list(_attached(model)):
+        for hooks, extra in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is switch]:
+                del hooks[key]
+                extra.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+        if getattr(module.__dict__.get(MASKS), "__self__", None) is switch:
+            delattr(module, MASKS)
+        switch._put_back()
+
+
+def _attached(model: Any) -> Iterator[tuple[Any, Switch]]:
+    """The modules of ``model`` that :func:`attach` hooked, each with its :class:`Switch`."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), Switch):
+                yield module, hook.__self__
+                break
 
 
 def attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any, NamedTuple, NoReturn
 
@@ -12,6 +13,9 @@ from transformers import GenerationMixin, cache_utils
 from kvruntime.hf.columns import Columns
 from kvruntime.layers import Layer, make_layer
 from kvsim.layout import LayerShape, Method
+
+STATE_VERSION = 1
+"""Of what a pickled cache holds."""
 
 HELD_NBYTES = 64 * 2**20
 """Keys and values that wait to be stored with those of other layers, at most: more than that keep a GPU busy alone."""
@@ -68,6 +72,36 @@ class Held:
                 held[0][0].append_all(held)
 
 
+class Forward:
+    """Whether a model runs with the cache now, so that its attention function stores what ``update`` is given; and
+    whether every layer has stored what the others have."""
+
+    def __init__(self) -> None:
+        self.running = self.unfinished = False
+        self.before: list[int] = []
+        """Columns that each layer held when the forward began."""
+
+    def begin(self, layers: Sequence[CacheLayer]) -> None:
+        """Raises ``ValueError`` where a forward ended between layers, before another is silently wrong."""
+        if torch.compiler.is_compiling():
+            return
+        self.before = [layer.num_columns for layer in layers]
+        self.check(layers)
+
+    def check(self, layers: Sequence[CacheLayer]) -> None:
+        """Raises ``ValueError`` where layers hold different numbers of tokens."""
+        held = {layer.num_columns for layer in layers if layer.is_initialized or self.unfinished}
+        if len(held) > 1:
+            counts = " and ".join(map(str, sorted(held)))
+            raise ValueError(f"layers of the cache hold {counts} tokens: a forward or an update ended half-way, reset() it")
+
+    def fail(self, layers: Sequence[CacheLayer]) -> None:
+        """The forward raised."""
+        held = [layer.num_columns for layer in layers]
+        if held != self.before and len(set(held)) > 1:
+            self.unfinished = True  # layers that were not reached for the first time do not even know their shape
+
+
 class Pending:
     """New keys or values between ``update`` and the attention function: no tensor, and never the past.
 
@@ -97,8 +131,8 @@ class Pending:
     @classmethod
     def _refuse(cls, name: str) -> NoReturn:
         raise ValueError(
-            f"{name} touches cached keys or values outside the kvruntime attention interface: the cache was made for "
-            "another model, the attention implementation was changed after make_cache, or the model is not supported"
+            f"{name} touches cached keys or values outside the kvruntime attention interface: the model does not attend "
+            "as make_cache found it to, and is not supported"
         )
 
 
@@ -111,15 +145,35 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     held: Held | None = None
     """Where new tokens wait, during a forward that reads none of them back."""
 
-    def __init__(self, method: Method, columns: Columns, max_seq_len: int | None) -> None:
+    def __init__(self, method: Method, columns: Columns, forward: Forward, max_seq_len: int | None) -> None:
         super().__init__()
-        self.method, self.columns, self.max_seq_len = method, columns, max_seq_len
+        self.method, self.columns, self.forward, self.max_seq_len = method, columns, forward, max_seq_len
         self.num_columns = 0
+        self.dtype: torch.dtype | None = None
+        """Of the keys and values that came, whatever they are stored as."""
 
     @property
     def is_croppable(self) -> bool:
         """Whether candidates that were not accepted can be taken back (``crop`` refuses where they are packed)."""
         return not self.is_initialized or self.store.is_croppable
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A copy of the keys held, read back (:meth:`read`); None before the first."""
+        return self.read()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """A copy of the values held, read back (:meth:`read`); None before the first."""
+        return self.read()[1] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, to: None) -> None:
+        _refuse_assignment(to)
+
+    @values.setter
+    def values(self, to: None) -> None:
+        _refuse_assignment(to)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
@@ -129,18 +183,60 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Stores new tokens ``[batch_size, num_kv_heads, L, dim]``, every column a token of its row.
+
+        Returns ``(keys, values)`` ``[batch_size, num_kv_heads, columns held, dim]`` in their type: a copy of what was
+        held before, read back (dequantized), then what came, as it is.  While a model runs with the cache, instead what
+        its attention function is given in place of them, which stores them.
+        """
+        if self.forward.running:
+            return self.pend(key_states, value_states)
+        self._accept(key_states, value_states)
+        held = self.read() if self.num_columns else None
+        self.columns.all_tokens(self.store.batch_size)
+        self.append(key_states, value_states, None)
+        if held is None:
+            return key_states, value_states
+        return torch.cat([held[0], key_states], 2), torch.cat([held[1], value_states], 2)
+
+    def pend(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
         """What the attention function is given in place of the full keys and values."""
+        self._accept(key_states, value_states)
+        num_columns = self.num_columns + key_states.shape[2]
+        return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
+
+    def _accept(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Makes the store at first, and raises ``ValueError`` for tokens that are none of the sequence held."""
         batch_size = key_states.shape[0]
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         same = self.is_initialized and (self.store.batch_size, self.store.shape) == (batch_size, shape)
+        same = same and self.store.device == key_states.device
         if not self.is_initialized or not (self.num_columns or same):
             self.lazy_initialization(key_states, value_states)
         elif batch_size != self.store.batch_size:
             raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
-        elif not same:
+        elif self.store.shape != shape:
             raise ValueError(f"{_heads(shape)} for a cache that holds {_heads(self.store.shape)}: reset() it")
-        num_columns = self.num_columns + key_states.shape[2]
-        return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
+        elif not same:
+            raise ValueError(f"tokens on {key_states.device} for a cache that lies on {self.store.device}: reset() it")
+        if self.num_columns and self.dtype is not None and key_states.dtype != self.dtype:
+            names = [str(dtype).removeprefix("torch.") for dtype in (key_states.dtype, self.dtype)]
+            raise ValueError(f"tokens of {names[0]} for a cache that was given {names[1]}: reset() it")
+        self.dtype = key_states.dtype
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """``(keys, values)`` held, each ``[batch_size, num_kv_heads, num_columns, dim]``: as they would be attended to,
+        dequantized, in the type that they came in; zeros where a row has padding."""
+        store, shape = self.store, self.store.shape
+        size = store.batch_size, shape.num_kv_heads, self.num_columns
+        out = [torch.zeros(*size, dim, dtype=self.dtype, device=store.device) for dim in (shape.key_dim, shape.value_dim)]
+        if self.num_columns:
+            self.columns.all_tokens(store.batch_size)
+            real = self.columns.tokens(self.num_columns, store.device)
+            for row in range(store.batch_size):
+                for whole, tokens in zip(out, store.tokens(row), strict=True):
+                    whole[row, :, real[row]] = tokens.to(whole.dtype)
+        return out[0], out[1]
 
     def read_mask(self, mask: Tensor | None, length: int) -> list[int] | None:
         """Each row's tokens among the ``length`` new columns: ``Columns.read``."""
@@ -172,7 +268,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return self.num_columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return Length(self.num_columns + query_length), 0
+        length = self.num_columns + query_length
+        return length if torch.compiler.is_compiling() else Length(length), 0  # torch.compile cannot make a Length
 
     def get_max_length(self) -> int:
         return -1 if self.max_seq_len is None else self.max_seq_len
@@ -195,6 +292,16 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     prefetch = offload
 
+    def _together(self, *args: object) -> NoReturn:
+        raise ValueError("the layers of a kvruntime cache change together: call this on the cache, not on its layer")
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _together
+
+
+def _refuse_assignment(to: object) -> None:
+    if to is not None:  # the base class begins with None
+        raise ValueError("keys and values of a kvruntime cache are read only: update() stores more of them")
+
 
 def _heads(shape: LayerShape) -> str:
     return f"{shape.num_kv_heads} kv heads of {shape.key_dim}"
@@ -210,17 +317,33 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     layers: list[CacheLayer]
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
-        self.method, self.max_seq_len, self.columns = method, max_seq_len, Columns()
+        self.method, self.max_seq_len, self.columns, self.forward = method, max_seq_len, Columns(), Forward()
         super().__init__(layers=self._make_layers(num_layers))
 
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:
-        return [CacheLayer(self.method, self.columns, self.max_seq_len) for _ in range(num_layers)]
+        return [CacheLayer(self.method, self.columns, self.forward, self.max_seq_len) for _ in range(num_layers)]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """One layer's new keys and values: :meth:`CacheLayer.update`."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer {layer_idx} of a model for a cache of {len(self.layers)}: make one for this model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``pickle``, ``torch.save`` and ``copy``."""
+        return {"version": STATE_VERSION, **self.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        version = state.pop("version", None)
+        if version != STATE_VERSION:
+            raise ValueError(f"a saved cache of version {version}: this kvruntime reads version {STATE_VERSION}")
+        self.__dict__.update(state)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Each layer's ``(keys, values, None)``, as ``DynamicCache`` gives them: copies, read back."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
 
     def __repr__(self) -> str:
         return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes})"
@@ -255,6 +378,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget every token; the buffers stay for the next sequence."""
         self.columns.reset()
+        self.forward.running = self.forward.unfinished = False
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -282,6 +406,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): allowed is 0 or below, minus the number of tokens to remove")
+        self.forward.check(self.layers)
         num_columns = self.get_seq_length()
         keep = max(0, num_columns + tokens_to_remove)
         if keep == num_columns:

@@ -82,6 +82,15 @@ class Columns:
             spans += _padding(row, start)
         return counts
 
+    def all_tokens(self, batch_size: int) -> None:
+        """New columns, all of them tokens, that came without a mask."""
+        self.padding = self.padding or [[] for _ in range(batch_size)]
+        self._seen = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the mask last read, which nobody may keep."""
+        return {**self.__dict__, "_seen": None, "_mask": None}
+
     def order(self, mask: Tensor, start: int) -> Tensor:
         """The new columns of ``mask`` with padding first and tokens after, in order: int64 ``[batch_size or 1, L]``."""
         newest = mask[:, 0, -1, start:]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.hf.cache import Cache, CacheLayer, Length, Pending
+from kvruntime.hf.cache import Cache, CacheLayer, Forward, Length, Pending
 from kvruntime.hf.columns import HIDES, Columns
 from kvruntime.layers import make_layer
 from kvsim.layout import LayerShape, Method
@@ -120,8 +120,10 @@ class CompiledLayer(CacheLayer):
     is_compileable = True
     max_seq_len: int
 
-    def __init__(self, method: Method, columns: Columns, max_seq_len: int, counts: Counts, is_last: bool) -> None:
-        super().__init__(method, columns, max_seq_len)
+    def __init__(
+        self, method: Method, columns: Columns, forward: Forward, max_seq_len: int, counts: Counts, is_last: bool
+    ) -> None:
+        super().__init__(method, columns, forward, max_seq_len)
         self.counts, self.is_last = counts, is_last
         self.step_length = StepLength(max_seq_len)
         self.step_length.counts = counts
@@ -137,6 +139,8 @@ class CompiledLayer(CacheLayer):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not args:  # from outside a model
+            return self._update(key_states, value_states)
         steps: Counts = args[0]  # not self.counts: torch.compile would check for each layer that they are the same
         if not steps.started or key_states.shape[2] > 1 or key_states.shape[0] != len(steps.positions):
             return self._update(key_states, value_states)
@@ -153,6 +157,11 @@ class CompiledLayer(CacheLayer):
         """The host's books become the device's counts."""
         self.num_columns = int(self.counts.num_columns)
         self.store.catch_up(self.counts.positions)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        if self.counts.started:
+            self.catch_up()
+        return super().read()
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
         super().append(key, value, lengths)
@@ -175,7 +184,7 @@ class CompiledLayer(CacheLayer):
         return self.counts.num_columns if torch.compiler.is_compiling() else int(self.counts.num_columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.counts.started and query_length == 1:
+        if self.counts.started and query_length == 1 and self.forward.running:
             return self.step_length, 0
         length = self.get_seq_length() + query_length
         return Length(length) if query_length == 1 else length, 0  # PyTorch 2.11 cannot trace the making of a Length
@@ -198,15 +207,20 @@ class CompiledCache(Cache):
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:
         last = num_layers - 1
         return [
-            CompiledLayer(self.method, self.columns, self.max_seq_len, self.counts, index == last)
+            CompiledLayer(self.method, self.columns, self.forward, self.max_seq_len, self.counts, index == last)
             for index in range(num_layers)
         ]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        out: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, self.counts)
+        counts = (self.counts,) if self.forward.running else ()
+        out: tuple[Any, Any] = super().update(key_states, value_states, layer_idx, *counts)
         return out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        METHODS[self.counts.method] = self.method
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         with self._host():

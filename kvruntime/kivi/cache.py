@@ -237,8 +237,26 @@ class KiviLayer:
         return self._attend(query, scale, None, num_tokens, ticket[self.batch_size :])
 
     def catch_up(self, positions: Tensor) -> None:
-        """Reads back how many tokens each row holds, where steps have left the host's books behind."""
-        self.row_lengths, self.row_packed = self.tensors["lengths"].tolist()
+        """Reads back how many tokens each row holds, where steps have left the host's books behind.
+
+        ``positions`` count those of every layer: a step that stored one here and then failed elsewhere is run again.
+        """
+        self.row_lengths, self.row_packed = positions.tolist(), self.tensors["lengths"][1].tolist()
+
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row as attention reads them, dequantized: ``[num_kv_heads, row_lengths[row], dim]``
+        float32."""
+        sink, packed = min(self.method.sink_length, self.row_lengths[row]), self.row_packed[row]
+        params = self.tensors.get("key_params")
+        records = self.tensors["records"][row, : packed // self.record.num_tokens].transpose(0, 1)
+        middle = reference.unpack_records(records, self.record, None if params is None else (params[0, row], params[1, row]))
+        token = torch.arange(sink + packed, self.row_lengths[row], device=self.device)
+        slot = self.method.sink_length + (token - self.method.sink_length) % self.method.residual_length
+        key, value = (
+            torch.cat([exact[row, :, :sink].float(), tokens, exact[row][:, slot].float()], 1)
+            for exact, tokens in zip((self.tensors["exact_key"], self.tensors["exact_value"]), middle, strict=True)
+        )
+        return key, value
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
