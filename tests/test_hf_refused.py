@@ -12,7 +12,7 @@ from hf_models import GQA, SMALL, tiny
 
 from kvruntime import make_cache
 from kvruntime.choose import RUNS
-from kvruntime.hf.cache import argument
+from kvruntime.hf.cache import Cache, argument
 from kvruntime.layers import LAYERS
 from kvsim.methods import METHODS, Full, Kivi
 
@@ -38,10 +38,20 @@ REFUSED = {
         {**GQA, "head_dim": 32, "num_local_experts": 2, "layer_types": ["full_attention"] * 2},
         r"attention sinks \(parameter sinks\)",
     ),
+    "mixed windows": (
+        "Qwen2Config",
+        {**GQA, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        r"layers of kind sliding_attention \(config key layer_types\)",
+    ),
+    "chunks": (
+        "Llama4TextConfig",
+        {**GQA, "head_dim": 32, "attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 32},
+        r"layers of kind chunked_attention \(config key layer_types\)",
+    ),
     "window": ("MistralConfig", {**GQA, "sliding_window": 64}, r"sliding windows \(config key sliding_window = 64\)"),
     "some layers slide": (
         "Gemma3TextConfig",
-        {**GQA, "head_dim": 32},
+        {**GQA, "head_dim": 32, "sliding_window": 64},
         r"layers of kind sliding_attention \(config key layer_types\)",
     ),
     "linear layers": (
@@ -79,6 +89,70 @@ def test_encoder_decoders_are_refused():
     config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="an encoder-decoder"):
         make_cache(transformers.T5ForConditionalGeneration(config))
+
+
+def test_layers_of_cross_attention_are_named():
+    """By a config key where it lists them, as Llama 3.2 Vision's does, else by the module that is one."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    text = transformers.models.mllama.MllamaTextConfig(
+        **{**GQA, "cross_attention_layers": [1], "rope_parameters": rope}
+    )
+    model = transformers.models.mllama.modeling_mllama.MllamaForCausalLM(text)
+    with pytest.raises(ValueError, match=r"cross-attention \(config key cross_attention_layers = \[1\]\)$"):
+        make_cache(model)
+    text.cross_attention_layers = None
+    with pytest.raises(ValueError, match=r"cross-attention \(module model\.layers\.1\)$"):
+        make_cache(model)
+
+
+NEVER_APPLIES = {
+    "Phi-4-mini": ("Phi3Config", {**GQA, "sliding_window": 1024}),
+    "as long as the positions": ("MistralConfig", {**GQA, "sliding_window": 512}),
+    "switched off": ("Qwen2Config", {**GQA, "use_sliding_window": False, "sliding_window": 64}),
+    "of no layer": (
+        "Qwen2Config",
+        {**GQA, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
+    ),
+    "of layers with an embedding of their own": ("Gemma3TextConfig", {**GQA, "head_dim": 32, "sliding_window": 600}),
+    "of long layers": (
+        "Qwen2Config",
+        {**GQA, "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEVER_APPLIES)
+def test_a_window_that_no_token_leaves_is_full_attention(case):
+    """As kvsim counts it; the tokens are stock's."""
+    config_class, arguments = NEVER_APPLIES[case]
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**arguments)).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(2, 97, (2, 40))
+    stock = model.generate(ids, max_new_tokens=5, do_sample=False)
+    for options in ({}, {"compiled": True, "max_seq_len": 64}):
+        cache = make_cache(model, "fp32", **options)
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, **argument(cache)), stock)
+
+
+def test_a_window_is_noticed_where_a_layer_attends_too():
+    """The second line of defence, for a model whose config did not say so; and rows that outgrow a long window."""
+    model = copy.deepcopy(tiny("Mistral"))
+    ids = torch.arange(40)[None]
+    make_cache(model)
+    for window, positions, fails in ((64, 512, True), (None, 512, False), (512, 512, False), (39, 30, True)):
+        for module in model.modules():
+            if hasattr(module, "sliding_window"):
+                module.sliding_window = window
+        model.config.sliding_window, model.config.max_position_embeddings = None, positions
+        model.model.layers[0].self_attn.config.sliding_window = window
+        cache = make_cache(model) if not fails else Cache(Kivi(), 2)
+        with torch.no_grad():
+            if fails:
+                with pytest.raises(ValueError, match=rf"attends to 40 tokens with sliding_window {window}, which"):
+                    model(ids, **argument(cache))
+            else:
+                assert model(ids, **argument(cache)).logits.isfinite().all()
 
 
 def test_tensor_parallel_ranks(monkeypatch):

@@ -217,7 +217,7 @@ def test_a_layer_that_runs_twice_in_a_forward_reads_what_it_stored() -> None:
         layer.held = held
         for part in (slice(70), slice(70, 100)):
             new = query[:, :, part], key[:, :, part], value[:, :, part]
-            pending = layer.update(*new[1:])
+            pending = layer.pend(*new[1:])
             assert all(isinstance(x, Pending) for x in pending)
             found.append(attention(model, new[0], *pending, None)[0])
     assert torch.equal(found[0], found[2])

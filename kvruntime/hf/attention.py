@@ -15,8 +15,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 
-from kvruntime.hf.cache import Cache, CacheLayer, Length, Pending
+from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, Pending
 from kvruntime.hf.compiled import StepLength
+from kvruntime.hf.models import window_applies
 
 NAME = "kvruntime"
 """Holds none of the words and signs by which transformers recognizes flash, sdpa, flex, paged or hub kernels."""
@@ -24,7 +25,7 @@ NAME = "kvruntime"
 MASKS = "create_masks_for_generate"
 """The attribute by which ``generate()`` finds a model's own way to make masks."""
 
-REFUSED = ("softcap", "s_aux", "position_bias", "head_mask", "sliding_window", "output_attentions")
+REFUSED = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions")
 """Keyword arguments that would change the scores or ask for them."""
 
 
@@ -41,8 +42,8 @@ class Switch:
     def __init__(self, configs: list[Any], create_masks: Any) -> None:
         self.configs, self.original = configs, create_masks
         self.previous: list[str | None] = [None] * len(configs)
-        self.active = 0
-        """Forwards under way, those of other threads too."""
+        self.active: set[int] = set()
+        """Threads with a forward under way."""
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward begins."""
@@ -50,14 +51,15 @@ class Switch:
         if cache is not None:
             self.on(cache)
             cache.forward.begin(cache.layers)
+        elif not torch.compiler.is_compiling() and threading.get_ident() in self.active:
+            self._leave()  # an interrupt ended this thread's last forward, after which no hook runs
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """It ended, or with ``output`` None raised."""
         cache = _given(args, kwargs)
         if cache is not None:
             self.off(cache)
-            if output is None:
-                cache.forward.fail(cache.layers)
+            cache.forward.end(cache.layers, output is None)
 
     def create_masks(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``create_masks_for_generate``, which ``generate()`` calls for a compiled cache."""
@@ -76,16 +78,19 @@ class Switch:
             self._set()
             return
         with _LOCK:
-            self.active += 1
+            self.active.add(threading.get_ident())
             self._set()
 
     def off(self, cache: Cache) -> None:
         cache.forward.running = False
         if torch.compiler.is_compiling():
             self._put_back()
-            return
+        else:
+            self._leave()
+
+    def _leave(self) -> None:
         with _LOCK:
-            self.active = max(0, self.active - 1)
+            self.active.discard(threading.get_ident())
             if not self.active:
                 self._put_back()
 
@@ -113,7 +118,8 @@ def attach(model: Any) -> None:
     """Lets ``model`` attend through a kvruntime cache; raises ``ValueError`` where transformers does not allow it."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    if next(_attached(model), None):
+    for _, switch in _attached(model):
+        switch._leave()
         return
     config = model.config.get_text_config(decoder=True)
     inside = [module for module in model.modules() if isinstance(getattr(module, "config", None), type(config))]
@@ -177,7 +183,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    _refuse(module, query, dropout, kwargs)
+    _refuse(module, query, key.shape[2], dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None:
         if attention_mask is not None and attention_mask.shape[3] > 1:
@@ -221,7 +227,7 @@ def _attend(
     return out.transpose(1, 2).contiguous()
 
 
-_uncompiled = torch.compiler.disable(_attend)
+_uncompiled = torch.compiler.disable(_attend, reason=UNCOMPILED)
 
 
 def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
@@ -229,7 +235,15 @@ def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.take_along_dim(order[:, None, :, None], 2)
 
 
-def _refuse(module: torch.nn.Module, query: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(
+    module: torch.nn.Module, query: Tensor, num_columns: int, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    window = kwargs.get("sliding_window")
+    if window and (num_columns > window or window_applies(window, getattr(module, "config", None))):
+        raise ValueError(
+            f"{type(module).__name__} attends to {num_columns} tokens with sliding_window {window}, "
+            "which a kvruntime cache does not support"
+        )
     for name in REFUSED:
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{type(module).__name__} attends with {name}, which a kvruntime cache does not support")

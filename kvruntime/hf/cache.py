@@ -29,6 +29,9 @@ def argument(cache: Any) -> dict[str, Any]:
     return {"cache" if TAKES_CACHE else "past_key_values": cache}
 
 
+UNCOMPILED = "a plain kvruntime cache runs uncompiled: make_cache(..., compiled=True) makes one that does not"
+
+
 class Length(int):
     """A mask length that comes from this cache, so that the mask function can tell."""
 
@@ -77,29 +80,45 @@ class Forward:
     whether every layer has stored what the others have."""
 
     def __init__(self) -> None:
-        self.running = self.unfinished = False
+        self.running = False
+        self.open = False
+        """Whether a forward has not ended, or was interrupted."""
         self.before: list[int] = []
-        """Columns that each layer held when the forward began."""
+        """Columns that each layer held when it began."""
+        self.unfinished = False
+        """Whether it raised when some layers had stored its tokens: those not reached may not know their shape yet."""
 
     def begin(self, layers: Sequence[CacheLayer]) -> None:
         """Raises ``ValueError`` where a forward ended between layers, before another is silently wrong."""
         if torch.compiler.is_compiling():
             return
-        self.before = [layer.num_columns for layer in layers]
+        if self.open:
+            self._judge(layers)
         self.check(layers)
+        self.before, self.open = [layer.num_columns for layer in layers], True
+
+    def end(self, layers: Sequence[CacheLayer], raised: bool) -> None:
+        """The forward ended."""
+        if torch.compiler.is_compiling():
+            return
+        self.open = False
+        if raised:
+            self._judge(layers)
+            for layer in layers:
+                layer.pending = False
+
+    def _judge(self, layers: Sequence[CacheLayer]) -> None:
+        held = [layer.num_columns for layer in layers]
+        self.unfinished = self.unfinished or (held != self.before and len(set(held)) > 1)
 
     def check(self, layers: Sequence[CacheLayer]) -> None:
-        """Raises ``ValueError`` where layers hold different numbers of tokens."""
+        """Raises ``ValueError`` where layers hold different numbers of tokens, or one was given some and stored none."""
         held = {layer.num_columns for layer in layers if layer.is_initialized or self.unfinished}
         if len(held) > 1:
             counts = " and ".join(map(str, sorted(held)))
-            raise ValueError(f"layers of the cache hold {counts} tokens: a forward or an update ended half-way, reset() it")
-
-    def fail(self, layers: Sequence[CacheLayer]) -> None:
-        """The forward raised."""
-        held = [layer.num_columns for layer in layers]
-        if held != self.before and len(set(held)) > 1:
-            self.unfinished = True  # layers that were not reached for the first time do not even know their shape
+            raise ValueError(f"layers of the cache hold {counts} tokens: a forward or update ended half-way, reset() it")
+        if any(layer.pending for layer in layers):
+            raise ValueError("the cache was given tokens that it has not stored: a forward was interrupted, reset() it")
 
 
 class Pending:
@@ -149,6 +168,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.method, self.columns, self.forward, self.max_seq_len = method, columns, forward, max_seq_len
         self.num_columns = 0
+        self.pending = False
+        """Whether tokens came that the attention function has not stored."""
         self.dtype: torch.dtype | None = None
         """Of the keys and values that came, whatever they are stored as."""
 
@@ -190,7 +211,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         its attention function is given in place of them, which stores them.
         """
         if self.forward.running:
-            return self.pend(key_states, value_states)
+            pend = _pend_uncompiled if torch.compiler.is_compiling() else CacheLayer.pend
+            return pend(self, key_states, value_states)
         self._accept(key_states, value_states)
         held = self.read() if self.num_columns else None
         self.columns.all_tokens(self.store.batch_size)
@@ -202,6 +224,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def pend(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
         """What the attention function is given in place of the full keys and values."""
         self._accept(key_states, value_states)
+        self.pending = True
         num_columns = self.num_columns + key_states.shape[2]
         return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
 
@@ -251,6 +274,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         with torch.inference_mode(False), torch.no_grad():
             self.store.append(key, value, lengths)
         self.num_columns += key.shape[2]
+        self.pending = False
 
     def append_first(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
         """:meth:`append` to an empty layer, which may be held back."""
@@ -259,6 +283,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         else:
             self.held.append(self.store, key, value, lengths)
             self.num_columns += key.shape[2]
+            self.pending = False
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
         """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
@@ -283,7 +308,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return self.store.batch_size
 
     def reset(self) -> None:
-        self.num_columns = 0
+        self.num_columns, self.pending = 0, False
         if self.is_initialized:
             self.store.reset()
 
@@ -296,6 +321,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         raise ValueError("the layers of a kvruntime cache change together: call this on the cache, not on its layer")
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _together
+
+
+_pend_uncompiled = torch.compiler.disable(CacheLayer.pend, reason=UNCOMPILED)
 
 
 def _refuse_assignment(to: object) -> None:
@@ -378,7 +406,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget every token; the buffers stay for the next sequence."""
         self.columns.reset()
-        self.forward.running = self.forward.unfinished = False
+        self.forward.running = self.forward.open = self.forward.unfinished = False
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -72,6 +72,8 @@ class Counts:
         self.started = False
         """Whether a prompt was stored, so that one more token is a step."""
         self.padded = False
+        self.dtype: torch.dtype | None = None
+        """Of the tokens that came."""
 
     def write(self, lengths: list[int], num_columns: int, columns: Columns, device: torch.device) -> None:
         """Takes over the host's books: each row's tokens, and the columns that they stand in."""
@@ -144,6 +146,8 @@ class CompiledLayer(CacheLayer):
         steps: Counts = args[0]  # not self.counts: torch.compile would check for each layer that they are the same
         if not steps.started or key_states.shape[2] > 1 or key_states.shape[0] != len(steps.positions):
             return self._update(key_states, value_states)
+        if key_states.dtype != steps.dtype:
+            return self._update(key_states, value_states)  # says what is wrong
         longest = steps.max_seq_len
         return Pending(self, key_states, longest, steps), Pending(self, value_states, longest, steps)
 
@@ -166,6 +170,7 @@ class CompiledLayer(CacheLayer):
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
         super().append(key, value, lengths)
         if self.is_last:
+            self.counts.dtype = self.dtype
             self.counts.write(self.store.row_lengths, self.num_columns, self.columns, key.device)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Counts) -> Tensor:
@@ -233,6 +238,7 @@ class CompiledCache(Cache):
     @contextmanager
     def _host(self) -> Iterator[None]:
         """The host's books are right inside, and the device's afterwards."""
+        self.forward.check(self.layers)
         started = self.counts.started
         if started:
             for layer in self.layers:

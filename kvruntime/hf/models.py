@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvsim.layout import LayerShape
 
@@ -14,11 +15,20 @@ REFUSED_KEYS = {
     "attn_logit_softcapping": "soft-capped attention scores",
     "is_encoder_decoder": "an encoder-decoder",
     "add_cross_attention": "cross-attention",
+    "cross_attention_layers": "cross-attention",
     "alibi": "ALiBi position biases",
     "num_kv_shared_layers": "layers that share another's cache",
-    "attention_chunk_size": "chunked attention",
 }
 """Config keys that, when set, change what a layer caches or how it attends."""
+
+WINDOWS = {
+    "sliding_window": ("sliding windows", "sliding_attention"),
+    "attention_chunk_size": ("chunked attention", "chunked_attention"),
+}
+"""Config keys of windows: what they are called, and the kind of layer in ``layer_types`` that has one."""
+
+CROSS = re.compile(r"cross_?att|encoder_?att", re.IGNORECASE)
+"""Names of cross-attention's modules and classes."""
 
 
 def layer_shapes(model: Any) -> list[LayerShape]:
@@ -34,6 +44,7 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     for key, meaning in REFUSED_KEYS.items():
         if getattr(config, key, None):
             raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {getattr(config, key)})")
+    _refuse_cross_attention(model, name, config)
     _refuse_layer_kinds(name, config)
     if any(hasattr(module, "sinks") for module in model.modules()):
         raise ValueError(f"{name} is not supported: attention sinks (parameter sinks)")
@@ -45,15 +56,36 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     return [LayerShape(heads, head_dim, head_dim)] * config.num_hidden_layers
 
 
+def window_applies(window: int | None, config: Any) -> bool:
+    """Whether a token may ever lie out of ``window``: one no shorter than the positions is full attention."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return bool(window) and not (positions and window >= positions)
+
+
+def _refuse_cross_attention(model: Any, name: str, config: Any) -> None:
+    """By the names of modules, where no config key says it; what a vision tower or its adapter does is not cached."""
+    for decoder in model.modules():
+        if not (isinstance(decoder, PreTrainedModel) and isinstance(decoder.config, type(config))):
+            continue
+        for path, module in decoder.named_modules():
+            if CROSS.search(path.rpartition(".")[2]) or CROSS.search(type(module).__name__):
+                raise ValueError(f"{name} is not supported: cross-attention (module {path})")
+
+
 def _refuse_layer_kinds(name: str, config: Any) -> None:
-    for kind in getattr(config, "layer_types", None) or ():
-        if kind != "full_attention":
+    kinds, whole = getattr(config, "layer_types", None), {"full_attention"}
+    for key, (meaning, kind) in WINDOWS.items():
+        window = getattr(config, key, None)
+        if window and not window_applies(window, config):
+            whole.add(kind)
+        elif window and not kinds:
+            raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {window})")
+    for kind in kinds or ():
+        if kind not in whole:
             raise ValueError(f"{name} is not supported: layers of kind {kind} (config key layer_types)")
-    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
-        window = config.sliding_window
-        raise ValueError(f"{name} is not supported: sliding windows (config key sliding_window = {window})")
     stock = [type(layer) for layer in DynamicCache(config=config).layers]
-    others = sorted({kind.__name__ for kind in stock if kind is not DynamicLayer})
+    windowed = [DynamicSlidingWindowLayer] if len(whole) > 1 else []
+    others = sorted({kind.__name__ for kind in stock if kind not in (DynamicLayer, *windowed)})
     if others:
         raise ValueError(f"{name} is not supported: transformers caches some of its layers in a {others[0]}")
     if len(stock) != config.num_hidden_layers:
