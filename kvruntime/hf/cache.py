@@ -440,8 +440,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         if keep == num_columns:
             return
         longest = max(self.columns.row_lengths(num_columns))
-        drop = self.columns.crop(num_columns, keep)
+        drop = self.columns.lost(num_columns, keep)
         for layer in self.layers:
             if layer.is_initialized:
-                layer.store.crop(longest - drop)
+                layer.store.crop(longest - drop)  # refuses, where it does, in the first layer and before it changes any
                 layer.num_columns = keep
+        self.columns.crop(keep)

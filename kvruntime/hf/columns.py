@@ -115,8 +115,8 @@ class Columns:
         self.padding = [list(self.padding[row]) for row in rows]
         self._seen = None
 
-    def crop(self, num_columns: int, keep: int) -> int:
-        """Forget the columns from ``keep`` on; returns how many tokens that takes from every row.
+    def lost(self, num_columns: int, keep: int) -> int:
+        """How many tokens every row loses with the columns from ``keep`` on.
 
         Raises ``ValueError`` where rows would lose different numbers of tokens.
         """
@@ -124,9 +124,12 @@ class Columns:
         lost = [old - new for old, new in zip(before, after, strict=True)]
         if len(set(lost)) > 1:
             raise ValueError(f"cannot crop to {keep} tokens: the rest is padding in some rows and tokens in others")
+        return lost[0]
+
+    def crop(self, keep: int) -> None:
+        """Forget the columns from ``keep`` on."""
         self.padding = [[range(s.start, min(s.stop, keep)) for s in row if s.start < keep] for row in self.padding]
         self._seen = None
-        return lost[0]
 
 
 def _visible(mask: Tensor, length: int, num_columns: int) -> tuple[Tensor, Tensor]:
