@@ -136,7 +136,7 @@ class FullLayer:
         real = position >= length - self._on_device(lengths)[:, None]  # [batch_size, L]
         visible = causal & real[:, None, None]  # [batch_size, 1, L, L]
         state.add(key, value, visible.repeat(1, 1, query.shape[2] // length, 1))
-        return state.result() * real.repeat(1, query.shape[2] // length)[:, None, :, None]
+        return torch.where(real.repeat(1, query.shape[2] // length)[:, None, :, None], state.result(), 0.0)
 
     def _visible(self, start: int, stop: int) -> Tensor | None:
         """Which of the slots ``start:stop`` hold a row's token, ``[batch_size, 1, 1, stop - start]``; None for all."""

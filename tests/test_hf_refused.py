@@ -12,6 +12,7 @@ from hf_models import GQA, SMALL, tiny
 
 from kvruntime import make_cache
 from kvruntime.choose import RUNS
+from kvruntime.hf.attention import REFUSED as REFUSED_ARGUMENTS
 from kvruntime.hf.cache import Cache, argument
 from kvruntime.layers import LAYERS
 from kvsim.methods import METHODS, Full, Kivi
@@ -103,6 +104,16 @@ def test_layers_of_cross_attention_are_named():
     text.cross_attention_layers = None
     with pytest.raises(ValueError, match=r"cross-attention \(module model\.layers\.1\)$"):
         make_cache(model)
+
+
+@pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
+def test_what_would_change_the_scores_is_refused_where_a_layer_attends(name):
+    """The second line of defence, for a model whose config did not say so."""
+    model, ids = copy.deepcopy(tiny("Llama")), torch.arange(8)[None]
+    attend, cache = model.model.layers[1].self_attn.forward, make_cache(model)
+    model.model.layers[1].self_attn.forward = lambda *args, **more: attend(*args, **more, **{name: torch.ones(1)})
+    with torch.no_grad(), pytest.raises(ValueError, match=f"LlamaAttention attends with {name}, which a kvruntime"):
+        model(ids, **argument(cache))
 
 
 NEVER_APPLIES = {

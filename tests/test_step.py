@@ -135,6 +135,8 @@ def test_uncompressed_attention_with_lengths_on_the_device(dim, q_per_kv, dtype,
     key, value = (torch.randn(ROWS, HEADS, 300, dim, generator=generator).to(dtype) for _ in range(2))
     query = torch.randn(ROWS, HEADS * q_per_kv, 1, dim, generator=generator).to(dtype)
     positions = torch.tensor([0, 130, 299], dtype=torch.int32)
+    for row, position in enumerate(positions.tolist()):  # what no query sees may be anything
+        key[row, :, position + 1 :], value[row, :, position + 1 :] = float("nan"), float("nan")
     there = [x.to(DEVICE) for x in (query, key, value, positions)]
     for splits in (1, 3):
         monkeypatch.setattr(decode, "plan_splits", lambda *_, splits=splits: splits)
