@@ -73,6 +73,11 @@ def test_update_from_outside_a_model_stores(model, name):
     assert cache.get_seq_length() == 202
     with pytest.raises(ValueError, match="layer 2 of a model for a cache of 2"):
         cache.update(*new, 2)
+    alone = new_cache(model, name)
+    for index in range(2):
+        alone.update(*new, index)
+    alone.crop(-1)
+    assert alone.get_seq_length() == 0
 
 
 @caches
@@ -83,7 +88,9 @@ def test_what_is_held_can_be_read(model, name):
     assert cache.layers[0].keys is None
     assert len(cache) == 2
     position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    past = stock(model, **{"ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}, position_ids=position)
+    past = stock(
+        model, ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position
+    )
     with torch.no_grad():
         model(**inputs, position_ids=position, **argument(cache))
     real = inputs["attention_mask"].bool()
@@ -131,12 +138,17 @@ def test_a_model_that_was_not_given_it_attends_to_it_too(model, name, implementa
 
 
 def states(model):
-    return [getattr(module, "config", SimpleNamespace(_attn_implementation=""))._attn_implementation for module in model.modules()]
+    return [
+        getattr(module, "config", SimpleNamespace(_attn_implementation=""))._attn_implementation
+        for module in model.modules()
+    ]
 
 
 def switches(model):
-    """The hooks that ``make_cache`` put in (transformers has some of its own, where attention weights were asked for)."""
-    hooks = [hook for m in model.modules() for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()]
+    """The hooks that ``make_cache`` put in (transformers has its own, where attention weights were asked for)."""
+    hooks = [
+        hook for m in model.modules() for kind in (m._forward_hooks, m._forward_pre_hooks) for hook in kind.values()
+    ]
     return [hook for hook in hooks if isinstance(getattr(hook, "__self__", None), Switch)]
 
 
@@ -157,7 +169,9 @@ def test_with_other_caches_the_model_is_as_it_was(model, before):
         assert states(model) == was
         assert torch.equal(ours, fresh.generate(**inputs, max_new_tokens=4, do_sample=False))
     with torch.no_grad():
-        seen = [one(**inputs, output_attentions=before == "eager", **argument(DynamicCache())) for one in (model, fresh)]
+        seen = [
+            one(**inputs, output_attentions=before == "eager", **argument(DynamicCache())) for one in (model, fresh)
+        ]
         assert torch.equal(seen[0].logits, seen[1].logits)
         if before == "eager":
             assert all(torch.equal(*pair) for pair in zip(seen[0].attentions, seen[1].attentions, strict=True))
@@ -168,7 +182,9 @@ def test_with_other_caches_the_model_is_as_it_was(model, before):
     kvruntime.restore(model)
     assert not switches(model)
     assert (states(model), set(vars(model))) == (was, names)
-    assert torch.equal(ours, other.generate(**inputs, max_new_tokens=4, do_sample=False, **argument(make_cache(other, "kivi"))))
+    assert torch.equal(
+        ours, other.generate(**inputs, max_new_tokens=4, do_sample=False, **argument(make_cache(other, "kivi")))
+    )
     assert states(other) == was
     if before == "sdpa":  # with attention weights asked for, transformers' own hooks are in the way
         torch.save(other, io.BytesIO())
@@ -177,7 +193,10 @@ def test_with_other_caches_the_model_is_as_it_was(model, before):
 def test_attention_weights_are_not_to_be_had_from_this_cache(model):
     model.set_attn_implementation("eager")
     cache = make_cache(model)
-    with torch.no_grad(), pytest.raises(ValueError, match="output_attentions, which a kvruntime cache does not support"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="output_attentions, which a kvruntime cache does not support"),
+    ):
         model(prompt(1, 8)["input_ids"], output_attentions=True, **argument(cache))
 
 
@@ -275,7 +294,9 @@ def test_a_forward_that_ended_between_layers_is_noticed(model, name, held, lengt
             assert torch.equal(got, want)
         else:
             for call in (lambda: model(now, **argument(cache)), lambda: cache.crop(-1)):
-                with pytest.raises(ValueError, match=rf"layers of the cache hold {held} and {held + length} tokens: .* reset"):
+                with pytest.raises(
+                    ValueError, match=rf"layers of the cache hold {held} and {held + length} tokens: .* reset"
+                ):
                     call()
         cache.reset()
         got, want = (model(ids, **argument(one)).logits for one in (cache, new_cache(model, name)))

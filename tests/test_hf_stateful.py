@@ -87,7 +87,9 @@ def softmax64(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 
 class CacheMachine(RuleBasedStateMachine):
-    @initialize(name=st.sampled_from(sorted(METHODS)), batch=st.integers(1, 3), compiled=st.booleans(), seed=st.integers(0, 99))
+    @initialize(
+        name=st.sampled_from(sorted(METHODS)), batch=st.integers(1, 3), compiled=st.booleans(), seed=st.integers(0, 99)
+    )
     def start(self, name, batch, compiled, seed):
         self.method, self.batch, self.compiled = METHODS[name], batch, compiled
         kind = CompiledCache if compiled else Cache
@@ -145,7 +147,11 @@ class CacheMachine(RuleBasedStateMachine):
                 continue
             seen = real[: i + 1]
             new = key[:, : i + 1][:, seen], value[:, : i + 1][:, seen]
-            held = (row.key, row.value) if length == 1 and not first else [torch.cat(x, 1) for x in zip(before, new, strict=True)]
+            held = (
+                (row.key, row.value)
+                if length == 1 and not first
+                else [torch.cat(x, 1) for x in zip(before, new, strict=True)]
+            )
             torch.testing.assert_close(out[i].double(), softmax64(query[:, i], *held), atol=1e-4, rtol=1e-4)
 
     @precondition(lambda self: self.room(90))

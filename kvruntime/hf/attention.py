@@ -1,6 +1,6 @@
 """How a model attends through the cache: one attention function and one mask function in transformers' interfaces.
 
-A model has them only while it runs with a kvruntime cache (:class:`Switch`); with another cache or none it is as it was.
+A model has them only while it runs with a kvruntime cache (:class:`Switch`); with another or none it is as it was.
 """
 
 from __future__ import annotations
@@ -235,9 +235,7 @@ def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.take_along_dim(order[:, None, :, None], 2)
 
 
-def _refuse(
-    module: torch.nn.Module, query: Tensor, num_columns: int, dropout: float, kwargs: dict[str, Any]
-) -> None:
+def _refuse(module: torch.nn.Module, query: Tensor, num_columns: int, dropout: float, kwargs: dict[str, Any]) -> None:
     window = kwargs.get("sliding_window")
     if window and (num_columns > window or window_applies(window, getattr(module, "config", None))):
         raise ValueError(

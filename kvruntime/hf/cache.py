@@ -112,11 +112,13 @@ class Forward:
         self.unfinished = self.unfinished or (held != self.before and len(set(held)) > 1)
 
     def check(self, layers: Sequence[CacheLayer]) -> None:
-        """Raises ``ValueError`` where layers hold different numbers of tokens, or one was given some and stored none."""
+        """Raises ``ValueError`` where layers hold unlike numbers of tokens, or one never stored what it was given."""
         held = {layer.num_columns for layer in layers if layer.is_initialized or self.unfinished}
         if len(held) > 1:
             counts = " and ".join(map(str, sorted(held)))
-            raise ValueError(f"layers of the cache hold {counts} tokens: a forward or update ended half-way, reset() it")
+            raise ValueError(
+                f"layers of the cache hold {counts} tokens: a forward or update ended half-way, reset() it"
+            )
         if any(layer.pending for layer in layers):
             raise ValueError("the cache was given tokens that it has not stored: a forward was interrupted, reset() it")
 
@@ -150,8 +152,8 @@ class Pending:
     @classmethod
     def _refuse(cls, name: str) -> NoReturn:
         raise ValueError(
-            f"{name} touches cached keys or values outside the kvruntime attention interface: the model does not attend "
-            "as make_cache found it to, and is not supported"
+            f"{name} touches cached keys or values outside the kvruntime attention interface: "
+            "the model is not supported, or its attention implementation is set while it runs"
         )
 
 
@@ -183,14 +185,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """A copy of the keys held, read back (:meth:`read`); None before the first."""
         return self.read()[0] if self.is_initialized else None
 
+    @keys.setter
+    def keys(self, to: None) -> None:
+        _refuse_assignment(to)
+
     @property
     def values(self) -> Tensor | None:
         """A copy of the values held, read back (:meth:`read`); None before the first."""
         return self.read()[1] if self.is_initialized else None
-
-    @keys.setter
-    def keys(self, to: None) -> None:
-        _refuse_assignment(to)
 
     @values.setter
     def values(self, to: None) -> None:
@@ -252,7 +254,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         dequantized, in the type that they came in; zeros where a row has padding."""
         store, shape = self.store, self.store.shape
         size = store.batch_size, shape.num_kv_heads, self.num_columns
-        out = [torch.zeros(*size, dim, dtype=self.dtype, device=store.device) for dim in (shape.key_dim, shape.value_dim)]
+        out = [
+            torch.zeros(*size, dim, dtype=self.dtype, device=store.device) for dim in (shape.key_dim, shape.value_dim)
+        ]
         if self.num_columns:
             self.columns.all_tokens(store.batch_size)
             real = self.columns.tokens(self.num_columns, store.device)

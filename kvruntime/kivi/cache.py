@@ -249,7 +249,9 @@ class KiviLayer:
         sink, packed = min(self.method.sink_length, self.row_lengths[row]), self.row_packed[row]
         params = self.tensors.get("key_params")
         records = self.tensors["records"][row, : packed // self.record.num_tokens].transpose(0, 1)
-        middle = reference.unpack_records(records, self.record, None if params is None else (params[0, row], params[1, row]))
+        middle = reference.unpack_records(
+            records, self.record, None if params is None else (params[0, row], params[1, row])
+        )
         token = torch.arange(sink + packed, self.row_lengths[row], device=self.device)
         slot = self.method.sink_length + (token - self.method.sink_length) % self.method.residual_length
         key, value = (
