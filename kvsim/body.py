@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvsim.config import ConfigReader
+from kvsim.models.config import ConfigReader
 
 if TYPE_CHECKING:
     from kvsim.layout import LayerShape, StateShape

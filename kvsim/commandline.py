@@ -7,7 +7,7 @@ from math import isfinite
 
 import click
 
-from kvsim.options import LARGEST
+from kvsim.specs import LARGEST
 
 BITS_64 = (1 << 63) - 1
 LONGEST = 1000

@@ -117,7 +117,7 @@ class Method(Protocol):
     * ``tokens_alone``: whether a token's bytes depend on that token alone (:func:`tokens_alone`; False);
     * ``shared_buffers(layers)``: tensors that a model's layers share (:func:`shared_buffers`; none);
     * ``at(layer, index, num_layers)``: the method of one place, where layers are stored differently
-      (:func:`kvsim.methods.place.at`; itself);
+      (:func:`kvsim.methods.by_layer.at`; itself);
     * ``kvruntime``: whether kvruntime has a room for it (False);
     * ``inner``: the method that stores what a wrapper keeps.
     """

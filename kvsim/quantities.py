@@ -7,7 +7,7 @@ import re
 from kvsim.engines import Engine
 from kvsim.engines.vllm import server_defaults
 from kvsim.hardware import Hardware, find_hardware
-from kvsim.options import brief, parse_engine
+from kvsim.specs import brief, parse_engine
 
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
 UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvruntime.kivi import attention, fast
+from kvruntime.methods.kivi import attention, fast
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi
 
@@ -120,7 +120,8 @@ def attend(
     method, dim, q_per_kv, dtype = METHODS[name]
     queries = 5 if "num_queries" in given else None
     constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
-        "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares, "STAGES": fast.STAGES, "SPARE": 0, "EARLY": sm >= 90,
+        "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares,
+        "STAGES": fast.STAGES, "SPARE": 0, "EARLY": sm >= 90,
         "WHOLE": whole,
     }  # fmt: skip
     types = arguments(fast.attend_kernel, dtype, given if shares or queries or whole else given + MERGED)

@@ -23,10 +23,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from kvruntime import decode
 from kvruntime.engine import hopper, norm, product
 from kvruntime.engine import linear as narrow
-from kvruntime.kivi import attention, quantize, step
+from kvruntime.methods.full import decode
+from kvruntime.methods.kivi import attention, step
+from kvruntime.methods.kivi import pack as quantize
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
 

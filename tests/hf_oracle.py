@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from kvruntime.full import FullLayer
 from kvruntime.hf.cache import argument
-from kvruntime.kivi.reference import ring_positions, unpack_records
+from kvruntime.methods.full.cache import FullLayer
+from kvruntime.methods.kivi.reference import ring_positions, unpack_records
 
 
 def stored(store) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,8 @@
 
 import zipfile
 
-from kvruntime import pull as pulling
-from kvruntime.pull import PULLS, Pull
+from kvruntime.checkpoints import pull as pulling
+from kvruntime.checkpoints.pull import PULLS, Pull
 
 
 def pull_of_made_up(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def class_defaults(model_type: str) -> dict[str, Any]:
 def defaults() -> dict[str, dict[str, Any]]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from kvsim.families import FAMILIES
+    from kvsim.models.families import FAMILIES
 
     return {name: class_defaults(name) for name in sorted(FAMILIES) if name in CONFIG_MAPPING}
 

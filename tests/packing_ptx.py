@@ -11,9 +11,10 @@ import json
 import compile_kernels
 import numpy as np
 import torch
+from kvruntime.methods.kivi.words import record_constants
 from ptx_numpy import Program
 
-from kvruntime.kivi import quantize, reference, step
+from kvruntime.methods.kivi import pack, reference, step
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
 
@@ -48,13 +49,13 @@ class Memory:
         return start
 
 
-def launches(record: quantize.Record) -> list[dict[str, int]]:
+def launches(record: pack.Record) -> list[dict[str, int]]:
     """How :func:`quantize.append` packs the record, and how a decode step does: whole, and in parts."""
-    count = quantize.num_parts(record, step.WHOLE)
-    whole = {"PARTS": count, "SIZE": step.WHOLE, "num_warps": quantize.pack_warps(record)}
+    count = pack.num_parts(record, step.WHOLE)
+    whole = {"PARTS": count, "SIZE": step.WHOLE, "num_warps": pack.pack_warps(record)}
     parts = dict(zip(("PARTS", "SIZE", "num_warps"), step.parts_launch(record), strict=True))
     out: list[dict[str, int]] = []
-    for launch in (quantize.pack_launch(record), whole, parts):
+    for launch in (pack.pack_launch(record), whole, parts):
         alike = [one for one in out if (one["PARTS"], one["num_warps"]) == (launch["PARTS"], launch["num_warps"])]
         out += [] if alike else [launch]
     return out
@@ -103,19 +104,17 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
         "batch_size": 1,
     }
     constants = (
-        quantize.record_constants(record)
-        | launch
-        | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual}
+        pack.record_constants(record) | launch | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual}
     )
     num_warps = constants.pop("num_warps")
-    kernel = quantize.pack_kernel
+    kernel = pack.pack_kernel
     types = compile_kernels.arguments(kernel, "fp16", params_ptr="*fp16")
     start = values["records_ptr"]
     if layers == 1:
         types = compile_kernels.one_layer(types)
     else:
         columns = ("key_ptr", "value_ptr", "exact_key_ptr", "exact_value_ptr", "records_ptr", "params_ptr")
-        table = torch.zeros(layers, quantize.COLUMNS.value, dtype=torch.int64)
+        table = torch.zeros(layers, pack.COLUMNS.value, dtype=torch.int64)
         table[-1] = torch.tensor([values[name] for name in columns])
         values["layers_ptr"] = memory.place(table)
         values |= dict.fromkeys(columns, 0)

@@ -11,51 +11,52 @@ pytest.importorskip("transformers")
 
 from runtime_tiny import tiny_directory  # noqa: E402
 
-from kvruntime.bench import engine, engine_report, sitting  # noqa: E402
-from kvruntime.bench.results import Results  # noqa: E402
+from kvruntime.bench.engine import report, suite  # noqa: E402
+from kvruntime.bench.harness import session  # noqa: E402
+from kvruntime.bench.harness.results import Results  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
 from kvsim.layout import nbytes  # noqa: E402
-from kvsim.load import load_model  # noqa: E402
 from kvsim.methods import Full, Kivi  # noqa: E402
+from kvsim.models.load import load_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
     folder = tiny_directory(tmp_path_factory.mktemp("tiny") / "tiny")
     contexts = {1: (96, 160, 320), 2: (96,)}
-    return engine.Subject(str(folder), "float32", contexts, prompts=(40,), positions=400, largest=True)
+    return suite.Subject(str(folder), "float32", contexts, prompts=(40,), positions=400, largest=True)
 
 
 METHODS = (Full("float32"), Kivi(group_size=32, residual_length=32, dtype="float32"))
 
 
 def test_the_subjects_are_what_was_set_out() -> None:
-    llama, gpt2 = engine.SUBJECTS["llama-3-8b"], engine.SUBJECTS["gpt2"]
+    llama, gpt2 = suite.SUBJECTS["llama-3-8b"], suite.SUBJECTS["gpt2"]
     assert llama.contexts[1][0] == 1024
     assert llama.contexts[1][-1] == 131072
     assert (llama.contexts[8], llama.contexts[64]) == ((32768,), (4096,))
     assert gpt2.contexts == {1: (128, 512, 1024), 64: (1024,)}
-    assert [method.name for method in engine.methods_of("bfloat16")] == [
+    assert [method.name for method in suite.methods_of("bfloat16")] == [
         "bf16",
         "kivi-2bit-g32-r128",
         "kivi-2bit-g64-r64",
         "kivi-4bit-g64-r64",
     ]
-    models = engine.Models("cpu")
+    models = suite.Models("cpu")
     assert models.config(llama)["max_position_embeddings"] == 131072
     assert models.config(gpt2)["n_positions"] == 1024
-    for one in engine.SUBJECTS.values():
+    for one in suite.SUBJECTS.values():
         longest = max(context for contexts in one.contexts.values() for context in contexts)
-        assert engine.num_steps(longest) + engine.WARM < longest
+        assert suite.num_steps(longest) + suite.WARM < longest
 
 
 def test_a_sitting_on_a_tiny_model(subject, tmp_path, capsys) -> None:
-    models = engine.Models("cpu")
-    free = engine.RESERVE + (1 << 20)
+    models = suite.Models("cpu")
+    free = suite.RESERVE + (1 << 20)
     small = replace(subject, largest=False)
     results = Results(tmp_path / "e.json", {"device": {"name": "here"}})
-    tasks = engine.subject_tasks(models, small, METHODS, engine.wall_clock, 2, lambda: free)
-    assert sitting.carry_out(tasks, results, engine_report.line, engine_report.tables) == 0
+    tasks = suite.subject_tasks(models, small, METHODS, suite.wall_clock, 2, lambda: free)
+    assert session.carry_out(tasks, results, report.line, report.tables) == 0
     rows = results.rows
     assert not [row for row in rows if "failed" in row]
     steps = [row for row in rows if row["kind"] == "step"]
@@ -65,7 +66,7 @@ def test_a_sitting_on_a_tiny_model(subject, tmp_path, capsys) -> None:
         method = next(method for method in METHODS if method.name == row["method"])
         provided = 320 if row["batch_size"] == 1 else 96
         assert row["nbytes"] == sum(nbytes(method.buffers(layer, row["batch_size"], provided)) for layer in layers)
-        assert row["steps"] == engine.num_steps(row["num_tokens"])
+        assert row["steps"] == suite.num_steps(row["num_tokens"])
         middle, low, high = row["seconds_per_step"]
         assert 0 < low <= middle <= high
         assert row["tokens_per_second"][0] == pytest.approx(row["batch_size"] / middle)
@@ -78,7 +79,7 @@ def test_resumed_steps_are_of_the_same_room_repeats_and_shape(subject) -> None:
     """``--quick`` gives a shorter cache, ``--repeats`` another spread, raised positions another shape."""
 
     def keys(one, repeats):
-        tasks = engine.subject_tasks(engine.Models("cpu"), one, METHODS, engine.wall_clock, repeats, lambda: 0)
+        tasks = suite.subject_tasks(suite.Models("cpu"), one, METHODS, suite.wall_clock, repeats, lambda: 0)
         return {tuple(task.key.items()) for task in tasks if task.key["kind"] in ("step", "prefill")}
 
     contexts = {1: subject.contexts[1][:1]}
@@ -89,26 +90,26 @@ def test_resumed_steps_are_of_the_same_room_repeats_and_shape(subject) -> None:
 
 
 def test_the_largest_batch_is_predicted_then_run(subject, monkeypatch) -> None:
-    models = engine.Models("cpu")
-    monkeypatch.setattr("kvruntime.engine.engine.FILL_TOKENS", 32)
+    models = suite.Models("cpu")
+    monkeypatch.setattr("kvruntime.engine.loop.FILL_TOKENS", 32)
     method, layers = METHODS[1], load_model(subject.model).cache_layers
     one = sum(nbytes(method.buffers(layer, 1, 96)) for layer in layers)
     filling = 4 * 32 * layers[0].num_kv_heads * 2 * layers[0].key_dim
-    free = engine.RESERVE + 4 * one + 4 * filling
-    row = engine.measure_largest(models, subject, method, engine.wall_clock, 96, free)
+    free = suite.RESERVE + 4 * one + 4 * filling
+    row = suite.measure_largest(models, subject, method, suite.wall_clock, 96, free)
     assert row["predicted_batch"] >= row["batch_size"] >= 3
     assert row["nbytes"] == sum(nbytes(method.buffers(layer, row["batch_size"], 96)) for layer in layers)
 
-    real = engine.measure_steps
+    real = suite.measure_steps
 
     def scarce(built, *rest):
         if built.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(built, *rest)
 
-    monkeypatch.setattr(engine, "measure_steps", scarce)
+    monkeypatch.setattr(suite, "measure_steps", scarce)
     with pytest.raises(ValueError, match="out of memory with"):
-        engine.measure_largest(models, subject, method, engine.wall_clock, 96, free + 60 * (one + filling))
+        suite.measure_largest(models, subject, method, suite.wall_clock, 96, free + 60 * (one + filling))
 
 
 def test_an_engine_that_cannot_be_built_is_a_row_each_and_built_once(subject, tmp_path, monkeypatch) -> None:
@@ -119,39 +120,39 @@ def test_an_engine_that_cannot_be_built_is_a_row_each_and_built_once(subject, tm
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("kvruntime.engine.Engine", broken)
-    models = engine.Models("cpu")
+    models = suite.Models("cpu")
     small = replace(subject, contexts={1: (96, 160)}, prompts=(), largest=False)
     results = Results(tmp_path / "e.json", {"device": {"name": "here"}})
-    tasks = engine.subject_tasks(models, small, METHODS[:1], engine.wall_clock, 1, lambda: 0)
-    assert sitting.carry_out(tasks, results, engine_report.line, engine_report.tables) == 0
+    tasks = suite.subject_tasks(models, small, METHODS[:1], suite.wall_clock, 1, lambda: 0)
+    assert session.carry_out(tasks, results, report.line, report.tables) == 0
     assert ["no such kernel" in row["failed"] for row in results.rows] == [True, True]
     assert len(tries) == 1
 
 
 def test_lines_and_break_even() -> None:
     base = [(1000, 5.0), (2000, 6.0), (4000, 8.0)]
-    found = engine_report.fitted(base)
+    found = report.fitted(base)
     assert (found.start, found.slope) == (pytest.approx(4.0), pytest.approx(1e-3))
-    assert engine_report.fitted(base[:2]) is None
+    assert report.fitted(base[:2]) is None
     ours = [(1000, 5.5), (2000, 5.7), (4000, 6.1)]
-    assert engine_report.break_even(ours, base) == pytest.approx(1000 + 1000 * 0.5 / 0.8)
-    assert engine_report.break_even([(x, y - 1) for x, y in base], base) == 1000
-    assert engine_report.break_even([(x, y + 1) for x, y in base], base) is None
+    assert report.break_even(ours, base) == pytest.approx(1000 + 1000 * 0.5 / 0.8)
+    assert report.break_even([(x, y - 1) for x, y in base], base) == 1000
+    assert report.break_even([(x, y + 1) for x, y in base], base) is None
     up_and_down = [(1000, 4.0), (2000, 6.5), (4000, 7.0)]  # slower again in between: counts from the last crossing
-    assert engine_report.break_even(up_and_down, base) == pytest.approx(2000 + 2000 * 0.5 / 1.5)
+    assert report.break_even(up_and_down, base) == pytest.approx(2000 + 2000 * 0.5 / 1.5)
 
 
 def test_peers_run_in_the_same_harness(subject, tmp_path, monkeypatch, capsys) -> None:
-    from kvruntime.bench import peers
+    from kvruntime.bench.model import peers
 
     monkeypatch.setattr(peers, "find_spec", lambda module: True if module == "transformers" else None)
-    models = engine.Models("cpu")
+    models = suite.Models("cpu")
     small = replace(subject, peers=((1, 48, 4),))
-    tasks, missing = engine.peer_tasks(models, small)
+    tasks, missing = suite.peer_tasks(models, small)
     assert {row["package"] for row in missing} == {"optimum-quanto", "hqq", "tiny-turboquant"}
     results = Results(tmp_path / "e.json", {"device": {"name": "here"}})
     results.rows = list(missing)
-    assert sitting.carry_out(tasks, results, engine_report.line, engine_report.tables) == 0
+    assert session.carry_out(tasks, results, report.line, report.tables) == 0
     row = next(row for row in results.rows if row["kind"] == "step")
     assert (row["method"], row["package"], row["steps"]) == ("transformers-dynamic", "transformers", 4)
     assert "missing: hqq" in capsys.readouterr().out
@@ -161,22 +162,24 @@ def test_the_whole_command(subject, tmp_path, monkeypatch, capsys) -> None:
     """On a machine that says it has a card, with the host's clock."""
     import json
 
-    from kvruntime import weights
-    from kvruntime.bench import compiling, peers, results
+    from kvruntime.bench.harness import results
+    from kvruntime.bench.kernels import precompile
+    from kvruntime.bench.model import peers
+    from kvruntime.checkpoints import load
 
     monkeypatch.chdir(tmp_path)
-    real = weights.load
-    monkeypatch.setattr(weights, "pick_device", lambda device: "cuda:0")
-    monkeypatch.setattr(weights, "load", lambda source, device, dtype: real(source, "cpu", dtype))
+    real = load.load
+    monkeypatch.setattr(load, "pick_device", lambda device: "cuda:0")
+    monkeypatch.setattr(load, "load", lambda source, device, dtype: real(source, "cpu", dtype))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (engine.RESERVE + (1 << 20), 1 << 34))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (suite.RESERVE + (1 << 20), 1 << 34))
     monkeypatch.setattr(results, "_device", lambda device: {"name": "pretended"})
-    monkeypatch.setattr(compiling, "compile_ahead", lambda cases, device, say: say(f"{len(cases)} cases"))
+    monkeypatch.setattr(precompile, "compile_ahead", lambda cases, device, say: say(f"{len(cases)} cases"))
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
-    monkeypatch.setattr(engine, "cuda_clock", engine.wall_clock)
-    monkeypatch.setattr(engine, "LARGEST_AT", 96)
-    monkeypatch.setattr("kvruntime.engine.engine.FILL_TOKENS", 32)
-    monkeypatch.setitem(engine.SUBJECTS, "tiny", replace(subject, positions=600, peers=((1, 48, 4),)))
+    monkeypatch.setattr(suite, "cuda_clock", suite.wall_clock)
+    monkeypatch.setattr(suite, "LARGEST_AT", 96)
+    monkeypatch.setattr("kvruntime.engine.loop.FILL_TOKENS", 32)
+    monkeypatch.setitem(suite.SUBJECTS, "tiny", replace(subject, positions=600, peers=((1, 48, 4),)))
     words = ["bench", "engine", "--model", "tiny", "--repeats", "1", "--peers"]
     assert command([*words, "--method", "kivi:residual_length=32"]) == 0
     rows = json.loads((tmp_path / "kvruntime-engine.json").read_text())["rows"]

@@ -10,36 +10,37 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvruntime.bench import attention, kernel_report, kernels, packing, sitting, timing  # noqa: E402
-from kvruntime.bench.ceilings import copy_ceiling, read_ceiling  # noqa: E402
-from kvruntime.bench.compiling import Case, compile_group  # noqa: E402
-from kvruntime.bench.results import Results  # noqa: E402
+from kvruntime.bench.harness import session, timing  # noqa: E402
+from kvruntime.bench.harness.ceilings import copy_ceiling, read_ceiling  # noqa: E402
+from kvruntime.bench.harness.results import Results  # noqa: E402
+from kvruntime.bench.kernels import attention, packing, report, suite  # noqa: E402
+from kvruntime.bench.kernels.precompile import Case, compile_group  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
-from kvsim.load import load_config  # noqa: E402
 from kvsim.methods import Full  # noqa: E402
-from kvsim.model import Model  # noqa: E402
+from kvsim.models.load import load_config  # noqa: E402
+from kvsim.models.model import Model  # noqa: E402
 
 BENCH = timing.cpu_bench()
 SMALL = attention.Shape("llama-3-8b", 8, 2, 64, 2, 320)
 
 
-@pytest.mark.parametrize("name", kernels.HEADS)
+@pytest.mark.parametrize("name", suite.HEADS)
 def test_heads_are_the_catalogue_s(name: str) -> None:
     model = Model.from_config(load_config(name)[1])
     layer = model.layers[0]
-    assert kernels.HEADS[name] == (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
+    assert suite.HEADS[name] == (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
 
 
 def test_the_grid_is_the_table() -> None:
-    shapes = [kernels.make_shape(spec) for spec in kernels.SHAPES]
-    assert {(s.model, s.batch_size, s.num_tokens) for s in shapes} == set(kernel_report.ASKED)
-    layouts = {method.name.rpartition("-r")[0] for method in kernels.METHODS}
-    assert layouts == set(kernel_report.ASKED_OF)
-    missing = [(s.model, m.name) for s in shapes for m in kernels.METHODS if not kernels.fits(s, m)]
+    shapes = [suite.make_shape(spec) for spec in suite.SHAPES]
+    assert {(s.model, s.batch_size, s.num_tokens) for s in shapes} == set(report.ASKED)
+    layouts = {method.name.rpartition("-r")[0] for method in suite.METHODS}
+    assert layouts == set(report.ASKED_OF)
+    missing = [(s.model, m.name) for s in shapes for m in suite.METHODS if not suite.fits(s, m)]
     assert missing == [("gpt2", "kivi-2bit-g128-r128")] * 2  # heads of 64 channels hold no group of 128
 
 
-@pytest.mark.parametrize("method", [*kernels.METHODS[:4], kernels.METHODS[5], kernels.MIXED], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*suite.METHODS[:4], suite.METHODS[5], suite.MIXED], ids=lambda m: m.name)
 def test_a_row_knows_its_bytes_and_its_error(method) -> None:
     row = attention.measure_kivi(BENCH, SMALL, method)
     assert row["nbytes_read"] == sum(method.read_parts(SMALL.layer, 2, 320).values())
@@ -51,7 +52,7 @@ def test_a_row_knows_its_bytes_and_its_error(method) -> None:
 
 def test_an_error_in_attention_shows() -> None:
     tokens = attention.Tokens(BENCH, SMALL, torch.float16)
-    layer = attention.filled_layer(kernels.kivi(2, 32, 64), tokens)
+    layer = attention.filled_layer(suite.kivi(2, 32, 64), tokens)
     query = tokens.draw(8, 1)
     out = layer.attend(query, SMALL.scale)
     for head in (0, 1):
@@ -61,7 +62,7 @@ def test_an_error_in_attention_shows() -> None:
 
 
 def test_pieces_and_one_piece_store_the_same(monkeypatch) -> None:
-    method = kernels.kivi(2, 64, 64)
+    method = suite.kivi(2, 64, 64)
     monkeypatch.setattr(attention, "CHUNK_TOKENS", 100)
     ragged = replace(SMALL, lengths=(320, 75))
     layer = attention.filled_layer(method, attention.Tokens(BENCH, ragged, torch.float16))
@@ -82,7 +83,7 @@ def test_keys_have_large_channels_and_no_zeros() -> None:
 
 
 def test_packing_rows() -> None:
-    method = kernels.kivi(2, 64, 64)
+    method = suite.kivi(2, 64, 64)
     row = packing.measure_pack(BENCH, SMALL, method, compiled=False)
     assert row["nbytes"] == SMALL.nbytes_read(Full()) + SMALL.nbytes_read(method)
     assert row["eager_seconds"] > 0
@@ -94,7 +95,7 @@ def test_packing_rows() -> None:
 
 
 def test_rewinding_puts_a_flush_back() -> None:
-    method = kernels.kivi(2, 64, 64)
+    method = suite.kivi(2, 64, 64)
     tokens = attention.Tokens(BENCH, SMALL, torch.float16)
     layer = attention.filled_layer(method, tokens, room=128)
     rewind = packing.rewinder(layer)
@@ -107,9 +108,9 @@ def test_rewinding_puts_a_flush_back() -> None:
 
 def test_the_lean_packer_does_the_reference_s_arithmetic() -> None:
     """Its codes, unpacked, give what the cache reads back, up to rounding ties."""
-    from kvruntime.kivi import reference
+    from kvruntime.methods.kivi import reference
 
-    method = kernels.kivi(2, 64, 64)
+    method = suite.kivi(2, 64, 64)
     shape = replace(SMALL, num_tokens=256)
     key, value = attention.Tokens(BENCH, shape, torch.float16).pair(256)
     key_words, value_words, *params = packing.lean_pack(key, value, 2, 64)
@@ -149,22 +150,22 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
         return {"seconds": [seconds["MATH"]] * 3, "bandwidth": size / seconds["MATH"], "nbytes_read": size}
 
     monkeypatch.setattr(attention, "measure_sdpa", sdpa)
-    monkeypatch.setattr("kvruntime.bench.ceilings.NBYTES", 1 << 16)
-    methods = (kernels.kivi(2, 64, 64), kernels.kivi(2, 128, 128))
+    monkeypatch.setattr("kvruntime.bench.harness.ceilings.NBYTES", 1 << 16)
+    methods = (suite.kivi(2, 64, 64), suite.kivi(2, 128, 128))
     results = Results(tmp_path / "k.json", {"device": {"name": "here"}})
-    tasks = kernels.kernel_tasks(BENCH, [SMALL, SMALL], methods, splits=True)
-    tasks += kernels.packing_tasks(BENCH, SMALL, [SMALL], methods[:1])
-    assert sitting.carry_out(tasks, results, kernel_report.line, kernel_report.tables) == 0
+    tasks = suite.kernel_tasks(BENCH, [SMALL, SMALL], methods, splits=True)
+    tasks += suite.packing_tasks(BENCH, SMALL, [SMALL], methods[:1])
+    assert session.carry_out(tasks, results, report.line, report.tables) == 0
     rows = results.rows
     assert [row["kind"] for row in rows] == ["sdpa", "sdpa", "full", "attend", "append", "pack"]
     assert rows[1]["failed"] == "RuntimeError: No available kernel."
     for row in rows[2:4]:
-        assert kernel_report.speedup(row, rows) == pytest.approx(1.0 / row["seconds"][0])
+        assert report.speedup(row, rows) == pytest.approx(1.0 / row["seconds"][0])
     shown = capsys.readouterr()
     assert re.search(r"\dx against fp16", shown.err)
     assert "failed: RuntimeError: No available kernel." in shown.err
     assert "decode attention" in shown.out
-    shown = kernel_report.tables([*rows, {"kind": "ceiling", "what": "read", "bandwidth": 3e12}])
+    shown = report.tables([*rows, {"kind": "ceiling", "what": "read", "bandwidth": 3e12}])
     for words in (
         "measured ceilings: read 3,000 GB/s",
         "llama-3-8b 2 x 320",
@@ -174,14 +175,16 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
     ):
         assert words in shown
     again = Results(tmp_path / "k.json", {"device": {"name": "here"}}, resume=True)
-    monkeypatch.setattr("kvruntime.bench.run._measured", lambda task, tick: {"failed": "again: " + task.key["kind"]})
-    assert sitting.carry_out(tasks, again, kernel_report.line, kernel_report.tables) == 0
+    monkeypatch.setattr(
+        "kvruntime.bench.model.tasks._measured", lambda task, tick: {"failed": "again: " + task.key["kind"]}
+    )
+    assert session.carry_out(tasks, again, report.line, report.tables) == 0
     assert [row["failed"] for row in again.rows if "failed" in row] == ["again: sdpa"]
     assert json.loads((tmp_path / "k.json").read_text())["schema"] == "kvruntime.bench/1"
 
 
 def test_rows_without_other_splits_do_not_stand_for_rows_with_them() -> None:
-    with_splits, without = (kernels.attend_tasks(BENCH, SMALL, METHODS, splits=splits) for splits in (True, False))
+    with_splits, without = (suite.attend_tasks(BENCH, SMALL, METHODS, splits=splits) for splits in (True, False))
     assert with_splits[0].key != without[0].key
 
 
@@ -194,26 +197,26 @@ def test_a_lost_device_stops_the_run_and_what_failed_comes_last(tmp_path, capsys
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return {"bandwidth": 1e9, "what": "read"}
 
-    tasks = [sitting.task({"kind": "ceiling", "number": n}, lambda n=n: measure(n)) for n in range(4)]
-    for resume, code in ((False, sitting.AGAIN), (True, sitting.AGAIN)):
+    tasks = [session.task({"kind": "ceiling", "number": n}, lambda n=n: measure(n)) for n in range(4)]
+    for resume, code in ((False, session.AGAIN), (True, session.AGAIN)):
         results = Results(tmp_path / "r.json", {"device": {"name": "here"}}, resume=resume)
-        assert sitting.carry_out(tasks, results, kernel_report.line, kernel_report.tables) == code
+        assert session.carry_out(tasks, results, report.line, report.tables) == code
     assert done == [0, 1, 2, 3, 1]
     assert "go on with --resume" in capsys.readouterr().err
 
 
 def test_asked_ratios_stand_beside_the_rows_they_mean() -> None:
     row = {"model": "llama-3-8b", "batch_size": 1, "num_tokens": 8192, "dtype": "float16"}
-    assert kernel_report.asked(row | {"method": "kivi-2bit-g64-r128"}) == 2.5
-    assert kernel_report.asked(row | {"method": "kivi-8bit-g64-r64"}) is None
-    assert kernel_report.asked(row | {"method": "kivi-2bit-g64-r128", "portable": True}) is None
-    assert kernel_report.splits_cell({"splits": 8, "seconds": [2e-6], "sweep": {"12": 1e-6, "16": "failed"}}) == (
+    assert report.asked(row | {"method": "kivi-2bit-g64-r128"}) == 2.5
+    assert report.asked(row | {"method": "kivi-8bit-g64-r64"}) is None
+    assert report.asked(row | {"method": "kivi-2bit-g64-r128", "portable": True}) is None
+    assert report.splits_cell({"splits": 8, "seconds": [2e-6], "sweep": {"12": 1e-6, "16": "failed"}}) == (
         "8 (best 12: 1.00 us)"
     )
 
 
 def test_compiling_ahead_reports_what_fails() -> None:
-    method = kernels.kivi(2, 64, 64)
+    method = suite.kivi(2, 64, 64)
     cases = [Case(SMALL, method, steps=True), Case(replace(SMALL, head_dim=72), method)]
     failures = compile_group((cases, "cpu"))
     assert len(failures) == 1
@@ -223,25 +226,26 @@ def test_compiling_ahead_reports_what_fails() -> None:
 @pytest.fixture
 def pretended(monkeypatch, tmp_path):
     """The commands on a machine that says it has a card, with the CPU's timer."""
-    from kvruntime import weights
-    from kvruntime.bench import compiling, results
+    from kvruntime.bench.harness import results
+    from kvruntime.bench.kernels import precompile
+    from kvruntime.checkpoints import load
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "pick_device", lambda device: "cuda:0")
+    monkeypatch.setattr(load, "pick_device", lambda device: "cuda:0")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(timing, "cuda_bench", lambda device, seed: replace(BENCH, seed=seed))
     monkeypatch.setattr(results, "_device", lambda device: {"name": "pretended"})
-    monkeypatch.setattr(compiling, "compile_ahead", lambda cases, device, say: say(f"{len(cases)} cases"))
-    monkeypatch.setattr("kvruntime.bench.ceilings.NBYTES", 1 << 16)
-    monkeypatch.setitem(kernels.HEADS, "llama-3-8b", (4, 2, 64))
+    monkeypatch.setattr(precompile, "compile_ahead", lambda cases, device, say: say(f"{len(cases)} cases"))
+    monkeypatch.setattr("kvruntime.bench.harness.ceilings.NBYTES", 1 << 16)
+    monkeypatch.setitem(suite.HEADS, "llama-3-8b", (4, 2, 64))
     return tmp_path
 
 
 def test_the_whole_command(pretended, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(kernels, "RAGGED_BLOCKS", (3, 6))
-    more = (("llama-3-8b:1x256", (kernels.MIXED, kernels.BFLOAT16)), ("llama-3-8b:ragged", METHODS))
-    monkeypatch.setattr(kernels, "MORE", more)
-    monkeypatch.setattr(kernels, "PORTABLE", ("llama-3-8b:1x256", ()))
+    monkeypatch.setattr(suite, "RAGGED_BLOCKS", (3, 6))
+    more = (("llama-3-8b:1x256", (suite.MIXED, suite.BFLOAT16)), ("llama-3-8b:ragged", METHODS))
+    monkeypatch.setattr(suite, "MORE", more)
+    monkeypatch.setattr(suite, "PORTABLE", ("llama-3-8b:1x256", ()))
     words = ["bench", "kernels", "--more", "--splits", "--method", "kivi:group_size=64,residual_length=64"]
     assert command([*words, "--part", "attend", "--shape", "llama-3-8b:2x320", "--seed", "3"]) == 0
     found = json.loads((pretended / "kvruntime-kernels.json").read_text())
@@ -265,7 +269,7 @@ def test_the_whole_command(pretended, monkeypatch, capsys) -> None:
     assert [row for row in again if row["kind"] == "attend"] == attended
 
 
-METHODS = (kernels.kivi(2, 64, 64),)
+METHODS = (suite.kivi(2, 64, 64),)
 BAD = {
     "no GPU": ([], "needs a CUDA device"),
     "model": (["--shape", "gpt5:1x1k"], "unknown shape 'gpt5:1x1k'"),

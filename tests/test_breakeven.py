@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.breakeven import BreakEven, Runner, by_batch, by_context, by_money, intervals
+from kvsim.analysis.breakeven import BreakEven, Runner, by_batch, by_context, by_money, intervals
 from kvsim.cli import run
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
-from kvsim.load import load_model
 from kvsim.methods import make_method
+from kvsim.models.load import load_model
 
 LLAMA, H100 = load_model("llama-3-8b"), find_hardware("h100-sxm")
 COMMAND = ["breakeven", "--model", "llama-3-8b", "--gpu", "h100-sxm"]

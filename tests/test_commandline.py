@@ -68,7 +68,7 @@ def test_what_may_be_repeated_still_may(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("name", LAZY)
 def test_a_wall_of_text_is_cut(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In a value of every option, and as an option or argument that is not there."""
-    monkeypatch.setattr("kvsim.calibrate.find_spec", lambda module: None)  # nothing is measured here
+    monkeypatch.setattr("kvsim.latency.calibrate.find_spec", lambda module: None)  # nothing is measured here
     wall = "9x" * 37_000
     command = cli.cli.get_command(click.Context(cli.cli), name)
     assert command is not None

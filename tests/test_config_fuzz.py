@@ -16,10 +16,10 @@ import pytest
 from kvsim import catalog
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.transformers import Transformers
-from kvsim.families import FAMILIES
 from kvsim.layout import LayerShape, StateShape
 from kvsim.methods import Full
-from kvsim.model import Model
+from kvsim.models.families import FAMILIES
+from kvsim.models.model import Model
 
 COUNT = 10_000
 CHUNKS = 20

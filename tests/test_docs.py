@@ -34,22 +34,22 @@ def block(kind: str, arguments: str) -> str:
 
         return readme_table()
     if kind == "results":
-        from validation import readme
+        from validation.documents import memory_tables
 
-        return readme.block(arguments)
+        return memory_tables.block(arguments)
     if kind == "planners":
-        from validation.planners import table
+        from validation.planners.compare import table
 
         return table(short=arguments.strip() == "short")
     if kind == "time":
         pytest.importorskip("scipy", reason="scipy is not installed")
-        from validation import timing
+        from validation.latency import study
 
         if arguments.strip() == "constants":
-            return timing.constants_table()
-        return timing.markdown(timing.recorded(), short=arguments.strip() == "short")
+            return study.constants_table()
+        return study.markdown(study.recorded(), short=arguments.strip() == "short")
     if kind == "speed":
-        from validation import speed_tables
+        from validation.documents import speed_tables
 
         return speed_tables.block(arguments)
     from kvsim.cli import run
@@ -90,7 +90,7 @@ def test_the_readme_shows_excerpts_alone() -> None:
 
 
 def test_an_unknown_table_of_results_is_refused() -> None:
-    from validation.readme import block as results_block
+    from validation.documents.memory_tables import block as results_block
 
     with pytest.raises(ValueError, match="'memoory': allowed are claims, claims short, benchmarks, memory, "):
         results_block("memoory")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from kvsim.engines.transformers import Transformers
-from kvsim.load import load_model
 from kvsim.methods import Full, Kivi
-from kvsim.model import Model
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
 
 BESIDE = Path(__file__).parents[2] / "shared" / "catalogue" / "models.json"
 BF16 = Full("bfloat16")

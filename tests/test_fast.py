@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not
 
 import gluon_numpy  # noqa: E402
 
-from kvruntime.kivi import fast, reference  # noqa: E402
+from kvruntime.methods.kivi import fast, reference  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 

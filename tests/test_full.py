@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from kvruntime import full
-from kvruntime.buffers import GROW_TOKENS
-from kvruntime.full import FullLayer
+from kvruntime.methods.full import cache
+from kvruntime.methods.full.cache import FullLayer
+from kvruntime.methods.rows import GROW_TOKENS
 from kvsim.layout import LayerShape, nbytes
 from kvsim.methods import Full
 
@@ -56,7 +56,7 @@ class Rows:
 @pytest.mark.parametrize("q_per_kv", [1, 3])
 @pytest.mark.parametrize("max_seq_len", [None, 300])
 def test_append_and_attend_agree_with_float64(dtype, q_per_kv, max_seq_len, monkeypatch):
-    monkeypatch.setattr(full, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(cache, "BLOCK_TOKENS", 64)
     torch.manual_seed(0)
     shape = LayerShape(2, 16, 24)
     layer, rows = FullLayer(Full(dtype), shape, 3, max_seq_len), Rows(shape, 3, dtype)

@@ -15,7 +15,7 @@ from transformers import CompileConfig
 from kvruntime import Engine, make_cache
 from kvruntime.hf.cache import argument
 from kvruntime.hf.compiled import METHODS, step
-from kvruntime.kivi.cache import KiviLayer
+from kvruntime.methods.kivi.cache import KiviLayer
 
 FULL = ("fp32", {})
 HALF = ("fp16", {})

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GPT2LMHeadModel
 
 from kvruntime import make_cache
 from kvruntime.hf.cache import argument
-from kvruntime.kivi.cache import KiviLayer
+from kvruntime.methods.kivi.cache import KiviLayer
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi
 

@@ -88,9 +88,7 @@ def test_what_is_held_can_be_read(model, name):
     assert cache.layers[0].keys is None
     assert len(cache) == 2
     position = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    past = stock(
-        model, ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position
-    )
+    past = stock(model, ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=position)
     with torch.no_grad():
         model(**inputs, position_ids=position, **argument(cache))
     real = inputs["attention_mask"].bool()

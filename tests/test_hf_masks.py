@@ -10,9 +10,9 @@ import torch
 from hf_models import DEVICE, prompt, tiny
 
 from kvruntime import make_cache
-from kvruntime.hf import columns
+from kvruntime.hf import padding
 from kvruntime.hf.cache import argument
-from kvruntime.hf.columns import Columns
+from kvruntime.hf.padding import Columns
 
 # On a GPU one decoded token is checked without waiting: a wrong mask stops the device, which no test could survive.
 lengths = pytest.mark.parametrize("length", [1, 3] if DEVICE.type == "cpu" else [3])
@@ -98,7 +98,7 @@ def test_right_padding_is_not_stored_either():
 
 @pytest.mark.parametrize("block", [1, 3, 64])
 def test_a_long_mask_is_checked_in_blocks(monkeypatch, block):
-    monkeypatch.setattr(columns, "QUERY_BLOCK", block)
+    monkeypatch.setattr(padding, "QUERY_BLOCK", block)
     rows = torch.ones(3, 20, dtype=torch.bool)
     rows[1, :8], rows[2, 2:5] = False, False
     for start in (0, 5):

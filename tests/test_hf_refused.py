@@ -11,10 +11,10 @@ import transformers
 from hf_models import GQA, SMALL, tiny
 
 from kvruntime import make_cache
-from kvruntime.choose import RUNS
 from kvruntime.hf.attention import REFUSED as REFUSED_ARGUMENTS
 from kvruntime.hf.cache import Cache, argument
-from kvruntime.layers import LAYERS
+from kvruntime.methods import LAYERS
+from kvruntime.specs import RUNS
 from kvsim.methods import METHODS, Full, Kivi
 
 MLA = {

@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 from runtime_tiny import tiny_directory  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from kvruntime.checkpoints.load import files_sha256, load, resolve, shape_sha256  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
-from kvruntime.weights import files_sha256, load, resolve, shape_sha256  # noqa: E402
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

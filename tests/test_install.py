@@ -25,7 +25,7 @@ WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers"}
 
 PLANNERS = {"fitcheck", "hf_mem", "hf_vram_calc", "kvfit", "llm_analysis", "planner", "ridgepoint"}
 PLANNERS |= {"servcalc", "vramcalc"}
-"""What validation.planners installs for itself."""
+"""What validation.planners.compare installs for itself."""
 
 
 def extras() -> dict[str, set[str]]:

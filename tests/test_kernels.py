@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime.kivi import attention, quantize, reference  # noqa: E402
+from kvruntime.methods.kivi import attention, pack, reference  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -89,7 +89,7 @@ def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
         for tensors in (wanted, got):
             tensors["lengths"].copy_(torch.tensor([lengths, packed]))
         reference.append(key, value, list(counts), lengths, packed, **stores(wanted), **layout)
-        quantize.append(key, value, list(counts), lengths, packed, **stores(got), **layout, lengths_ptr=got["lengths"])
+        pack.append(key, value, list(counts), lengths, packed, **stores(got), **layout, lengths_ptr=got["lengths"])
         states = list(zip(lengths, packed, counts, strict=True))
         packed = [
             reference.flush_plan(n, p, count, record.num_tokens, method.sink_length, method.residual_length)
@@ -190,7 +190,7 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
     arguments = (query, *stored, *tensors["lengths"], record, method.sink_length, method.residual_length, scale)
     runs = [attention.attend]
     if DEVICE == "cuda":
-        from kvruntime.kivi import fast
+        from kvruntime.methods.kivi import fast
 
         runs += [fast.attend] if fast.supports(record, query, fresh) else []
     for run in runs:

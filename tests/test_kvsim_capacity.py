@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.capacity import SEARCH_LIMIT, _largest, largest_batch, largest_context, max_batch, max_context, room
 from kvsim.engines import Engine, Kvruntime, LlamaCpp, Vllm
-from kvsim.estimate import cache_nbytes
 from kvsim.hardware import find_hardware
 from kvsim.layout import Method
-from kvsim.load import load_model
+from kvsim.memory.capacity import SEARCH_LIMIT, _largest, largest_batch, largest_context, max_batch, max_context, room
+from kvsim.memory.estimate import cache_nbytes
+from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import Evict, Fp8, Full, Kivi, kivi_seed
-from kvsim.parallel import Deployment, Sharding
+from kvsim.models.load import load_model
 
 LLAMA = load_model("llama-3-8b")
 METHODS = [Full(), Kivi(), Kivi(nbits=4, sink_length=4), kivi_seed()]

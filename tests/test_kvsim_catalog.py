@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from kvsim import catalog
-from kvsim.estimate import cache_nbytes
 from kvsim.hardware import Hardware, find_hardware, plain
-from kvsim.load import load_model
+from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import Full
-from kvsim.model import Model
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
 
 FIGURES = json.loads(Path(__file__).with_name("kvsim_figures.json").read_text())
 BESIDE = Path(__file__).parents[2] / "shared" / "catalogue"

@@ -13,9 +13,9 @@ import pytest
 
 from kvsim.cli import run
 from kvsim.engines import ENGINES
-from kvsim.load import load_model
 from kvsim.methods import METHODS
-from kvsim.options import parse_human, parse_size
+from kvsim.models.load import load_model
+from kvsim.specs import parse_human, parse_size
 
 MIB = 1 << 20
 CHILD = (sys.executable, "-m", "kvsim")
@@ -268,7 +268,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again(reachable: bool, monkey
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("kvsim.load._reachable", lambda endpoint: reachable)
+    monkeypatch.setattr("kvsim.models.load._reachable", lambda endpoint: reachable)
     with pytest.raises(LookupError, match="unknown model 'no-one/no-model'"):
         load_model("no-one/no-model")
     assert asked == [not reachable]
@@ -400,7 +400,7 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(
     def stopped(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvsim.rowfile.write", stopped)
+    monkeypatch.setattr("kvsim.output.sweep_file.write", stopped)
     assert run(["sweep", "--model", "gpt2", "--out", str(tmp_path / "grid.csv")]) == 130
     assert "stopped: the same command goes on" in capsys.readouterr().err
 

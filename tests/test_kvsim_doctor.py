@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from kvsim.analysis.doctor import Diagnosis, diagnose, draft_of, engine_of, model_of
 from kvsim.cli import run
-from kvsim.doctor import Diagnosis, diagnose, draft_of, engine_of, model_of
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
-from kvsim.load import load_model
+from kvsim.models.load import load_model
 
 LLAMA = load_model("llama-3.1-8b")
 
@@ -821,7 +821,7 @@ def test_a_line_without_an_end_is_looked_at_in_part() -> None:
 def test_a_model_that_is_not_here(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kvsim.load._reachable", lambda endpoint: False)
+    monkeypatch.setattr("kvsim.models.load._reachable", lambda endpoint: False)
     (tmp_path / "vllm.log").write_text(BOOT_019.replace("meta-llama/Llama-3.1-8B-Instruct", name))
     assert run(["doctor", "--log", str(tmp_path / "vllm.log")]) == 2
     error = capsys.readouterr().err

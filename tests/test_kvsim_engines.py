@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from kvsim.engines import ENGINES, Engine, Ideal, Kvruntime, LlamaCpp, Vllm, make_engine
 from kvsim.engines.llama_cpp import WINDOWED
 from kvsim.engines.vllm import Group, block_nbytes, server_defaults
-from kvsim.estimate import estimate
-from kvsim.families import FAMILIES
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape
-from kvsim.load import load_model
+from kvsim.memory.estimate import estimate
 from kvsim.methods import Fp8, Full, Kivi, Nvfp4, Paged, make_method
-from kvsim.model import Model
+from kvsim.models.families import FAMILIES
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
 
 GIB, MIB = 1 << 30, 1 << 20
 LLAMA = load_model("llama-3.1-8b")

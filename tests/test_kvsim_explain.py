@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvsim.estimate import estimate
-from kvsim.explain import explain, model_numbers
+from kvsim.analysis.explain import explain, model_numbers
 from kvsim.layout import Buffer, LayerShape, parts
-from kvsim.load import load_model
+from kvsim.memory.estimate import estimate
 from kvsim.methods import METHODS, Kivi, make_method
-from kvsim.options import parse_method
+from kvsim.models.load import load_model
+from kvsim.specs import parse_method
 
 SETTINGS = [
     *(make_method(name) for name in METHODS),

@@ -1,4 +1,4 @@
-"""The JSON schema: every command's keys and types as kvsim/schema.py lists them and docs/json.md documents them."""
+"""The JSON schema: every command's keys and types as kvsim/output/schema.py lists and docs/json.md documents them."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvsim.cli import run
-from kvsim.limits import NOT_MODELLED
-from kvsim.schema import (
+from kvsim.output.not_modelled import NOT_MODELLED
+from kvsim.output.schema import (
     BAND,
     DOCTOR_ROW,
     ENVELOPE,

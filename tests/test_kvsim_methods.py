@@ -4,11 +4,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kvsim.estimate import estimate
 from kvsim.layout import LayerShape, nbytes, parts
-from kvsim.load import load_model
+from kvsim.memory.estimate import estimate
 from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, placed
-from kvsim.options import parse_method
+from kvsim.models.load import load_model
+from kvsim.specs import parse_method
 
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvsim import catalog
 from kvsim.layout import LayerShape
-from kvsim.model import Model
+from kvsim.models.model import Model
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

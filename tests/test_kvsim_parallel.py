@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim.capacity import largest_batch, largest_context, room
 from kvsim.engines import Engine, Ideal, LlamaCpp, Vllm
-from kvsim.estimate import estimate
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape
-from kvsim.load import load_model
+from kvsim.memory.capacity import largest_batch, largest_context, room
+from kvsim.memory.estimate import estimate
+from kvsim.memory.sharding import Deployment, Sharding, pipeline_layers, stages
 from kvsim.methods import Evict, Fp8, Full, Kivi, Paged, make_method
-from kvsim.model import Model
-from kvsim.parallel import Deployment, Sharding, pipeline_layers, stages
-from kvsim.quantization import config_bits
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.models.quantization import config_bits
 
 GIB = 1 << 30
 LLAMA = load_model("llama-3.1-8b")  # 32 layers, 8 kv heads of 128

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvsim import catalog
-from kvsim.families import FAMILIES
-from kvsim.model import Model
+from kvsim.models.families import FAMILIES
+from kvsim.models.model import Model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

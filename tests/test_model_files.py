@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from kvsim.engines import LlamaCpp
-from kvsim.gguf import BLOCKS, read_header
-from kvsim.gguf_model import PLAIN, WINDOWS
 from kvsim.layout import LayerShape
-from kvsim.load import load_model
 from kvsim.methods import Full
-from kvsim.model import Model
+from kvsim.models.gguf import BLOCKS, read_header
+from kvsim.models.gguf_model import PLAIN, WINDOWS
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
 
 F32, F16, Q8_0 = 0, 1, 8
 Tensors = dict[str, tuple[tuple[int, ...], int]]

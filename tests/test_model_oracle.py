@@ -15,9 +15,9 @@ from oracle import MISSES, NUM_TOKENS, RECORD, cache_of, measure
 
 from kvsim import catalog
 from kvsim.engines.transformers import Transformers
-from kvsim.families import FAMILIES
 from kvsim.methods import Full
-from kvsim.model import Model
+from kvsim.models.families import FAMILIES
+from kvsim.models.model import Model
 
 FACTS: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
 ROWS = {row["id"]: row["config"] for row in catalog.rows("models")}

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kvsim.estimate import cache_nbytes
+from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import Full
-from kvsim.model import Model
+from kvsim.models.model import Model
 
 ROWS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 

@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from kvsim.attention import Attention, BlockSparse, Compressed, Latent
-from kvsim.families import FAMILIES, WRAPPERS, Family
+from kvsim.models.attention import Attention, BlockSparse, Compressed, Latent
+from kvsim.models.families import FAMILIES, WRAPPERS, Family
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "models.md"

@@ -12,8 +12,8 @@ from kvsim import cli
 from kvsim.commandline import LONGEST
 from kvsim.engines import ENGINES, engine_fields
 from kvsim.methods import METHODS
-from kvsim.options import LARGEST, parse_human, parse_size, parse_value
 from kvsim.quantities import parse_card
+from kvsim.specs import LARGEST, parse_human, parse_size, parse_value
 
 REQUIRED = {
     "estimate": {"--model": "gpt2", "--gpu": "l4"},
@@ -65,7 +65,7 @@ def test_every_command_is_looked_at() -> None:
 
 @pytest.mark.parametrize("name", REQUIRED)
 def test_numbers_that_no_option_takes(name: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("kvsim.calibrate.find_spec", lambda module: pytest.fail("it would measure"))
+    monkeypatch.setattr("kvsim.latency.calibrate.find_spec", lambda module: pytest.fail("it would measure"))
     for option in numeric(name):
         for value in NEVER + (() if option in SEES_ZERO else ("0",)):
             given = REQUIRED[name] | {option: value}

@@ -17,19 +17,22 @@ from weakref import ref
 
 import pytest
 
-from kvsim import breakeven, catalog, chart, parallel
-from kvsim.breakeven import Runner, by_context
+from kvsim import catalog
+from kvsim.analysis import breakeven
+from kvsim.analysis.breakeven import Runner, by_context
 from kvsim.cli import run
 from kvsim.engines import ENGINES
-from kvsim.estimate import estimate
 from kvsim.hardware import find_hardware
-from kvsim.load import load_model
+from kvsim.latency.roofline import method_width
+from kvsim.memory import sharding
+from kvsim.memory.estimate import estimate
 from kvsim.methods import Full, Kivi, make_method
-from kvsim.methods.place import _placed
-from kvsim.page import Question, amount, answer, as_json, command_line, report, sections, table
+from kvsim.methods.by_layer import _placed
+from kvsim.models.load import load_model
+from kvsim.output import chart
+from kvsim.output.page import Question, amount, answer, as_json, command_line, report, sections, table
+from kvsim.output.serve import Asked, form
 from kvsim.prices import given
-from kvsim.roofline import method_width
-from kvsim.serve import Asked, form
 
 COMMAND = ["report", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
 VOID = {"meta", "link", "input", "br", "option"}
@@ -153,7 +156,7 @@ def test_an_answer_calls_what_costs_seldom(model: str, cards: int, engine: str, 
         load_model(model), find_hardware("h100-sxm"), tuple(map(make_method, names)), 32768, 8, cards, engine=engine
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "stages", counted("stages", parallel.stages))
+        patch.setattr(sharding, "stages", counted("stages", sharding.stages))
         patch.setattr(kind, "parts", counted("parts", kind.parts))
         patch.setattr(breakeven, "decode_step", counted("steps", breakeven.decode_step))
         report(answer(asked))

@@ -22,8 +22,8 @@ from kvruntime import Engine, make_cache  # noqa: E402
 from kvruntime.hf import cache as hf_cache  # noqa: E402
 from kvruntime.hf.attention import attention  # noqa: E402
 from kvruntime.hf.cache import Held, Pending  # noqa: E402
-from kvruntime.kivi import quantize  # noqa: E402
-from kvruntime.kivi.cache import KiviLayer  # noqa: E402
+from kvruntime.methods.kivi import pack  # noqa: E402
+from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -67,14 +67,14 @@ def counted(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> Counter:
 
     class Kernel:
         def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(quantize, name)
+            self.name, self.kernel = name, getattr(pack, name)
 
         def __getitem__(self, grid: tuple[int, ...]):
             count[self.name] += 1
             return self.kernel[grid] if run else lambda *args, **kwargs: None
 
     for name in KERNELS:
-        monkeypatch.setattr(quantize, name, Kernel(name))
+        monkeypatch.setattr(pack, name, Kernel(name))
     return count
 
 

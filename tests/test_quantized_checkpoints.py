@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from kvsim.capacity import room
+from kvsim.analysis.doctor import diagnose
 from kvsim.cli import run
-from kvsim.doctor import diagnose
 from kvsim.hardware import find_hardware
-from kvsim.load import load_model
-from kvsim.model import Model
-from kvsim.quantization import cache_dtype, config_bits
+from kvsim.memory.capacity import room
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.models.quantization import cache_dtype, config_bits
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,

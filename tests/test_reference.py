@@ -10,10 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 
-from kvruntime.full import FullLayer  # noqa: E402
-from kvruntime.kivi import reference  # noqa: E402
-from kvruntime.kivi.cache import KiviLayer  # noqa: E402
-from kvruntime.layers import make_layer  # noqa: E402
+from kvruntime.methods import make_layer  # noqa: E402
+from kvruntime.methods.full.cache import FullLayer  # noqa: E402
+from kvruntime.methods.kivi import reference  # noqa: E402
+from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Full, Kivi, kivi_seed  # noqa: E402
 

@@ -15,9 +15,9 @@ pytest.importorskip("matplotlib")
 
 from runtime_tiny import tiny_directory  # noqa: E402
 
+from kvruntime import commands  # noqa: E402
 from kvruntime import selfcheck as checking  # noqa: E402
-from kvruntime.bench import commands  # noqa: E402
-from kvruntime.bench import run as running  # noqa: E402
+from kvruntime.bench.model import tasks as running  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
 from kvsim.layout import nbytes  # noqa: E402
@@ -126,7 +126,7 @@ def test_quality_is_skipped_without_a_real_model(here, capsys, monkeypatch):
 
 
 def test_peers_that_are_missing_are_recorded(folder, here, capsys, monkeypatch):
-    from kvruntime.bench import peers
+    from kvruntime.bench.model import peers
 
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
     monkeypatch.setattr(commands, "find_peers", peers.find_peers)

@@ -15,13 +15,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvruntime.bench import results as results_module  # noqa: E402
-from kvruntime.bench.contenders import ours, stock  # noqa: E402
-from kvruntime.bench.peers import package_version  # noqa: E402
-from kvruntime.bench.report import tables  # noqa: E402
-from kvruntime.bench.results import SCHEMA, Results, read  # noqa: E402
-from kvruntime.bench.run import Interrupted, Task, run, subject  # noqa: E402
-from kvruntime.bench.weigh import weigh  # noqa: E402
+from kvruntime.bench.harness import results as results_module  # noqa: E402
+from kvruntime.bench.harness.results import SCHEMA, Results, read  # noqa: E402
+from kvruntime.bench.harness.weigh import weigh  # noqa: E402
+from kvruntime.bench.model.caches import ours, stock  # noqa: E402
+from kvruntime.bench.model.peers import package_version  # noqa: E402
+from kvruntime.bench.model.report import tables  # noqa: E402
+from kvruntime.bench.model.tasks import Interrupted, Task, run, subject  # noqa: E402
 from kvsim.methods import Kivi  # noqa: E402
 
 HEADER = {"device": {"name": "card"}, "commit": None}
@@ -239,7 +239,7 @@ def test_refusals(tmp_path):
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "r.json"
     script = (
-        "from kvruntime.bench.results import Results\n"
+        "from kvruntime.bench.harness.results import Results\n"
         f"results = Results({str(path)!r}, {HEADER!r})\n"
         "for number in range(10**9): results.add({'kind': 'test', 'number': number % 50}, {'pad': 'x' * 20000})\n"
     )

@@ -11,10 +11,10 @@ pytest.importorskip("transformers")
 from made_up_pull import pull_of_made_up  # noqa: E402
 from runtime_tiny import tiny_directory  # noqa: E402
 
-from kvruntime import pull as pulling  # noqa: E402
-from kvruntime import weights  # noqa: E402
-from kvruntime.pull import PULLS, cache_dir, convert_gguf, pull, pulled  # noqa: E402
-from kvruntime.weights import load, pick_device, resolve  # noqa: E402
+from kvruntime.checkpoints import load as weights  # noqa: E402
+from kvruntime.checkpoints import pull as pulling  # noqa: E402
+from kvruntime.checkpoints.load import load, pick_device, resolve  # noqa: E402
+from kvruntime.checkpoints.pull import PULLS, cache_dir, convert_gguf, pull, pulled  # noqa: E402
 
 
 def test_random_weights_are_labelled_and_repeatable():

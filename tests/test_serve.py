@@ -23,14 +23,14 @@ import pytest
 pytest.importorskip("starlette", reason="starlette (the serve extra) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (the serve extra) is not installed")
 
-from kvsim import serve
 from kvsim.cli import run
-from kvsim.estimate import estimate
-from kvsim.load import load_model
+from kvsim.memory.estimate import estimate
 from kvsim.methods import make_method
-from kvsim.model import Model
-from kvsim.page import answer
-from kvsim.serve import MAX_LENGTH, app
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.output import serve
+from kvsim.output.page import answer
+from kvsim.output.serve import MAX_LENGTH, app
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
-from kvruntime import speed_plot
+from kvruntime.bench import speed_plot
 from kvruntime.cli import run
 
 

@@ -10,8 +10,9 @@ pytest.importorskip("torch")
 
 from test_speed_plot import attention_rows, step_rows
 
-from kvruntime.bench import engine_report, kernel_report
-from validation import speed_tables
+from kvruntime.bench.engine import report as engine_report
+from kvruntime.bench.kernels import report as kernel_report
+from validation.documents import speed_tables
 
 
 @pytest.fixture

@@ -19,16 +19,17 @@ import pytest
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 
-from kvsim import rowfile, sweep  # noqa: E402
-from kvsim.capacity import room  # noqa: E402
+from kvsim.analysis import sweep  # noqa: E402
+from kvsim.analysis.sweep import Grid, chunks, evaluate, parse_axis  # noqa: E402
 from kvsim.cli import run  # noqa: E402
-from kvsim.estimate import estimate  # noqa: E402
 from kvsim.hardware import find_hardware  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
-from kvsim.load import load_model  # noqa: E402
+from kvsim.latency.steps import decode_step  # noqa: E402
+from kvsim.memory.capacity import room  # noqa: E402
+from kvsim.memory.estimate import estimate  # noqa: E402
 from kvsim.methods import METHODS, make_method  # noqa: E402
-from kvsim.sweep import Grid, chunks, evaluate, parse_axis  # noqa: E402
-from kvsim.timing import decode_step  # noqa: E402
+from kvsim.models.load import load_model  # noqa: E402
+from kvsim.output import sweep_file  # noqa: E402
 
 MODELS = ("gpt2", "llama-3-8b", "qwen3-next-80b-a3b-instruct")
 
@@ -123,15 +124,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def test_csv_and_json_say_the_same(tmp_path: Path) -> None:
     grid = make(cards=(find_hardware("h100-sxm"), find_hardware("apple-m1")))
-    rowfile.write(grid, tmp_path / "a.csv", {"a": 1})
-    rowfile.write(grid, tmp_path / "a.json", {"a": 1})
+    sweep_file.write(grid, tmp_path / "a.csv", {"a": 1})
+    sweep_file.write(grid, tmp_path / "a.json", {"a": 1})
     text, document = read_csv(tmp_path / "a.csv"), json.loads((tmp_path / "a.json").read_text())
     assert document["schema"] == "kvsim.sweep/1"
     assert list(document) == ["schema", "inputs", "notes", "not_modelled", "rows"]
     assert document["inputs"] == {"a": 1}
     assert len(text) == len(document["rows"]) == grid.num_rows
     for line, row in zip(text, document["rows"], strict=True):
-        assert list(line) == list(row) == list(rowfile.COLUMNS)
+        assert list(line) == list(row) == list(sweep_file.COLUMNS)
         for name, value in row.items():
             assert line[name] == ("" if value is None else value if isinstance(value, str) else line[name])
             if isinstance(value, bool):
@@ -147,7 +148,7 @@ def _method(name: str):
 
 
 def test_without_cards_columns_are_empty(tmp_path: Path) -> None:
-    rowfile.write(make(cards=()), tmp_path / "a.csv", {})
+    sweep_file.write(make(cards=()), tmp_path / "a.csv", {})
     for line in read_csv(tmp_path / "a.csv"):
         assert (line["gpu"], line["fits"], line["tpot_seconds"], line["tpot_high"]) == ("", "", "", "")
 
@@ -155,8 +156,8 @@ def test_without_cards_columns_are_empty(tmp_path: Path) -> None:
 def test_parquet_holds_the_same(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow (the parquet extra) is not installed")
     grid = make()
-    rowfile.write(grid, tmp_path / "a.csv", {})
-    rowfile.write(grid, tmp_path / "a.parquet", {})
+    sweep_file.write(grid, tmp_path / "a.csv", {})
+    sweep_file.write(grid, tmp_path / "a.parquet", {})
     rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
     for line, row in zip(read_csv(tmp_path / "a.csv"), rows, strict=True):
         assert (line["model"], int(line["nbytes"])) == (row["model"], row["nbytes"])
@@ -182,7 +183,7 @@ def interrupt(grid: Grid, out: Path, after: int = 1, inputs: dict | None = None)
             raise Stopped
 
     with pytest.raises(Stopped):
-        rowfile.write(grid, out, inputs or {}, progress=stop)
+        sweep_file.write(grid, out, inputs or {}, progress=stop)
     assert not out.exists()
     return sorted(out.with_name(f"{out.name}.parts").glob("*.part"))
 
@@ -190,10 +191,10 @@ def interrupt(grid: Grid, out: Path, after: int = 1, inputs: dict | None = None)
 def test_an_interrupted_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "CHUNK_ROWS", 4)
     grid, whole, out = make(), tmp_path / "whole.csv", tmp_path / "a.csv"
-    rowfile.write(grid, whole, {})
+    sweep_file.write(grid, whole, {})
     assert len(interrupt(grid, out, 5)) == 5
     seen: list[int] = []
-    assert rowfile.write(grid, out, {}, progress=lambda done, _: seen.append(done)) == 5
+    assert sweep_file.write(grid, out, {}, progress=lambda done, _: seen.append(done)) == 5
     assert seen == list(range(6, grid.num_chunks + 1))
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "whole.csv"]
@@ -217,18 +218,18 @@ def test_parts_of_another_grid_are_refused(what: str, tmp_path: Path) -> None:
     grid, out = make(), tmp_path / "a.csv"
     interrupt(grid, out, inputs={"batch": "1"})
     with pytest.raises(ValueError, match=rf"a.csv.parts holds parts of another sweep \(.*{what}.* changed\)") as caught:
-        rowfile.write(ANOTHER[what](grid), out, {"batch": "2" if what == "inputs" else "1"})
+        sweep_file.write(ANOTHER[what](grid), out, {"batch": "2" if what == "inputs" else "1"})
     assert "\n" not in str(caught.value)
-    assert rowfile.write(grid, out, {"batch": "1"}) == 1
+    assert sweep_file.write(grid, out, {"batch": "1"}) == 1
 
 
 @pytest.mark.parametrize(
     ("what", "target", "value"),
     [
         ("kvsim", "kvsim.__version__", "0.0.0"),
-        ("kvsim", "kvsim.sweep._digest_of_files", lambda: "other"),
-        ("constants of time", "kvsim.sweep.constants", lambda: "other"),
-        ("chunks", "kvsim.sweep.CHUNK_ROWS", 4),
+        ("kvsim", "kvsim.analysis.sweep._digest_of_files", lambda: "other"),
+        ("constants of time", "kvsim.analysis.sweep.constants", lambda: "other"),
+        ("chunks", "kvsim.analysis.sweep.CHUNK_ROWS", 4),
     ],
 )
 def test_parts_of_another_kvsim_are_refused(
@@ -237,7 +238,7 @@ def test_parts_of_another_kvsim_are_refused(
     interrupt(make(), tmp_path / "a.csv")
     monkeypatch.setattr(target, value)
     with pytest.raises(ValueError, match=rf"another sweep \({what} changed\)"):
-        rowfile.write(make(), tmp_path / "a.csv", {})
+        sweep_file.write(make(), tmp_path / "a.csv", {})
 
 
 def test_a_model_file_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -246,7 +247,7 @@ def test_a_model_file_that_changed_is_refused(tmp_path: Path, monkeypatch: pytes
     shape |= {"vocab_size": 1000, "intermediate_size": 2048}
     command = ["sweep", "--model", str(config), "--method", "fp16", "--method", "fp8", "--out", str(out)]
     config.write_text(json.dumps(shape))
-    put = rowfile.replace_file
+    put = sweep_file.replace_file
 
     def once(path: Path, *rest, **named) -> None:
         put(path, *rest, **named)
@@ -254,7 +255,7 @@ def test_a_model_file_that_changed_is_refused(tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rowfile, "replace_file", once)
+        patch.setattr(sweep_file, "replace_file", once)
         assert run(command) == 130
     assert "the same command goes on" in capsys.readouterr().err
     config.write_text(json.dumps(shape | {"num_hidden_layers": 5}))
@@ -273,8 +274,8 @@ def test_what_rows_are_computed_from_is_the_same_in_every_process() -> None:
     """No order of a set and no address of an object is in it."""
     script = (
         "from kvsim.engines import ENGINES; from kvsim.hardware import find_hardware\n"
-        "from kvsim.load import load_model; from kvsim.methods import METHODS, make_method\n"
-        "from kvsim.sweep import Grid, origin\n"
+        "from kvsim.models.load import load_model; from kvsim.methods import METHODS, make_method\n"
+        "from kvsim.analysis.sweep import Grid, origin\n"
         "methods = tuple(map(make_method, METHODS)); models = tuple(map(load_model, ('gpt2', 'gemma-2-2b')))\n"
         "for name in ENGINES: print(origin(Grid(models, methods, (1,), cards=(find_hardware('l4'),), engine=name)))"
     )
@@ -309,10 +310,10 @@ def test_a_broken_part_is_computed_again(how: str, kind: str, tmp_path: Path) ->
         pytest.importorskip("pyarrow", reason="pyarrow (the parquet extra) is not installed")
     grid = make(models=(load_model("gpt2"),), contexts=(1, 2), batches=(1,))
     whole, out = tmp_path / f"whole.{kind}", tmp_path / f"a.{kind}"
-    rowfile.write(grid, whole, {})
+    sweep_file.write(grid, whole, {})
     parts = interrupt(grid, out, 3)
     parts[1].write_bytes(BROKEN[how](parts[1].read_bytes()))
-    assert rowfile.write(grid, out, {}) == 2
+    assert sweep_file.write(grid, out, {}) == 2
     assert out.read_bytes() == whole.read_bytes()
 
 
@@ -327,9 +328,9 @@ def test_a_part_that_breaks_while_the_sweep_runs_is_not_joined(kind: str, tmp_pa
             (tmp_path / f"a.{kind}.parts" / "000000002.part").write_bytes(b"")
 
     with pytest.raises(ValueError, match=r"000000002.part was changed while the sweep ran: the same command"):
-        rowfile.write(grid, out, {}, progress=hurt)
+        sweep_file.write(grid, out, {}, progress=hurt)
     assert not out.exists()
-    assert rowfile.write(grid, out, {}) == grid.num_chunks - 1
+    assert sweep_file.write(grid, out, {}) == grid.num_chunks - 1
 
 
 @pytest.mark.parametrize("label", [None, "", "[]", '{"kind": '])
@@ -338,15 +339,17 @@ def test_parts_that_do_not_say_what_they_are_of_are_refused(label: str | None, t
     origin = part.with_name("origin.json")
     origin.unlink() if label is None else origin.write_text(label)
     with pytest.raises(ValueError, match="does not say what its parts were computed from"):
-        rowfile.write(make(), tmp_path / "a.csv", {})
+        sweep_file.write(make(), tmp_path / "a.csv", {})
 
 
 def test_parts_are_synced_before_they_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    sync = rowfile.sync_files
-    monkeypatch.setattr(rowfile, "sync_files", lambda paths: (synced.extend(path.name for path in paths), sync(paths)))
+    sync = sweep_file.sync_files
+    monkeypatch.setattr(
+        sweep_file, "sync_files", lambda paths: (synced.extend(path.name for path in paths), sync(paths))
+    )
     grid = make()
-    rowfile.write(grid, tmp_path / "a.csv", {})
+    sweep_file.write(grid, tmp_path / "a.csv", {})
     assert synced == [f"{index:09d}.part" for index in range(grid.num_chunks)]
 
 
@@ -358,10 +361,10 @@ def test_two_sweeps_into_one_file_are_refused(tmp_path: Path, capsys) -> None:
         assert run(["sweep", "--model", "gpt2", "--out", str(out)]) == 2
         said.append(capsys.readouterr().err)
 
-    rowfile.write(grid, out, {}, progress=second)
+    sweep_file.write(grid, out, {}, progress=second)
     assert set(said) == {f"kvsim: error: another sweep writes {out}: let it end, or give another --out\n"}
     assert os.listdir(tmp_path) == ["a.csv"]
-    assert rowfile.write(grid, out, {}) == 0
+    assert sweep_file.write(grid, out, {}) == 0
 
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
@@ -376,11 +379,11 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b".\n"
     with pytest.raises(ValueError, match="another sweep writes"):
-        rowfile.write(grid, out, {})
+        sweep_file.write(grid, out, {})
     child.kill()
     child.wait()
     child.stdout.close()
-    assert rowfile.write(grid, out, {}) == 1
+    assert sweep_file.write(grid, out, {}) == 1
     assert os.listdir(tmp_path) == ["a.csv"]
 
 
@@ -388,17 +391,17 @@ def test_a_sweep_that_could_not_begin_leaves_nothing(tmp_path: Path, monkeypatch
     def refuse(*given, **named) -> None:
         raise ValueError("no")
 
-    monkeypatch.setattr(rowfile, "replace_file", refuse)
+    monkeypatch.setattr(sweep_file, "replace_file", refuse)
     with pytest.raises(ValueError, match="no"):
-        rowfile.write(make(), tmp_path / "a.csv", {})
+        sweep_file.write(make(), tmp_path / "a.csv", {})
     assert os.listdir(tmp_path) == []
 
 
 def test_a_directory_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.csv").mkdir()
-    monkeypatch.setattr(rowfile, "spread", None)
+    monkeypatch.setattr(sweep_file, "spread", None)
     with pytest.raises(ValueError, match=r"cannot write .*a.csv: Is a directory"):
-        rowfile.write(make(), tmp_path / "a.csv", {})
+        sweep_file.write(make(), tmp_path / "a.csv", {})
 
 
 class Dying(Executor):
@@ -434,16 +437,16 @@ def test_no_memory_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     def full(*given) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(rowfile, "evaluate", full)
+    monkeypatch.setattr(sweep_file, "evaluate", full)
     assert run(["sweep", "--model", "gpt2", "--out", str(tmp_path / "a.csv")]) == 2
     assert capsys.readouterr().err.startswith("kvsim: error: out of memory: the same command goes on")
 
 
 def test_a_process_pool_gives_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = make()
-    rowfile.write(grid, tmp_path / "one.csv", {})
+    sweep_file.write(grid, tmp_path / "one.csv", {})
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        rowfile.write(grid, tmp_path / "two.csv", {}, executor=pool)
+        sweep_file.write(grid, tmp_path / "two.csv", {}, executor=pool)
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
@@ -451,10 +454,10 @@ def test_a_process_pool_gives_the_same_file(tmp_path: Path, monkeypatch: pytest.
 def test_dask_gives_the_same_file(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
     grid = make()
-    rowfile.write(grid, tmp_path / "one.csv", {})
+    sweep_file.write(grid, tmp_path / "one.csv", {})
     cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
     with cluster, distributed.Client(cluster) as client:
-        rowfile.write(grid, tmp_path / "two.csv", {}, executor=client.get_executor())
+        sweep_file.write(grid, tmp_path / "two.csv", {}, executor=client.get_executor())
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
@@ -477,13 +480,13 @@ def test_rows_are_computed_together(method: str) -> None:
 
 def test_seconds_are_rounded_to_the_nearest_nanosecond() -> None:
     seconds = [0.0123456786, 0.0123456784, 1.9999999996, 0.0000000006, 0.0000000004, 2.0]
-    text = rowfile._lines([np.array(seconds), b"\n"]).decode().split()
+    text = sweep_file._lines([np.array(seconds), b"\n"]).decode().split()
     assert text == ["0.012345679", "0.012345678", "2.000000000", "0.000000001", "0.000000000", "2.000000000"]
 
 
 def test_seconds_in_a_file_are_those_of_decode_step_rounded(tmp_path: Path) -> None:
     grid = make(models=(load_model("llama-3-8b"),))
-    rowfile.write(grid, tmp_path / "a.csv", {})
+    sweep_file.write(grid, tmp_path / "a.csv", {})
     rows = read_csv(tmp_path / "a.csv")
     for line in rows:
         batch, ctx = int(line["batch"]), int(line["ctx"])

@@ -16,16 +16,11 @@ from typing import Any
 import pytest
 
 from kvsim import catalog
-from kvsim.attention_curve import Kernel
 from kvsim.cli import run
 from kvsim.hardware import find_hardware
-from kvsim.layout import LayerShape, mean_read_nbytes
-from kvsim.load import load_model
-from kvsim.methods import Kivi, make_method
-from kvsim.model import Model
-from kvsim.options import parse_method
-from kvsim.roofline import Roofline, constants, find_kernel, hit_share, known_weights, seen
-from kvsim.timing import (
+from kvsim.latency.attention_curve import Kernel
+from kvsim.latency.roofline import Roofline, constants, find_kernel, hit_share, known_weights, seen
+from kvsim.latency.steps import (
     MOST,
     PARTS,
     Step,
@@ -36,6 +31,11 @@ from kvsim.timing import (
     running,
     token_step,
 )
+from kvsim.layout import LayerShape, mean_read_nbytes
+from kvsim.methods import Kivi, make_method
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.specs import parse_method
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT.parent / "shared" / "measured"
@@ -359,12 +359,12 @@ def test_this_projects_engine_as_it_was_recorded() -> None:
 
 
 def test_the_engines_numbers_are_those_that_fit_its_recorded_steps() -> None:
-    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
-    from validation import step_time
+    timing = pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
+    from validation.latency import engine_steps
 
     fixed = constants()
     other = replace(fixed, engine_layer_seconds={"transformers": 1.0})
-    fitted, found = step_time.study(other)
+    fitted, found = engine_steps.study(other)
     assert fitted.engine_layer_seconds == {"transformers": 1.0, "kvruntime": fixed.engine_layer_seconds["kvruntime"]}
     assert fitted.engine_wide == fixed.engine_wide
     recorded = timing.recorded()["steps"]
@@ -461,7 +461,7 @@ def test_what_is_not_known_is_not_guessed() -> None:
 
 def test_the_scalar_form_needs_no_numpy() -> None:
     code = (
-        "import sys; from kvsim.timing import decode_step; from kvsim.load import load_model;"
+        "import sys; from kvsim.latency.steps import decode_step; from kvsim.models.load import load_model;"
         "from kvsim.hardware import find_hardware; from kvsim.methods import make_method;"
         "decode_step(load_model('gpt2'), make_method('fp16'), find_hardware('h100'), 1, 128);"
         "assert not {'numpy', 'scipy', 'torch', 'transformers'} & set(sys.modules)"
@@ -470,7 +470,7 @@ def test_the_scalar_form_needs_no_numpy() -> None:
 
 
 def test_the_recorded_errors_meet_their_bars() -> None:
-    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    timing = pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
     found = timing.recorded()
     assert timing.fails(found) == []
     assert found["loads"]["num_constants"] <= 6
@@ -485,7 +485,7 @@ def test_the_recorded_errors_meet_their_bars() -> None:
 
 
 def test_the_recorded_constants_are_those_in_use() -> None:
-    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    timing = pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
     recorded, fixed = timing.recorded()["constants"], constants()
     for name, value in recorded.items():
         used = getattr(fixed, name)
@@ -494,9 +494,9 @@ def test_the_recorded_constants_are_those_in_use() -> None:
 
 def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed")
-    from validation import attention_time
+    from validation.latency import attention
 
-    assert attention_time.recorded_rows(H100, folder=tmp_path) is None
+    assert attention.recorded_rows(H100, folder=tmp_path) is None
     shape = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "kernel": "fast", "ragged": False, "kind": "attend"}
     rows = [
         {**shape, "batch_size": batch, "num_tokens": tokens, "nbytes_read": nbytes, "seconds": [seconds, 0, 0]}
@@ -509,36 +509,36 @@ def test_recorded_kernels_replace_the_study(tmp_path: Path) -> None:
     ]
     for name, device in (("a.json", "NVIDIA H100 80GB HBM3"), ("b.json", "NVIDIA A100-SXM4-80GB")):
         (tmp_path / name).write_text(json.dumps({"device": {"name": device}, "rows": rows}), encoding="utf-8")
-    fastest = attention_time.recorded_rows(H100, "fp16", tmp_path)
+    fastest = attention.recorded_rows(H100, "fp16", tmp_path)
     assert fastest is not None
     assert fastest.seconds.tolist() == [344e-6]
-    assert attention_time.recorded_rows(H100, "engine", tmp_path) is None
+    assert attention.recorded_rows(H100, "engine", tmp_path) is None
     rows.append({**rows[0], "kind": "full", "kernel": None})
     (tmp_path / "a.json").write_text(json.dumps({"device": {"name": "NVIDIA H100"}, "rows": rows}), encoding="utf-8")
-    own = attention_time.recorded_rows(H100, "engine", tmp_path)
+    own = attention.recorded_rows(H100, "engine", tmp_path)
     assert own is not None
     assert own.seconds.tolist() == [66e-6]
-    found = attention_time.recorded_rows(H100, folder=tmp_path)
+    found = attention.recorded_rows(H100, folder=tmp_path)
     assert found is not None
     assert found.items.tolist() == [64, 8]
     assert found.values.tolist() == [512, 512]
     assert found.seconds.tolist() == [66e-6, 8e-6]
     assert found.source.endswith("a.json")
-    assert attention_time.study_rows().seconds[0] == pytest.approx(351e-6 / 4.54)
+    assert attention.study_rows().seconds[0] == pytest.approx(351e-6 / 4.54)
 
 
 @needs_rows
 def test_a_refit_gives_the_constants_in_use() -> None:
-    timing = pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    timing = pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
     import numpy as np
 
-    from validation import attention_time, decode_time
-    from validation.held_out import digest
+    from validation.latency import attention, serving
+    from validation.latency.held_out import digest
 
     for path in (timing.DECODE, timing.ATTENTION):
         assert digest(path) == timing.recorded()["sha256"][path.name]
-    fixed, rows = constants(), attention_time.load(timing.ATTENTION)
-    kernels, curve = attention_time.fit(rows, np.ones(len(rows), dtype=bool))
+    fixed, rows = constants(), attention.load(timing.ATTENTION)
+    kernels, curve = attention.fit(rows, np.ones(len(rows), dtype=bool))
     for name, kernel in kernels.items():
         used = fixed.kernels[name]
         found = (kernel.fixed, kernel.item, kernel.efficiency)
@@ -546,20 +546,20 @@ def test_a_refit_gives_the_constants_in_use() -> None:
     assert (curve.power, curve.merge, curve.half) == pytest.approx(
         (fixed.curve.power, fixed.curve.merge, fixed.curve.half), rel=2e-3
     )
-    recorded, _ = attention_time.recorded_kernels(curve, rows.card, fixed.kernels["fp16"])
+    recorded, _ = attention.recorded_kernels(curve, rows.card, fixed.kernels["fp16"])
     assert set(recorded) == {"packed", "kvruntime/packed", "kvruntime/fp16"}
     for name, kernel in recorded.items():
         assert kernel.efficiency == pytest.approx(fixed.kernels[name].efficiency, rel=2e-3), name
-    loads = decode_time.load(timing.DECODE)
+    loads = serving.load(timing.DECODE)
     assert len(loads) == 141
-    again = decode_time.fit_first(loads, decode_time.fit_tokens(loads, fixed))
-    for name in (*decode_time.FITTED, *decode_time.FITTED_FIRST):
+    again = serving.fit_first(loads, serving.fit_tokens(loads, fixed))
+    for name in (*serving.FITTED, *serving.FITTED_FIRST):
         assert getattr(again, name) == pytest.approx(getattr(fixed, name), rel=2e-3), name
 
 
 @needs_rows
 def test_rows_of_another_file_are_tried_without_a_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("validation.timing", reason="numpy and scipy are not installed")
+    pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
     from validation.cli import run as validate
 
     lines = (MEASURED / "decode_attention_h100.csv").read_text(encoding="utf-8").splitlines()

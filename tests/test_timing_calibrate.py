@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from kvsim.calibrate import calibrate
 from kvsim.cli import run
 from kvsim.hardware import find_hardware
-from kvsim.load import load_model
+from kvsim.latency.calibrate import calibrate
+from kvsim.latency.profile import Profile, load_profile
+from kvsim.latency.steps import decode_step, first_token, prefill, token_step
 from kvsim.methods import make_method
-from kvsim.profile import Profile, load_profile
-from kvsim.timing import decode_step, first_token, prefill, token_step
+from kvsim.models.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_broken_profile_names_the_field(tmp_path: Path, change: dict[str, obje
 def test_the_answer_as_json(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kvsim.calibrate.calibrate", lambda *_, **__: load_profile(measured))
+    monkeypatch.setattr("kvsim.latency.calibrate.calibrate", lambda *_, **__: load_profile(measured))
     assert run(["calibrate", "--out", str(tmp_path / "p.json"), "--device", "cpu", "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert out.keys() == {"schema", "inputs", "notes", "not_modelled", "path", "rows"}
@@ -189,7 +189,7 @@ def test_estimate_takes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_without_the_runtime_it_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("kvsim.calibrate.find_spec", lambda name: None)
+    monkeypatch.setattr("kvsim.latency.calibrate.find_spec", lambda name: None)
     assert run(["calibrate", "--out", str(tmp_path / "p.json")]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 
-from kvsim.estimate import estimate  # noqa: E402
-from kvsim.load import load_model  # noqa: E402
+from kvsim.memory.estimate import estimate  # noqa: E402
 from kvsim.methods import METHODS, make_method  # noqa: E402
-from kvsim.traced import Vectorized  # noqa: E402
+from kvsim.models.load import load_model  # noqa: E402
+from kvsim.vectorize import Vectorized  # noqa: E402
 
 
 def grid(batches: list[int], tokens: list[int]) -> tuple:

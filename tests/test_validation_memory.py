@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvruntime.buffers import GROW_TOKENS
-from kvruntime.layers import make_layer
+from kvruntime.methods import make_layer
+from kvruntime.methods.rows import GROW_TOKENS
 from kvsim.install import install_hint
 from kvsim.layout import LayerShape
 from kvsim.methods import Full, Kivi, kivi_seed
-from validation import cli, compare, predict
-from validation.allocator import Allocator
-from validation.live import LiveBytes
-from validation.memory import fits
-from validation.results import read
-from validation.subjects import CORE, GRID, MODELS, describe_method, lengths, rebuild_method
-from validation.weigh import weigh
+from validation import cli
+from validation.claims import compare, predict
+from validation.claims.memory import fits
+from validation.claims.subjects import CORE, GRID, MODELS, describe_method, lengths, rebuild_method
+from validation.recorded import read
+from validation.scales.allocator import Allocator
+from validation.scales.live import LiveBytes
+from validation.scales.storages import weigh
 
 CPU = torch.device("cpu")
 
@@ -111,9 +112,9 @@ def test_a_quick_run_predicts_the_peaks_within_two_per_cent(quick):
 
 def test_the_peaks_of_a_model_that_shares_heads(tmp_path):
     """Other counts, and a prompt long enough that the cache's own work is the worst moment."""
-    from validation.generated import generate_tasks
-    from validation.subjects import Grid
-    from validation.tasks import judged
+    from validation.claims.generated import generate_tasks
+    from validation.claims.subjects import Grid
+    from validation.claims.tasks import judged
 
     config = {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 300,
@@ -142,8 +143,8 @@ def test_resuming_leaves_out_what_is_there(quick, capsys):
 
 
 def test_two_processes_find_the_same(quick, tmp_path):
+    from validation.claims.workers import run_tasks
     from validation.memory_tasks import memory_tasks
-    from validation.parallel import run_tasks
 
     tasks = [task for task in memory_tasks("cpu", True, ("gpt2",)) if task.name.startswith("layers gpt2 kivi")][:4]
     found = {task.name: [row["measured"] for row in rows] for task, rows in run_tasks(tasks, 2, "cpu", True, ("gpt2",))}

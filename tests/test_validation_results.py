@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from kvsim.methods import Full, Kivi
-from validation import cli, compare, tables
-from validation.predict import measured_trace, predict, predicted_trace
-from validation.results import FOLDER, Results, merged, read, read_all, slug
-from validation.subjects import describe_method, rebuild_method
+from validation import cli
+from validation.claims import compare
+from validation.claims.predict import measured_trace, predict, predicted_trace
+from validation.claims.subjects import describe_method, rebuild_method
+from validation.documents import tables
+from validation.recorded import FOLDER, Results, merged, read, read_all, slug
 
 RECORDED = [
     pytest.param(row, id=f"{path.stem}-{index}")
@@ -119,9 +121,7 @@ def test_quick_rows_do_not_stand_for_a_full_run(tmp_path):
     """The names are the same, the layers and lengths are not."""
     from validation.memory_tasks import memory_tasks
 
-    quick, full = (
-        {task.name: task.about for task in memory_tasks("cpu", quick, ("gpt2",))} for quick in (True, False)
-    )
+    quick, full = ({task.name: task.about for task in memory_tasks("cpu", quick, ("gpt2",))} for quick in (True, False))
     both = [name for name in quick if name in full and name.startswith("layers")]
     assert both
     assert all(quick[name] != full[name] for name in both)
@@ -140,7 +140,7 @@ def test_a_models_file_that_changed_is_measured_again(tmp_path):
 
 
 def test_a_figure_that_is_no_number_is_not_recorded():
-    from validation.tasks import Task, judged
+    from validation.claims.tasks import Task, judged
 
     row = {"kind": "quality", "measured": float("nan")}
     with pytest.raises(ValueError, match="quality tiny: measured is nan: the weights"):

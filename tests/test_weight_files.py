@@ -11,16 +11,16 @@ import pytest
 from click.testing import CliRunner
 from test_model_files import CONFIG, Q8_0, decoder, gguf, safetensors, written
 
-from kvsim.capacity import room
+from kvsim.analysis.request_lengths import parse_lengths
 from kvsim.cli import run
 from kvsim.commands.doctor import command as doctor
-from kvsim.gguf import read_header
 from kvsim.hardware import find_hardware
-from kvsim.lengths import parse_lengths
-from kvsim.load import load_model, read_config
-from kvsim.profile import load_profile
+from kvsim.latency.profile import load_profile
+from kvsim.memory.capacity import room
+from kvsim.models.gguf import read_header
+from kvsim.models.load import load_model, read_config
+from kvsim.models.safetensors import read_tensors, weight_files
 from kvsim.regular_files import read_text
-from kvsim.safetensors import read_tensors, weight_files
 
 LAYERS = {f"model.layers.{at}.self_attn.k_proj.weight": ([16, 64], "F16", 2048) for at in range(2)}
 TABLE = {"model.embed_tokens.weight": ([128, 64], "F16", 16384)}

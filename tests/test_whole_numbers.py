@@ -7,15 +7,15 @@ from typing import Any, get_type_hints
 import pytest
 
 from kvsim import catalog
-from kvsim.capacity import RESERVE, held_share, room
+from kvsim.analysis.plan import site
 from kvsim.cli import run
 from kvsim.engines import ENGINES, Vllm, make_engine
 from kvsim.hardware import find_hardware
-from kvsim.load import load_model
+from kvsim.memory.capacity import RESERVE, held_share, room
+from kvsim.memory.sharding import Sharding
 from kvsim.methods import METHODS, make_method
-from kvsim.options import parse_engine, parse_method
-from kvsim.parallel import Sharding
-from kvsim.plan import site
+from kvsim.models.load import load_model
+from kvsim.specs import parse_engine, parse_method
 
 FROM_ZERO = {"max_seq_len", "sink_length", "first", "last", "windows"}
 

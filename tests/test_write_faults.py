@@ -21,15 +21,17 @@ pytest.importorskip("matplotlib")
 
 from made_up_pull import pull_of_made_up
 
-from kvruntime import calibrate, cli
-from kvruntime.bench import commands
-from kvruntime.bench.results import Results
-from kvruntime.bench.run import Task
-from kvruntime.pull import pulled
-from kvsim.roofline import constants
+from kvruntime import calibrate, cli, commands
+from kvruntime.bench.harness.results import Results
+from kvruntime.bench.model.tasks import Task
+from kvruntime.checkpoints.pull import pulled
+from kvsim.latency.roofline import constants
 from validation import cli as validation_cli
-from validation import planners, report, speed, timing
-from validation import tasks as validation_tasks
+from validation.claims import speed
+from validation.claims import tasks as validation_tasks
+from validation.documents import report
+from validation.latency import study
+from validation.planners import compare
 
 HEADER = {"device": {"name": "card"}, "commit": None}
 
@@ -313,7 +315,7 @@ def test_rows_of_validation(injected, capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(speed, "speed_tasks", tasks)
     facts = {"device_name": "card", "driver": None, "versions": {}, "commit": None, "code": "k"}
-    monkeypatch.setattr("validation.results.circumstances", lambda *given: facts)
+    monkeypatch.setattr("validation.recorded.circumstances", lambda *given: facts)
     torture(injected, capsys, tmp_path, act, whole, program="validation")
 
 
@@ -333,12 +335,12 @@ def test_a_report(injected, capsys, tmp_path, monkeypatch):
 
 def test_fitted_constants(injected, capsys, tmp_path, monkeypatch):
     place, fixed = tmp_path / "place", constants()
-    table = timing.table_of(fixed)
-    monkeypatch.setattr(timing, "study", lambda *given: (fixed, {"errors": 0.1}))
-    monkeypatch.setattr(timing, "table_of", lambda fixed: table)
-    monkeypatch.setattr(timing, "fails", lambda found: [])
-    monkeypatch.setattr(timing, "CONSTANTS", place / "timing.json")
-    monkeypatch.setattr(timing, "RECORDED", place / "time" / "errors.json")
+    table = study.table_of(fixed)
+    monkeypatch.setattr(study, "study", lambda *given: (fixed, {"errors": 0.1}))
+    monkeypatch.setattr(study, "table_of", lambda fixed: table)
+    monkeypatch.setattr(study, "fails", lambda found: [])
+    monkeypatch.setattr(study, "CONSTANTS", place / "timing.json")
+    monkeypatch.setattr(study, "RECORDED", place / "time" / "errors.json")
     act = lambda: validation_cli.run(["time", "--record", "--json"])  # noqa: E731
     whole = old_or_new(b"old", "timing.json", "time/errors.json")
 
@@ -351,17 +353,17 @@ def test_fitted_constants(injected, capsys, tmp_path, monkeypatch):
 def test_answers_of_planners(injected, capsys, tmp_path, monkeypatch):
     record, configs = tmp_path / "place" / "planners" / "kv-bytes.json", tmp_path / "configs.json"
     configs.write_text("[]")
-    monkeypatch.setattr(planners, "RECORD", record)
-    monkeypatch.setattr(planners, "measure", lambda *given: {"a": 1})
-    monkeypatch.setattr(planners, "table", lambda record: "")
+    monkeypatch.setattr(compare, "RECORD", record)
+    monkeypatch.setattr(compare, "measure", lambda *given: {"a": 1})
+    monkeypatch.setattr(compare, "table", lambda record: "")
     monkeypatch.setattr("sys.argv", ["planners", "--configs", str(configs), "--peers", str(tmp_path)])
 
     def act():
         try:
-            planners.main()
+            compare.main()
         except SystemExit as end:
             return end.code
         return 0
 
     whole = old_or_new(b"old", "planners/kv-bytes.json")
-    torture(injected, capsys, tmp_path, act, whole, program="validation.planners")
+    torture(injected, capsys, tmp_path, act, whole, program="validation.planners.compare")

@@ -17,7 +17,7 @@ from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
-from kvsim.options import parse_sizes
+from kvsim.specs import parse_sizes
 
 MOST = (1 << 31) - 1
 """The largest count that an option takes."""
@@ -83,13 +83,13 @@ def cli(context: click.Context) -> None:
 @recording
 def memory(models: tuple[str, ...], jobs: int | None, quick: bool, **given: Any) -> int:
     """Bytes and peaks: predicted against allocated, at boundary lengths and after every step."""
-    from validation.predict import load_row_model
+    from validation.claims.predict import load_row_model
 
     for name in models:
         load_row_model(name)
     device = _device(given["device"])
+    from validation.claims.workers import default_jobs, run_tasks
     from validation.memory_tasks import memory_tasks
-    from validation.parallel import default_jobs, run_tasks
 
     tasks = memory_tasks(device, quick, models)
     jobs = jobs or default_jobs(device.partition(":")[0])
@@ -109,8 +109,8 @@ def speed(
     """Prefill and decode speed of each method, recorded."""
     device = _device(given["device"])
     cpu = device == "cpu"
-    from kvruntime.weights import resolve
-    from validation.speed import speed_tasks
+    from kvruntime.checkpoints.load import resolve
+    from validation.claims.speed import speed_tasks
 
     resolve(model, offline=True, say=_say)  # refuses an unknown name before anything else
     settings = {
@@ -150,8 +150,8 @@ def quality(
     text = load_text(text_path)
     device = _device(given["device"])
     cpu = device == "cpu"
-    from kvruntime.weights import resolve
-    from validation.quality import quality_tasks
+    from kvruntime.checkpoints.load import resolve
+    from validation.claims.quality import quality_tasks
 
     source = resolve(model, offline=offline, say=_say)
     if not source.real:
@@ -168,8 +168,8 @@ def quality(
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def report(folder: Path, files: tuple[Path, ...]) -> None:
     """One Markdown and one HTML report over FILES, or all of validation/results."""
-    from validation.report import write_report
-    from validation.results import read, read_all
+    from validation.documents.report import write_report
+    from validation.recorded import read, read_all
 
     rows = [row for file in files for row in read(file)] if files else read_all()
     try:
@@ -188,19 +188,19 @@ def report(folder: Path, files: tuple[Path, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
 def time_(decode: Path | None, attention: Path | None, recording_: bool, tried: bool, as_json: bool) -> int:
     """The model of time: refits it, holds groups out, prints the errors; 1 where one is above its bar."""
-    from validation import timing
+    from validation.latency import study
 
     if tried:
         if recording_ or (decode is None and attention is None):
             raise ValueError("--try takes --decode or --attention or both, and records nothing")
-        print(json_text(timing.tried(decode, attention), indent=1))
+        print(json_text(study.tried(decode, attention), indent=1))
         return 0
-    fixed, found = timing.study(decode or timing.DECODE, attention or timing.ATTENTION)
-    print(json_text(found, indent=1) if as_json else timing.text(found))
+    fixed, found = study.study(decode or study.DECODE, attention or study.ATTENTION)
+    print(json_text(found, indent=1) if as_json else study.text(found))
     if recording_:
-        for path in timing.record(fixed, found):
+        for path in study.record(fixed, found):
             _say(f"recorded in {path}")
-    wrong = timing.fails(found)
+    wrong = study.fails(found)
     for line in wrong:
         _say(line)
     return 1 if wrong else 0
@@ -211,13 +211,13 @@ def _say(line: str) -> None:
 
 
 def _device(asked: str | None) -> str:
-    from kvruntime.weights import pick_device
+    from kvruntime.checkpoints.load import pick_device
 
     return pick_device(asked)
 
 
 def _one_by_one(tasks: list[Any]) -> Any:
-    from validation.tasks import judged
+    from validation.claims.tasks import judged
 
     for task in tasks:
         yield task, judged(task)
@@ -227,9 +227,10 @@ def _run(
     tasks: list[Any], device: str, given: dict[str, Any], measure: Callable[[list[Any]], Any] = _one_by_one
 ) -> int:
     """Measures what the file does not hold yet, writes after every task, prints; 1 where a cache weighs otherwise."""
-    from kvruntime.bench.progress import Progress
-    from validation import compare, tables
-    from validation.results import FOLDER, Results, circumstances, slug
+    from kvruntime.bench.harness.progress import Progress
+    from validation.claims import compare
+    from validation.documents import tables
+    from validation.recorded import FOLDER, Results, circumstances, slug
 
     facts = circumstances(device, " ".join(["python -m validation", *sys.argv[1:]]))
     recorded = FOLDER / f"{slug(facts['device_name']) if device != 'cpu' else 'cpu'}.json"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from validation.generated import generate_tasks
-from validation.memory import layer_tasks
-from validation.peak import peak_tasks
-from validation.subjects import grid_for
-from validation.tasks import Task
+from validation.claims.generated import generate_tasks
+from validation.claims.memory import layer_tasks
+from validation.claims.peak import peak_tasks
+from validation.claims.subjects import grid_for
+from validation.claims.tasks import Task
 
 
 def memory_tasks(device: str, quick: bool, models: tuple[str, ...]) -> list[Task]:

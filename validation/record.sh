@@ -23,7 +23,7 @@ for part in "$@"; do
     [[ " $all " == *" $part "* ]] || { echo "unknown part $part: allowed are $all" >&2; exit 2; }
 done
 python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no CUDA device" >&2; exit 2; }
-name="$(python3 -c 'import torch; from validation.results import slug; print(slug(torch.cuda.get_device_name()))')"
+name="$(python3 -c 'import torch; from validation.recorded import slug; print(slug(torch.cuda.get_device_name()))')"
 results="$PWD/validation/results"
 mkdir -p "$results"/{bench,kernels,engine,profiles}
 

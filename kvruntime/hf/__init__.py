@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from kvruntime.choose import check_runs
 from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.models import layer_shapes
+from kvruntime.specs import check_runs
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 

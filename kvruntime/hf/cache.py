@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 
-from kvruntime.hf.columns import Columns
-from kvruntime.layers import Layer, make_layer
+from kvruntime.hf.padding import Columns
+from kvruntime.methods import Layer, make_layer
 from kvsim.layout import LayerShape, Method
 
 STATE_VERSION = 1

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kvruntime.hf.cache import Cache, CacheLayer, Forward, Length, Pending
-from kvruntime.hf.columns import HIDES, Columns
-from kvruntime.layers import make_layer
+from kvruntime.hf.padding import HIDES, Columns
+from kvruntime.methods import make_layer
 from kvsim.layout import LayerShape, Method
 
 FULL = "a row of the compiled cache is full"

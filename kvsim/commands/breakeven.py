@@ -1,4 +1,4 @@
-"""``kvsim breakeven``: the command line of :mod:`kvsim.breakeven`."""
+"""``kvsim breakeven``: the command line of :mod:`kvsim.analysis.breakeven`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from kvsim import report
-from kvsim.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, by_context, by_money
+from kvsim.analysis.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, by_context, by_money
+from kvsim.analysis.plan import NoRoomError
 from kvsim.commandline import Command
 from kvsim.engines import ENGINES
-from kvsim.load import load_model
-from kvsim.options import choose_methods, left_out, parse_reserve, parse_sizes
-from kvsim.plan import NoRoomError
+from kvsim.models.load import load_model
+from kvsim.output import text
 from kvsim.prices import Price, given, lowest
 from kvsim.quantities import check_weight_bits, milliseconds, parse_card, parse_serving, parse_share
+from kvsim.specs import choose_methods, left_out, parse_reserve, parse_sizes
 
 METHODS = ("fp8", "kivi:nbits=4", "kivi:nbits=2")
 AGAINST = ("fp16", "fp8")
@@ -124,7 +124,7 @@ def command(
         f"Cheaper by {least:.1%} or more, each with the largest batch that fits:\n\n"
         + _cheaper([row for row in rows if row.kind == "money"]),
         _rates(runners, contexts, cost, ranks),
-        report.notes([*notes, _price_note(card.id, cost)]),
+        text.notes([*notes, _price_note(card.id, cost)]),
         "Not modelled: " + "; ".join(NOT_MODELLED) + ".",
     ]
     click.echo("\n\n".join(blocks))
@@ -173,7 +173,7 @@ def _where(row: BreakEven) -> str:
 
 
 def _faster(rows: list[BreakEven], fixed: str, head: str) -> str:
-    return report.table(
+    return text.table(
         ["method", "against", fixed, head, "fits to", "against fits to"],
         (
             (
@@ -191,7 +191,7 @@ def _faster(rows: list[BreakEven], fixed: str, head: str) -> str:
 
 
 def _cheaper(rows: list[BreakEven]) -> str:
-    return report.table(
+    return text.table(
         ["method", "against", "from tokens", "fits to", "against fits to"],
         ((row.method.name, row.against.name, _where(row), f"{row.last:,}", f"{row.against_last:,}") for row in rows),
         left=(0, 1),
@@ -209,4 +209,4 @@ def _rates(runners: dict[str, Runner], contexts: list[int], cost: Price | None, 
         return runner.method.name, f"{tokens:,}", f"{batch:,}", times, f"{rate:,.0f}", price
 
     heads = ["method", "tokens", "largest batch", "ms a token", "tok/s", "$/Mtok"]
-    return report.table(heads, (line(runner, tokens) for tokens in contexts for runner in runners.values()))
+    return text.table(heads, (line(runner, tokens) for tokens in contexts for runner in runners.values()))

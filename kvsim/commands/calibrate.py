@@ -21,10 +21,10 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
     """Measures this card (needs the runtime): bandwidths, products, attention, what a layer costs."""
     from dataclasses import asdict
 
-    from kvsim import report
-    from kvsim.calibrate import calibrate
-    from kvsim.profile import RUNTIMES
-    from kvsim.schema import envelope
+    from kvsim.latency.calibrate import calibrate
+    from kvsim.latency.profile import RUNTIMES
+    from kvsim.output import text
+    from kvsim.output.schema import envelope
 
     profile = calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
     if as_json:
@@ -40,5 +40,5 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
         f"  products{profile.flops / 1e12:10,.2f} TFLOP/s\n"
         f"  a layer {profile.layer_seconds * 1e6:10,.1f} us besides\n\n"
         f"measured with {profile.runtime}'s own kernels: for --engine {' and '.join(RUNTIMES[profile.runtime])}\n"
-        f"wrote {out}\n\n{report.not_modelled('calibrate')}"
+        f"wrote {out}\n\n{text.not_modelled('calibrate')}"
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from kvsim import report
 from kvsim.commandline import Command
 from kvsim.commands.flags import (
     Chosen,
@@ -24,11 +23,12 @@ from kvsim.commands.flags import (
     show_json,
 )
 from kvsim.engines import ENGINES, Engine
-from kvsim.estimate import Estimate, check_sizes, estimate
-from kvsim.load import load_model
-from kvsim.model import Model
-from kvsim.options import Value, parse_engine, parse_sizes
-from kvsim.schema import envelope, model_object, row_object
+from kvsim.memory.estimate import Estimate, check_sizes, estimate
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.output import text
+from kvsim.output.schema import envelope, model_object, row_object
+from kvsim.specs import Value, parse_engine, parse_sizes
 
 COMPARE_METHODS = ("kivi:nbits=8", "kivi:nbits=4", "kivi:nbits=2", "kivi:nbits=2,group_size=64", "kivi-seed")
 
@@ -84,11 +84,11 @@ def command(
         return
     under = "" if serving.name == "ideal" else f", engine {serving.name}"
     show(
-        report.heading(model),
+        text.heading(model),
         f"batch {batch:,}{under}",
-        report.comparison(rows),
-        report.notes(notes),
-        report.not_modelled("compare"),
+        text.comparison(rows),
+        text.notes(notes),
+        text.not_modelled("compare"),
     )
 
 
@@ -157,9 +157,9 @@ def _engines(
         show_json(out | {"rows": [row_object(row) for row in rows], "engines": reasons})
         return
     show(
-        report.heading(model),
+        text.heading(model),
         f"batch {batch:,}",
-        report.engines(rows, reasons, contexts),
-        report.notes(notes),
-        report.not_modelled("compare"),
+        text.engines(rows, reasons, contexts),
+        text.notes(notes),
+        text.not_modelled("compare"),
     )

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import click
 
-from kvsim import catalog, report
+from kvsim import catalog
+from kvsim.analysis.doctor import Log, diagnose, draft_of, engine_of, model_of
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
-from kvsim.doctor import Log, diagnose, draft_of, engine_of, model_of
 from kvsim.hardware import find_hardware
-from kvsim.load import load_model
-from kvsim.model import Model
-from kvsim.schema import envelope
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.output import text as report
+from kvsim.output.schema import envelope
 
 TUNED = re.compile(r"-(?:instruct|chat|it|hf)$", re.IGNORECASE)
 """Suffixes under which a tuned model has its base model's shape."""

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvsim import report
-from kvsim.capacity import Room, held_share, largest_batch, largest_context, room
 from kvsim.commandline import Command
 from kvsim.commands.flags import (
     Chosen,
@@ -31,16 +29,18 @@ from kvsim.commands.flags import (
 )
 from kvsim.engines import Engine, Vllm
 from kvsim.engines.vllm import Pool
-from kvsim.estimate import check_sizes
 from kvsim.hardware import Hardware
-from kvsim.load import load_model
-from kvsim.options import Value, parse_reserve, parse_size
-from kvsim.parallel import Deployment, Sharding, stages
-from kvsim.report import Times
-from kvsim.schema import envelope, gpu_object, model_object, options_object, row_object
+from kvsim.memory.capacity import Room, held_share, largest_batch, largest_context, room
+from kvsim.memory.estimate import check_sizes
+from kvsim.memory.sharding import Deployment, Sharding, stages
+from kvsim.models.load import load_model
+from kvsim.output import text
+from kvsim.output.schema import envelope, gpu_object, model_object, options_object, row_object
+from kvsim.output.text import Times
+from kvsim.specs import Value, parse_reserve, parse_size
 
 if TYPE_CHECKING:
-    from kvsim.roofline import Constants
+    from kvsim.latency.roofline import Constants
 
 
 @click.command("estimate", cls=Command)
@@ -194,14 +194,14 @@ def command(
                     entry["pool"] = _pool_object(pool)
         show_json(out)
         return code
-    blocks = [report.heading(model), report.request(tokens, batch, serving.name, prefix), report.estimates(rows)]
+    blocks = [text.heading(model), text.request(tokens, batch, serving.name, prefix), text.estimates(rows)]
     if sharding != Sharding():
-        blocks.append(report.shares(rows, ranks, sharding))
+        blocks.append(text.shares(rows, ranks, sharding))
     if space is not None:
         flag = "--reserve" if reserve is not None or serving.name != "vllm" else "--gpu-memory-utilization"
-        blocks.append(report.fits(space, rows, fits, limits, sharding.ranks, flag))
-        blocks += [report.pools(rows, pools), report.times(rows, times)]
-    show(*blocks, report.notes(notes), report.not_modelled("estimate"))
+        blocks.append(text.fits(space, rows, fits, limits, sharding.ranks, flag))
+        blocks += [text.pools(rows, pools), text.times(rows, times)]
+    show(*blocks, text.notes(notes), text.not_modelled("estimate"))
     return code
 
 
@@ -248,7 +248,7 @@ def _constants(profile: Path | None, card: Hardware | None, engine: Engine, note
         return None
     if card is None:
         raise ValueError("--profile is of a card: give --gpu too")
-    from kvsim.profile import load_profile
+    from kvsim.latency.profile import load_profile
 
     measured = load_profile(profile)
     fixed = measured.constants(card)
@@ -277,7 +277,7 @@ def _times(
     """
     if space is None:
         return None
-    from kvsim.timing import decode_step, first_token, prefill, running, token_step, was_timed
+    from kvsim.latency.steps import decode_step, first_token, prefill, running, token_step, was_timed
 
     sharding = deployment.sharding
     replica, one = sharding.rank_batch(batch), replace(sharding, data_parallel_size=1)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from kvsim import report
+from kvsim.analysis.explain import explain, model_numbers
 from kvsim.commandline import Command
 from kvsim.commands.flags import (
     Chosen,
@@ -19,11 +19,11 @@ from kvsim.commands.flags import (
     show,
     show_json,
 )
-from kvsim.estimate import check_sizes
-from kvsim.explain import explain, model_numbers
-from kvsim.load import load_model
-from kvsim.options import Value, parse_size
-from kvsim.schema import envelope, formulas_object, model_object, row_object
+from kvsim.memory.estimate import check_sizes
+from kvsim.models.load import load_model
+from kvsim.output import text as report
+from kvsim.output.schema import envelope, formulas_object, model_object, row_object
+from kvsim.specs import Value, parse_size
 
 
 @click.command("explain", cls=Command)

@@ -10,11 +10,14 @@ import click
 
 from kvsim.engines import ENGINES, Engine, engine_fields
 from kvsim.engines.vllm import server_defaults
-from kvsim.estimate import Estimate, estimate
 from kvsim.hardware import Hardware
+from kvsim.memory.estimate import Estimate, estimate
+from kvsim.memory.sharding import Sharding
 from kvsim.methods import METHODS
-from kvsim.model import Model
-from kvsim.options import (
+from kvsim.models.model import Model
+from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
+from kvsim.quantities import check_weight_bits, parse_card
+from kvsim.specs import (
     Value,
     choose_methods,
     left_out,
@@ -24,9 +27,6 @@ from kvsim.options import (
     parse_size,
     parse_value,
 )
-from kvsim.parallel import Sharding
-from kvsim.quantities import check_weight_bits, parse_card
-from kvsim.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

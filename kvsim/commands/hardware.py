@@ -6,11 +6,12 @@ from dataclasses import asdict
 
 import click
 
-from kvsim import catalog, report
+from kvsim import catalog
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
 from kvsim.hardware import Hardware, find_hardware
-from kvsim.schema import envelope
+from kvsim.output import text
+from kvsim.output.schema import envelope
 
 
 @click.command("hardware", cls=Command)
@@ -25,7 +26,7 @@ def command(name: str | None, as_json: bool) -> None:
         listed = [{"id": card.id, "aliases": aliases[card.id]} | asdict(card) for card in cards]
         show_json(envelope("hardware", {"name": name}, []) | {"rows": listed})
     elif name is not None:
-        show(report.hardware_detail(cards[0], aliases[cards[0].id]), report.not_modelled("hardware"))
+        show(text.hardware_detail(cards[0], aliases[cards[0].id]), text.not_modelled("hardware"))
     else:
         origin = "Memory as a process sees it where known, else the marketed size."
-        show(report.hardware_list(cards), origin, report.not_modelled("hardware"))
+        show(text.hardware_list(cards), origin, text.not_modelled("hardware"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from kvsim import catalog, report
+from kvsim import catalog
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
-from kvsim.model import Model
-from kvsim.schema import envelope, model_object
+from kvsim.models.model import Model
+from kvsim.output import text
+from kvsim.output.schema import envelope, model_object
 
 
 @click.command("models", cls=Command)
@@ -26,7 +27,7 @@ def command(name: str | None, as_json: bool) -> None:
         rows = [{key: each.get(key) for key in keys} | model_object(model) for each, model in found]
         show_json(envelope("models", {"name": name}, []) | {"rows": rows})
     elif row is not None:
-        show(report.model_detail(row, found[0][1]), report.notes(found[0][1].notes), report.not_modelled("models"))
+        show(text.model_detail(row, found[0][1]), text.notes(found[0][1].notes), text.not_modelled("models"))
     else:
         heads = "L x kv x dim: layers, key/value heads, head dimension (of the first kind of layer)."
-        show(report.model_list(found), heads, report.not_modelled("models"))
+        show(text.model_list(found), heads, text.not_modelled("models"))

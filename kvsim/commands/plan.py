@@ -1,4 +1,4 @@
-"""``kvsim plan``: the command line of :mod:`kvsim.plan`."""
+"""``kvsim plan``: the command line of :mod:`kvsim.analysis.plan`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 import click
 
-from kvsim import report
-from kvsim.capacity import held_share
+from kvsim.analysis.memory_risk import OCCUPANCIES
+from kvsim.analysis.plan import INPUT_SHARE, MAX_BATCH, NOT_MODELLED, RISK, Demand, Plan, plan
+from kvsim.analysis.request_lengths import Lengths, constant, parse_lengths
 from kvsim.commandline import Command
 from kvsim.commands.flags import choose_weights, own_cache
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
 from kvsim.install import install_hint
-from kvsim.lengths import Lengths, constant, parse_lengths
-from kvsim.load import load_model
-from kvsim.memory_risk import OCCUPANCIES
-from kvsim.options import choose_methods, parse_human, parse_reserve, parse_size
-from kvsim.plan import INPUT_SHARE, MAX_BATCH, NOT_MODELLED, RISK, Demand, Plan, plan
+from kvsim.memory.capacity import held_share
+from kvsim.models.load import load_model
+from kvsim.models.quantization import WEIGHT_DTYPES, kv_method
+from kvsim.output import text
 from kvsim.prices import Price, given, lowest
 from kvsim.quantities import milliseconds, parse_card, parse_seconds, parse_serving
-from kvsim.quantization import WEIGHT_DTYPES, kv_method
+from kvsim.specs import choose_methods, parse_human, parse_reserve, parse_size
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 
@@ -253,7 +253,7 @@ def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> li
         *(f"no price of {card} is listed: give --price" for card in unpriced),
         *notes,
     ]
-    blocks.append(report.notes(lines))
+    blocks.append(text.notes(lines))
     blocks.append("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
     return blocks
 
@@ -276,7 +276,7 @@ def _table(ways: list[Plan]) -> str:
         "P(out)",
         "$/Mtok",
     ]
-    return report.table(
+    return text.table(
         heads,
         (
             (

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from kvsim import report
 from kvsim.commandline import Command
 from kvsim.commands.compare import weighed_grid
 from kvsim.commands.flags import (
@@ -18,8 +17,9 @@ from kvsim.commands.flags import (
     show,
     show_json,
 )
-from kvsim.options import Value
-from kvsim.schema import envelope, model_object, row_object
+from kvsim.output import text
+from kvsim.output.schema import envelope, model_object, row_object
+from kvsim.specs import Value
 
 PLOT_CONTEXTS = "128,256,512,1k,2k,4k,8k,16k,32k,64k,128k"
 
@@ -44,11 +44,11 @@ def command(
 ) -> None:
     """Bytes and compression over context, as PNG or SVG."""
     model, chosen, contexts, rows, notes = weighed_grid(model_name, ctx, batch, specs, dtype, shared, kv_cache_dtype)
-    from kvsim.plot import draw
+    from kvsim.output.plot import draw
 
     draw(rows, f"{model.name}, batch {batch:,}", Path(output))
     if as_json:
         out = envelope("plot", inputs_object(model, batch, chosen, ctx=contexts), notes)
         show_json(out | {"model": model_object(model), "path": output, "rows": [row_object(row) for row in rows]})
         return
-    show(f"wrote {output}", report.notes(notes), report.not_modelled("plot"))
+    show(f"wrote {output}", text.notes(notes), text.not_modelled("plot"))

@@ -1,4 +1,4 @@
-"""``kvsim report``: the page of :mod:`kvsim.page` as one file."""
+"""``kvsim report``: the page of :mod:`kvsim.output.page` as one file."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
+from kvsim.analysis.plan import NoRoomError
 from kvsim.atomic import replace_file
 from kvsim.commandline import Command
 from kvsim.engines import ENGINES
-from kvsim.load import load_model
-from kvsim.options import choose_methods, parse_reserve, parse_size
-from kvsim.page import NOT_MODELLED, Question, answer, as_json, json_object, question_price, report
-from kvsim.plan import NoRoomError
+from kvsim.models.load import load_model
+from kvsim.output.page import NOT_MODELLED, Question, answer, as_json, json_object, question_price, report
 from kvsim.prices import given
 from kvsim.quantities import check_weight_bits, parse_card, parse_serving
+from kvsim.specs import choose_methods, parse_reserve, parse_size
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 

@@ -1,4 +1,4 @@
-"""``kvsim serve``: the command line of :mod:`kvsim.serve`."""
+"""``kvsim serve``: the command line of :mod:`kvsim.output.serve`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import click
 from kvsim import catalog
 from kvsim.commandline import Command
 from kvsim.install import install_hint
-from kvsim.load import load_model
-from kvsim.model import Model
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
 
 
 @click.command("serve", cls=Command)
@@ -31,9 +31,9 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         import uvicorn  # noqa: F401
     except ImportError:
         raise ValueError(f"serve needs starlette and uvicorn: {install_hint('serve')}") from None
-    from kvsim.page import NOT_MODELLED
+    from kvsim.output.page import NOT_MODELLED
+    from kvsim.output.serve import Asked, app, serve
     from kvsim.quantities import parse_card
-    from kvsim.serve import Asked, app, serve
 
     own: dict[str, Model] = {}
     given: dict[str, Any] = {}

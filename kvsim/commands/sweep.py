@@ -1,4 +1,4 @@
-"""``kvsim sweep``: the command line of :mod:`kvsim.sweep`."""
+"""``kvsim sweep``: the command line of :mod:`kvsim.analysis.sweep`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
 from kvsim.install import install_hint
-from kvsim.load import load_model
-from kvsim.options import choose_methods, parse_reserve
+from kvsim.models.load import load_model
+from kvsim.specs import choose_methods, parse_reserve
 
 REPORT_SECONDS = 2.0
 MAX_WORKERS = 1024
@@ -91,9 +91,9 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"sweep needs numpy: {install_hint('plan')}") from None
-    from kvsim import rowfile
+    from kvsim.analysis.sweep import NOT_MODELLED, Grid, parse_axis
+    from kvsim.output import sweep_file
     from kvsim.quantities import parse_serving
-    from kvsim.sweep import NOT_MODELLED, Grid, parse_axis
 
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
@@ -125,14 +125,14 @@ def command(
     for note in grid.notes:
         print(f"note: {note}", file=sys.stderr)
     if out is None:
-        rowfile.stream(grid, inputs, sys.stdout.buffer)
+        sweep_file.stream(grid, inputs, sys.stdout.buffer)
         return
     start = time.monotonic()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else nullcontext()
     meter = Meter(grid.num_rows / grid.num_chunks, quiet)
     try:
         with pool as executor:
-            there = rowfile.write(grid, out, inputs, executor, meter, 4 * workers)
+            there = sweep_file.write(grid, out, inputs, executor, meter, 4 * workers)
     except KeyboardInterrupt:
         print(f"\nstopped: {GOES_ON}", file=sys.stderr)
         raise
@@ -148,7 +148,7 @@ def command(
             {"model": cell.model.name, "method": cell.method.name, "gpu": cell.card.id if cell.card else None}
             for cell in grid.cells
         ]
-        document: dict[str, Any] = {"schema": "kvsim.sweep-summary/1", "inputs": inputs, "notes": grid.notes}
+        document: dict[str, Any] = {"schema": "kvsim.analysis.sweep-summary/1", "inputs": inputs, "notes": grid.notes}
         click.echo(json.dumps(document | {"not_modelled": NOT_MODELLED} | summary | {"rows": rows}, indent=2))
         return
     resumed = f", {there} of {grid.num_chunks} chunks were there" if there else ""

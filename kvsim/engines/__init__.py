@@ -20,7 +20,7 @@ from kvsim.layout import Method
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.model import Model
+    from kvsim.models.model import Model
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from kvsim.methods import Full, placed
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.model import Model
+    from kvsim.models.model import Model
 
 
 INDEX = Full()

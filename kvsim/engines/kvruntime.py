@@ -1,7 +1,7 @@
 """kvruntime, this project's own runtime: the method's buffers as they are, provided for in blocks of 256 tokens.
 
 Without a known final length every layer's buffers provide for ``256 * ceil(n / 256)`` tokens a row
-(kvruntime/buffers.py); with ``max_seq_len`` they are allocated for it once.
+(kvruntime/methods/rows.py); with ``max_seq_len`` they are allocated for it once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvsim.whole_numbers import check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.model import Model
+    from kvsim.models.model import Model
 
 GROW_TOKENS = 256
 

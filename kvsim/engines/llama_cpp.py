@@ -28,7 +28,7 @@ from kvsim.whole_numbers import check_switch, check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.model import Model
+    from kvsim.models.model import Model
 
 WINDOWED: dict[str, tuple[str, ...]] = {
     "afmoe": ("afmoe",),

@@ -17,7 +17,7 @@ from kvsim.methods import Full
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.model import Model
+    from kvsim.models.model import Model
 
 IMPLEMENTATIONS = ("dynamic", "static")
 CONVOLUTIONS = ("conv", "shift_mlp", "shift_attention")

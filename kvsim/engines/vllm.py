@@ -30,12 +30,12 @@ from kvsim.engines.ideal import Ideal
 from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, StateShape, nbytes
 from kvsim.methods import Fp8, Full, Nvfp4, PerTokenHead, placed
-from kvsim.methods.place import at
+from kvsim.methods.by_layer import at
 from kvsim.whole_numbers import check_switch, check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.model import Model
+    from kvsim.models.model import Model
 
 GIB = 1 << 30
 HELD = (Full, Fp8, PerTokenHead, Nvfp4)

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from inspect import signature
 
 from kvsim.layout import Method
+from kvsim.methods.by_layer import at, placed
 from kvsim.methods.evict import Evict
 from kvsim.methods.fp8 import Fp8
 from kvsim.methods.full import Full
@@ -16,7 +17,6 @@ from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
 from kvsim.methods.per_token_head import PerTokenHead
-from kvsim.methods.place import at, placed
 
 METHODS: dict[str, Callable[..., Method]] = {
     "fp16": lambda: Full("float16"),

@@ -1,7 +1,7 @@
 """KIVI: keys quantized per channel, values per token, the newest tokens in full precision (arXiv 2402.02750).
 
 Order of a row's tokens: the first ``sink_length`` stay exact; the newest lie in a ring of
-``residual_length`` exact slots; everything between is packed into records (:mod:`kvsim.record`).  A record
+``residual_length`` exact slots; everything between is packed into records (:mod:`kvsim.methods.packing`).  A record
 is written when the ring is full and a further token needs its oldest slots, so after appending
 
     num_packed = record_length * ceil(max(0, num_tokens - sink_length - residual_length) / record_length)
@@ -19,7 +19,7 @@ from functools import lru_cache
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
 from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
 from kvsim.methods.full import SHORT
-from kvsim.record import MAX_TILE, MIN_TOKENS, PLANES, Record, channel_chunks
+from kvsim.methods.packing import MAX_TILE, MIN_TOKENS, PLANES, Record, channel_chunks
 from kvsim.whole_numbers import check_whole
 
 SEQUENCE = "sequence"

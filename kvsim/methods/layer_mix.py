@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvsim.layout import Buffer, LayerShape, Method
+from kvsim.methods.by_layer import at
 from kvsim.methods.full import Full
 from kvsim.methods.kivi import Kivi
-from kvsim.methods.place import at
 from kvsim.whole_numbers import check_whole
 
 
@@ -16,7 +16,7 @@ class LayerMix:
     """``exact`` stores the ``first`` and the ``last`` layers with a cache, ``inner`` those between.
 
     ``windows``: 1 lets ``exact`` store every layer with a window too (for methods that hold full attention only).
-    Layers are counted among those with a cache.  Ask :func:`kvsim.methods.place.placed` for the method of a layer:
+    Layers are counted among those with a cache.  Ask :func:`kvsim.methods.by_layer.placed` for the method of a layer:
     a layer whose place is not known cannot be weighed, and ``buffers`` says so with ``ValueError``.
     """
 
@@ -38,7 +38,7 @@ class LayerMix:
         return f"mix-{self.first}-{self.last}{windows}({self.exact.name},{self.inner.name})"
 
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Method:
-        """The method of one place (:func:`kvsim.methods.place.at`)."""
+        """The method of one place (:func:`kvsim.methods.by_layer.at`)."""
         outer = index < self.first or index >= num_layers - self.last
         chosen = self.exact if outer or (self.windows and layer.window is not None) else self.inner
         return at(chosen, layer, index, num_layers)

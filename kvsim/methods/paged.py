@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes, tokens_alone
+from kvsim.methods.by_layer import at
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
-from kvsim.methods.place import at
 from kvsim.whole_numbers import check_whole
 
 
@@ -35,7 +35,7 @@ class Paged:
         return f"paged-{self.block_size}({self.inner.name})"
 
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Paged:
-        """This method with ``inner`` for one place (:func:`kvsim.methods.place.at`)."""
+        """This method with ``inner`` for one place (:func:`kvsim.methods.by_layer.at`)."""
         return replace(self, inner=at(self.inner, layer, index, num_layers))
 
     def num_provided(self, layer: LayerShape, num_tokens: int) -> int:

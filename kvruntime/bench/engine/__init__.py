@@ -1,0 +1,1 @@
+"""``kvruntime bench engine``: whole decode steps."""

@@ -1,0 +1,1 @@
+"""What every benchmark needs: tasks, results that resume, timing, tables."""

@@ -1,0 +1,1 @@
+"""``kvruntime bench kernels``: attention and packing, one kernel at a time."""

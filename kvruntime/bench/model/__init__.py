@@ -1,0 +1,1 @@
+"""``kvruntime bench``: a model's memory, speed and quality by cache."""

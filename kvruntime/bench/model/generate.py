@@ -1,0 +1,124 @@
+"""Text as it is generated, and what the cache weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from kvruntime.bench.harness.weigh import weigh
+from kvruntime.bench.model.caches import Contender
+from kvruntime.bench.model.memory import layer_shapes
+from kvruntime.checkpoints.load import Loaded, first_not_finite
+from kvsim.layout import nbytes
+from kvsim.methods import Full
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``num_tokens`` held by the cache at the end, room for ``num_provided``; ``num_new`` generated in ``seconds``.
+
+    ``nbytes`` is measured; ``fp16_nbytes`` is what an uncompressed float16 cache with the same room holds.
+    """
+
+    num_tokens: int
+    num_provided: int
+    num_new: int
+    seconds: float
+    nbytes: int
+    fp16_nbytes: int
+
+
+def generate(
+    loaded: Loaded,
+    contender: Contender,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+) -> Generated:
+    """Runs ``model.generate`` on ``prompt`` with the contender's cache, handing text to ``write`` as it comes.
+
+    Greedy at ``temperature`` 0.  Without a tokenizer the prompt's bytes are its token ids, and ids are written.
+    Raises ``ValueError`` for an empty prompt or more tokens than the model has positions for.
+    """
+    from kvruntime.hf.cache import argument
+
+    ids = _encode(loaded, prompt)
+    wrong = first_not_finite(loaded.model)
+    if wrong is not None:
+        raise ValueError(f"{loaded.source.name}: weight {wrong} holds NaN or infinity as {loaded.dtype}")
+    length = ids.shape[1] + max_new_tokens
+    if max_new_tokens < 1:
+        raise ValueError(f"max new tokens {max_new_tokens}: allowed are 1 and above")
+    if loaded.max_positions is not None and length > loaded.max_positions:
+        raise ValueError(
+            f"{ids.shape[1]} prompt + {max_new_tokens} new tokens exceed the model's {loaded.max_positions} positions"
+        )
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.inference_mode(), contender.around(loaded.model):
+        cache = contender.build(loaded.model, length)
+        start = perf_counter()
+        out = loaded.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **argument(cache),
+            max_new_tokens=max_new_tokens,
+            streamer=_Stream(loaded.tokenizer, write),
+            pad_token_id=0,
+            **sampling,
+        )
+        seconds = perf_counter() - start
+    held = out.shape[1] - 1  # the newest token was never fed back
+    full = sum(nbytes(Full().buffers(shape, 1, length)) for shape in layer_shapes(loaded.model))
+    return Generated(held, length, out.shape[1] - ids.shape[1], seconds, weigh(cache), full)
+
+
+def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    if loaded.tokenizer is None and loaded.no_tokenizer.startswith("has"):
+        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}")
+    if loaded.tokenizer is None:
+        ids = [byte % loaded.vocab_size for byte in prompt.encode()]
+    elif getattr(loaded.tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = loaded.tokenizer(prompt)["input_ids"]
+    return torch.tensor([ids], device=loaded.device)
+
+
+class _Stream:
+    """transformers' streamer protocol: whole characters are written as soon as their last byte is there."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] = []
+        self.written = 0
+        self.prompt = True
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self.prompt:
+            self.prompt = False
+            return
+        self.ids += ids.flatten().tolist()
+        if self.tokenizer is None:
+            self.write(f"{self.ids[-1]} ")
+            return
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):
+            self.write(text[self.written :])
+            self.written = len(text)
+
+    def end(self) -> None:
+        if self.tokenizer is not None:
+            self.write(self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.written :])
+        self.write("\n")

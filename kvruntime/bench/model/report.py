@@ -1,0 +1,139 @@
+"""Rows as plain tables, each under a line that says what it was measured on, weights included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kvruntime.bench.harness.results import Row
+from kvsim.install import install_hint
+
+MIB = 1 << 20
+BASE = ("fp16", "bf16", "fp32")
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Memory, speed, quality and axes tables of whatever ``rows`` hold, and what is missing, skipped or failed."""
+    blocks = []
+    for kind, table in TABLES.items():
+        for group in groups(rows, kind):
+            blocks.append(table(group))
+    blocks += [note(row) for row in rows if row["kind"] in ("missing", "skipped") or "failed" in row]
+    return "\n\n".join(blocks)
+
+
+def groups(rows: Iterable[Row], kind: str) -> list[list[Row]]:
+    """The finished rows of one kind, those of one model, weights, dtype, seed and setting together."""
+    setting = ("prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows")
+    names = ("model", "weights", "model_sha256", "dtype", "seed", *setting)
+    out: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == kind and "failed" not in row:
+            out.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return list(out.values())
+
+
+def baseline(row: Row, group: Iterable[Row], *same: str) -> Row | None:
+    """The uncompressed row of ``group`` that agrees with ``row`` in the fields ``same``."""
+    return next((b for b in group if b["method"] in BASE and all(b[name] == row[name] for name in same)), None)
+
+
+def compression(row: Row, group: Iterable[Row]) -> float | None:
+    """Times smaller than the uncompressed cache with the same tokens, both measured."""
+    base = baseline(row, group, "num_tokens", "batch_size")
+    return None if base is None else base["nbytes"] / row["nbytes"]
+
+
+def memory_table(group: list[Row]) -> str:
+    body = []
+    for row in sorted(group, key=lambda row: row["num_tokens"]):
+        predicted = row.get("predicted_nbytes")
+        off = "" if predicted is None else f"{row['nbytes'] - predicted:+,} B"
+        cells = [row["method"], f"{row['num_tokens']:,}", f"{row['nbytes'] / MIB:.2f}", ratio(compression(row, group))]
+        cells += [off, row["how"]]
+        if "decode_allocated_nbytes" in row:
+            cells += [f"{row[name] / MIB:.2f}" for name in ALLOCATOR]
+        body.append(cells)
+    head = ["method", "tokens", "MiB", "smaller", "against prediction", "how"]
+    head += ["allocated MiB", "prefill peak MiB", "decode peak MiB"] * any(len(cells) > 6 for cells in body)
+    filled = any(row["how"] == "filled" for row in group)
+    tail = "\nfilled: beyond the model's positions; random keys and values put into the layers, no forward" * filled
+    return heading("memory", group[0], "batch 1, unique storages weighed") + "\n" + aligned(head, body) + tail
+
+
+ALLOCATOR = ("decode_allocated_nbytes", "prefill_peak_nbytes", "decode_peak_nbytes")
+
+
+def speed_table(group: list[Row]) -> str:
+    body = []
+    for row in sorted(group, key=lambda row: row["batch_size"]):
+        base = baseline(row, group, "batch_size")
+        share = None if base is None else row["tokens_per_second"][0] / base["tokens_per_second"][0]
+        middle, low, high = row["tokens_per_second"]
+        cells = [row["method"], f"{row['batch_size']}", f"{row['prefill_seconds'][0]:.3f}", f"{middle:.1f}"]
+        body.append([*cells, f"{low:.1f} to {high:.1f}", f"{row['ms_per_token'][0]:.2f}", ratio(share)])
+    head = ["method", "batch", "prefill s", "decode tok/s", "min to max", "ms/step", "against fp16"]
+    first = group[0]
+    what = f"{first['prompt_tokens']} prompt + {first['decode_tokens']} decoded tokens, medians of {first['repeats']}"
+    return heading("speed", first, what) + "\n" + aligned(head, body)
+
+
+def quality_table(group: list[Row]) -> str:
+    body = []
+    for row in group:
+        base = baseline(row, group)
+        off = "" if base is None else f"{row['ppl'] / base['ppl'] - 1:+.2%}"
+        body.append([row["method"], f"{row['ppl']:.4f}", f"{row['nll']:.5f}", off, f"{row['num_tokens']:,}"])
+    first = group[0]
+    what = f"{first['text']}, windows of {first['window']}, {first['chunk']} token(s) a step through the cache"
+    head = ["method", "perplexity", "nll", "against fp16", "tokens"]
+    return heading("quality", first, what) + "\n" + aligned(head, body)
+
+
+def axes_table(group: list[Row]) -> str:
+    body = []
+    exact = next((row for row in group if row["axes"] == "exact"), None)
+    for row in group:
+        off = "" if exact is None else f"{row['ppl'] / exact['ppl'] - 1:+.2%}"
+        body.append([row["axes"], f"{row['ppl']:.4f}", f"{row['nll']:.5f}", off, f"{row['num_tokens']:,}"])
+    first = group[0]
+    what = f"{first['method']}, simulated (error only, no memory), {first['text']}, windows of {first['window']}"
+    return heading("axes", first, what) + "\n" + aligned(["axes", "perplexity", "nll", "against exact", "tokens"], body)
+
+
+def note(row: Row) -> str:
+    """One line on a measurement that is not there."""
+    if row["kind"] == "missing":
+        return f"missing: {row['method']} needs {row['package']}: {install_hint('peers')}"
+    if row["kind"] == "skipped":
+        return f"skipped: {row['what']}: {row['reason']}"
+    return f"failed: {row['kind']} {row.get('method', '')} {row.get('num_tokens', '')}: {row['failed']}"
+
+
+def heading(kind: str, row: Row, what: str) -> str:
+    return f"{kind}: {row['model']}, weights: {row['weights']}, {row['dtype']}; {what}"
+
+
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def aligned(head: list[str], body: list[list[str]]) -> str:
+    """Columns two blanks apart, text to the left, numbers to the right."""
+    lines = [head, *([*cells, *[""] * (len(head) - len(cells))] for cells in body)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    numbers = [any(line[column][:1] in DIGITS for line in lines[1:] if line[column]) for column in range(len(head))]
+
+    def put(cell: str, width: int, number: bool) -> str:
+        return cell.rjust(width) if number else cell.ljust(width)
+
+    return "\n".join("  ".join(map(put, line, widths, numbers)).rstrip() for line in lines)
+
+
+DIGITS = "+-0123456789"
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "memory": memory_table,
+    "speed": speed_table,
+    "quality": quality_table,
+    "axes": axes_table,
+}

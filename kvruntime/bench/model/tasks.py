@@ -1,0 +1,230 @@
+"""The order of work: what is to be measured, what is done already, and the row each measurement leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvruntime.bench.harness.progress import Progress
+from kvruntime.bench.harness.results import Results, Row
+from kvruntime.bench.model.caches import Contender
+from kvruntime.bench.model.peers import package_version
+from kvruntime.checkpoints.load import Loaded
+from kvruntime.disk import not_finite
+
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement: ``key`` names it in the results, ``measure(tick)`` gives its figures.
+
+    ``cost`` is its expected duration relative to the others.  ``guest``: another library's code, whose failure is a
+    row and not an end.
+    """
+
+    key: Mapping[str, Any]
+    measure: Callable[[Tick], Row]
+    cost: float = 1.0
+    guest: bool = False
+
+    @property
+    def label(self) -> str:
+        shown = ("kind", "model", "method", "axes", "num_tokens", "window", "batch_size")
+        units = {"num_tokens": " tokens", "window": "-token windows", "batch_size": " sequences"}
+        return " ".join(f"{self.key[name]}{units.get(name, '')}" for name in shown if name in self.key)
+
+
+class Interrupted(Exception):
+    """Ctrl-C: ``done`` of ``total`` measurements are in the file."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"{done} of {total}")
+        self.done, self.total = done, total
+
+
+def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | None = None) -> list[Row]:
+    """Does every task that ``results`` does not hold yet, recording each as it ends; returns the rows of all tasks.
+
+    ``told``: what to say of a row at once, failed or not.  Raises ``Interrupted`` on Ctrl-C, with the file in order.
+    """
+    everything = list(tasks)
+    todo = [task for task in everything if not results.done(task.key)]
+    try:
+        results.write()
+        with Progress([task.cost for task in todo]) as progress:
+            if len(todo) < len(everything):
+                progress.say(f"{len(everything) - len(todo)} of {len(everything)} measurements are in {results.path}")
+                other = results.of_other_code()
+                if other and not results.anew:
+                    progress.say(f"{other} rows there are of other code than this: --anew measures them again")
+            for task in todo:
+                progress.begin(task.label)
+                row = _measured(task, progress.tick)
+                results.add(task.key, row)
+                if told is not None:
+                    progress.say(told({**task.key, **row}))
+                elif "failed" in row:
+                    progress.say(f"failed: {task.label}: {row['failed']}")
+                progress.end()
+    except KeyboardInterrupt:
+        done = sum(results.done(task.key) for task in everything)
+        raise Interrupted(done, len(everything)) from None
+    return [row for task in everything for row in results.rows if _is(row, task.key)]
+
+
+def _is(row: Row, key: Mapping[str, Any]) -> bool:
+    return all(row.get(name) == value for name, value in key.items())
+
+
+OUT_OF_MEMORY = "out of memory"
+
+
+def _measured(task: Task, tick: Tick) -> Row:
+    """The task's figures; out of memory, a figure that is no finite number and a guest's failure are a failed row."""
+    import torch
+
+    try:
+        row = task.measure(tick)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return {"failed": OUT_OF_MEMORY}
+    except Exception as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            return {"failed": OUT_OF_MEMORY}
+        if not task.guest:
+            raise
+        return {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"}
+    wrong = not_finite(row)
+    return row if wrong is None else {"failed": f"{wrong}: the weights, or what was computed with them, overflowed"}
+
+
+def went_wrong(rows: Iterable[Row]) -> bool:
+    """Whether a measurement of our own failed, otherwise than for want of memory."""
+    return any(
+        row.get("failed", OUT_OF_MEMORY) != OUT_OF_MEMORY and str(row.get("package")).startswith("kvruntime")
+        for row in rows
+    )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How speed is measured."""
+
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    decode_tokens: int
+    warmup: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What quality is measured on: ``text`` and ``sha256`` name it, ``windows`` are its token ids."""
+
+    text: str
+    sha256: str
+    windows: Any
+    chunk: int
+    batch: int
+
+
+def subject(loaded: Loaded, contender: Contender, seed: int) -> dict[str, Any]:
+    """The part of every key that says what was measured: model and weights by name and content, dtype, method.
+
+    ``cache_dtype`` is the type of the method's exact tokens, which its name leaves out; ``package_version`` that of
+    another library's cache.
+    """
+    source = loaded.source
+    key = {
+        "model": source.name,
+        "weights": source.weights,
+        "model_sha256": loaded.sha256,
+        "dtype": loaded.dtype,
+        "method": contender.name,
+        "package": contender.package,
+        "seed": seed,
+    }
+    cache_dtype = getattr(contender.method, "dtype", None)
+    if cache_dtype is not None:
+        key["cache_dtype"] = cache_dtype
+    if not contender.package.startswith("kvruntime"):
+        key["package_version"] = package_version(contender.package)
+    return key
+
+
+def memory_tasks(loaded: Loaded, contenders: list[Contender], contexts: list[int], seed: int) -> list[Task]:
+    """One a context and contender, batch size 1."""
+    from kvruntime.bench.model.memory import measure_memory
+
+    def task(contender: Contender, num_tokens: int) -> Task:
+        key = {"kind": "memory", **subject(loaded, contender, seed), "batch_size": 1, "num_tokens": num_tokens}
+        return Task(
+            key,
+            lambda tick: measure_memory(loaded, contender, num_tokens, 1, seed),
+            cost=num_tokens * (1 if contender.method is None or contender.name in BASELINES else 3),
+            guest=contender.package != "kvruntime",
+        )
+
+    return [task(contender, num_tokens) for contender in contenders for num_tokens in contexts]
+
+
+def speed_tasks(loaded: Loaded, contenders: list[Contender], speed: Speed, seed: int) -> list[Task]:
+    """One a batch size and contender."""
+    from kvruntime.bench.model.speed import measure_speed
+
+    def task(contender: Contender, batch_size: int) -> Task:
+        shape = {"prompt_tokens": speed.prompt_tokens, "decode_tokens": speed.decode_tokens}
+        turns = {"warmup": speed.warmup, "repeats": speed.repeats}
+        key = {"kind": "speed", **subject(loaded, contender, seed), "batch_size": batch_size, **shape, **turns}
+        work = (speed.warmup + speed.repeats) * (batch_size * speed.prompt_tokens + 20 * speed.decode_tokens)
+        return Task(
+            key,
+            lambda tick: measure_speed(loaded, contender, batch_size, **shape, **turns, seed=seed, tick=tick),
+            cost=work * (1 if contender.name in BASELINES else 4),
+            guest=contender.package != "kvruntime",
+        )
+
+    return [task(contender, batch_size) for contender in contenders for batch_size in speed.batches]
+
+
+def quality_tasks(loaded: Loaded, contenders: list[Contender], quality: Quality, seed: int) -> list[Task]:
+    """One a contender."""
+    from kvruntime.bench.model.quality import measure_quality
+
+    num_windows, window = quality.windows.shape
+    steps = -(-num_windows // quality.batch) * -(-window // quality.chunk)
+
+    def task(contender: Contender) -> Task:
+        key = {
+            "kind": "quality",
+            **subject(loaded, contender, seed),
+            "text": quality.text,
+            "text_sha256": quality.sha256,
+        }
+        key |= {"window": window, "num_windows": num_windows, "chunk": quality.chunk, "batch_size": quality.batch}
+        return Task(
+            key,
+            lambda tick: measure_quality(
+                loaded, contender, quality.windows, chunk=quality.chunk, batch=quality.batch, tick=tick
+            ),
+            cost=(num_windows * window + 40 * steps) * (1 if contender.name in BASELINES else 3),
+            guest=contender.package != "kvruntime",
+        )
+
+    return [task(contender) for contender in contenders]
+
+
+BASELINES = ("fp16", "bf16", "fp32", "transformers-dynamic")
+"""What the others are compared with: kvruntime's uncompressed cache, and transformers' own."""
+
+
+def check_methods(loaded: Loaded, contenders: list[Contender]) -> None:
+    """Raises ``ValueError`` for a method or model that cannot be run, before anything is measured."""
+    from kvruntime.bench.model.memory import layer_shapes
+
+    for shape in set(layer_shapes(loaded.model)):
+        for contender in contenders:
+            if contender.method is not None:
+                contender.method.buffers(shape, 1, 1)

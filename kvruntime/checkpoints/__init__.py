@@ -1,0 +1,1 @@
+"""Models from directories, GGUF files and packages."""

@@ -1,0 +1,1 @@
+"""Kernels and references that every method shares; nothing here knows a method."""

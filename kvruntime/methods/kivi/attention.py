@@ -1,0 +1,405 @@
+"""Triton: decode attention over packed records, exact tokens and fresh tokens, in one pass over the data.
+
+For each query row, with online softmax over blocks of tokens (arXiv 2205.14135; split over programs as in
+flash-decoding)::
+
+    key, value = code * scale + zero        dequantized in registers, one tile at a time, never stored
+    S = scale * query . key                 m' = max(m, max S)      p = exp(S - m')
+    l = l * exp(m - m') + sum p             out = out * exp(m - m') + p . value
+
+Parallel over splits of the tokens, key/value heads (whose query heads share every load) and blocks of query rows.
+Splits leave ``(out, lse)`` in float32, and ``combine_kernel`` merges them.  float16 and bfloat16 models multiply in
+float16 (bfloat16 data is exact there up to 65,504; the packed part is bounded by ``reference.LIMIT``) and
+accumulate in float32; float32 models multiply in float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvruntime.methods.kivi import reference
+from kvruntime.methods.kivi.pack import (
+    chunks,
+    groups_in,
+    order_axes,
+    planes,
+    record_constants,
+    value_param_offset,
+    whole_groups,
+    words_before,
+)
+from kvsim.methods.packing import Record
+
+LOG2E = 1.4426950408889634
+HIDDEN = tl.constexpr(-1.0e30)
+MAX_SPLITS = 128
+COMBINE_D = 32
+FUSED_MERGE = False
+"""Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own as it
+is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
+REGISTERS = 255
+"""Of a thread that looks up a block table: left to choose, ptxas takes 168 on sm_80 and spills."""
+
+
+@triton.jit
+def load_plane(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+               NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One plane of a tile's codes as numbers ``[TILE, WIDTH]``: they become ``DOT`` while still in memory order, so that
+    whatever moves between threads is two bytes an element.  In float16 by way of ``1024 + code``, whose last bits are the
+    code."""
+    AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 1)
+    WORDS: tl.constexpr = TILE * WIDTH * BITS // 32
+    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, WORDS)
+    index = tl.arange(0, 32 // BITS)
+    plane = tl.load(words_ptr + at)[:, None] >> (BITS * (index >> 1) + 16 * (index & 1))[None, :]
+    plane = plane & ((1 << BITS) - 1)
+    if DOT == tl.float16:
+        level = (plane | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+    else:
+        level = plane.to(DOT)
+    return tl.reshape(tl.permute(tl.reshape(level, AXES[0]), AXES[1]), (TILE, WIDTH))
+
+
+@triton.jit
+def load_levels(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+                NBITS: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """One tile's codes as numbers ``[TILE, WIDTH]`` of type ``DOT``, exact."""
+    PLANE_LIST: tl.constexpr = planes(NBITS)
+    level = load_plane(words_ptr, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[0][0], 0, DOT)
+    for i in tl.static_range(1, len(PLANE_LIST)):
+        plane = load_plane(words_ptr, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1], DOT)
+        level = level + plane * (1 << PLANE_LIST[i][1])
+    return level
+
+
+@triton.jit
+def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr,
+                  KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, RECORD: tl.constexpr,
+                  TILE: tl.constexpr, KEY_PARAMS: tl.constexpr):  # fmt: skip
+    """Keys ``[TILE, W]`` of tile ``tile`` of a record."""
+    d = C0 + tl.arange(0, W)
+    x = load_levels(record_ptr + tile * (TILE * KEY_DIM * KEY_NBITS // 32), "key", TILE, C0, W, KEY_NBITS, DOT)
+    if KEY_GROUP == 0:
+        scale = tl.load(params_ptr + d).to(DOT)[None, :]
+        zero = tl.load(params_ptr + zero_offset + d).to(DOT)[None, :]
+    elif KEY_GROUP >= TILE:
+        at = 2 * KEY_PARAMS + tile * TILE // KEY_GROUP * KEY_DIM + d
+        scale = tl.load(half_ptr + at).to(DOT)[None, :]
+        zero = tl.load(half_ptr + at + RECORD // KEY_GROUP * KEY_DIM).to(DOT)[None, :]
+    else:
+        GROUPS: tl.constexpr = TILE // KEY_GROUP
+        at = 2 * KEY_PARAMS + (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * KEY_DIM + d[None, :]
+        scale = tl.load(half_ptr + at).to(DOT)[:, None, :]
+        zero = tl.load(half_ptr + at + RECORD // KEY_GROUP * KEY_DIM).to(DOT)[:, None, :]
+        x = tl.reshape(x, (GROUPS, KEY_GROUP, W))
+    return tl.reshape(tl.fma(x, scale, zero), (TILE, W))  # one rounding, whatever the compiler may fuse
+
+
+@triton.jit
+def load_value_tile(record_ptr, half_ptr, tile, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr, VALUE_DIM: tl.constexpr,
+                    VALUE_NBITS: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
+                    VALUE_CODES: tl.constexpr, VALUE_PARAMS: tl.constexpr):  # fmt: skip
+    """Values ``[TILE, W]`` of tile ``tile`` of a record."""
+    GROUPS: tl.constexpr = groups_in(C0, W, VALUE_GROUP)
+    ZEROS: tl.constexpr = RECORD * (VALUE_DIM // VALUE_GROUP)
+    t = tile * TILE + tl.arange(0, TILE)
+    words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
+    x = load_levels(words_ptr, "value", TILE, C0, W, VALUE_NBITS, DOT)
+    if GROUPS[1] - GROUPS[0] == 1:
+        at = 2 * VALUE_PARAMS + value_param_offset(GROUPS[0], t, RECORD)
+        scale = tl.load(half_ptr + at).to(DOT)[:, None]
+        zero = tl.load(half_ptr + at + ZEROS).to(DOT)[:, None]
+    elif whole_groups(C0, W, VALUE_GROUP):
+        group = GROUPS[0] + tl.arange(0, W // VALUE_GROUP)
+        at = 2 * VALUE_PARAMS + value_param_offset(group[None, :], t[:, None], RECORD)
+        scale = tl.load(half_ptr + at).to(DOT)[:, :, None]
+        zero = tl.load(half_ptr + at + ZEROS).to(DOT)[:, :, None]
+        x = tl.reshape(x, (TILE, W // VALUE_GROUP, VALUE_GROUP))
+    else:
+        group = (C0 + tl.arange(0, W)) // VALUE_GROUP
+        at = 2 * VALUE_PARAMS + value_param_offset(group[None, :], t[:, None], RECORD)
+        scale = tl.load(half_ptr + at).to(DOT)
+        zero = tl.load(half_ptr + at + ZEROS).to(DOT)
+    return tl.reshape(tl.fma(x, scale, zero), (TILE, W))  # one rounding, whatever the compiler may fuse
+
+
+@triton.jit
+def load_plain(ptr, at, mask, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr):
+    """Plain tokens ``[tokens, W]`` at element offsets ``at`` in the type of the dot, clamped to its range."""
+    x = tl.load(ptr + at[:, None] + (C0 + tl.arange(0, W))[None, :], mask=mask[:, None], other=0.0)
+    if DOT == tl.float16 and x.dtype != tl.float16:
+        x = x.to(tl.float32)
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)
+    return x.to(DOT)
+
+
+@triton.jit
+def softmax_step(score, visible, peak, total):
+    """``(weights, rescale, peak, total)`` after a block of scores, in powers of two."""
+    score = tl.where(visible, score, HIDDEN)
+    new_peak = tl.maximum(peak, tl.max(score, 1))
+    alpha = tl.exp2(peak - new_peak)
+    weight = tl.where(visible, tl.exp2(score - new_peak[:, None]), 0.0)
+    return weight, alpha, new_peak, total * alpha + tl.sum(weight, 1)
+
+
+@triton.jit
+def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, visible, held, scale_log2,
+                 KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """A block of tokens that lie uncompressed; ``held`` says which of its places hold a token."""
+    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+    score = tl.zeros(visible.shape, tl.float32)
+    for i in tl.static_range(len(KEY_CHUNKS)):
+        key = load_plain(key_ptr, key_at, held, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], DOT)
+        score = tl.dot(query[i], tl.trans(key), score, input_precision="ieee")
+    weight, alpha, peak, total = softmax_step(score * scale_log2, visible, peak, total)
+    new_acc = ()
+    for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
+        value = load_plain(value_ptr, value_at, held, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT)
+        new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
+    return new_acc, peak, total
+
+
+@triton.jit
+def attend_kernel(
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, lengths_ptr, packed_ptr, new_key_ptr, new_value_ptr,
+    counts_ptr, table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb,
+    stride_vh, stride_vt, num_queries, num_slots, num_records, batch_size, num_splits,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
+    RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    row = tl.program_id(1) // NUM_HEADS
+    head = tl.program_id(1) % NUM_HEADS
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(packed_ptr + row)
+    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+    VALUE_CODES: tl.constexpr = RECORD * KEY_DIM * KEY_NBITS // 32
+    TILES: tl.constexpr = RECORD // TILE
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # query rows: position * Q_PER_KV + head in the group
+    position = m // Q_PER_KV
+    query_head = head * Q_PER_KV + m % Q_PER_KV
+    real = position < num_queries
+    query_at = (
+        query_ptr
+        + row.to(tl.int64) * stride_qb
+        + query_head[:, None].to(tl.int64) * stride_qh
+        + position[:, None] * stride_ql
+    )
+    query = ()
+    for i in tl.static_range(len(KEY_CHUNKS)):
+        d = KEY_CHUNKS[i][0] + tl.arange(0, KEY_CHUNKS[i][1])
+        query = query + (tl.load(query_at + d[None, :], mask=real[:, None], other=0.0).to(DOT),)
+    acc = ()
+    for i in tl.static_range(len(VALUE_CHUNKS)):
+        acc = acc + (tl.full([BLOCK_M, VALUE_CHUNKS[i][1]], 0.0, tl.float32),)
+    peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    rows = row.to(tl.int64) * NUM_HEADS + head
+
+    # ---- packed records, a contiguous share of the tiles
+    num_tiles = packed // TILE
+    share = (num_tiles + num_splits - 1) // num_splits
+    if table_ptr is None:
+        base_ptr = records_ptr + (row.to(tl.int64) * num_records * NUM_HEADS + head) * RECORD_WORDS
+    else:
+        base_ptr = records_ptr + head * RECORD_WORDS
+    record_stride = tl.full([], NUM_HEADS * RECORD_WORDS, tl.int64)
+    seq_params_ptr = params_ptr
+    if KEY_GROUP == 0:
+        seq_params_ptr = params_ptr + rows * KEY_DIM
+    for index in tl.range(split * share, tl.minimum(split * share + share, num_tiles), num_stages=NUM_STAGES):
+        block = index // TILES
+        if table_ptr is not None:
+            block = tl.load(table_ptr + row * num_records + block)
+        record_ptr = base_ptr + record_stride * block
+        half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+        tile = index % TILES
+        score = tl.zeros([BLOCK_M, TILE], tl.float32)
+        # Narrow chunks first, here and below: Triton deals the warps out by the last product of a chain, and where that
+        # has no more columns than rows (16) every warp does all of every product.
+        for i in tl.static_range(len(KEY_CHUNKS) - 1, -1, -1):
+            key = load_key_tile(record_ptr, half_ptr, seq_params_ptr, batch_size * NUM_HEADS * KEY_DIM, tile, KEY_CHUNKS[i][0],
+                                KEY_CHUNKS[i][1], DOT, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, KEY_PARAMS)  # fmt: skip
+            score = tl.dot(query[i], tl.trans(key), score, input_precision="ieee")
+        score = score * scale_log2
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        alpha = tl.exp2(peak - new_peak)
+        weight = tl.exp2(score - new_peak[:, None])
+        peak = new_peak
+        total = total * alpha + tl.sum(weight, 1)
+        new_acc = ()
+        for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
+            value = load_value_tile(record_ptr, half_ptr, tile, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT, VALUE_DIM,
+                                    VALUE_NBITS, VALUE_GROUP, RECORD, TILE, VALUE_CODES, VALUE_PARAMS)  # fmt: skip
+            new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
+        acc = new_acc
+
+    # ---- exact tokens: the sink, then the ring; the last split, which has the fewest tiles, starts
+    n = tl.arange(0, BLOCK_N)
+    for block in range(num_splits - 1 - split, (num_slots + BLOCK_N - 1) // BLOCK_N, num_splits):
+        slot = block * BLOCK_N + n
+        ahead = slot - SINK - packed % RESIDUAL  # ring slots, as distance from the oldest unpacked token
+        ahead = tl.where(ahead < 0, ahead + RESIDUAL, ahead)
+        token = tl.where(slot < SINK, slot, SINK + packed + ahead)
+        held = (slot < num_slots) & (token < length)
+        acc, peak, total = attend_plain(
+            query, acc, peak, total, exact_key_ptr + rows * num_slots * KEY_DIM, exact_value_ptr + rows * num_slots * VALUE_DIM,
+            slot * KEY_DIM, slot * VALUE_DIM, held[None, :] & real[:, None], held, scale_log2, KEY_DIM, VALUE_DIM, DOT,
+        )  # fmt: skip
+
+    # ---- fresh tokens, causal
+    if counts_ptr is not None:
+        first = num_queries - tl.load(counts_ptr + row)
+        real = real & (position >= first)
+        last = tl.minimum((tl.program_id(2) * BLOCK_M + BLOCK_M - 1) // Q_PER_KV + 1, num_queries)
+        for block in range(num_splits - 1 - split, (last + BLOCK_N - 1) // BLOCK_N, num_splits):
+            t = block * BLOCK_N + n
+            held = (t >= first) & (t < num_queries)
+            acc, peak, total = attend_plain(
+                query, acc, peak, total, new_key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh,
+                new_value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh,
+                t.to(tl.int64) * stride_kt, t.to(tl.int64) * stride_vt,
+                held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, KEY_DIM, VALUE_DIM, DOT,
+            )  # fmt: skip
+
+    # ---- (out, lse) of this split; a query that saw nothing, or is padding, is zero
+    saw = real & (total > 0)
+    inverse = tl.where(saw, 1.0 / tl.where(saw, total, 1.0), 0.0)
+    inside = position < num_queries
+    out_row = (row.to(tl.int64) * (NUM_HEADS * Q_PER_KV) + query_head) * num_queries + position
+    out_row = out_row * num_splits + split
+    for i in tl.static_range(len(VALUE_CHUNKS)):
+        d = VALUE_CHUNKS[i][0] + tl.arange(0, VALUE_CHUNKS[i][1])
+        out = tl.where(saw[:, None], acc[i] * inverse[:, None], 0.0)
+        tl.store(
+            out_ptr + out_row[:, None] * VALUE_DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None]
+        )
+    if lse_ptr is not None:
+        lse = tl.where(saw, peak + tl.log2(tl.where(saw, total, 1.0)), HIDDEN)
+        tl.store(lse_ptr + out_row, lse, mask=inside)
+
+
+@triton.jit
+def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+                   EARLY: tl.constexpr = False):  # fmt: skip
+    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + row * num_splits + s, mask=s < num_splits, other=HIDDEN)
+    weight = tl.where(lse > HIDDEN, tl.exp2(lse - tl.max(lse, 0)), 0.0)
+    total = tl.sum(weight, 0)
+    mask = (weight > 0)[:, None] & (d < VALUE_DIM)[None, :]
+    part = tl.load(partial_ptr + (row * num_splits + s)[:, None] * VALUE_DIM + d[None, :], mask=mask, other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + row * VALUE_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < VALUE_DIM)
+
+
+def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
+    """Splits of the tokens: enough to fill ``num_sms`` four times over, each of at least 128 tokens."""
+    return max(1, min(4 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
+
+
+def block_rows(rows: int, dim: int) -> int:
+    """Query rows a program: 16 (the matrix unit's least), or 32 where the registers allow.
+
+    Not 64: there Triton 3.6 goes over to Hopper's warp-group instructions, and heads of 96 channels came out wrong (up to
+    0.4 of the norm).
+    """
+    return 16 if rows <= 16 or dim & (dim - 1) else 32
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def attend(
+    query: Tensor,
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    lengths: Tensor,
+    packed: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+    scale: float,
+    key_params: Tensor | None = None,
+    fresh: tuple[Tensor, Tensor, Tensor] | None = None,
+    num_splits: int | None = None,
+    num_tokens: int | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
+
+    ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits`` overrides the plan, which is made for rows
+    of ``num_tokens``, or of what the buffers provide for.
+    """
+    batch_size, q_heads, num_queries, _ = query.shape
+    heads, num_slots = exact_key.shape[1:3]
+    q_per_kv = q_heads // heads
+    num_records = reference.records_a_row(records, block_table, batch_size)
+    table = None if block_table is None else block_table.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    new_key = new_value = counts = None
+    strides = (0, 0, 0, 0, 0, 0)
+    if fresh is not None:
+        new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
+        counts = fresh[2]
+        strides = (*new_key.stride()[:3], *new_value.stride()[:3])
+    block_m = block_rows(num_queries * q_per_kv, max(record.key_dim, record.value_dim))
+    blocks = -(-num_queries * q_per_kv // block_m)
+    if num_splits is None:
+        sms = num_multiprocessors(query.device) if query.is_cuda else 1
+        provided = num_records * record.num_tokens + num_slots
+        longest = provided if num_tokens is None else min(provided, num_tokens)
+        num_splits = plan_splits(batch_size * heads * blocks, longest, sms)
+    out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
+    partial, lse = out, None
+    if num_splits > 1:
+        partial = out.new_empty(*out.shape[:3], num_splits, record.value_dim, dtype=torch.float32)
+        lse = out.new_empty(*out.shape[:3], num_splits, dtype=torch.float32)
+    attend_kernel[(num_splits, batch_size * heads, blocks)](
+        query, records, exact_key, exact_value, key_params, lengths, packed, new_key, new_value, counts, table, partial, lse,
+        scale * LOG2E, *query.stride()[:3], *strides, num_queries, num_slots, num_records, batch_size, num_splits,
+        NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m,
+        DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),
+        enable_fp_fusion=True, **launch(record, block_m),
+        **({} if table is None else {"maxnreg": REGISTERS}),
+    )  # fmt: skip
+    if num_splits > 1:
+        combine_kernel[(batch_size * q_heads * num_queries, triton.cdiv(record.value_dim, COMBINE_D))](
+            partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=COMBINE_D,
+            BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@cache
+def launch(record: Record, block_m: int) -> dict[str, int]:
+    """Warps, pipeline stages and exact tokens a step.
+
+    Two warps are the fastest that was measured for decoding on an H100 (of 2, 4, 8); where a tile and its scales would
+    not fit the registers of two on some card, and for many queries, more.
+    """
+    dim = max(record.key_dim, record.value_dim)
+    odd = dim & (dim - 1) != 0
+    light = not odd and (dim <= 64 or (dim == 128 and 0 < record.key_group <= 32))
+    warps = 8 if dim > 128 or block_m > 16 else 2 if light else 4
+    return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1, "BLOCK_N": 16 if odd else 32}

@@ -1,0 +1,857 @@
+"""Triton: quantize whole records and store new tokens (the kernels of :func:`kvruntime.methods.kivi.reference.append`).
+
+``pack_kernel``: one warp a part of a record of one head, keys or values; of layouts that are not :func:`direct`, one program
+a record.  It takes the record's tokens from the ring of exact slots (those stored before) and from the new tokens (the rest),
+and quantizes and writes them in one pass.  Elements are loaded in the order of their words: nothing is permuted.
+``store_kernel``: new tokens that stay exact, to their slots.  Most appended tokens need only the second launch.
+``freeze_kernel``: where a whole sequence shares its key scales, those of rows that pack for the first time, before packing.
+Each may run for many layers at once, axis 2 of its grid: a launch costs the host more than a short prompt's packing the GPU.
+
+Parallel over parts, records, heads, rows and layers; a part's groups lie inside it, so programs share nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvruntime.methods.kivi import reference
+from kvsim.methods import packing as layout
+from kvsim.methods.packing import PLANES, Record
+
+LIMIT = tl.constexpr(reference.LIMIT)
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
+ROUND_BITS = tl.constexpr(0x4B400000)
+PART = 2048
+"""Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
+COLUMNS = tl.constexpr(6)
+"""Addresses a layer: keys, values, their exact slots, records, key scales."""
+ALIGNMENT = tl.constexpr(16)
+"""Bytes that the tensors of :func:`addresses` begin at a multiple of: what a thread loads at once."""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
+channel_chunks = triton.constexpr_function(
+    layout.channel_chunks
+)  # wrapped, their source counts in the kernels' cache key
+tile_order = triton.constexpr_function(layout.tile_order)
+
+
+@triton.constexpr_function
+def planes(nbits):
+    """``((bits, lowest bit), ...)`` of a code's planes."""
+    out, low = [], 0
+    for bits in PLANES[nbits]:
+        out.append((bits, low))
+        low += bits
+    return tuple(out)
+
+
+@triton.constexpr_function
+def chunks(dim):
+    """``((first channel, width), ...)``."""
+    out, channel = [], 0
+    for width in channel_chunks(dim):
+        out.append((channel, width))
+        channel += width
+    return tuple(out)
+
+
+@triton.constexpr_function
+def order_axes(stream, tile, width, bits, way):
+    """``(shape, permutation)`` of one tile's codes: ``way`` 0 from logical to memory order, 1 back."""
+    order = tile_order(stream, tile, width, bits)
+    return (order.memory_shape, order.to_logical) if way else (order.logical_shape, order.from_logical)
+
+
+@triton.constexpr_function
+def words_before(tile, channel, nbits, width, low):
+    """Word offset inside a tile of the plane that starts at bit ``low`` of the chunk that starts at ``channel``."""
+    return tile * (channel * nbits + width * low) // 32
+
+
+@triton.constexpr_function
+def field_bits(bits):
+    """log2 of the codes a half word."""
+    return (16 // bits).bit_length() - 1
+
+
+@triton.constexpr_function
+def whole_groups(channel, width, group):
+    """Whether a chunk holds whole value groups, as many as a power of two."""
+    return group & (group - 1) == 0 and group <= width and channel % group == 0
+
+
+@triton.constexpr_function
+def groups_in(channel, width, group):
+    """The value groups that a chunk touches: first, one past the last."""
+    return channel // group, (channel + width - 1) // group + 1
+
+
+@triton.constexpr_function
+def next_power_of_2(n):
+    return triton.next_power_of_2(n)
+
+
+@triton.constexpr_function
+def direct(dim, nbits, group):
+    """Whether codes are made in the order of their words, as :func:`pack_key_part` and :func:`pack_value_part` do."""
+    powers = dim & (dim - 1) == 0 and group & (group - 1) == 0
+    return powers and len(PLANES[nbits]) == 1 and dim * nbits >= 128 and group <= 64 * nbits
+
+
+@triton.constexpr_function
+def key_part(record_length, dim, group, size):
+    """``(tokens, channels)`` of a part of ``size`` keys: whole groups of ``group`` tokens, whole rows where they fit."""
+    tokens = max(group, value_part(record_length, dim, size))
+    return tokens, min(dim, size // tokens)
+
+
+@triton.constexpr_function
+def value_part(record_length, dim, size):
+    """Tokens of a part of ``size`` values, 16 or more: whole rows."""
+    return min(record_length & -record_length, max(16, size // dim))
+
+
+@triton.constexpr_function
+def num_key_parts(record_length, dim, nbits, group, size):
+    tokens, channels = key_part(record_length, dim, group, size)
+    return record_length // tokens * (dim // channels) if direct(dim, nbits, group) else 1
+
+
+@triton.constexpr_function
+def num_value_parts(record_length, dim, nbits, group, size):
+    return record_length // value_part(record_length, dim, size) if direct(dim, nbits, group) else 1
+
+
+@triton.constexpr_function
+def word_runs(stream, tile, width, bits, channels):
+    """How a channel's index (``channels``) or a token's moves its code's word: ``((lowest index bit, mask, words a step), ...)``.
+
+    Index bits that choose the code inside the word are left out.
+    """
+    order = tile_order(stream, tile, width, bits)
+    low, high = (1, width) if channels else (width, tile * width)
+    runs, place = [], 1  # of token * width + channel
+    for i in reversed(order.to_logical):
+        size, words = order.memory_shape[i], 1
+        for inner in order.memory_shape[i + 1 :]:
+            words *= inner
+        words //= order.codes_per_word
+        if low <= place < high and words:
+            bit = (place // low).bit_length() - 1
+            if runs and runs[-1][0] + runs[-1][1].bit_length() == bit and (runs[-1][1] + 1) * runs[-1][2] == words:
+                runs[-1] = (runs[-1][0], (runs[-1][1] + 1) * size - 1, runs[-1][2])
+            else:
+                runs.append((bit, size - 1, words))
+        place *= size
+    return tuple(runs)
+
+
+@triton.constexpr_function
+def bias(nbits):
+    """What a word of :func:`rounded` codes holds too much, as int32."""
+    word = sum(ROUND_BITS.value << shift for shift in range(0, 32, nbits)) % 2**32
+    return word - 2**32 if word >= 2**31 else word
+
+
+@triton.jit
+def word_offset(index, RUNS: tl.constexpr):
+    """The share of a token or channel of a tile in the place of its code's word."""
+    at = index * 0
+    for i in tl.static_range(len(RUNS)):
+        at += ((index >> RUNS[i][0]) & RUNS[i][1]) * RUNS[i][2]
+    return at
+
+
+@triton.jit
+def value_param_offset(group, token, RECORD: tl.constexpr):
+    """Place of a value scale inside its section: ``[group][c][ts][kk][e]`` (kvsim/methods/packing.py)."""
+    return group * RECORD + (token // 2 % 4) * (RECORD // 4) + token // 16 * 4 + (token // 8 % 2) * 2 + token % 2
+
+
+@triton.jit
+def scale_zero(low, high, has_nan, LEVELS: tl.constexpr):
+    """float16 scale and zero of groups with the given finite range."""
+    span = high - low
+    if INTERPRETED:  # its fma rounds twice
+        scale = tl.div_rn(span, tl.full(low.shape, LEVELS, tl.float32))
+    else:  # the same, correctly rounded, from the rounded reciprocal and what it leaves over
+        near = span * (1 / LEVELS)
+        scale = tl.fma(tl.fma(near, -LEVELS, span), 1 / LEVELS, near)
+    scale = scale.to(tl.float16)
+    nan = tl.full(low.shape, float("nan"), tl.float16)
+    return tl.where(has_nan, nan, scale), tl.where(has_nan, nan, low.to(tl.float16))
+
+
+@triton.jit
+def inverse_of(scale):
+    """``1 / scale`` in float32, correctly rounded; 0 where the scale is 0 or NaN."""
+    scale = scale.to(tl.float32)
+    usable = scale > 0
+    scale = tl.where(usable, scale, 1.0)
+    if INTERPRETED:
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    else:  # the same: a reciprocal of 11 bits lies 2**-36 off any tie, and one step from 2 ulp leaves 2**-43
+        near = 1.0 / scale
+        inverse = tl.fma(near, tl.fma(-scale, near, 1.0), near)
+    return tl.where(usable, inverse, 0.0)
+
+
+@triton.jit
+def rounded(x, inverse, zero, LEVELS: tl.constexpr):
+    """``ROUND_BITS`` + the codes of ``x`` (int32), rounding half to even: adding 1.5 * 2**23 leaves no fraction bits."""
+    level = (x.to(tl.float32) - zero.to(tl.float32)) * inverse
+    if INTERPRETED:
+        level = tl.where(level == level, level, 0.0)
+    level = tl.minimum(tl.maximum(level, 0.0), LEVELS)  # of 0 and NaN a device takes 0
+    return (level + ROUND).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def encode(x, inverse, zero, LEVELS: tl.constexpr):
+    """Codes of ``x`` (int32)."""
+    return rounded(x, inverse, zero, LEVELS) - ROUND_BITS
+
+
+@triton.jit
+def lesser(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def greater(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def least(x, AXIS: tl.constexpr):
+    """Minimum along an axis; a NaN wins."""
+    if INTERPRETED:
+        has_nan = tl.max((x != x).to(tl.int32), AXIS) > 0
+        return tl.where(has_nan, float("nan"), tl.min(tl.where(x == x, x, 0.0).to(tl.float32), AXIS))
+    if x.dtype == tl.bfloat16:  # tl.minimum gives float32 for it
+        x = x.to(tl.float32)
+    return tl.reduce(x, AXIS, lesser)
+
+
+@triton.jit
+def greatest(x, AXIS: tl.constexpr):
+    """Maximum along an axis, of no meaning where there is a NaN."""
+    if INTERPRETED:
+        return tl.max(tl.where(x == x, x, 0.0).to(tl.float32), AXIS)
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return tl.reduce(x, AXIS, greater)
+
+
+@triton.jit
+def range_params(low, high, LEVELS: tl.constexpr):
+    """float16 scale and zero of groups with the given range, NaN where one is among them."""
+    low, has_nan = finite(low.to(tl.float32))
+    return scale_zero(low, finite(high.to(tl.float32))[0], has_nan, LEVELS)
+
+
+@triton.jit
+def within(x):
+    """float32 values clamped as :func:`finite` does.  16-bit ones need not be: beyond LIMIT their code is 0 or the highest,
+    because a group that reaches LIMIT spans 16 at least, and its scale is no coarser than its codes."""
+    if x.dtype == tl.float32:
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -LIMIT), LIMIT), x)
+    return x
+
+
+@triton.jit
+def finite(x):
+    """``(x clamped to +-LIMIT, whether it is NaN)``."""
+    is_nan = x != x
+    return tl.minimum(tl.maximum(tl.where(is_nan, 0.0, x), -LIMIT), LIMIT), is_nan
+
+
+@triton.jit
+def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_new_t, NEW: tl.constexpr,
+                DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``: stored ones from the ring."""
+    slot = SINK + (token - SINK) % RESIDUAL
+    stored = token < length
+    x = tl.load(exact_ptr + slot[:, None] * DIM + channel[None, :], mask=mask & stored[:, None], other=0.0).to(
+        tl.float32
+    )
+    if NEW:
+        y = tl.load(
+            new_ptr + (token - length)[:, None] * stride_new_t + channel[None, :],
+            mask=mask & ~stored[:, None],
+            other=0.0,
+        )
+        x = tl.where(stored[:, None], x, y.to(tl.float32))
+    return x
+
+
+@triton.jit
+def store_plane(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+                NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
+    AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 0)
+    FIELD_BITS: tl.constexpr = field_bits(BITS)
+    plane = tl.permute(tl.reshape((codes >> LOW) & ((1 << BITS) - 1), AXES[0]), AXES[1])
+    # The two half words, then field by field.  Not tl.sum of shifted codes: over a permuted axis Triton 3.6 adds up the
+    # wrong ones on a device (values at 4 and 8 bits, and at 2 bits with 128 channels), though not in the interpreter.
+    even, odd = tl.split(tl.reshape(plane, (TILE * WIDTH // 2, 2)))
+    word = even | (odd << 16)
+    for i in tl.static_range(FIELD_BITS):
+        even, odd = tl.split(tl.reshape(word, (TILE * WIDTH >> (i + 2), 2)))
+        word = even | (odd << (BITS << i))
+    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, TILE * WIDTH * BITS // 32)
+    tl.store(words_ptr + at, word)
+
+
+@triton.jit
+def store_codes(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
+                NBITS: tl.constexpr):  # fmt: skip
+    """One tile's codes ``[TILE, WIDTH]`` to their words."""
+    PLANE_LIST: tl.constexpr = planes(NBITS)
+    for i in tl.static_range(len(PLANE_LIST)):
+        store_plane(words_ptr, codes, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1])
+
+
+@triton.jit
+def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, stride_new_t, zero_offset,
+              NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
+              GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
+              PARAMS: tl.constexpr):  # fmt: skip
+    """One chunk of a record's key channels."""
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    TILE_WORDS: tl.constexpr = TILE * DIM * NBITS // 32
+    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
+    t = tl.arange(0, TILE)
+    d = C0 + tl.arange(0, W)
+    everything = t[:, None] >= 0
+    if GROUP == 0 or GROUP >= TILE:  # one scale for the whole tile: look at every tile of the group, then pack them
+        SPAN: tl.constexpr = RECORD if GROUP == 0 else GROUP
+        for group in range(RECORD // SPAN):
+            if GROUP == 0:
+                scale = tl.load(params_ptr + d)
+                zero = tl.load(params_ptr + zero_offset + d)
+            else:
+                low = tl.full([W], LIMIT, tl.float32)
+                high = tl.full([W], -LIMIT, tl.float32)
+                nans = tl.zeros([W], tl.int32)
+                for tile in range(SPAN // TILE):
+                    token = first + group * SPAN + tile * TILE + t
+                    x = load_tokens(
+                        exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+                    )
+                    x, is_nan = finite(x)
+                    low = tl.minimum(low, tl.min(x, 0))
+                    high = tl.maximum(high, tl.max(x, 0))
+                    nans = tl.maximum(nans, tl.max(is_nan.to(tl.int32), 0))
+                scale, zero = scale_zero(low, high, nans > 0, LEVELS)
+                tl.store(half_ptr + group * DIM + d, scale)
+                tl.store(half_ptr + (RECORD // SPAN + group) * DIM + d, zero)
+            inverse = inverse_of(scale)
+            for tile in range(SPAN // TILE):
+                token = first + group * SPAN + tile * TILE + t
+                x = load_tokens(
+                    exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+                )
+                x, is_nan = finite(x)
+                codes = tl.where(is_nan, 0, encode(x, inverse[None, :], zero[None, :], LEVELS))
+                store_codes(record_ptr + (group * (SPAN // TILE) + tile) * TILE_WORDS, codes, "key", TILE, C0, W, NBITS)
+    else:
+        GROUPS: tl.constexpr = TILE // GROUP
+        for tile in range(RECORD // TILE):
+            token = first + tile * TILE + t
+            x = load_tokens(
+                exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+            )
+            x, is_nan = finite(x)
+            x = tl.reshape(x, (GROUPS, GROUP, W))
+            nans = tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, GROUP, W)), 1)
+            scale, zero = scale_zero(tl.min(x, 1), tl.max(x, 1), nans > 0, LEVELS)
+            at = (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + d[None, :]
+            tl.store(half_ptr + at, scale)
+            tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
+            codes = encode(x, inverse_of(scale)[:, None, :], zero[:, None, :], LEVELS)
+            store_codes(record_ptr + tile * TILE_WORDS, tl.reshape(codes, (TILE, W)), "key", TILE, C0, W, NBITS)
+
+
+@triton.jit
+def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, count, stride_new_t,
+                NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
+                GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
+                RESIDUAL: tl.constexpr):  # fmt: skip
+    """One chunk of one tile's value channels."""
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    ZEROS: tl.constexpr = RECORD * (DIM // GROUP)
+    GROUPS: tl.constexpr = groups_in(C0, W, GROUP)
+    t = tile * TILE + tl.arange(0, TILE)
+    d = C0 + tl.arange(0, W)
+    x = load_tokens(
+        exact_ptr, new_ptr, first + t, d, t[:, None] >= 0, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+    )
+    x, is_nan = finite(x)
+    if whole_groups(C0, W, GROUP):
+        x = tl.reshape(x, (TILE, W // GROUP, GROUP))
+        nans = tl.max(tl.reshape(is_nan.to(tl.int32), (TILE, W // GROUP, GROUP)), 2)
+        scale, zero = scale_zero(tl.min(x, 2), tl.max(x, 2), nans > 0, LEVELS)
+        group = GROUPS[0] + tl.arange(0, W // GROUP)
+        at = value_param_offset(group[None, :], t[:, None], RECORD)
+        tl.store(half_ptr + at, scale)
+        tl.store(half_ptr + at + ZEROS, zero)
+        codes = tl.reshape(encode(x, inverse_of(scale)[:, :, None], zero[:, :, None], LEVELS), (TILE, W))
+    else:  # groups that cross chunks or are no power of two: one at a time
+        codes = tl.zeros([TILE, W], tl.int32)
+        member = tl.arange(0, next_power_of_2(GROUP))
+        inside = (member < GROUP)[None, :]
+        FIRST: tl.constexpr = GROUPS[0]
+        LAST: tl.constexpr = GROUPS[1]
+        for g in tl.static_range(FIRST, LAST):
+            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t, NEW, DIM,
+                            SINK, RESIDUAL)  # fmt: skip
+            y, y_nan = finite(y)
+            low = tl.min(tl.where(inside, y, LIMIT), 1)
+            high = tl.max(tl.where(inside, y, -LIMIT), 1)
+            nans = tl.max((y_nan & inside).to(tl.int32), 1)
+            scale, zero = scale_zero(low, high, nans > 0, LEVELS)
+            at = value_param_offset(g, t, RECORD)
+            tl.store(half_ptr + at, scale)
+            tl.store(half_ptr + at + ZEROS, zero)
+            mine = encode(x, inverse_of(scale)[:, None], zero[:, None], LEVELS)
+            codes = tl.where((d // GROUP == g)[None, :], mine, codes)
+    store_codes(words_ptr, codes, "value", TILE, C0, W, NBITS)
+
+
+@triton.jit
+def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, NEW: tl.constexpr, DIM: tl.constexpr,
+                SINK: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """Tokens ``first + token`` of the row at ``channel``, ``[N, 1]`` and ``[N or 1, C]``, as they are held (float32, where the
+    ring and the new tokens are not alike)."""
+    position = first + token
+    ring_ptr = exact_ptr + (SINK + (position - SINK) % RESIDUAL) * DIM
+    if not NEW:
+        x = tl.load(ring_ptr + channel)
+    else:
+        token_ptr = new_ptr + (first - length).to(tl.int64) * stride_new_t + token * stride_new_t
+        if exact_ptr.dtype == new_ptr.dtype:
+            x = tl.load(tl.where(position < length, ring_ptr + channel, token_ptr + channel))
+        else:
+            x = tl.load(ring_ptr + channel, mask=position < length, other=0.0).to(tl.float32)
+            y = tl.load(token_ptr + channel, mask=position >= length, other=0.0).to(tl.float32)
+            x = tl.where(position < length, x, y)
+    return x
+
+
+@triton.jit
+def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, length, stride_new_t, zero_offset,
+                  NEW: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
+                  TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Some of a record's tokens, some of their channels: a word holds consecutive channels of one token."""
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    SHAPE: tl.constexpr = key_part(RECORD, DIM, GROUP, SIZE)
+    TOKENS: tl.constexpr = SHAPE[0]
+    WIDTH: tl.constexpr = SHAPE[1]
+    FIELDS: tl.constexpr = 32 // NBITS
+    half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
+    t = part // (DIM // WIDTH) * TOKENS
+    c = part % (DIM // WIDTH) * WIDTH
+    d = c + tl.arange(0, WIDTH)
+    x = load_direct(exact_ptr, new_ptr, first + t, tl.arange(0, TOKENS)[:, None], d[None, :], length, stride_new_t, NEW,
+                    DIM, SINK, RESIDUAL)  # fmt: skip
+    if GROUP == 0:
+        scale = tl.load(params_ptr + d)[None, :]
+        zero = tl.load(params_ptr + zero_offset + d)[None, :]
+    else:
+        x = tl.reshape(x, (TOKENS // GROUP, GROUP, WIDTH))
+        scale, zero = range_params(least(x, 1), greatest(x, 1), LEVELS)
+        at = (t // GROUP + tl.arange(0, TOKENS // GROUP))[:, None] * DIM + d[None, :]
+        tl.store(half_ptr + at, scale)
+        tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
+        scale = scale[:, None, :]
+        zero = zero[:, None, :]
+    IN_LANE: tl.constexpr = min(FIELDS, 8)  # a 16-byte load: their shifts are constants
+    LANES: tl.constexpr = FIELDS // IN_LANE
+    code = tl.reshape(rounded(within(x), inverse_of(scale), zero, LEVELS), (TOKENS, WIDTH // IN_LANE, IN_LANE))
+    field = tl.arange(0, IN_LANE)
+    word = tl.sum(code << (field // 2 * NBITS + field % 2 * 16)[None, None, :], 2)
+    word = word << (tl.arange(0, WIDTH // IN_LANE) % LANES * (IN_LANE // 2 * NBITS))[None, :]
+    word = tl.sum(tl.reshape(word, (TOKENS, WIDTH // FIELDS, LANES)), 2) - bias(NBITS)
+    t += tl.arange(0, TOKENS)
+    at = t // TILE * (TILE * DIM * NBITS // 32) + word_offset(t % TILE, word_runs("key", TILE, DIM, NBITS, False))
+    by_channel = word_offset(c + tl.arange(0, WIDTH // FIELDS) * FIELDS, word_runs("key", TILE, DIM, NBITS, True))
+    tl.store(record_ptr + at[:, None] + by_channel[None, :], word)
+
+
+@triton.jit
+def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length, stride_new_t, NEW: tl.constexpr,
+                    DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
+                    SINK: tl.constexpr, RESIDUAL: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """Some of a record's tokens: a word holds channels 8 apart of two tokens.
+
+    Channels are ``[block][high field][low field, one of 8]``; low fields lie in neighbouring lanes, which read them in one piece.
+    """
+    LEVELS: tl.constexpr = 2.0**NBITS - 1
+    PAIRS: tl.constexpr = value_part(RECORD, DIM, SIZE) // 2
+    BLOCK: tl.constexpr = 8 * 16 // NBITS  # channels that 8 words hold
+    BLOCKS: tl.constexpr = DIM // BLOCK
+    RUN: tl.constexpr = min(BLOCK, GROUP, 32)
+    HIGH: tl.constexpr = BLOCK // RUN
+    IN_RUNS: tl.constexpr = min(GROUP, BLOCK) // RUN  # high fields, and below blocks, that one group takes
+    IN_BLOCKS: tl.constexpr = max(GROUP // BLOCK, 1)
+    FIELDS: tl.constexpr = 2 * HIGH
+    GROUPS: tl.constexpr = HIGH // IN_RUNS
+    t = part * (2 * PAIRS)
+    row = tl.arange(
+        0, FIELDS * BLOCKS * PAIRS
+    )  # [token of a pair, high field][block][pair]: pairs in lanes, the rest in registers
+    token = row % PAIRS * 2 + row // (PAIRS * BLOCKS * HIGH)
+    channel = row // PAIRS % BLOCKS * BLOCK + row // (PAIRS * BLOCKS) % HIGH * RUN
+    channel = channel[:, None] + tl.arange(0, RUN)[None, :]
+    x = load_direct(
+        exact_ptr, new_ptr, first + t, token[:, None], channel, length, stride_new_t, NEW, DIM, SINK, RESIDUAL
+    )
+    x = tl.reshape(x, (2 * GROUPS, IN_RUNS, BLOCKS // IN_BLOCKS, IN_BLOCKS, PAIRS, RUN))
+    low = least(least(least(x, 1), 2), 3)  # [token of a pair, group of high fields][group of blocks][pair]
+    high = greatest(greatest(greatest(x, 1), 2), 3)
+    scale, zero = range_params(low, high, LEVELS)
+    which = tl.arange(0, 2 * GROUPS)
+    p = tl.arange(0, PAIRS)
+    group = (which % GROUPS)[:, None] + (tl.arange(0, BLOCKS // IN_BLOCKS) * GROUPS)[None, :]
+    token = t + (which // GROUPS)[:, None, None] + 2 * p[None, None, :]
+    at = value_param_offset(group[:, :, None], token, RECORD)
+    tl.store(half_ptr + at, scale)
+    tl.store(half_ptr + at + RECORD * (DIM // GROUP), zero)
+    inverse = inverse_of(scale)[:, None, :, None, :, None]
+    code = tl.reshape(
+        rounded(within(x), inverse, zero[:, None, :, None, :, None], LEVELS), (FIELDS, BLOCKS, PAIRS, RUN)
+    )
+    which = tl.arange(0, FIELDS)
+    code <<= (which // HIGH * 16 + which % HIGH * (RUN // 8 * NBITS))[:, None, None, None]
+    word = tl.sum(code, 0) << (tl.arange(0, RUN) // 8 * NBITS)[None, None, :]
+    word = tl.sum(tl.reshape(word, (BLOCKS, PAIRS, RUN // 8, 8)), 2) - bias(NBITS)
+    token = t + 2 * p
+    at = token // TILE * (TILE * DIM * NBITS // 32) + word_offset(
+        token % TILE, word_runs("value", TILE, DIM, NBITS, False)
+    )
+    RUNS: tl.constexpr = word_runs("value", TILE, DIM, NBITS, True)
+    by_block = word_offset(tl.arange(0, BLOCKS) * BLOCK, RUNS)
+    at = at[None, :, None] + by_block[:, None, None] + word_offset(tl.arange(0, 8), RUNS)[None, None, :]
+    tl.store(words_ptr + at, word)
+
+
+@triton.jit
+def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt,
+              stride_vt, zero_offset, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+              VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+              TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
+              VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's own, but
+    ``zero_offset`` from scale to zero."""
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+    if part < KEY_PARTS:
+        if direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
+            pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset, NEW,
+                          KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS, SIZE)  # fmt: skip
+        else:
+            KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+            for i in tl.static_range(len(KEY_CHUNKS)):
+                pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, NEW,
+                          KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
+                          KEY_PARAMS)  # fmt: skip
+    else:
+        words_ptr = record_ptr + RECORD * KEY_DIM * KEY_NBITS // 32
+        half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * VALUE_PARAMS
+        if direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
+            pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt, NEW,
+                            VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, SIZE)  # fmt: skip
+        else:
+            VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+            for tile in range(RECORD // TILE):
+                for i in tl.static_range(len(VALUE_CHUNKS)):
+                    pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32), half_ptr,
+                                tile, first, length, count, stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM,
+                                VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL)  # fmt: skip
+
+
+@triton.jit
+def of_layer(x_ptr, layers_ptr, COLUMN: tl.constexpr):
+    """This program's layer of what ``x_ptr`` is in the first: from the table of :func:`addresses`, where there is one."""
+    if layers_ptr is not None:
+        x_ptr = tl.multiple_of(tl.load(layers_ptr + tl.program_id(2) * COLUMNS + COLUMN).to(x_ptr.dtype), ALIGNMENT)
+    return x_ptr
+
+
+@triton.jit
+def pack_kernel(
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, counts_ptr, layers_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, num_records, batch_size,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+    VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+    TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) // NUM_HEADS
+    head = tl.program_id(1) % NUM_HEADS
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    ahead = tl.program_id(0) // PARTS
+    number = packed // RECORD + ahead
+    over = length + count - SINK - packed - RESIDUAL
+    if over <= ahead * RECORD:  # this row packs fewer records than the grid provides for
+        return
+    first = SINK + number * RECORD
+    key_ptr = of_layer(key_ptr, layers_ptr, 0)
+    value_ptr = of_layer(value_ptr, layers_ptr, 1)
+    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
+    exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
+    records_ptr = of_layer(records_ptr, layers_ptr, 4)
+    record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    exact_key_ptr += rows * num_slots * KEY_DIM
+    exact_value_ptr += rows * num_slots * VALUE_DIM
+    start = tl.cast(new_length - count, tl.int64)
+    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + start * stride_kt
+    value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + start * stride_vt
+    row_params_ptr = params_ptr
+    if KEY_GROUP == 0:
+        row_params_ptr = of_layer(params_ptr, layers_ptr, 5) + rows * KEY_DIM
+    pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first,
+              length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS,
+              KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
+
+
+@triton.jit
+def freeze_kernel(
+    key_ptr, exact_key_ptr, params_ptr, lengths_ptr, counts_ptr, layers_ptr,
+    stride_kb, stride_kh, stride_kt, new_length, num_slots, batch_size,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
+    RESIDUAL: tl.constexpr, NEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scales of rows that pack for the first time, over all that they pack then: ``BLOCK_D`` channels of one head a program."""
+    row = tl.program_id(1) // NUM_HEADS
+    head = tl.program_id(1) % NUM_HEADS
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    over = length + count - SINK - RESIDUAL
+    if packed > 0 or over <= 0:
+        return
+    size = (over + RECORD - 1) // RECORD * RECORD
+    key_ptr = of_layer(key_ptr, layers_ptr, 0)
+    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
+    params_ptr = of_layer(params_ptr, layers_ptr, 5)
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    exact_key_ptr += rows * num_slots * KEY_DIM
+    key_ptr += (
+        row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + tl.cast(new_length - count, tl.int64) * stride_kt
+    )
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    low = tl.full([BLOCK_D], LIMIT, tl.float32)
+    high = tl.full([BLOCK_D], -LIMIT, tl.float32)
+    nans = tl.zeros([BLOCK_D], tl.int32)
+    for begin in range(0, size, BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T)
+        wanted = (t < size)[:, None] & (d < KEY_DIM)[None, :]
+        x = load_tokens(
+            exact_key_ptr, key_ptr, SINK + t, d, wanted, length, count, stride_kt, NEW, KEY_DIM, SINK, RESIDUAL
+        )
+        x, is_nan = finite(x)
+        low = tl.minimum(low, tl.min(tl.where(wanted, x, LIMIT), 0))
+        high = tl.maximum(high, tl.max(tl.where(wanted, x, -LIMIT), 0))
+        nans = tl.maximum(nans, tl.max((is_nan & wanted).to(tl.int32), 0))
+    scale, zero = scale_zero(low, high, nans > 0, 2.0**KEY_NBITS - 1)
+    at = rows * KEY_DIM + d
+    tl.store(params_ptr + at, scale, mask=d < KEY_DIM)
+    tl.store(params_ptr + tl.cast(batch_size, tl.int64) * (NUM_HEADS * KEY_DIM) + at, zero, mask=d < KEY_DIM)
+
+
+@triton.jit
+def store_kernel(
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, counts_ptr, layers_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, batch_size, skip,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
+    SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) // NUM_HEADS
+    head = (tl.program_id(1) % NUM_HEADS).to(tl.int64)
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    over = tl.maximum(length + count - SINK - packed - RESIDUAL, 0)
+    packed += (over + RECORD - 1) // RECORD * RECORD
+    block = tl.program_id(0)
+    block += tl.where(block > 0, skip, 0)  # what lies between the sink and the residual is in records
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = length + t - (new_length - count)
+    kept = (t < new_length) & (t >= new_length - count) & ((token < SINK) | (token >= SINK + packed))
+    slot = tl.where(token < SINK, token, SINK + (token - SINK) % RESIDUAL)
+    key_ptr = of_layer(key_ptr, layers_ptr, 0)
+    value_ptr = of_layer(value_ptr, layers_ptr, 1)
+    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
+    exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = t.to(tl.int64)[:, None]
+    x = tl.load(
+        key_ptr + row * stride_kb + head * stride_kh + at * stride_kt + d, mask=kept[:, None] & (d < KEY_DIM), other=0.0
+    )
+    out = exact_key_ptr + (rows * num_slots + slot[:, None]) * KEY_DIM + d
+    tl.store(out, x.to(exact_key_ptr.dtype.element_ty), mask=kept[:, None] & (d < KEY_DIM))
+    y = tl.load(
+        value_ptr + row * stride_vb + head * stride_vh + at * stride_vt + d,
+        mask=kept[:, None] & (d < VALUE_DIM),
+        other=0.0,
+    )
+    out = exact_value_ptr + (rows * num_slots + slot[:, None]) * VALUE_DIM + d
+    tl.store(out, y.to(exact_value_ptr.dtype.element_ty), mask=kept[:, None] & (d < VALUE_DIM))
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    counts: list[int],
+    lengths: list[int],
+    packed: list[int],
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+    key_params: Tensor | None,
+    lengths_ptr: Tensor,
+    layers: Tensor | None = None,
+) -> None:
+    """Store new tokens: the tensors and their meaning are :func:`reference.append`'s.
+
+    ``lengths_ptr [2, batch_size]`` int32 holds ``lengths`` and ``packed`` on the device, as they are before; it is
+    read, not written.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share
+    everything else.
+    """
+    batch_size, heads, new_length, _ = key.shape
+    num_layers = 1 if layers is None else len(layers)
+    if key.stride(3) != 1:
+        key = key.contiguous()
+    if value.stride(3) != 1:
+        value = value.contiguous()
+    states = list(zip(lengths, packed, counts, strict=True))
+    plans = {state: reference.flush_plan(*state, record.num_tokens, sink, residual) - state[1] for state in set(states)}
+    most = max(plans.values())
+    ragged = (
+        None if min(counts) == new_length else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
+    )
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    if most:
+        if key_params is not None:
+            freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual, layers)
+        launch = pack_launch(record)
+        pack_kernel[(most // record.num_tokens * launch["PARTS"], batch_size * heads, num_layers)](
+            key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged, layers,
+            *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
+            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
+            SINK=sink, RESIDUAL=residual, **record_constants(record), enable_fp_fusion=True, **launch,
+        )  # fmt: skip
+    dim = max(record.key_dim, record.value_dim)
+    block = 1 if new_length == 1 else 16
+    skip, blocks = 0, -(-new_length // block)
+    if new_length > residual + sink + 2 * block:  # of a long prompt only both ends are stored
+        tail = -(-(residual + block) // block)
+        head_blocks = -(-(max(new_length - min(counts), 0) + sink) // block)
+        skip = max(0, blocks - tail - 1) if head_blocks <= 1 else 0
+        blocks -= skip
+    store_kernel[(blocks, batch_size * heads, num_layers)](
+        key, value, exact_key, exact_value, lengths_ptr, ragged, layers,
+        *strides, new_length, exact_key.shape[2], batch_size, skip,
+        NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
+        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
+        enable_fp_fusion=True, num_warps=1 if block == 1 else 4,
+    )  # fmt: skip
+
+
+def addresses(layers: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor | None:
+    """The table by which one :func:`append` stores many layers, int64 ``[num_layers, 6]`` on their device.
+
+    ``layers``: key, value, exact_key, exact_value, records, key_params of each, alike in all but their address.
+    None where a tensor does not begin at a multiple of ``ALIGNMENT`` bytes.
+    """
+    rows = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
+    if any(address % ALIGNMENT.value for row in rows for address in row):
+        return None
+    return torch.tensor(rows, dtype=torch.int64).to(layers[0][0].device, non_blocking=True)
+
+
+def freeze(
+    key: Tensor,
+    exact_key: Tensor,
+    key_params: Tensor,
+    lengths_ptr: Tensor,
+    ragged: Tensor | None,
+    record: Record,
+    sink: int,
+    residual: int,
+    layers: Tensor | None = None,
+) -> None:
+    """Write ``key_params`` of every row that is about to pack for the first time; other rows are left alone.
+
+    ``layers``: as :func:`append`.
+    """
+    batch_size, heads, new_length, dim = key.shape
+    block = min(64, triton.next_power_of_2(dim))
+    freeze_kernel[(triton.cdiv(dim, block), batch_size * heads, 1 if layers is None else len(layers))](
+        key, exact_key, key_params, lengths_ptr, ragged, layers, *key.stride()[:3], new_length, exact_key.shape[2], batch_size,
+        NUM_HEADS=heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
+        NEW=new_length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block,
+        enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip
+
+
+def pack_warps(record: Record) -> int:
+    """Warps a record: a tile of a wide head does not fit the registers of four."""
+    return 4 if max(record.key_dim, record.value_dim) <= 64 else 8
+
+
+def num_parts(record: Record, size: int) -> int:
+    """Parts of ``size`` elements that a record has, keys' and values'."""
+    keys = num_key_parts(record.num_tokens, record.key_dim, record.key_nbits, record.key_group, size)
+    return int(
+        keys + num_value_parts(record.num_tokens, record.value_dim, record.value_nbits, record.value_group, size)
+    )
+
+
+def in_word_order(record: Record) -> bool:
+    """:func:`direct` of its keys and its values."""
+    keys = direct(record.key_dim, record.key_nbits, record.key_group)
+    return bool(keys and direct(record.value_dim, record.value_nbits, record.value_group))
+
+
+@cache
+def pack_launch(record: Record) -> dict[str, int]:
+    """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps."""
+    warps = 1 if in_word_order(record) else pack_warps(record)
+    return {"PARTS": num_parts(record, PART * warps), "SIZE": PART * warps, "num_warps": warps}
+
+
+@cache
+def record_constants(record: Record) -> dict[str, int]:
+    """The record's sizes as the kernels' compile-time constants."""
+    return {
+        "KEY_DIM": record.key_dim,
+        "VALUE_DIM": record.value_dim,
+        "KEY_NBITS": record.key_nbits,
+        "VALUE_NBITS": record.value_nbits,
+        "KEY_GROUP": record.key_group,
+        "VALUE_GROUP": record.value_group,
+        "RECORD": record.num_tokens,
+        "TILE": record.tile,
+        "KEY_PARAMS": record.offset("key_scale"),
+        "VALUE_PARAMS": record.offset("value_scale"),
+        "RECORD_WORDS": record.num_words,
+    }

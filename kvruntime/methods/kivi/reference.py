@@ -1,0 +1,361 @@
+"""KIVI in plain PyTorch: the meaning of every kernel, and the product on machines without a GPU.
+
+Quantization (arXiv 2402.02750, asymmetric min/max), for each group ``x`` of finite values::
+
+    zero = float16(min x)    scale = float16((max x - min x) / (2**nbits - 1))
+    code = clamp(round_half_even((x - zero) / scale), 0, 2**nbits - 1)          x ~ code * scale + zero
+
+with ``scale`` and ``zero`` as stored, and ``1 / scale`` rounded to float32 once a group.
+
+Outcomes at the edges: values beyond +-``LIMIT`` (infinities too) are clamped to it, so that ``code * scale`` stays
+inside float16; a group without range has scale 0 and codes 0 and reads back as its value in float16; a group with a
+NaN has scale and zero NaN and reads back as NaN throughout, as 16-bit attention would.  With scales given (frozen
+over a sequence) a NaN reads back as the group's zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvsim.methods.packing import Record
+
+LIMIT = 32704.0
+BLOCK_TOKENS = 1024
+
+
+def group_params(x: Tensor, dim: int, nbits: int) -> tuple[Tensor, Tensor]:
+    """``(scale, zero)`` in float16 of groups that lie along ``dim`` of ``x`` (which is reduced)."""
+    return range_params(x.amin(dim), x.amax(dim), nbits)
+
+
+def range_params(low: Tensor, high: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+    """``(scale, zero)`` in float16 of groups with these least and greatest values."""
+    low, high = (x.float().clamp(-LIMIT, LIMIT) for x in (low, high))
+    span = high - low  # divided by a tensor: by a number, CUDA multiplies with its rounded reciprocal
+    scale = (span / torch.full_like(span, 2**nbits - 1)).half()
+    nan = low.isnan()  # written as one bit pattern, so that the words are the same everywhere
+    return scale.masked_fill(nan, torch.nan), low.half().masked_fill(nan, torch.nan)
+
+
+def sequence_params(parts: list[Tensor], nbits: int) -> tuple[Tensor, Tensor]:
+    """:func:`group_params` over the tokens of several tensors ``[..., tokens, channels]``, some perhaps without any."""
+    parts = [part for part in parts if part.shape[-2]]
+    low = torch.stack([part.amin(-2).float() for part in parts]).amin(0)
+    high = torch.stack([part.amax(-2).float() for part in parts]).amax(0)
+    return range_params(low, high, nbits)
+
+
+def encode(x: Tensor, scale: Tensor, zero: Tensor, nbits: int) -> Tensor:
+    """Codes (int32) of ``x`` under ``scale`` and ``zero``, which broadcast against it."""
+    scale, zero = scale.float(), zero.float()
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    level = (x.float().clamp(-LIMIT, LIMIT) - zero) * inverse
+    return torch.where(level.isnan(), 0.0, level).clamp(0, 2**nbits - 1).round().int()
+
+
+def pack_codes(codes: Tensor, record: Record, stream: str) -> Tensor:
+    """Codes ``[..., record.num_tokens, dim]`` to words ``[..., tiles * tile_words]`` (int32)."""
+    lead, tile = codes.shape[:-2], record.tile
+    tiles = codes.reshape(-1, record.num_tokens // tile, tile, codes.shape[-1])
+    words = []
+    for channel, width, low, _, order in record.orders(stream):
+        bits = 32 // order.codes_per_word
+        plane = tiles[..., channel : channel + width] >> low & (1 << bits) - 1
+        plane = plane.reshape(*tiles.shape[:2], *order.logical_shape).permute(
+            0, 1, *(2 + i for i in order.from_logical)
+        )
+        shift = _shifts(order.codes_per_word, codes.device)
+        plane = plane.reshape(*tiles.shape[:2], order.num_words, order.codes_per_word).long() << shift
+        words.append(plane.sum(-1))
+    packed = torch.cat(words, -1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int().reshape(*lead, -1)
+
+
+def unpack_codes(words: Tensor, record: Record, stream: str) -> Tensor:
+    """Words ``[..., tiles * tile_words]`` to codes ``[..., record.num_tokens, dim]`` (int32)."""
+    lead, tile = words.shape[:-1], record.tile
+    tiles = words.reshape(-1, record.num_tokens // tile, record.tile_words(stream))
+    codes = words.new_zeros(*tiles.shape[:2], tile, record.dim(stream))
+    for channel, width, low, offset, order in record.orders(stream):
+        bits = 32 // order.codes_per_word
+        plane = tiles[..., offset : offset + order.num_words, None] >> _shifts(order.codes_per_word, words.device)
+        plane = (plane & (1 << bits) - 1).reshape(*tiles.shape[:2], *order.memory_shape)
+        plane = plane.permute(0, 1, *(2 + i for i in order.to_logical)).reshape(*tiles.shape[:2], tile, width)
+        codes[..., channel : channel + width] += plane << low
+    return codes.reshape(*lead, record.num_tokens, record.dim(stream))
+
+
+def _shifts(codes_per_word: int, device: torch.device) -> Tensor:
+    index = torch.arange(codes_per_word, device=device, dtype=torch.int32)
+    return (32 // codes_per_word) * (index >> 1) + 16 * (index & 1)
+
+
+def _value_param_axes(record: Record) -> tuple[int, ...]:
+    return (record.num_tokens // 16, 2, 4, 2, record.num_value_groups)  # ts, kk, c, e, group
+
+
+def pack_records(key: Tensor, value: Tensor, record: Record, key_params: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Quantize and pack whole records.
+
+    ``key [..., n * record.num_tokens, key_dim]`` and ``value`` alike to words ``[..., n, record.num_words]`` (int32).
+    ``key_params``: ``(scale, zero)``, each ``[..., key_dim]``, where the record keeps none of its own.
+    """
+    lead = key.shape[:-2]
+    key = key.reshape(*lead, -1, record.num_tokens, record.key_dim)
+    value = value.reshape(*lead, -1, record.num_tokens, record.value_dim)
+    if record.key_group:
+        groups = key.unflatten(-2, (record.num_key_groups, record.key_group))
+        key_scale, key_zero = group_params(groups, -2, record.key_nbits)
+        key_codes = encode(groups, key_scale.unsqueeze(-2), key_zero.unsqueeze(-2), record.key_nbits).flatten(-3, -2)
+        key_sections = [_words(key_scale.flatten(-2)), _words(key_zero.flatten(-2))]
+    else:
+        assert key_params is not None
+        key_scale, key_zero = (param[..., None, None, :] for param in key_params)
+        key_codes = encode(key, key_scale, key_zero, record.key_nbits)
+        key_sections = []
+    groups = value.unflatten(-1, (record.num_value_groups, record.value_group))
+    params = group_params(groups, -1, record.value_nbits)
+    value_codes = encode(groups, params[0].unsqueeze(-1), params[1].unsqueeze(-1), record.value_nbits).flatten(-2)
+    # [ts, kk, c, e, group] -> [group, c, ts, kk, e]
+    moved = [param.unflatten(-2, _value_param_axes(record)[:4]).movedim((-1, -3), (-5, -4)) for param in params]
+    value_sections = [_words(param.flatten(-5)) for param in moved]
+    codes = [pack_codes(key_codes, record, "key"), pack_codes(value_codes, record, "value")]
+    return torch.cat([*codes, *key_sections, *value_sections], -1)
+
+
+def _words(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+def unpack_records(
+    records: Tensor, record: Record, key_params: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read records back: words ``[..., n, record.num_words]`` to ``(key, value)``, each ``[..., n * num_tokens, dim]``
+    in float32, exactly ``code * scale + zero``."""
+
+    def section(name: str) -> Tensor:
+        start = record.offset(name)
+        size = next(words for other, _, words in record.sections if other == name)
+        return records[..., start : start + size]
+
+    def halves(name: str) -> Tensor:
+        return section(name).contiguous().view(torch.float16)
+
+    key = unpack_codes(section("key_codes"), record, "key").float()
+    if record.key_group:
+        groups = (record.num_key_groups, record.key_group)
+        key = key.unflatten(-2, groups)
+        scale, zero = (halves(name).unflatten(-1, (groups[0], 1, -1)) for name in ("key_scale", "key_zero"))
+        key = (key * scale.float() + zero.float()).flatten(-3, -2)
+    else:
+        assert key_params is not None
+        scale, zero = (param[..., None, None, :] for param in key_params)
+        key = key * scale.float() + zero.float()
+    value = unpack_codes(section("value_codes"), record, "value").float()
+    value = value.unflatten(-1, (record.num_value_groups, record.value_group))
+    ts, kk, c, e, group = _value_param_axes(record)
+    scale, zero = (
+        # [group, c, ts, kk, e] -> [ts, kk, c, e, group]
+        halves(name)
+        .unflatten(-1, (group, c, ts, kk, e))
+        .movedim((-5, -4), (-1, -3))
+        .flatten(-5, -2)
+        .unsqueeze(-1)
+        .float()
+        for name in ("value_scale", "value_zero")
+    )
+    return key.flatten(-3, -2), (value * scale + zero).flatten(-2).flatten(-3, -2)
+
+
+def flush_plan(length: int, packed: int, count: int, record_length: int, sink: int, residual: int) -> int:
+    """Tokens in records after ``count`` more: whole records leave the ring while it cannot hold what is unpacked."""
+    over = max(0, length + count - sink - packed - residual)
+    return packed + -(-over // record_length) * record_length
+
+
+def tokens_after_sink(
+    exact: Tensor, new: Tensor, length: int, first: int, last: int, sink: int, residual: int
+) -> Tensor:
+    """A row's tokens ``first`` to ``last`` after its sink: those of the ``length`` stored from the ring ``exact``, the
+    rest from ``new``, all ``[rows, num_kv_heads, tokens, dim]``."""
+    stored = min(max(length - sink - first, 0), last - first)
+    fresh = new[:, :, sink + first + stored - length : sink + last - length]
+    if not stored:
+        return fresh
+    slot = sink + torch.arange(first, first + stored, device=new.device) % residual
+    return torch.cat([exact[:, :, slot].to(new.dtype), fresh], 2)
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    counts: list[int],
+    lengths: list[int],
+    packed: list[int],
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+    key_params: Tensor | None = None,
+) -> None:
+    """Store new tokens: pack what the ring cannot hold, oldest first, then write the rest to their exact slots.
+
+    | tensor | shape |
+    |---|---|
+    | key, value | [batch_size, num_kv_heads, L, dim]; row b's tokens are the last counts[b] of the L |
+    | lengths, packed | tokens each row holds before, and those of them in records |
+    | records | [batch_size, num_records, num_kv_heads, record.num_words] int32 |
+    | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim]: sink, then a ring of residual slots |
+    | key_params | [2, batch_size, num_kv_heads, key_dim] float16 or None; written at a row's first flush |
+    """
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for row, state in enumerate(zip(lengths, packed, counts, strict=True)):
+        alike.setdefault(state, []).append(row)
+    for (length, before, count), same in alike.items():
+        if not count:
+            continue
+        rows: slice | list[int] = slice(None) if len(same) == len(counts) else same
+        after = flush_plan(length, before, count, record.num_tokens, sink, residual)
+        new = [x[rows, :, x.shape[2] - count :] for x in (key, value)]
+        exact = [exact_key[rows], exact_value[rows]]
+        if key_params is not None and after > before == 0:
+            packing = tokens_after_sink(exact[0], new[0], length, 0, after, sink, residual)
+            key_params[:, rows] = torch.stack(sequence_params([packing], record.key_nbits))
+        params = None if key_params is None else (key_params[0, rows], key_params[1, rows])
+        step = max(1, BLOCK_TOKENS // record.num_tokens) * record.num_tokens
+        for first in range(before, after, step):
+            last = min(first + step, after)
+            packing_key, packing_value = (
+                tokens_after_sink(x, y, length, first, last, sink, residual) for x, y in zip(exact, new, strict=True)
+            )
+            words = pack_records(packing_key, packing_value, record, params).transpose(1, 2)
+            records[rows, first // record.num_tokens : last // record.num_tokens] = words
+        token = torch.arange(length, length + count, device=key.device)
+        token = token[(token < sink) | (token >= sink + after)]
+        slot = torch.where(token < sink, token, sink + (token - sink) % residual)
+        index = torch.tensor(same, device=key.device)[:, None]
+        for store, given in zip((exact_key, exact_value), new, strict=True):
+            store[index, :, slot] = given[:, :, token - length].transpose(1, 2).to(store.dtype)
+
+
+def ring_positions(lengths: Tensor, packed: Tensor, sink: int, residual: int, slots: int) -> Tensor:
+    """Which token each exact slot holds: ``[batch_size, slots]`` (int64), -1 where it holds none.
+
+    ``lengths`` and ``packed`` ``[batch_size]`` count a row's tokens and those of them in records.
+    """
+    slot = torch.arange(slots, device=lengths.device)
+    ahead = (slot - sink - packed[:, None]) % residual  # ring slots, as distance from the oldest unpacked token
+    ring = sink + packed[:, None] + ahead
+    token = torch.where(slot < sink, slot, ring)
+    return torch.where(token < lengths[:, None], token, -1)
+
+
+def records_a_row(records: Tensor, block_table: Tensor | None, batch_size: int) -> int:
+    """How many records a row's packed tokens may lie in (:func:`attend`'s tensors)."""
+    if block_table is None:
+        return records.shape[1]
+    if block_table.dtype != torch.int32 or block_table.shape[:-1] != (batch_size,) or records.dim() != 3:
+        raise ValueError(
+            f"block table {list(block_table.shape)} of {block_table.dtype} over records {list(records.shape)}: "
+            f"expected [{batch_size}, num_blocks] int32 over [pool_size, num_kv_heads, num_words]"
+        )
+    return block_table.shape[1]
+
+
+class Partial:
+    """A running softmax over blocks of tokens: ``add`` blocks, then ``result`` (arXiv 2112.05682)."""
+
+    def __init__(self, query: Tensor, value_dim: int, scale: float) -> None:
+        self.query = query.float() * scale  # [batch_size, num_kv_heads, rows, key_dim]
+        self.peak = query.new_full(query.shape[:-1], float("-inf"), dtype=torch.float32)
+        self.total = torch.zeros_like(self.peak)
+        self.out = query.new_zeros(*query.shape[:-1], value_dim, dtype=torch.float32)
+
+    def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
+        """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` broadcasts to ``[..., rows, n]``."""
+        score = self.query @ key.float().transpose(-1, -2)
+        value = value.float()
+        if visible is not None:
+            score = torch.where(visible, score, float("-inf"))
+            hidden = ~visible.any(-2, keepdim=True).transpose(-1, -2)
+            value = torch.where(hidden, 0.0, value)  # what no query sees may be anything, NaN too
+        peak = torch.maximum(self.peak, score.amax(-1))
+        finite = torch.where(peak == float("-inf"), 0.0, peak)
+        alpha = torch.exp(self.peak - finite)
+        weight = torch.exp(score - finite[..., None])
+        self.total = self.total * alpha + weight.sum(-1)
+        self.out = self.out * alpha[..., None] + weight @ value
+        self.peak = peak
+
+    def result(self) -> Tensor:
+        """``[batch_size, num_kv_heads, rows, value_dim]`` in float32; rows that saw nothing are zero."""
+        return self.out / torch.where(self.total == 0, 1.0, self.total)[..., None]
+
+
+def attend(
+    query: Tensor,
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    lengths: Tensor,
+    packed: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+    scale: float,
+    key_params: Tensor | None = None,
+    fresh: tuple[Tensor, Tensor, Tensor] | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """Attention over everything a layer stores, one block of records at a time.
+
+    | tensor | shape |
+    |---|---|
+    | query | [batch_size, num_q_heads, L, key_dim] |
+    | records | [batch_size, num_records, num_kv_heads, record.num_words] int32 |
+    | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim] |
+    | lengths, packed | [batch_size] int: tokens stored, and those of them in records |
+    | key_params | [2, batch_size, num_kv_heads, key_dim] float16, or None |
+    | fresh | (key, value [batch_size, num_kv_heads, L, dim], counts [batch_size]): not yet stored, causal |
+    | block_table | [batch_size, num_blocks] int32 or None: which record each block of a row's packed tokens lies in |
+    | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
+
+    With a block table, records are a pool [pool_size, num_kv_heads, record.num_words] that rows may share; its entries
+    beyond a row's packed tokens are not looked at.  Raises ``ValueError`` for a table of another shape or type.
+    """
+    records_a_row(records, block_table, query.shape[0])
+    batch, q_heads, length, _ = query.shape
+    heads = exact_key.shape[1]
+    q_per_kv = q_heads // heads
+    state = Partial(query.reshape(batch, heads, q_per_kv * length, -1), exact_value.shape[-1], scale)
+    most = int(packed.max()) if batch else 0
+    params = None if key_params is None else (key_params[0], key_params[1])
+    step = max(1, BLOCK_TOKENS // record.num_tokens)
+    for first in range(0, most // record.num_tokens, step):
+        last = min(first + step, most // record.num_tokens)
+        if block_table is None:
+            blocks = records[:, first:last]
+        else:
+            held = torch.arange(first, last, device=query.device) < packed[:, None] // record.num_tokens
+            blocks = records[torch.where(held, block_table[:, first:last], 0)]
+        key, value = unpack_records(blocks.transpose(1, 2), record, params)
+        token = torch.arange(first * record.num_tokens, last * record.num_tokens, device=query.device)
+        even = bool((packed >= last * record.num_tokens).all())
+        state.add(key, value, None if even else (token < packed[:, None])[:, None, None])
+    if exact_key.shape[2]:
+        held = ring_positions(lengths, packed, sink, residual, exact_key.shape[2]) >= 0
+        state.add(exact_key, exact_value, held[:, None, None])
+    real = None
+    if fresh is not None:
+        key, value, counts = fresh
+        index = torch.arange(length, device=query.device)
+        real = index >= length - counts[:, None]  # [batch_size, L]
+        causal = (index[None, :] <= index[:, None]) & real[:, None, :]
+        state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None])
+    out = state.result().reshape(batch, q_heads, length, -1)
+    if real is not None:
+        out = torch.where(real[:, None, :, None], out, 0.0)
+    return out.to(query.dtype)

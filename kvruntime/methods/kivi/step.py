@@ -1,0 +1,219 @@
+"""Triton: one decode step's new token, with nothing for the host to plan (the kernel of :meth:`KiviLayer.step`).
+
+One program a row and head, or where there are few, one for each part of a record: where the ring of exact slots is full its oldest
+record is packed, then the token goes to its slot, stored by those who packed what lay there; rotary embedding of its key, and of the query heads that share it,
+on the way.  All that a token needs is asked for at once, because nothing else takes time here, and programs wait for each other's
+count only where a record is packed: nobody else reads the row's length here, and the last of them to come counts its packed tokens.
+Everything that a step decides lies in device memory, so a CUDA graph of it holds for any lengths.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvruntime.methods.kivi.pack import (
+    direct,
+    freeze,
+    in_word_order,
+    key_part,
+    num_key_parts,
+    num_parts,
+    num_value_parts,
+    pack_part,
+    pack_warps,
+    record_constants,
+)
+from kvsim.methods.packing import Record
+
+OVERLAP = True
+FEW_PROGRAMS = 264
+"""A record's parts have a program each while those are no more (an H100 has 132 multiprocessors)."""
+PART_WARPS = 4
+"""Of a part's program."""
+WHOLE = 16384
+"""Elements that a program packs at once where it packs a whole record."""
+
+
+@triton.constexpr_function
+def key_columns(record_length, dim, nbits, group, size):
+    """Channels of a key part: all parts with a record's first tokens come first, one beside the other."""
+    return key_part(record_length, dim, group, size)[1] if direct(dim, nbits, group) else dim
+
+
+@triton.jit
+def rotated(x_ptr, d, mask, cos, sin, DIM: tl.constexpr):
+    """``x * cos + rotate_half(x) * sin``, each product rounded to the type of ``x`` as PyTorch does it: kernels that call this
+    are compiled without ``enable_fp_fusion``, which makes one rounding of a product and the sum, in float16 too."""
+    half: tl.constexpr = DIM // 2
+    other = tl.where(d < half, d + half, d - half)
+    x = tl.load(x_ptr + d, mask=mask, other=0.0)
+    turned = tl.load(x_ptr + other, mask=mask, other=0.0)
+    along = (x.to(tl.float32) * cos).to(x.dtype).to(tl.float32)
+    across = (tl.where(d < half, -turned.to(tl.float32), turned.to(tl.float32)) * sin).to(x.dtype).to(tl.float32)
+    return (along + across).to(x.dtype)
+
+
+@triton.jit
+def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, own_key, own_query, d,
+                   ROTARY: tl.constexpr, DIM: tl.constexpr, Q_PER_KV: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
+    """``(key, query, where the query lies, which of it is real)`` at the channels ``d`` that are wanted of each: ``key_ptr`` is the
+    head's, ``query_ptr`` the row's.  Without ``ROTARY`` the query is left alone, and nothing of it real."""
+    m = tl.arange(0, BLOCK_Q)
+    heads_ptr = query_ptr + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh
+    real = (m < (Q_PER_KV if ROTARY else 0))[:, None] & own_query[None, :]
+    if ROTARY:
+        cos = tl.load(cos_ptr + position * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + position * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        key = rotated(key_ptr, d, own_key, cos, sin, DIM)
+        query = rotated(heads_ptr, d[None, :], real, cos[None, :], sin[None, :], DIM)
+    else:
+        key = tl.load(key_ptr + d, mask=own_key, other=0.0)
+        query = tl.zeros([BLOCK_Q, d.shape[0]], query_ptr.dtype.element_ty)
+    return key, query, heads_ptr + d[None, :], real
+
+
+@triton.jit
+def step_kernel(
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, positions_ptr, lengths_ptr, ticket_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, num_slots, num_records, batch_size,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+    VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+    TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
+    RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIZE: tl.constexpr,
+    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own."""
+    if EARLY:
+        gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
+        gdc_wait()  # attention of the step before waited for them before it let anything start
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+    PARTS: tl.constexpr = KEY_PARTS + num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE)
+    PROGRAMS: tl.constexpr = PARTS if SPREAD else 1  # of a row and head
+    program = tl.program_id(0) % PROGRAMS
+    row = tl.program_id(0) // (NUM_HEADS * PROGRAMS)
+    head = tl.program_id(0) // PROGRAMS % NUM_HEADS
+    length = tl.load(positions_ptr + row)
+    packed = tl.load(lengths_ptr + batch_size + row)
+    d = tl.arange(0, BLOCK_K)
+    v = tl.arange(0, BLOCK_V)
+    own_key, own_value, own_query = d < KEY_DIM, v < VALUE_DIM, d < KEY_DIM
+    if SPREAD:  # a token's slot is read by those parts alone that have the record's first token: they store it
+        WIDTH: tl.constexpr = key_columns(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+        first = program * WIDTH
+        own_key = (d >= first) & (d < tl.minimum(first + WIDTH, KEY_DIM))
+        own_value = v < tl.where(program == KEY_PARTS, VALUE_DIM, 0)
+        own_query = d < tl.where(program == PARTS - 1, KEY_DIM, 0)
+    query_ptr += row.to(tl.int64) * stride_qb
+    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
+    value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
+    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, length, head, stride_qh, own_key, own_query, d,
+                                                ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
+    value = tl.load(value_ptr + v, mask=own_value, other=0.0)
+    tl.debug_barrier()  # all of the program has read what is written below
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    exact_key_ptr += rows * num_slots * KEY_DIM
+    exact_value_ptr += rows * num_slots * VALUE_DIM
+    full = length - SINK - packed >= RESIDUAL
+    seen = -1
+    if full:
+        seen = tl.atomic_add(ticket_ptr + row, 1)  # ``packed`` may change only when all have read it
+        number = packed // RECORD
+        record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
+        row_params_ptr = params_ptr
+        if KEY_GROUP == 0:
+            row_params_ptr = params_ptr + rows * KEY_DIM
+        for turn in tl.static_range(1 if SPREAD else PARTS):
+            part = turn
+            if SPREAD:
+                part = program
+            pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, SINK + packed,
+                      length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP,
+                      VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, False, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
+        tl.debug_barrier()  # the token takes the slot of the oldest one packed
+    slot = length
+    if length >= SINK:
+        slot = SINK + (length - SINK) % RESIDUAL
+    tl.store(query_at, query, mask=real)
+    tl.store(exact_key_ptr + slot * KEY_DIM + d, key.to(exact_key_ptr.dtype.element_ty), mask=own_key)
+    tl.store(exact_value_ptr + slot * VALUE_DIM + v, value.to(exact_value_ptr.dtype.element_ty), mask=own_value)
+    if tl.program_id(0) == row * (NUM_HEADS * PROGRAMS):
+        tl.store(lengths_ptr + row, length + 1)
+    if seen == NUM_HEADS * PROGRAMS - 1:
+        tl.store(lengths_ptr + batch_size + row, packed + RECORD)
+        tl.store(ticket_ptr + row, 0)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether kernels may be launched while their predecessor still runs (each waits for it before it reads)."""
+    return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@cache
+def parts_launch(record: Record) -> tuple[int, int, int]:
+    """Programs a row and head where a record's parts have one each, elements of such a part, and its program's warps.
+
+    Narrow heads have two parts: every program is one more that a step without a record to pack starts."""
+    size = 4096 if max(record.key_dim, record.value_dim) <= 64 else 2048
+    return num_parts(record, size), size, PART_WARPS if in_word_order(record) else pack_warps(record)
+
+
+def supports(record: Record, residual: int) -> bool:
+    """Whether :func:`step` runs this record: a full ring holds at least one."""
+    return record.num_tokens <= residual
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    records: Tensor,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    key_params: Tensor | None,
+    positions: Tensor,
+    lengths: Tensor,
+    ticket: Tensor,
+    record: Record,
+    sink: int,
+    residual: int,
+) -> None:
+    """Store one token a row where ``lengths`` says, pack what must make room, and count it in ``lengths``.
+
+    | tensor | shape |
+    |---|---|
+    | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
+    | key, value | [batch_size, num_kv_heads, 1, dim], channels contiguous |
+    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
+    | records, exact_key, exact_value, key_params | as :func:`reference.append` |
+    | positions | [batch_size] int32: tokens that each row holds, which is lengths[0] in other memory; left as it is |
+    | lengths | [2, batch_size] int32: tokens held and tokens packed; updated |
+    | ticket | [batch_size] int32 zeros, and zeros again afterwards |
+
+    The caller has provided for the token.  Raises ``ValueError`` for what :func:`supports` does not allow.
+    """
+    if not supports(record, residual):
+        raise ValueError(
+            f"records of {record.num_tokens} tokens and a residual of {residual}: a step packs from the residual alone"
+        )
+    batch_size, heads = key.shape[:2]
+    if key_params is not None:
+        freeze(key, exact_key, key_params, lengths, None, record, sink, residual)
+    cos, sin = rotary if rotary is not None else (None, None)
+    programs, size, warps = parts_launch(record)
+    if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
+        programs, size, warps = 1, WHOLE, pack_warps(record)
+    step_kernel[(batch_size * heads * programs,)](
+        query, key, value, cos, sin, exact_key, exact_value, records, key_params, positions, lengths, ticket,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
+        NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
+        BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
+        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None,
+        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""What a user asks for, understood: ``kvsim``'s method options, with several values where that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, TypeVar
+
+import click
+
+from kvsim.layout import Method
+from kvsim.methods import METHODS
+from kvsim.methods.full import Full
+from kvsim.specs import Value, choose_methods, parse_dtype, parse_value
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+RUNS = ("fp16", "bf16", "fp32", "kivi", "kivi-seed")
+"""The names of kvsim's methods that kvruntime runs: those of the types in ``kvruntime.methods.LAYERS``."""
+DEFAULT = "kivi:nbits=2"
+MOST = (1 << 31) - 1
+"""The largest count that any option takes."""
+SEED = click.IntRange(0, (1 << 63) - 1)
+SWEPT = ("nbits", "group_size", "residual_length")
+"""Options that may be given more than once: every combination is one method."""
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several click options as one decorator."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(decorators):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+method_options = options(
+    click.option(
+        "--method",
+        "specs",
+        multiple=True,
+        help=f"{', '.join(RUNS)}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
+    ),
+    click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
+    click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),
+    click.option("--residual-length", type=int, multiple=True, help="Newest tokens kept exact. Repeatable."),
+    click.option("--sink-length", type=int, help="First tokens kept exact."),
+    click.option("--key-nbits", type=int, help="Bits a key code."),
+    click.option("--value-nbits", type=int, help="Bits a value code."),
+    click.option("--key-group-size", type=parse_value, metavar="TOKENS", help="Tokens a key scale, or 'sequence'."),
+    click.option("--value-group-size", type=parse_value, metavar="CHANNELS", help="Channels a value scale, or 'head'."),
+    click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
+)
+
+
+def check_runs(method: object) -> None:
+    """Raises ``ValueError`` for what is no method, or one that kvsim weighs and nothing runs."""
+    if type(method) not in {type(METHODS[name]()) for name in RUNS}:
+        name = getattr(method, "name", repr(method))
+        raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(RUNS)}")
+    for name, value in vars(method).items():
+        if isinstance(value, int) and value > MOST:
+            raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are at most {MOST:,}")
+
+
+def chosen_methods(
+    specs: Sequence[str], dtype: str | None, given: dict[str, Any], *, baseline: bool = True
+) -> list[Method]:
+    """The methods that the options name, the uncompressed ``baseline`` first, each once.
+
+    Raises ``LookupError`` for an unknown method, ``ValueError`` for a bad option.
+    """
+    kind = parse_dtype(dtype) if dtype is not None else None
+    named = {key: value for key, value in given.items() if value is not None and key not in SWEPT}
+    swept = [[(key, value) for value in given[key]] for key in SWEPT if given.get(key)]
+    out: list[Method] = [Full(kind or "float16")] if baseline else []
+    for combination in product(*swept):
+        shared: dict[str, Value] = {**named, **dict(combination)}
+        chosen = specs or ([DEFAULT] if "nbits" not in shared else ["kivi"])
+        out += choose_methods(chosen, shared, kind)[0]
+    for method in out:
+        check_runs(method)
+    return list(dict.fromkeys(out))
+
+
+def chosen_method(specs: Sequence[str], dtype: str | None, given: dict[str, Any]) -> Method:
+    """The one method that the options name.  Raises ``ValueError`` when they name several."""
+    methods = chosen_methods(specs, dtype, given, baseline=False)
+    if len(methods) > 1:
+        raise ValueError(f"one method at a time, not {', '.join(method.name for method in methods)}")
+    return methods[0]
+
+
+__all__ = ["check_runs", "chosen_method", "chosen_methods", "method_options", "options"]

@@ -1,0 +1,1 @@
+"""Questions asked of memory and latency: plans, break-even, sweeps, explanations, boot logs."""

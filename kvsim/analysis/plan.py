@@ -1,0 +1,290 @@
+"""How to serve so many users within these latencies: cards, method, batch, tokens a second, and dollars a million.
+
+A *replica* is the model on one card or on several (tensor parallel).  Its batch is limited by memory (at a stated
+risk that requests outgrow it) and by the time per output token; replicas are added until all users are in flight.
+
+The times are those of :mod:`kvsim.latency.steps`, for requests in a steady state where each that ends is followed by a
+new one: a token waits for the prompts of the others, a first token for its own prompt (one that 95 of 100 do not
+exceed) and for those in front of it.  Largest batches and contexts are bisections on functions that never fall:
+exact inverses, not scans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from kvsim.analysis.memory_risk import MemoryRisk
+from kvsim.analysis.request_lengths import Lengths
+from kvsim.engines import Engine
+from kvsim.hardware import Hardware
+from kvsim.latency.steps import Band, first_token, prefill, token_step
+from kvsim.layout import Method
+from kvsim.memory.capacity import held_share, largest_context, room
+from kvsim.memory.estimate import IDEAL
+from kvsim.memory.sharding import Deployment, Sharding
+from kvsim.models.model import Model
+from kvsim.prices import Price
+
+RISK = 1e-3
+INPUT_SHARE = 0.95
+RANKS = (1, 2, 4, 8)
+MAX_BATCH = 1 << 16
+MAX_CONTEXT = 1 << 40
+
+NOT_MODELLED = (
+    "bursts and arrival rates (every user always has one request in flight; a first token waits for the prompts in "
+    "front of it)",
+    "an engine's scheduler, preemption and recomputation",
+    "prefix sharing, speculative decoding",
+    "the network between replicas and users",
+    "what a method costs in quality",
+)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked for: ``users`` requests in flight, their ``lengths``, and limits in seconds (``None``: none).
+
+    ``risk``: accepted probability that a replica's requests do not fit at once.  ``occupancy``: see
+    :class:`kvsim.analysis.memory_risk.MemoryRisk`.
+    """
+
+    users: int
+    lengths: Lengths
+    slo_tpot: float | None = None
+    slo_ttft: float | None = None
+    risk: float = RISK
+    occupancy: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.users < 1:
+            raise ValueError(f"users {self.users}: allowed are 1 and above")
+        for name, limit in (("slo-tpot", self.slo_tpot), ("slo-ttft", self.slo_ttft)):
+            if limit is not None and not 0 < limit < 1e6:
+                raise ValueError(f"{name} {limit:g} s: allowed are times above 0")
+        if not 0 <= self.risk < 1:
+            raise ValueError(f"risk {self.risk:g}: allowed are 0 to below 1")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A replica's place: ``num_cards`` of one card, and the bytes that each leaves for its share of the cache."""
+
+    card: Hardware
+    num_cards: int
+    weight_bits: float
+    cache_nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to serve the demand; ``refusal`` says why where it cannot (and what follows is then ``None`` or 0).
+
+    ``batch_size``: requests in flight a replica; ``max_batch``: the most that memory and the time limit allow;
+    ``batch_bound``: which of them (``memory``, ``latency``), or ``users`` where one replica has them all.
+    ``max_context``: tokens a request could have at this batch.  Seconds are bands.  ``usd_per_mtok``: a million
+    output tokens.
+    """
+
+    method: Method
+    card: Hardware
+    cards_per_replica: int
+    refusal: str | None = None
+    num_replicas: int = 0
+    batch_size: int = 0
+    max_batch: int = 0
+    batch_bound: str = ""
+    max_context: int = 0
+    tpot: Band | None = None
+    ttft: Band | None = None
+    bound: str = ""
+    tokens_per_second: float = 0.0
+    runs_out: float | None = None
+    usd_per_mtok: float | None = None
+    price: Price | None = None
+
+    @property
+    def num_cards(self) -> int:
+        return self.num_replicas * self.cards_per_replica
+
+
+def largest(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest n of 0 to ``limit`` with ``holds(n)``; ``holds`` is true of 0 and, once false, stays so."""
+    low, high = 0, 1
+    while high <= limit and holds(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+class NoRoomError(ValueError):
+    """The weights leave nothing for a cache."""
+
+
+def site(
+    model: Model,
+    card: Hardware,
+    num_cards: int,
+    weight_bits: float | None = None,
+    reserve: float | None = None,
+    engine: Engine = IDEAL,
+    quantized: bool = False,
+) -> Site:
+    """The room for the cache on each of ``num_cards`` cards that share the model, beside what ``engine`` takes.
+
+    ``reserve``: share of the memory held back (``None``: as the engine does by default).  ``quantized``:
+    ``weight_bits`` are those of the layers, embedding and head keep 16.
+
+    Raises ``ValueError`` where memory or weights are not known, :class:`NoRoomError` where the weights do not fit.
+    """
+    space = room(
+        model,
+        card,
+        weight_bits,
+        held_share(engine, reserve),
+        quantized=quantized,
+        overhead=engine.overhead(model, card),
+        sharding=Sharding(tensor_parallel_size=num_cards),
+    )
+    if space.cache_nbytes <= 0:
+        cards = f"{num_cards} cards" if num_cards > 1 else "one card"
+        raise NoRoomError(f"the weights leave no room for a cache on {cards}")
+    return Site(card, num_cards, space.weight_bits, space.cache_nbytes)
+
+
+def plan(
+    model: Model,
+    methods: Sequence[Method],
+    cards: Sequence[tuple[Hardware, int | None]],
+    demand: Demand,
+    price: Callable[[Hardware, int], Price | None],
+    *,
+    weight_bits: float | None = None,
+    reserve: float | None = None,
+    quantized: bool = False,
+    engine: Callable[[Hardware, int], Engine] = lambda card, num_cards: IDEAL,
+    max_cards: int | None = None,
+    max_num_seqs: int = MAX_BATCH,
+) -> list[Plan]:
+    """Every way that was weighed, the cheapest first (by price, else by cards), refusals last.
+
+    ``cards``: a card with the number a replica takes, or ``None`` to try :data:`RANKS`.  ``price(card, num_cards)``:
+    what a card-hour costs; ``engine(card, num_cards)``: what serves there.  ``max_num_seqs``: the largest batch of a
+    replica.  ``weight_bits``, ``reserve``, ``quantized``: see :func:`site`.  A way that cannot be (its reason in
+    ``refusal``) is listed, not raised.
+    """
+    found = []
+    places = dict.fromkeys((card, ranks) for card, given in cards for ranks in ((given,) if given else RANKS))
+    for card, ranks in places:
+        server = engine(card, ranks)
+        for method in methods:
+            way = Plan(method, card, ranks)
+            try:
+                place = site(model, card, ranks, weight_bits, reserve, server, quantized)
+                way = _serve(model, method, place, demand, server, max_num_seqs)
+                way = _priced(way, price(card, way.num_cards))
+            except ValueError as error:
+                way = replace(way, refusal=str(error))
+            if way.refusal is None and max_cards is not None and way.num_cards > max_cards:
+                way = replace(way, refusal=f"takes {way.num_cards} cards, more than {max_cards}")
+            found.append(way)
+    return sorted(found, key=_cost)
+
+
+def _cost(way: Plan) -> tuple[bool, bool, float, int]:
+    price = way.usd_per_mtok
+    return way.refusal is not None, price is None, price or 0.0, way.num_cards or way.cards_per_replica
+
+
+def _priced(way: Plan, price: Price | None) -> Plan:
+    if price is None:
+        return way
+    hourly = price.usd_per_hour * way.num_cards
+    return replace(way, price=price, usd_per_mtok=hourly / 3600 / way.tokens_per_second * 1e6)
+
+
+def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: Engine, max_num_seqs: int) -> Plan:
+    """Raises ``ValueError``, saying why, where no batch meets the demand."""
+    lengths, ranks = demand.lengths, place.num_cards
+    cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=ranks))
+    clock = Clock(model, method, place, lengths, engine)
+    ttft = clock.ttft(1)
+    if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
+        raise ValueError(
+            f"time to first token {ttft.value * 1e3:,.0f} ms even alone, over {demand.slo_ttft * 1e3:g} ms"
+        )
+    risk = MemoryRisk(cache.rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
+    by_memory = min(MAX_BATCH, max_num_seqs, risk.most(demand.risk))
+    if not by_memory:
+        raise ValueError(
+            f"no request of {lengths.longest:,} tokens fits beside the weights at a risk of {demand.risk:g}"
+        )
+    by_time = largest(lambda batch: clock.within(batch, demand), by_memory)
+    if not by_time:
+        raise ValueError(
+            f"{clock.tpot(1).value * 1e3:,.1f} ms a token even alone, over {(demand.slo_tpot or 0) * 1e3:g} ms"
+        )
+    replicas = -(-demand.users // by_time)
+    batch = -(-demand.users // replicas)
+    tpot = clock.tpot(batch)
+    longest = largest_context(cache, batch, place.cache_nbytes)
+    return Plan(
+        method,
+        place.card,
+        ranks,
+        num_replicas=replicas,
+        batch_size=batch,
+        max_batch=by_time,
+        batch_bound="users" if batch == demand.users else "memory" if by_time == by_memory else "latency",
+        max_context=MAX_CONTEXT if longest is None else min(longest, MAX_CONTEXT),
+        tpot=tpot,
+        ttft=clock.ttft(batch),
+        bound=clock.bound(batch),
+        tokens_per_second=demand.users / tpot.value,
+        runs_out=risk.runs_out(batch),
+    )
+
+
+class Clock:
+    """The times of one replica at the lengths' means; its batch is known to fit, so nobody waits for memory."""
+
+    def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine = IDEAL) -> None:
+        card = replace(place.card, memory_nbytes=None)
+        options: dict[str, Any] = {
+            "weight_bits": place.weight_bits,
+            "tensor_parallel": place.num_cards,
+            "engine": engine.name,
+        }
+        output = max(1, round(lengths.mean_output))
+        given = max(1, round(lengths.mean_context - output / 2))  # so that a step finds the mean context
+        self._token = partial(token_step, model, method, card, input_len=given, output_len=output, **options)
+        self._first = partial(first_token, model, method, card, input_len=given, output_len=output, **options)
+        mean, long = (
+            prefill(model, card, 1, tokens, **options).seconds
+            for tokens in (given, lengths.input_quantile(INPUT_SHARE))
+        )
+        self._longer = Band(*(one - other for one, other in zip(long, mean, strict=True)))
+
+    def tpot(self, batch_size: int) -> Band:
+        """Time per output token."""
+        return self._token(batch_size=batch_size).seconds
+
+    def ttft(self, batch_size: int) -> Band:
+        """Time to the first token of a long prompt."""
+        seconds = self._first(batch_size=batch_size).seconds
+        return Band(*(max(0.0, one + other) for one, other in zip(seconds, self._longer, strict=True)))
+
+    def bound(self, batch_size: int) -> str:
+        return self._token(batch_size=batch_size).bound
+
+    def within(self, batch_size: int, demand: Demand) -> bool:
+        """Whether both limits hold at this batch."""
+        slow = demand.slo_tpot is not None and self.tpot(batch_size).value > demand.slo_tpot
+        late = demand.slo_ttft is not None and self.ttft(batch_size).value > demand.slo_ttft
+        return not (slow or late)

@@ -1,0 +1,1 @@
+"""How long a step, a prompt and a first token take."""

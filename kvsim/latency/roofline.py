@@ -1,0 +1,357 @@
+"""What one step over a model's layers takes, part by part, from bytes, operations and a few constants.
+
+Every function takes numbers, or numpy arrays that broadcast together with ``maximum`` as ``numpy.maximum``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import log2
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvsim.hardware import Hardware
+from kvsim.latency.attention_curve import DEFAULT_SMS, Curve, Kernel
+from kvsim.layout import LayerShape, Method, mean_read_nbytes
+from kvsim.methods.by_layer import placed
+from kvsim.models.model import Model
+from kvsim.models.parameters import Weights
+from kvsim.vectorize import Vectorized
+
+LANE_OPS = 128 * 1.7e9
+"""Vector operations a second of one multiprocessor: 128 lanes at 1.7 GHz (an H100 SXM's)."""
+
+MAX_WEIGHT_BITS = 64
+
+EXPERTS_ONLY = ("gpt_oss",)
+"""Families whose published checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
+
+
+class WeightBits(NamedTuple):
+    """Bits a parameter as stored: weights that every step reads, routed experts, head and tables."""
+
+    dense: float
+    routed: float
+    head: float
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What the model of time rests on.  Efficiencies are shares of the card's stated peaks, times are seconds.
+
+    ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides, in an engine of
+    ``engine_layer_seconds`` what stands there; ``engine_wide``: by engine, above how many ``rows`` a step takes
+    ``layer_seconds`` a layer more; ``quantize_seconds`` more where its cache is quantized, by width or engine and
+    width as ``kernels``. ``prefill_efficiency``: arithmetic. ``prefill_seconds``, ``prefill_queue``: what a first
+    token waits besides its prefill, and the share of a prefill that each further request in flight adds.
+    ``vector_ops``: operations to unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.
+    ``chunk_tokens``: prompt tokens a step.
+    ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
+    cache.  ``decode_band``, ``prefill_band``: factors (low, high) on a prediction.  ``kernels``, ``curve``:
+    :mod:`kvsim.latency.attention_curve`.  ``engines``: the only ones that these constants were measured for (``None``: any).
+    """
+
+    weight_efficiency: float
+    layer_seconds: float
+    engine_layer_seconds: Mapping[str, float]
+    engine_wide: Mapping[str, Mapping[str, float]]
+    quantize_seconds: Mapping[str, float]
+    prefill_efficiency: float
+    prefill_seconds: float
+    prefill_queue: float
+    vector_ops: float
+    link_efficiency: float
+    link_seconds: float
+    chunk_tokens: int
+    reserve_nbytes: float
+    memory_share: Mapping[str, float]
+    decode_band: tuple[float, float]
+    prefill_band: tuple[float, float]
+    kernels: Mapping[str, Kernel]
+    curve: Curve
+    engines: tuple[str, ...] | None = None
+
+    def check_engine(self, engine: str) -> None:
+        """Raises ``ValueError`` for an engine that these constants were not measured for."""
+        if self.engines is not None and engine not in self.engines:
+            raise ValueError(
+                f"engine {engine}: the profile was not measured with its kernels; allowed with this profile are "
+                f"{', '.join(self.engines)}, without one every engine"
+            )
+
+
+@cache
+def constants() -> Constants:
+    """The fitted and stated constants of ``kvsim/catalog/timing.json``."""
+    path = Path(__file__).parents[1] / "catalog" / "timing.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = {name: entry["value"] for name, entry in table["constants"].items()}
+    for name in ("decode_band", "prefill_band"):
+        values[name] = tuple(values[name])
+    kernels = {name: Kernel(**entry) for name, entry in table["kernels"].items()}
+    return Constants(**values, kernels=kernels, curve=Curve(**table["curve"]["value"]))
+
+
+def weight_storage(model: Model, weight_bits: float | None = None) -> WeightBits:
+    """Bits a parameter by group: ``weight_bits``, else the model's own, else 16.
+
+    Head and tables keep 16 bits where the layers are quantized; families of :data:`EXPERTS_ONLY` their attention too.
+    """
+    bits = weight_bits or model.weight_bits or 16.0
+    wide = max(bits, 16.0)
+    return WeightBits(wide if model.model_type in EXPERTS_ONLY else bits, bits, wide)
+
+
+def weight_nbytes(model: Model, weight_bits: float | None = None) -> float:
+    """Bytes of all weights as stored."""
+    weights, bits = known_weights(model), weight_storage(model, weight_bits)
+    plain = (weights.embedding + weights.head + weights.lookup) * bits.head
+    return (weights.dense * bits.dense + weights.routed * bits.routed + plain) / 8
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """One model on one card (or ``ranks`` cards that share every layer)."""
+
+    fixed: Constants
+    model: Model
+    hardware: Hardware
+    weight_bits: float | None = None
+    ranks: int = 1
+    engine: str = "ideal"
+
+    def __post_init__(self) -> None:
+        self.fixed.check_engine(self.engine)
+        if self.weight_bits is not None and not 0 < self.weight_bits <= MAX_WEIGHT_BITS:
+            raise ValueError(f"weight bits {self.weight_bits:g}: allowed are above 0 to {MAX_WEIGHT_BITS}")
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of one card's memory.  Raises ``ValueError`` where it is not known."""
+        if not self.hardware.bandwidth:
+            raise ValueError(f"{self.hardware.id}: its memory bandwidth is not known, no time without it")
+        return self.hardware.bandwidth
+
+    @property
+    def lanes(self) -> float:
+        """Vector operations a second of one card."""
+        return (self.hardware.num_sms or DEFAULT_SMS) * LANE_OPS
+
+    @property
+    def layer_seconds(self) -> float:
+        """Seconds that a layer costs a step besides bytes and arithmetic."""
+        return self.fixed.engine_layer_seconds.get(self.engine, self.fixed.layer_seconds)
+
+    def weights(self, num_tokens: Any) -> tuple[Any, Any]:
+        """Seconds of the weight stream of a step over ``num_tokens`` tokens, and of unpacking what a card cannot
+        multiply as stored."""
+        weights, bits = known_weights(self.model), weight_storage(self.model, self.weight_bits)
+        head = weights.head or weights.embedding
+        share = hit_share(weights, num_tokens)
+        nbytes = (weights.dense * bits.dense + head * bits.head + weights.routed * share * bits.routed) / 8
+        codes = weights.dense * self._unpacked(bits.dense) + weights.routed * share * self._unpacked(bits.routed)
+        stream = nbytes / (self.fixed.weight_efficiency * self.bandwidth)
+        return stream / self.ranks, self.fixed.vector_ops * codes / self.lanes / self.ranks
+
+    def products(self, num_tokens: Any, num_logits: Any) -> Any:
+        """Seconds of the matrix products of ``num_tokens`` tokens, the head for ``num_logits`` of them; 0 where the
+        card's arithmetic is not known."""
+        weights, bits = known_weights(self.model), weight_storage(self.model, self.weight_bits)
+        dense, routed, half = self._flops(bits.dense), self._flops(bits.routed), self._flops(16)
+        if dense is None or routed is None or half is None:
+            return 0.0 * num_tokens
+        chosen: float = weights.routed
+        if weights.num_experts:
+            chosen = chosen * min(1.0, weights.experts_per_token / weights.num_experts)
+        each_token = 2 * (weights.dense / dense + chosen / routed)
+        head = 2 * (weights.head or weights.embedding) / half
+        return (each_token * num_tokens + head * num_logits) / self.fixed.prefill_efficiency / self.ranks
+
+    def attention(self, method: Method, batch_size: Any, num_tokens: Any, maximum: Any = max) -> tuple[Any, Any]:
+        """Seconds of a decode step's attention over all layers, and of unpacking codes beyond it."""
+        total: Any = 0.0
+        beyond: Any = 0.0
+        for (layer, chosen), count in placed(method, self.model.cache_layers).items():
+            seconds, unpack = self.layer_attention(chosen, layer, batch_size, num_tokens, maximum)
+            total, beyond = total + count * seconds, beyond + count * unpack
+        return total, beyond
+
+    def layer_attention(
+        self,
+        method: Method,
+        layer: LayerShape,
+        batch_size: Any,
+        num_tokens: Any,
+        maximum: Any = max,
+        *,
+        warm: bool = False,
+    ) -> tuple[Any, Any]:
+        """One layer's attention, and its unpacking beyond that.  ``warm``: the same cache is read again and again."""
+        q_per_kv = max(1, self.model.num_q_heads // layer.num_kv_heads)
+        kernel, packed = find_kernel(self.fixed, method, layer, self.engine, q_per_kv)
+        kv_heads = max(1.0, layer.num_kv_heads / self.ranks)
+        items = batch_size * kv_heads * (q_per_kv if kernel.item_is == "query_head" else 1)
+        held = entries(layer, num_tokens, maximum)
+        nbytes = read_nbytes(method, layer, num_tokens) * batch_size * (kv_heads / layer.num_kv_heads)
+        stream = nbytes / (kernel.efficiency * self.bandwidth)
+        if warm:
+            stream = stream * self.fixed.curve.miss(nbytes, self.hardware.l2_nbytes)
+        half = self._flops(16)
+        if half is not None and layer.kind != "indexer":
+            pairs = held * batch_size * (self.model.num_q_heads / self.ranks)
+            stream = maximum(stream, 2 * pairs * _width(layer) / (self.fixed.prefill_efficiency * half))
+        values = layer.value_dim * (1 if kernel.item_is == "query_head" else q_per_kv)
+        seconds = self.fixed.curve.seconds(kernel, items, held, stream, self.hardware.num_sms, maximum, values)
+        if not packed:
+            return seconds, 0.0
+        codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
+        return seconds, maximum(0.0, codes * self.fixed.vector_ops / self.lanes - seconds)
+
+    def wide(self, batch_size: Any) -> Any:
+        """Seconds that a step of so many rows takes more than one of few."""
+        more = self.fixed.engine_wide.get(self.engine)
+        if more is None:
+            return 0.0
+        return (batch_size > more["rows"]) * (more["layer_seconds"] * self.model.num_blocks)  # of a bool, or an array
+
+    def overhead(self, method: Method) -> float:
+        """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
+        the layer's new keys and values and its query are quantized."""
+        total = self.layer_seconds * self.model.num_blocks
+        for (layer, chosen), count in placed(method, self.model.cache_layers).items():
+            names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
+            total += count * next(
+                (self.fixed.quantize_seconds[n] for n in names if n in self.fixed.quantize_seconds), 0.0
+            )
+        return total
+
+    def states(self, batch_size: Any) -> Any:
+        """Seconds to read and write the constant states of the layers that have one."""
+        nbytes = sum(buffer.nbytes for layer in self.model.state_layers for buffer in layer.buffers(1))
+        return 2 * nbytes * batch_size / self.ranks / (self.fixed.weight_efficiency * self.bandwidth)
+
+    def communication(self, num_tokens: Any) -> Any:
+        """Two all-reduces a layer of the 16-bit hidden states: a ring over each link's one direction."""
+        if self.ranks == 1:
+            return 0.0
+        if not self.hardware.link_bandwidth:
+            raise ValueError(f"{self.hardware.id}: the bandwidth between cards is not known, no tensor parallelism")
+        nbytes = 2 * num_tokens * self.model.hidden_size
+        ring = 2 * (self.ranks - 1) / self.ranks * nbytes
+        ring = ring / (self.fixed.link_efficiency * self.hardware.link_bandwidth / 2)
+        return 2 * self.model.num_blocks * (self.fixed.link_seconds * log2(2 * self.ranks) + ring)
+
+    def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
+        """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
+        half = self._flops(16)
+        if half is None:
+            raise ValueError(f"{self.hardware.id}: its arithmetic (FLOP/s) is not known, no prefill time")
+        pairs = sum(
+            count * _width(layer) * seen(layer, num_tokens, new)
+            for layer, count in Counter(self.model.cache_layers).items()
+        )
+        attention = 2 * pairs * self.model.num_q_heads / (self.fixed.prefill_efficiency * half) / self.ranks
+        compute = self.products(num_prompts * new, num_prompts) + num_prompts * attention
+        stream, unpack = self.weights(num_prompts * new)
+        return float(compute), float(self.chunks(num_prompts * new) * (stream + unpack))
+
+    def chunks(self, num_tokens: float) -> float:
+        """Steps that so many prompt tokens take."""
+        return max(1.0, num_tokens / self.fixed.chunk_tokens)
+
+    def _flops(self, bits: float) -> float | None:
+        """FLOP/s for weights of so many bits: narrower ones than a card multiplies are widened to 16."""
+        card = self.hardware
+        if bits < 6:
+            return card.fp4_flops or card.fp16_flops
+        return (card.fp8_flops or card.fp16_flops) if bits <= 8.5 else card.fp16_flops
+
+    def _unpacked(self, bits: float) -> bool:
+        """Whether weights of so many bits are unpacked before they are multiplied."""
+        if bits < 6:
+            return not self.hardware.fp4_flops
+        return bits <= 8.5 and not self.hardware.fp8_flops
+
+
+def known_weights(model: Model) -> Weights:
+    """The model's weights.  Raises ``ValueError`` where the config does not tell their number or how they are used."""
+    if model.weights is None:
+        raise ValueError(f"{model.name}: the config does not tell the number of weights, no time without it")
+    if model.weights.routed and not model.weights.experts_per_token:
+        raise ValueError(f"{model.name}: the config does not tell how many experts a token uses, no time without it")
+    return model.weights
+
+
+def hit_share(weights: Weights, num_tokens: Any) -> Any:
+    """Share of the routed experts that ``num_tokens`` tokens hit, routing taken as uniform."""
+    if not weights.num_experts:
+        return 1.0
+    return 1 - (1 - min(1.0, weights.experts_per_token / weights.num_experts)) ** num_tokens
+
+
+def find_kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str, q_per_kv: int) -> tuple[Kernel, bool]:
+    """The measured kernel nearest to what ``engine`` runs on ``method``, and whether it unpacks codes.
+
+    A kernel is looked up as ``engine/width-mha`` (one query head a kv head), ``engine/width``, then ``width``;
+    widths are ``fp16``, ``fp8`` (one byte an element and no scales) and ``packed``.
+    """
+    width = method_width(method, layer)  # type: ignore[arg-type]  # every method is frozen
+    for name in kernel_names(width, engine, mha=q_per_kv == 1):
+        if name in fixed.kernels:
+            return fixed.kernels[name], width == "packed"
+    raise LookupError(f"no attention kernel for {width}: timing.json has {', '.join(fixed.kernels)}")
+
+
+def kernel_names(width: str, engine: str, mha: bool = False) -> list[str]:
+    """Names of a kernel or constant, the most particular first."""
+    return [f"{engine}/{width}-mha"] * mha + [f"{engine}/{width}", width]
+
+
+@lru_cache(maxsize=1024)
+def method_width(method: Method, layer: LayerShape) -> str:
+    """By the type of most bytes: ``fp16`` for floats of 16 bits and more, ``fp8`` of 8 bits, else ``packed``."""
+    sizes: Counter[str] = Counter()
+    for buffer in method.buffers(layer, 1, 65536):
+        sizes[buffer.dtype] += buffer.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return "fp16" if most in ("float16", "bfloat16", "float32") else "fp8" if most.startswith("float8") else "packed"
+
+
+def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
+    """Bytes that a step reads of one layer and sequence (:func:`mean_read_nbytes`), for numbers and arrays alike."""
+    if isinstance(num_tokens, int | float):
+        return mean_read_nbytes(method, layer, 1, int(num_tokens))
+    import numpy
+
+    tokens = num_tokens.astype(numpy.int64).reshape(-1, 1)
+    read = _read_formula(method, layer)(numpy.ones((1, 1), numpy.int64), tokens)  # type: ignore[arg-type]  # every method is frozen
+    return read.reshape(num_tokens.shape).astype(numpy.float64)
+
+
+@lru_cache(maxsize=1024)
+def _read_formula(method: Method, layer: LayerShape) -> Vectorized:
+    return Vectorized(lambda batch_size, num_tokens: mean_read_nbytes(method, layer, batch_size, num_tokens))
+
+
+def entries(layer: LayerShape, num_tokens: Any, maximum: Any = max) -> Any:
+    """Entries that a layer holds, for numbers and arrays alike."""
+    held = num_tokens // layer.stride
+    return held if layer.window is None else -maximum(-held, -layer.window)
+
+
+def seen(layer: LayerShape, num_tokens: int, new: int) -> float:
+    """Pairs of a new token and an entry it sees, causality and window applied."""
+    first = num_tokens - new
+    if layer.window is None:
+        return (num_tokens * (num_tokens + 1) - first * (first + 1)) / 2 / layer.stride
+    ramp = max(0, min(num_tokens, layer.window) - first)
+    return ramp * (first + (ramp + 1) / 2) + (new - ramp) * min(layer.window, num_tokens)
+
+
+def _width(layer: LayerShape) -> int:
+    """Channels that a query head multiplies with an entry: keys, and values (the latent again where shared)."""
+    return layer.key_dim + (layer.value_dim or (layer.key_dim if layer.kind == "mla" else 0))

@@ -1,0 +1,298 @@
+"""Seconds of a decode step and of a prefill, alone and on a busy server, with a band and with what bounds them.
+
+A decode step over ``batch_size`` sequences of ``num_tokens`` tokens is the sum of
+
+    weights        bytes of the weights that the step reads / (efficiency * bandwidth)
+    compute        what the matrix products take beyond the weight stream
+    kv             the attention of every layer (:mod:`kvsim.latency.attention_curve`); constant states read and written
+    dequantize     unpacking weights that the card cannot multiply as stored, and cache codes beyond the stream
+    overhead       a constant a layer, and one more where its cache is quantized
+    communication  two all-reduces a layer, where several cards share every layer
+    prefill        on a server: what the other requests' prompts add to a step
+
+The constants are in ``kvsim/catalog/timing.json``, each with its source; a measured profile of a card
+(``kvsim calibrate``) takes their place where one is given.  docs/time.md has the equations and the errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kvsim.hardware import Hardware
+from kvsim.latency.roofline import Constants, Roofline, constants, weight_nbytes
+from kvsim.layout import Method
+from kvsim.memory.estimate import cache_nbytes
+from kvsim.models.model import Model
+
+PARTS = ("weights", "compute", "kv", "dequantize", "overhead", "communication", "prefill")
+
+
+MOST = 10**15
+"""The largest batch, length or number of cards that is timed; products of them stay finite."""
+
+
+class Band(NamedTuple):
+    """Seconds: the prediction, and the range that nine in ten measurements fell into."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds with their band, the parts (of :data:`PARTS`) that add up to the value, and the largest of them."""
+
+    seconds: Band
+    parts: dict[str, float]
+    bound: str
+
+
+def decode_step(
+    model: Model,
+    method: Method,
+    hardware: Hardware,
+    batch_size: float,
+    num_tokens: int,
+    *,
+    weight_bits: float | None = None,
+    tensor_parallel: int = 1,
+    engine: str = "ideal",
+    profile: Constants | None = None,
+) -> Step:
+    """One decode step alone: ``batch_size`` sequences with ``num_tokens`` tokens each in the cache.
+
+    ``weight_bits``: bits a weight (default: the model's own, else 16).  ``engine``: whose attention kernel is taken;
+    ``ideal``, or one that was not measured, takes the mean of those that were.  Raises ``ValueError`` where the
+    card's bandwidth or the model's number of weights is not known.
+    """
+    _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=tensor_parallel)
+    fixed = profile or constants()
+    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    return _step(_decode_parts(roofline, method, batch_size, num_tokens), fixed.decode_band)
+
+
+def decode_seconds(
+    model: Model,
+    method: Method,
+    hardware: Hardware,
+    batch_size: Any,
+    num_tokens: Any,
+    *,
+    weight_bits: float | None = None,
+    tensor_parallel: int = 1,
+    engine: str = "ideal",
+    profile: Constants | None = None,
+) -> tuple[Any, Any, Any]:
+    """:func:`decode_step` over integer arrays that broadcast together: seconds, low and high (float64 arrays)."""
+    import numpy
+
+    batch, tokens = numpy.asarray(batch_size), numpy.asarray(num_tokens)  # not broadcast yet: grids stay separable
+    if (
+        batch.size
+        and tokens.size
+        and not (min(batch.min(), tokens.min()) >= 1 and max(batch.max(), tokens.max()) <= MOST)
+    ):
+        raise ValueError(f"batch and context: allowed are 1 to {MOST:,}")
+    fixed = profile or constants()
+    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    parts = _decode_parts(roofline, method, batch, tokens, numpy.maximum)
+    value = sum(parts.values(), numpy.zeros(numpy.broadcast_shapes(batch.shape, tokens.shape)))
+    return value, value * fixed.decode_band[0], value * fixed.decode_band[1]
+
+
+def prefill(
+    model: Model,
+    hardware: Hardware,
+    batch_size: int,
+    num_tokens: int,
+    *,
+    weight_bits: float | None = None,
+    tensor_parallel: int = 1,
+    cached_tokens: int = 0,
+    engine: str = "ideal",
+    profile: Constants | None = None,
+) -> Step:
+    """The prefill of ``batch_size`` prompts of ``num_tokens`` tokens, the first ``cached_tokens`` of each at hand.
+
+    Raises ``ValueError`` where the card's arithmetic or bandwidth or the model's number of weights is not known.
+    """
+    _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=tensor_parallel)
+    _check_cached(cached_tokens, num_tokens)
+    fixed = profile or constants()
+    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    return _step(_prefill_parts(roofline, batch_size, num_tokens, num_tokens - cached_tokens), fixed.prefill_band)
+
+
+def running(
+    model: Model,
+    method: Method,
+    hardware: Hardware,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    *,
+    weight_bits: float | None = None,
+    tensor_parallel: int = 1,
+    engine: str = "ideal",
+    profile: Constants | None = None,
+) -> float:
+    """Of ``batch_size`` requests in flight, how many the engine's share of the memory can hold at once (mean context).
+
+    At least 1 (whether that one fits is another question); all of them where the card's memory is not known.
+    """
+    if hardware.memory_nbytes is None:
+        return float(batch_size)
+    fixed = profile or constants()
+    share = fixed.memory_share.get(engine, fixed.memory_share["ideal"])
+    context = _mean_context(input_len, output_len)
+    room = tensor_parallel * (share * hardware.memory_nbytes - fixed.reserve_nbytes) - weight_nbytes(model, weight_bits)
+    states = sum(buffer.nbytes for layer in model.state_layers for buffer in layer.buffers(1))
+    each = cache_nbytes(model, method, 1, context) + states
+    return min(float(batch_size), max(1.0, room / each)) if each else float(batch_size)
+
+
+def token_step(
+    model: Model,
+    method: Method,
+    hardware: Hardware,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    *,
+    weight_bits: float | None = None,
+    tensor_parallel: int = 1,
+    cached_tokens: int = 0,
+    engine: str = "ideal",
+    profile: Constants | None = None,
+    num_running: float | None = None,
+) -> Step:
+    """Time per output token of a server that keeps ``batch_size`` requests of these lengths in flight.
+
+    The decode step of the requests that are :func:`running` at the mean context, ``input_len + output_len / 2``, and
+    the prompts that arrive meanwhile: while a request writes ``output_len`` tokens, each of the others is replaced
+    once, so a step carries ``(running - 1) / output_len`` prompts, which cost what their arithmetic takes beyond the
+    weight stream that the step pays anyhow (once, however many prompts it carries).  ``num_running``: how many run
+    at once, where that is known.
+    """
+    _positive(batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=tensor_parallel)
+    _check_cached(cached_tokens, input_len)
+    fixed = profile or constants()
+    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    held = num_running or running(
+        model,
+        method,
+        hardware,
+        batch_size,
+        input_len,
+        output_len,
+        weight_bits=weight_bits,
+        tensor_parallel=tensor_parallel,
+        engine=engine,
+        profile=profile,
+    )
+    parts = _decode_parts(roofline, method, held, _mean_context(input_len, output_len))
+    new = input_len - cached_tokens
+    if hardware.fp16_flops:
+        compute, stream = roofline.prompt(1, input_len, new)
+        prompts, chunks = (held - 1) / output_len, roofline.chunks(new)
+        carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
+        paid = carrying * sum(roofline.weights(held))
+        parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
+    return _step(parts, fixed.decode_band)
+
+
+def first_token(
+    model: Model,
+    method: Method,
+    hardware: Hardware,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    *,
+    weight_bits: float | None = None,
+    tensor_parallel: int = 1,
+    cached_tokens: int = 0,
+    engine: str = "ideal",
+    profile: Constants | None = None,
+    num_running: float | None = None,
+) -> Step:
+    """Time to the first token on the server of :func:`token_step`.
+
+    The prefill of the prompt, a constant share of a prefill for each further request in flight, and where the
+    memory does not hold them all, the wait for a place: ``(batch_size / running - 1)`` whole answers.
+    """
+    options: dict[str, Any] = {
+        "weight_bits": weight_bits,
+        "tensor_parallel": tensor_parallel,
+        "engine": engine,
+        "profile": profile,
+    }
+    loads = (batch_size, input_len, output_len)
+    held = num_running or running(model, method, hardware, *loads, **options)
+    step = token_step(model, method, hardware, *loads, cached_tokens=cached_tokens, num_running=held, **options)
+    fixed = profile or constants()
+    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    parts = _prefill_parts(roofline, 1, input_len, input_len - cached_tokens)
+    own = sum(parts.values()) - fixed.prefill_seconds
+    parts["queue"] = fixed.prefill_queue * (batch_size - 1) * own
+    parts["queue"] += (batch_size / held - 1) * output_len * step.seconds.value
+    return _step(parts, fixed.prefill_band)
+
+
+def was_timed(engine: str) -> bool:
+    """Whether anything of this engine was measured; the times of another are those of the engines that were."""
+    fixed = constants()
+    return engine == "ideal" or engine in {
+        name.partition("/")[0] for name in (*fixed.kernels, *fixed.engine_layer_seconds)
+    }
+
+
+def _step(parts: dict[str, Any], band: tuple[float, float]) -> Step:
+    values = {name: float(value) for name, value in parts.items()}
+    seconds = sum(values.values())
+    return Step(Band(seconds, seconds * band[0], seconds * band[1]), values, max(values, key=lambda name: values[name]))
+
+
+def _decode_parts(
+    roofline: Roofline, method: Method, batch_size: Any, num_tokens: Any, maximum: Any = max
+) -> dict[str, Any]:
+    weights, widen = roofline.weights(batch_size)
+    stream, unpack = roofline.attention(method, batch_size, num_tokens, maximum)
+    return {
+        "weights": weights,
+        "compute": maximum(0.0, roofline.products(batch_size, batch_size) - weights - widen),
+        "kv": stream + roofline.states(batch_size),
+        "dequantize": widen + unpack,
+        "overhead": roofline.overhead(method) + roofline.wide(batch_size),
+        "communication": roofline.communication(batch_size),
+    }
+
+
+def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: int) -> dict[str, Any]:
+    compute, stream = roofline.prompt(batch_size, num_tokens, new)
+    chunks = roofline.chunks(batch_size * new)
+    fixed = roofline.fixed
+    return {
+        "weights": stream,
+        "compute": max(0.0, compute - stream),
+        "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_blocks,
+        "communication": roofline.communication(batch_size * new),
+    }
+
+
+def _mean_context(input_len: int, output_len: int) -> int:
+    return input_len + output_len // 2
+
+
+def _check_cached(cached_tokens: int, num_tokens: int) -> None:
+    if not 0 <= cached_tokens < num_tokens:
+        raise ValueError(f"cached tokens {cached_tokens}: allowed are 0 to {num_tokens - 1}")
+
+
+def _positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 1 <= value <= MOST:
+            given = f"{value:.3g}" if isinstance(value, float) else str(value)[:40]
+            raise ValueError(f"{name.replace('_', ' ')} {given}: allowed are 1 to {MOST:,}")

@@ -1,0 +1,1 @@
+"""How many bytes, how many sequences, on which cards."""

@@ -1,0 +1,1 @@
+"""Models: what a config.json or a weight file says."""

@@ -1,0 +1,1 @@
+"""Words on a screen: tables, JSON, pages, charts and files."""

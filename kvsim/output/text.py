@@ -1,0 +1,455 @@
+"""Strings and tables: the only place where bytes become text.  Units stand in the column heads.
+
+Tables are Markdown with aligned columns: they read well in a terminal and paste into a document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvsim.labels import layer_label
+from kvsim.layout import LayerShape
+from kvsim.memory.estimate import SPLIT, Estimate
+from kvsim.output.not_modelled import NOT_MODELLED
+
+if TYPE_CHECKING:
+    from kvsim.analysis.doctor import Diagnosis
+    from kvsim.analysis.explain import Explanation
+    from kvsim.catalog import Row
+    from kvsim.engines.vllm import Pool
+    from kvsim.hardware import Hardware
+    from kvsim.memory.capacity import Room
+    from kvsim.memory.sharding import Sharding
+    from kvsim.methods.formulas import Number
+    from kvsim.models.model import Model
+
+WHOLE = ("tokens", "blocks", "cells", "layers")
+"""Units whose figures are whole numbers."""
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A Markdown table with aligned columns: those numbered in ``left`` flush left, the others right."""
+    body = [list(row) for row in rows]
+    widths = [max(3, *(len(row[column]) for row in [list(heads), *body])) for column in range(len(heads))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ("-" * width if column in left else "-" * (width - 1) + ":" for column, width in enumerate(widths))
+    return "\n".join([line(heads), "| " + " | ".join(rule) + " |", *map(line, body)])
+
+
+def unit(largest: int) -> tuple[str, int]:
+    """The unit that suits a column whose largest entry is given: KiB, MiB, or GiB."""
+    if largest < MIB:
+        return "KiB", KIB
+    return ("MiB", MIB) if largest < 4 * GIB else ("GiB", GIB)
+
+
+def amount(nbytes: float, scale: int) -> str:
+    return f"{nbytes / scale:,.{3 if scale == GIB else 2}f}"
+
+
+def count(number: float) -> str:
+    """Thousands with commas; one decimal where a small number is not whole."""
+    return f"{number:,.0f}" if number >= 1000 or float(number).is_integer() else f"{number:,.1f}"
+
+
+def heading(model: Model) -> str:
+    """The name, and a line of what was understood of the model: one a kind of layer where there are several."""
+    params = f"{model.num_params:,} parameters" if model.num_params else "parameters not known"
+    kinds = Counter(model.layers)
+    if len(kinds) == 1 and model.cache_layers:
+        layer = model.cache_layers[0]
+        dims = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim}+{layer.value_dim}"
+        kind = "" if layer.kind == "full" else f" {layer.kind}"
+        window = f", window {layer.window:,}" if layer.window is not None else ""
+        known = f", {params}" if model.num_params else ""
+        return (
+            f"{model.name}\n{model.num_layers}{kind} layers, {layer.num_kv_heads} kv heads of {dims}{window}, "
+            f"{model.num_q_heads} query heads{known}"
+        )
+    lines = [f"{model.name}", f"{model.num_q_heads} query heads, {params}"]
+    for kind_of, count in kinds.items():
+        if isinstance(kind_of, LayerShape):
+            lines.append(f"  {layer_label(kind_of, count, None)}")
+        else:
+            size = sum(buffer.nbytes for buffer in kind_of.buffers(1))
+            plural = "s" if count > 1 else ""
+            lines.append(f"  {count} {kind_of.kind} layer{plural}: constant state, {size:,} B a sequence and layer")
+    return "\n".join(lines)
+
+
+def request(tokens: int, batch: int, engine: str, shared_prefix: int) -> str:
+    """What was asked, in a line."""
+    under = "" if engine == "ideal" else f", engine {engine}"
+    prefix = f", the first {shared_prefix:,} tokens shared" if shared_prefix else ""
+    return f"context {tokens:,} tokens, batch {batch:,}{prefix}{under}"
+
+
+def not_modelled(command: str) -> str:
+    """The last words of a screen."""
+    return "\n".join(["Not modelled:", *(f"  {line}" for line in NOT_MODELLED[command])])
+
+
+def notes(lines: Iterable[str]) -> str:
+    return "\n".join(f"note: {line}" for line in lines)
+
+
+def estimates(rows: Sequence[Estimate]) -> str:
+    """Two tables: the whole cache, and what a sequence's bytes are."""
+    name, scale = unit(max(row.nbytes for row in rows))
+    read_name, read_scale = unit(max(row.read_nbytes for row in rows))
+    heads = ["method", "stored B/token", "read B/token", f"read {read_name}/step", f"cache {name}", "x fp16"]
+    whole = table(
+        heads,
+        (
+            (
+                row.method.name,
+                count(row.nbytes_per_token),
+                count(row.read_nbytes_per_token),
+                amount(row.read_nbytes, read_scale),
+                amount(row.nbytes, scale),
+                f"{row.compression:.2f}",
+            )
+            for row in rows
+        ),
+    )
+    apart = _apart(rows)
+    return f"{whole}{apart}\n\nOne sequence (residual: every token in full precision):\n\n{_split(rows)}"
+
+
+def _apart(rows: Sequence[Estimate]) -> str:
+    """What no method stores, in a line a kind: the same for every method."""
+    out = ""
+    for what, size in (("constant state", rows[0].state_nbytes), ("index keys", rows[0].index_nbytes)):
+        if size:
+            name, scale = unit(size)
+            out += f"\n\nAnd {amount(size, scale)} {name} of {what} ({size:,} B), which no method stores."
+    return out
+
+
+def _split(rows: Sequence[Estimate]) -> str:
+    name, scale = unit(max(row.nbytes // row.batch_size for row in rows))
+    heads = ["method", *(f"{kind} {name}" for kind in SPLIT[:-1]), "other B", f"total {name}"]
+    return table(
+        heads,
+        (
+            (
+                row.method.name,
+                *(amount(row.split[kind] / row.batch_size, scale) for kind in SPLIT[:-1]),
+                count(row.split["other"] / row.batch_size),
+                amount(row.nbytes / row.batch_size, scale),
+            )
+            for row in rows
+        ),
+    )
+
+
+def fits(
+    room: Room,
+    rows: Sequence[Estimate],
+    fitting: Sequence[bool],
+    largest: Sequence[tuple[int | None, int | None]],
+    cards: int = 1,
+    flag: str = "--reserve",
+) -> str:
+    """What fits beside the weights: ``largest`` holds (batch, context) a row; ``flag`` sets the share held back."""
+
+    def gib(nbytes: int) -> str:
+        return f"{nbytes / GIB:,.2f} GiB"
+
+    def band(name: str, size: int) -> str:
+        low, high = room.overhead_band.get(name, (1.0, 1.0))
+        return f" (estimate: {size * low / GIB:,.2f} to {size * high / GIB:,.2f})"
+
+    least, most = room.cache_band
+    within = f", {least / GIB:,.2f} to {most / GIB:,.2f} within those bands" if most > least else ""
+    batch, ctx = rows[0].batch_size, rows[0].num_tokens
+    share = room.reserve_nbytes / room.memory_nbytes
+    each = f"{cards} x {room.hardware.id}, the fullest" if cards > 1 else room.hardware.id
+    lines = [
+        f"{each}: {gib(room.memory_nbytes)} ({room.hardware.memory_source})",
+        f"  - {gib(room.reserve_nbytes)} held back ({share:.0%}, {flag})",
+        f"  - {gib(room.weight_nbytes)} weights at {room.weight_bits:g} bits",
+        *(f"  - {gib(size)} {name.replace('_', ' ')}{band(name, size)}" for name, size in room.overhead.items()),
+        f"  = {gib(room.cache_nbytes)} for the cache{within}",
+    ]
+    heads = ["method", "fits", f"batch at {ctx:,} tokens", f"tokens at batch {batch:,}"]
+    body = [
+        (
+            row.method.name,
+            "yes" if fit else "no",
+            *("no limit" if number is None else f"{number:,}" for number in pair),
+        )
+        for row, fit, pair in zip(rows, fitting, largest, strict=True)
+    ]
+    return "\n".join(lines) + "\n\n" + table(heads, body)
+
+
+class Times(NamedTuple):
+    """Seconds (value, low, high) of a token and to the first, what bounds a step, and how many sequences run."""
+
+    token: tuple[float, float, float]
+    first: tuple[float, float, float]
+    bound: str
+    running: float
+
+
+def times(rows: Sequence[Estimate], known: Sequence[Times | None]) -> str:
+    """Milliseconds a token with their band, tokens a second of all that run, and what bounds the step."""
+    if all(each is None for each in known):
+        return ""
+
+    def short(number: float) -> str:
+        return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+    heads = ["method", "ms/token", "band", "tokens/s", "bound", "s to first", "band"]
+    body = []
+    for row, each in zip(rows, known, strict=True):
+        if each is None:
+            body.append([row.method.name, *["-"] * 6])
+            continue
+        token, first = ([short(scale * t) for t in band] for scale, band in ((1e3, each.token), (1, each.first)))
+        ranges = [f"{low}-{high}" for _, low, high in (token, first)]
+        rate = short(each.running / each.token[0])
+        body.append([row.method.name, token[0], ranges[0], rate, each.bound, first[0], ranges[1]])
+    return table(heads, body)
+
+
+def shares(rows: Sequence[Estimate], ranks: Sequence[tuple[int, int]], sharding: Sharding) -> str:
+    """Bytes of the fullest rank, and over all of them."""
+    sizes = ", ".join(
+        f"{name.replace('_size', '').replace('_', ' ')} {n}" for name, n in vars(sharding).items() if n > 1
+    )
+    name, scale = unit(max(total for _, total in ranks))
+    heads = ["method", f"fullest card {name}", f"all {sharding.ranks} cards {name}"]
+    body = [
+        (row.method.name, amount(own, scale), amount(total, scale))
+        for row, (own, total) in zip(rows, ranks, strict=True)
+    ]
+    return f"Sharded: {sizes}\n\n{table(heads, body)}"
+
+
+def pools(rows: Sequence[Estimate], known: Sequence[Pool | None]) -> str:
+    """vLLM's pool, in the words of its log."""
+    body = [
+        (
+            row.method.name,
+            f"{pool.num_gpu_blocks:,}",
+            f"{pool.num_tokens:,}",
+            f"{pool.max_model_len:,}",
+            f"{pool.concurrency:,.2f}x",
+        )
+        for row, pool in zip(rows, known, strict=True)
+        if pool is not None
+    ]
+    if not body:
+        return ""
+    return table(["method", "GPU blocks", "KV cache tokens", "request tokens", "max concurrency"], body)
+
+
+def engines(rows: Sequence[Estimate], reasons: Sequence[Mapping[str, Any]], contexts: Sequence[int]) -> str:
+    """Engines down, contexts across, a table a method; then why they differ from the ideal."""
+    name, scale = unit(max(row.total_nbytes for row in rows))
+    if min(row.total_nbytes for row in rows) < 0.01 * scale:
+        name, scale = ("MiB", MIB) if scale == GIB else ("KiB", KIB)
+    found = {(row.method.name, row.engine, row.num_tokens): row.total_nbytes for row in rows}
+    heads = ["engine", *(f"{ctx:,}" for ctx in contexts), "over ideal"]
+    blocks = []
+    for method in dict.fromkeys(reason["method"] for reason in reasons):
+        own = [reason for reason in reasons if reason["method"] == method]
+        body = []
+        for reason in own:
+            sizes = [found.get((method, reason["engine"], ctx)) for ctx in contexts]
+            ideal = found.get((method, "ideal", contexts[-1]))
+            over = f"{sizes[-1] / ideal - 1:+.2%}" if sizes[-1] is not None and ideal else "-"
+            body.append((reason["engine"], *("-" if s is None else amount(s, scale) for s in sizes), over))
+        why = [
+            f"  {reason['engine']}: {line}"
+            for reason in own
+            for line in ([f"not possible: {reason['error']}"] if reason["error"] else reason["notes"])
+        ]
+        title = f"{method}: cache, state and index keys in {name} at a context of"
+        blocks.append("\n".join([f"{title}\n\n{table(heads, body)}", "", "Why they differ", *why]))
+    return "\n\n".join(blocks)
+
+
+def comparison(rows: Sequence[Estimate]) -> str:
+    """Methods down, contexts across: bytes of the cache, and compression."""
+    contexts = sorted({row.num_tokens for row in rows})
+    methods = list(dict.fromkeys(row.method.name for row in rows))
+    found = {(row.method.name, row.num_tokens): row for row in rows}
+    name, scale = unit(max(row.nbytes for row in rows))
+    if min(row.nbytes for row in rows) < 0.01 * scale:
+        name, scale = "MiB", MIB
+    heads = [f"{ctx:,}" for ctx in contexts]
+    sizes = ((m, *(amount(found[m, ctx].nbytes, scale) for ctx in contexts)) for m in methods)
+    ratios = ((m, *(f"{found[m, ctx].compression:.2f}" for ctx in contexts)) for m in methods)
+    return (
+        f"Cache in {name} at a context of\n\n{table(['method', *heads], sizes)}\n\n"
+        f"Times smaller than fp16 at a context of\n\n{table(['method', *heads], ratios)}"
+    )
+
+
+def diagnosis(found: Diagnosis) -> str:
+    """What the log is, and its figures: predicted, reported, error, and the cause a line below where there is one."""
+    title = f"{found.engine} {found.version}".strip() + (f", {found.model}" if found.model else "")
+    told = ", ".join(f"{name} {value}" for name, value in found.settings.items())
+
+    def figure(number: float | None, unit: str) -> str:
+        if number is None:
+            return "-"
+        return f"{number:,.0f}" if unit in WHOLE else f"{number:,.2f}"
+
+    body = [
+        (
+            str(each.line),
+            each.what,
+            each.unit,
+            figure(each.predicted, each.unit),
+            figure(each.reported, each.unit),
+            "-" if each.error is None else f"{each.error:+.2%}",
+        )
+        for each in found.findings
+    ]
+    heads = ["line", "figure", "unit", "predicted", "reported", "error"]
+    causes = [f"  {each.line}: {each.what}: {each.cause}" for each in found.findings if each.cause]
+    return "\n\n".join([title, told, table(heads, body, left=(1, 2)), "\n".join(["Causes", *causes])])
+
+
+def explanations(shared: Sequence[Number], rows: Sequence[Explanation]) -> str:
+    """The numbers with their origin, then every section's formula."""
+    out = [_numbers(shared)]
+    for row in rows:
+        apart = f", and {row.apart_nbytes:,} B that no method stores" if row.apart_nbytes else ""
+        out.append(f"{row.method.name}: {row.nbytes:,} B{apart}")
+        if row.numbers:
+            out.append(_numbers(row.numbers))
+        width = max(len(formula.section) for formula in row.formulas)
+        size = max(len(f"{formula.nbytes:,}") for formula in row.formulas)
+        lines: list[str] = []
+        buffer = layer = ""
+        for formula in row.formulas:
+            if formula.layer != layer:
+                layer, buffer = formula.layer, ""
+                lines += ["", layer] if lines else [layer]
+            if formula.buffer != buffer:
+                buffer = formula.buffer
+                lines.append(buffer)
+            lines.append(f"  {formula.section:<{width}} {formula.nbytes:>{size},} B = {formula.text}")
+        out.append("\n".join(lines))
+    return "\n\n".join(out)
+
+
+def _numbers(numbers: Iterable[Number]) -> str:
+    return table(
+        ["number", "value", "from"],
+        ((n.name, f"{n.value:,}" if isinstance(n.value, int) else n.value, n.origin) for n in numbers),
+        left=(0, 2),
+    )
+
+
+def short_source(source: str, width: int = 25) -> str:
+    """``Lightning-AI/litgpt@26857050fe litgpt/config.py ...`` -> ``litgpt@26857050fe``."""
+    first = source.split()[0]
+    if "@" in first or "==" in first:
+        return first.rsplit("/", 1)[-1][:width]
+    return source if len(source) <= width else source[: width - 3].rstrip() + "..."
+
+
+def model_list(rows: Sequence[tuple[Row, Model]]) -> str:
+    heads = ["model", "L x kv x dim", "Gparams", "positions", "source"]
+    return table(
+        heads,
+        (
+            (
+                row["id"].rsplit("/", 1)[-1],
+                f"{model.num_layers} x {model.cache_layers[0].num_kv_heads} x {model.cache_layers[0].key_dim}",
+                f"{model.num_params / 1e9:.2f}" if model.num_params else "-",
+                f"{model.max_positions:,}" if model.max_positions else "-",
+                short_source(row["source"], 18),
+            )
+            for row, model in rows
+        ),
+        left=(0, 4),
+    )
+
+
+def hardware_list(rows: Sequence[Hardware]) -> str:
+    def scaled(number: float | None, scale: float) -> str:
+        return "-" if number is None else f"{number / scale:,.5g}"
+
+    heads = ["card", "memory GiB", "GB/s", "fp16 TFLOPS", "source"]
+    return table(
+        heads,
+        (
+            (
+                card.id,
+                "-" if card.memory_nbytes is None else f"{card.memory_nbytes / GIB:.1f}",
+                "-" if card.bandwidth is None else f"{card.bandwidth / 1e9:,.0f}",
+                scaled(card.fp16_flops, 1e12),
+                short_source(card.source, 28),
+            )
+            for card in rows
+        ),
+        left=(0, 4),
+    )
+
+
+def model_detail(row: Row, model: Model) -> str:
+    """All about one model, a line a fact, with the config key of every number."""
+    sources = dict(model.sources)
+    cached = "" if model.num_layers == model.num_blocks else f"; {model.num_layers} streams of keys and values"
+    facts = {
+        "id": row["id"],
+        "aliases": ", ".join(row["aliases"]),
+        "source": row["source"],
+        "note": row["note"],
+        "layers": f"{model.num_blocks} ({sources['num_layers']}){cached}",
+        "query heads": f"{model.num_q_heads} ({sources['num_q_heads']})",
+        "kv heads": f"{model.cache_layers[0].num_kv_heads} ({sources['num_kv_heads']})",
+        "head dim": f"{model.cache_layers[0].key_dim} ({sources['head_dim']})",
+        "positions": model.max_positions and f"{model.max_positions:,} ({sources['max_positions']})",
+        "parameters": model.num_params and f"{model.num_params:,}",
+        "dtype": model.dtype,
+        "config": json.dumps(row["config"]),
+    }
+    return _facts(facts)
+
+
+def hardware_detail(card: Hardware, aliases: Sequence[str]) -> str:
+    """All about one card, a line a fact."""
+
+    def scaled(number: float | None, scale: float, unit: str) -> str | None:
+        return None if number is None else f"{number / scale:,.6g} {unit}"
+
+    facts = {
+        "id": card.id,
+        "aliases": ", ".join(aliases),
+        "vendor": f"{card.vendor}, {card.arch}",
+        "memory": card.memory_nbytes and f"{card.memory_nbytes / GIB:,.2f} GiB ({card.memory_source})",
+        "bandwidth": scaled(card.bandwidth, 1e9, "GB/s"),
+        "fp16 or bf16": scaled(card.fp16_flops, 1e12, "TFLOPS, dense"),
+        "fp8": scaled(card.fp8_flops, 1e12, "TFLOPS, dense"),
+        "fp4": scaled(card.fp4_flops, 1e12, "TFLOPS, dense"),
+        "int8": scaled(card.int8_ops, 1e12, "TOPS, dense"),
+        "link": scaled(card.link_bandwidth, 1e9, "GB/s, both directions"),
+        "source": card.source,
+        "note": card.note,
+    }
+    return _facts(facts)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    width = max(len(key) for key in facts)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in facts.items() if value)

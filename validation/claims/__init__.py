@@ -1,0 +1,1 @@
+"""One claim a file: what is measured, and what is held against it."""

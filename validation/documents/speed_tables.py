@@ -1,0 +1,148 @@
+"""The documents' tables of speed: what ``bench kernels`` and ``bench engine`` recorded, in short and in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvruntime.bench.engine import report as engine_report
+from kvruntime.bench.harness.results import Row, read
+from kvruntime.bench.kernels import report as kernel_report
+from kvruntime.bench.model.report import BASE, ratio
+from validation.documents.memory_tables import circumstances
+from validation.recorded import FOLDER
+
+SHOWN = ("kivi-2bit-g32", "kivi-2bit-g64", "kivi-2bit-g128", "kivi-4bit-g64")
+"""Layouts of the short table; of each the shortest residual that was measured."""
+
+
+def block(arguments: str, folder: Path = FOLDER) -> str:
+    """``kernels``, ``packing`` or ``engine`` in full, or with ``short`` what the README shows; Markdown.
+
+    Raises ``ValueError`` for other words.
+    """
+    words = arguments.split()
+    what = words[0] if words else ""
+    if what not in FULL or words[1:] not in ([], ["short"]):
+        raise ValueError(f"speed table {arguments!r}: allowed are {', '.join(FULL)}, and short after it")
+    kind = "engine" if what == "engine" else "kernels"
+    paths = sorted((folder / kind).glob("*.json"))
+    parts = []
+    for path in paths:
+        file = read(path)
+        body = (SHORT if words[1:] else FULL)[what](file["rows"])
+        if body:
+            parts.append(f"{circumstances(file)} ([{path.name}]({link(path, short=bool(words[1:]))})):\n\n{body}")
+    name = "validation/record.sh"
+    return "\n\n".join(parts) or f"Nothing is recorded yet: `{name}` does it on a machine with a GPU."
+
+
+def link(path: Path, short: bool) -> str:
+    """The file as the README, or a document one folder down, links to it."""
+    return ("" if short else "../") + f"validation/results/{path.parent.name}/{path.name}"
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    marks = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, marks, *body))
+
+
+def short_kernels(rows: Sequence[Row]) -> str:
+    """One line a shape: microseconds and the ratio to the best float16 attention of the same run."""
+    found = [row for row in kernel_report.done(rows, "attend") if kernel_report.asked(row) is not None]
+    shapes = dict.fromkeys(kernel_report.title(row) for row in found)
+    body = []
+    for shape in shapes:
+        own = [row for row in found if kernel_report.title(row) == shape]
+        base = kernel_report.baseline(own[0], rows)
+        cells = [shape, kernel_report.micro(base["seconds"][0]) if base else ""]
+        for layout in SHOWN:
+            row = min((row for row in own if row["method"].startswith(layout + "-r")), key=residual, default=None)
+            cells.append(
+                f"{kernel_report.micro(row['seconds'][0])} ({ratio(kernel_report.speedup(row, rows))})" if row else "–"
+            )
+        body.append(cells)
+    head = [
+        "one layer, batch x tokens",
+        "fp16 µs",
+        *(layout.removeprefix("kivi-").replace("-", " ") for layout in SHOWN),
+    ]
+    return f"{kernel_report.ceilings(rows)}\n\n{markdown(head, body)}" if body else ""
+
+
+def residual(row: Row) -> int:
+    """The residual length that a method's name ends in."""
+    return int(row["method"].rpartition("-r")[2].partition("-")[0])
+
+
+def full_kernels(rows: Sequence[Row]) -> str:
+    return fenced(
+        kernel_report.ceilings(rows), kernel_report.attention_table(rows), *failures(rows, "sdpa", "full", "attend")
+    )
+
+
+def full_packing(rows: Sequence[Row]) -> str:
+    tables = kernel_report.pack_table(rows), kernel_report.append_table(rows)
+    return fenced(*tables, *failures(rows, "pack", "append"))
+
+
+def failures(rows: Sequence[Row], *kinds: str) -> list[str]:
+    """A line each: a shape that a method or a baseline does not run is part of the record."""
+    failed = [row for row in rows if "failed" in row and row["kind"] in kinds]
+    lines = [f"failed: {kernel_report.name(row)} {kernel_report.title(row)}: {row['failed']}" for row in failed]
+    return ["\n".join(lines)] * bool(lines)
+
+
+def fenced(*tables: str) -> str:
+    text = "\n\n".join(table for table in tables if table)
+    return f"```text\n{text}\n```" if text else ""
+
+
+def short_engine(rows: Sequence[Row]) -> str:
+    """One line a size: tokens a second of the 16-bit engine, and of each layout with milliseconds and ratio."""
+    parts = []
+    for group in engine_report.groups(rows, "step"):
+        own = [row for row in group if row["package"] == "kvruntime"]
+        methods = sorted(dict.fromkeys(row["method"] for row in own), key=lambda method: method not in BASE)
+        body = []
+        for batch_size, context in sorted({(row["batch_size"], row["num_tokens"]) for row in own}):
+            cells = [f"{batch_size} x {kernel_report.size(context)}"]
+            for method in methods:
+                row = next(
+                    (
+                        r
+                        for r in own
+                        if (r["batch_size"], r["num_tokens"], r["method"]) == (batch_size, context, method)
+                    ),
+                    None,
+                )
+                cells.append(step_cell(row, group))
+            body.append(cells)
+        head = ["batch x context", *methods]
+        parts.append(f"{group[0]['model']}, {group[0]['dtype']}, weights: {group[0]['weights']}; ms/step, tok/s, ratio")
+        parts.append(markdown(head, body))
+        lines = engine_report.line_body(group)[1]
+        said = [
+            f"{cells[0]}: {cells[3]} of the 16-bit slope, break-even (tokens) {cells[4]}"
+            for cells in lines
+            if len(cells) > 4
+        ]
+        if said:
+            parts.append("Latency over context in batch 1: " + "; ".join(said) + ".")
+    return "\n\n".join(parts)
+
+
+def step_cell(row: Row | None, group: Sequence[Row]) -> str:
+    if row is None:
+        return "–"
+    text = f"{1e3 * row['seconds_per_step'][0]:.3f} ms, {row['tokens_per_second'][0]:,.0f}"
+    return text if row["method"] in BASE else f"{text} ({ratio(engine_report.speedup(row, group))})"
+
+
+def full_engine(rows: Sequence[Row]) -> str:
+    return fenced(engine_report.tables(rows))
+
+
+FULL: dict[str, Any] = {"kernels": full_kernels, "packing": full_packing, "engine": full_engine}
+SHORT: dict[str, Any] = {"kernels": short_kernels, "packing": full_packing, "engine": short_engine}

@@ -1,0 +1,1 @@
+"""The time model, fitted and tested on measured rows."""

@@ -1,0 +1,227 @@
+"""``python -m validation time``: refits the constants of kvsim's model of time and says what they are worth.
+
+The measured rows are not part of this repository: two CSV files (:mod:`validation.latency.serving`,
+:mod:`validation.latency.attention` say which columns), by default in a folder ``shared/measured`` beside the checkout.
+What is recorded are the constants (``kvsim/catalog/timing.json``), the errors on rows held out, and the SHA-256 of
+the files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import kvsim.catalog
+from kvruntime.disk import json_text, replace_file
+from kvsim.latency.attention_curve import Curve, Kernel
+from kvsim.latency.roofline import Constants, constants
+from validation.documents.tables import plain
+from validation.latency import attention as attention_time
+from validation.latency import engine_steps, serving
+from validation.latency.held_out import digest
+
+MEASURED = Path(__file__).resolve().parents[3] / "shared" / "measured"
+DECODE, ATTENTION = MEASURED / "single_gpu_decode.csv", MEASURED / "decode_attention_h100.csv"
+RECORDED = Path(__file__).parents[1] / "results" / "time" / "errors.json"
+CONSTANTS = Path(kvsim.catalog.__file__).with_name("timing.json")
+SCHEMA = "validation.time/1"
+FITTED_ON = "fitted on published single-card rows, python -m validation time"
+PUBLISHED = (
+    ("peak roofline, published rows", 0.36),
+    ("three global constants, published rows (not held out)", 0.193),
+)
+"""Mean errors that others found on a larger set of such rows, beside those found here on the same rows."""
+
+
+def study(decode: Path = DECODE, attention: Path = ATTENTION) -> tuple[Constants, dict[str, Any]]:
+    """All fits and errors: the attention curve first, which stays, then the loads, then this engine's steps."""
+    curves = attention_time.study(attention)
+    kernels = {name: Kernel(**entry) for name, entry in curves.pop("kernels").items()}
+    fixed = replace(constants(), kernels=kernels, curve=Curve(**curves.pop("curve")))
+    fixed, loads = serving.study(decode, fixed)
+    fixed = shortened(fixed)
+    fixed, steps = engine_steps.study(fixed)
+    hashes = {path.name: digest(path) for path in (decode, attention)}
+    return fixed, {"schema": SCHEMA, "attention": curves, "loads": loads, "steps": steps, "sha256": hashes}
+
+
+def tried(decode: Path | None, attention: Path | None) -> dict[str, Any]:
+    """The errors of kvsim's constants as they are on files that they need not have been fitted on."""
+    fixed, found = constants(), {"schema": SCHEMA}
+    more: dict[str, Any] = {}
+    if decode is not None:
+        more["loads"] = serving.tried(decode, fixed)
+    if attention is not None:
+        more["attention"] = attention_time.tried(attention, dict(fixed.kernels), fixed.curve)
+    return found | more
+
+
+def shortened(fixed: Constants) -> Constants:
+    """The fitted constants as ``timing.json`` writes them: what is fitted after them is fitted on these."""
+
+    def short(entry: Any) -> Any:
+        return replace(
+            entry, **{name: _short(value) for name, value in asdict(entry).items() if isinstance(value, float)}
+        )
+
+    names = (*serving.FITTED, *serving.FITTED_FIRST)
+    constants: dict[str, Any] = {name: _short(getattr(fixed, name)) for name in names}
+    kernels = {name: short(kernel) for name, kernel in fixed.kernels.items()}
+    return replace(fixed, curve=short(fixed.curve), kernels=kernels, **constants)
+
+
+def table_of(fixed: Constants) -> dict[str, Any]:
+    """``timing.json`` with the fitted constants in it; stated ones and sources stay."""
+    table: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))
+    for name in (*serving.FITTED, *serving.FITTED_FIRST):
+        table["constants"][name] = {"value": getattr(fixed, name), "source": FITTED_ON}
+    for name in ("engine_layer_seconds", "engine_wide"):
+        table["constants"][name]["value"] = dict(getattr(fixed, name))
+    for name in ("decode_band", "prefill_band"):
+        source = f"what {serving.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
+        table["constants"][name] = {"value": list(getattr(fixed, name)), "source": source}
+    table["curve"] = {"value": asdict(fixed.curve), "source": attention_time.FITTED_ON}
+    table["kernels"] = {name: asdict(kernel) for name, kernel in fixed.kernels.items()}
+    return table
+
+
+def record(fixed: Constants, found: dict[str, Any]) -> list[Path]:
+    """Writes constants and errors, each file in one step."""
+    table = table_of(fixed)
+    found = found | {"constants": {name: entry["value"] for name, entry in table["constants"].items()}}
+    lines = ",\n".join(
+        f"{json.dumps(part)}: " + (_rows(table[part]) if part in ("constants", "kernels") else json_text(table[part]))
+        for part in ("units", "constants", "curve", "kernels")
+    )
+    errors = json_text(found, indent=1)
+    RECORDED.parent.mkdir(exist_ok=True)
+    replace_file(CONSTANTS, f"{{{lines}}}\n")
+    replace_file(RECORDED, errors + "\n")
+    return [CONSTANTS, RECORDED]
+
+
+def recorded() -> dict[str, Any]:
+    """The recorded errors."""
+    found: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
+    return found
+
+
+def token_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: time per output token by group, held out, and what others reach."""
+    loads = found["loads"]
+    body = [_line(name, each) for name, each in loads["token"]["by_group"].items()]
+    body.append(_line("all, held out", loads["token"]["held_out"]))
+    body.append(_line("all, one share of memory for every engine", loads["token"]["held_out_one_memory_share"]))
+    body.append(_line("all, in sample", loads["token"]["in_sample"]))
+    body += [_line(name, each) for name, each in loads["baselines"].items()]
+    body += [[name, "329", f"{mean:.1%}", "", "", ""] for name, mean in PUBLISHED]
+    return ["time per output token", "rows", "mean", "median", "bias", "worst"], body
+
+
+def first_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: time to the first token by group, held out."""
+    first = found["loads"]["first"]
+    body = [_line(name, each) for name, each in first["by_group"].items()]
+    return ["time to the first token", "rows", "mean", "median", "bias", "worst"], [
+        *body,
+        _line("all, held out", first["held_out"]),
+    ]
+
+
+def attention_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: decode attention by what is held out, and by kernel with batch sizes held out."""
+    curves = found["attention"]
+    body = [_line(f"held out: {name}", each) for name, each in curves["held_out"].items()]
+    body += [_line(f"{name}, batch held out", each) for name, each in curves["by_kernel"].items()]
+    body += [_line(f"{name}, in sample", each) for name, each in curves["recorded"].items()]
+    body += [_line("in sample", curves["in_sample"]), _line("bytes over peak bandwidth", curves["peak"])]
+    return [f"decode attention, {curves['card']}", "rows", "mean", "median", "bias", "worst"], body
+
+
+def step_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: whole steps that this project's engine was recorded with, in sample."""
+    body = [_line(name, each) for name, each in found["steps"].items()]
+    return ["steps of kvruntime.Engine, in sample", "rows", "mean", "median", "bias", "worst"], body
+
+
+def bands(found: dict[str, Any]) -> str:
+    """One sentence a band."""
+    token, first = found["loads"]["token"], found["loads"]["first"]
+    return (
+        f"Band of the time per output token: {token['band'][0]} to {token['band'][1]} times the prediction; "
+        f"{token['in_band']:.1%} of the held-out rows lie in it, {token['in_band_of_other_groups']:.1%} in the band "
+        f"that the other groups' residuals give. Time to the first token: {first['band'][0]} to {first['band'][1]} "
+        f"times, {first['in_band']:.1%}."
+    )
+
+
+def text(found: dict[str, Any]) -> str:
+    """The tables for a terminal."""
+    return "\n\n".join([*(plain(table) for table in every_table(found)), bands(found)])
+
+
+def every_table(found: dict[str, Any]) -> tuple[tuple[list[str], list[list[str]]], ...]:
+    return token_table(found), first_table(found), attention_table(found), step_table(found)
+
+
+def markdown(found: dict[str, Any], short: bool = False) -> str:
+    """The tables for a document; ``short``: per output token only."""
+    tables = (token_table(found),) if short else every_table(found)
+    out = []
+    for head, body in tables:
+        rows = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+        out.append("\n".join("| " + " | ".join(cells) + " |" for cells in rows))
+    return "\n\n".join([*out, bands(found)])
+
+
+def constants_table() -> str:
+    """The constants of ``timing.json`` in Markdown, with their sources."""
+    table = json.loads(CONSTANTS.read_text(encoding="utf-8"))
+    lines = ["| constant | value | source |", "| --- | --- | --- |"]
+    for name, entry in table["constants"].items():
+        lines.append(f"| `{name}` | {json.dumps(entry['value'])} | {entry['source']} |")
+    for name, value in table["curve"]["value"].items():
+        lines.append(f"| curve `{name}` | {value} | {table['curve']['source']} |")
+    lines += [
+        "",
+        "| kernel | fixed, µs | item, µs | efficiency | band | source |",
+        "| --- | ---: | ---: | ---: | --- | --- |",
+    ]
+    for name, entry in table["kernels"].items():
+        numbers = f"{entry['fixed'] * 1e6:.2f} | {entry['item'] * 1e6:.2f} | {entry['efficiency']:.3f}"
+        lines.append(f"| `{name}` | {numbers} | {entry['low']} to {entry['high']} | {entry['source']} |")
+    return "\n".join(lines)
+
+
+def fails(found: dict[str, Any]) -> list[str]:
+    """What of the errors is above its bar, one line each."""
+    token, attention = found["loads"]["token"], found["attention"]["held_out"]
+    bars = [
+        ("time per output token, mean", token["held_out"]["mean"], serving.MEAN_BAR),
+        ("time per output token, median", token["held_out"]["median"], serving.MEDIAN_BAR),
+        ("outside the band", round(1 - token["in_band"], 4), 1 - serving.BAND_BAR),
+        ("rows not covered", round(1 - found["loads"]["covered"], 4), 0.0),
+    ]
+    bars += [(f"attention, {name} held out", attention[name]["mean"], attention_time.BAR) for name in JUDGED_FOLDS]
+    return [f"{name}: {value:.1%}, at most {bar:.1%}" for name, value, bar in bars if value > bar + 1e-9]
+
+
+JUDGED_FOLDS = ("batch", "context", "kernel and octave of bytes")
+"""The kinds of folds that the bar is for; a shape or an engine never seen is reported beside them."""
+
+
+def _line(name: str, each: dict[str, Any]) -> list[str]:
+    shown = [f"{each[key]:.1%}" for key in ("mean", "median")]
+    return [name, str(each["num_rows"]), *shown, f"{each['bias']:+.1%}", f"{each['worst']:.0%}"]
+
+
+def _short(value: float) -> float:
+    """Five significant digits."""
+    return float(f"{value:.5g}")
+
+
+def _rows(entries: dict[str, Any]) -> str:
+    """One entry a line."""
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {json_text(entry)}" for name, entry in entries.items()) + "\n}"

@@ -1,0 +1,3 @@
+from validation.planners.compare import main
+
+main()

@@ -1,0 +1,1 @@
+"""What weighs: unique storages, live tensors, the allocator."""
