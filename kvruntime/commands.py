@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
+from kvruntime.bench.harness.tasks import Interrupted, Task, run
 from kvruntime.bench.model.caches import Contender, ours, plain_attention, stock
 from kvruntime.bench.model.peers import find_peers, package_version
 from kvruntime.bench.model.report import tables
 from kvruntime.bench.model.tasks import (
-    Interrupted,
     Quality,
     Speed,
-    Task,
     check_methods,
     memory_tasks,
     quality_tasks,
-    run,
     speed_tasks,
     subject,
     went_wrong,

@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
+from kvruntime.methods import RUNS, check_runs
 from kvsim.layout import Method
-from kvsim.methods import METHODS
 from kvsim.methods.full import Full
 from kvsim.specs import Value, choose_methods, parse_dtype, parse_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-RUNS = ("fp16", "bf16", "fp32", "kivi", "kivi-seed")
-"""The names of kvsim's methods that kvruntime runs: those of the types in ``kvruntime.methods.LAYERS``."""
 DEFAULT = "kivi:nbits=2"
 MOST = (1 << 31) - 1
 """The largest count that any option takes."""
@@ -53,16 +51,6 @@ method_options = options(
     click.option("--value-group-size", type=parse_value, metavar="CHANNELS", help="Channels a value scale, or 'head'."),
     click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
 )
-
-
-def check_runs(method: object) -> None:
-    """Raises ``ValueError`` for what is no method, or one that kvsim weighs and nothing runs."""
-    if type(method) not in {type(METHODS[name]()) for name in RUNS}:
-        name = getattr(method, "name", repr(method))
-        raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(RUNS)}")
-    for name, value in vars(method).items():
-        if isinstance(value, int) and value > MOST:
-            raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are at most {MOST:,}")
 
 
 def chosen_methods(

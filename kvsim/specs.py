@@ -6,12 +6,17 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsim.engines import ENGINES, Engine, engine_fields, make_engine
+from kvsim.engines.vllm import server_defaults
+from kvsim.hardware import Hardware, find_hardware
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 from kvsim.methods.full import SHORT
+
+if TYPE_CHECKING:
+    pass
 
 SIZE = re.compile(r"(\d{1,15})([kKmM]?)")
 HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
@@ -234,3 +239,90 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     return [f"{', '.join(group)} left out: {reason}" for reason, group in names.items()]
+
+
+SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
+UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+BARE = 10.0
+"""A bare number from here on is more likely meant as milliseconds."""
+MAX_RANKS = 1024
+
+
+def parse_seconds(text: str, what: str) -> float:
+    """``30ms``, ``2s``, ``1.5 min``; a bare number is seconds, below ``BARE``.  Raises ``ValueError``."""
+    match = SECONDS.fullmatch(text.strip())
+    if match and not match[2] and float(match[1]) >= BARE:
+        raise ValueError(f"{what} {brief(text)}: seconds or milliseconds? write {text.strip()}s or {text.strip()}ms")
+    seconds = float(match[1]) * UNIT[match[2] or "s"] if match else 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"{what} {brief(text)}: allowed are times such as 30ms or 2s")
+    return seconds
+
+
+def parse_share(text: str, what: str) -> float:
+    """``1%`` or ``0.01`` -> 0.01, from 0 to below 10.  Raises ``ValueError``."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 10:
+        raise ValueError(f"{what} {brief(text)}: allowed are shares such as 1% or 0.01")
+    return share
+
+
+def check_weight_bits(bits: float | None) -> None:
+    """Raises ``ValueError`` for bits a weight that cannot be; ``None`` stands for the model's own."""
+    if bits is not None and not 0 < bits <= 64:
+        raise ValueError(f"weight-bits {bits:g}: allowed are above 0 to 64")
+
+
+def parse_card(text: str) -> tuple[Hardware, int | None]:
+    """``h100-sxm`` or ``h100-sxm:2``: a card, and how many share the model.  Raises ``LookupError``, ``ValueError``."""
+    name, colon, count = text.partition(":")
+    if not colon:
+        return find_hardware(name), None
+    if not re.fullmatch("[0-9]{1,4}", count) or not 1 <= int(count) <= MAX_RANKS:
+        allowed = f"CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2"
+        raise ValueError(f"gpu {brief(text)}: allowed is {allowed}")
+    return find_hardware(name), int(count)
+
+
+def parse_serving(spec: str, card: Hardware | None, num_cards: int = 1) -> Engine:
+    """``vllm``, or with its options ``vllm:block_size=32``, as it starts on ``num_cards`` of this card by default.
+
+    Raises ``LookupError`` for an unknown engine, ``ValueError`` for an option that it does not have.
+    """
+    flags: dict[str, int | float] = {"tensor_parallel_size": num_cards}
+    if card is not None and spec.partition(":")[0].strip().lower() == "vllm":
+        flags = dict(server_defaults(card.memory_nbytes, card.id)) | flags
+    return parse_engine(spec, flags)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, in ms."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def parse_axis(text: str, what: str) -> Sequence[int]:
+    """``1k,4k,8k``; ``16:4096:16`` (from, to, step; a range, however long); ``1k:1M:*2`` (a factor).  Ends included.
+
+    Raises ``ValueError`` for anything else.
+    """
+    bounds = text.split(":")
+    if len(bounds) == 1:
+        return tuple(parse_sizes(text, what))
+    if len(bounds) > 3:
+        raise ValueError(f"{what} {brief(text)}: allowed are from:to, from:to:step, from:to:*factor")
+    first, last = parse_size(bounds[0], what), parse_size(bounds[1], what)
+    if first > last:
+        raise ValueError(f"{what} {brief(text)}: {first} is above {last}")
+    if len(bounds) == 2 or not bounds[2].startswith("*"):
+        return range(first, last + 1, parse_size(bounds[2], what) if len(bounds) == 3 else 1)
+    factor = parse_size(bounds[2][1:], what)
+    if factor < 2:
+        raise ValueError(f"{what} {brief(text)}: allowed are factors from 2")
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return tuple(sizes)

@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kvruntime.methods.kivi import attention, fast
+from kvruntime.kernels import merge
+from kvruntime.methods.kivi import fast, fast_plan
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi
 
@@ -119,13 +120,13 @@ def attend(
 ) -> dict[str, int]:
     method, dim, q_per_kv, dtype = METHODS[name]
     queries = 5 if "num_queries" in given else None
-    constants = fast.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
+    constants = fast_plan.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
         "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares,
-        "STAGES": fast.STAGES, "SPARE": 0, "EARLY": sm >= 90,
+        "STAGES": fast_plan.STAGES, "SPARE": 0, "EARLY": sm >= 90,
         "WHOLE": whole,
     }  # fmt: skip
     types = arguments(fast.attend_kernel, dtype, given if shares or queries or whole else given + MERGED)
-    registers = fast.REGISTERS if queries else fast.MAX_REGISTERS[dim]
+    registers = fast_plan.REGISTERS if queries else fast_plan.MAX_REGISTERS[dim]
     used = build(fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=registers)
     return used | {"elements": 2 * 64 * dim // 32}
 
@@ -165,7 +166,7 @@ def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64,
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32 if shares else 0,
         "BLOCK_D": block_d, "BLOCK_S": parts, "EARLY": sm >= 90,
     }  # fmt: skip
-    options = {"num_warps": 4 if parts * block_d >= 1024 else 1, "enable_fp_fusion": attention.FUSED_MERGE}
+    options = {"num_warps": 4 if parts * block_d >= 1024 else 1, "enable_fp_fusion": merge.FUSED_MERGE}
     return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, **options)
 
 

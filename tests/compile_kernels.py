@@ -25,8 +25,9 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kvruntime.engine import hopper, norm, product
 from kvruntime.engine import linear as narrow
+from kvruntime.kernels import merge
 from kvruntime.methods.full import decode
-from kvruntime.methods.kivi import attention, step
+from kvruntime.methods.kivi import append, attention, step, words
 from kvruntime.methods.kivi import pack as quantize
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
@@ -159,7 +160,7 @@ def one_layer(types: dict[str, str]) -> dict[str, str]:
 def pack(name: str, sm: int, layers: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
-    constants = quantize.record_constants(record) | {
+    constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
     }  # fmt: skip
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
@@ -178,8 +179,8 @@ def store(name: str, sm: int, layers: bool = False) -> dict[str, int]:
         "NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "BLOCK_T": 16,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "BLOCK_D": triton.next_power_of_2(dim),
     }  # fmt: skip
-    types = arguments(quantize.store_kernel, "bf16")
-    return resources(quantize.store_kernel, types if layers else one_layer(types), constants, sm, 4)
+    types = arguments(append.store_kernel, "bf16")
+    return resources(append.store_kernel, types if layers else one_layer(types), constants, sm, 4)
 
 
 def store_layers(name: str, sm: int) -> dict[str, int]:
@@ -195,7 +196,7 @@ def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool =
         del types[absent]
     block_m = attention.block_rows(rows, dim)
     options = attention.launch(record, block_m)
-    constants = quantize.record_constants(record) | {
+    constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_M": block_m, "BLOCK_N": options["BLOCK_N"], "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],
     }  # fmt: skip
@@ -231,7 +232,7 @@ def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
     record = method.record(LayerShape(8, dim, dim))
     block = triton.next_power_of_2(dim)
     _, size, warps = step.parts_launch(record) if spread else (1, step.WHOLE, quantize.pack_warps(record))
-    constants = quantize.record_constants(record) | {
+    constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": size,
         "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90,
@@ -272,9 +273,9 @@ def attend_full(name: str, sm: int) -> dict[str, int]:
 def combine(name: str, sm: int, parts: int = attention.MAX_SPLITS) -> dict[str, int]:
     dim = METHODS[name][1]
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32"}
-    constants = {"VALUE_DIM": dim, "BLOCK_D": attention.COMBINE_D, "BLOCK_S": parts, "EARLY": sm >= 90}
-    fused = attention.FUSED_MERGE
-    return resources(attention.combine_kernel, types, constants, sm, 4, enable_fp_fusion=fused)
+    constants = {"VALUE_DIM": dim, "BLOCK_D": merge.COMBINE_D, "BLOCK_S": parts, "EARLY": sm >= 90}
+    fused = merge.FUSED_MERGE
+    return resources(merge.combine_kernel, types, constants, sm, 4, enable_fp_fusion=fused)
 
 
 def combine_few(name: str, sm: int) -> dict[str, int]:

@@ -11,10 +11,10 @@ import json
 import compile_kernels
 import numpy as np
 import torch
-from kvruntime.methods.kivi.words import record_constants
 from ptx_numpy import Program
 
 from kvruntime.methods.kivi import pack, reference, step
+from kvruntime.methods.kivi.words import record_constants
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
 
@@ -104,7 +104,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
         "batch_size": 1,
     }
     constants = (
-        pack.record_constants(record) | launch | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual}
+        record_constants(record) | launch | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual}
     )
     num_warps = constants.pop("num_warps")
     kernel = pack.pack_kernel

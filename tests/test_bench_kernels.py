@@ -176,7 +176,7 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
         assert words in shown
     again = Results(tmp_path / "k.json", {"device": {"name": "here"}}, resume=True)
     monkeypatch.setattr(
-        "kvruntime.bench.model.tasks._measured", lambda task, tick: {"failed": "again: " + task.key["kind"]}
+        "kvruntime.bench.harness.tasks._measured", lambda task, tick: {"failed": "again: " + task.key["kind"]}
     )
     assert session.carry_out(tasks, again, report.line, report.tables) == 0
     assert [row["failed"] for row in again.rows if "failed" in row] == ["again: sdpa"]

@@ -19,7 +19,11 @@ triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not
 
 import gluon_numpy  # noqa: E402
 
-from kvruntime.methods.kivi import fast, reference  # noqa: E402
+from kvruntime.methods.kivi import (  # noqa: E402
+    fast,
+    fast_plan,
+    reference,
+)
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -374,9 +378,9 @@ def test_supports() -> None:
     """What the kernel takes, and that anything else is refused with the record's name."""
     for name, method in METHODS.items():
         for dim in (64, 128) if name not in SIXTEENS else (80,):
-            assert fast.holds(method.record(LayerShape(2, dim, dim)))
-    assert all(fast.holds(METHODS[name].record(LayerShape(2, 256, 256))) for name in WIDE)
-    assert all(fast.holds(METHODS[name].record(LayerShape(2, 96, 96))) for name in THIRDS)
+            assert fast_plan.holds(method.record(LayerShape(2, dim, dim)))
+    assert all(fast_plan.holds(METHODS[name].record(LayerShape(2, 256, 256))) for name in WIDE)
+    assert all(fast_plan.holds(METHODS[name].record(LayerShape(2, 96, 96))) for name in THIRDS)
     refused = [
         (Kivi(residual_length=32), 64, 64), (Kivi(nbits=3, residual_length=64), 64, 64), (kivi_seed(), 64, 64),
         (Kivi(group_size=96, residual_length=96, value_group_size=32), 64, 64), (Kivi(), 256, 256),
@@ -386,36 +390,36 @@ def test_supports() -> None:
         (Kivi(), 128, 64), (Kivi(value_group_size=16), 64, 64),
     ]  # fmt: skip
     for method, key_dim, value_dim in refused:
-        assert not fast.holds(method.record(LayerShape(2, key_dim, value_dim))), method
+        assert not fast_plan.holds(method.record(LayerShape(2, key_dim, value_dim))), method
     record = Kivi().record(LayerShape(2, 64, 64))
-    query = torch.zeros(1, 4, fast.MAX_QUERIES + 1, 64, dtype=torch.float16, device=DEVICE)
+    query = torch.zeros(1, 4, fast_plan.MAX_QUERIES + 1, 64, dtype=torch.float16, device=DEVICE)
     able, fresh = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0), (query, query, None)
-    assert fast.supports(record, query[:, :, :1]) == fast.supports(record, query[:, :, 1:], fresh) == able
-    assert not fast.supports(record, query, fresh)
-    assert not fast.supports(record, query[:, :, :2])
+    assert fast_plan.supports(record, query[:, :, :1]) == fast_plan.supports(record, query[:, :, 1:], fresh) == able
+    assert not fast_plan.supports(record, query, fresh)
+    assert not fast_plan.supports(record, query[:, :, :2])
     with pytest.raises(ValueError, match="65 queries"):
         fast.attend(query, *[None] * 5, record, 0, 128, 0.125)
 
 
 def test_plan() -> None:
     """Programs fill the device, or its schedulers where none then has more than a few units."""
-    assert fast.plan_splits(64, 520, 8, 132) == 16
-    assert fast.plan_splits(8, 520, 8, 132) == 132
-    assert fast.plan_splits(8, 260, 8, 132) == 66
-    assert fast.plan_splits(8, 132, 8, 132) == 66
-    assert fast.plan_splits(8, 134, 8, 132) == 45
-    assert fast.plan_splits(8, 68, 8, 132) == 34
-    assert fast.plan_splits(8, 36, 8, 132) == 36
-    assert fast.plan_splits(12, 20, 12, 132) == 20
-    assert fast.plan_splits(12, 5, 12, 132) == 5
-    assert fast.plan_splits(768, 22, 12, 132) == 2
-    assert fast.plan_splits(5000, 22, 12, 132) == 1
+    assert fast_plan.plan_splits(64, 520, 8, 132) == 16
+    assert fast_plan.plan_splits(8, 520, 8, 132) == 132
+    assert fast_plan.plan_splits(8, 260, 8, 132) == 66
+    assert fast_plan.plan_splits(8, 132, 8, 132) == 66
+    assert fast_plan.plan_splits(8, 134, 8, 132) == 45
+    assert fast_plan.plan_splits(8, 68, 8, 132) == 34
+    assert fast_plan.plan_splits(8, 36, 8, 132) == 36
+    assert fast_plan.plan_splits(12, 20, 12, 132) == 20
+    assert fast_plan.plan_splits(12, 5, 12, 132) == 5
+    assert fast_plan.plan_splits(768, 22, 12, 132) == 2
+    assert fast_plan.plan_splits(5000, 22, 12, 132) == 1
 
 
 def test_large_tiles_have_half_the_programs() -> None:
     held = {
-        (nbits, dim): fast.programs_per_sm(
-            fast.constants(Kivi(nbits=nbits, group_size=64).record(LayerShape(8, dim, dim)), 0, 64, 8, 4)
+        (nbits, dim): fast_plan.programs_per_sm(
+            fast_plan.constants(Kivi(nbits=nbits, group_size=64).record(LayerShape(8, dim, dim)), 0, 64, 8, 4)
         )
         for nbits in (2, 4, 8)
         for dim in (64, 128, 256)
@@ -426,10 +430,10 @@ def test_large_tiles_have_half_the_programs() -> None:
 
 def test_merges() -> None:
     """In the last program where parts are small or the device is full, and never very many of them."""
-    assert fast.merges(12, 12, 64, 132)
-    assert not fast.merges(12, 8, 512, 132)
-    assert fast.merges(16, 64, 512, 132)
-    assert not fast.merges(17, 64, 512, 132)
+    assert fast_plan.merges(12, 12, 64, 132)
+    assert not fast_plan.merges(12, 8, 512, 132)
+    assert fast_plan.merges(16, 64, 512, 132)
+    assert not fast_plan.merges(17, 64, 512, 132)
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["one launch", "two launches"])
@@ -473,14 +477,14 @@ def test_as_many_programs_share_a_multiprocessor_as_planned(dim) -> None:
         if name not in {80: SIXTEENS, 96: THIRDS}.get(dim, METHODS):  # groups that do not divide the head
             continue
         record = method.record(LayerShape(2, dim, dim))
-        if not fast.holds(record):
+        if not fast_plan.holds(record):
             continue
-        fixed = fast.constants(record, 0, 128, 2, 4)
+        fixed = fast_plan.constants(record, 0, 128, 2, 4)
         tile, stage = 64 * dim * max(record.key_nbits, record.value_nbits) // 4, 4 * fixed["KEY_GROUPS"] * dim
         own = 2 * (tile + stage + 4 * triton.next_power_of_2(fixed["VALUE_GROUPS"]) * 64) + 1024
         for nbytes in (228 << 10, 164 << 10):
-            programs = nbytes // (own + stage * fast.spare(fixed, nbytes))
-            assert programs == min(nbytes // own, fast.PROGRAMS_PER_SM[dim]), (method, nbytes)
+            programs = nbytes // (own + stage * fast_plan.spare(fixed, nbytes))
+            assert programs == min(nbytes // own, fast_plan.PROGRAMS_PER_SM[dim]), (method, nbytes)
 
 
 CEILINGS = {

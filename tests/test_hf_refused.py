@@ -13,8 +13,7 @@ from hf_models import GQA, SMALL, tiny
 from kvruntime import make_cache
 from kvruntime.hf.attention import REFUSED as REFUSED_ARGUMENTS
 from kvruntime.hf.cache import Cache, argument
-from kvruntime.methods import LAYERS
-from kvruntime.specs import RUNS
+from kvruntime.methods import LAYERS, RUNS
 from kvsim.methods import METHODS, Full, Kivi
 
 MLA = {

@@ -12,7 +12,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime.methods.kivi import attention, pack, reference  # noqa: E402
+from kvruntime.methods.kivi import (  # noqa: E402
+    append,
+    attention,
+    reference,
+)
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -89,7 +93,7 @@ def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
         for tensors in (wanted, got):
             tensors["lengths"].copy_(torch.tensor([lengths, packed]))
         reference.append(key, value, list(counts), lengths, packed, **stores(wanted), **layout)
-        pack.append(key, value, list(counts), lengths, packed, **stores(got), **layout, lengths_ptr=got["lengths"])
+        append.append(key, value, list(counts), lengths, packed, **stores(got), **layout, lengths_ptr=got["lengths"])
         states = list(zip(lengths, packed, counts, strict=True))
         packed = [
             reference.flush_plan(n, p, count, record.num_tokens, method.sink_length, method.residual_length)
@@ -190,9 +194,9 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
     arguments = (query, *stored, *tensors["lengths"], record, method.sink_length, method.residual_length, scale)
     runs = [attention.attend]
     if DEVICE == "cuda":
-        from kvruntime.methods.kivi import fast
+        from kvruntime.methods.kivi import fast, fast_plan
 
-        runs += [fast.attend] if fast.supports(record, query, fresh) else []
+        runs += [fast.attend] if fast_plan.supports(record, query, fresh) else []
     for run in runs:
         out = run(*arguments, tensors.get("key_params"), fresh, num_splits=1 + index % 4)
         assert out.dtype == dtype

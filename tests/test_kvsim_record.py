@@ -5,7 +5,8 @@ from math import prod
 
 import pytest
 
-from kvsim.methods.packing import PLANES, Record, TileOrder, tile_order
+from kvsim.methods.kivi import Record
+from kvsim.methods.packing import PLANES, TileOrder, tile_order
 
 PLANE_BITS = sorted({bits for planes in PLANES.values() for bits in planes})
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from kvsim.models.attention import Attention, BlockSparse, Compressed, Latent
-from kvsim.models.families import FAMILIES, WRAPPERS, Family
+from kvsim.models.families import FAMILIES, WRAPPERS
+from kvsim.models.families.family import Family
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "models.md"

@@ -12,8 +12,7 @@ from kvsim import cli
 from kvsim.commandline import LONGEST
 from kvsim.engines import ENGINES, engine_fields
 from kvsim.methods import METHODS
-from kvsim.quantities import parse_card
-from kvsim.specs import LARGEST, parse_human, parse_size, parse_value
+from kvsim.specs import LARGEST, parse_card, parse_human, parse_size, parse_value
 
 REQUIRED = {
     "estimate": {"--model": "gpt2", "--gpu": "l4"},

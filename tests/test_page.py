@@ -22,7 +22,7 @@ from kvsim.analysis import breakeven
 from kvsim.analysis.breakeven import Runner, by_context
 from kvsim.cli import run
 from kvsim.engines import ENGINES
-from kvsim.hardware import find_hardware
+from kvsim.hardware import find_hardware, given
 from kvsim.latency.roofline import method_width
 from kvsim.memory import sharding
 from kvsim.memory.estimate import estimate
@@ -32,7 +32,6 @@ from kvsim.models.load import load_model
 from kvsim.output import chart
 from kvsim.output.page import Question, amount, answer, as_json, command_line, report, sections, table
 from kvsim.output.serve import Asked, form
-from kvsim.prices import given
 
 COMMAND = ["report", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
 VOID = {"meta", "link", "input", "br", "option"}

@@ -17,6 +17,7 @@ from runtime_tiny import tiny_directory  # noqa: E402
 
 from kvruntime import commands  # noqa: E402
 from kvruntime import selfcheck as checking  # noqa: E402
+from kvruntime.bench.harness import tasks  # noqa: E402
 from kvruntime.bench.model import tasks as running  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
@@ -86,7 +87,7 @@ def test_bench_resume_and_plot(folder, here, capsys, monkeypatch):
 
 
 def test_interrupted_bench_says_how_to_go_on(folder, here, capsys, monkeypatch):
-    real, calls = running._measured, []
+    real, calls = tasks._measured, []
 
     def measured(task, tick):
         calls.append(task.label)

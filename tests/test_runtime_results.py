@@ -17,11 +17,12 @@ torch = pytest.importorskip("torch")
 
 from kvruntime.bench.harness import results as results_module  # noqa: E402
 from kvruntime.bench.harness.results import SCHEMA, Results, read  # noqa: E402
+from kvruntime.bench.harness.tasks import Interrupted, Task, run  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.bench.model.caches import ours, stock  # noqa: E402
 from kvruntime.bench.model.peers import package_version  # noqa: E402
 from kvruntime.bench.model.report import tables  # noqa: E402
-from kvruntime.bench.model.tasks import Interrupted, Task, run, subject  # noqa: E402
+from kvruntime.bench.model.tasks import subject  # noqa: E402
 from kvsim.methods import Kivi  # noqa: E402
 
 HEADER = {"device": {"name": "card"}, "commit": None}

@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
+from kvruntime.kernels.reference import embedded  # noqa: E402
 from kvruntime.methods.full import decode  # noqa: E402
 from kvruntime.methods.kivi import reference, step  # noqa: E402
-from kvruntime.methods.kivi.cache import embedded  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 

@@ -20,7 +20,7 @@ import pytest
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 
 from kvsim.analysis import sweep  # noqa: E402
-from kvsim.analysis.sweep import Grid, chunks, evaluate, parse_axis  # noqa: E402
+from kvsim.analysis.sweep import Grid, chunks, evaluate  # noqa: E402
 from kvsim.cli import run  # noqa: E402
 from kvsim.hardware import find_hardware  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
@@ -30,6 +30,7 @@ from kvsim.memory.estimate import estimate  # noqa: E402
 from kvsim.methods import METHODS, make_method  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
 from kvsim.output import sweep_file  # noqa: E402
+from kvsim.specs import parse_axis  # noqa: E402
 
 MODELS = ("gpt2", "llama-3-8b", "qwen3-next-80b-a3b-instruct")
 

@@ -143,8 +143,7 @@ def test_resuming_leaves_out_what_is_there(quick, capsys):
 
 
 def test_two_processes_find_the_same(quick, tmp_path):
-    from validation.claims.workers import run_tasks
-    from validation.memory_tasks import memory_tasks
+    from validation.claims.workers import memory_tasks, run_tasks
 
     tasks = [task for task in memory_tasks("cpu", True, ("gpt2",)) if task.name.startswith("layers gpt2 kivi")][:4]
     found = {task.name: [row["measured"] for row in rows] for task, rows in run_tasks(tasks, 2, "cpu", True, ("gpt2",))}

@@ -119,7 +119,7 @@ def test_resume_takes_rows_of_this_machine_and_code_only(tmp_path, name):
 
 def test_quick_rows_do_not_stand_for_a_full_run(tmp_path):
     """The names are the same, the layers and lengths are not."""
-    from validation.memory_tasks import memory_tasks
+    from validation.claims.workers import memory_tasks
 
     quick, full = ({task.name: task.about for task in memory_tasks("cpu", quick, ("gpt2",))} for quick in (True, False))
     both = [name for name in quick if name in full and name.startswith("layers")]
@@ -128,7 +128,7 @@ def test_quick_rows_do_not_stand_for_a_full_run(tmp_path):
 
 
 def test_a_models_file_that_changed_is_measured_again(tmp_path):
-    from validation.memory_tasks import memory_tasks
+    from validation.claims.workers import memory_tasks
 
     path, found = tmp_path / "config.json", []
     for layers in (2, 3):

@@ -23,7 +23,7 @@ from made_up_pull import pull_of_made_up
 
 from kvruntime import calibrate, cli, commands
 from kvruntime.bench.harness.results import Results
-from kvruntime.bench.model.tasks import Task
+from kvruntime.bench.harness.tasks import Task
 from kvruntime.checkpoints.pull import pulled
 from kvsim.latency.roofline import constants
 from validation import cli as validation_cli

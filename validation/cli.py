@@ -88,8 +88,7 @@ def memory(models: tuple[str, ...], jobs: int | None, quick: bool, **given: Any)
     for name in models:
         load_row_model(name)
     device = _device(given["device"])
-    from validation.claims.workers import default_jobs, run_tasks
-    from validation.memory_tasks import memory_tasks
+    from validation.claims.workers import default_jobs, memory_tasks, run_tasks
 
     tasks = memory_tasks(device, quick, models)
     jobs = jobs or default_jobs(device.partition(":")[0])

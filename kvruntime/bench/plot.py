@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.model.report import MIB, baseline, compression, groups
+from kvruntime.bench.harness.tables import baseline, groups
+from kvruntime.bench.model.report import MIB, compression
 from kvruntime.bench.speed_plot import speed_panels
 from kvruntime.disk import replace_file
 from kvsim.install import install_hint

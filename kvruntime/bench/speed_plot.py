@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from kvruntime.bench.engine import report as engine_report
 from kvruntime.bench.harness.results import Row
+from kvruntime.bench.harness.tables import BASE
 from kvruntime.bench.kernels import report as kernel_report
-from kvruntime.bench.model.report import BASE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.engine import reference
 from kvruntime.engine.reference import Norm
-from kvruntime.methods.kivi.attention import num_multiprocessors
+from kvruntime.kernels.launch import num_multiprocessors
 
 MAX_ROWS = 4
 WHOLE_K = 4096

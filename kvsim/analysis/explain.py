@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from kvsim.labels import layer_label
-from kvsim.layout import DTYPE_BITS, LayerShape, Method, StateShape, shared_buffers
+from kvsim.layout import DTYPE_BITS, LayerShape, Method, StateShape, layer_label, shared_buffers
 from kvsim.methods import Full, placed
 from kvsim.methods.formulas import Formula, Number, shared, written
 from kvsim.models.model import Model

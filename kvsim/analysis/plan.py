@@ -19,14 +19,13 @@ from typing import Any
 from kvsim.analysis.memory_risk import MemoryRisk
 from kvsim.analysis.request_lengths import Lengths
 from kvsim.engines import Engine
-from kvsim.hardware import Hardware
+from kvsim.hardware import Hardware, Price
 from kvsim.latency.steps import Band, first_token, prefill, token_step
 from kvsim.layout import Method
 from kvsim.memory.capacity import held_share, largest_context, room
 from kvsim.memory.estimate import IDEAL
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.models.model import Model
-from kvsim.prices import Price
 
 RISK = 1e-3
 INPUT_SHARE = 0.95

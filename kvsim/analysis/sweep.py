@@ -25,8 +25,7 @@ from kvsim.latency.steps import decode_seconds, decode_step
 from kvsim.layout import Method
 from kvsim.memory.estimate import estimate
 from kvsim.models.model import Model
-from kvsim.quantities import check_weight_bits, parse_serving
-from kvsim.specs import brief, parse_size, parse_sizes
+from kvsim.specs import check_weight_bits, parse_serving
 from kvsim.vectorize import Vectorized
 
 if TYPE_CHECKING:
@@ -47,30 +46,6 @@ NOT_MODELLED = (
 )
 
 Answer = TypeVar("Answer")
-
-
-def parse_axis(text: str, what: str) -> Sequence[int]:
-    """``1k,4k,8k``; ``16:4096:16`` (from, to, step; a range, however long); ``1k:1M:*2`` (a factor).  Ends included.
-
-    Raises ``ValueError`` for anything else.
-    """
-    bounds = text.split(":")
-    if len(bounds) == 1:
-        return tuple(parse_sizes(text, what))
-    if len(bounds) > 3:
-        raise ValueError(f"{what} {brief(text)}: allowed are from:to, from:to:step, from:to:*factor")
-    first, last = parse_size(bounds[0], what), parse_size(bounds[1], what)
-    if first > last:
-        raise ValueError(f"{what} {brief(text)}: {first} is above {last}")
-    if len(bounds) == 2 or not bounds[2].startswith("*"):
-        return range(first, last + 1, parse_size(bounds[2], what) if len(bounds) == 3 else 1)
-    factor = parse_size(bounds[2][1:], what)
-    if factor < 2:
-        raise ValueError(f"{what} {brief(text)}: allowed are factors from 2")
-    sizes = [first]
-    while sizes[-1] * factor <= last:
-        sizes.append(sizes[-1] * factor)
-    return tuple(sizes)
 
 
 @dataclass(frozen=True)

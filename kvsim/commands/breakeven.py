@@ -12,11 +12,20 @@ from kvsim.analysis.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, 
 from kvsim.analysis.plan import NoRoomError
 from kvsim.commandline import Command
 from kvsim.engines import ENGINES
+from kvsim.hardware import Price, given, lowest
 from kvsim.models.load import load_model
 from kvsim.output import text
-from kvsim.prices import Price, given, lowest
-from kvsim.quantities import check_weight_bits, milliseconds, parse_card, parse_serving, parse_share
-from kvsim.specs import choose_methods, left_out, parse_reserve, parse_sizes
+from kvsim.specs import (
+    check_weight_bits,
+    choose_methods,
+    left_out,
+    milliseconds,
+    parse_card,
+    parse_reserve,
+    parse_serving,
+    parse_share,
+    parse_sizes,
+)
 
 METHODS = ("fp8", "kivi:nbits=4", "kivi:nbits=2")
 AGAINST = ("fp16", "fp8")

@@ -16,11 +16,12 @@ from kvsim.memory.sharding import Sharding
 from kvsim.methods import METHODS
 from kvsim.models.model import Model
 from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
-from kvsim.quantities import check_weight_bits, parse_card
 from kvsim.specs import (
     Value,
+    check_weight_bits,
     choose_methods,
     left_out,
+    parse_card,
     parse_dtype,
     parse_engine,
     parse_human,

@@ -15,15 +15,22 @@ from kvsim.analysis.request_lengths import Lengths, constant, parse_lengths
 from kvsim.commandline import Command
 from kvsim.commands.flags import choose_weights, own_cache
 from kvsim.engines import ENGINES
-from kvsim.hardware import Hardware
+from kvsim.hardware import Hardware, Price, given, lowest
 from kvsim.install import install_hint
 from kvsim.memory.capacity import held_share
 from kvsim.models.load import load_model
 from kvsim.models.quantization import WEIGHT_DTYPES, kv_method
 from kvsim.output import text
-from kvsim.prices import Price, given, lowest
-from kvsim.quantities import milliseconds, parse_card, parse_seconds, parse_serving
-from kvsim.specs import choose_methods, parse_human, parse_reserve, parse_size
+from kvsim.specs import (
+    choose_methods,
+    milliseconds,
+    parse_card,
+    parse_human,
+    parse_reserve,
+    parse_seconds,
+    parse_serving,
+    parse_size,
+)
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 

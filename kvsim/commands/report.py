@@ -11,11 +11,10 @@ from kvsim.analysis.plan import NoRoomError
 from kvsim.atomic import replace_file
 from kvsim.commandline import Command
 from kvsim.engines import ENGINES
+from kvsim.hardware import given
 from kvsim.models.load import load_model
 from kvsim.output.page import NOT_MODELLED, Question, answer, as_json, json_object, question_price, report
-from kvsim.prices import given
-from kvsim.quantities import check_weight_bits, parse_card, parse_serving
-from kvsim.specs import choose_methods, parse_reserve, parse_size
+from kvsim.specs import check_weight_bits, choose_methods, parse_card, parse_reserve, parse_serving, parse_size
 
 METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 

@@ -33,7 +33,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         raise ValueError(f"serve needs starlette and uvicorn: {install_hint('serve')}") from None
     from kvsim.output.page import NOT_MODELLED
     from kvsim.output.serve import Asked, app, serve
-    from kvsim.quantities import parse_card
+    from kvsim.specs import parse_card
 
     own: dict[str, Model] = {}
     given: dict[str, Any] = {}

@@ -91,9 +91,9 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"sweep needs numpy: {install_hint('plan')}") from None
-    from kvsim.analysis.sweep import NOT_MODELLED, Grid, parse_axis
+    from kvsim.analysis.sweep import NOT_MODELLED, Grid
     from kvsim.output import sweep_file
-    from kvsim.quantities import parse_serving
+    from kvsim.specs import parse_axis, parse_serving
 
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")

@@ -14,12 +14,12 @@ one token at a time; the bytes at full residual are the same.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
 from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
 from kvsim.methods.full import SHORT
-from kvsim.methods.packing import MAX_TILE, MIN_TOKENS, PLANES, Record, channel_chunks
+from kvsim.methods.packing import MAX_TILE, MIN_TOKENS, PLANES, TileOrder, channel_chunks, tile_order
 from kvsim.whole_numbers import check_whole
 
 SEQUENCE = "sequence"
@@ -285,3 +285,87 @@ class Kivi:
 def kivi_seed(dtype: str = "float16") -> Kivi:
     """The seed's layout: 2 bits, key scales over the whole sequence, value scales a head, 32 exact tokens besides."""
     return Kivi(nbits=2, key_group_size=SEQUENCE, value_group_size=HEAD, residual_length=32, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The packed record of one key/value head: sizes and offsets, in 32-bit words unless named otherwise.
+
+    ``key_group`` is the number of tokens that share a key scale; 0 means that the scales are kept
+    outside the record (one a channel over the whole sequence).  ``value_group`` is the number of
+    channels that share a value scale.
+    """
+
+    num_tokens: int
+    key_dim: int
+    value_dim: int
+    key_nbits: int
+    value_nbits: int
+    key_group: int
+    value_group: int
+
+    @cached_property
+    def tile(self) -> int:
+        """Tokens a tile."""
+        return min(MAX_TILE, self.num_tokens & -self.num_tokens)
+
+    def dim(self, stream: str) -> int:
+        return self.key_dim if stream == "key" else self.value_dim
+
+    def nbits(self, stream: str) -> int:
+        return self.key_nbits if stream == "key" else self.value_nbits
+
+    def orders(self, stream: str) -> tuple[tuple[int, int, int, int, TileOrder], ...]:
+        """``(first channel, width, lowest bit, word offset in the tile, order)`` of every chunk and plane."""
+        out = []
+        offset = channel = 0
+        for width in channel_chunks(self.dim(stream)):
+            low = 0
+            for bits in PLANES[self.nbits(stream)]:
+                order = tile_order(stream, self.tile, width, bits)
+                out.append((channel, width, low, offset, order))
+                offset += order.num_words
+                low += bits
+            channel += width
+        return tuple(out)
+
+    def tile_words(self, stream: str) -> int:
+        """Words of one tile's codes."""
+        return self.tile * self.dim(stream) * self.nbits(stream) // 32
+
+    @cached_property
+    def num_key_groups(self) -> int:
+        return self.num_tokens // self.key_group if self.key_group else 0
+
+    @cached_property
+    def num_value_groups(self) -> int:
+        """Value groups a token."""
+        return self.value_dim // self.value_group
+
+    @cached_property
+    def sections(self) -> tuple[tuple[str, int, int], ...]:
+        """``(name, offset, words)`` of every section, in memory order."""
+        key_params = self.num_key_groups * self.key_dim // 2
+        value_params = self.num_tokens * self.num_value_groups // 2
+        sizes = (
+            ("key_codes", self.num_tokens * self.key_dim * self.key_nbits // 32),
+            ("value_codes", self.num_tokens * self.value_dim * self.value_nbits // 32),
+            ("key_scale", key_params),
+            ("key_zero", key_params),
+            ("value_scale", value_params),
+            ("value_zero", value_params),
+        )
+        out, offset = [], 0
+        for name, words in sizes:
+            out.append((name, offset, words))
+            offset += words
+        return tuple(out)
+
+    def offset(self, name: str) -> int:
+        """First word of a section."""
+        return next(offset for section, offset, _ in self.sections if section == name)
+
+    @cached_property
+    def num_words(self) -> int:
+        """Words of the whole record: a multiple of 4, so that every record starts on 16 bytes."""
+        return sum(words for _, _, words in self.sections)

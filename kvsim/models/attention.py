@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvsim.body import Body, Shapes
 from kvsim.layout import LayerShape
-from kvsim.models.config import Keys, Switch
+from kvsim.models.config import Body, Keys, Shapes, Switch
 
 Extra = Callable[[int, int, int, int], int]
 """``(hidden, query heads, kv heads, head dim) -> parameters`` beside the projections."""

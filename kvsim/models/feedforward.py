@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvsim.body import Body
-from kvsim.models.config import LARGEST, Keys, Switch
+from kvsim.models.config import LARGEST, Body, Keys, Switch
 
 Sparse = Callable[[Body], list[bool]]
 """Which layers have experts."""

@@ -14,9 +14,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvsim.body import MAX_LAYERS
 from kvsim.engines.llama_cpp import WINDOWED
 from kvsim.layout import LayerShape, StateShape
+from kvsim.models.config import MAX_LAYERS
 from kvsim.models.gguf import Header, Tensor, read_header
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvsim.body import MAX_LAYERS, Body
-from kvsim.models.config import ConfigReader
+from kvsim.models.config import MAX_LAYERS, Body, ConfigReader
 
 Kinds = Callable[[Body], list[str]]
 

@@ -16,10 +16,10 @@ from functools import cached_property
 from typing import Any
 
 from kvsim import catalog
-from kvsim.body import MAX_LAYERS, Body, Shapes
 from kvsim.layout import Layers, LayerShape, StateShape
-from kvsim.models.config import ConfigReader, Keys
-from kvsim.models.families import FAMILIES, WRAPPERS, Family, known_keys
+from kvsim.models.config import MAX_LAYERS, Body, ConfigReader, Keys, Shapes
+from kvsim.models.families import FAMILIES, WRAPPERS, known_keys
+from kvsim.models.families.family import Family
 from kvsim.models.layer_kinds import spelled
 from kvsim.models.parameters import Weights, count_weights, mixer_kind, weight_modules
 from kvsim.models.quantization import cache_dtype, config_bits

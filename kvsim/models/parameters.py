@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.body import Body
 from kvsim.models.attention import Attention
-from kvsim.models.config import AbsentKeyError
-from kvsim.models.families import Family
+from kvsim.models.config import AbsentKeyError, Body
+from kvsim.models.families.family import Family
 from kvsim.models.quantization import Module
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.body import Body, Shapes
 from kvsim.layout import StateShape
-from kvsim.models.config import Keys, Switch
+from kvsim.models.config import Body, Keys, Shapes, Switch
 
 
 def _state(kind: str, body: Body, conv: tuple[int, ...] | None, recurrent: tuple[int, ...] | None) -> Shapes:

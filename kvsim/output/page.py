@@ -17,15 +17,13 @@ from urllib.parse import urlencode
 from kvsim import __version__
 from kvsim.analysis.breakeven import BreakEven, Runner, by_context, by_money
 from kvsim.analysis.plan import NoRoomError
-from kvsim.hardware import Hardware
+from kvsim.hardware import Hardware, Price, lowest
 from kvsim.layout import Method
 from kvsim.memory.estimate import Estimate, estimate
 from kvsim.memory.sharding import Sharding, stages
 from kvsim.models.model import Model
 from kvsim.output import chart
-from kvsim.prices import Price, lowest
-from kvsim.quantities import milliseconds, parse_serving
-from kvsim.specs import left_out
+from kvsim.specs import left_out, milliseconds, parse_serving
 
 GIB, MIB = 1 << 30, 1 << 20
 CURVE_POINTS = 22

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsim import catalog
 from kvsim.engines import ENGINES
+from kvsim.hardware import given
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.output.page import Answer, Question, answer, as_json, asset, document, link, question_price, sections
-from kvsim.prices import given
-from kvsim.quantities import parse_card, parse_serving
-from kvsim.specs import choose_methods, parse_reserve, parse_size
+from kvsim.specs import choose_methods, parse_card, parse_reserve, parse_serving, parse_size
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

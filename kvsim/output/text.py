@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvsim.labels import layer_label
-from kvsim.layout import LayerShape
+from kvsim.layout import LayerShape, layer_label
 from kvsim.memory.estimate import SPLIT, Estimate
 from kvsim.output.not_modelled import NOT_MODELLED
 

@@ -11,8 +11,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
 
+from validation.claims.generated import generate_tasks
+from validation.claims.memory import layer_tasks
+from validation.claims.peak import peak_tasks
+from validation.claims.subjects import grid_for
 from validation.claims.tasks import Row, Task, judged
-from validation.memory_tasks import memory_tasks
 
 
 def default_jobs(device_type: str) -> int:
@@ -56,3 +59,10 @@ def _work(device: str, quick: bool, models: tuple[str, ...], names: list[str]) -
 @cache
 def _tasks(device: str, quick: bool, models: tuple[str, ...]) -> dict[str, Task]:
     return {task.name: task for task in memory_tasks(device, quick, models)}
+
+
+def memory_tasks(device: str, quick: bool, models: tuple[str, ...]) -> list[Task]:
+    """Layers alone, single layers' peaks, ``generate()``."""
+    place = torch.device(device)
+    grid = grid_for(place.type, quick=quick, models=models)
+    return [*layer_tasks(grid, place), *peak_tasks(grid, place), *generate_tasks(grid, place)]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.bench.harness.results import Row, read
-from kvruntime.bench.model.report import BASE, MIB, baseline, compression, groups, heading, ratio
+from kvruntime.bench.harness.tables import BASE, baseline, groups, ratio
+from kvruntime.bench.model.report import MIB, compression, heading
 from kvruntime.bench.model.report import tables as bench_tables
 from validation.documents.tables import claims_table, markdown
 from validation.recorded import FOLDER, read_all

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvruntime.bench.engine import report as engine_report
 from kvruntime.bench.harness.results import Row, read
+from kvruntime.bench.harness.tables import BASE, ratio
 from kvruntime.bench.kernels import report as kernel_report
-from kvruntime.bench.model.report import BASE, ratio
 from validation.documents.memory_tables import circumstances
 from validation.recorded import FOLDER
 

@@ -94,7 +94,7 @@ def percent(value: float) -> str:
 
 def plain(table: Table) -> str:
     """Aligned columns, for a terminal."""
-    from kvruntime.bench.model.report import aligned
+    from kvruntime.bench.harness.tables import aligned
 
     return aligned(*table)
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvruntime.bench.harness.results import Row
+from kvruntime.bench.harness.tables import BASE, aligned, ratio
 from kvruntime.bench.kernels.report import done, size
-from kvruntime.bench.model.report import BASE, aligned, heading, note, ratio
+from kvruntime.bench.model.report import heading, note
 
 GIB = 1 << 30
 

@@ -18,8 +18,8 @@ from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
 
 if TYPE_CHECKING:
+    from kvruntime.bench.harness.tasks import Task
     from kvruntime.bench.model.caches import Contender
-    from kvruntime.bench.model.tasks import Task
     from kvruntime.checkpoints.load import Loaded
 
 Clock = Callable[[Callable[[], Any], int], float]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvruntime.bench.harness.results import Results, Row
-from kvruntime.bench.model.tasks import Interrupted, Task, run
+from kvruntime.bench.harness.tasks import Interrupted, Task, run
 
 LOST = ("illegal memory access", "unspecified launch failure", "device-side assert", "misaligned address", "ECC error")
 """Errors after which nothing more runs in this process."""

@@ -191,10 +191,10 @@ def fast_kernel(layer: KiviLayer, query: Tensor) -> Any:
     if not query.is_cuda:
         return None
     try:
-        from kvruntime.methods.kivi import fast
+        from kvruntime.methods.kivi import fast, fast_plan
     except (ImportError, AttributeError):  # a Triton whose Gluon language has moved on
         return None
-    return fast if fast.supports(layer.record, query) else None
+    return fast if fast_plan.supports(layer.record, query) else None
 
 
 @contextmanager

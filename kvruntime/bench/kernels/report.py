@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.model.report import aligned, ratio
+from kvruntime.bench.harness.tables import aligned, ratio
 
 ASKED = {
     ("llama-3-8b", 8, 32768): (4.8, 5.6, 6.1, 3.3),

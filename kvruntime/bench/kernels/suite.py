@@ -14,9 +14,9 @@ from kvsim.methods import Kivi
 from kvsim.specs import parse_size
 
 if TYPE_CHECKING:
+    from kvruntime.bench.harness.tasks import Task
     from kvruntime.bench.harness.timing import Bench
     from kvruntime.bench.kernels.attention import Shape
-    from kvruntime.bench.model.tasks import Task
 
 HEADS = {
     "llama-3-8b": (32, 8, 128),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from kvruntime.bench.harness.results import Row
+from kvruntime.bench.harness.tables import aligned, baseline, groups, ratio
 from kvsim.install import install_hint
 
 MIB = 1 << 20
-BASE = ("fp16", "bf16", "fp32")
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -20,22 +19,6 @@ def tables(rows: Sequence[Row]) -> str:
             blocks.append(table(group))
     blocks += [note(row) for row in rows if row["kind"] in ("missing", "skipped") or "failed" in row]
     return "\n\n".join(blocks)
-
-
-def groups(rows: Iterable[Row], kind: str) -> list[list[Row]]:
-    """The finished rows of one kind, those of one model, weights, dtype, seed and setting together."""
-    setting = ("prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows")
-    names = ("model", "weights", "model_sha256", "dtype", "seed", *setting)
-    out: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        if row["kind"] == kind and "failed" not in row:
-            out.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return list(out.values())
-
-
-def baseline(row: Row, group: Iterable[Row], *same: str) -> Row | None:
-    """The uncompressed row of ``group`` that agrees with ``row`` in the fields ``same``."""
-    return next((b for b in group if b["method"] in BASE and all(b[name] == row[name] for name in same)), None)
 
 
 def compression(row: Row, group: Iterable[Row]) -> float | None:
@@ -114,23 +97,6 @@ def heading(kind: str, row: Row, what: str) -> str:
     return f"{kind}: {row['model']}, weights: {row['weights']}, {row['dtype']}; {what}"
 
 
-def ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def aligned(head: list[str], body: list[list[str]]) -> str:
-    """Columns two blanks apart, text to the left, numbers to the right."""
-    lines = [head, *([*cells, *[""] * (len(head) - len(cells))] for cells in body)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    numbers = [any(line[column][:1] in DIGITS for line in lines[1:] if line[column]) for column in range(len(head))]
-
-    def put(cell: str, width: int, number: bool) -> str:
-        return cell.rjust(width) if number else cell.ljust(width)
-
-    return "\n".join("  ".join(map(put, line, widths, numbers)).rstrip() for line in lines)
-
-
-DIGITS = "+-0123456789"
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "memory": memory_table,
     "speed": speed_table,

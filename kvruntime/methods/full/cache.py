@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvruntime.methods.kivi.cache import embedded
-from kvruntime.methods.kivi.reference import Partial
+from kvruntime.kernels.reference import Partial, embedded
 from kvruntime.methods.rows import grown, tokens_to_provide
 from kvsim.layout import LayerShape
 from kvsim.methods.full import Full

@@ -2,7 +2,7 @@
 
 ``store_kernel``: the new token to its slot, rotary embedding on the way; one program a row and head.  ``attend_kernel``:
 ``out = softmax(scale q k^T) v`` of one row and key/value head over one split of its tokens, the query heads that share the head
-as one block of rows; the splits are merged by :func:`kvruntime.methods.kivi.attention.combine_kernel`.  Nothing is planned by length, so
+as one block of rows; the splits are merged by :func:`kvruntime.kernels.merge.combine_kernel`.  Nothing is planned by length, so
 a CUDA graph of a step holds for any.
 """
 
@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvruntime.methods.kivi.attention import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, num_multiprocessors
-from kvruntime.methods.kivi.step import embedded_token, overlaps
+from kvruntime.kernels.launch import num_multiprocessors, overlaps
+from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
+from kvruntime.kernels.rotary import embedded_token
 
 TILES = {2: (128, 64, 32, 16), 4: (16,)}
 """Tokens a step of the loop by bytes a number, the first that shared memory takes; more in float32 spill."""

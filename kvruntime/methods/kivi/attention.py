@@ -21,10 +21,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvruntime.kernels.launch import num_multiprocessors
+from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, softmax_step
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.kivi.pack import (
+from kvruntime.methods.kivi.words import (
     chunks,
     groups_in,
     order_axes,
@@ -34,15 +35,9 @@ from kvruntime.methods.kivi.pack import (
     whole_groups,
     words_before,
 )
-from kvsim.methods.packing import Record
+from kvsim.methods.kivi import Record
 
-LOG2E = 1.4426950408889634
-HIDDEN = tl.constexpr(-1.0e30)
 MAX_SPLITS = 128
-COMBINE_D = 32
-FUSED_MERGE = False
-"""Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own as it
-is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
 REGISTERS = 255
 """Of a thread that looks up a block table: left to choose, ptxas takes 168 on sm_80 and spills."""
 
@@ -137,16 +132,6 @@ def load_plain(ptr, at, mask, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constex
         x = x.to(tl.float32)
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), x)
     return x.to(DOT)
-
-
-@triton.jit
-def softmax_step(score, visible, peak, total):
-    """``(weights, rescale, peak, total)`` after a block of scores, in powers of two."""
-    score = tl.where(visible, score, HIDDEN)
-    new_peak = tl.maximum(peak, tl.max(score, 1))
-    alpha = tl.exp2(peak - new_peak)
-    weight = tl.where(visible, tl.exp2(score - new_peak[:, None]), 0.0)
-    return weight, alpha, new_peak, total * alpha + tl.sum(weight, 1)
 
 
 @triton.jit
@@ -291,25 +276,6 @@ def attend_kernel(
         tl.store(lse_ptr + out_row, lse, mask=inside)
 
 
-@triton.jit
-def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-                   EARLY: tl.constexpr = False):  # fmt: skip
-    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row * num_splits + s, mask=s < num_splits, other=HIDDEN)
-    weight = tl.where(lse > HIDDEN, tl.exp2(lse - tl.max(lse, 0)), 0.0)
-    total = tl.sum(weight, 0)
-    mask = (weight > 0)[:, None] & (d < VALUE_DIM)[None, :]
-    part = tl.load(partial_ptr + (row * num_splits + s)[:, None] * VALUE_DIM + d[None, :], mask=mask, other=0.0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + row * VALUE_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < VALUE_DIM)
-
-
 def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
     """Splits of the tokens: enough to fill ``num_sms`` four times over, each of at least 128 tokens."""
     return max(1, min(4 * num_sms // max(1, programs), -(-num_tokens // 128), MAX_SPLITS))
@@ -322,11 +288,6 @@ def block_rows(rows: int, dim: int) -> int:
     0.4 of the norm).
     """
     return 16 if rows <= 16 or dim & (dim - 1) else 32
-
-
-@cache
-def num_multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def attend(

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvruntime.kernels.reference import embedded
 from kvruntime.methods.kivi import reference
 from kvruntime.methods.rows import grown, tokens_to_provide
 from kvsim.layout import LayerShape
@@ -319,18 +320,6 @@ def _kind(layer: KiviLayer, key: Tensor, value: Tensor, lengths: list[int] | Non
     """All that a launch is told of a layer besides addresses."""
     held = (layer.method, layer.shape, layer.num_provided, layer.row_lengths, layer.row_packed, lengths)
     return (*held, key.shape, key.stride(), key.dtype, value.stride(), value.dtype)
-
-
-def embedded(
-    query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``query`` and ``key`` ``[batch_size, heads, 1, dim]`` with the rotary embedding of each row's position."""
-    if rotary is None:
-        return query, key
-    cos, sin = (table[positions.long()][:, None, None] for table in rotary)
-    half = query.shape[3] // 2
-    turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (query, key)]
-    return query * cos + turned[0] * sin, key * cos + turned[1] * sin
 
 
 def _write(target: Tensor, rows: list[int]) -> None:

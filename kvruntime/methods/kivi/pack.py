@@ -14,14 +14,25 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvruntime.methods.kivi import reference
-from kvsim.methods import packing as layout
-from kvsim.methods.packing import PLANES, Record
+from kvruntime.methods.kivi.words import (
+    chunks,
+    field_bits,
+    groups_in,
+    order_axes,
+    planes,
+    tile_order,
+    value_param_offset,
+    whole_groups,
+    word_offset,
+    words_before,
+)
+from kvsim.methods.kivi import Record
+from kvsim.methods.packing import PLANES
 
 LIMIT = tl.constexpr(reference.LIMIT)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
@@ -34,61 +45,6 @@ ALIGNMENT = tl.constexpr(16)
 """Bytes that the tensors of :func:`addresses` begin at a multiple of: what a thread loads at once."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
-channel_chunks = triton.constexpr_function(
-    layout.channel_chunks
-)  # wrapped, their source counts in the kernels' cache key
-tile_order = triton.constexpr_function(layout.tile_order)
-
-
-@triton.constexpr_function
-def planes(nbits):
-    """``((bits, lowest bit), ...)`` of a code's planes."""
-    out, low = [], 0
-    for bits in PLANES[nbits]:
-        out.append((bits, low))
-        low += bits
-    return tuple(out)
-
-
-@triton.constexpr_function
-def chunks(dim):
-    """``((first channel, width), ...)``."""
-    out, channel = [], 0
-    for width in channel_chunks(dim):
-        out.append((channel, width))
-        channel += width
-    return tuple(out)
-
-
-@triton.constexpr_function
-def order_axes(stream, tile, width, bits, way):
-    """``(shape, permutation)`` of one tile's codes: ``way`` 0 from logical to memory order, 1 back."""
-    order = tile_order(stream, tile, width, bits)
-    return (order.memory_shape, order.to_logical) if way else (order.logical_shape, order.from_logical)
-
-
-@triton.constexpr_function
-def words_before(tile, channel, nbits, width, low):
-    """Word offset inside a tile of the plane that starts at bit ``low`` of the chunk that starts at ``channel``."""
-    return tile * (channel * nbits + width * low) // 32
-
-
-@triton.constexpr_function
-def field_bits(bits):
-    """log2 of the codes a half word."""
-    return (16 // bits).bit_length() - 1
-
-
-@triton.constexpr_function
-def whole_groups(channel, width, group):
-    """Whether a chunk holds whole value groups, as many as a power of two."""
-    return group & (group - 1) == 0 and group <= width and channel % group == 0
-
-
-@triton.constexpr_function
-def groups_in(channel, width, group):
-    """The value groups that a chunk touches: first, one past the last."""
-    return channel // group, (channel + width - 1) // group + 1
 
 
 @triton.constexpr_function
@@ -156,21 +112,6 @@ def bias(nbits):
     """What a word of :func:`rounded` codes holds too much, as int32."""
     word = sum(ROUND_BITS.value << shift for shift in range(0, 32, nbits)) % 2**32
     return word - 2**32 if word >= 2**31 else word
-
-
-@triton.jit
-def word_offset(index, RUNS: tl.constexpr):
-    """The share of a token or channel of a tile in the place of its code's word."""
-    at = index * 0
-    for i in tl.static_range(len(RUNS)):
-        at += ((index >> RUNS[i][0]) & RUNS[i][1]) * RUNS[i][2]
-    return at
-
-
-@triton.jit
-def value_param_offset(group, token, RECORD: tl.constexpr):
-    """Place of a value scale inside its section: ``[group][c][ts][kk][e]`` (kvsim/methods/packing.py)."""
-    return group * RECORD + (token // 2 % 4) * (RECORD // 4) + token // 16 * 4 + (token // 8 % 2) * 2 + token % 2
 
 
 @triton.jit
@@ -671,123 +612,6 @@ def freeze_kernel(
     tl.store(params_ptr + tl.cast(batch_size, tl.int64) * (NUM_HEADS * KEY_DIM) + at, zero, mask=d < KEY_DIM)
 
 
-@triton.jit
-def store_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, counts_ptr, layers_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, batch_size, skip,
-    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
-    SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(1) // NUM_HEADS
-    head = (tl.program_id(1) % NUM_HEADS).to(tl.int64)
-    length = tl.load(lengths_ptr + row)
-    packed = tl.load(lengths_ptr + batch_size + row)
-    count = new_length
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + row)
-    over = tl.maximum(length + count - SINK - packed - RESIDUAL, 0)
-    packed += (over + RECORD - 1) // RECORD * RECORD
-    block = tl.program_id(0)
-    block += tl.where(block > 0, skip, 0)  # what lies between the sink and the residual is in records
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = length + t - (new_length - count)
-    kept = (t < new_length) & (t >= new_length - count) & ((token < SINK) | (token >= SINK + packed))
-    slot = tl.where(token < SINK, token, SINK + (token - SINK) % RESIDUAL)
-    key_ptr = of_layer(key_ptr, layers_ptr, 0)
-    value_ptr = of_layer(value_ptr, layers_ptr, 1)
-    exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
-    exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
-    rows = row.to(tl.int64) * NUM_HEADS + head
-    d = tl.arange(0, BLOCK_D)[None, :]
-    at = t.to(tl.int64)[:, None]
-    x = tl.load(
-        key_ptr + row * stride_kb + head * stride_kh + at * stride_kt + d, mask=kept[:, None] & (d < KEY_DIM), other=0.0
-    )
-    out = exact_key_ptr + (rows * num_slots + slot[:, None]) * KEY_DIM + d
-    tl.store(out, x.to(exact_key_ptr.dtype.element_ty), mask=kept[:, None] & (d < KEY_DIM))
-    y = tl.load(
-        value_ptr + row * stride_vb + head * stride_vh + at * stride_vt + d,
-        mask=kept[:, None] & (d < VALUE_DIM),
-        other=0.0,
-    )
-    out = exact_value_ptr + (rows * num_slots + slot[:, None]) * VALUE_DIM + d
-    tl.store(out, y.to(exact_value_ptr.dtype.element_ty), mask=kept[:, None] & (d < VALUE_DIM))
-
-
-def append(
-    key: Tensor,
-    value: Tensor,
-    counts: list[int],
-    lengths: list[int],
-    packed: list[int],
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
-    key_params: Tensor | None,
-    lengths_ptr: Tensor,
-    layers: Tensor | None = None,
-) -> None:
-    """Store new tokens: the tensors and their meaning are :func:`reference.append`'s.
-
-    ``lengths_ptr [2, batch_size]`` int32 holds ``lengths`` and ``packed`` on the device, as they are before; it is
-    read, not written.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share
-    everything else.
-    """
-    batch_size, heads, new_length, _ = key.shape
-    num_layers = 1 if layers is None else len(layers)
-    if key.stride(3) != 1:
-        key = key.contiguous()
-    if value.stride(3) != 1:
-        value = value.contiguous()
-    states = list(zip(lengths, packed, counts, strict=True))
-    plans = {state: reference.flush_plan(*state, record.num_tokens, sink, residual) - state[1] for state in set(states)}
-    most = max(plans.values())
-    ragged = (
-        None if min(counts) == new_length else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
-    )
-    strides = (*key.stride()[:3], *value.stride()[:3])
-    if most:
-        if key_params is not None:
-            freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual, layers)
-        launch = pack_launch(record)
-        pack_kernel[(most // record.num_tokens * launch["PARTS"], batch_size * heads, num_layers)](
-            key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged, layers,
-            *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
-            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
-            SINK=sink, RESIDUAL=residual, **record_constants(record), enable_fp_fusion=True, **launch,
-        )  # fmt: skip
-    dim = max(record.key_dim, record.value_dim)
-    block = 1 if new_length == 1 else 16
-    skip, blocks = 0, -(-new_length // block)
-    if new_length > residual + sink + 2 * block:  # of a long prompt only both ends are stored
-        tail = -(-(residual + block) // block)
-        head_blocks = -(-(max(new_length - min(counts), 0) + sink) // block)
-        skip = max(0, blocks - tail - 1) if head_blocks <= 1 else 0
-        blocks -= skip
-    store_kernel[(blocks, batch_size * heads, num_layers)](
-        key, value, exact_key, exact_value, lengths_ptr, ragged, layers,
-        *strides, new_length, exact_key.shape[2], batch_size, skip,
-        NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
-        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
-        enable_fp_fusion=True, num_warps=1 if block == 1 else 4,
-    )  # fmt: skip
-
-
-def addresses(layers: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor | None:
-    """The table by which one :func:`append` stores many layers, int64 ``[num_layers, 6]`` on their device.
-
-    ``layers``: key, value, exact_key, exact_value, records, key_params of each, alike in all but their address.
-    None where a tensor does not begin at a multiple of ``ALIGNMENT`` bytes.
-    """
-    rows = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
-    if any(address % ALIGNMENT.value for row in rows for address in row):
-        return None
-    return torch.tensor(rows, dtype=torch.int64).to(layers[0][0].device, non_blocking=True)
-
-
 def freeze(
     key: Tensor,
     exact_key: Tensor,
@@ -837,21 +661,3 @@ def pack_launch(record: Record) -> dict[str, int]:
     """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps."""
     warps = 1 if in_word_order(record) else pack_warps(record)
     return {"PARTS": num_parts(record, PART * warps), "SIZE": PART * warps, "num_warps": warps}
-
-
-@cache
-def record_constants(record: Record) -> dict[str, int]:
-    """The record's sizes as the kernels' compile-time constants."""
-    return {
-        "KEY_DIM": record.key_dim,
-        "VALUE_DIM": record.value_dim,
-        "KEY_NBITS": record.key_nbits,
-        "VALUE_NBITS": record.value_nbits,
-        "KEY_GROUP": record.key_group,
-        "VALUE_GROUP": record.value_group,
-        "RECORD": record.num_tokens,
-        "TILE": record.tile,
-        "KEY_PARAMS": record.offset("key_scale"),
-        "VALUE_PARAMS": record.offset("value_scale"),
-        "RECORD_WORDS": record.num_words,
-    }

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsim.methods.packing import Record
+from kvruntime.kernels.reference import Partial
+from kvsim.methods.kivi import Record
 
 LIMIT = 32704.0
 BLOCK_TOKENS = 1024
@@ -263,36 +264,6 @@ def records_a_row(records: Tensor, block_table: Tensor | None, batch_size: int) 
             f"expected [{batch_size}, num_blocks] int32 over [pool_size, num_kv_heads, num_words]"
         )
     return block_table.shape[1]
-
-
-class Partial:
-    """A running softmax over blocks of tokens: ``add`` blocks, then ``result`` (arXiv 2112.05682)."""
-
-    def __init__(self, query: Tensor, value_dim: int, scale: float) -> None:
-        self.query = query.float() * scale  # [batch_size, num_kv_heads, rows, key_dim]
-        self.peak = query.new_full(query.shape[:-1], float("-inf"), dtype=torch.float32)
-        self.total = torch.zeros_like(self.peak)
-        self.out = query.new_zeros(*query.shape[:-1], value_dim, dtype=torch.float32)
-
-    def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
-        """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` broadcasts to ``[..., rows, n]``."""
-        score = self.query @ key.float().transpose(-1, -2)
-        value = value.float()
-        if visible is not None:
-            score = torch.where(visible, score, float("-inf"))
-            hidden = ~visible.any(-2, keepdim=True).transpose(-1, -2)
-            value = torch.where(hidden, 0.0, value)  # what no query sees may be anything, NaN too
-        peak = torch.maximum(self.peak, score.amax(-1))
-        finite = torch.where(peak == float("-inf"), 0.0, peak)
-        alpha = torch.exp(self.peak - finite)
-        weight = torch.exp(score - finite[..., None])
-        self.total = self.total * alpha + weight.sum(-1)
-        self.out = self.out * alpha[..., None] + weight @ value
-        self.peak = peak
-
-    def result(self) -> Tensor:
-        """``[batch_size, num_kv_heads, rows, value_dim]`` in float32; rows that saw nothing are zero."""
-        return self.out / torch.where(self.total == 0, 1.0, self.total)[..., None]
 
 
 def attend(

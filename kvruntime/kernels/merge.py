@@ -1,0 +1,45 @@
+"""Triton: the online softmax, and the kernel that merges splits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LOG2E = 1.4426950408889634
+
+
+HIDDEN = tl.constexpr(-1.0e30)
+COMBINE_D = 32
+FUSED_MERGE = False
+"""Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own as it
+is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
+
+
+@triton.jit
+def softmax_step(score, visible, peak, total):
+    """``(weights, rescale, peak, total)`` after a block of scores, in powers of two."""
+    score = tl.where(visible, score, HIDDEN)
+    new_peak = tl.maximum(peak, tl.max(score, 1))
+    alpha = tl.exp2(peak - new_peak)
+    weight = tl.where(visible, tl.exp2(score - new_peak[:, None]), 0.0)
+    return weight, alpha, new_peak, total * alpha + tl.sum(weight, 1)
+
+
+@triton.jit
+def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+                   EARLY: tl.constexpr = False):  # fmt: skip
+    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + row * num_splits + s, mask=s < num_splits, other=HIDDEN)
+    weight = tl.where(lse > HIDDEN, tl.exp2(lse - tl.max(lse, 0)), 0.0)
+    total = tl.sum(weight, 0)
+    mask = (weight > 0)[:, None] & (d < VALUE_DIM)[None, :]
+    part = tl.load(partial_ptr + (row * num_splits + s)[:, None] * VALUE_DIM + d[None, :], mask=mask, other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + row * VALUE_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < VALUE_DIM)

@@ -1,0 +1,48 @@
+"""Partial attention in plain PyTorch, and the rotary embedding of one token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Partial:
+    """A running softmax over blocks of tokens: ``add`` blocks, then ``result`` (arXiv 2112.05682)."""
+
+    def __init__(self, query: Tensor, value_dim: int, scale: float) -> None:
+        self.query = query.float() * scale  # [batch_size, num_kv_heads, rows, key_dim]
+        self.peak = query.new_full(query.shape[:-1], float("-inf"), dtype=torch.float32)
+        self.total = torch.zeros_like(self.peak)
+        self.out = query.new_zeros(*query.shape[:-1], value_dim, dtype=torch.float32)
+
+    def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
+        """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` broadcasts to ``[..., rows, n]``."""
+        score = self.query @ key.float().transpose(-1, -2)
+        value = value.float()
+        if visible is not None:
+            score = torch.where(visible, score, float("-inf"))
+            hidden = ~visible.any(-2, keepdim=True).transpose(-1, -2)
+            value = torch.where(hidden, 0.0, value)  # what no query sees may be anything, NaN too
+        peak = torch.maximum(self.peak, score.amax(-1))
+        finite = torch.where(peak == float("-inf"), 0.0, peak)
+        alpha = torch.exp(self.peak - finite)
+        weight = torch.exp(score - finite[..., None])
+        self.total = self.total * alpha + weight.sum(-1)
+        self.out = self.out * alpha[..., None] + weight @ value
+        self.peak = peak
+
+    def result(self) -> Tensor:
+        """``[batch_size, num_kv_heads, rows, value_dim]`` in float32; rows that saw nothing are zero."""
+        return self.out / torch.where(self.total == 0, 1.0, self.total)[..., None]
+
+
+def embedded(
+    query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``query`` and ``key`` ``[batch_size, heads, 1, dim]`` with the rotary embedding of each row's position."""
+    if rotary is None:
+        return query, key
+    cos, sin = (table[positions.long()][:, None, None] for table in rotary)
+    half = query.shape[3] // 2
+    turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (query, key)]
+    return query * cos + turned[0] * sin, key * cos + turned[1] * sin

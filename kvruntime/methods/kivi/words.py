@@ -1,0 +1,101 @@
+"""How codes lie in words, for kernels that write them and kernels that read them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import triton
+import triton.language as tl
+
+from kvsim.methods import packing as layout
+from kvsim.methods.kivi import Record
+from kvsim.methods.packing import PLANES
+
+channel_chunks = triton.constexpr_function(
+    layout.channel_chunks
+)  # wrapped, their source counts in the kernels' cache key
+tile_order = triton.constexpr_function(layout.tile_order)
+
+
+@triton.constexpr_function
+def planes(nbits):
+    """``((bits, lowest bit), ...)`` of a code's planes."""
+    out, low = [], 0
+    for bits in PLANES[nbits]:
+        out.append((bits, low))
+        low += bits
+    return tuple(out)
+
+
+@triton.constexpr_function
+def chunks(dim):
+    """``((first channel, width), ...)``."""
+    out, channel = [], 0
+    for width in channel_chunks(dim):
+        out.append((channel, width))
+        channel += width
+    return tuple(out)
+
+
+@triton.constexpr_function
+def order_axes(stream, tile, width, bits, way):
+    """``(shape, permutation)`` of one tile's codes: ``way`` 0 from logical to memory order, 1 back."""
+    order = tile_order(stream, tile, width, bits)
+    return (order.memory_shape, order.to_logical) if way else (order.logical_shape, order.from_logical)
+
+
+@triton.constexpr_function
+def words_before(tile, channel, nbits, width, low):
+    """Word offset inside a tile of the plane that starts at bit ``low`` of the chunk that starts at ``channel``."""
+    return tile * (channel * nbits + width * low) // 32
+
+
+@triton.constexpr_function
+def field_bits(bits):
+    """log2 of the codes a half word."""
+    return (16 // bits).bit_length() - 1
+
+
+@triton.constexpr_function
+def whole_groups(channel, width, group):
+    """Whether a chunk holds whole value groups, as many as a power of two."""
+    return group & (group - 1) == 0 and group <= width and channel % group == 0
+
+
+@triton.constexpr_function
+def groups_in(channel, width, group):
+    """The value groups that a chunk touches: first, one past the last."""
+    return channel // group, (channel + width - 1) // group + 1
+
+
+@triton.jit
+def word_offset(index, RUNS: tl.constexpr):
+    """The share of a token or channel of a tile in the place of its code's word."""
+    at = index * 0
+    for i in tl.static_range(len(RUNS)):
+        at += ((index >> RUNS[i][0]) & RUNS[i][1]) * RUNS[i][2]
+    return at
+
+
+@triton.jit
+def value_param_offset(group, token, RECORD: tl.constexpr):
+    """Place of a value scale inside its section: ``[group][c][ts][kk][e]`` (kvsim/methods/packing.py)."""
+    return group * RECORD + (token // 2 % 4) * (RECORD // 4) + token // 16 * 4 + (token // 8 % 2) * 2 + token % 2
+
+
+@cache
+def record_constants(record: Record) -> dict[str, int]:
+    """The record's sizes as the kernels' compile-time constants."""
+    return {
+        "KEY_DIM": record.key_dim,
+        "VALUE_DIM": record.value_dim,
+        "KEY_NBITS": record.key_nbits,
+        "VALUE_NBITS": record.value_nbits,
+        "KEY_GROUP": record.key_group,
+        "VALUE_GROUP": record.value_group,
+        "RECORD": record.num_tokens,
+        "TILE": record.tile,
+        "KEY_PARAMS": record.offset("key_scale"),
+        "VALUE_PARAMS": record.offset("value_scale"),
+        "RECORD_WORDS": record.num_words,
+    }
