@@ -28,10 +28,10 @@ results="$PWD/validation/results"
 mkdir -p "$results"/{bench,kernels,engine,profiles}
 
 tests() {
-    OMP_NUM_THREADS=1 python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) * 3 / 4)) tests/test_kernels.py \
-        tests/test_fast.py tests/test_step.py tests/test_full.py tests/test_prompt.py tests/test_engine.py \
-        tests/test_engine_decoders.py tests/test_engine_linear.py tests/test_hf_compiled.py tests/test_hf_generate.py \
-        tests/test_hf_honesty.py tests/test_hf_masks.py
+    OMP_NUM_THREADS=1 python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) * 3 / 4)) tests/kvruntime/test_kernels.py \
+        tests/kvruntime/test_fast.py tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_prompt.py tests/kvruntime/test_engine.py \
+        tests/kvruntime/test_engine_decoders.py tests/kvruntime/test_engine_linear.py tests/kvruntime/test_hf_compiled.py tests/kvruntime/test_hf_generate.py \
+        tests/kvruntime/test_hf_honesty.py tests/kvruntime/test_hf_masks.py
 }
 
 memory() {
@@ -79,16 +79,16 @@ calibrate() {
 sanitized() { # compute-sanitizer over the kernels' grid in float16, in one process; first without it, which compiles
     local apart=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1) # else a tensor is a part of 2 MB, and what leaves it is not seen
     local said
-    said="$("${apart[@]}" compute-sanitizer --tool "$1" --kernel-name kns=faulty_kernel python3 tests/faults.py "$1" 2>&1)"
+    said="$("${apart[@]}" compute-sanitizer --tool "$1" --kernel-name kns=faulty_kernel python3 tests/support/faults.py "$1" 2>&1)"
     [[ "$said" == *"at faulty_kernel"* ]] || {
-        echo "$1 does not see the fault of tests/faults.py, so it says nothing of the others" >&2
+        echo "$1 does not see the fault of tests/support/faults.py, so it says nothing of the others" >&2
         return 1
     }
     # without weights that the CPU is too slow to judge: racecheck aborts where PyTorch multiplies
-    local points=(-p no:cacheprovider -p no:benchmark tests/test_step.py tests/test_full.py tests/test_fast.py
-        tests/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
-        tests/test_prompt.py::test_layers_that_differ_are_stored_alone
-        tests/test_kernels.py::test_words_bit_exact tests/test_engine_linear.py
+    local points=(-p no:cacheprovider -p no:benchmark tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_fast.py
+        tests/kvruntime/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
+        tests/kvruntime/test_prompt.py::test_layers_that_differ_are_stored_alone
+        tests/kvruntime/test_kernels.py::test_words_bit_exact tests/kvruntime/test_engine_linear.py
         -k "not compiles and not bfloat16 and not float32 and not 50257 and not 14336 and not 13824 and not 6144")
     local kernels=() name
     for name in attend combine step store pack freeze linear product stream add_norm embed; do
@@ -107,5 +107,5 @@ for part in "$@"; do
     echo "== $part" >&2
     "$part" || failed+=" $part"
 done
-python3 tests/test_docs.py || failed+=" documents"
+python3 tests/house/test_docs.py || failed+=" documents"
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

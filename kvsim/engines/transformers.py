@@ -1,7 +1,7 @@
 """transformers' own cache: ``DynamicCache`` (or ``StaticCache``), as version 5.24 allocates it for a model's classes.
 
 The rules here are held, byte for byte, to the caches of transformers' own model classes on the ``meta`` device
-(tests/test_model_oracle.py) and to the recorded ones of the catalogue.
+(tests/kvsim/test_model_oracle.py) and to the recorded ones of the catalogue.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sizes of tests/test_engine_linear.py's ``test_product``, called and awaited one by one.
+"""The sizes of tests/kvruntime/test_engine_linear.py's ``test_product``, called and awaited one by one.
 
 Prints the largest error where there is no activation.
 

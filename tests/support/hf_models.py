@@ -1,0 +1,107 @@
+"""The model families that the cache is run under: one row each, as tiny seeded random models.
+
+The README's table of models is ``readme_table()`` (tests/kvruntime/test_hf_models.py runs every row).
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+import torch
+import transformers
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+
+VOCAB = 97
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GQA = {**SMALL, "num_key_value_heads": 2}
+GPT = {
+    "vocab_size": VOCAB,
+    "n_embd": 128,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+OPT = {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 128}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+
+MODELS: dict[str, tuple[str, dict[str, object], str]] = {
+    "GPT-2": ("GPT2Config", GPT, "multi-head, learned positions"),
+    "GPT-BigCode": ("GPTBigCodeConfig", GPT, "multi-query"),
+    "GPT-NeoX": ("GPTNeoXConfig", SMALL, "multi-head, partial RoPE; Pythia"),
+    "OPT": ("OPTConfig", OPT, "multi-head, query scaled beforehand"),
+    "Llama": ("LlamaConfig", GQA, "grouped-query; Llama 2 and 3, SmolLM2, Yi, DeepSeek-LLM"),
+    "Mistral": ("MistralConfig", {**GQA, "sliding_window": None}, "grouped-query, without a sliding window"),
+    "Mixtral": ("MixtralConfig", {**GQA, "sliding_window": None, "num_local_experts": 4}, "grouped-query, experts"),
+    "Qwen2": ("Qwen2Config", GQA, "grouped-query, biases; Qwen2 and 2.5"),
+    "Qwen3": ("Qwen3Config", {**GQA, "head_dim": 64}, "grouped-query, normalized queries and keys"),
+    "Qwen3-MoE": (
+        "Qwen3MoeConfig",
+        {**GQA, **EXPERTS, "head_dim": 32, "moe_intermediate_size": 32},
+        "grouped-query, experts",
+    ),
+    "Phi": ("PhiConfig", GQA, "partial RoPE; Phi-1, 1.5 and 2"),
+    "Phi-3": ("Phi3Config", GQA, "fused projections; Phi-3 and 4 without a sliding window"),
+    "OLMo": ("OlmoConfig", GQA, "clipped projections"),
+    "OLMo 2": ("Olmo2Config", GQA, "normalized queries and keys"),
+    "OLMoE": ("OlmoeConfig", {**GQA, **EXPERTS}, "experts"),
+    "Gemma": ("GemmaConfig", {**GQA, "num_key_value_heads": 1, "head_dim": 256}, "multi-query, head dimension 256"),
+    "StarCoder2": ("Starcoder2Config", {**GQA, "sliding_window": None}, "grouped-query, without a sliding window"),
+    "Cohere": ("CohereConfig", GQA, "parallel blocks; Command R"),
+    "Granite": ("GraniteConfig", GQA, "attention multiplier"),
+    "GLM": ("GlmConfig", {**GQA, "head_dim": 32}, "partial RoPE; GLM-4"),
+    "SmolLM3": ("SmolLM3Config", GQA, "layers without RoPE"),
+    "Nemotron": ("NemotronConfig", GQA, "partial RoPE"),
+    "Persimmon": ("PersimmonConfig", SMALL, "multi-head, normalized queries and keys"),
+    "Helium": ("HeliumConfig", {**GQA, "head_dim": 32}, "grouped-query"),
+    "Apertus": ("ApertusConfig", {**GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "normalized"),
+}
+"""Family -> (transformers config class, its arguments, what is particular about it)."""
+
+
+@cache
+def tiny(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The family's tiny model, seeded; every caller gets the same object."""
+    config_class, arguments, _ = MODELS[family]
+    torch.manual_seed(7)
+    config_class = getattr(transformers, config_class)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)).eval().to(DEVICE, dtype)
+    with torch.no_grad():  # default weights are near zero: larger ones make attention, and so the cache, matter
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "emb" not in name and "wte" not in name and "wpe" not in name:
+                weight.mul_(4)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def prompt(batch_size: int, length: int, padding: tuple[int, ...] = (), seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random token ids and their attention mask; row b begins with ``padding[b]`` padding tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, VOCAB, (batch_size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
+
+
+def readme_table() -> str:
+    """The models of the README, in Markdown."""
+    lines = ["| family | transformers class | particular |", "|---|---|---|"]
+    for family, (config_class, _, note) in MODELS.items():
+        lines.append(f"| {family} | `{config_class.removesuffix('Config')}` | {inspect.cleandoc(note)} |")
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""Settings of every family's class that change its cache or its weights, over the class's own defaults.
+
+tests/kvsim/test_model_oracle.py builds each on the ``meta`` device; a family that is not here is built as its defaults say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "ministral": [{"head_dim": 128}],
+    "sarvam_moe": [{}, {"use_qk_norm": False, "attention_bias": True, "n_shared_experts": 2}],
+    "sarvam_mla": [{}, {"q_lora_rank": 1536, "first_k_dense_replace": 3}],
+    "hyperclovax": [{}, {"use_post_norm": False}],
+    "cohere2_moe": [
+        {"num_hidden_layers": 6, "num_shared_experts": 2},
+        {
+            "num_hidden_layers": 6,
+            "prefix_dense_intermediate_size": 512,
+            "num_key_value_heads": 8,
+            "first_k_dense_replace": 2,
+        },
+    ],
+    "lfm3": [{}, {"conv_bias": True, "attention_bias": True}],
+    "solar_open": [{}, {"attention_bias": True}],
+    "exaone": [{}, {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}],
+    "hy_v3": [{}, {"num_shared_experts": 2}],
+    "nemotron": [{"num_key_value_heads": 8}],
+    "hunyuan_v1_dense": [{"head_dim": 128}],
+    "hunyuan_v1_moe": [{"head_dim": 128, "num_experts": 4}],
+    "deepseek_v2": [
+        {"num_experts_per_tok": 6, "topk_group": 1, "n_group": 1, "first_k_dense_replace": 1},
+        {"num_experts_per_tok": 6, "q_lora_rank": None, "first_k_dense_replace": 1},
+    ],
+    "lfm2": [
+        {},
+        {"full_attn_idxs": [2, 5], "num_hidden_layers": 8},
+        {"full_attn_idxs": [2, 5], "num_hidden_layers": 8, "block_auto_adjust_ff_dim": False, "conv_bias": True},
+    ],
+    "lfm2_moe": [{"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}],
+    "granitemoehybrid": [
+        {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+        {"layer_types": ["mamba", "attention"], "num_hidden_layers": 2, "num_local_experts": 0},
+    ],
+    "bamba": [
+        {"attn_layer_indices": [1, 4]},
+        {"attn_layer_indices": [1, 4], "mamba_conv_bias": False, "mamba_proj_bias": True, "mlp_bias": True},
+    ],
+    "falcon_h1": [
+        {},
+        {"mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_d_head": "auto"},
+        {"mamba_d_ssm": 2048, "mamba_d_head": 16},
+        {"mamba_proj_bias": True},
+        {"projectors_bias": True},
+    ],
+    "glm_moe_dsa": [{}, {"index_topk_freq": 4, "index_skip_topk_offset": 3}],
+    "gemma4_text": [
+        {},
+        {"num_kv_shared_layers": 10},
+        {"num_kv_shared_layers": 10, "use_double_wide_mlp": True},
+        {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
+        {"hidden_size_per_layer_input": 0},
+        {"per_layer_config": {}},
+    ],
+    "gemma3n_text": [
+        {},
+        {"num_kv_shared_layers": 10, "num_hidden_layers": 30, "intermediate_size": 8192},
+        {"num_kv_shared_layers": 0},
+    ],
+    "gemma3_text": [{}, {"sliding_window_pattern": 4}],
+    "dots1": [
+        {
+            "num_key_value_heads": 8,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "head_dim": 128,
+        }
+    ],
+    "jamba": [{}, {"num_experts": 1}, {"attn_layer_period": 4, "attn_layer_offset": 1, "mamba_dt_rank": "auto"}],
+    "minimax": [{}, {"head_dim": 64}],
+    "exaone4": [{}, {"sliding_window_pattern": 3}],
+    "cohere2": [{}, {"sliding_window_pattern": 5}],
+    "qwen3_moe": [{"head_dim": 128}, {"head_dim": 128, "use_sliding_window": True, "sliding_window": 64}],
+    "qwen2_moe": [{}, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 10}],
+    "qwen2": [{}, {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 10}],
+    "smollm3": [{}, {"use_sliding_window": True, "sliding_window": 64}],
+    "laguna": [{}, {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}],
+    "llama4_text": [
+        {},
+        {"num_hidden_layers": 4, "attention_chunk_size": None, "num_local_experts": 2},
+        {"num_hidden_layers": 8, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "num_local_experts": 4},
+    ],
+    "recurrent_gemma": [{}, {"lru_width": 2560, "num_key_value_heads": 1}],
+    "opt": [
+        {},
+        {"_remove_final_layer_norm": True},
+        {"do_layer_norm_before": False},
+        {"word_embed_proj_dim": 512, "hidden_size": 1024, "num_attention_heads": 16},
+    ],
+    "stablelm": [{}, {"qk_layernorm": True, "use_qkv_bias": True, "num_key_value_heads": 8}],
+    "ernie4_5_moe": [{}, {"moe_layer_start_index": 2, "moe_layer_interval": 2}],
+    "mamba2": [{}, {"tie_word_embeddings": True, "use_bias": True}],
+    "mamba": [{}, {"use_bias": True, "use_conv_bias": False}, {"intermediate_size": 1024}],
+    "zamba2": [{}, {"attention_head_dim": 80}],
+    "gemma4_unified_text": [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}],
+    "olmo_hybrid": [{}, {"linear_num_key_heads": None}],
+    "qwen3_next": [{}, {"mlp_only_layers": [0, 1], "decoder_sparse_step": 1}],
+    "falcon": [
+        {},
+        {"new_decoder_architecture": True, "num_kv_heads": 1},
+        {"multi_query": False, "bias": True, "parallel_attn": False},
+    ],
+    "deepseek_v4": [{}, {"compress_ratios": [0, 0, 4, 128, 4, 128], "num_hidden_layers": 6, "layer_types": None}],
+    "nemotron_h": [{}, {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "use_bias": True}],
+    "gpt_oss": [{}, {"attention_bias": False}],
+    "minicpm3": [{}],
+    "kimi_linear": [{}, {"q_lora_rank": 256}],
+    "mimo_v2_flash": [{}, {"attention_bias": True}],
+    "longcat_flash": [{}],
+    "exaone_moe": [{}, {"first_k_dense_replace": 3, "num_shared_experts": 2}],
+    "afmoe": [{}, {"num_dense_layers": 3, "global_attn_every_n_layers": 3}],
+}
+
+SKIPPED: dict[str, str] = {
+    "glm4_moe": "its class's defaults are no model (96 heads of a width of 4,096)",
+    "dbrx": "its class does not start in 5.23 (rope_theta)",
+    "mistral4": "in no AutoModel; a catalogue row is built by its class",
+    "glm4v_text": "in no AutoModel by itself",
+    "glm4v_moe_text": "in no AutoModel by itself",
+    "qwen2_vl_text": "in no AutoModel by itself",
+    "qwen2_5_vl_text": "in no AutoModel by itself",
+    "qwen2_5_omni_text": "in no AutoModel by itself",
+    "qwen3_omni_moe_text": "in no AutoModel by itself",
+    "step3p5": "in no AutoModel by itself",
+    "qwen3_vl_text": "in no AutoModel by itself",
+    "qwen3_vl_moe_text": "in no AutoModel by itself",
+}
+"""Families that cannot be built alone, and why."""
+
+_EXPANDED = "5.17 caches the keys and values of sparse attention expanded to every head"
+_DATA = "5.17 reads a number from a tensor, which has none here"
+EARLIER: dict[str, tuple[tuple[int, int], str]] = {
+    "llama4_text": ((5, 24), "a chunk size of null is no model before 5.24"),
+    "deepseek_v32": ((5, 23), _EXPANDED),
+    "glm_moe_dsa": ((5, 23), _EXPANDED),
+    "axk2": ((5, 23), _EXPANDED),
+    "hy_v4": ((5, 23), _EXPANDED),
+    "opt": ((5, 23), _DATA),
+    "aria_text": ((5, 23), _DATA),
+}
+"""Families whose class was another before a version of transformers, and what it did."""
+
+NO_CACHE: dict[str, str] = {
+    "openai-gpt": "its class keeps no cache",
+    "mamba": "another output",
+    "falcon_mamba": "another output",
+    "mamba2": "another output",
+    "recurrent_gemma": "the state lies in its modules",
+    "rwkv": "another output",
+    "biogpt": "its forward reads a number from a tensor",
+    "longcat_flash": "its experts need data",
+    "minimax": "the linear state lies outside the layers",
+    "deepseek_v2": "a grouped product of its default width does not run",
+}
+"""Families whose forward pass leaves no cache to weigh on the ``meta`` device; their parameters are compared."""
