@@ -52,7 +52,8 @@ class Constants:
     ``chunk_tokens``: prompt tokens a step.
     ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
     cache.  ``decode_band``, ``prefill_band``: factors (low, high) on a prediction.  ``kernels``, ``curve``:
-    :mod:`kvsim.latency.attention_curve`.  ``engines``: the only ones that these constants were measured for (``None``: any).
+    :mod:`kvsim.latency.attention_curve`.  ``engines``: the only ones that these were measured for (``None``:
+    any).
     """
 
     weight_efficiency: float

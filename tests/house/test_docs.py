@@ -1,7 +1,7 @@
 """What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
-tests/support/hf_models.py runs, ``<!-- results ... -->`` the tables of memory and quality that validation/results holds,
+tests/support/hf_models.py runs, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
 ``<!-- planners -->`` the recorded head-to-head of planners.
 ``python tests/house/test_docs.py`` writes all of them anew.

@@ -1,5 +1,7 @@
-"""The PyTorch caches at their edges: NaN, padding, scales frozen over a sequence (tests/kvruntime/test_kernels.py holds the
-kernels to the reference bit for bit, so what the reference means is held here)."""
+"""The PyTorch caches at their edges: NaN, padding, scales frozen over a sequence.
+
+test_kernels.py holds the kernels to the reference bit for bit, so what the reference means is held here.
+"""
 
 from __future__ import annotations
 

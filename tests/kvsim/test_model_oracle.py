@@ -1,7 +1,7 @@
 """The oracle without a GPU: transformers' own classes on the ``meta`` device, byte for byte and weight for weight.
 
-Every row of the catalogue against tests/support/oracle.json (recorded by ``python tests/support/oracle.py``), the record against a
-live run, and every family against its class with the settings of tests/support/model_variants.py.
+Every row of the catalogue against tests/support/oracle.json (recorded by ``python tests/support/oracle.py``), the
+record against a live run, and every family against its class with the settings of tests/support/model_variants.py.
 """
 
 from __future__ import annotations

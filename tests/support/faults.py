@@ -1,7 +1,7 @@
 """A fault of each kind that compute-sanitizer is to find, so that ``validation/record.sh`` knows that it looks.
 
-``python tests/support/faults.py memcheck`` stores right behind a tensor; with ``racecheck`` all threads write one shared word.
-Without the tool both end well.
+``python tests/support/faults.py memcheck`` stores right behind a tensor; with ``racecheck`` all threads write one
+shared word.  Without the tool both end well.
 """
 
 from __future__ import annotations

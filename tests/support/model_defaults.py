@@ -1,6 +1,7 @@
 """Writes kvsim/catalog/defaults.json anew: what transformers' classes fill in for absent keys.
 
-``python tests/support/model_defaults.py`` writes it; tests/kvsim/test_model_oracle.py holds it to the installed transformers.
+``python tests/support/model_defaults.py`` writes it; tests/kvsim/test_model_oracle.py holds it to the installed
+transformers.
 """
 
 from __future__ import annotations

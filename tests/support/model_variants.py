@@ -1,6 +1,7 @@
 """Settings of every family's class that change its cache or its weights, over the class's own defaults.
 
-tests/kvsim/test_model_oracle.py builds each on the ``meta`` device; a family that is not here is built as its defaults say.
+tests/kvsim/test_model_oracle.py builds each on the ``meta`` device; a family that is not here is built as its defaults
+say.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What transformers itself says of a config, without a GPU and without weights: its classes on the ``meta`` device.
 
-``python tests/support/oracle.py`` records it for every row of the catalogue in tests/support/oracle.json; tests/kvsim/test_model_oracle.py
-compares the parser and the transformers engine with the record, and the record with a live run.
+``python tests/support/oracle.py`` records it for every row of the catalogue in tests/support/oracle.json;
+tests/kvsim/test_model_oracle.py compares the parser and the transformers engine with the record, and the record with a
+live run.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_no_path_of_a_machine_is_recorded() -> None:
 
 def test_a_planner_that_is_not_there_says_so(tmp_path: Path) -> None:
     assert compare.ask("kvfit", tmp_path, {}) == {"could_not_run": "not installed"}
-    script = ROOT / "validation" / "planner_subject.py"
+    script = ROOT / "validation" / "planners" / "subject.py"
     run = subprocess.run(
         [sys.executable, "-I", str(script), "kvfit"],
         input=json.dumps({"ctx": 1, "configs": {"a": {}}}),

@@ -63,6 +63,8 @@ def _tasks(device: str, quick: bool, models: tuple[str, ...]) -> dict[str, Task]
 
 def memory_tasks(device: str, quick: bool, models: tuple[str, ...]) -> list[Task]:
     """Layers alone, single layers' peaks, ``generate()``."""
+    import torch
+
     place = torch.device(device)
     grid = grid_for(place.type, quick=quick, models=models)
     return [*layer_tasks(grid, place), *peak_tasks(grid, place), *generate_tasks(grid, place)]
