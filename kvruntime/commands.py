@@ -24,7 +24,7 @@ from kvruntime.bench.model.tasks import (
 from kvruntime.checkpoints.load import Loaded, Source, load, pick_device, resolve
 from kvruntime.checkpoints.pull import pulled
 from kvruntime.eval.text import load_text, token_windows
-from kvruntime.specs import MOST
+from kvsim.engines.kvruntime import MOST
 from kvsim.install import install_hint
 from kvsim.layout import Method
 from kvsim.methods import Kivi

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvruntime.methods import RUNS, check_runs
+from kvsim.engines.kvruntime import check_runs, names
 from kvsim.layout import Method
 from kvsim.methods.full import Full
 from kvsim.specs import Value, choose_methods, parse_dtype, parse_value
@@ -16,8 +16,6 @@ from kvsim.specs import Value, choose_methods, parse_dtype, parse_value
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT = "kivi:nbits=2"
-MOST = (1 << 31) - 1
-"""The largest count that any option takes."""
 SEED = click.IntRange(0, (1 << 63) - 1)
 SWEPT = ("nbits", "group_size", "residual_length")
 """Options that may be given more than once: every combination is one method."""
@@ -39,7 +37,7 @@ method_options = options(
         "--method",
         "specs",
         multiple=True,
-        help=f"{', '.join(RUNS)}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
+        help=f"{', '.join(names())}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
     ),
     click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
     click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),

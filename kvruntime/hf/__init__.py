@@ -9,7 +9,7 @@ from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.models import layer_shapes
-from kvruntime.methods import check_runs
+from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvruntime.methods.full.cache import Fresh, FullLayer
 from kvruntime.methods.kivi.cache import KiviLayer
-from kvruntime.specs import MOST
+from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import LayerShape, Method
-from kvsim.methods import METHODS, Full, Kivi
+from kvsim.methods import Full, Kivi
 
 
 class Layer(Protocol):
@@ -62,17 +62,3 @@ def make_layer(
     """The layer object of ``method``; raises ``ValueError`` where nothing runs it yet or it cannot hold ``shape``."""
     check_runs(method)
     return LAYERS[type(method)](method, shape, batch_size, max_seq_len, device)
-
-
-RUNS = ("fp16", "bf16", "fp32", "kivi", "kivi-seed")
-"""The names of kvsim's methods that kvruntime runs: those of the types in ``kvruntime.methods.LAYERS``."""
-
-
-def check_runs(method: object) -> None:
-    """Raises ``ValueError`` for what is no method, or one that kvsim weighs and nothing runs."""
-    if type(method) not in {type(METHODS[name]()) for name in RUNS}:
-        name = getattr(method, "name", repr(method))
-        raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(RUNS)}")
-    for name, value in vars(method).items():
-        if isinstance(value, int) and value > MOST:
-            raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are at most {MOST:,}")

@@ -19,12 +19,24 @@ if TYPE_CHECKING:
     from kvsim.models.model import Model
 
 GROW_TOKENS = 256
+MOST = (1 << 31) - 1
+"""The largest count that an option of a method takes here: kernels count in 32 bits."""
 
 
-def stored(method: Method) -> bool:
+def stored(method: object) -> bool:
     """Whether kvruntime has a room for ``method``, and for the one inside it where there is one."""
     inner = getattr(method, "inner", None)
     return bool(getattr(method, "kvruntime", False)) and (inner is None or stored(inner))
+
+
+def check_runs(method: object) -> None:
+    """Raises ``ValueError`` for what is no method, one that kvruntime has no room for, or a count beyond ``MOST``."""
+    if not stored(method):
+        name = getattr(method, "name", repr(method))
+        raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(names())}")
+    for name, value in vars(method).items():
+        if isinstance(value, int) and value > MOST:
+            raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are at most {MOST:,}")
 
 
 def names() -> list[str]:
@@ -57,8 +69,7 @@ class Kvruntime:
         if model.state_layers or model.index_layers:
             raise ValueError("kvruntime runs models of full-attention layers only: this one has states or index keys")
         for layer, chosen in placed(method, model.cache_layers):
-            if not stored(chosen):
-                raise ValueError(f"kvruntime does not store {chosen.name}: allowed are {', '.join(names())}")
+            check_runs(chosen)
             if layer.window is not None or not layer.value_dim or layer.stride > 1:
                 raise ValueError(f"kvruntime holds full-attention layers only, not {layer.kind} ones")
         exact = Ideal().parts(model, method, batch_size, num_tokens)

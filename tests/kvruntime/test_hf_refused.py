@@ -13,7 +13,8 @@ from hf_models import GQA, SMALL, tiny
 from kvruntime import make_cache
 from kvruntime.hf.attention import REFUSED as REFUSED_ARGUMENTS
 from kvruntime.hf.cache import Cache, argument
-from kvruntime.methods import LAYERS, RUNS
+from kvruntime.methods import LAYERS
+from kvsim.engines.kvruntime import names
 from kvsim.methods import METHODS, Full, Kivi
 
 MLA = {
@@ -207,13 +208,13 @@ def test_what_is_no_loaded_model(model):
 
 
 def test_the_methods_that_run_are_those_with_a_layer():
-    assert {type(METHODS[name]()) for name in RUNS} == set(LAYERS)
+    assert {type(METHODS[name]()) for name in names()} == set(LAYERS)
     once = {
         name
         for name, make in METHODS.items()
         if not any(p.default is p.empty for p in signature(make).parameters.values())
     }
-    assert {name for name in once if type(METHODS[name]()) in LAYERS} == set(RUNS)
+    assert {name for name in once if type(METHODS[name]()) in LAYERS} == set(names())
 
 
 def test_a_cache_of_another_model_is_refused():

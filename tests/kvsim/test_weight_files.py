@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_model_files import CONFIG, Q8_0, decoder, gguf, safetensors, written
+from weight_files import CONFIG, Q8_0, decoder, gguf, safetensors, written
 
 from kvsim.analysis.request_lengths import parse_lengths
 from kvsim.cli import run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, release, say, task
 from kvruntime.checkpoints.load import shape_sha256
-from kvruntime.specs import MOST
+from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
 

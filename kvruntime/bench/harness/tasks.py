@@ -8,10 +8,10 @@ from typing import Any
 
 from kvruntime.bench.harness.progress import Progress
 from kvruntime.bench.harness.results import Results, Row
-from kvruntime.bench.model.tasks import OUT_OF_MEMORY
 from kvruntime.disk import not_finite
 
 Tick = Callable[[float], None]
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)

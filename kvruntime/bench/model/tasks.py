@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tasks import Task
+from kvruntime.bench.harness.tasks import OUT_OF_MEMORY, Task
 from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.peers import package_version
 from kvruntime.checkpoints.load import Loaded
-
-OUT_OF_MEMORY = "out of memory"
 
 
 def went_wrong(rows: Iterable[Row]) -> bool:
