@@ -110,7 +110,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def few_rows(x: Tensor, weight: Tensor) -> int:
-    """Up to how many rows ``linear.py`` is the fastest, by the chains of docs/kernels.md on an H100."""
+    """Up to how many rows ``linear.py`` is the fastest, by the chains of validation/experiments on an H100."""
     if hopper.supports(x, weight):
         return 1
     return 2 if x.element_size() == 2 else linear.MAX_ROWS

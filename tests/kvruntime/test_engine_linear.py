@@ -24,7 +24,7 @@ class Random:
     """Seeded tensors of one dtype, on the device that judges: for float16 the CPU, unless a weight is ``large``.
 
     The sanitizer runs the float16 points without the large ones: on an H100 its racecheck (2025.3.1) aborts where
-    PyTorch multiplies, as it seems (docs/kernels.md), though it is told to watch ours only."""
+    PyTorch multiplies, as it seems (validation/experiments), though it is told to watch ours only."""
 
     def __init__(self, seed: int, dtype: str, large: bool = False) -> None:
         self.generator, self.dtype = torch.Generator().manual_seed(seed), getattr(torch, dtype)

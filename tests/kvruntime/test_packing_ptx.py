@@ -1,6 +1,6 @@
 """The words that the compiled packing kernel writes, without a GPU.
 
-The interpreter proves the source, not what becomes of it: Triton 3.6's fault that an H100 found (docs/kernels.md) shows
+The interpreter proves the source, not what becomes of it: Triton 3.6's fault that an H100 found (validation/experiments) shows
 in this run, and not in the interpreter.
 """
 
