@@ -7,6 +7,7 @@ tests/support/hf_models.py runs, ``<!-- results ... -->`` the tables of memory a
 ``python tests/house/test_docs.py`` writes all of them anew.
 """
 
+import fnmatch
 import re
 import shlex
 import sys
@@ -24,6 +25,7 @@ DOCUMENTS = tuple(
         "docs/memory-and-quality.md",
     )
 )
+EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(r"(<!-- (kvsim|models|results|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -97,9 +99,19 @@ def test_an_unknown_table_of_results_is_refused() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for path in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8")):
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), EXPERIMENTS / "README.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), (path.name, target)
+
+
+def test_every_file_of_an_experiment_is_named() -> None:
+    """And each that is named is there; a name may end in a star."""
+    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in EXPERIMENTS.iterdir() if path.suffix in {".json", ".patch", ".py"}}
+    named = re.findall(r"`(h100-[\w*-]+\.json|[\w-]+\.patch|[\w-]+-[\w-]+\.py)`", text)
+    found = {name: set(fnmatch.filter(files, name)) for name in named}
+    assert all(found.values()), [name for name, matches in found.items() if not matches]
+    assert set().union(*found.values()) == files
 
 
 if __name__ == "__main__":
