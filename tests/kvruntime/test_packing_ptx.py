@@ -1,7 +1,7 @@
 """The words that the compiled packing kernel writes, without a GPU.
 
-The interpreter proves the source, not what becomes of it: Triton 3.6's fault that an H100 found (validation/experiments)
-shows in this run, and not in the interpreter.
+The interpreter proves the source, not what becomes of it: Triton 3.6's fault that an H100 found
+(validation/experiments) shows in this run, and not in the interpreter.
 """
 
 from __future__ import annotations
