@@ -253,8 +253,9 @@ def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> li
     prices = dict.fromkeys(way.price.label for way in good if way.price)
     unpriced = dict.fromkeys(way.card.id for way in good if not way.price)
     lines = [
-        "a token, first token: prediction (low to high), the other requests' prompts included; "
-        f"the first token of a prompt that {INPUT_SHARE:.0%} do not exceed",
+        "a token, first token: predicted times, each with its band (low to high)",
+        "both count the prompts of the other requests",
+        f"first token: of a long prompt; {INPUT_SHARE:.0%} of the prompts are no longer",
         f"P(out): probability, by convolution, that a replica's requests do not fit at once, each {_moment(demand)}",
         *(f"price: {label}" for label in prices),
         *(f"no price of {card} is listed: give --price" for card in unpriced),

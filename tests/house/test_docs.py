@@ -115,6 +115,6 @@ def test_every_file_of_an_experiment_is_named() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     for document in DOCUMENTS:
         document.write_text(regenerated(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The order of work: what is to be measured, what is done already, and the row each measurement leaves."""
+"""A model's tasks, in order: memory, speed and quality of each cache, and the rows they leave."""
 
 from __future__ import annotations
 

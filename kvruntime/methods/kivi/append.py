@@ -74,7 +74,7 @@ def append(
     lengths_ptr: Tensor,
     layers: Tensor | None = None,
 ) -> None:
-    """Store new tokens: the tensors and their meaning are :func:`reference.append`'s.
+    """Store new tokens: the tensors and their meaning are :func:`kvruntime.methods.kivi.reference.append`'s.
 
     ``lengths_ptr [2, batch_size]`` int32 holds ``lengths`` and ``packed`` on the device, as they are before; it is
     read, not written.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share

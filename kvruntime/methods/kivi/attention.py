@@ -307,7 +307,7 @@ def attend(
     num_tokens: int | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
+    """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
     ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits`` overrides the plan, which is made for rows
     of ``num_tokens``, or of what the buffers provide for.

@@ -1233,7 +1233,7 @@ def attend(
     arrivals: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
+    """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
     For what :func:`supports` allows: one query a row, or up to ``MAX_QUERIES`` that bring ``fresh`` tokens.  ``lengths``,
     ``packed`` and the counts are int32 and stay on the device.  Every row is cut into ``num_splits`` splits (default: the

@@ -27,7 +27,8 @@ MAX_PARTS = 256
 RESERVED_BYTES = 1024
 """Of a program's shared memory, by the driver."""
 MERGED_PARTS = 16
-"""Parts of a block that the last of its programs may merge itself; more are left to :func:`combine_kernel`'s many programs."""
+"""Parts of a block that the last of its programs may merge itself.  More are left to
+:func:`kvruntime.kernels.merge.combine_kernel`'s many programs."""
 MERGED_VALUES = 1024
 """Values of those parts where the device is not full: one warp takes longer over more than a second launch."""
 MAX_QUERIES = 64
@@ -97,7 +98,7 @@ def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
 
 
 def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
-    """Whether :func:`attend` takes this record and query: otherwise :func:`attention.attend` does."""
+    """Whether :func:`kvruntime.methods.kivi.fast.attend` takes this record and query, else ``attention.attend`` does."""
     return (
         query.is_cuda
         and query.shape[2] <= (1 if fresh is None else MAX_QUERIES if record.key_dim <= 128 else 0)

@@ -42,7 +42,7 @@ PART = 2048
 COLUMNS = tl.constexpr(6)
 """Addresses a layer: keys, values, their exact slots, records, key scales."""
 ALIGNMENT = tl.constexpr(16)
-"""Bytes that the tensors of :func:`addresses` begin at a multiple of: what a thread loads at once."""
+"""Bytes that a thread loads at once: the tensors of :func:`kvruntime.methods.kivi.append.addresses` begin at a multiple."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
 
@@ -517,7 +517,10 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
 
 @triton.jit
 def of_layer(x_ptr, layers_ptr, COLUMN: tl.constexpr):
-    """This program's layer of what ``x_ptr`` is in the first: from the table of :func:`addresses`, where there is one."""
+    """This program's layer of what ``x_ptr`` is in the first.
+
+    It is from the table of :func:`kvruntime.methods.kivi.append.addresses`, where there is one.
+    """
     if layers_ptr is not None:
         x_ptr = tl.multiple_of(tl.load(layers_ptr + tl.program_id(2) * COLUMNS + COLUMN).to(x_ptr.dtype), ALIGNMENT)
     return x_ptr
@@ -625,7 +628,7 @@ def freeze(
 ) -> None:
     """Write ``key_params`` of every row that is about to pack for the first time; other rows are left alone.
 
-    ``layers``: as :func:`append`.
+    ``layers``: as :func:`kvruntime.methods.kivi.append.append`.
     """
     batch_size, heads, new_length, dim = key.shape
     block = min(64, triton.next_power_of_2(dim))

@@ -1,10 +1,14 @@
 """Triton: one decode step's new token, with nothing for the host to plan (the kernel of :meth:`KiviLayer.step`).
 
-One program a row and head, or where there are few, one for each part of a record: where the ring of exact slots is full its oldest
-record is packed, then the token goes to its slot, stored by those who packed what lay there; rotary embedding of its key, and of the query heads that share it,
-on the way.  All that a token needs is asked for at once, because nothing else takes time here, and programs wait for each other's
-count only where a record is packed: nobody else reads the row's length here, and the last of them to come counts its packed tokens.
-Everything that a step decides lies in device memory, so a CUDA graph of it holds for any lengths.
+A program stores the new token of one row and head.  It applies the rotary embedding to the token's key and to the query
+heads that share it.  Where the ring of exact slots is full, it first packs the ring's oldest record; then the token
+goes to its slot.  Where rows and heads are few, each part of a record has a program of its own, and the token is stored
+by the parts that hold the record's first token, because they alone read what lay in its slot.
+
+All that a token needs is asked for at once, because nothing else takes time here.  Programs count each other only where
+a record is packed: the last of a row's programs writes the row's number of packed tokens, when all have read it.  The
+row's length comes from ``lengths``, which no program here changes before all have read it.  Everything that a step
+decides lies in device memory, so a CUDA graph of it holds for any lengths.
 """
 
 from __future__ import annotations
@@ -154,7 +158,7 @@ def step(
     | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
     | key, value | [batch_size, num_kv_heads, 1, dim], channels contiguous |
     | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
-    | records, exact_key, exact_value, key_params | as :func:`reference.append` |
+    | records, exact_key, exact_value, key_params | as :func:`kvruntime.methods.kivi.reference.append` |
     | positions | [batch_size] int32: tokens that each row holds, which is lengths[0] in other memory; left as it is |
     | lengths | [2, batch_size] int32: tokens held and tokens packed; updated |
     | ticket | [batch_size] int32 zeros, and zeros again afterwards |
