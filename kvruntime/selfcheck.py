@@ -1,4 +1,4 @@
-"""Both caches exercised on this machine: results against an independent oracle, shapes, bytes, and the whole path."""
+"""Every cache exercised on this machine: results against an independent oracle, shapes, bytes, and the whole path."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from torch import Tensor
 
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.checkpoints.load import pick_device
-from kvruntime.eval.axes import CHANNEL, TOKEN, fake_quantize
-from kvruntime.methods.full.cache import FullLayer
-from kvruntime.methods.kivi.cache import KiviLayer
-from kvsim.layout import LayerShape, Method, nbytes
-from kvsim.methods import Full, Kivi
+from kvruntime.methods import LAYERS, Layer, make_layer, room_of
+from kvsim.layout import LayerShape, Method, nbytes, shared_buffers
 
 SHAPES = ((LayerShape(2, 64, 64), 4), (LayerShape(1, 128, 128), 8))
 """``(layer, query heads)``: plain and grouped queries."""
@@ -51,16 +48,17 @@ def selfcheck(device: str | None = None, say: Callable[[str], None] = print) -> 
 
 def checks(device: torch.device) -> Iterator[Check]:
     """``(name, check)``: a check returns a detail or raises."""
+    rooms = list(LAYERS.values())
     for shape, heads in SHAPES:
-        layers: list[Full | Kivi] = [Full(), *(Kivi(nbits=bits, residual_length=64) for bits in (2, 4, 8))]
-        for method in layers:
+        for method in (example for room in rooms for example in room.examples):
             name = f"{method.name}, {heads} query heads on {shape.num_kv_heads} of {shape.key_dim}"
             yield name, partial(_layer, method, shape, heads, device)
-    for cache in (Full(), Kivi(residual_length=32)):
-        yield f"{cache.name} under generate()", partial(_generate, cache, device)
+    for room in rooms:
+        method = room.examples[0]
+        yield f"{method.name} under generate()", partial(_generate, method, device)
 
 
-def _layer(method: Full | Kivi, shape: LayerShape, num_q_heads: int, device: torch.device) -> str:
+def _layer(method: Method, shape: LayerShape, num_q_heads: int, device: torch.device) -> str:
     """A prompt, then one token at a time; the layer's attention against float64 over what it should hold."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -70,8 +68,7 @@ def _layer(method: Full | Kivi, shape: LayerShape, num_q_heads: int, device: tor
         for dim in (shape.key_dim, shape.value_dim)
     )
     query = torch.randn(BATCH, num_q_heads, 1, shape.key_dim, generator=generator).half()
-    kind = FullLayer if isinstance(method, Full) else KiviLayer
-    layer = kind(method, shape, BATCH, total, device)  # type: ignore[arg-type]
+    layer = make_layer(method, shape, BATCH, total, device)
     scale = shape.key_dim**-0.5
     worst = 0.0
     for stop in [PROMPT, *range(PROMPT + 1, total + 1)]:
@@ -88,36 +85,35 @@ def _layer(method: Full | Kivi, shape: LayerShape, num_q_heads: int, device: tor
     have = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in layer.tensors.items()}
     if have != predicted:
         raise ValueError(f"buffers are {have}, predicted {predicted}")
-    if isinstance(layer, KiviLayer) and device.type == "cuda":
-        _same_words(layer, key, value)
-    size = nbytes(method.buffers(shape, BATCH, total))
+    size = nbytes(method.buffers(shape, BATCH, total)) + nbytes(shared_buffers(method, [shape]))
     if weigh(layer) != size:
         raise ValueError(f"holds {weigh(layer)} B, predicted {size}")
-    words = ", words as the reference's" if device.type == "cuda" and isinstance(layer, KiviLayer) else ""
-    return f"error {worst:.0e}, {size:,} B as predicted{words}"
+    same = ""
+    if device.type == "cuda":
+        _reads_as_the_reference(layer, key, value)
+        same = ", reads back as the reference"
+    return f"error {worst:.0e}, {size:,} B as predicted{same} ({layer.kernel})"
 
 
-def _oracle(method: Full | Kivi, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention in float64 over keys and values quantized by other code than the layer's."""
-    if isinstance(method, Kivi):
-        packed = method.num_packed(key.shape[2])
-        old_key = fake_quantize(key[:, :, :packed].float(), method.k_bits, int(method.k_group), CHANNEL)
-        old_value = fake_quantize(value[:, :, :packed].float(), method.v_bits, int(method.v_group), TOKEN)
-        key, value = (torch.cat([old, x[:, :, packed:].float()], 2) for old, x in ((old_key, key), (old_value, value)))
+def _oracle(method: Method, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention in float64 over keys and values as the method's room reads them back: not the layer's own code."""
+    key, value = room_of(method).read_back(method, key.float(), value.float())
     q_per_kv = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(q_per_kv, 1) for x in (key, value))
     return ((query.double() @ key.transpose(2, 3)) * scale).softmax(-1) @ value
 
 
-def _same_words(layer: KiviLayer, key: Tensor, value: Tensor) -> None:
-    twin = KiviLayer(layer.method, layer.shape, layer.batch_size, layer.max_seq_len, "cpu")
+def _reads_as_the_reference(layer: Layer, key: Tensor, value: Tensor) -> None:
+    """The kernels stored what the PyTorch reference stores of the same tokens, bit for bit."""
+    twin = make_layer(layer.method, layer.shape, layer.batch_size, key.shape[2], torch.device("cpu"))
     twin.append(key[:, :, :PROMPT], value[:, :, :PROMPT])
     for token in range(PROMPT, key.shape[2]):
         twin.append(key[:, :, token : token + 1], value[:, :, token : token + 1])
-    count = max(layer.row_packed) // layer.method.record_length
-    wrong = (layer.tensors["records"][:, :count].cpu() != twin.tensors["records"][:, :count]).sum().item()
-    if wrong:
-        raise ValueError(f"{wrong} packed words differ from the reference's")
+    for row in range(layer.batch_size):
+        for mine, its in zip(layer.tokens(row), twin.tokens(row), strict=True):
+            wrong = (mine.cpu() != its).sum().item()
+            if wrong:
+                raise ValueError(f"{wrong} numbers read back differ from the reference's")
 
 
 def _generate(method: Method, device: torch.device) -> str:
@@ -148,7 +144,8 @@ def _generate(method: Method, device: torch.device) -> str:
     off = max((a - b).abs().max().item() for a, b in zip(want.logits[:2], have.logits[:2], strict=True))
     if not off <= LOGITS[device.type]:
         raise ValueError(f"logits are off by {off:.1e} before anything was packed")
-    size = sum(nbytes(method.buffers(shape, BATCH, 64)) for shape in layer_shapes(model))
+    shapes = layer_shapes(model)
+    size = sum(nbytes(method.buffers(shape, BATCH, 64)) for shape in shapes) + nbytes(shared_buffers(method, shapes))
     if not weigh(cache) == cache.nbytes == size:
         raise ValueError(f"holds {weigh(cache)} B, says {cache.nbytes}, predicted {size}")
     return f"logits within {off:.0e} of transformers' own, {size:,} B as predicted"

@@ -17,9 +17,9 @@ from torch import Tensor
 from kvruntime.engine.decoders import lean as lean_decoder
 from kvruntime.engine.greedy import greedy
 from kvruntime.hf import make_cache
-from kvruntime.hf.cache import Held, Steps, argument
+from kvruntime.hf.cache import Held, argument
 from kvruntime.hf.models import layer_shapes
-from kvruntime.methods import make_layer
+from kvruntime.methods import Steps, room_of
 from kvsim.layout import Method
 
 SMALLEST_BUCKET = 512
@@ -57,9 +57,10 @@ class Engine:
         self.model, self.batch_size, self.max_seq_len = model.eval(), batch_size, max_seq_len
         self.cache = make_cache(model, method, max_seq_len=max_seq_len, compiled=False, **options)
         self.method, self.device = self.cache.method, next(model.parameters()).device
+        if self.device.type == "cuda" and not room_of(self.method).layer.has_steps:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.method.name} has no step that the engine could capture in a CUDA graph")
         for layer, shape in zip(self.cache.layers, layer_shapes(model), strict=True):
-            layer.store = make_layer(self.method, shape, batch_size, max_seq_len, self.device)
-            layer.is_initialized = True
+            layer.make_store(shape, batch_size, self.device)
         self.decoder = lean_decoder(model) if lean else None
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         """The tokens that the next step feeds, and after it those that it chose: the likeliest ones."""
@@ -67,7 +68,7 @@ class Engine:
         """``[batch_size, vocab_size]`` after the newest prefill or step; the next one may write over it."""
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
         q_heads = model.config.get_text_config(decoder=True).num_attention_heads
-        self._ticket = torch.zeros(batch_size * (1 + 2 * q_heads), dtype=torch.int32, device=self.device)
+        self._scratch = self.cache.stores[0].scratch(q_heads)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._lengths = [0] * batch_size
 
@@ -243,7 +244,7 @@ class Engine:
 
     def _forward(self, num_tokens: int) -> Tensor:
         """One step on the static tensors, in kernels alone: its logits.  Rows hold at most ``num_tokens``."""
-        steps = Steps(self.positions, self._ticket, num_tokens)
+        steps = Steps(self.positions, self.positions, self._scratch, num_tokens)
         if self.decoder is not None:
             logits = self.decoder(self.tokens, self.positions, self._attend(steps, self.decoder))
         else:
@@ -274,7 +275,7 @@ class Engine:
         def attend(index: int, qkv: Tensor) -> Tensor:
             query, key, value = qkv.view(self.batch_size, q_heads + 2 * heads, 1, dim).split([q_heads, heads, heads], 1)
             store = self.cache.layers[index].store
-            out = store.step(query, key, value, decoder.scale, *steps, rotary=decoder.rotary)
+            out = store.step(query, key, value, decoder.scale, steps, decoder.rotary)
             return out.view(self.batch_size, q_heads * dim)
 
         return attend

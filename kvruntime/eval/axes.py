@@ -11,14 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
 from kvsim.methods import Kivi
-
-CHANNEL, TOKEN = "channel", "token"
 
 LADDER: dict[str, tuple[str, str] | None] = {
     "exact": None,
@@ -37,23 +35,6 @@ class Axes:
 
     key: str
     value: str
-
-
-def fake_quantize(x: Tensor, nbits: int, group_size: int, axis: str) -> Tensor:
-    """``x [..., tokens, channels]`` quantized and read back; float16 scale and minimum a group, as stored.
-
-    Raises ``ValueError`` when the group does not divide the tokens (``channel``) or the channels (``token``).
-    """
-    dim = {CHANNEL: -2, TOKEN: -1}[axis]
-    if x.shape[dim] % group_size:
-        raise ValueError(
-            f"group size {group_size} does not divide {x.shape[dim]} {'tokens' if dim == -2 else 'channels'}"
-        )
-    groups = x.float().unflatten(dim, (-1, group_size))
-    low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
-    scale, zero = ((high - low) / (2**nbits - 1)).half().float(), low.half().float()
-    code = ((groups - zero) * torch.where(scale > 0, 1 / scale, 0.0)).clamp(0, 2**nbits - 1).round()
-    return (code * scale + zero).reshape(x.shape).to(x.dtype)
 
 
 class SimulatedLayer(DynamicLayer):

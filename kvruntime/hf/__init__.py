@@ -9,6 +9,7 @@ from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.models import layer_shapes
+from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
@@ -54,6 +55,8 @@ def make_cache(
     attach(model)
     if not compiled:
         return Cache(method, len(shapes), max_seq_len)
+    if not room_of(method).layer.has_steps:  # type: ignore[attr-defined]
+        raise ValueError(f"{method.name} has no step that a compiled cache could run: leave compiled=True out")
     if max_seq_len is None:
         raise ValueError("max_seq_len None: a compiled cache's buffers do not grow, give the tokens a row will hold")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})

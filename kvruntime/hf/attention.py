@@ -205,24 +205,25 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     """:func:`attention` as the host plans it."""
-    length = query.shape[2]
+    length, layer.num_q_heads = query.shape[2], query.shape[1]
     lengths = layer.read_mask(attention_mask, length)
     if not layer.num_columns:
         out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scaling)
         order = layer.order(attention_mask)
-        layer.append_first(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths)
+        queries = _ordered(query, order) if layer.store.wants_query else None
+        layer.append_first(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths, queries)
         return out
     if layer.held is not None:
         layer.held.store()  # a model that runs a layer twice reads what it stored
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if length == 1:
-        layer.append(fresh_key, fresh_value, lengths)
+        layer.append(fresh_key, fresh_value, lengths, query)
         out = layer.store.attend(query, scale)
     else:
         order = layer.order(attention_mask)
         query, fresh_key, fresh_value = (_ordered(x, order) for x in (query, fresh_key, fresh_value))
         out = layer.store.attend(query, scale, (fresh_key, fresh_value, lengths))
-        layer.append(fresh_key, fresh_value, lengths)
+        layer.append(fresh_key, fresh_value, lengths, query)
         out = _ordered(out, None if order is None else order.argsort(1))
     return out.transpose(1, 2).contiguous()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 
 from kvruntime.hf.padding import Columns
-from kvruntime.methods import Layer, make_layer
+from kvruntime.methods import Layer, Steps, make_layer, shared_tensors
 from kvsim.layout import LayerShape, Method
 
 STATE_VERSION = 1
@@ -36,18 +36,6 @@ class Length(int):
     """A mask length that comes from this cache, so that the mask function can tell."""
 
 
-class Steps(NamedTuple):
-    """A layer that has this stores and attends by :meth:`Layer.step`: nothing is planned on the host.
-
-    ``positions [batch_size]`` int32, the tokens that each row holds before the step; ``ticket`` and
-    ``num_tokens``: :meth:`KiviLayer.step`.
-    """
-
-    positions: Tensor
-    ticket: Tensor
-    num_tokens: int
-
-
 class Held:
     """What the layers of one forward were given, held back so that few launches store it all.
 
@@ -57,13 +45,13 @@ class Held:
     """
 
     def __init__(self) -> None:
-        self._held: list[tuple[Layer, Tensor, Tensor, list[int] | None]] = []
+        self._held: list[tuple[Layer, Tensor, Tensor, list[int] | None, Tensor | None]] = []
         self._nbytes = 0
 
-    def append(self, layer: Layer, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
-        """``layer.append(key, value, lengths)``, now or later."""
-        self._held.append((layer, key, value, lengths))
-        self._nbytes += key.nbytes + value.nbytes
+    def append(self, layer: Layer, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None) -> None:
+        """``layer.append(key, value, lengths, query)``, now or later."""
+        self._held.append((layer, key, value, lengths, query))
+        self._nbytes += key.nbytes + value.nbytes + (0 if query is None else query.nbytes)
         if self._nbytes >= HELD_NBYTES:
             self.store()
 
@@ -123,6 +111,28 @@ class Forward:
             raise ValueError("the cache was given tokens that it has not stored: a forward was interrupted, reset() it")
 
 
+class Shared:
+    """The tensors that the layers of one cache share (a rotation, a codebook), made once a device."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.made: dict[tuple[LayerShape, torch.device], Mapping[str, Tensor]] = {}
+
+    def of(self, method: Method, shape: LayerShape, device: torch.device) -> Mapping[str, Tensor]:
+        """Those of layers of ``shape`` on ``device``."""
+        if (shape, device) not in self.made:
+            self.made[shape, device] = shared_tensors(method, [shape] * self.num_layers, device)
+        return self.made[shape, device]
+
+
+class Books(NamedTuple):
+    """What all layers of a cache have in common."""
+
+    columns: Columns
+    forward: Forward
+    shared: Shared
+
+
 class Pending:
     """New keys or values between ``update`` and the attention function: no tensor, and never the past.
 
@@ -166,14 +176,17 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     held: Held | None = None
     """Where new tokens wait, during a forward that reads none of them back."""
 
-    def __init__(self, method: Method, columns: Columns, forward: Forward, max_seq_len: int | None) -> None:
+    def __init__(self, method: Method, books: Books, max_seq_len: int | None) -> None:
         super().__init__()
-        self.method, self.columns, self.forward, self.max_seq_len = method, columns, forward, max_seq_len
+        self.method, self.max_seq_len = method, max_seq_len
+        self.columns, self.forward, self.shared = books
         self.num_columns = 0
         self.pending = False
         """Whether tokens came that the attention function has not stored."""
         self.dtype: torch.dtype | None = None
         """Of the keys and values that came, whatever they are stored as."""
+        self.num_q_heads = 0
+        """Of the model's attention, once it was seen."""
 
     @property
     def is_croppable(self) -> bool:
@@ -202,7 +215,12 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
         batch_size, device = key_states.shape[0], key_states.device
         with torch.inference_mode(False):  # tensors made under inference_mode could not be written outside it
-            self.store = make_layer(self.method, shape, batch_size, self.max_seq_len, device)
+            self.make_store(shape, batch_size, device)
+
+    def make_store(self, shape: LayerShape, batch_size: int, device: torch.device) -> None:
+        """Makes the kvruntime layer, beside the tensors that all layers share on this device."""
+        shared = self.shared.of(self.method, shape, device)
+        self.store = make_layer(self.method, shape, batch_size, self.max_seq_len, device, shared)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -273,25 +291,28 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """How to bring the new columns' padding before their tokens; None where it is there already."""
         return self.columns.order(mask, self.num_columns) if self.columns.scattered and mask is not None else None
 
-    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
-        """Stores what an update brought, once the attention function has seen the mask."""
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
+        """Stores what an update brought, once the attention function has seen the mask.  ``query``: the queries of
+        these tokens, for a method that keeps tokens by them."""
         with torch.inference_mode(False), torch.no_grad():
-            self.store.append(key, value, lengths)
+            self.store.append(key, value, lengths, query if self.store.wants_query else None)
         self.num_columns += key.shape[2]
         self.pending = False
 
-    def append_first(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
+    def append_first(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
         """:meth:`append` to an empty layer, which may be held back."""
         if self.held is None:
-            self.append(key, value, lengths)
+            self.append(key, value, lengths, query)
         else:
-            self.held.append(self.store, key, value, lengths)
+            self.held.append(self.store, key, value, lengths, query if self.store.wants_query else None)
             self.num_columns += key.shape[2]
             self.pending = False
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
         """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
-        return self.store.step(query, key, value, scale, *steps)
+        out = self.store.step(query, key, value, scale, steps)
+        self.pending = False
+        return out
 
     def get_seq_length(self) -> int:
         return self.num_columns
@@ -349,11 +370,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     layers: list[CacheLayer]
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
-        self.method, self.max_seq_len, self.columns, self.forward = method, max_seq_len, Columns(), Forward()
+        self.method, self.max_seq_len = method, max_seq_len
+        self.columns, self.forward, self.shared = Columns(), Forward(), Shared(num_layers)
         super().__init__(layers=self._make_layers(num_layers))
 
+    @property
+    def _books(self) -> Books:
+        return Books(self.columns, self.forward, self.shared)
+
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:
-        return [CacheLayer(self.method, self.columns, self.forward, self.max_seq_len) for _ in range(num_layers)]
+        return [CacheLayer(self.method, self._books, self.max_seq_len) for _ in range(num_layers)]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """One layer's new keys and values: :meth:`CacheLayer.update`."""
@@ -378,7 +404,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             yield layer.keys, layer.values, None
 
     def __repr__(self) -> str:
-        return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes})"
+        kernels = sorted({store.kernel for store in self.stores})
+        runs = f", kernel={' and '.join(kernels)}" if kernels else ""
+        return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes}{runs})"
 
     @property
     def stores(self) -> list[Layer]:
@@ -387,8 +415,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every storage held."""
-        storages = [tensor.untyped_storage() for store in self.stores for tensor in store.tensors.values()]
+        """Bytes of every storage held: the layers' own, and once a device what they share."""
+        tensors = [tensor for store in self.stores for tensor in (*store.tensors.values(), *store.shared.values())]
+        storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 
     @property

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.hf.cache import Cache, CacheLayer, Forward, Length, Pending
+from kvruntime.hf.cache import Books, Cache, CacheLayer, Length, Pending
 from kvruntime.hf.padding import HIDES, Columns
-from kvruntime.methods import make_layer
+from kvruntime.methods import Layer, Steps, make_layer
 from kvsim.layout import LayerShape, Method
 
 FULL = "a row of the compiled cache is full"
@@ -26,25 +26,31 @@ METHODS: dict[str, Method] = {}
 """The methods of the compiled caches made so far by their ``repr``: an operator takes text, not objects."""
 
 
-@torch.library.custom_op("kvruntime::step", mutates_args=("tensors", "ticket"))
+@torch.library.custom_op("kvruntime::step", mutates_args=("tensors", "scratch"))
 def step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     tensors: list[Tensor],
-    positions: Tensor,
-    ticket: Tensor,
+    shared: list[Tensor],
+    lengths: Tensor,
+    scratch: Tensor,
     method: str,
     scale: float,
     max_seq_len: int,
 ) -> Tensor:
-    """:meth:`Layer.step` over a layer's ``tensors``, in the order of ``method.buffers``; ``method`` is its ``repr``."""
+    """:meth:`Layer.step` over a layer's ``tensors``, in the order of ``method.buffers``, and what layers share.
+
+    ``method`` is its ``repr``; the query and the key have their rotary embedding already.
+    """
     shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
     layer = make_layer(METHODS[method], shape, key.shape[0], max_seq_len, torch.device("meta"))
     layer.tensors, layer.device = dict(zip(layer.tensors, tensors, strict=True)), query.device
+    layer.shared = dict(zip(layer.shared, shared, strict=True))
     if not query.is_cuda:  # there the host plans the step
-        layer.catch_up(positions)
-    return layer.step(query, key, value, scale, positions, ticket, max_seq_len).contiguous()
+        layer.catch_up(lengths)
+    steps = Steps(lengths, lengths, scratch, max_seq_len)
+    return layer.step(query, key, value, scale, steps).contiguous()
 
 
 @step.register_fake
@@ -57,8 +63,8 @@ class Counts:
 
     positions: Tensor
     """``[batch_size]`` int32: the tokens that each row holds."""
-    ticket: Tensor
-    """``[batch_size]`` int32 zeros: ``Layer.step``'s scratch."""
+    scratch: Tensor
+    """``Layer.scratch``: zeros between steps."""
     num_columns: Tensor
     """int64: the columns of the padded batch."""
     visible: Tensor
@@ -75,16 +81,17 @@ class Counts:
         self.dtype: torch.dtype | None = None
         """Of the tokens that came."""
 
-    def write(self, lengths: list[int], num_columns: int, columns: Columns, device: torch.device) -> None:
-        """Takes over the host's books: each row's tokens, and the columns that they stand in."""
+    def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
+        """Takes over the host's books of a layer: each row's tokens, and the columns that they stand in."""
+        lengths, device = store.row_lengths, store.device
         with torch.inference_mode(False), torch.no_grad():
             place = torch.Size([len(lengths)]), device
             if not hasattr(self, "positions") or (self.positions.shape, self.positions.device) != place:
                 self.positions = torch.zeros(len(lengths), dtype=torch.int32, device=device)
-                self.ticket = torch.zeros_like(self.positions)
+                self.scratch = store.scratch(num_q_heads)
                 self.num_columns = torch.zeros((), dtype=torch.int64, device=device)
                 self.visible = torch.ones(len(lengths), 1, 1, 1, dtype=torch.bool, device=device)
-                for tensor in (self.positions, self.ticket, self.num_columns, self.visible):
+                for tensor in (self.positions, self.scratch, self.num_columns, self.visible):
                     torch._dynamo.mark_static_address(tensor, guard=False)
             self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
             self.num_columns.fill_(num_columns)
@@ -122,10 +129,8 @@ class CompiledLayer(CacheLayer):
     is_compileable = True
     max_seq_len: int
 
-    def __init__(
-        self, method: Method, columns: Columns, forward: Forward, max_seq_len: int, counts: Counts, is_last: bool
-    ) -> None:
-        super().__init__(method, columns, forward, max_seq_len)
+    def __init__(self, method: Method, books: Books, max_seq_len: int, counts: Counts, is_last: bool) -> None:
+        super().__init__(method, books, max_seq_len)
         self.counts, self.is_last = counts, is_last
         self.step_length = StepLength(max_seq_len)
         self.step_length.counts = counts
@@ -136,8 +141,8 @@ class CompiledLayer(CacheLayer):
 
     def mark(self) -> None:
         """The buffers stay where they are: a CUDA graph need not copy them."""
-        self.tensors = list(self.store.tensors.values())
-        for tensor in self.tensors:
+        self.tensors, self.constants = list(self.store.tensors.values()), list(self.store.shared.values())
+        for tensor in (*self.tensors, *self.constants):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -167,15 +172,16 @@ class CompiledLayer(CacheLayer):
             self.catch_up()
         return super().read()
 
-    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None) -> None:
-        super().append(key, value, lengths)
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
+        super().append(key, value, lengths, query)
         if self.is_last:
             self.counts.dtype = self.dtype
-            self.counts.write(self.store.row_lengths, self.num_columns, self.columns, key.device)
+            self.counts.write(self.store, self.num_q_heads, self.num_columns, self.columns)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Counts) -> Tensor:
         longest = steps.max_seq_len
-        out = step(query, key, value, self.tensors, steps.positions, steps.ticket, steps.method, scale, longest)
+        held = self.tensors, self.constants, steps.positions, steps.scratch
+        out = step(query, key, value, *held, steps.method, scale, longest)
         if self.is_last:
             torch._assert_async((steps.positions < longest).all(), FULL)
             steps.positions.add_(1)
@@ -212,7 +218,7 @@ class CompiledCache(Cache):
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:
         last = num_layers - 1
         return [
-            CompiledLayer(self.method, self.columns, self.forward, self.max_seq_len, self.counts, index == last)
+            CompiledLayer(self.method, self._books, self.max_seq_len, self.counts, index == last)
             for index in range(num_layers)
         ]
 
@@ -248,4 +254,4 @@ class CompiledCache(Cache):
             for layer in self.layers:
                 layer.mark()
             last = self.layers[-1]
-            self.counts.write(last.store.row_lengths, last.num_columns, self.columns, last.tensors[0].device)
+            self.counts.write(last.store, last.num_q_heads, last.num_columns, self.columns)

@@ -1,64 +1,59 @@
-"""Which layer object runs which method: one row a method."""
+"""Which layer object runs which method: one room and one row a method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvruntime.methods.full.cache import Fresh, FullLayer
-from kvruntime.methods.kivi.cache import KiviLayer
+from kvruntime.methods import full, kivi
+from kvruntime.methods.room import Layer, Room
+from kvruntime.methods.rows import Fresh, Steps, make_shared
 from kvsim.engines.kvruntime import check_runs
-from kvsim.layout import LayerShape, Method
+from kvsim.layout import LayerShape, Method, shared_buffers
 from kvsim.methods import Full, Kivi
 
-
-class Layer(Protocol):
-    """One attention layer's cache: what ``method.buffers(shape, batch_size, num_provided)`` lists, filled and read."""
-
-    shape: LayerShape
-    batch_size: int
-    device: torch.device
-    row_lengths: list[int]
-    """Tokens held, row by row."""
-    num_provided: int
-    """Tokens a row that the buffers provide for now."""
-    tensors: dict[str, Tensor]
-
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def is_croppable(self) -> bool: ...
-    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None: ...
-    @staticmethod
-    def append_all(held: Sequence[Any]) -> None: ...
-    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor: ...
-    def step(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        positions: Tensor,
-        ticket: Tensor,
-        num_tokens: int,
-        rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor: ...
-    def catch_up(self, positions: Tensor) -> None: ...
-    def tokens(self, row: int) -> tuple[Tensor, Tensor]: ...
-    def reset(self) -> None: ...
-    def reorder(self, index: Tensor) -> None: ...
-    def crop(self, num_tokens: int) -> None: ...
+LAYERS: dict[type, Room] = {Full: full.ROOM, Kivi: kivi.ROOM}
+"""Method type -> its room, one row a method."""
 
 
-LAYERS: dict[type, Callable[..., Layer]] = {Full: FullLayer, Kivi: KiviLayer}
+def room_of(method: Method) -> Room:
+    """The method's row.  Raises ``ValueError``, naming it, where there is none."""
+    if type(method) not in LAYERS:
+        raise ValueError(f"kvruntime has no room for the method {getattr(method, 'name', repr(method))}")
+    return LAYERS[type(method)]
 
 
 def make_layer(
-    method: Method, shape: LayerShape, batch_size: int, max_seq_len: int | None, device: torch.device
+    method: Method,
+    shape: LayerShape,
+    batch_size: int,
+    max_seq_len: int | None,
+    device: torch.device,
+    shared: Mapping[str, Tensor] | None = None,
 ) -> Layer:
-    """The layer object of ``method``; raises ``ValueError`` where nothing runs it yet or it cannot hold ``shape``."""
+    """The layer object of ``method``; raises ``ValueError`` where nothing runs it yet or it cannot hold ``shape``.
+
+    A wrapper's layer makes that of the method inside it in the same way.  ``shared``: :func:`shared_tensors`; made
+    here for this layer alone where it is ``None``.
+    """
     check_runs(method)
-    return LAYERS[type(method)](method, shape, batch_size, max_seq_len, device)
+    if shared is None:
+        shared = shared_tensors(method, [shape], device)
+    return room_of(method).layer(method, shape, batch_size, max_seq_len, device, shared)
+
+
+def shared_tensors(method: Method, shapes: Sequence[LayerShape], device: torch.device) -> Mapping[str, Tensor]:
+    """The tensors that layers of ``shapes`` share under ``method`` on one device: made once a model."""
+    return make_shared(method, shared_buffers(method, shapes), _making(method), device)
+
+
+def _making(method: Method) -> Any:
+    """The innermost room's ``shared``."""
+    inner = getattr(method, "inner", None)
+    return room_of(method).shared or (None if inner is None else _making(inner))
+
+
+__all__ = ["LAYERS", "Fresh", "Layer", "Room", "Steps", "check_runs", "make_layer", "room_of", "shared_tensors"]

@@ -1,14 +1,147 @@
-"""A method's buffers as tensors: how many tokens they provide for, and how they grow."""
+"""Rows of one layer: the books of how many tokens each holds, and the tensors that provide for them.
+
+Every method's layer is a :class:`Rows`, whose tensors are exactly what its method says; a layer adds how tokens are
+stored and attended to.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvsim.layout import Buffer
+from kvsim.engines.kvruntime import GROW_TOKENS
+from kvsim.layout import Buffer, LayerShape, Method
 
-GROW_TOKENS = 256
-"""Without a known final length, buffers provide for a multiple of this many tokens a row."""
+Fresh = tuple[Tensor, Tensor, list[int] | None]
+"""Tokens not yet stored: key, value, lengths, as ``append`` takes them."""
+
+
+class Steps(NamedTuple):
+    """What one decode step is told in device memory, so that nothing about it is decided on the host.
+
+    ``positions [batch_size]`` int32: each row's position, for the rotary embedding alone.  ``lengths [batch_size]``
+    int32: the tokens that each row holds before the step, which say where the new one goes; the same tensor where a
+    row holds all that it has seen.  ``scratch``: :meth:`Rows.scratch`.  ``num_tokens``: the most that a row will hold
+    while the step is repeated; it plans the splits.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+    scratch: Tensor
+    num_tokens: int
+
+
+class Rows:
+    """Rows of one layer.
+
+    ``max_seq_len``: tokens a row to provide for at once; ``None`` provides in blocks of ``GROW_TOKENS``.
+    Rows may hold different numbers of tokens.  ``tensors`` are exactly
+    ``method.buffers(shape, batch_size, num_provided)``; ``shared`` are those that a model's layers share.
+    """
+
+    ROW_AXES: ClassVar[dict[str, int]] = {}
+    """The axis of the rows in a tensor, by name; the first in every other."""
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether some newest tokens can always be taken back."""
+        return True
+
+    wants_query = False
+    """Whether a prompt's queries decide what is kept: ``append`` is then given them."""
+
+    has_steps = True
+    """Whether :meth:`step` decides nothing on the host, so that a CUDA graph may hold it."""
+
+    @property
+    def kernel(self) -> str:
+        """What attends, in a word or two for people."""
+        return "PyTorch"
+
+    def __init__(
+        self,
+        method: Any,
+        shape: LayerShape,
+        batch_size: int,
+        max_seq_len: int | None = None,
+        device: torch.device | str = "cpu",
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.method, self.shape, self.batch_size = method, shape, batch_size
+        self.max_seq_len, self.device = max_seq_len, torch.device(device)
+        self.shared = dict(shared or {})
+        self.row_lengths = [0] * batch_size
+        """Tokens held, row by row."""
+        self.num_provided = 0
+        """Tokens a row that the buffers provide for now."""
+        self.tensors: dict[str, Tensor] = {}
+        self.provide(max_seq_len or 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's own tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def provide(self, num_tokens: int) -> None:
+        """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``."""
+        if self.tensors and num_tokens <= self.num_provided:
+            return
+        provided = tokens_to_provide(num_tokens, self.max_seq_len)
+        for buffer in self.method.buffers(self.shape, self.batch_size, provided):
+            old = self.tensors.get(buffer.name)
+            if old is None or old.shape != buffer.shape:
+                self.tensors[buffer.name] = grown(old, buffer, self.device)
+        self.num_provided = provided
+
+    def make_room(self, key: Tensor, lengths: list[int] | None) -> list[int]:
+        """Provides for the tokens of an append; returns how many a row that is."""
+        counts = [key.shape[2]] * self.batch_size if lengths is None else lengths
+        self.provide(max(n + count for n, count in zip(self.row_lengths, counts, strict=True)))
+        return counts
+
+    @staticmethod
+    def append_all(held: Sequence[tuple[Any, ...]]) -> None:
+        """``append`` of each ``(layer, *arguments)``."""
+        for layer, *arguments in held:
+            layer.append(*arguments)
+
+    def scratch(self, num_q_heads: int) -> Tensor:
+        """Zeros that :meth:`step` wants and leaves as zeros, for one stream's work at a time; int32."""
+        return torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
+
+    def catch_up(self, lengths: Tensor) -> None:
+        """Takes the rows' lengths from the device, where steps have left the host's books behind."""
+        self.row_lengths = lengths.tolist()
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        self.row_lengths = [0] * self.batch_size
+
+    def reorder(self, index: Tensor) -> None:
+        """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
+        rows, there = index.tolist(), index.to(self.device)
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor.index_select(self.ROW_AXES.get(name, 0), there)
+        self.row_lengths = [self.row_lengths[row] for row in rows]
+        self.batch_size = len(rows)
+
+
+def make_shared(method: Method, buffers: Sequence[Buffer], make: Any, device: torch.device) -> dict[str, Tensor]:
+    """The tensors that a model's layers share: ``make(method, device)``, held to what the method says they are.
+
+    Raises ``ValueError`` where they are others.
+    """
+    if not buffers:
+        return {}
+    tensors: dict[str, Tensor] = make(method, buffers, device)
+    made = {name: (tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items()}
+    said = {buffer.name: (buffer.shape, buffer.dtype) for buffer in buffers}
+    if made != said:
+        raise ValueError(f"{method.name}: the layers' shared tensors are {made}, its layout says {said}")
+    return tensors
 
 
 def tokens_to_provide(num_tokens: int, max_seq_len: int | None) -> int:

@@ -11,9 +11,10 @@ from runtime_tiny import tiny_directory, tiny_model  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from kvruntime import make_cache  # noqa: E402
-from kvruntime.eval.axes import CHANNEL, LADDER, TOKEN, Axes, fake_quantize, simulated_cache  # noqa: E402
+from kvruntime.eval.axes import LADDER, Axes, simulated_cache  # noqa: E402
 from kvruntime.eval.perplexity import perplexity  # noqa: E402
 from kvruntime.eval.text import Text, load_text, token_windows  # noqa: E402
+from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize  # noqa: E402
 from kvsim.methods import Full, Kivi  # noqa: E402
 
 

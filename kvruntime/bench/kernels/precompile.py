@@ -13,6 +13,7 @@ import torch
 
 from kvruntime.bench.harness.timing import Bench, wall_timer
 from kvruntime.bench.kernels.attention import Shape, Tokens
+from kvruntime.methods import Steps
 from kvruntime.methods.kivi.cache import KiviLayer
 from kvsim.methods import Kivi
 
@@ -80,11 +81,11 @@ def run_once(bench: Bench, case: Case) -> None:
     if case.steps:
         layer.append(*tokens.pair(1))  # packs a record from the ring
         table = tokens.draw(1, longest)[0, 0]
-        zeros = torch.zeros(2, shape.batch_size, dtype=torch.int32, device=bench.device)
+        lengths = torch.full((shape.batch_size,), layer.row_lengths[0], dtype=torch.int32, device=bench.device)
         heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
         for rotary in (None, (table, table)):
             query, key, value = tokens.draw(sum(heads), 1).split(heads, 1)
-            positions = zeros[0] + layer.row_lengths[0]
-            layer.step(query, key, value, shape.scale, positions, zeros[1], longest, rotary)
+            steps = Steps(lengths, lengths, layer.scratch(shape.num_q_heads)[: shape.batch_size], longest)
+            layer.step(query, key, value, shape.scale, steps, rotary)
     if bench.device.type == "cuda":
         torch.cuda.synchronize()

@@ -8,74 +8,45 @@ concatenated copy of the past is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvruntime.kernels.reference import Partial, embedded
-from kvruntime.methods.rows import grown, tokens_to_provide
+from kvruntime.methods.rows import Fresh, Rows, Steps
 from kvsim.layout import LayerShape
 from kvsim.methods.full import Full
-
-Fresh = tuple[Tensor, Tensor, list[int] | None]
-"""Tokens not yet stored: key, value, lengths, as ``append`` takes them."""
 
 BLOCK_TOKENS = 1024
 """Stored tokens that are converted to float32 at a time."""
 
 
-class FullLayer:
-    """Keys and values of ``batch_size`` rows in one layer, as they are.
+class FullLayer(Rows):
+    """Keys and values of ``batch_size`` rows in one layer, as they are."""
 
-    ``max_seq_len``: tokens a row to provide for at once; ``None`` provides in blocks of ``GROW_TOKENS``.
-    Rows may hold different numbers of tokens.  ``tensors`` are exactly
-    ``method.buffers(shape, batch_size, num_provided)``.
-    """
+    method: Full
 
-    def __init__(
-        self,
-        method: Full,
-        shape: LayerShape,
-        batch_size: int,
-        max_seq_len: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
+    def __init__(self, method: Full, shape: LayerShape, *args: Any, **kwargs: Any) -> None:
         if shape.window is not None:
             raise ValueError(f"a full cache holds full-attention layers only, not a window of {shape.window} tokens")
-        self.method, self.shape, self.batch_size = method, shape, batch_size
-        self.max_seq_len, self.device = max_seq_len, torch.device(device)
-        self.row_lengths = [0] * batch_size
-        self.num_provided = 0
-        self.tensors: dict[str, Tensor] = {}
-        self._provide(max_seq_len or 0)
+        super().__init__(method, shape, *args, **kwargs)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the layer's tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+    def kernel(self) -> str:
+        """What attends."""
+        return "PyTorch's scaled_dot_product_attention"
 
-    is_croppable = True
-
-    def _provide(self, num_tokens: int) -> None:
-        if self.tensors and num_tokens <= self.num_provided:
-            return
-        provided = tokens_to_provide(num_tokens, self.max_seq_len)
-        for buffer in self.method.buffers(self.shape, self.batch_size, provided):
-            self.tensors[buffer.name] = grown(self.tensors.get(buffer.name), buffer, self.device)
-        self.num_provided = provided
-
-    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
 
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
         not stored); ``None`` takes all.
         """
         length = key.shape[2]
-        counts = [length] * self.batch_size if lengths is None else lengths
+        counts = self.make_room(key, lengths)
         ends = [start + count for start, count in zip(self.row_lengths, counts, strict=True)]
-        self._provide(max(ends))
         for name, fresh in (("key", key.detach()), ("value", value.detach())):
             store = self.tensors[name]
             if len(set(counts)) > 1:
@@ -88,12 +59,6 @@ class FullLayer:
                 rows = torch.arange(self.batch_size, device=self.device)[:, None]
                 store[rows, :, slots] = fresh[:, :, length - counts[0] :].transpose(1, 2).to(store.dtype)
         self.row_lengths = ends
-
-    @staticmethod
-    def append_all(held: Sequence[tuple[FullLayer, Tensor, Tensor, list[int] | None]]) -> None:
-        """:meth:`append` of each ``(layer, key, value, lengths)``."""
-        for layer, key, value, lengths in held:
-            layer.append(key, value, lengths)
 
     def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
@@ -153,25 +118,24 @@ class FullLayer:
         key: Tensor,
         value: Tensor,
         scale: float,
-        positions: Tensor,
-        ticket: Tensor,
-        num_tokens: int,
+        steps: Steps,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """One decode step with nothing decided on the host: :meth:`KiviLayer.step`, whose arguments these are."""
+        """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
+
+        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row.  ``rotary``: (cos, sin), each
+        ``[positions, key_dim]``; None: already embedded.  Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA
+        the host's books stay behind until :meth:`catch_up` or :meth:`reset`.
+        """
         if not key.is_cuda:
-            query, key = embedded(query, key, rotary, positions)
+            query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
             return self.attend(query, scale)
         from kvruntime.methods.full import decode
 
         stored_key, stored_value = self.tensors["key"], self.tensors["value"]
-        decode.store(query, key, value, rotary, stored_key, stored_value, positions)
-        return decode.attend(query, stored_key, stored_value, positions, scale, num_tokens)
-
-    def catch_up(self, positions: Tensor) -> None:
-        """Takes the rows' lengths from ``positions``, where steps have left the host's books behind."""
-        self.row_lengths = positions.tolist()
+        decode.store(query, key, value, rotary, stored_key, stored_value, steps.positions)
+        return decode.attend(query, stored_key, stored_value, steps.lengths, scale, steps.num_tokens)
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a row, ``[num_kv_heads, row_lengths[row], dim]`` each; views."""
@@ -182,15 +146,7 @@ class FullLayer:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""
         for tensor in self.tensors.values():
             tensor.zero_()
-        self.row_lengths = [0] * self.batch_size
-
-    def reorder(self, index: Tensor) -> None:
-        """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
-        rows = index.tolist()
-        for name, tensor in self.tensors.items():
-            self.tensors[name] = tensor.index_select(0, index.to(self.device))
-        self.row_lengths = [self.row_lengths[row] for row in rows]
-        self.batch_size = len(rows)
+        super().reset()
 
     def crop(self, num_tokens: int) -> None:
         """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row.

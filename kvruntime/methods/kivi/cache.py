@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvruntime.kernels.reference import embedded
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.rows import grown, tokens_to_provide
+from kvruntime.methods.rows import Rows, Steps
 from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
 
@@ -21,71 +22,50 @@ UNEVEN = 1.25
 """Rows whose lengths differ by more share one line of work (``fast.attend``'s ``equal_shares``)."""
 
 
-class KiviLayer:
-    """Keys and values of ``batch_size`` rows in one layer.
+class KiviLayer(Rows):
+    """Keys and values of ``batch_size`` rows in one layer: packed records, and exact tokens beside them."""
 
-    ``max_seq_len``: tokens a row to provide for at once; ``None`` provides in blocks of ``GROW_TOKENS``.
-    Rows may hold different numbers of tokens.  ``tensors`` are exactly
-    ``method.buffers(shape, batch_size, num_provided)``.
-    """
+    ROW_AXES: ClassVar[dict[str, int]] = {"lengths": 1, "key_params": 1}
 
-    def __init__(
-        self,
-        method: Kivi,
-        shape: LayerShape,
-        batch_size: int,
-        max_seq_len: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.method, self.shape, self.batch_size = method, shape, batch_size
+    method: Kivi
+
+    def __init__(self, method: Kivi, shape: LayerShape, batch_size: int, *args: Any, **kwargs: Any) -> None:
         self.record = method.record(shape)
-        self.max_seq_len, self.device = max_seq_len, torch.device(device)
-        self.row_lengths = [0] * batch_size
         self.row_packed = [0] * batch_size
-        self.num_provided = 0
-        self.tensors: dict[str, Tensor] = {}
-        self._provide(max_seq_len or 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the layer's tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        super().__init__(method, shape, batch_size, *args, **kwargs)
 
     @property
     def is_croppable(self) -> bool:
         """Some newest tokens are always exact, ``residual_length`` less a record: as many may be taken back."""
         return self.method.residual_length > self.record.num_tokens
 
-    def _provide(self, num_tokens: int) -> None:
-        if self.tensors and num_tokens <= self.num_provided:
-            return
-        provided = tokens_to_provide(num_tokens, self.max_seq_len)
-        for buffer in self.method.buffers(self.shape, self.batch_size, provided):
-            old = self.tensors.get(buffer.name)
-            if old is None or old.shape != buffer.shape:
-                self.tensors[buffer.name] = grown(old, buffer, self.device)
-        self.num_provided = provided
+    @property
+    def kernel(self) -> str:
+        """What attends to one query a row: the PyTorch reference, the portable Triton kernel, or the tensor-core one."""
+        if self.device.type != "cuda":
+            return "PyTorch reference"
+        fast = _fast()
+        return "Triton, tensor cores" if fast is not None and fast.holds(self.record) else "Triton, portable"
 
-    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None) -> None:
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
 
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
         not stored); ``None`` takes all.
         """
-        counts = self._make_room(key, lengths)
+        counts = self.make_room(key, lengths)
         self._store(key, value, counts)
         self._count(counts)
 
     @staticmethod
-    def append_all(held: Sequence[Fresh]) -> None:
+    def append_all(held: Sequence[tuple[Any, ...]]) -> None:
         """:meth:`append` of each; on CUDA, layers that are alike in all but their contents share the launches."""
         addresses = _addresses(held)
         if addresses is None:
-            for layer, key, value, lengths in held:
-                layer.append(key, value, lengths)
+            Rows.append_all(held)
             return
-        first, key, value, lengths = held[0]
-        counts = first._make_room(key, lengths)
+        first, key, value, lengths, *_ = held[0]
+        counts = first.make_room(key, lengths)
         first._store(key, value, counts, layers=addresses)
         first._count(counts)
         rest = [layer for layer, *_ in held[1:]]
@@ -93,14 +73,8 @@ class KiviLayer:
             layer.row_lengths, layer.row_packed = list(first.row_lengths), list(first.row_packed)
         torch._foreach_copy_([layer.tensors["lengths"] for layer in rest], [first.tensors["lengths"]] * len(rest))
 
-    def _make_room(self, key: Tensor, lengths: list[int] | None) -> list[int]:
-        """Provide for the tokens of an append; returns how many a row that is."""
-        counts = [key.shape[2]] * self.batch_size if lengths is None else lengths
-        self._provide(max(n + count for n, count in zip(self.row_lengths, counts, strict=True)))
-        return counts
-
     def _store(self, key: Tensor, value: Tensor, counts: list[int], **layers: Tensor) -> None:
-        store = _kernels("quantize").append if key.is_cuda else reference.append
+        store = _kernels("append").append if key.is_cuda else reference.append
         store(
             key,
             value,
@@ -203,23 +177,17 @@ class KiviLayer:
         key: Tensor,
         value: Tensor,
         scale: float,
-        positions: Tensor,
-        ticket: Tensor,
-        num_tokens: int,
+        steps: Steps,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
-        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row; ``positions [batch_size]`` int32,
-        the tokens each row holds before; ``num_tokens``, the most a row will hold while this step is repeated (it plans
-        the splits); ``ticket`` int32 zeros, scratch that is zeros again after every launch, for one stream's work at a
-        time: ``[batch_size]``, or ``[batch_size * (1 + 2 * num_q_heads)]`` for faster ones.  ``rotary``:
-        :func:`kvruntime.methods.kivi.step.step`.
-        Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``)
-        stay behind until :meth:`reset`.
+        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row.  ``rotary``:
+        :func:`kvruntime.methods.kivi.step.step`.  Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the
+        host's books (``row_lengths``, ``row_packed``) stay behind until :meth:`catch_up` or :meth:`reset`.
         """
         if not key.is_cuda:
-            query, key = embedded(query, key, rotary, positions)
+            query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
             return self.attend(query, scale)
         _kernels("step").step(
@@ -228,21 +196,26 @@ class KiviLayer:
             value,
             rotary,
             **self._stores(False),
-            positions=positions,
+            positions=steps.lengths,
             lengths=self.tensors["lengths"],
-            ticket=ticket,
+            ticket=steps.scratch[: self.batch_size],
             record=self.record,
             sink=self.method.sink_length,
             residual=self.method.residual_length,
         )
-        return self._attend(query, scale, None, num_tokens, ticket[self.batch_size :])
+        return self._attend(query, scale, None, steps.num_tokens, steps.scratch[self.batch_size :])
 
-    def catch_up(self, positions: Tensor) -> None:
-        """Reads back how many tokens each row holds, where steps have left the host's books behind.
+    def scratch(self, num_q_heads: int) -> Tensor:
+        """A count a row, and two a query head with which the attention shares out work and merges in one launch."""
+        return torch.zeros(self.batch_size * (1 + 2 * num_q_heads), dtype=torch.int32, device=self.device)
 
-        ``positions`` count those of every layer: a step that stored one here and then failed elsewhere is run again.
+    def catch_up(self, lengths: Tensor) -> None:
+        """Takes the rows' lengths from the device, where steps have left the host's books behind.
+
+        ``lengths`` count those of every layer: a step that stored one here and then failed elsewhere is run again.
         """
-        self.row_lengths, self.row_packed = positions.tolist(), self.tensors["lengths"][1].tolist()
+        super().catch_up(lengths)
+        self.row_packed = self.tensors["lengths"][1].tolist()
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a row as attention reads them, dequantized: ``[num_kv_heads, row_lengths[row], dim]``
@@ -263,18 +236,14 @@ class KiviLayer:
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
-        self.row_lengths, self.row_packed = [0] * self.batch_size, [0] * self.batch_size
+        super().reset()
+        self.row_packed = [0] * self.batch_size
         self.tensors["lengths"].zero_()
 
     def reorder(self, index: Tensor) -> None:
         """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
-        rows = index.tolist()
-        for name, tensor in self.tensors.items():
-            dim = 1 if name in ("lengths", "key_params") else 0
-            self.tensors[name] = tensor.index_select(dim, index.to(self.device))
-        self.row_lengths = [self.row_lengths[row] for row in rows]
-        self.row_packed = [self.row_packed[row] for row in rows]
-        self.batch_size = len(rows)
+        super().reorder(index)
+        self.row_packed = [self.row_packed[row] for row in index.tolist()]
 
     def crop(self, num_tokens: int) -> None:
         """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row.
@@ -295,28 +264,24 @@ class KiviLayer:
         self._write_lengths(self.row_packed)
 
 
-Fresh = tuple[KiviLayer, Tensor, Tensor, list[int] | None]
-"""A layer, and what its :meth:`KiviLayer.append` takes."""
-
-
-def _addresses(held: Sequence[Fresh]) -> Tensor | None:
+def _addresses(held: Sequence[tuple[Any, ...]]) -> Tensor | None:
     """Where everything lies that one launch is to store; None where it cannot store it all."""
-    first, key, value, lengths = held[0]
+    first, key, value, lengths, *_ = held[0]
     if len(held) == 1 or not (key.is_cuda and key.stride(3) == value.stride(3) == 1):
         return None
     kind = _kind(*held[0])
     if any(_kind(*one) != kind for one in held[1:]):
         return None
-    first._make_room(key, lengths)
+    first.make_room(key, lengths)
     for layer, *_ in held[1:]:
-        layer._provide(first.num_provided)
+        layer.provide(first.num_provided)
     names = ("exact_key", "exact_value", "records", "key_params")
-    return _kernels("quantize").addresses(
-        [(key, value, *map(layer.tensors.get, names)) for layer, key, value, _ in held]
+    return _kernels("append").addresses(
+        [(key, value, *map(layer.tensors.get, names)) for layer, key, value, *_ in held]
     )
 
 
-def _kind(layer: KiviLayer, key: Tensor, value: Tensor, lengths: list[int] | None) -> tuple[object, ...]:
+def _kind(layer: KiviLayer, key: Tensor, value: Tensor, lengths: list[int] | None, *_: Any) -> tuple[object, ...]:
     """All that a launch is told of a layer besides addresses."""
     held = (layer.method, layer.shape, layer.num_provided, layer.row_lengths, layer.row_packed, lengths)
     return (*held, key.shape, key.stride(), key.dtype, value.stride(), value.dtype)
@@ -331,11 +296,16 @@ def _write(target: Tensor, rows: list[int]) -> None:
 
 @cache
 def _fast():  # type: ignore[no-untyped-def]
-    """The tensor-core kernel, or None under a Triton whose Gluon language has moved on."""
+    """The tensor-core kernel, or None where Triton is without its Gluon language.
+
+    Any other failure to import it is raised: the portable kernel takes eight times as long and would not say so.
+    """
     try:
         return _kernels("fast")
-    except (ImportError, AttributeError):
-        return None
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("triton"):
+            return None
+        raise
 
 
 @cache

@@ -1,0 +1,81 @@
+"""What a method's room offers: its layer, and what the rest of the house asks of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvruntime.methods.rows import Fresh, Steps
+from kvsim.layout import LayerShape, Method
+
+
+class Layer(Protocol):
+    """One attention layer's cache: what ``method.buffers(shape, batch_size, num_provided)`` lists, filled and read.
+
+    :class:`kvruntime.methods.rows.Rows` has the books and the defaults; a method's layer adds ``append``, ``attend``,
+    ``step``, ``tokens`` and ``crop``.
+    """
+
+    method: Any
+    shape: LayerShape
+    batch_size: int
+    device: torch.device
+    row_lengths: list[int]
+    num_provided: int
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+
+    @property
+    def is_croppable(self) -> bool: ...
+    @property
+    def wants_query(self) -> bool: ...
+    @property
+    def has_steps(self) -> bool: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def append(
+        self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None
+    ) -> None: ...
+    @staticmethod
+    def append_all(held: Sequence[Any]) -> None: ...
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor: ...
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        steps: Steps,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
+    def scratch(self, num_q_heads: int) -> Tensor: ...
+    def catch_up(self, lengths: Tensor) -> None: ...
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]: ...
+    def reset(self) -> None: ...
+    def reorder(self, index: Tensor) -> None: ...
+    def crop(self, num_tokens: int) -> None: ...
+
+
+class Room(NamedTuple):
+    """What the rest of the house asks of a method; what a room lacks is refused by name where it is asked."""
+
+    layer: Callable[..., Layer]
+    """``layer(method, shape, batch_size, max_seq_len, device, shared)``."""
+    read_back: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """``(method, key, value)``, ``[batch_size, num_kv_heads, tokens, dim]`` each, to what attention should see of
+    them, float32: by other code than the layer's, so that the one can judge the other."""
+    examples: tuple[Method, ...]
+    """The layouts that ``selfcheck`` exercises."""
+    shared: Callable[[Any, Sequence[Any], torch.device], Mapping[str, Tensor]] | None = None
+    """``(method, buffers, device)``: the tensors of ``method.shared_buffers``."""
+    transients: Any = None
+    """Sizes of the tensors beside the cache (:mod:`validation.claims.transients`)."""
+    benched: tuple[Method, ...] = ()
+    """The layouts that ``bench kernels`` times."""
+    splits: Callable[[Any, Tensor], int] | None = None
+    """``(layer, query)``: how many ways the kernel splits the tokens."""
