@@ -12,7 +12,7 @@ def check_whole(name: str, value: object, least: int = 1) -> None:
         return
     if type(value) is int and value > MOST:
         raise ValueError(f"{name} of {len(f'{value:x}')} hexadecimal digits: allowed are up to {MOST:,}")
-    given = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+    given = str(value)[:40]
     raise ValueError(f"{name} {given}: allowed are {least} and above, in whole numbers")
 
 

@@ -138,7 +138,7 @@ def test_what_a_step_writes_has_a_static_address():
     generate(model, prompt(2, 20), cache, by(backend), new=2)
     counts = cache.counts
     written = [tensor for store in cache.stores for tensor in store.tensors.values()]
-    written += [counts.positions, counts.ticket, counts.num_columns]
+    written += [counts.positions, counts.scratch, counts.num_columns]
     assert {tensor.data_ptr() for tensor in written} <= set(static)
 
 
@@ -149,7 +149,8 @@ def test_the_operator_is_well_made(method):
         model(**prompt(2, 70, (0, 8)), **argument(cache))
     layer, counts = cache.layers[0], cache.counts
     query, key, value = (torch.randn(2, heads, 1, 32, device=DEVICE) for heads in (4, 2, 2))
-    arguments = query, key, value, layer.tensors, counts.positions, counts.ticket, counts.method, 32**-0.5, ROOM
+    held = layer.tensors, layer.constants, counts.positions, counts.scratch
+    arguments = query, key, value, *held, counts.method, 32**-0.5, ROOM
     assert METHODS[counts.method] == cache.method
     torch.library.opcheck(step, copy.deepcopy(arguments))
 
