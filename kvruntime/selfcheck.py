@@ -72,7 +72,7 @@ def _layer(method: Method, shape: LayerShape, num_q_heads: int, device: torch.de
     scale = shape.key_dim**-0.5
     worst = 0.0
     for stop in [PROMPT, *range(PROMPT + 1, total + 1)]:
-        start = layer.row_lengths[0]
+        start = layer.seq_lengths[0]
         fresh = (x[:, :, start:stop].to(device, dtype) for x in (key, value))
         layer.append(*fresh)
         if stop in (PROMPT, PROMPT + 1, total):

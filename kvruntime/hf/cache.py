@@ -278,6 +278,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if self.num_columns:
             self.columns.all_tokens(store.batch_size)
             real = self.columns.tokens(self.num_columns, store.device)
+            if store.seq_lengths != store.row_lengths:
+                raise ValueError(f"{store.method.name} has evicted tokens: they cannot be read back")
             for row in range(store.batch_size):
                 for whole, tokens in zip(out, store.tokens(row), strict=True):
                     whole[row, :, real[row]] = tokens.to(whole.dtype)

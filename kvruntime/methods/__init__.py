@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.methods import full, kivi
+from kvruntime.methods import evict, full, kivi
 from kvruntime.methods.room import Layer, Room
 from kvruntime.methods.rows import Fresh, Steps, make_shared
 from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import LayerShape, Method, shared_buffers
-from kvsim.methods import Full, Kivi
+from kvsim.methods import Evict, Full, Kivi
 
-LAYERS: dict[type, Room] = {Full: full.ROOM, Kivi: kivi.ROOM}
+LAYERS: dict[type, Room] = {Full: full.ROOM, Kivi: kivi.ROOM, Evict: evict.ROOM}
 """Method type -> its room, one row a method."""
 
 
@@ -42,7 +42,8 @@ def make_layer(
     check_runs(method)
     if shared is None:
         shared = shared_tensors(method, [shape], device)
-    return room_of(method).layer(method, shape, batch_size, max_seq_len, device, shared)
+    inside = {"make": make_layer} if hasattr(method, "inner") else {}
+    return room_of(method).layer(method, shape, batch_size, max_seq_len, device, shared, **inside)
 
 
 def shared_tensors(method: Method, shapes: Sequence[LayerShape], device: torch.device) -> Mapping[str, Tensor]:

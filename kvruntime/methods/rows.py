@@ -50,6 +50,9 @@ class Rows:
         """Whether some newest tokens can always be taken back."""
         return True
 
+    limit: int | None = None
+    """Tokens a row that the tensors provide for at the most, where a wrapper keeps no more."""
+
     wants_query = False
     """Whether a prompt's queries decide what is kept: ``append`` is then given them."""
 
@@ -85,16 +88,34 @@ class Rows:
         """Bytes of the layer's own tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def seq_lengths(self) -> list[int]:
+        """Tokens seen, row by row: more than those held where some were evicted."""
+        return self.row_lengths
+
+    def granule(self) -> int:
+        """The tokens that :meth:`forget` takes, and its multiples.  Raises ``ValueError`` where it cannot."""
+        raise ValueError(f"{self.method.name} cannot forget its oldest tokens")
+
+    def forget(self, counts: Sequence[int], sink: int) -> None:
+        """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``; what is left keeps its order."""
+        self.granule()
+
     def provide(self, num_tokens: int) -> None:
         """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``."""
         if self.tensors and num_tokens <= self.num_provided:
             return
-        provided = tokens_to_provide(num_tokens, self.max_seq_len)
+        provided = self.provided(num_tokens)
         for buffer in self.method.buffers(self.shape, self.batch_size, provided):
             old = self.tensors.get(buffer.name)
             if old is None or old.shape != buffer.shape:
                 self.tensors[buffer.name] = grown(old, buffer, self.device)
         self.num_provided = provided
+
+    def provided(self, num_tokens: int) -> int:
+        """Tokens a row that the tensors provide for, so that ``num_tokens`` fit."""
+        provided = tokens_to_provide(num_tokens, self.max_seq_len)
+        return provided if self.limit is None else min(provided, self.limit)
 
     def make_room(self, key: Tensor, lengths: list[int] | None) -> list[int]:
         """Provides for the tokens of an append; returns how many a row that is."""

@@ -1,7 +1,8 @@
-"""Eviction: a row keeps its first ``sink_length`` tokens and its newest, ``budget`` in all (arXiv 2309.17453).
+"""Eviction: a row keeps at most ``budget`` tokens, its first ``sink_length`` among them; another method stores them.
 
-How the kept tokens are chosen does not change the bytes, so a budget of heavy hitters (H2O, SnapKV) is the same
-method here.  What is kept is stored by another method.
+``policy`` says which: ``recent`` the newest (StreamingLLM, arXiv 2309.17453); ``snapkv`` of a prompt those that its
+last ``observed`` queries attend to most, a head's own (SnapKV, arXiv 2404.14469), and afterwards the newest.  The
+choice does not change the bytes.
 """
 
 from __future__ import annotations
@@ -14,28 +15,47 @@ from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.whole_numbers import check_whole
 
+POLICIES = ("recent", "snapkv")
+
 
 @dataclass(frozen=True)
 class Evict:
     """At most ``budget`` tokens a row and layer, ``sink_length`` of them the first; ``inner`` stores them.
 
-    A layer whose own window is shorter keeps that.  Raises ``ValueError`` for a budget below 1 or a sink beyond it.
+    ``policy``: ``recent`` or ``snapkv``.  ``observed``, ``kernel_size``: of ``snapkv``, the last queries of a prompt
+    that score its tokens, and the tokens over which a score is pooled (odd).  A layer whose own window is shorter keeps
+    that.  Raises ``ValueError`` for a budget below 1, or a sink or observed tokens beyond it.
     """
 
     budget: int = 1024
     sink_length: int = 4
     inner: Method = field(default_factory=Full)
+    policy: str = "recent"
+    observed: int = 32
+    kernel_size: int = 7
+
+    kvruntime = True
 
     def __post_init__(self) -> None:
         check_whole("budget", self.budget)
         check_whole("sink_length", self.sink_length, least=0)
         if self.sink_length > self.budget:
             raise ValueError(f"sink_length {self.sink_length}: allowed are 0 to the budget {self.budget}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {str(self.policy)[:40]!r}: allowed are {', '.join(POLICIES)}")
+        check_whole("observed", self.observed)
+        check_whole("kernel_size", self.kernel_size)
+        if self.policy == "snapkv" and self.sink_length + self.observed > self.budget:
+            most = self.budget - self.sink_length
+            raise ValueError(f"observed {self.observed}: allowed are 1 to {most}, the budget less the sink")
+        if not self.kernel_size % 2:
+            raise ValueError(f"kernel_size {self.kernel_size}: allowed are odd numbers")
 
     @property
     def name(self) -> str:
         sink = f"-s{self.sink_length}" if self.sink_length else ""
-        return f"evict-{self.budget}{sink}({self.inner.name})"
+        policy = "evict" if self.policy == "recent" else f"{self.policy}-o{self.observed}"
+        return f"{policy}-{self.budget}{sink}({self.inner.name})"
 
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Evict:
         """This method with ``inner`` for one place (:func:`kvsim.methods.by_layer.at`)."""

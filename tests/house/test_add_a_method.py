@@ -81,8 +81,9 @@ def test_a_cache_of_it_runs_under_generate() -> None:
 def test_what_cannot_serve_it_says_so() -> None:
     with pytest.raises(ValueError, match="int6 has no step that a compiled cache could run"):
         make_cache(tiny("Llama"), "int6", compiled=True, max_seq_len=64)
-    with pytest.raises(ValueError, match="kvruntime does not run the method evict-1024-s4"):
-        make_cache(tiny("Llama"), Evict(inner=Int6()))
+    cache = make_cache(tiny("Llama"), Evict(inner=Int6()))
+    with pytest.raises(ValueError, match="int6 cannot forget its oldest tokens"), torch.no_grad():
+        tiny("Llama")(**prompt(1, 4), **argument(cache))
 
 
 def test_selfcheck_exercises_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ concatenated copy of the past is ever made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -141,6 +142,19 @@ class FullLayer(Rows):
         """Keys and values of a row, ``[num_kv_heads, row_lengths[row], dim]`` each; views."""
         key, value = (self.tensors[name][row, :, : self.row_lengths[row]] for name in ("key", "value"))
         return key, value
+
+    def granule(self) -> int:
+        """Any number of tokens."""
+        return 1
+
+    def forget(self, counts: Sequence[int], sink: int) -> None:
+        """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``."""
+        for tensor in self.tensors.values():
+            for row, (length, count) in enumerate(zip(self.row_lengths, counts, strict=True)):
+                if count:
+                    tensor[row, :, sink : length - count] = tensor[row, :, sink + count : length].clone()
+                    tensor[row, :, length - count : length] = 0
+        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
 
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""

@@ -234,6 +234,30 @@ class KiviLayer(Rows):
         )
         return key, value
 
+    def granule(self) -> int:
+        """The residual: with it a token's place in the ring of exact slots stays what it was.
+
+        Raises ``ValueError`` where scales are those of a whole sequence.
+        """
+        if not self.record.key_group:
+            return super().granule()
+        return self.method.residual_length
+
+    def forget(self, counts: Sequence[int], sink: int) -> None:
+        """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``, whole records that are packed already.
+
+        Raises ``ValueError`` for another sink than the method's own.
+        """
+        if sink != self.method.sink_length:
+            raise ValueError(f"{self.method.name} keeps its first {self.method.sink_length} tokens, not {sink}")
+        records = self.tensors["records"]
+        for row, (packed, count) in enumerate(zip(self.row_packed, counts, strict=True)):
+            if count:
+                first, last = count // self.record.num_tokens, packed // self.record.num_tokens
+                records[row, : last - first] = records[row, first:last].clone()
+        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+        self._write_lengths([packed - count for packed, count in zip(self.row_packed, counts, strict=True)])
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         super().reset()
