@@ -18,7 +18,6 @@ from runtime_tiny import tiny_directory  # noqa: E402
 from kvruntime import commands  # noqa: E402
 from kvruntime import selfcheck as checking  # noqa: E402
 from kvruntime.bench.harness import tasks  # noqa: E402
-from kvruntime.bench.model import tasks as running  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
 from kvsim.layout import nbytes  # noqa: E402
@@ -72,7 +71,7 @@ def test_bench_resume_and_plot(folder, here, capsys, monkeypatch):
     assert len(set(nll.values())) == 3
 
     work = []
-    monkeypatch.setattr(running, "_measured", lambda task, tick: work.append(task.label) or {"failed": "not again"})
+    monkeypatch.setattr(tasks, "_measured", lambda task, tick: work.append(task.label) or {"failed": "not again"})
     assert run([*words, "--resume"]) == 0
     assert work == []
     assert json.loads((here / "r.json").read_text())["rows"] == rows
@@ -95,7 +94,7 @@ def test_interrupted_bench_says_how_to_go_on(folder, here, capsys, monkeypatch):
             raise KeyboardInterrupt
         return real(task, tick)
 
-    monkeypatch.setattr(running, "_measured", measured)
+    monkeypatch.setattr(tasks, "_measured", measured)
     words = bench(folder, "--only", "memory", "--residual-length", "32")
     assert run(words) == 130
     assert "2 of 6 measurements are in kvruntime-bench.json; go on with: kvruntime" in capsys.readouterr().err

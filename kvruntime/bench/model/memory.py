@@ -88,9 +88,12 @@ def _fill(loaded: Loaded, cache: Any, batch_size: int) -> Callable[[int], None]:
 
 def fill_layer(cache: Any, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
     """Puts tokens into one layer of any transformers cache: both ``[batch_size, num_kv_heads, L, dim]``."""
-    cache.update(key, value, index)
-    if hasattr(cache.layers[index], "append"):  # ours stores in the attention function, which does not run here
-        cache.layers[index].append(key, value, None)
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if hasattr(layer, "pend"):  # ours, as its attention function has it store: without a copy of the past
+        layer.pend(key, value)
+        layer.append(key, value, None)
+    else:
+        cache.update(key, value, index)
 
 
 class _Allocator:
