@@ -1,18 +1,20 @@
-"""Strings and tables: the only place where bytes become text.  Units stand in the column heads.
+"""The words of a screen: the only place where bytes become text.  Units stand in the column heads.
 
-Tables are Markdown with aligned columns: they read well in a terminal and paste into a document.
+Tables are Markdown with aligned columns (:mod:`kvsim.output.tables`): they read well in a terminal and paste into a
+document.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvsim.layout import LayerShape, layer_label
 from kvsim.memory.estimate import SPLIT, Estimate
 from kvsim.output.not_modelled import NOT_MODELLED
+from kvsim.output.tables import table as table
 
 if TYPE_CHECKING:
     from kvsim.analysis.doctor import Diagnosis
@@ -29,22 +31,6 @@ WHOLE = ("tokens", "blocks", "cells", "layers")
 """Units whose figures are whole numbers."""
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A Markdown table with aligned columns: those numbered in ``left`` flush left, the others right."""
-    body = [list(row) for row in rows]
-    widths = [max(3, *(len(row[column]) for row in [list(heads), *body])) for column in range(len(heads))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ("-" * width if column in left else "-" * (width - 1) + ":" for column, width in enumerate(widths))
-    return "\n".join([line(heads), "| " + " | ".join(rule) + " |", *map(line, body)])
 
 
 def unit(largest: int) -> tuple[str, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvruntime.bench.harness.weigh import weigh
 from kvruntime.methods import make_layer
 from kvruntime.methods.rows import GROW_TOKENS
 from kvsim.install import install_hint
@@ -22,7 +23,6 @@ from validation.claims.subjects import CORE, GRID, MODELS, describe_method, leng
 from validation.recorded import read
 from validation.scales.allocator import Allocator
 from validation.scales.live import LiveBytes
-from validation.scales.storages import weigh
 
 CPU = torch.device("cpu")
 

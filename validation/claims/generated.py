@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvruntime.bench.harness.weigh import weigh
 from kvsim.layout import Method
 from kvsim.models.load import load_config
 from validation.claims.memory import SEED, about_model, activations, base_row, fits, note
@@ -16,7 +17,6 @@ from validation.claims.subjects import Grid
 from validation.claims.tasks import Row, Task
 from validation.claims.transients import modelled
 from validation.scales.allocator import Allocator
-from validation.scales.storages import weigh
 
 
 def generate_tasks(grid: Grid, device: torch.device) -> list[Task]:

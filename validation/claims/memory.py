@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvruntime.bench.harness.weigh import weigh
 from kvruntime.checkpoints.load import shape_sha256
 from kvruntime.methods import Layer, make_layer
 from kvsim.layout import LayerShape, Method
@@ -18,7 +19,6 @@ from validation.claims.predict import load_row_model
 from validation.claims.subjects import Grid, describe_method, lengths
 from validation.claims.tasks import Row, Task
 from validation.scales.allocator import Allocator
-from validation.scales.storages import weigh
 
 SEED = 0
 

@@ -11,7 +11,8 @@ from kvruntime.bench.harness.results import Row, read
 from kvruntime.bench.harness.tables import BASE, baseline, groups, ratio
 from kvruntime.bench.model.report import MIB, compression, heading
 from kvruntime.bench.model.report import tables as bench_tables
-from validation.documents.tables import claims_table, markdown
+from kvsim.output.tables import compact
+from validation.documents.tables import claims_table
 from validation.recorded import FOLDER, read_all
 
 BENCH = FOLDER / "bench"
@@ -28,13 +29,13 @@ def block(arguments: str, folder: Path = BENCH) -> str:
 
 def claims(folder: Path) -> str:
     """Predicted against measured, every claim."""
-    return markdown(claims_table(read_all()))
+    return compact(*claims_table(read_all()))
 
 
 def short_claims(folder: Path) -> str:
     """The cache's own bytes, and the peaks of ``generate()``."""
     head, body = claims_table(read_all())
-    return markdown((head, [cells for cells in body if any(word in cells[0] for word in SHOWN)]))
+    return compact(head, [cells for cells in body if any(word in cells[0] for word in SHOWN)])
 
 
 def benchmarks(folder: Path) -> str:
@@ -58,7 +59,7 @@ def memory(folder: Path) -> str:
     head = ["model", "MiB of one sequence", *(f"{length:,}" for length in lengths)]
     body = [[row["model"], row["method"], *(cells.get(length, "") for length in lengths)] for row, cells in lines]
     off = max((abs(row["nbytes"] - row["predicted_nbytes"]) for group in chosen for row in group), default=0)
-    return f"{markdown((head, body))}\n\nLargest difference from kvsim's prediction in this table: {off} B."
+    return f"{compact(head, body)}\n\nLargest difference from kvsim's prediction in this table: {off} B."
 
 
 def mebibytes(row: Row, group: Sequence[Row]) -> str:
@@ -79,7 +80,7 @@ def generate(folder: Path) -> str:
     body.sort(key=lambda cells: (cells[0], cells[1], int(cells[2])))
     commits = {(file["device"]["name"], commit(row, file)): None for file, group in found for row in group}
     said = ", ".join(f"{sha} ({device})" for device, sha in commits)
-    table = markdown((["device", "model", "batch", *(f"{method} tok/s" for method in methods)], body))
+    table = compact(["device", "model", "batch", *(f"{method} tok/s" for method in methods)], body)
     return f"{table}\n\nRecorded at commits {said}."
 
 
@@ -100,7 +101,7 @@ def quality(folder: Path) -> str:
     steps = f"{first['num_tokens']:,} tokens scored, {first['chunk']} a step through the cache"
     what = heading("Quality", first, f"{first['text']}, windows of {first['window']}, {steps}")
     body = [[row["method"], f"{row['ppl']:.3f}", against(row, baseline(row, group))] for row in group]
-    table = markdown((["cache", "perplexity", "against fp16"], body))
+    table = compact(["cache", "perplexity", "against fp16"], body)
     return f"{what}; on {file['device']['name']} ([{path.name}](validation/results/bench/{path.name})):\n\n{table}"
 
 
@@ -112,7 +113,7 @@ def axes(folder: Path) -> str:
     body = [[row["axes"], f"{row['ppl']:.3f}", against(row, exact)] for row in group]
     first = group[0]
     what = f"{first['method']}, {first['text']}, {first['num_tokens']:,} tokens"
-    table = markdown((["axes", "perplexity", "against exact"], body))
+    table = compact(["axes", "perplexity", "against exact"], body)
     return f"{what} ([{path.name}](validation/results/bench/{path.name})):\n\n{table}"
 
 

@@ -10,6 +10,7 @@ from kvruntime.bench.engine import report as engine_report
 from kvruntime.bench.harness.results import Row, read
 from kvruntime.bench.harness.tables import BASE, ratio
 from kvruntime.bench.kernels import report as kernel_report
+from kvsim.output.tables import compact
 from validation.documents.memory_tables import circumstances
 from validation.recorded import FOLDER
 
@@ -43,11 +44,6 @@ def link(path: Path, short: bool) -> str:
     return ("" if short else "../") + f"validation/results/{path.parent.name}/{path.name}"
 
 
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, marks, *body))
-
-
 def short_kernels(rows: Sequence[Row]) -> str:
     """One line a shape: microseconds and the ratio to the best float16 attention of the same run."""
     found = [row for row in kernel_report.done(rows, "attend") if kernel_report.asked(row) is not None]
@@ -68,7 +64,7 @@ def short_kernels(rows: Sequence[Row]) -> str:
         "fp16 µs",
         *(layout.removeprefix("kivi-").replace("-", " ") for layout in SHOWN),
     ]
-    return f"{kernel_report.ceilings(rows)}\n\n{markdown(head, body)}" if body else ""
+    return f"{kernel_report.ceilings(rows)}\n\n{compact(head, body, left=(0,))}" if body else ""
 
 
 def residual(row: Row) -> int:
@@ -121,7 +117,7 @@ def short_engine(rows: Sequence[Row]) -> str:
             body.append(cells)
         head = ["batch x context", *methods]
         parts.append(f"{group[0]['model']}, {group[0]['dtype']}, weights: {group[0]['weights']}; ms/step, tok/s, ratio")
-        parts.append(markdown(head, body))
+        parts.append(compact(head, body, left=(0,)))
         lines = engine_report.line_body(group)[1]
         said = [
             f"{cells[0]}: {cells[3]} of the 16-bit slope, break-even (tokens) {cells[4]}"

@@ -1,4 +1,4 @@
-"""Rows as tables: a head and cells, drawn as plain text or Markdown."""
+"""Rows as tables: a head and cells, for :mod:`kvsim.output.tables` to print."""
 
 from __future__ import annotations
 
@@ -90,21 +90,3 @@ def title(method: Row) -> str:
 def percent(value: float) -> str:
     """``+0.03 %``; an exact zero has no sign."""
     return "0" if value == 0 else f"{100 * value:+.3g} %"
-
-
-def plain(table: Table) -> str:
-    """Aligned columns, for a terminal."""
-    from kvruntime.bench.harness.tables import aligned
-
-    return aligned(*table)
-
-
-def markdown(table: Table) -> str:
-    """A Markdown table, numbers to the right."""
-    head, body = table
-    right = [
-        bool(body) and all(row[column][:1] in "0123456789+-" for row in body if row[column])
-        for column in range(len(head))
-    ]
-    lines = [head, ["---:" if flag else "---" for flag in right], *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

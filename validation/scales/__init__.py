@@ -1,1 +1,1 @@
-"""What weighs: unique storages, live tensors, the allocator."""
+"""What weighs while it happens: live tensors, the allocator.  Unique storages: ``kvruntime/bench/harness/weigh.py``."""

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import BASE, aligned, ratio
+from kvruntime.bench.harness.tables import BASE, ratio
 from kvruntime.bench.kernels.report import done, size
 from kvruntime.bench.model.report import heading, note
+from kvsim.output.tables import plain
 
 GIB = 1 << 30
 
@@ -115,10 +116,10 @@ def step_body(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def step_table(group: Sequence[Row]) -> str:
     head, body = step_body(group)
-    blocks = [heading("steps", group[0], "greedy, up to the context named") + "\n" + aligned(head, body)]
+    blocks = [heading("steps", group[0], "greedy, up to the context named") + "\n" + plain(head, body)]
     head, body = line_body(group)
     if body:
-        blocks.append("batch 1 over context: ms/step = start + slope * tokens\n" + aligned(head, body))
+        blocks.append("batch 1 over context: ms/step = start + slope * tokens\n" + plain(head, body))
     return "\n\n".join(blocks)
 
 
@@ -153,7 +154,7 @@ def prefill_table(group: Sequence[Row]) -> str:
         own = "" if beside is None else f"{1e3 * beside[0]:,.2f}"
         body.append([size(row["num_tokens"]), row["method"], f"{1e3 * row['seconds'][0]:,.2f}", own, off])
     head = ["prompt", "cache", "ms", "16-bit ms beside", "against 16-bit"]
-    return heading("first token", group[0], "batch 1") + "\n" + aligned(head, body)
+    return heading("first token", group[0], "batch 1") + "\n" + plain(head, body)
 
 
 def largest_table(group: Sequence[Row]) -> str:
@@ -176,7 +177,7 @@ def largest_table(group: Sequence[Row]) -> str:
         "batch against 16-bit",
         "tok/s against 16-bit",
     ]
-    return heading("largest batch", group[0], "in this card's memory") + "\n" + aligned(head, body)
+    return heading("largest batch", group[0], "in this card's memory") + "\n" + plain(head, body)
 
 
 TABLES = {"step": step_table, "prefill": prefill_table, "largest": largest_table}

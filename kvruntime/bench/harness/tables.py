@@ -1,4 +1,4 @@
-"""Rows as plain tables."""
+"""Rows that belong together in a table, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -28,18 +28,3 @@ def baseline(row: Row, group: Iterable[Row], *same: str) -> Row | None:
 
 def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
-
-
-def aligned(head: list[str], body: list[list[str]]) -> str:
-    """Columns two blanks apart, text to the left, numbers to the right."""
-    lines = [head, *([*cells, *[""] * (len(head) - len(cells))] for cells in body)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    numbers = [any(line[column][:1] in DIGITS for line in lines[1:] if line[column]) for column in range(len(head))]
-
-    def put(cell: str, width: int, number: bool) -> str:
-        return cell.rjust(width) if number else cell.ljust(width)
-
-    return "\n".join("  ".join(map(put, line, widths, numbers)).rstrip() for line in lines)
-
-
-DIGITS = "+-0123456789"

@@ -1,77 +1,53 @@
-"""What an object really holds on to: the unique storages of every tensor reachable from it."""
+"""The one scale: bytes of every storage that an object keeps alive, found by asking the garbage collector.
+
+Independent of ``cache.nbytes``, of kvsim, and of how a cache is written: whatever Python reference leads to a tensor
+is followed (attributes, slots, containers, closures, bound methods, the parts of other libraries' packed formats),
+and each storage counts once and whole, however small the view that holds it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+import gc
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 
-OPAQUE = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, BuiltinFunctionType, torch.nn.Module)
-"""Not entered: plain values, code, and modules (weights belong to the model, not to a cache)."""
+SHARED = (type, ModuleType, BuiltinFunctionType, torch.nn.Module)
+"""Not entered: code, and models, whose weights are their own."""
 
 
 def weigh(root: Any) -> int:
-    """Bytes of all storages reachable from ``root``, each counted once and whole.
-
-    Attributes, slots, containers and closures are followed; tensors inside tensors (packed formats of other
-    libraries) too.  A view counts the whole storage that it keeps alive.
-    """
+    """Bytes of the distinct storages behind every tensor reachable from ``root``."""
     return sum(storages(root).values())
 
 
 def storages(root: Any) -> dict[tuple[str, int], int]:
-    """``(device, address) -> bytes`` of all storages reachable from ``root``."""
+    """``(device, address) -> bytes`` of every storage reachable from ``root``."""
     found: dict[tuple[str, int], int] = {}
-    seen: dict[int, Any] = {}  # holds the objects, so that no id is used twice
+    seen: dict[int, Any] = {}  # holds the objects, so that no id comes twice
     stack = [root]
     while stack:
         item = stack.pop()
-        if isinstance(item, OPAQUE) or id(item) in seen:
+        if id(item) in seen or isinstance(item, SHARED):
             continue
         seen[id(item)] = item
         if isinstance(item, torch.Tensor):
-            inner = _inner_tensors(item)
-            if not inner and item.device.type != "meta":
+            parts = _parts(item)
+            if not parts and item.device.type != "meta":
                 storage = item.untyped_storage()
                 if storage.nbytes():
                     found[str(item.device), storage.data_ptr()] = storage.nbytes()
-            stack += inner
-        stack += _children(item)
+            stack += [*parts, *([item.grad] if item.is_leaf else [])]
+        if isinstance(item, FunctionType):  # not its globals
+            stack += [*(item.__closure__ or ()), *(item.__defaults__ or ()), item.__dict__]
+        else:
+            stack += gc.get_referents(item)
     return found
 
 
-def _inner_tensors(tensor: torch.Tensor) -> list[Any]:
+def _parts(tensor: torch.Tensor) -> list[Any]:
     """The tensors that a wrapper subclass is made of; empty for an ordinary tensor."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-
-
-def _children(item: Any) -> Iterable[Any]:
-    out: list[Any] = list(getattr(item, "__dict__", {}).values())
-    if isinstance(item, dict):
-        out += [*item.keys(), *item.values()]
-    elif isinstance(item, (list, tuple, set, frozenset)) or type(item).__name__ in ("deque", "odict_values"):
-        out += list(item)
-    elif isinstance(item, FunctionType):
-        out += [cell.cell_contents for cell in item.__closure__ or () if _filled(cell)]
-        out += list(item.__defaults__ or ())
-    elif isinstance(item, MethodType):
-        out += [item.__self__, item.__func__]
-    elif hasattr(item, "func") and hasattr(item, "args"):  # functools.partial
-        out += [item.func, *item.args]
-    for kind in type(item).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        names = (slots,) if isinstance(slots, str) else slots
-        out += [getattr(item, name) for name in names if name != "__weakref__" and hasattr(item, name)]
-    return out
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents
-    except ValueError:
-        return False
-    return True

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import aligned, ratio
+from kvruntime.bench.harness.tables import ratio
+from kvsim.output.tables import plain
 
 ASKED = {
     ("llama-3-8b", 8, 32768): (4.8, 5.6, 6.1, 3.3),
@@ -156,7 +157,7 @@ def splits_cell(row: Row) -> str:
 
 def attention_table(rows: Sequence[Row]) -> str:
     head, body = attention_body(rows)
-    return "decode attention, one layer, one new token a row\n" + aligned(head, body) if body else ""
+    return "decode attention, one layer, one new token a row\n" + plain(head, body) if body else ""
 
 
 def pack_body(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -175,7 +176,7 @@ def quotient(a: Any, b: Any) -> float | None:
 
 def pack_table(rows: Sequence[Row]) -> str:
     head, body = pack_body(rows)
-    return "storing a prompt, one layer, keys and values\n" + aligned(head, body) if body else ""
+    return "storing a prompt, one layer, keys and values\n" + plain(head, body) if body else ""
 
 
 def append_body(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -191,4 +192,4 @@ def append_body(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def append_table(rows: Sequence[Row]) -> str:
     head, body = append_body(rows)
-    return "storing one token a row, one layer\n" + aligned(head, body) if body else ""
+    return "storing one token a row, one layer\n" + plain(head, body) if body else ""

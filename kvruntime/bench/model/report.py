@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import aligned, baseline, groups, ratio
+from kvruntime.bench.harness.tables import baseline, groups, ratio
 from kvsim.install import install_hint
+from kvsim.output.tables import plain
 
 MIB = 1 << 20
 
@@ -41,7 +42,7 @@ def memory_table(group: list[Row]) -> str:
     head += ["allocated MiB", "prefill peak MiB", "decode peak MiB"] * any(len(cells) > 6 for cells in body)
     filled = any(row["how"] == "filled" for row in group)
     tail = "\nfilled: beyond the model's positions; random keys and values put into the layers, no forward" * filled
-    return heading("memory", group[0], "batch 1, unique storages weighed") + "\n" + aligned(head, body) + tail
+    return heading("memory", group[0], "batch 1, unique storages weighed") + "\n" + plain(head, body) + tail
 
 
 ALLOCATOR = ("decode_allocated_nbytes", "prefill_peak_nbytes", "decode_peak_nbytes")
@@ -58,7 +59,7 @@ def speed_table(group: list[Row]) -> str:
     head = ["method", "batch", "prefill s", "decode tok/s", "min to max", "ms/step", "against fp16"]
     first = group[0]
     what = f"{first['prompt_tokens']} prompt + {first['decode_tokens']} decoded tokens, medians of {first['repeats']}"
-    return heading("speed", first, what) + "\n" + aligned(head, body)
+    return heading("speed", first, what) + "\n" + plain(head, body)
 
 
 def quality_table(group: list[Row]) -> str:
@@ -70,7 +71,7 @@ def quality_table(group: list[Row]) -> str:
     first = group[0]
     what = f"{first['text']}, windows of {first['window']}, {first['chunk']} token(s) a step through the cache"
     head = ["method", "perplexity", "nll", "against fp16", "tokens"]
-    return heading("quality", first, what) + "\n" + aligned(head, body)
+    return heading("quality", first, what) + "\n" + plain(head, body)
 
 
 def axes_table(group: list[Row]) -> str:
@@ -81,7 +82,7 @@ def axes_table(group: list[Row]) -> str:
         body.append([row["axes"], f"{row['ppl']:.4f}", f"{row['nll']:.5f}", off, f"{row['num_tokens']:,}"])
     first = group[0]
     what = f"{first['method']}, simulated (error only, no memory), {first['text']}, windows of {first['window']}"
-    return heading("axes", first, what) + "\n" + aligned(["axes", "perplexity", "nll", "against exact", "tokens"], body)
+    return heading("axes", first, what) + "\n" + plain(["axes", "perplexity", "nll", "against exact", "tokens"], body)
 
 
 def note(row: Row) -> str:

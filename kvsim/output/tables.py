@@ -1,0 +1,56 @@
+"""The one printer of tables: aligned Markdown for a terminal, compact Markdown for documents, plain columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+NUMERAL = "+-0123456789"
+"""What the text of a number begins with."""
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A Markdown table with aligned columns: those numbered in ``left`` flush left, the others right."""
+    lines = _full(heads, rows)
+    widths = [max(3, width) for width in _widths(lines)]
+    right = [column not in left for column in range(len(heads))]
+    rule = ["-" * (width - flag) + ":" * flag for width, flag in zip(widths, right, strict=True)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in _padded([lines[0], rule, *lines[1:]], widths, right))
+
+
+def compact(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] | None = None) -> str:
+    """A Markdown table without padding: ``left`` as in :func:`table`; None sends columns of numbers alone right."""
+    lines = _full(heads, rows)
+    right = _numbers(lines, all) if left is None else [column not in left for column in range(len(heads))]
+    rule = ["---:" if flag else "---" for flag in right]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [lines[0], rule, *lines[1:]])
+
+
+def plain(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns two blanks apart, without a rule; one that holds a number goes right.  A row may end early."""
+    lines = _full(heads, rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in _padded(lines, _widths(lines), _numbers(lines, any)))
+
+
+def _full(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Head and rows, each as long as the head.  Raises ``ValueError`` for a longer row."""
+    lines = [list(heads), *([*row, *[""] * (len(heads) - len(row))] for row in rows)]
+    wrong = next((line for line in lines if len(line) > len(heads)), None)
+    if wrong is not None:
+        raise ValueError(f"a row of {len(wrong)} cells under {len(heads)} heads: {wrong}")
+    return lines
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+
+def _numbers(lines: Sequence[Sequence[str]], how: Callable[[Iterable[bool]], bool]) -> list[bool]:
+    """Of each column, whether ``how`` (any, all) many of its cells are numbers; empty cells say nothing."""
+    return [
+        len(lines) > 1 and how(cell[0] in NUMERAL for cell in column[1:] if cell) for column in zip(*lines, strict=True)
+    ]
+
+
+def _padded(lines: Iterable[Sequence[str]], widths: Sequence[int], right: Sequence[bool]) -> list[list[str]]:
+    put = (str.ljust, str.rjust)
+    return [[put[flag](cell, width) for cell, width, flag in zip(line, widths, right, strict=True)] for line in lines]
