@@ -26,10 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kvruntime.bench.harness.results import check_writable, describe
+from kvruntime.bench.harness.results import describe
+from kvruntime.bench.harness.store import check_writable
 from kvruntime.bench.harness.timing import timed_passes
-from kvruntime.disk import json_text
 from kvsim.atomic import replace_file
+from kvsim.finite_json import json_text
 from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.calibrate import DAY
 from kvsim.latency.profile import SCHEMA

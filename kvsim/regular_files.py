@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -10,6 +11,8 @@ CONFIG_NBYTES = 64 * MIB
 """Most bytes of a config, an index or a profile."""
 TRACE_NBYTES = 256 * MIB
 """Most bytes of a log or a trace of requests."""
+RESULTS_NBYTES = 1024 * MIB
+"""Most bytes of a text to score or of recorded results."""
 
 
 def regular_nbytes(path: Path) -> int:
@@ -23,11 +26,10 @@ def regular_nbytes(path: Path) -> int:
     return found.st_size
 
 
-def read_text(path: Path, most: int = CONFIG_NBYTES, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """The text of a regular file of at most ``most`` bytes.
+def read_bytes(path: Path, most: int = CONFIG_NBYTES) -> bytes:
+    """The content of a regular file of at most ``most`` bytes.
 
-    Raises ``ValueError`` for a larger one or another kind of file (``UnicodeDecodeError`` for another encoding),
-    ``OSError`` for one that cannot be read.
+    Raises ``ValueError`` for a larger one or another kind of file, ``OSError`` for one that cannot be read.
     """
     size = regular_nbytes(path)
     if size <= most:
@@ -35,8 +37,32 @@ def read_text(path: Path, most: int = CONFIG_NBYTES, encoding: str = "utf-8", er
             content = stream.read(most + 1)  # it may have grown, or say 0 bytes as those of /proc do
         size = len(content)
         if size <= most:
-            return content.decode(encoding, errors)
+            return content
     raise ValueError(f"{short(path)} has {size:,} bytes: allowed are up to {most:,}")
+
+
+def read_text(path: Path, most: int = CONFIG_NBYTES, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a regular file: :func:`read_bytes`, and ``UnicodeDecodeError`` for another encoding."""
+    return read_bytes(path, most).decode(encoding, errors)
+
+
+def read_named(path: str | os.PathLike[str], what: str, most: int = RESULTS_NBYTES) -> bytes:
+    """:func:`read_bytes` where every failure is a ``ValueError`` that calls the file ``what``."""
+    try:
+        return read_bytes(Path(path), most)
+    except OSError as error:
+        raise ValueError(f"cannot read {what} {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot read {what}: {error}") from None
+
+
+def signature(path: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+    """What changes when a file is written: number, size and time of change; None where there is none."""
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def short(path: Path) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from kvruntime.disk import json_text
 from kvsim.commandline import Group, one_line, os_message
+from kvsim.finite_json import json_text
 from kvsim.install import missing_hint
 from kvsim.layout import Method
 from kvsim.methods import Full, Kivi
@@ -227,6 +227,7 @@ def _run(
 ) -> int:
     """Measures what the file does not hold yet, writes after every task, prints; 1 where a cache weighs otherwise."""
     from kvruntime.bench.harness.progress import Progress
+    from kvsim.output.tables import plain
     from validation.claims import compare
     from validation.documents import tables
     from validation.recorded import FOLDER, Results, circumstances, slug
@@ -251,7 +252,7 @@ def _run(
             tables.speed_table(rows),
             tables.quality_table(rows),
         )
-        print("\n\n".join(tables.plain(table) for table in made if table[1]))
+        print("\n\n".join(plain(*table) for table in made if table[1]))
     if results.path:
         _say(f"recorded in {results.path}")
     wrong = compare.stale(rows)

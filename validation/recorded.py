@@ -1,4 +1,4 @@
-"""Rows on disk: one JSON file a device, replaced in one step, merged row by row."""
+"""Rows of validation: one file a device, which a :class:`Store` keeps, merged row by row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvruntime.disk import json_text, read_json, replace_file, signature
-
-Row = dict[str, Any]
+from kvruntime.bench.harness.store import Row, Store, read_rows, rows_as_lines
+from kvsim.finite_json import json_text
 
 SCHEMA = "validation/1"
 FOLDER = Path(__file__).with_name("results")
@@ -25,16 +24,9 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    """The fields of :data:`KEY`."""
-    return tuple(row.get(name) for name in KEY)
-
-
-def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``old`` with its rows replaced by ``new`` ones of the same key, and the others of ``new`` behind."""
-    replacing = {key(row): row for row in new}
-    out = [replacing.pop(key(row), row) for row in old]
-    return out + list(replacing.values())
+def same(one: Row, other: Row) -> bool:
+    """Whether both measure the same: they agree in the fields of :data:`KEY`."""
+    return all(one.get(name) == other.get(name) for name in KEY)
 
 
 class Results:
@@ -45,15 +37,11 @@ class Results:
 
     def __init__(self, path: Path | None, circumstances: Row) -> None:
         self.path, self.circumstances = path, circumstances
-        self.rows: list[Row] = []
-        if path is None:
-            return
-        from kvruntime.bench.harness.results import check_writable
+        self.store = Store(path, SCHEMA, "task")
 
-        check_writable(path)
-        self._seen = signature(path)
-        if self._seen is not None:
-            self.rows = read(path)
+    @property
+    def rows(self) -> list[Row]:
+        return self.store.rows
 
     def holds(self, task: str, about: Mapping[str, Any] | None = None) -> bool:
         """Whether the task's rows are here, measured by this code and these versions on this device.
@@ -69,33 +57,14 @@ class Results:
         """Takes rows with their circumstances, in place of older ones with the same key, and writes the file."""
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
         taken = [{**row, **self.circumstances, **now} for row in rows]
-        self.rows = merged(self.rows, taken)
-        self.write()
+        self.store.put(taken, same)
+        self.store.write(rows_as_lines(SCHEMA, self.rows))
         return taken
-
-    def write(self) -> None:
-        """Replaces the file in one step, one row a line.
-
-        Raises ``ValueError`` where it cannot be written, and where another run has written it since.
-        """
-        if self.path is None:
-            return
-        lines = ",\n".join(json_text(row) for row in self.rows)
-        text = f'{{"schema": {json.dumps(SCHEMA)}, "rows": [\n{lines}\n]}}\n'
-        if signature(self.path) != self._seen:
-            raise ValueError(f"{self.path} was changed by another run meanwhile: give each its own --out")
-        replace_file(self.path, text)
-        self._seen = signature(self.path)
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file.  Raises ``ValueError`` for one that is missing, broken or of another schema."""
-    found = read_json(path, "results")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("rows"), list):
-        raise ValueError(f"{path} is not a file of validation rows (schema {SCHEMA!r})")
-    if not all(isinstance(row, dict) and isinstance(row.get("task"), str) for row in found["rows"]):
-        raise ValueError(f"{path} holds a row without a task")
-    rows: list[Row] = found["rows"]
+    rows: list[Row] = read_rows(path, SCHEMA, "task")["rows"]
     return rows
 
 
@@ -115,4 +84,4 @@ def circumstances(device: str, command: str) -> Row:
     hardware = facts["device"]
     versions = {name: value for name, value in facts["versions"].items() if value is not None}
     out = {"device_name": hardware["name"], "driver": hardware.get("driver"), "versions": versions}
-    return out | {"commit": facts["commit"], "code": code_sha256((*CODE, "validation/*.py")), "command": command}
+    return out | {"commit": facts["commit"], "code": code_sha256((*CODE, "validation/**/*.py")), "command": command}

@@ -11,7 +11,7 @@ from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import baseline, groups
 from kvruntime.bench.model.report import MIB, compression
 from kvruntime.bench.speed_plot import speed_panels
-from kvruntime.disk import replace_file
+from kvsim.atomic import replace_file
 from kvsim.install import install_hint
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
         path = folder / f"{name}.{suffix}"
         picture = BytesIO()
         figure.savefig(picture, format=suffix, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
-        replace_file(path, picture.getvalue())
+        replace_file(path, picture.getvalue(), regular=True)
         paths.append(path)
     return paths
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvruntime.checkpoints.pull import PULLS, damage, pull, pulled
-from kvruntime.disk import read_json
+from kvsim.finite_json import read_json
 
 if TYPE_CHECKING:
     import torch

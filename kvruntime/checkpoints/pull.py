@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvruntime.disk import read_json
+from kvsim.finite_json import read_json
 
 ABOUT = "pulled.json"
 """The file of a pulled directory that says where it came from, and the sums of the others."""

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvruntime.disk import read_regular
+from kvsim.regular_files import read_named
 
 DEFAULT = "pydoc"
 
@@ -35,7 +35,7 @@ def load_text(path: str | os.PathLike[str] | None = None) -> Text:
         return Text(DEFAULT, "\n".join(topics[key] for key in sorted(topics)))
     path = Path(path)
     try:
-        content = read_regular(path, "text file").decode("utf-8")
+        content = read_named(path, "text file").decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {path} is not UTF-8 (byte {error.start})") from None
     if not content.strip():

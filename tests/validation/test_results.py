@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from kvsim.methods import Full, Kivi
+from kvsim.output.tables import compact
 from validation import cli
 from validation.claims import compare
 from validation.claims.predict import measured_trace, predict, predicted_trace
 from validation.claims.subjects import describe_method, rebuild_method
-from validation.documents import tables
-from validation.recorded import FOLDER, Results, merged, read, read_all, slug
+from validation.recorded import FOLDER, Results, read, read_all, slug
 
 RECORDED = [
     pytest.param(row, id=f"{path.stem}-{index}")
@@ -100,7 +100,6 @@ def test_rows_are_merged_by_key(tmp_path):
     assert second.holds("new")
     assert not second.holds("newer")
     assert [file.name for file in path.parent.iterdir()] == ["cpu.json"]
-    assert merged([], rows) == rows
 
 
 HERE = {"device_name": "card", "driver": None, "versions": {"torch": "2"}, "code": "k", "commit": "c"}
@@ -216,7 +215,7 @@ def test_the_report_is_self_contained(tmp_path, capsys):
 
 
 def test_tables_align_numbers_to_the_right():
-    assert tables.markdown((["a", "b"], [["x", "1"], ["y", "+2 %"]])).splitlines()[1] == "| --- | ---: |"
+    assert compact(["a", "b"], [["x", "1"], ["y", "+2 %"]]).splitlines()[1] == "| --- | ---: |"
 
 
 def test_rows_survive_json():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from kvruntime.disk import not_finite
+from kvsim.finite_json import not_finite
 from validation.claims.predict import error, predict
 
 Row = dict[str, Any]

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kvruntime.disk import replace_file
+from kvsim.atomic import replace_file
+from kvsim.output.tables import compact
 from validation.claims.compare import stale
 from validation.documents import tables
 from validation.documents.figures import draw
@@ -45,7 +46,7 @@ def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
         files[folder / "report.md"] = markdown(rows, list(pictures)).encode()
         files[folder / "report.html"] = html(rows, pictures).encode()
         for path, content in files.items():
-            replace_file(path, content)
+            replace_file(path, content, regular=True)
     except OSError as error:
         raise ValueError(f"cannot write {error.filename or folder}: {error.strerror}") from None
     return list(files)
@@ -58,7 +59,7 @@ def markdown(rows: Sequence[Row], pictures: Sequence[str]) -> str:
         table = table_of(name, rows)
         if table[1]:
             out += [f"## {heading}", *(f"![{picture}]({picture}.png)" for picture in shown if picture in pictures)]
-            out.append(tables.markdown(table))
+            out.append(compact(*table))
     return "\n\n".join(out) + "\n"
 
 

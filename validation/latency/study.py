@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import kvsim.catalog
-from kvruntime.disk import json_text, replace_file
+from kvsim.atomic import replace_file
+from kvsim.finite_json import json_text
 from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.roofline import Constants, constants
-from validation.documents.tables import plain
+from kvsim.output.tables import compact, plain
 from validation.latency import attention as attention_time
 from validation.latency import engine_steps, serving
 from validation.latency.held_out import digest
@@ -159,7 +160,7 @@ def bands(found: dict[str, Any]) -> str:
 
 def text(found: dict[str, Any]) -> str:
     """The tables for a terminal."""
-    return "\n\n".join([*(plain(table) for table in every_table(found)), bands(found)])
+    return "\n\n".join([*(plain(*table) for table in every_table(found)), bands(found)])
 
 
 def every_table(found: dict[str, Any]) -> tuple[tuple[list[str], list[list[str]]], ...]:
@@ -169,30 +170,23 @@ def every_table(found: dict[str, Any]) -> tuple[tuple[list[str], list[list[str]]
 def markdown(found: dict[str, Any], short: bool = False) -> str:
     """The tables for a document; ``short``: per output token only."""
     tables = (token_table(found),) if short else every_table(found)
-    out = []
-    for head, body in tables:
-        rows = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-        out.append("\n".join("| " + " | ".join(cells) + " |" for cells in rows))
-    return "\n\n".join([*out, bands(found)])
+    return "\n\n".join([*(compact(*table, left=(0,)) for table in tables), bands(found)])
 
 
 def constants_table() -> str:
     """The constants of ``timing.json`` in Markdown, with their sources."""
     table = json.loads(CONSTANTS.read_text(encoding="utf-8"))
-    lines = ["| constant | value | source |", "| --- | --- | --- |"]
-    for name, entry in table["constants"].items():
-        lines.append(f"| `{name}` | {json.dumps(entry['value'])} | {entry['source']} |")
+    fitted = [[f"`{name}`", json.dumps(entry["value"]), entry["source"]] for name, entry in table["constants"].items()]
     for name, value in table["curve"]["value"].items():
-        lines.append(f"| curve `{name}` | {value} | {table['curve']['source']} |")
-    lines += [
-        "",
-        "| kernel | fixed, µs | item, µs | efficiency | band | source |",
-        "| --- | ---: | ---: | ---: | --- | --- |",
-    ]
+        fitted.append([f"curve `{name}`", f"{value}", table["curve"]["source"]])
+    kernels = []
     for name, entry in table["kernels"].items():
-        numbers = f"{entry['fixed'] * 1e6:.2f} | {entry['item'] * 1e6:.2f} | {entry['efficiency']:.3f}"
-        lines.append(f"| `{name}` | {numbers} | {entry['low']} to {entry['high']} | {entry['source']} |")
-    return "\n".join(lines)
+        numbers = [f"{entry['fixed'] * 1e6:.2f}", f"{entry['item'] * 1e6:.2f}", f"{entry['efficiency']:.3f}"]
+        kernels.append([f"`{name}`", *numbers, f"{entry['low']} to {entry['high']}", entry["source"]])
+    heads = ["kernel", "fixed, µs", "item, µs", "efficiency", "band", "source"]
+    return "\n\n".join(
+        [compact(["constant", "value", "source"], fitted, left=(0, 1, 2)), compact(heads, kernels, left=(0, 4, 5))]
+    )
 
 
 def fails(found: dict[str, Any]) -> list[str]:

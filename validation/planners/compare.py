@@ -23,11 +23,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvruntime.disk import json_text, read_json, replace_file
 from kvsim import __version__
+from kvsim.atomic import replace_file
+from kvsim.finite_json import json_text, read_json
 from kvsim.memory.estimate import estimate
 from kvsim.methods import make_method
 from kvsim.models.model import Model
+from kvsim.output.tables import compact
 
 SHAPES = (
     ("meta-llama/Meta-Llama-3.1-8B", "grouped queries"),
@@ -166,8 +168,7 @@ def table(record: dict[str, Any] | None = None, short: bool = False) -> str:
     """Two Markdown tables: the score of every planner (``short``: this one alone), and every answer as a factor."""
     record = record or recorded()
     names = list(record["planners"])
-    lines = ["| planner | within 1 % | wrong | refused | worst factor |", "| --- | ---: | ---: | ---: | ---: |"]
-    failed = []
+    scores, failed = [], []
     for name in names:
         found = score(record, name)
         if found is None:
@@ -175,17 +176,22 @@ def table(record: dict[str, Any] | None = None, short: bool = False) -> str:
             continue
         right, wrong, refused, worst = found
         version = record["planners"][name]["version"]
-        lines.append(f"| {name} {version} | {right} | {wrong} | {refused} | {worst:.2f} |")
-    if short:
-        return "\n".join([*lines, *(["", *failed] if failed else [])])
-    ran = [name for name in names if "answers" in record["planners"][name]]
-    lines += ["", f"| model | what is particular | exact, MiB | {' | '.join(ran)} |"]
-    lines.append("| --- | --- | ---: |" + " ---: |" * len(ran))
+        scores.append([f"{name} {version}", f"{right}", f"{wrong}", f"{refused}", f"{worst:.2f}"])
+    parts = [compact(["planner", "within 1 %", "wrong", "refused", "worst factor"], scores, left=(0,))]
+    if not short:
+        ran = [name for name in names if "answers" in record["planners"][name]]
+        parts.append(compact(["model", "what is particular", "exact, MiB", *ran], _answers(record, ran), left=(0, 1)))
+    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _answers(record: dict[str, Any], ran: Sequence[str]) -> list[list[str]]:
+    """A line a shape: the exact figure, and every answer as a factor of it."""
+    out = []
     for shape, what in SHAPES:
         truth = record["exact"][shape]
         cells = [_cell(ratio(record["planners"][name]["answers"][shape], truth)) for name in ran]
-        lines.append(f"| {shape.split('/')[-1]} | {what} | {truth['kv'] / 2**20:,.1f} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(["", *failed] if failed else [])])
+        out.append([shape.split("/")[-1], what, f"{truth['kv'] / 2**20:,.1f}", *cells])
+    return out
 
 
 def _cell(factor: float | None) -> str:

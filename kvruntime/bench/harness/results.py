@@ -1,4 +1,4 @@
-"""Results on disk: one JSON object, rewritten atomically after every measurement, so that no run is ever lost."""
+"""A benchmark's results: its rows in a :class:`Store`, written after every measurement, so that no run is ever lost."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import hashlib
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from kvruntime.disk import json_text, read_json, read_regular, replace_file, signature
+from kvruntime.bench.harness.store import Row, Store, read_rows
+from kvsim.finite_json import json_text
 
 SCHEMA = "kvruntime.bench/1"
-
-Row = dict[str, Any]
-
 
 ROOT = Path(__file__).resolve().parents[3]
 CODE = ("kvruntime/**/*.py", "kvsim/**/*.py", "kvsim/catalog/*.json")
@@ -39,15 +36,20 @@ class Results:
     ) -> None:
         self.path, self.anew = Path(path), anew
         self.header = {"schema": SCHEMA, **header}
-        self.rows: list[Row] = []
-        check_writable(self.path)
-        self._seen = signature(self.path)
-        self._keep = self._seen is not None and not (resume or anew)
-        if self._seen is not None and not self._keep:
-            self.rows = self._taken_over()
+        self.store = Store(self.path, SCHEMA, "kind", fresh=not (resume or anew))
+        if self.store.found is not None:
+            self._take_over(self.store.found)
 
-    def _taken_over(self) -> list[Row]:
-        old = read(self.path)
+    @property
+    def rows(self) -> list[Row]:
+        """What the file holds, or will at the next writing."""
+        return self.store.rows
+
+    @rows.setter
+    def rows(self, rows: list[Row]) -> None:
+        self.store.rows = rows
+
+    def _take_over(self, old: Mapping[str, Any]) -> None:
         here, there = (head.get("device", {}).get("name") for head in (self.header, old))
         if here != there:
             raise ValueError(f"{self.path} was recorded on {there}, this is {here}: give another --out")
@@ -61,11 +63,10 @@ class Results:
             )
         for name in ORIGIN:
             if old.get(name) != self.header.get(name):
-                for row in old["rows"]:
+                for row in self.rows:
                     row.setdefault(name, old.get(name))
         if old.get("commit") != self.header.get("commit"):
             self.header["resumed_from_commit"] = old.get("commit")
-        return list(old["rows"])
 
     def done(self, key: Mapping[str, Any]) -> bool:
         """Whether a row with this key has its figures already (a failed one has none)."""
@@ -93,23 +94,13 @@ class Results:
         """
         names = ("commit", "code", "command")
         origin: dict[str, Any] = {name: self.header[name] for name in names if name in self.header}
-        self.rows = [row for row in self.rows if not _superseded(row, key)] + [{**key, **figures, **origin}]
+        self.store.put([{**key, **figures, **origin}], lambda old, _: _superseded(old, key), behind=True)
         self.write()
 
     def write(self) -> None:
-        """Replaces the file in one step: a reader, or a kill at any moment, finds the old or the new one whole.
-
-        Raises ``ValueError`` where it cannot be written, and where another run has written it since.
-        """
+        """Replaces the file: :meth:`Store.write`."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json_text({**self.header, "updated": now, "rows": self.rows}, indent=1)
-        if signature(self.path) != self._seen:
-            raise ValueError(f"{self.path} was changed by another run meanwhile: give each its own --out")
-        if self._keep:  # only now: a run refused for its other options has not touched it
-            replace_file(self.path.with_name(self.path.name + ".old"), read_regular(self.path, "results"))
-            self._keep = False
-        replace_file(self.path, text + "\n")
-        self._seen = signature(self.path)
+        self.store.write(json_text({**self.header, "updated": now, "rows": self.rows}, indent=1) + "\n")
 
 
 ORIGIN = ("commit", "code", "versions", "device")
@@ -124,30 +115,7 @@ def _facts(header: Mapping[str, Any]) -> dict[str, Any]:
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A results file.  Raises ``ValueError`` for one that is missing, broken, or of another schema."""
-    found = read_json(path, "results")
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema!r}: expected {SCHEMA!r}")
-    rows = found.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.get("kind") for row in rows):
-        raise ValueError(f"{path} holds no rows of measurements")
-    return found
-
-
-def check_writable(path: Path) -> None:
-    """Raises ``ValueError`` unless a file can be written (and replaced) at ``path``."""
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a directory")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"cannot write {path}: it is not a regular file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent):
-            pass
-        if path.exists():
-            path.open("r+b").close()
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    return read_rows(path, SCHEMA, "kind")
 
 
 def describe(device: str, command: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvruntime.bench.harness.progress import Progress
 from kvruntime.bench.harness.results import Results, Row
-from kvruntime.disk import not_finite
+from kvsim.finite_json import not_finite
 
 Tick = Callable[[float], None]
 OUT_OF_MEMORY = "out of memory"
