@@ -5,14 +5,7 @@ gone, or the process is killed (and cleans up nothing).  Then: the old file is w
 line and exit code 2, and the same command afterwards ends well.
 """
 
-import builtins
-import errno
-import io
 import json
-import os
-import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
 from made_up_pull import pull_of_made_up
+from write_faults import ERRORS, Killed, everything, failing, remove_all, steps, visible
 
 from kvruntime import calibrate, cli, commands
 from kvruntime.bench.harness.results import Results
@@ -36,148 +30,47 @@ from validation.planners import compare
 HEADER = {"device": {"name": "card"}, "commit": None}
 
 
-class Killed(BaseException):
-    """The process is gone: nothing after it happens."""
-
-
-FULL, DENIED = (OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EACCES))
-FAULTS = {"full": FULL, "denied": DENIED, "killed": Killed()}
-
-
-@dataclass
-class Steps:
-    """Counts the steps of writing; number ``at`` raises ``fault``, half a write done."""
-
-    fault: BaseException | None = None
-    at: int = -1
-    names: list[str] = field(default_factory=list)
-    dead: bool = False
-
-    def step(self, name, half=lambda: None):
-        self.names.append(name)
-        if len(self.names) - 1 == self.at:
-            half()
-            self.dead = isinstance(self.fault, Killed)
-            raise self.fault
-
-
-class Written:
-    """A file opened for writing, whose writes are steps."""
-
-    def __init__(self, file, steps):
-        self.file, self.steps = file, steps
-
-    def write(self, data):
-        def half():
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-
-        self.steps.step("write", half)
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-
-@pytest.fixture
-def injected(monkeypatch, tmp_path):
-    """``injected(steps)``: from now on what is written below ``tmp_path`` are steps."""
-    real = {name: getattr(os, name) for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")}
-    opened, rmtree = io.open, shutil.rmtree
-
-    def inject(steps):
-        def opening(file, mode="r", *rest, **named):
-            writes = not isinstance(file, int) and set(mode) & set("wax") and str(file).startswith(str(tmp_path))
-            if writes:
-                steps.step(f"open {Path(file).name}")
-            found = opened(file, mode, *rest, **named)
-            return Written(found, steps) if writes else found
-
-        def stepped(name):
-            def call(*given, **named):
-                if name != "mkdir" or not os.path.isdir(given[0]):  # a folder that is there is not made
-                    steps.step(name)
-                return real[name](*given, **named)
-
-            return call
-
-        def living(function):
-            return lambda *given, **named: None if steps.dead else function(*given, **named)
-
-        for module in (io, builtins):
-            monkeypatch.setattr(module, "open", opening)
-        for name in ("fsync", "replace", "rename", "mkdir"):
-            monkeypatch.setattr(os, name, stepped(name))
-        for name in ("unlink", "rmdir"):
-            monkeypatch.setattr(os, name, living(real[name]))
-        monkeypatch.setattr(shutil, "rmtree", living(rmtree))
-
-    return inject
-
-
-def everything(folder):
-    """Relative names and contents below ``folder``."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-
-
-def visible(files):
-    return {name: content for name, content in files.items() if not any(p[0] == "." for p in name.split("/"))}
-
-
-def torture(injected, capsys, tmp_path, act, whole, prepare=lambda: None, program="kvruntime", kept=()):
+def torture(capsys, place, act, whole, prepare=lambda: None, program="kvruntime", kept=()):
     """Runs ``act`` with every fault at every step; ``whole(files)`` says whether the final names hold whole files.
 
     An error leaves no file beside those of before, of a good run, and ``kept``.
     """
-    place = tmp_path / "place"
 
-    def start(steps):
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        injected(Steps())
+    def start():
+        remove_all(place)
         prepare()
-        injected(steps)
 
-    counted = Steps()
-    start(counted)
-    assert act() == 0
-    count = len(counted.names)
-    assert count >= 3, counted.names
+    start()
+    codes = []
+    found = steps(place, lambda: codes.append(act()), every=True)
+    assert codes == [0]
+    assert len(found) >= 3, found
     good = everything(place)
     assert whole(good)
     capsys.readouterr()
-    for at in range(count):
-        for name, fault in FAULTS.items():
-            steps = Steps(fault, at)
-            start(steps)
+    for at in found:
+        for name, raised in ERRORS.items():
+            start()
             before = everything(place)
-            if name == "killed":
-                with pytest.raises(Killed):
-                    act()
-            else:
-                assert act() == 2, (at, name, counted.names)
-                lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-                assert len(lines) == 1, lines
-                assert lines[0].startswith(f"{program}: error: ")
-                assert fault.strerror in lines[0], lines
-            injected(Steps())
+            with failing(place, at, name):
+                if name == "killed":
+                    with pytest.raises(Killed):
+                        act()
+                else:
+                    assert act() == 2, (at, name)
+                    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+                    assert len(lines) == 1, lines
+                    assert lines[0].startswith(f"{program}: error: ")
+                    assert raised().strerror in lines[0], lines
             after = everything(place)
-            assert whole(after, before), (at, name, counted.names[at], sorted(after))
+            assert whole(after, before), (at, name, sorted(after))
             if name != "killed":
-                assert after.keys() <= {*before, *good, *kept}, (at, counted.names[at])
+                assert after.keys() <= {*before, *good, *kept}, at
             assert act() == 0, (at, name)
-            assert visible(everything(place)).keys() == visible(good).keys(), (at, name, counted.names[at])
+            assert visible(everything(place)) == visible(good), (at, name)
             assert whole(everything(place))
             capsys.readouterr()
-    return count
+    return len(found)
 
 
 def old_or_new(old, *names):
@@ -198,7 +91,7 @@ def old_or_new(old, *names):
 
 
 @pytest.mark.parametrize("words", [[], ["--resume"]], ids=["new", "resume"])
-def test_results_of_a_benchmark(injected, capsys, tmp_path, monkeypatch, words):
+def test_results_of_a_benchmark(capsys, tmp_path, monkeypatch, words):
     """Rows stay whole and in order, the file of before is kept beside; ``--resume`` measures the rest only."""
     path, measured = tmp_path / "place" / "r.json", []
 
@@ -228,10 +121,10 @@ def test_results_of_a_benchmark(injected, capsys, tmp_path, monkeypatch, words):
         return code
 
     monkeypatch.setattr(commands, "bench", bench)
-    torture(injected, capsys, tmp_path, act, whole, prepare)
+    torture(capsys, tmp_path / "place", act, whole, prepare)
 
 
-def test_plots(injected, capsys, tmp_path, monkeypatch):
+def test_plots(capsys, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     monkeypatch.setattr(Figure, "savefig", lambda self, out, **named: out.write(b"picture end"))
@@ -247,14 +140,14 @@ def test_plots(injected, capsys, tmp_path, monkeypatch):
         return cli.run(["plot", str(results), "--out", str(place)])
 
     whole = old_or_new(b"old", "quality.png", "summary.png")
-    torture(injected, capsys, tmp_path, act, whole, prepare)
+    torture(capsys, tmp_path / "place", act, whole, prepare)
 
 
-def test_a_profile(injected, capsys, tmp_path, monkeypatch):
+def test_a_profile(capsys, tmp_path, monkeypatch):
     path = tmp_path / "place" / "profile.json"
     monkeypatch.setattr(calibrate, "calibrate", lambda out, *rest, **named: calibrate.write(out, {"a": 1}))
     act = lambda: cli.run(["calibrate", "--out", str(path)])  # noqa: E731
-    torture(injected, capsys, tmp_path, act, old_or_new(b"old", path.name), lambda: path.write_bytes(b"old"))
+    torture(capsys, tmp_path / "place", act, old_or_new(b"old", path.name), lambda: path.write_bytes(b"old"))
 
 
 def test_a_profile_of_what_is_no_number(tmp_path):
@@ -263,7 +156,7 @@ def test_a_profile_of_what_is_no_number(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pull(injected, capsys, tmp_path, monkeypatch):
+def test_a_pull(capsys, tmp_path, monkeypatch):
     """From nothing, and over what was damaged: afterwards it is there, whole, and nothing is left beside it."""
     place = tmp_path / "place"
     wheel = f"downloads/{pull_of_made_up(tmp_path, monkeypatch)[1].name}"  # a finished stage is kept
@@ -281,16 +174,16 @@ def test_a_pull(injected, capsys, tmp_path, monkeypatch):
             assert sorted(everything(place)) == ["made-up/copy.bin", "made-up/pulled.json"]
         return code
 
-    assert torture(injected, capsys, tmp_path, act, whole, kept=[wheel]) > 10
+    assert torture(capsys, tmp_path / "place", act, whole, kept=[wheel]) > 10
 
     def prepare():
         assert cli.run(["pull", "made-up"]) == 0
         (place / "made-up" / "copy.bin").write_bytes(b"old")
 
-    assert torture(injected, capsys, tmp_path, act, whole, prepare, kept=[wheel]) > 10
+    assert torture(capsys, tmp_path / "place", act, whole, prepare, kept=[wheel]) > 10
 
 
-def test_rows_of_validation(injected, capsys, tmp_path, monkeypatch):
+def test_rows_of_validation(capsys, tmp_path, monkeypatch):
     path, measured = tmp_path / "place" / "rows.json", []
 
     def tasks(*given):
@@ -316,10 +209,10 @@ def test_rows_of_validation(injected, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "speed_tasks", tasks)
     facts = {"device_name": "card", "driver": None, "versions": {}, "commit": None, "code": "k"}
     monkeypatch.setattr("validation.recorded.circumstances", lambda *given: facts)
-    torture(injected, capsys, tmp_path, act, whole, program="validation")
+    torture(capsys, tmp_path / "place", act, whole, program="validation")
 
 
-def test_a_report(injected, capsys, tmp_path, monkeypatch):
+def test_a_report(capsys, tmp_path, monkeypatch):
     place, rows = tmp_path / "place", tmp_path / "rows.json"
     rows.write_text('{"schema": "validation/1", "rows": []}')
     names = ("agreement.png", "report.md", "report.html")
@@ -329,11 +222,11 @@ def test_a_report(injected, capsys, tmp_path, monkeypatch):
     act = lambda: validation_cli.run(["report", str(rows), "--out", str(place)])  # noqa: E731
     whole = old_or_new(b"old", *names)
     torture(
-        injected, capsys, tmp_path, act, whole, lambda: (place / "report.md").write_bytes(b"old"), program="validation"
+        capsys, tmp_path / "place", act, whole, lambda: (place / "report.md").write_bytes(b"old"), program="validation"
     )
 
 
-def test_fitted_constants(injected, capsys, tmp_path, monkeypatch):
+def test_fitted_constants(capsys, tmp_path, monkeypatch):
     place, fixed = tmp_path / "place", constants()
     table = study.table_of(fixed)
     monkeypatch.setattr(study, "study", lambda *given: (fixed, {"errors": 0.1}))
@@ -347,10 +240,10 @@ def test_fitted_constants(injected, capsys, tmp_path, monkeypatch):
     def prepare():
         (place / "timing.json").write_bytes(b"old")
 
-    torture(injected, capsys, tmp_path, act, whole, prepare, program="validation")
+    torture(capsys, tmp_path / "place", act, whole, prepare, program="validation")
 
 
-def test_answers_of_planners(injected, capsys, tmp_path, monkeypatch):
+def test_answers_of_planners(capsys, tmp_path, monkeypatch):
     record, configs = tmp_path / "place" / "planners" / "kv-bytes.json", tmp_path / "configs.json"
     configs.write_text("[]")
     monkeypatch.setattr(compare, "RECORD", record)
@@ -366,4 +259,4 @@ def test_answers_of_planners(injected, capsys, tmp_path, monkeypatch):
         return 0
 
     whole = old_or_new(b"old", "planners/kv-bytes.json")
-    torture(injected, capsys, tmp_path, act, whole, program="validation.planners.compare")
+    torture(capsys, tmp_path / "place", act, whole, program="validation.planners.compare")
