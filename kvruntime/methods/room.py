@@ -83,5 +83,7 @@ class Room(NamedTuple):
     """Sizes of the tensors beside the cache (:mod:`validation.claims.transients`)."""
     benched: tuple[Method, ...] = ()
     """The layouts that ``bench kernels`` times."""
+    measures: Any = None
+    """What the benchmarks measure besides (:mod:`kvruntime.methods.kivi.benched` has all of it)."""
     splits: Callable[[Any, Tensor], int] | None = None
     """``(layer, query)``: how many ways the kernel splits the tokens."""

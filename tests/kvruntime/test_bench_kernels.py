@@ -16,6 +16,7 @@ from kvruntime.bench.harness.results import Results  # noqa: E402
 from kvruntime.bench.kernels import attention, packing, report, suite  # noqa: E402
 from kvruntime.bench.kernels.precompile import Case, compile_group  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
+from kvruntime.methods.kivi import benched  # noqa: E402
 from kvsim.methods import Full  # noqa: E402
 from kvsim.models.load import load_config  # noqa: E402
 from kvsim.models.model import Model  # noqa: E402
@@ -34,15 +35,15 @@ def test_heads_are_the_catalogue_s(name: str) -> None:
 def test_the_grid_is_the_table() -> None:
     shapes = [suite.make_shape(spec) for spec in suite.SHAPES]
     assert {(s.model, s.batch_size, s.num_tokens) for s in shapes} == set(report.ASKED)
-    layouts = {method.name.rpartition("-r")[0] for method in suite.METHODS}
+    layouts = {method.name.rpartition("-r")[0] for method in benched.LAYOUTS}
     assert layouts == set(report.ASKED_OF)
-    missing = [(s.model, m.name) for s in shapes for m in suite.METHODS if not suite.fits(s, m)]
+    missing = [(s.model, m.name) for s in shapes for m in benched.LAYOUTS if not suite.fits(s, m)]
     assert missing == [("gpt2", "kivi-2bit-g128-r128")] * 2  # heads of 64 channels hold no group of 128
 
 
-@pytest.mark.parametrize("method", [*suite.METHODS[:4], suite.METHODS[5], suite.MIXED], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*benched.LAYOUTS[:4], benched.LAYOUTS[5], benched.MIXED], ids=lambda m: m.name)
 def test_a_row_knows_its_bytes_and_its_error(method) -> None:
-    row = attention.measure_kivi(BENCH, SMALL, method)
+    row = attention.measure_attend(BENCH, SMALL, method)
     assert row["nbytes_read"] == sum(method.read_parts(SMALL.layer, 2, 320).values())
     assert row["exact_tokens"] == 320 - method.num_packed(320)
     assert 0 < row["relative_error"] < 2e-3  # the reference rounds once, to float16
@@ -52,7 +53,7 @@ def test_a_row_knows_its_bytes_and_its_error(method) -> None:
 
 def test_an_error_in_attention_shows() -> None:
     tokens = attention.Tokens(BENCH, SMALL, torch.float16)
-    layer = attention.filled_layer(suite.kivi(2, 32, 64), tokens)
+    layer = attention.filled_layer(benched.kivi(2, 32, 64), tokens)
     query = tokens.draw(8, 1)
     out = layer.attend(query, SMALL.scale)
     for head in (0, 1):
@@ -62,7 +63,7 @@ def test_an_error_in_attention_shows() -> None:
 
 
 def test_pieces_and_one_piece_store_the_same(monkeypatch) -> None:
-    method = suite.kivi(2, 64, 64)
+    method = benched.kivi(2, 64, 64)
     monkeypatch.setattr(attention, "CHUNK_TOKENS", 100)
     ragged = replace(SMALL, lengths=(320, 75))
     layer = attention.filled_layer(method, attention.Tokens(BENCH, ragged, torch.float16))
@@ -71,7 +72,7 @@ def test_pieces_and_one_piece_store_the_same(monkeypatch) -> None:
     assert ragged.nbytes_read(method) == sum(
         sum(method.read_parts(ragged.layer, 1, length).values()) for length in (320, 75)
     )
-    assert attention.measure_kivi(BENCH, ragged, method)["relative_error"] < 2e-3
+    assert attention.measure_attend(BENCH, ragged, method)["relative_error"] < 2e-3
 
 
 def test_keys_have_large_channels_and_no_zeros() -> None:
@@ -83,7 +84,7 @@ def test_keys_have_large_channels_and_no_zeros() -> None:
 
 
 def test_packing_rows() -> None:
-    method = suite.kivi(2, 64, 64)
+    method = benched.kivi(2, 64, 64)
     row = packing.measure_pack(BENCH, SMALL, method, compiled=False)
     assert row["nbytes"] == SMALL.nbytes_read(Full()) + SMALL.nbytes_read(method)
     assert row["eager_seconds"] > 0
@@ -95,10 +96,10 @@ def test_packing_rows() -> None:
 
 
 def test_rewinding_puts_a_flush_back() -> None:
-    method = suite.kivi(2, 64, 64)
+    method = benched.kivi(2, 64, 64)
     tokens = attention.Tokens(BENCH, SMALL, torch.float16)
     layer = attention.filled_layer(method, tokens, room=128)
-    rewind = packing.rewinder(layer)
+    rewind = benched.rewinder(layer)
     layer.append(*tokens.pair(1))
     assert layer.row_packed == [320, 320]
     rewind()
@@ -110,10 +111,10 @@ def test_the_lean_packer_does_the_reference_s_arithmetic() -> None:
     """Its codes, unpacked, give what the cache reads back, up to rounding ties."""
     from kvruntime.methods.kivi import reference
 
-    method = suite.kivi(2, 64, 64)
+    method = benched.kivi(2, 64, 64)
     shape = replace(SMALL, num_tokens=256)
     key, value = attention.Tokens(BENCH, shape, torch.float16).pair(256)
-    key_words, value_words, *params = packing.lean_pack(key, value, 2, 64)
+    key_words, value_words, *params = benched.lean_pack(key, value, 2, 64)
     shifts = torch.arange(0, 32, 2, dtype=torch.int32)
 
     def codes(words):
@@ -151,7 +152,7 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(attention, "measure_sdpa", sdpa)
     monkeypatch.setattr("kvruntime.bench.harness.ceilings.NBYTES", 1 << 16)
-    methods = (suite.kivi(2, 64, 64), suite.kivi(2, 128, 128))
+    methods = (benched.kivi(2, 64, 64), benched.kivi(2, 128, 128))
     results = Results(tmp_path / "k.json", {"device": {"name": "here"}})
     tasks = suite.kernel_tasks(BENCH, [SMALL, SMALL], methods, splits=True)
     tasks += suite.packing_tasks(BENCH, SMALL, [SMALL], methods[:1])
@@ -216,7 +217,7 @@ def test_asked_ratios_stand_beside_the_rows_they_mean() -> None:
 
 
 def test_compiling_ahead_reports_what_fails() -> None:
-    method = suite.kivi(2, 64, 64)
+    method = benched.kivi(2, 64, 64)
     cases = [Case(SMALL, method, steps=True), Case(replace(SMALL, head_dim=72), method)]
     failures = compile_group((cases, "cpu"))
     assert len(failures) == 1
@@ -243,9 +244,9 @@ def pretended(monkeypatch, tmp_path):
 
 def test_the_whole_command(pretended, monkeypatch, capsys) -> None:
     monkeypatch.setattr(suite, "RAGGED_BLOCKS", (3, 6))
-    more = (("llama-3-8b:1x256", (suite.MIXED, suite.BFLOAT16)), ("llama-3-8b:ragged", METHODS))
-    monkeypatch.setattr(suite, "MORE", more)
-    monkeypatch.setattr(suite, "PORTABLE", ("llama-3-8b:1x256", ()))
+    more = (("llama-3-8b:1x256", (benched.MIXED, benched.BFLOAT16)), ("llama-3-8b:ragged", METHODS))
+    monkeypatch.setattr(benched, "MORE", more)
+    monkeypatch.setattr(benched, "PORTABLE", ("llama-3-8b:1x256", ()))
     words = ["bench", "kernels", "--more", "--splits", "--method", "kivi:group_size=64,residual_length=64"]
     assert command([*words, "--part", "attend", "--shape", "llama-3-8b:2x320", "--seed", "3"]) == 0
     found = json.loads((pretended / "kvruntime-kernels.json").read_text())
@@ -269,7 +270,7 @@ def test_the_whole_command(pretended, monkeypatch, capsys) -> None:
     assert [row for row in again if row["kind"] == "attend"] == attended
 
 
-METHODS = (suite.kivi(2, 64, 64),)
+METHODS = (benched.kivi(2, 64, 64),)
 BAD = {
     "no GPU": ([], "needs a CUDA device"),
     "model": (["--shape", "gpt5:1x1k"], "unknown shape 'gpt5:1x1k'"),

@@ -104,7 +104,7 @@ def watched(folder: Path, step: Callable[[str], None], dead: Callable[[], bool] 
 
 
 def steps(folder: Path, call: Callable[[], object], *, every: bool = False) -> list[Step]:
-    """The steps that ``call`` does in ``folder``, kind by kind: the first, the second and the last, or ``every`` one."""
+    """The steps of ``call`` in ``folder``, kind by kind: the first, the second and the last, or ``every`` one."""
     found: dict[str, int] = {}
 
     def count(kind: str) -> None:

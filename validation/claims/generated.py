@@ -15,7 +15,7 @@ from validation.claims.memory import SEED, about_model, activations, base_row, f
 from validation.claims.peak import splits
 from validation.claims.subjects import Grid
 from validation.claims.tasks import Row, Task
-from validation.claims.transients import modelled
+from validation.claims.transients import modelled, predicts
 from validation.scales.allocator import Allocator
 
 
@@ -119,7 +119,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     row |= {"prompt_tokens": prompt, "num_tokens": observer.num_tokens}
     rows = [row | {"every_step": True, "measured": weigh(cache), "trace": observer.trace}]
     rows += held.rows(row | {"kind": "held"}, left)
-    if modelled(load_config(name)[1]):
+    if modelled(load_config(name)[1]) and predicts(method):
         store = cache.stores[0]
         heads, dim = model.config.num_attention_heads, store.shape.key_dim
         query = torch.zeros(1, heads, 1, dim, dtype=model.dtype, device=device)

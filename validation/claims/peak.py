@@ -9,25 +9,24 @@ from typing import Any
 
 import torch
 
-from kvruntime.bench.kernels.attention import fast_kernel, planned
-from kvruntime.methods import make_layer
+from kvruntime.methods import LAYERS, make_layer
 from kvsim.layout import Method
-from kvsim.methods import Kivi
 from validation.claims.memory import about_model, activations, base_row, fits, random_tokens
 from validation.claims.predict import load_row_model
 from validation.claims.subjects import Grid
 from validation.claims.tasks import Row, Task
+from validation.claims.transients import predicts
 from validation.scales.allocator import Allocator
 
 
 def peak_tasks(grid: Grid, device: torch.device) -> list[Task]:
-    """Bulk append, one query, and growth by a block, one layer each, over long sequences."""
+    """Bulk append, one query, and growth by a block, one layer each, of the methods whose peaks are predicted."""
     return [
         _task(name, method, num_tokens, device)
         for name in grid.peak_models
         for method in grid.core
         for num_tokens in grid.peak_lengths
-        if fits(name, method)
+        if fits(name, method) and predicts(method)
     ]
 
 
@@ -65,10 +64,5 @@ def _task(name: str, method: Method, num_tokens: int, device: torch.device) -> T
 
 def splits(method: Method, layer: Any, query: torch.Tensor) -> dict[str, int]:
     """How many ways the kernel that attends ``query`` over ``layer`` splits the tokens, as it plans it itself."""
-    if not query.is_cuda or not isinstance(method, Kivi):
-        return {}
-    from kvruntime.methods.kivi import attention
-
-    with planned(fast_kernel(layer, query) or attention) as answers:
-        layer.attend(query, 1.0)
-    return {"num_splits": answers[-1]}
+    count = LAYERS[type(method)].splits
+    return {"num_splits": count(layer, query)} if query.is_cuda and count is not None else {}

@@ -13,15 +13,14 @@ from kvsim.layout import Buffer, LayerShape
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from validation.claims.subjects import rebuild_method
-from validation.claims.transients import storing_one, transient
+from validation.claims.transients import of, transient
 
 Row = dict[str, Any]
 
 GROW_TOKENS = 256
-"""Without a known final length a cache provides for a multiple of this many tokens: part of the promise weighed."""
+"""Without a known final length a cache provides for a multiple of this many tokens: part of the promise weighed.
 
-CUDA_BLOCK = 512
-"""PyTorch's CUDA allocator hands out multiples of this many bytes."""
+Written here again on purpose, a pin: were it imported, a cache and a prediction that grow otherwise would agree."""
 
 
 def provided(num_tokens: int, max_seq_len: int | None) -> int:
@@ -46,7 +45,8 @@ def predict(row: Row) -> int | None:
     shape = shapes(row)[0]
     if row["phase"] == "grow":  # one layer's tensors one by one: new beside old
         old, new = (buffers(row, shape, count) for count in (row["num_tokens"], row["num_tokens"] + 1))
-        live = storing_one(row, rebuild_method(row["method"]), shape, row["num_tokens"])
+        method = rebuild_method(row["method"])
+        live = of(method).storing_one(row, method, shape, row["num_tokens"])
         return max(*_growing(old, new, row), sum(rounded(buffer.nbytes, row) for buffer in new) + sum(live))
     live = transient(row, load_row_model(row["model"]), rebuild_method(row["method"]), shape)
     return cache_nbytes(row, row["num_tokens"]) + sum(rounded(size, row) for size in live)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvsim.layout import Method, edges
@@ -11,11 +11,11 @@ from kvsim.methods import METHODS, Full, Kivi, kivi_seed
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "smollm2-135m", "llama-3.2-1b")
 """GPT-2 in three sizes, and two models whose query heads share key/value heads (3 and 4 each)."""
 
-TYPES: dict[str, type] = {type(make()).__name__: type(make()) for make in METHODS.values()}
-"""Class name -> method class, of all that kvsim knows."""
-
 CORE: tuple[Method, ...] = (Full(), Kivi(2), Kivi(4), Kivi(8), kivi_seed())
-"""The methods that every model is weighed with."""
+"""The methods that every model is weighed with, and :func:`others`."""
+
+JUDGED: tuple[Method, ...] = (Full(), Kivi(8), Kivi(4), Kivi(2))
+"""The methods whose speed and quality are recorded, and :func:`others`."""
 
 GROUPS = ((32, 32, 32), (32, 32, 256), (64, 64, 128), (128, 64, 256))
 """(tokens a key scale, channels a value scale, residual) beside the default 32, 32, 128."""
@@ -32,7 +32,16 @@ GRID: tuple[Method, ...] = (
     Kivi(key_nbits=2, value_nbits=4, key_group_size=64, value_group_size=16),
     Kivi(2, dtype="float32"),
 )
-"""The methods that the first model is weighed with."""
+"""The methods that the first model is weighed with, and :func:`others`."""
+
+
+def others() -> tuple[Method, ...]:
+    """The examples of every method that kvruntime has a room for and the lists here do not name."""
+    from kvruntime.methods import LAYERS
+
+    named = {type(method) for method in (*GRID, *JUDGED)}
+    return tuple(example for kind, room in LAYERS.items() if kind not in named for example in room.examples)
+
 
 BLOCK_EDGES = (255, 256, 257)
 LONG = (1024, 2048)
@@ -46,15 +55,21 @@ def lengths(method: Method, longest: int = LONG[-1]) -> list[int]:
 
 def describe_method(method: Method) -> dict[str, Any]:
     """``{"name", "type", and every field}``: enough to build the method again."""
-    return {"name": method.name, "type": type(method).__name__, **asdict(method)}  # type: ignore[call-overload]
+    own = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
+    if "inner" in own:  # a wrapper's: described in turn
+        own["inner"] = describe_method(own["inner"])
+    return {"name": method.name, "type": type(method).__name__, **own}
 
 
 def rebuild_method(described: dict[str, Any]) -> Method:
     """The method that :func:`describe_method` described.  Raises ``ValueError`` for one that kvsim does not know."""
-    fields = {key: value for key, value in described.items() if key not in ("name", "type")}
-    if described["type"] not in TYPES:
-        raise ValueError(f"method type {described['type']!r}: allowed are {', '.join(TYPES)}")
-    method: Method = TYPES[described["type"]](**fields)
+    types = {type(make()).__name__: type(make()) for make in METHODS.values()}
+    if described["type"] not in types:
+        raise ValueError(f"method type {described['type']!r}: allowed are {', '.join(types)}")
+    own = {key: value for key, value in described.items() if key not in ("name", "type")}
+    if "inner" in own:
+        own["inner"] = rebuild_method(own["inner"])
+    method: Method = types[described["type"]](**own)
     return method
 
 
@@ -86,18 +101,21 @@ def grid_for(device: str, *, quick: bool, models: tuple[str, ...] = ()) -> Grid:
 
     ``models`` replaces the default models.
     """
-    chosen = models or MODELS
-    base = chosen[0]
+    chosen, more = models or MODELS, others()
+    base, grid, core = chosen[0], (*GRID, *more), (*CORE, *more)
     if quick:
-        few = (Full(), Kivi(2), kivi_seed())
+        few: tuple[Method, ...] = (Full(), Kivi(2), kivi_seed(), *more)
         small = "gpt2" if not models else base
-        return Grid(chosen, 1, GRID[::5], (Kivi(2),), 257, 100, few, ((small, 120, 16, (Kivi(2),)),), (base,), (512,))
+        one: tuple[Method, ...] = (Kivi(2), *more)
+        return Grid(
+            chosen, 1, (*GRID[::5], *more), one, 257, 100, few, ((small, 120, 16, one),), (base,), (512,)
+        )  # fmt: skip
     if device == "cpu":
-        runs: list[Run] = [(base, 120, 60, (Full(), Kivi(2), kivi_seed()))]
-        runs += [(name, 96, 8, (Kivi(4),)) for name in chosen[1:] if name in ("gpt2-medium", "smollm2-135m")]
+        runs: list[Run] = [(base, 120, 60, (Full(), Kivi(2), kivi_seed(), *more))]
+        runs += [(name, 96, 8, (Kivi(4), *more)) for name in chosen[1:] if name in ("gpt2-medium", "smollm2-135m")]
         peaks = tuple(dict.fromkeys((base, chosen[-1])))
-        return Grid(chosen, 2, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)
-    runs = [(base, 120, 300, CORE), (base, 1000, 20, CORE)]
-    runs += [(name, 1000, 20, (Full(), Kivi(2))) for name in chosen[1:]]
+        return Grid(chosen, 2, grid, core, LONG[-1], 300, core, tuple(runs), peaks, LONG)
+    runs = [(base, 120, 300, core), (base, 1000, 20, core)]
+    runs += [(name, 1000, 20, (Full(), Kivi(2), *more)) for name in chosen[1:]]
     peaks = tuple(dict.fromkeys((base, chosen[len(chosen) // 2], chosen[-1])))
-    return Grid(chosen, None, GRID, CORE, LONG[-1], 300, CORE, tuple(runs), peaks, LONG)
+    return Grid(chosen, None, grid, core, LONG[-1], 300, core, tuple(runs), peaks, LONG)

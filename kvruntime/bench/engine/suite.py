@@ -15,7 +15,7 @@ from kvruntime.bench.harness.session import carry_out, release, say, task
 from kvruntime.checkpoints.load import shape_sha256
 from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
-from kvsim.methods import Full, Kivi
+from kvsim.methods import Full
 
 if TYPE_CHECKING:
     from kvruntime.bench.harness.tasks import Task
@@ -78,9 +78,15 @@ QUICK: dict[str, dict[int, tuple[int, ...]]] = {
 
 def methods_of(dtype: str) -> tuple[Method, ...]:
     """The uncompressed engine and the layouts beside it, exact tokens in the model's type."""
-    layouts = ((2, 32, 128), (2, 64, 64), (4, 64, 64))
-    own = [Kivi(nbits=bits, group_size=group, residual_length=rest, dtype=dtype) for bits, group, rest in layouts]
-    return (Full(dtype), *own)
+    from kvruntime.methods import LAYERS
+
+    own = [room.measures.ENGINE if room.measures else room.benched for room in LAYERS.values() if room.benched]
+    return (Full(dtype), *(with_dtype(method, dtype) for layouts in own for method in layouts))
+
+
+def with_dtype(method: Method, dtype: str) -> Method:
+    """The method with exact tokens in ``dtype``, where it has any."""
+    return replace(method, dtype=dtype) if hasattr(method, "dtype") else method  # type: ignore[type-var]
 
 
 class Models:
@@ -330,7 +336,7 @@ def chosen(specs: Sequence[str], dtype: str) -> tuple[Method, ...]:
     if not specs:
         return methods_of(dtype)
     named: Iterable[Any] = chosen_methods(specs, None, {}, baseline=False)
-    return tuple(dict.fromkeys((Full(dtype), *(replace(method, dtype=dtype) for method in named))))
+    return tuple(dict.fromkeys((Full(dtype), *(with_dtype(method, dtype) for method in named))))
 
 
 def engine(**given: Any) -> int:
@@ -385,6 +391,7 @@ def ahead(subjects: Sequence[Subject], methods: dict[str, tuple[Method, ...]], d
     """The attention and storing kernels of every engine, compiled in several processes."""
     from kvruntime.bench.kernels.attention import Shape
     from kvruntime.bench.kernels.precompile import Case, compile_ahead
+    from kvruntime.methods import room_of
     from kvsim.models.load import load_model
 
     cases = []
@@ -394,5 +401,5 @@ def ahead(subjects: Sequence[Subject], methods: dict[str, tuple[Method, ...]], d
         for batch_size, contexts in one.contexts.items():
             heads = (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
             shape = Shape(one.model, *heads, batch_size, max((*contexts, *one.prompts)))
-            cases += [Case(shape, method, steps=True) for method in methods[one.model] if isinstance(method, Kivi)]
+            cases += [Case(shape, method, steps=True) for method in methods[one.model] if room_of(method).benched]
     compile_ahead(cases, device, say)

@@ -1,11 +1,13 @@
-"""One decode step of one layer's attention, timed: KIVI's through ``KiviLayer.attend``, the baseline's by PyTorch."""
+"""One decode step of one layer's attention, timed: a method's through its own layer, the baseline's by PyTorch.
+
+What only one method has to measure is asked of its room (``kvruntime.methods.LAYERS``, ``measures``).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +15,9 @@ import torch
 from torch import Tensor
 
 from kvruntime.bench.harness.timing import Bench
-from kvruntime.methods.kivi import reference
-from kvruntime.methods.kivi.cache import KiviLayer
-from kvsim.layout import LayerShape
-from kvsim.methods import Full, Kivi
+from kvruntime.methods import Layer, make_layer, room_of
+from kvsim.layout import LayerShape, Method
+from kvsim.methods import Full
 
 CHUNK_TOKENS = 8192
 CHUNK_ELEMENTS = 1 << 27
@@ -53,7 +54,7 @@ class Shape:
         """Of the two matrix products."""
         return 4 * self.num_q_heads * self.head_dim * sum(self.row_lengths)
 
-    def nbytes_read(self, method: Kivi | Full) -> int:
+    def nbytes_read(self, method: Method) -> int:
         """Bytes of the cache that one step must read."""
         rows = self.row_lengths
         if len(set(rows)) == 1:
@@ -84,11 +85,17 @@ class Tokens:
         return self.draw(heads, count).mul_(self.spread).add_(self.offset), self.draw(heads, count)
 
 
-def filled_layer(method: Kivi, tokens: Tokens, room: int = 0) -> KiviLayer:
-    """A layer that packed the shape's tokens itself; ``room``: tokens a row that it provides for besides."""
+def dtype_of(method: Method) -> torch.dtype:
+    """The type of the method's exact tokens; float16 where it does not say."""
+    dtype: torch.dtype = getattr(torch, getattr(method, "dtype", "float16"))
+    return dtype
+
+
+def filled_layer(method: Method, tokens: Tokens, room: int = 0) -> Any:
+    """A layer that stored the shape's tokens itself; ``room``: tokens a row that it provides for besides."""
     shape = tokens.shape
     longest = max(shape.row_lengths)
-    layer = KiviLayer(method, shape.layer, shape.batch_size, longest + room, tokens.device)
+    layer = make_layer(method, shape.layer, shape.batch_size, longest + room, tokens.device)
     step = max(1, min(CHUNK_TOKENS, CHUNK_ELEMENTS // (shape.batch_size * shape.num_kv_heads * shape.head_dim)))
     for done in range(0, longest, step):
         count = min(step, longest - done)
@@ -97,61 +104,43 @@ def filled_layer(method: Kivi, tokens: Tokens, room: int = 0) -> KiviLayer:
     return layer
 
 
-def filled_layers(bench: Bench, method: Kivi, tokens: Tokens, room: int = 0) -> list[KiviLayer]:
+def filled_layers(bench: Bench, method: Method, tokens: Tokens, room: int = 0) -> list[Any]:
     """As many layers as exceed the L2 cache together."""
     first = filled_layer(method, tokens, room)
     return [first] + [filled_layer(method, tokens, room) for _ in range(bench.copies(first.nbytes) - 1)]
 
 
-def measure_kivi(
-    bench: Bench, shape: Shape, method: Kivi, *, splits: bool = False, portable: bool = False
+def measure_attend(
+    bench: Bench, shape: Shape, method: Method, *, splits: bool = False, portable: bool = False
 ) -> dict[str, Any]:
-    """Seconds of ``KiviLayer.attend`` for one query a row, bytes it must read, and its error against float64.
+    """Seconds of the layer's ``attend`` for one query a row, bytes it must read, and its error against float64.
 
-    ``splits`` tries neighbours of the plan's number of splits too.  ``portable`` asks the plain Triton kernel.
+    ``splits`` tries neighbours of the plan's number of splits too.  ``portable`` asks the plain Triton kernel.  Both
+    only of a method whose room measures them.
     """
-    dtype = getattr(torch, method.dtype)
-    tokens = Tokens(bench, shape, dtype)
+    own = room_of(method).measures
+    tokens = Tokens(bench, shape, dtype_of(method))
     layers = filled_layers(bench, method, tokens)
     query = tokens.draw(shape.num_q_heads, 1)
     row: dict[str, Any] = {"nbytes_read": shape.nbytes_read(method), "nbytes_held": layers[0].nbytes}
-    row |= {"flops": shape.flops, "exact_tokens": layers[0].row_lengths[0] - layers[0].row_packed[0]}
+    row["flops"] = shape.flops
 
-    def calls(attend: Callable[[KiviLayer], Tensor]) -> list[Callable[[], Tensor]]:
-        return [partial(attend, layer) for layer in layers]
+    def calls(attend: Callable[..., Tensor], *more: Any) -> list[Callable[[], Tensor]]:
+        return [partial(attend, layer, query, shape.scale, *more) for layer in layers]
 
-    arrivals = torch.zeros(2 * query.shape[0] * query.shape[1], dtype=torch.int32, device=bench.device)
-
-    def public(layer: KiviLayer) -> Tensor:
-        return layer.attend(query, shape.scale, arrivals=arrivals)
-
-    def plain(layer: KiviLayer) -> Tensor:
-        from kvruntime.methods.kivi import attention
-
-        return direct(attention, layer, query, shape.scale)
-
-    way = plain if portable else public
-    row["relative_error"] = relative_error(layers[0], query, way(layers[0]), shape.scale)
-    timing = bench.timer(calls(way))
+    scratch = own.scratch(layers[0], shape.num_q_heads) if own else None
+    told = calls(own.portable if portable else own.attend, scratch) if own else calls(type(layers[0]).attend)
+    row["relative_error"] = relative_error(layers[0], query, told[0](), shape.scale)
+    timing = bench.timer(told)
     row |= {"seconds": timing.spread, "bandwidth": row["nbytes_read"] / timing.seconds}
     row |= {"copies": timing.copies, "replays": timing.replays}
-    fast = fast_kernel(layers[0], query)
-    row["kernel"] = "reference" if bench.device.type == "cpu" else "portable" if portable or fast is None else "fast"
-    if fast is None or portable:
-        return row
-    row["launch"] = {name.lower(): getattr(fast, name) for name in ("STAGES", "PROGRAMS_PER_SM") if hasattr(fast, name)}
-    with planned(fast) as answers:
-        public(layers[0])
-    row["splits"] = answers[-1] if answers else None
-    if splits and answers:
-
-        def with_splits(number: int) -> list[Callable[[], Tensor]]:
-            return calls(lambda layer: direct(fast, layer, query, shape.scale, num_splits=number, arrivals=arrivals))
-
-        row["sweep"] = sweep(bench, row["splits"], with_splits)
-    if shape.lengths:
-        even = calls(lambda layer: direct(fast, layer, query, shape.scale, equal_shares=True))
-        row["equal_shares"] = attempt(lambda: bench.timer(even).seconds)
+    if own is None:
+        return row | {"kernel": layers[0].kernel}
+    row |= own.about(layers[0], query, portable)
+    if splits and row.get("splits"):
+        row["sweep"] = sweep(bench, row["splits"], lambda number: calls(own.with_splits, scratch, number))
+    if shape.lengths and row.get("splits"):
+        row["equal_shares"] = attempt(lambda: bench.timer(calls(own.equal_shares)).seconds)
     return row
 
 
@@ -176,58 +165,9 @@ def attempt(measure: Callable[[], float]) -> float | str:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def direct(kernels: Any, layer: KiviLayer, query: Tensor, scale: float, **options: Any) -> Tensor:
-    """``attend`` of a kernel room on what a layer stores, as ``KiviLayer.attend`` calls it."""
-    stores = [layer.tensors[name] for name in ("records", "exact_key", "exact_value")]
-    method = layer.method
-    return kernels.attend(
-        query, *stores, *layer.tensors["lengths"], layer.record, method.sink_length, method.residual_length, scale,
-        layer.tensors.get("key_params"), None, **options,
-    )  # fmt: skip
-
-
-def fast_kernel(layer: KiviLayer, query: Tensor) -> Any:
-    """The tensor-core kernel's room where it takes this call, else None."""
-    if not query.is_cuda:
-        return None
-    try:
-        from kvruntime.methods.kivi import fast, fast_plan
-    except (ImportError, AttributeError):  # a Triton whose Gluon language has moved on
-        return None
-    return fast if fast_plan.supports(layer.record, query) else None
-
-
-@contextmanager
-def planned(fast: Any) -> Iterator[list[int]]:
-    """The answers of ``fast.plan_splits`` while it holds."""
-    answers: list[int] = []
-    real = fast.plan_splits
-
-    def listening(*given: Any, **named: Any) -> int:
-        answers.append(real(*given, **named))
-        return answers[-1]
-
-    fast.plan_splits = listening
-    try:
-        yield answers
-    finally:
-        fast.plan_splits = real
-
-
-def relative_error(layer: KiviLayer, query: Tensor, out: Tensor, scale: float, row: int = 0, head: int = 0) -> float:
+def relative_error(layer: Layer, query: Tensor, out: Tensor, scale: float, row: int = 0, head: int = 0) -> float:
     """``|out - exact| / |exact|`` of one row and kv head: attention in float64 over the cache as it reads back."""
-    method, tensors = layer.method, layer.tensors
-    count = layer.row_packed[row] // layer.record.num_tokens
-    params = tensors.get("key_params")
-    frozen = None if params is None else (params[0, row, head], params[1, row, head])
-    key, value = reference.unpack_records(tensors["records"][row, :count, head], layer.record, frozen)
-    lengths, packed = (counts[row : row + 1] for counts in tensors["lengths"])
-    slots = tensors["exact_key"].shape[2]
-    held = reference.ring_positions(lengths, packed, method.sink_length, method.residual_length, slots)[0] >= 0
-    key, value = (
-        torch.cat([old.double(), tensors[name][row, head][held].double()])
-        for old, name in ((key, "exact_key"), (value, "exact_value"))
-    )
+    key, value = (stored[head].double() for stored in layer.tokens(row))
     q_per_kv = query.shape[1] // layer.shape.num_kv_heads
     mine = slice(head * q_per_kv, (head + 1) * q_per_kv)
     exact = ((query[row, mine, 0].double() @ key.T) * scale).softmax(-1) @ value
@@ -249,15 +189,14 @@ def measure_sdpa(bench: Bench, shape: Shape, backend: str, dtype: str) -> dict[s
 
 
 def measure_full(bench: Bench, shape: Shape, dtype: str) -> dict[str, Any]:
-    """Seconds of the uncompressed engine's kernel (``kvruntime/methods/full/decode.py``) over the same cache."""
-    from kvruntime.methods.full import decode
-
-    positions = torch.full((shape.batch_size,), shape.num_tokens - 1, dtype=torch.int32, device=bench.device)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return decode.attend(query, key, value, positions, shape.scale, shape.num_tokens)
-
-    return measure_plain(bench, shape, dtype, attend)
+    """Seconds of the uncompressed engine's kernel over the same cache; of ragged rows over even ones."""
+    method, shape = Full(dtype), replace(shape, lengths=None)
+    own = room_of(method).measures
+    tokens = Tokens(bench, shape, dtype_of(method))
+    layers = filled_layers(bench, method, tokens)
+    query = tokens.draw(shape.num_q_heads, 1)
+    scratch = own.scratch(layers[0], shape.num_q_heads)
+    return time_plain(bench, shape, dtype, [partial(own.attend, each, query, shape.scale, scratch) for each in layers])
 
 
 def measure_plain(
@@ -268,7 +207,13 @@ def measure_plain(
     size = shape.nbytes_read(Full(dtype))
     stores = [tokens.pair(shape.num_tokens) for _ in range(bench.copies(size))]
     query = tokens.draw(shape.num_q_heads, 1)
+    return time_plain(bench, shape, dtype, [partial(attend, query, *pair) for pair in stores])
+
+
+def time_plain(bench: Bench, shape: Shape, dtype: str, calls: Sequence[Callable[[], Tensor]]) -> dict[str, Any]:
+    """Seconds of one of ``calls``, each over a copy of an uncompressed cache, and the bytes it reads."""
+    size = shape.nbytes_read(Full(dtype))
     with torch.no_grad():
-        timing = bench.timer([partial(attend, query, *pair) for pair in stores])
+        timing = bench.timer(calls)
     row: dict[str, Any] = {"nbytes_read": size, "nbytes_held": size, "flops": shape.flops, "seconds": timing.spread}
     return row | {"bandwidth": size / timing.seconds, "copies": timing.copies, "replays": timing.replays}

@@ -12,20 +12,21 @@ from typing import NamedTuple
 import torch
 
 from kvruntime.bench.harness.timing import Bench, wall_timer
-from kvruntime.bench.kernels.attention import Shape, Tokens
-from kvruntime.methods import Steps
-from kvruntime.methods.kivi.cache import KiviLayer
-from kvsim.methods import Kivi
+from kvruntime.bench.kernels.attention import Shape, Tokens, dtype_of
+from kvruntime.methods import Steps, make_layer, room_of
+from kvsim.layout import Method
 
 SECONDS = 150.0
 MAX_JOBS = 8
+FILLING = 256
+"""Tokens that a layer is given where its room does not say how many use every kernel."""
 
 
 class Case(NamedTuple):
     """A layer's size and method; ``steps``: what stores one token at a time is wanted too."""
 
     shape: Shape
-    method: Kivi
+    method: Method
     steps: bool = False
 
 
@@ -69,17 +70,20 @@ def compile_group(work: tuple[Sequence[Case], str]) -> list[str]:
 
 
 def run_once(bench: Bench, case: Case) -> None:
-    """Fill the ring, attend; with ``steps``, store single tokens as ``append`` and as the engine do."""
+    """Fill the layer, attend; with ``steps``, store single tokens as ``append`` and as the engine do."""
     shape, method = replace(case.shape, lengths=None), case.method
     longest = max(case.shape.row_lengths)
-    tokens = Tokens(bench, shape, getattr(torch, method.dtype))
-    layer = KiviLayer(method, shape.layer, shape.batch_size, longest, bench.device)
-    layer.append(*tokens.pair(min(longest - 4, method.residual_length + 2 * method.record_length)))
+    own = room_of(method).measures
+    tokens = Tokens(bench, shape, dtype_of(method))
+    layer = make_layer(method, shape.layer, shape.batch_size, longest, bench.device)
+    layer.append(*tokens.pair(min(longest - 4, own.filling(method) if own else FILLING)))
     query = tokens.draw(shape.num_q_heads, 1)
-    arrivals = torch.zeros(2 * query.shape[0] * query.shape[1], dtype=torch.int32, device=bench.device)
-    layer.attend(query, shape.scale, arrivals=arrivals)
+    if own:
+        own.attend(layer, query, shape.scale, own.scratch(layer, shape.num_q_heads))
+    else:
+        layer.attend(query, shape.scale)
     if case.steps:
-        layer.append(*tokens.pair(1))  # packs a record from the ring
+        layer.append(*tokens.pair(1))  # of a method that packs some, this packs from those kept exact
         table = tokens.draw(1, longest)[0, 0]
         lengths = torch.full((shape.batch_size,), layer.row_lengths[0], dtype=torch.int32, device=bench.device)
         heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)

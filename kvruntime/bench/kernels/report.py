@@ -93,7 +93,7 @@ def line(row: Row, rows: Sequence[Row]) -> str:
         return "    " + ", ".join(parts)
     cells = [f"{micro(row['seconds'][0])} us", f"{row['bandwidth'] / 1e9:,.0f} GB/s"]
     if row["kind"] == "pack":
-        cells += [f"eager {micro(row['eager_seconds'])} us", f"compiled {micro(row.get('compiled_seconds'))} us"]
+        cells += [f"eager {micro(row.get('eager_seconds'))} us", f"compiled {micro(row.get('compiled_seconds'))} us"]
         return "    " + ", ".join(cells)
     cells.append(f"{share(row['bandwidth'], ceiling(rows, 'read'))} of reading")
     if row["kind"] == "attend":

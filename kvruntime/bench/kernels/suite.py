@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, say, task
-from kvsim.methods import Kivi
+from kvsim.layout import Method
 from kvsim.specs import parse_size
 
 if TYPE_CHECKING:
@@ -32,38 +32,32 @@ SHAPES = (
     *("llama-2-7b:8x4k", "gpt2:64x1k", "gpt2:1x1k"),
 )
 QUICK = ("llama-3-8b:8x32k", "llama-3-8b:1x8k", "gpt2:1x1k")
-SMALL = tuple(f"llama-3-8b:{size}" for size in ("1x2k", "1x4k", "2x2k", "2x4k", "4x2k", "8x2k"))
-"""From 2k tokens on nothing may be slower than float16: the small end."""
-SHORT = ("llama-3-8b:1x512", "llama-3-8b:1x1k", "gpt2:1x128", "gpt2:1x512")
-"""What a launch costs, for the time model: hardly anything is packed."""
 RAGGED_BLOCKS = (323, 768, 249, 446, 305, 692, 645, 668)
 """Lengths of eight rows in blocks of 64 tokens; together as many as eight rows of 32k."""
 
 
-def kivi(nbits: int, group: int, residual: int, **options: Any) -> Kivi:
-    return Kivi(nbits=nbits, group_size=group, residual_length=residual, **options)
+def layouts() -> tuple[Method, ...]:
+    """What is timed: the layouts of every room that has some."""
+    from kvruntime.methods import LAYERS
+
+    return tuple(method for room in LAYERS.values() for method in room.benched)
 
 
-METHODS = (
-    *(kivi(2, 32, residual) for residual in (64, 128)),
-    *(kivi(2, 64, residual) for residual in (64, 128)),
-    kivi(2, 128, 128),
-    *(kivi(4, 64, residual) for residual in (64, 128)),
-)
-PACKED = (kivi(2, 32, 128), kivi(2, 64, 128), kivi(4, 64, 128))
-MIXED = kivi(2, 64, 64, key_nbits=4, value_nbits=2)
-BFLOAT16 = kivi(2, 64, 64, dtype="bfloat16")
-MORE: tuple[tuple[str, tuple[Kivi, ...]], ...] = (
-    *((spec, (kivi(2, 64, 64), kivi(2, 32, 128), kivi(4, 64, 64))) for spec in SMALL),
-    *((spec, (kivi(2, 64, 64), kivi(4, 64, 64))) for spec in SHORT),
-    ("llama-3-8b:8x32k", (kivi(8, 64, 64), MIXED, BFLOAT16)),
-    ("llama-3-8b:ragged", (kivi(2, 64, 64), kivi(2, 32, 128))),
-    ("gemma-7b:8x4k", (kivi(2, 64, 64), kivi(4, 64, 64))),
-    ("phi-3-mini-4k-instruct:8x4k", (kivi(2, 32, 64), kivi(4, 32, 64))),
-)
-"""Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 and 96 channels."""
-PORTABLE = ("llama-3-8b:8x32k", (kivi(2, 64, 64), kivi(3, 64, 64)))
-"""What the plain Triton kernel is timed on though another may take it."""
+def measures() -> list[Any]:
+    """What the rooms with layouts have to be measured besides."""
+    from kvruntime.methods import LAYERS
+
+    return [room.measures for room in LAYERS.values() if room.benched and room.measures is not None]
+
+
+def packed() -> tuple[Method, ...]:
+    """What storing is timed with."""
+    return tuple(method for own in measures() for method in own.PACKED)
+
+
+def more() -> tuple[tuple[str, tuple[Method, ...]], ...]:
+    """Other shapes, and the layouts that each is timed with."""
+    return tuple(pair for own in measures() for pair in own.MORE)
 
 
 def make_shape(spec: str) -> Shape:
@@ -82,13 +76,21 @@ def make_shape(spec: str) -> Shape:
     return Shape(model, *HEADS[model], int(batch), parse_size(tokens, "tokens"))
 
 
-def fits(shape: Shape, method: Kivi) -> bool:
+def fits(shape: Shape, method: Method) -> bool:
     """Whether the method can hold the shape's heads and packs anything of it."""
+    from kvruntime.methods import room_of
+
     try:
-        method.record(shape.layer)
+        method.buffers(shape.layer, 1, 1)
     except ValueError:
         return False
-    return method.num_packed(min(shape.row_lengths)) > 0
+    own = room_of(method).measures
+    return own is None or bool(own.packs(method, min(shape.row_lengths)))
+
+
+def dtype_name(method: Method) -> str:
+    """The type of the method's exact tokens, float16 where it does not say: its baseline's."""
+    return getattr(method, "dtype", "float16")
 
 
 def key_of(kind: str, bench: Bench, shape: Shape, **rest: Any) -> Row:
@@ -122,10 +124,10 @@ def sdpa_tasks(bench: Bench, shape: Shape, dtype: str = "float16") -> list[Task]
 
 
 def attend_tasks(
-    bench: Bench, shape: Shape, methods: Iterable[Kivi], *, splits: bool = False, portable: bool = False
+    bench: Bench, shape: Shape, methods: Iterable[Method], *, splits: bool = False, portable: bool = False
 ) -> list[Task]:
     """One a method that can hold the shape."""
-    from kvruntime.bench.kernels.attention import measure_kivi
+    from kvruntime.bench.kernels.attention import measure_attend
 
     return [
         task(
@@ -133,12 +135,12 @@ def attend_tasks(
                 "attend",
                 bench,
                 shape,
-                dtype=method.dtype,
+                dtype=dtype_name(method),
                 method=method.name,
                 portable=portable,
                 tries_splits=splits,
             ),
-            lambda method=method: measure_kivi(bench, shape, method, splits=splits, portable=portable),  # type: ignore[misc]
+            lambda method=method: measure_attend(bench, shape, method, splits=splits, portable=portable),  # type: ignore[misc]
             cost=3.0,
         )
         for method in methods
@@ -146,7 +148,7 @@ def attend_tasks(
     ]
 
 
-def packing_tasks(bench: Bench, prompt: Shape, steps: Iterable[Shape], methods: Iterable[Kivi]) -> list[Task]:
+def packing_tasks(bench: Bench, prompt: Shape, steps: Iterable[Shape], methods: Iterable[Method]) -> list[Task]:
     """Storing ``prompt`` at once, and one token after each of ``steps``."""
     from kvruntime.bench.kernels.packing import measure_append, measure_pack
 
@@ -154,26 +156,29 @@ def packing_tasks(bench: Bench, prompt: Shape, steps: Iterable[Shape], methods: 
     out = []
     for method in methods:
         for shape in steps:
-            key = key_of("append", bench, shape, dtype=method.dtype, method=method.name)
+            key = key_of("append", bench, shape, dtype=dtype_name(method), method=method.name)
             out.append(task(key, lambda method=method, shape=shape: measure_append(bench, shape, method), cost=4.0))  # type: ignore[misc]
     for method in methods:
-        key = key_of("pack", bench, prompt, dtype=method.dtype, method=method.name)
+        key = key_of("pack", bench, prompt, dtype=dtype_name(method), method=method.name)
         out.append(task(key, lambda method=method: measure_pack(bench, prompt, method, compiled=compiled), cost=10.0))  # type: ignore[misc]
     return out
 
 
 def more_tasks(bench: Bench, splits: bool) -> list[Task]:
-    """:data:`MORE` and :data:`PORTABLE`, each after its baselines."""
+    """:func:`more` and what the plain Triton kernel is timed on, each after its baselines."""
     out: list[Task] = []
-    for spec, methods in MORE:
+    for spec, methods in more():
         shape = make_shape(spec)
-        for dtype in dict.fromkeys(method.dtype for method in methods):
+        for dtype in dict.fromkeys(dtype_name(method) for method in methods):
             out += sdpa_tasks(bench, replace(shape, lengths=None), dtype)
         out += attend_tasks(bench, shape, methods, splits=splits)
-    return out + attend_tasks(bench, make_shape(PORTABLE[0]), PORTABLE[1], portable=True)
+    for own in measures():
+        spec, methods = own.PORTABLE
+        out += attend_tasks(bench, make_shape(spec), methods, portable=True)
+    return out
 
 
-def kernel_tasks(bench: Bench, shapes: Sequence[Shape], methods: Sequence[Kivi], *, splits: bool) -> list[Task]:
+def kernel_tasks(bench: Bench, shapes: Sequence[Shape], methods: Sequence[Method], *, splits: bool) -> list[Task]:
     """The baselines and every method, shape by shape."""
     out: list[Task] = []
     for shape in shapes:
@@ -184,13 +189,13 @@ def kernel_tasks(bench: Bench, shapes: Sequence[Shape], methods: Sequence[Kivi],
 def kernels(**given: Any) -> int:
     """``kvruntime bench kernels``; its exit code.
 
-    Raises ``ValueError`` on a machine without CUDA, for a bad shape, or for a method that is not KIVI's.
+    Raises ``ValueError`` on a machine without CUDA, for a bad shape, or for a method whose room has no layouts.
     """
     from kvruntime.bench.kernels.report import line, tables
     from kvruntime.checkpoints.load import pick_device
 
     shapes = [make_shape(spec) for spec in given["shapes"] or (QUICK if given["quick"] else SHAPES)]
-    methods = kivi_methods(given["specs"]) or METHODS
+    methods = named_methods(given["specs"]) or layouts()
     device = pick_device(given["device"])
     if not device.startswith("cuda"):
         raise ValueError(f"bench kernels times CUDA graphs: it needs a CUDA device, not {device}")
@@ -211,11 +216,11 @@ def kernels(**given: Any) -> int:
         cases += [Case(shape, method) for shape in shapes for method in methods]
     if "more" in parts or given["more"]:
         tasks += more_tasks(bench, given["splits"])
-        cases += [Case(make_shape(spec), method) for spec, own in MORE for method in own]
+        cases += [Case(make_shape(spec), method) for spec, own in more() for method in own]
     if "pack" in parts:
         steps = [make_shape("llama-3-8b:1x8k"), make_shape("llama-3-8b:64x4k")]
-        tasks += packing_tasks(bench, make_shape("llama-3-8b:1x128k"), steps, PACKED)
-        cases += [Case(shape, method, steps=True) for shape in steps for method in PACKED]
+        tasks += packing_tasks(bench, make_shape("llama-3-8b:1x128k"), steps, packed())
+        cases += [Case(shape, method, steps=True) for shape in steps for method in packed()]
 
     if given["compile_ahead"]:
         compile_ahead([case for case in dict.fromkeys(cases) if fits(case.shape, case.method)], device, say)
@@ -223,11 +228,14 @@ def kernels(**given: Any) -> int:
         return carry_out(tasks, results, line, tables)
 
 
-def kivi_methods(specs: Sequence[str]) -> list[Kivi]:
+def named_methods(specs: Sequence[str]) -> list[Method]:
+    """The methods that ``specs`` name.  Raises ``ValueError`` for one whose room has no layouts."""
+    from kvruntime.methods import LAYERS, room_of
     from kvruntime.specs import chosen_methods
 
     methods = chosen_methods(specs, None, {}, baseline=False) if specs else []
     for method in methods:
-        if not isinstance(method, Kivi):
-            raise ValueError(f"method {method.name}: bench kernels takes kivi only; float16 is its baseline")
-    return methods  # type: ignore[return-value]
+        if not room_of(method).benched:
+            timed = ", ".join(kind.__name__.lower() for kind, room in LAYERS.items() if room.benched)
+            raise ValueError(f"method {method.name}: bench kernels takes {timed} only; float16 is its baseline")
+    return methods

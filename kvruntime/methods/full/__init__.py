@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvruntime.methods.full import benched, transients
 from kvruntime.methods.full.cache import FullLayer
 from kvruntime.methods.room import Room
 from kvsim.methods.full import Full
@@ -17,4 +18,4 @@ def read_back(method: Full, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return key.to(dtype).float(), value.to(dtype).float()
 
 
-ROOM = Room(layer=FullLayer, read_back=read_back, examples=(Full(),))
+ROOM = Room(layer=FullLayer, read_back=read_back, examples=(Full(),), transients=transients, measures=benched)

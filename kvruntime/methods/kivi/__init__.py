@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
+from kvruntime.methods.kivi import benched, transients
 from kvruntime.methods.kivi.cache import KiviLayer
 from kvruntime.methods.room import Room
 from kvsim.methods.kivi import HEAD, SEQUENCE, Kivi
@@ -35,4 +36,8 @@ ROOM = Room(
     layer=KiviLayer,
     read_back=read_back,
     examples=tuple(Kivi(nbits=bits, residual_length=64) for bits in (2, 4, 8)),
+    transients=transients,
+    benched=benched.LAYOUTS,
+    measures=benched,
+    splits=benched.splits,
 )
