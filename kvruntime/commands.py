@@ -27,7 +27,6 @@ from kvruntime.eval.text import load_text, token_windows
 from kvsim.engines.kvruntime import MOST
 from kvsim.install import install_hint
 from kvsim.layout import Method
-from kvsim.methods import Kivi
 from kvsim.specs import parse_dtype, parse_sizes
 
 MOST_TEMPERATURE = 100.0
@@ -54,13 +53,6 @@ def bench(methods: list[Method], **given: Any) -> int:
     batches = tuple(parse_sizes(given["batch"] or ("1,4" if cpu else "1,8,64"), "batch"))
     if batches[-1] > MOST:
         raise ValueError(f"batch {batches[-1]}: allowed are 1 to {MOST:,}")
-    speed = Speed(
-        batches,
-        _or(given["prompt_tokens"], 256 if cpu else 512),
-        _or(given["decode_tokens"], 16 if cpu else 128),
-        given["warmup"],
-        _or(given["repeats"], 3 if cpu else 5),
-    )
     results = _results(given, device, Path("kvruntime-bench.json"))
     where = {"seed": given["seed"], "offline": given["offline"], "say": say}
     source = resolve(given["model_name"], **where)
@@ -73,7 +65,7 @@ def bench(methods: list[Method], **given: Any) -> int:
         if "memory" in parts:
             tasks += memory_tasks(loaded, contenders, contexts, given["seed"])
         if "speed" in parts:
-            tasks += speed_tasks(loaded, contenders, speed, given["seed"])
+            tasks += speed_tasks(loaded, contenders, _speed(given, batches, cpu), given["seed"])
     if "quality" in parts:
         if loaded is None and source.real and not given["quality_model"]:
             loaded = _load(source, device, given, contenders)
@@ -85,13 +77,16 @@ def bench(methods: list[Method], **given: Any) -> int:
             results.rows.append({"kind": "skipped", "what": "quality", "reason": f"no real model: {error}"})
             say(f"quality is skipped: no real model: {error}")
         else:
-            if loaded is None or real != source:
-                judged = _load(real, device, given, contenders)
-            else:
-                judged = loaded
+            judged = loaded if loaded is not None and real == source else _load(real, device, given, contenders)
             batch = _or(given["quality_batch"], 4 if cpu else 32)
             tasks += quality_tasks(judged, contenders, _quality(judged, text, given, batch), given["seed"])
     return _finish(tasks, results)
+
+
+def _speed(given: dict[str, Any], batches: tuple[int, ...], cpu: bool) -> Speed:
+    """How speed is measured: what was asked for, else the device's own."""
+    prompt, decode = _or(given["prompt_tokens"], 256 if cpu else 512), _or(given["decode_tokens"], 16 if cpu else 128)
+    return Speed(batches, prompt, decode, given["warmup"], _or(given["repeats"], 3 if cpu else 5))
 
 
 def perplexity(methods: list[Method], **given: Any) -> int:
@@ -110,9 +105,9 @@ def perplexity(methods: list[Method], **given: Any) -> int:
 def axes(method: Method, **given: Any) -> int:
     """``kvruntime axes``; its exit code."""
     from kvruntime.bench.model.quality import measure_quality
-    from kvruntime.eval.axes import LADDER, Axes, simulated_cache
+    from kvruntime.eval.axes import LADDER, Axes, GroupQuantizer, simulated_cache
 
-    if not isinstance(method, Kivi):
+    if not isinstance(method, GroupQuantizer):
         raise ValueError(f"method {method.name}: the study of axes takes kivi only")
     _check(given)
     text = load_text(given["text_path"])

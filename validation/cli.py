@@ -15,13 +15,10 @@ import click
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.finite_json import json_text
 from kvsim.install import missing_hint
-from kvsim.layout import Method
-from kvsim.methods import Full, Kivi
 from kvsim.specs import parse_sizes
 
 MOST = (1 << 31) - 1
 """The largest count that an option takes."""
-JUDGED: tuple[Method, ...] = (Full(), Kivi(8), Kivi(4), Kivi(2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,6 +107,7 @@ def speed(
     cpu = device == "cpu"
     from kvruntime.checkpoints.load import resolve
     from validation.claims.speed import speed_tasks
+    from validation.claims.subjects import judged
 
     resolve(model, offline=True, say=_say)  # refuses an unknown name before anything else
     settings = {
@@ -119,7 +117,7 @@ def speed(
         "repeats": repeats,
     }
     batches = parse_sizes(batch or ("1,4" if cpu else "1,8,64"), "batch")
-    return _run(speed_tasks(model, JUDGED, batches, device, settings, _say), device, given)
+    return _run(speed_tasks(model, judged(), batches, device, settings, _say), device, given)
 
 
 @cli.command()
@@ -151,6 +149,7 @@ def quality(
     cpu = device == "cpu"
     from kvruntime.checkpoints.load import resolve
     from validation.claims.quality import quality_tasks
+    from validation.claims.subjects import judged
 
     source = resolve(model, offline=offline, say=_say)
     if not source.real:
@@ -159,7 +158,7 @@ def quality(
         )
     settings = {"window": window, "chunk": chunk or (16 if cpu else 1), "batch": batch}
     settings["max_tokens"] = (4096 if cpu else 32768) if max_tokens is None else max_tokens
-    return _run(quality_tasks(source, text, JUDGED, device, settings), device, given)
+    return _run(quality_tasks(source, text, judged(), device, settings), device, given)
 
 
 @cli.command()

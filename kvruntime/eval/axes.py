@@ -9,14 +9,13 @@ own axes give the real cache's numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
-from kvsim.methods import Kivi
 
 LADDER: dict[str, tuple[str, str] | None] = {
     "exact": None,
@@ -27,6 +26,23 @@ LADDER: dict[str, tuple[str, str] | None] = {
 }
 """Rung -> (axis of the keys, axis of the values); None quantizes nothing.  Per channel: a group is ``group_size``
 tokens of one channel.  Per token: ``group_size`` channels of one token.  Both cost the same bits."""
+
+
+@runtime_checkable
+class GroupQuantizer(Protocol):
+    """A method of which the study can be made: it packs its older tokens in groups that share a scale, as KIVI does."""
+
+    @property
+    def sink_length(self) -> int: ...
+    @property
+    def k_bits(self) -> int: ...
+    @property
+    def v_bits(self) -> int: ...
+    @property
+    def k_group(self) -> int | str: ...
+    @property
+    def v_group(self) -> int | str: ...
+    def num_packed(self, num_tokens: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class SimulatedLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, method: Kivi, axes: Axes) -> None:
+    def __init__(self, method: GroupQuantizer, axes: Axes) -> None:
         super().__init__()
         if method.sink_length or isinstance(method.k_group, str) or isinstance(method.v_group, str):
             raise ValueError("the study of axes takes numbers for both group sizes, and no sink")
@@ -73,7 +89,7 @@ class SimulatedLayer(DynamicLayer):
         self.num_quantized = stop
 
 
-def simulated_cache(config: Any, method: Kivi, axes: Axes) -> DynamicCache:
+def simulated_cache(config: Any, method: GroupQuantizer, axes: Axes) -> DynamicCache:
     """A transformers cache of ``SimulatedLayer``; raises ``ValueError`` for a model with other than full attention."""
     cache = DynamicCache(config=config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):

@@ -92,13 +92,6 @@ def test_lint_and_types(arguments: list[str]) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
 
 
-def test_no_merge_is_left_half_done() -> None:
-    marks = ("<" * 7 + " ", ">" * 7 + " ")
-    packages = [path for package in (*ALLOWED, "tests") for path in (ROOT / package).rglob("*.py")]
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("docs/*.md"), *packages):
-        assert not any(line.startswith(marks) for line in path.read_text(encoding="utf-8").splitlines()), path.name
-
-
 def test_launches_say_whether_they_fuse() -> None:
     """Products with sums: Triton 3.9 warns where a launch leaves it open, and 3.10 will not where earlier ones do."""
     launches = 0

@@ -10,12 +10,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from toy_room import Toy, move_in  # noqa: E402
+
+from kvruntime.bench.engine import suite as engine_suite  # noqa: E402
 from kvruntime.bench.harness import session, timing  # noqa: E402
 from kvruntime.bench.harness.ceilings import copy_ceiling, read_ceiling  # noqa: E402
 from kvruntime.bench.harness.results import Results  # noqa: E402
 from kvruntime.bench.kernels import attention, packing, report, suite  # noqa: E402
 from kvruntime.bench.kernels.precompile import Case, compile_group  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
+from kvruntime.methods import LAYERS  # noqa: E402
 from kvruntime.methods.kivi import benched  # noqa: E402
 from kvsim.methods import Full  # noqa: E402
 from kvsim.models.load import load_config  # noqa: E402
@@ -126,6 +130,25 @@ def test_the_lean_packer_does_the_reference_s_arithmetic() -> None:
     have_value = codes(value_words).unflatten(3, (-1, 64)) * params[2].float() + params[3].float()
     for have, want in ((have_key.flatten(2, 3), want_key), (have_value.flatten(3), want_value)):
         assert ((have - want).abs() > 1e-3).float().mean() < 1e-3
+
+
+def test_the_layouts_of_any_room_are_timed(monkeypatch) -> None:
+    """Attention and storing as every layer has them; what a room does not measure is refused by name."""
+    toy = move_in(monkeypatch)
+    monkeypatch.setitem(LAYERS, Toy, LAYERS[Toy]._replace(benched=(toy,)))
+    assert suite.layouts() == (*benched.LAYOUTS, toy)
+    assert suite.fits(SMALL, toy)
+    assert suite.named_methods(["toy"]) == [toy]
+    (task,) = suite.attend_tasks(BENCH, SMALL, [toy], splits=True)
+    row = task.measure(lambda share: None)
+    assert row["nbytes_held"] == row["nbytes_read"] == SMALL.nbytes_read(Full())
+    assert 0 < row["relative_error"] < 2e-3
+    assert row["kernel"].startswith("PyTorch")
+    assert packing.measure_pack(BENCH, SMALL, toy).keys() == {"seconds", "nbytes", "bandwidth"}
+    with pytest.raises(ValueError, match="method toy: its room does not say"):
+        packing.measure_append(BENCH, SMALL, toy)
+    assert not compile_group(([Case(SMALL, toy, steps=True)], "cpu"))
+    assert toy in engine_suite.methods_of("float16")
 
 
 def test_ceilings_count_bytes() -> None:

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 
 from kvruntime.bench.harness import results as results_module  # noqa: E402
 from kvruntime.bench.harness.results import SCHEMA, Results, read  # noqa: E402
+from kvruntime.bench.harness.store import Store  # noqa: E402
 from kvruntime.bench.harness.tasks import Interrupted, Task, run  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.bench.model.caches import ours, stock  # noqa: E402
@@ -213,6 +214,15 @@ def test_an_older_file_is_kept_beside(tmp_path):
     assert len(read(tmp_path / "r.json.old")["rows"]) == 3
 
 
+def test_rows_are_put_by_key_in_place_or_behind():
+    for behind, want in ((False, ["0a", "1z", "2a", "3z"]), (True, ["0a", "2a", "1z", "3z"])):
+        store = Store(None, SCHEMA, "kind")
+        store.rows = [{"n": 0, "by": "a"}, {"n": 1, "by": "a"}, {"n": 1, "by": "b"}, {"n": 2, "by": "a"}]
+        store.put([{"n": n, "by": "z"} for n in (1, 3)], lambda old, row: old["n"] == row["n"], behind=behind)
+        assert [f"{row['n']}{row['by']}" for row in store.rows] == want
+        store.write("")  # in memory alone
+
+
 def test_the_file_may_be_read_by_whom_any_new_file_may(tmp_path):
     (tmp_path / "plain").write_text("")
     Results(tmp_path / "out.json", {}).write()
@@ -277,3 +287,22 @@ def test_weighing_counts_storages_once_and_whole():
             self.loop = self
 
     assert weigh(Holder()) == 4000 + 56 + 40 + 8
+
+
+def test_weighing_opens_what_a_packed_tensor_is_made_of():
+    class Packed(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes, scale):
+            return torch.Tensor._make_wrapper_subclass(cls, (100,), dtype=torch.float32)
+
+        def __init__(self, codes, scale):
+            self.codes, self.scale = codes, scale
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    assert weigh([Packed(torch.zeros(25, dtype=torch.int8), torch.zeros(2)), torch.empty(9, device="meta")]) == 25 + 8

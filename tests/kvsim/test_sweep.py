@@ -371,7 +371,7 @@ def test_two_sweeps_into_one_file_are_refused(tmp_path: Path, capsys) -> None:
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     grid, out = make(), tmp_path / "a.csv"
     script = (
-        "import sys, time; sys.path.insert(0, 'tests'); from pathlib import Path\n"
+        "import sys, time; sys.path.insert(0, 'tests/kvsim'); from pathlib import Path\n"
         "from test_sweep import make, rowfile\n"
         "def stop(done, total): print('.', flush=True); time.sleep(600)\n"
         f"rowfile.write(make(), Path({str(out)!r}), {{}}, progress=stop)"

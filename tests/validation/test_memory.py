@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_room import move_in
 
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.methods import make_layer
 from kvruntime.methods.rows import GROW_TOKENS
 from kvsim.install import install_hint
 from kvsim.layout import LayerShape
-from kvsim.methods import Full, Kivi, kivi_seed
+from kvsim.methods import Evict, Full, Kivi, kivi_seed
 from validation import cli
 from validation.claims import compare, predict
-from validation.claims.memory import fits
-from validation.claims.subjects import CORE, GRID, MODELS, describe_method, lengths, rebuild_method
+from validation.claims.memory import fits, layer_tasks
+from validation.claims.peak import peak_tasks
+from validation.claims.subjects import CORE, GRID, MODELS, describe_method, grid_for, judged, lengths, rebuild_method
+from validation.claims.tasks import judged as judge
 from validation.recorded import read
 from validation.scales.allocator import Allocator
 from validation.scales.live import LiveBytes
@@ -85,6 +88,30 @@ def test_the_grid_covers_what_it_claims():
     assert {19, 20, 21} <= set(lengths(Kivi(2, group_size=16, residual_length=16, sink_length=4)))
     assert {31, 32, 33, 63} <= set(lengths(kivi_seed()))
     assert predict.GROW_TOKENS == GROW_TOKENS
+
+
+def test_every_room_is_weighed_and_no_method_is_taken_for_another(monkeypatch):
+    toy = move_in(monkeypatch)
+    assert toy in judged()
+    for quick, device in ((True, "cpu"), (False, "cpu"), (False, "cuda")):
+        grid = grid_for(device, quick=quick)
+        assert toy in {*grid.grid} & {*grid.core} & {*grid.step_methods}
+        assert all(any(toy in run[3] for run in grid.generated if run[0] == name) for name in ("gpt2",))
+    assert rebuild_method(describe_method(toy)) == toy
+    grid = grid_for("cpu", quick=True, models=("gpt2",))
+    (task,) = (task for task in layer_tasks(grid, CPU) if "toy" in task.name and "grown" in task.name)
+    assert all(set(compare.deviations(row)) == {0} for row in judge(task))
+    assert not [task for task in peak_tasks(grid, CPU) if "toy" in task.name]
+    row = {"kind": "peak", "phase": "attend", "model": "gpt2", "method": describe_method(toy), "device": "cpu"}
+    for phase in ("attend", "append", "grow", "prefill", "decode"):
+        more = {"batch_size": 1, "num_tokens": 9, "prompt_tokens": 4, "dtype": "float32", "max_seq_len": None}
+        with pytest.raises(ValueError, match="no peak is predicted for the method toy: allowed are those of type Full"):
+            predict.predict(row | more | {"phase": phase, "num_layers": 1})
+
+
+def test_a_wrapper_is_rebuilt_with_what_it_holds():
+    method = Evict(inner=Kivi(2))
+    assert rebuild_method(json.loads(json.dumps(describe_method(method)))) == method
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,9 @@ GRID: tuple[Method, ...] = (
 )
 """The methods that the first model is weighed with, and :func:`others`."""
 
+BLOCK_EDGES = (255, 256, 257)
+LONG = (1024, 2048)
+
 
 def others() -> tuple[Method, ...]:
     """The examples of every method that kvruntime has a room for and the lists here do not name."""
@@ -43,8 +46,9 @@ def others() -> tuple[Method, ...]:
     return tuple(example for kind, room in LAYERS.items() if kind not in named for example in room.examples)
 
 
-BLOCK_EDGES = (255, 256, 257)
-LONG = (1024, 2048)
+def judged() -> tuple[Method, ...]:
+    """The methods whose speed and quality are recorded."""
+    return (*JUDGED, *others())
 
 
 def lengths(method: Method, longest: int = LONG[-1]) -> list[int]:

@@ -42,7 +42,7 @@ def measure_pack(bench: Bench, shape: Shape, method: Method, *, compiled: bool =
     own = room_of(method).measures
     for name, pack in (own.packers(layer, key, value) if own else {}).items():
         if compiled or name != "compiled":
-            row[f"{name}_seconds"] = attempt(lambda pack=pack: bench.eager([pack]).seconds)
+            row[f"{name}_seconds"] = attempt(lambda pack=pack: bench.eager([pack]).seconds)  # type: ignore[misc]
     return row
 
 

@@ -18,7 +18,7 @@ from kvsim.methods import Full
 
 
 @dataclass(frozen=True)
-class Generated:
+class Generation:
     """``num_tokens`` held by the cache at the end, room for ``num_provided``; ``num_new`` generated in ``seconds``.
 
     ``nbytes`` is measured; ``fp16_nbytes`` is what an uncompressed float16 cache with the same room holds.
@@ -41,7 +41,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
-) -> Generated:
+) -> Generation:
     """Runs ``model.generate`` on ``prompt`` with the contender's cache, handing text to ``write`` as it comes.
 
     Greedy at ``temperature`` 0.  Without a tokenizer the prompt's bytes are its token ids, and ids are written.
@@ -77,7 +77,7 @@ def generate(
         seconds = perf_counter() - start
     held = out.shape[1] - 1  # the newest token was never fed back
     full = sum(nbytes(Full().buffers(shape, 1, length)) for shape in layer_shapes(loaded.model))
-    return Generated(held, length, out.shape[1] - ids.shape[1], seconds, weigh(cache), full)
+    return Generation(held, length, out.shape[1] - ids.shape[1], seconds, weigh(cache), full)
 
 
 def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:

@@ -88,7 +88,7 @@ def _fill(loaded: Loaded, cache: Any, batch_size: int) -> Callable[[int], None]:
 
 def fill_layer(cache: Any, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
     """Puts tokens into one layer of any transformers cache: both ``[batch_size, num_kv_heads, L, dim]``."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
+    layer: Any = cache.layers[index] if index < len(cache.layers) else None
     if hasattr(layer, "pend"):  # ours, as its attention function has it store: without a copy of the past
         layer.pend(key, value)
         layer.append(key, value, None)
