@@ -372,9 +372,9 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     grid, out = make(), tmp_path / "a.csv"
     script = (
         "import sys, time; sys.path.insert(0, 'tests/kvsim'); from pathlib import Path\n"
-        "from test_sweep import make, rowfile\n"
+        "from test_sweep import make, sweep_file\n"
         "def stop(done, total): print('.', flush=True); time.sleep(600)\n"
-        f"rowfile.write(make(), Path({str(out)!r}), {{}}, progress=stop)"
+        f"sweep_file.write(make(), Path({str(out)!r}), {{}}, progress=stop)"
     )
     child = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE)
     assert child.stdout is not None
