@@ -21,6 +21,7 @@ from kvruntime.bench.kernels.precompile import Case, compile_group  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
 from kvruntime.methods import LAYERS  # noqa: E402
 from kvruntime.methods.kivi import benched  # noqa: E402
+from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.methods import Full  # noqa: E402
 from kvsim.models.load import load_config  # noqa: E402
 from kvsim.models.model import Model  # noqa: E402
@@ -53,6 +54,46 @@ def test_a_row_knows_its_bytes_and_its_error(method) -> None:
     assert 0 < row["relative_error"] < 2e-3  # the reference rounds once, to float16
     assert row["bandwidth"] == pytest.approx(row["nbytes_read"] / row["seconds"][0])
     assert row["kernel"] == "reference"
+
+
+@pytest.mark.parametrize("lengths", [None, (320, 75)])
+def test_what_a_room_measures_besides_is_asked_of_it(monkeypatch, lengths) -> None:
+    """With a tensor-core kernel pretended: its plan, other splits, and one line of work for uneven rows."""
+    asked = []
+
+    class Fast:
+        STAGES = 3
+
+        def plan_splits(self):
+            return 8
+
+        def attend(self, query, *stored, num_splits=None, arrivals=None, equal_shares=False):
+            asked.append((num_splits, arrivals is not None, equal_shares))
+            return query
+
+    fast = Fast()
+    real = KiviLayer.attend
+
+    def attend(layer, query, scale, arrivals=None):
+        if lengths is None:
+            fast.plan_splits()
+        return real(layer, query, scale)
+
+    monkeypatch.setattr(benched, "fast_kernel", lambda layer, query: fast)
+    monkeypatch.setattr(benched.cache, "_fast", lambda: fast)
+    monkeypatch.setattr(KiviLayer, "attend", attend)
+    row = attention.measure_attend(BENCH, replace(SMALL, lengths=lengths), benched.kivi(2, 64, 64), splits=True)
+    assert row["launch"] == {"stages": 3}
+    if lengths is None:
+        assert row["splits"] == 8
+        assert list(row["sweep"]) == ["4", "6", "10", "12", "16"]
+        assert {splits for splits, *_ in asked} == {4, 6, 10, 12, 16}
+        assert "equal_shares" not in row
+    else:
+        assert row["splits"] is None
+        assert "sweep" not in row
+        assert row["equal_shares"] > 0
+        assert set(asked) == {(None, False, True)}
 
 
 def test_an_error_in_attention_shows() -> None:

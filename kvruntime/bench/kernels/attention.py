@@ -139,7 +139,7 @@ def measure_attend(
     row |= own.about(layers[0], query, portable)
     if splits and row.get("splits"):
         row["sweep"] = sweep(bench, row["splits"], lambda number: calls(own.with_splits, scratch, number))
-    if shape.lengths and row.get("splits"):
+    if shape.lengths and "splits" in row:
         row["equal_shares"] = attempt(lambda: bench.timer(calls(own.equal_shares)).seconds)
     return row
 

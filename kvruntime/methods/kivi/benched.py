@@ -77,7 +77,9 @@ def about(layer: KiviLayer, query: Tensor, plain: bool) -> dict[str, Any]:
         row["launch"] = {
             name.lower(): getattr(fast, name) for name in ("STAGES", "PROGRAMS_PER_SM") if hasattr(fast, name)
         }
-        row["splits"] = splits(layer, query)
+        with planned(fast) as answers:
+            layer.attend(query, 1.0)
+        row["splits"] = answers[-1] if answers else None  # rows of different lengths are not split by a plan
     return row
 
 
