@@ -21,7 +21,17 @@ from validation import cli
 from validation.claims import compare, predict
 from validation.claims.memory import fits, layer_tasks
 from validation.claims.peak import peak_tasks
-from validation.claims.subjects import CORE, GRID, MODELS, describe_method, grid_for, judged, lengths, rebuild_method
+from validation.claims.subjects import (
+    CORE,
+    GRID,
+    MODELS,
+    describe_method,
+    grid_for,
+    judged,
+    lengths,
+    others,
+    rebuild_method,
+)
 from validation.claims.tasks import judged as judge
 from validation.recorded import read
 from validation.scales.allocator import Allocator
@@ -128,7 +138,7 @@ def test_a_quick_run_weighs_exactly_what_is_predicted(quick):
     assert all(set(compare.deviations(row)) == {0} for row in rows if row["kind"] == "memory")
     stepped = [row for row in rows if row.get("every_step") and row["way"] == "layers"]
     assert all(len(compare.deviations(row)) == 100 for row in stepped)
-    assert len(stepped) == 3
+    assert len(stepped) == 3 + len(others())
 
 
 def test_a_quick_run_predicts_the_peaks_within_two_per_cent(quick):

@@ -82,7 +82,7 @@ def _boundary_task(grid: Grid, name: str, method: Method, device: torch.device, 
         if held:
             held.__enter__()
         for num_tokens in points:
-            done = 0 if known or not layers else layers[0].row_lengths[0]
+            done = 0 if known or not layers else layers[0].seq_lengths[0]
             if known or not layers:
                 layers.clear()
                 layers += [make_layer(method, shape, 1, num_tokens if known else None, device) for shape in shapes]

@@ -11,7 +11,7 @@ import torch
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.bench.model.caches import Contender
 from kvruntime.checkpoints.load import Loaded
-from kvsim.layout import LayerShape, nbytes, parts
+from kvsim.layout import LayerShape, nbytes, parts, shared_buffers
 
 FORWARD, FILLED = "forward", "filled"
 
@@ -45,7 +45,9 @@ def measure_memory(loaded: Loaded, contender: Contender, num_tokens: int, batch_
         step(1)
         row |= {"how": how, "nbytes_after_prefill": after_prefill, "nbytes": weigh(cache)} | allocator.read("decode")
     if contender.method is not None:
-        predicted = [contender.method.buffers(shape, batch_size, num_tokens) for shape in layer_shapes(loaded.model)]
+        shapes = layer_shapes(loaded.model)
+        predicted = [contender.method.buffers(shape, batch_size, num_tokens) for shape in shapes]
+        predicted.append(shared_buffers(contender.method, shapes))
         row["predicted_nbytes"] = sum(nbytes(buffers) for buffers in predicted)
         row["error"] = row["nbytes"] / row["predicted_nbytes"] - 1
         row["parts"] = parts([buffer for buffers in predicted for buffer in buffers])
