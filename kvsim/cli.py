@@ -42,6 +42,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         message = error.format_message()
     except OSError as error:
         message = os_message(error)
+    except OverflowError:
+        message = "a number is too large: its bytes or seconds cannot be computed"
     except (ValueError, LookupError) as error:
         message = str(error)
     print(f"kvsim: error: {one_line(message)}", file=sys.stderr)

@@ -7,7 +7,7 @@ from math import isfinite
 
 import click
 
-from kvsim.specs import LARGEST
+from kvsim.whole_numbers import LARGEST
 
 BITS_64 = (1 << 63) - 1
 LONGEST = 1000

@@ -118,6 +118,9 @@ class Method(Protocol):
     * ``shared_buffers(layers)``: tensors that a model's layers share (:func:`shared_buffers`; none);
     * ``at(layer, index, num_layers)``: the method of one place, where layers are stored differently
       (:func:`kvsim.methods.by_layer.at`; itself);
+    * ``shared_tokens(layer, shared)``: of ``shared`` first tokens of a layer those that sequences can store once
+      (:func:`shared_tokens`; all);
+    * ``kinds``: the kind of bytes that a part is (:func:`part_kind`; by the part's name);
     * ``kvruntime``: whether kvruntime has a room for it (False);
     * ``inner``: the method that stores what a wrapper keeps.
     """
@@ -187,6 +190,47 @@ def edges(method: Method, longest: int) -> list[int]:
 def tokens_alone(method: Method) -> bool:
     """Whether the bytes of a stored token depend on that token alone, so that sequences may share a prefix's."""
     return bool(getattr(method, "tokens_alone", False))
+
+
+def shared_tokens(method: Method, layer: LayerShape, shared: int) -> int:
+    """Of ``shared`` tokens of a prefix that one layer still holds, those that sequences can store once."""
+    own = getattr(method, "shared_tokens", None)
+    return shared if own is None else int(own(layer, shared))
+
+
+APART = ("state_", "index_")
+"""How the names of parts begin that no method stores: constant state and index keys."""
+
+KINDS = ("codes", "scales", "zeros", "residual", "other")
+"""The kinds of bytes in the tables: packed codes, scales, zeros, exact tokens, bookkeeping."""
+
+ENDINGS = {
+    "codes": "codes",
+    "scale": "scales",
+    "zero": "zeros",
+    **dict.fromkeys(("key", "value", "residual", "sink"), "residual"),
+}
+"""The last word of a part's name -> its kind; of another word ``other``."""
+
+
+def part_kind(method: Method, part: str) -> str:
+    """The kind in :data:`KINDS` of a part's bytes: as the method's ``kinds`` say (a wrapper's, its inner's), else by
+    the last word of its name, ``key_codes`` -> ``codes``.  Raises ``ValueError`` for a kind that there is not."""
+    own: dict[str, str] = getattr(method, "kinds", {})
+    if part in own:
+        if own[part] not in KINDS:
+            raise ValueError(f"method {method.name}: part {part!r} is of kind {own[part]!r}, not of {', '.join(KINDS)}")
+        return own[part]
+    inner = getattr(method, "inner", None)
+    return ENDINGS.get(part.rpartition("_")[2], "other") if inner is None else part_kind(inner, part)
+
+
+def check_parts(method: Method, found: dict[str, int]) -> dict[str, int]:
+    """``found``, bytes by part.  Raises ``ValueError`` for a name that would be taken for one of :data:`APART`."""
+    for part in found:
+        if f"{part}_".startswith(APART):
+            raise ValueError(f"method {method.name}: part {part!r} is named like constant state or index keys")
+    return found
 
 
 def layer_label(layer: LayerShape, count: int, method: Method | None) -> str:

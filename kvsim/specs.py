@@ -6,36 +6,27 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from math import isfinite, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsim.engines import ENGINES, Engine, engine_fields, make_engine
-from kvsim.engines.vllm import server_defaults
+from kvsim.engines import ENGINES, Engine, EngineChoice, engine_fields, make_engine
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
+from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS
 from kvsim.methods.full import SHORT
+from kvsim.whole_numbers import LARGEST
 
 if TYPE_CHECKING:
-    pass
+    from kvsim.analysis.request_lengths import Lengths
 
 SIZE = re.compile(r"(\d{1,15})([kKmM]?)")
 HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
 HUMAN_FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
-LARGEST = 1 << 40
-"""The largest number that is taken of anything: tokens, sequences, cards; products of three stay exact and finite."""
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
 Value = int | str
-
-SWITCHES = frozenset({"disable_hybrid_kv_cache_manager", "flash_attn", "kv_unified", "swa_full"})
-"""Fields of an engine that are on or off."""
-
-WORDS = frozenset({"cache_implementation"})
-"""Fields of an engine that are words."""
-
-NESTED = frozenset({"inner", "exact"})
-"""Fields of a method that hold another."""
 
 
 def brief(text: str) -> str:
@@ -106,9 +97,12 @@ def parse_value(text: str) -> Value:
     return value
 
 
-def fields(name: str) -> frozenset[str]:
-    """The options that a named method takes."""
-    return frozenset(inspect.signature(METHODS[name]).parameters) if name in METHODS else frozenset()
+def fields(name: str) -> dict[str, bool]:
+    """The options that a named method takes, and whether each holds another method."""
+    if name not in METHODS:
+        return {}
+    parameters = inspect.signature(METHODS[name]).parameters
+    return {key: each.annotation in ("Method", Method) for key, each in parameters.items()}
 
 
 MAX_DEPTH = 8
@@ -125,16 +119,17 @@ def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = Non
     if depth > MAX_DEPTH:
         raise ValueError(f"method {spec[:40]!r}: allowed are {MAX_DEPTH} methods inside one another")
     name, given = _head(spec)
-    options: dict[str, Any] = {key: value for key, value in shared.items() if key in fields(name)}
-    if dtype is not None and "dtype" in fields(name):
+    own = fields(name)
+    options: dict[str, Any] = {key: value for key, value in shared.items() if key in own}
+    if dtype is not None and "dtype" in own:
         options["dtype"] = dtype
     for item in given:
         field, equals, value = item.partition("=")
         field, value = field.strip().replace("-", "_"), value.strip()
-        if not equals or (name in METHODS and field not in fields(name)):
-            allowed = ", ".join(sorted(fields(name))) or "none"
+        if not equals or (name in METHODS and field not in own):
+            allowed = ", ".join(sorted(own)) or "none"
             raise ValueError(f"method {spec!r}: option {item!r} is not one of {allowed} (field=value)")
-        if field in NESTED:
+        if own.get(field):
             options[field] = parse_method(value, shared, dtype, depth + 1)
         else:
             options[field] = parse_dtype(value) if field == "dtype" else parse_value(value)
@@ -142,12 +137,18 @@ def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = Non
 
 
 def parse_engine(spec: str, shared: Mapping[str, Any]) -> Engine:
+    """As :func:`parse_engine_choice`, on no card in particular."""
+    choice = parse_engine_choice(spec, shared)
+    return make_engine(choice.name, **dict(choice.options))
+
+
+def parse_engine_choice(spec: str, shared: Mapping[str, Any]) -> EngineChoice:
     """``name`` or ``name:field=value,...``; ``shared`` options apply where the engine has the field.
 
     Raises ``LookupError`` for an unknown engine, ``ValueError`` for an unknown field or a bad value.
     """
     name, given = _head(spec)
-    own = engine_fields(name) if name in ENGINES else frozenset()
+    own = engine_fields(name) if name in ENGINES else {}
     options = {key: value for key, value in shared.items() if key in own}
     for item in given:
         field, equals, text = item.partition("=")
@@ -155,8 +156,9 @@ def parse_engine(spec: str, shared: Mapping[str, Any]) -> Engine:
         if not equals or (name in ENGINES and field not in own):
             allowed = ", ".join(sorted(own)) or "none"
             raise ValueError(f"engine {spec!r}: option {item!r} is not one of {allowed} (field=value)")
-        options[field] = text.strip() if field in WORDS else _number(spec, item, text.strip(), field in SWITCHES)
-    return make_engine(name, **options)
+        kind, text = own.get(field), text.strip()
+        options[field] = text if kind == "str" else _number(spec, item, text, kind == "bool")
+    return EngineChoice(name, tuple(options.items()))
 
 
 def _number(spec: str, item: str, text: str, switch: bool = False) -> int | float:
@@ -204,10 +206,10 @@ def _split(text: str, spec: str) -> list[str]:
 def names_within(spec: str, depth: int = 0) -> list[str]:
     """The method names of a spec, those inside it too."""
     name, given = _head(spec)
-    out = [name]
+    out, own = [name], fields(name)
     for item in given:
         field, _, value = item.partition("=")
-        if field.strip().replace("-", "_") in NESTED and depth <= MAX_DEPTH:
+        if own.get(field.strip().replace("-", "_")) and depth <= MAX_DEPTH:
             out += names_within(value, depth + 1)
     return out
 
@@ -215,14 +217,15 @@ def names_within(spec: str, depth: int = 0) -> list[str]:
 def choose_methods(specs: Sequence[str], shared: Mapping[str, Value], dtype: str | None) -> tuple[list[Method], bool]:
     """The methods asked for, each once, and whether they are merely the default ones.
 
-    Without ``specs``: the uncompressed cache and ``kivi``, at 8, 4 and 2 bits or with the ``shared`` options.
+    Without ``specs``: the uncompressed cache and those of :data:`kvsim.methods.defaults.DEFAULT_SPECS`, or the one that
+    the ``shared`` options are of.
     Raises ``ValueError`` for a shared option that none of the methods takes.
     """
     chosen: Sequence[str] = specs
     if not specs:
         baseline = SHORT[dtype or "float16"]
         bits_given = any("nbits" in key for key in shared)
-        chosen = [baseline, "kivi"] if bits_given else [baseline, *(f"kivi:nbits={bits}" for bits in (8, 4, 2))]
+        chosen = [baseline, COMPRESSED] if bits_given else [baseline, *DEFAULT_SPECS["estimate"]]
     names = [name for spec in chosen for name in names_within(spec)]
     for key in shared:
         if all(name in METHODS and key not in fields(name) for name in names):
@@ -241,6 +244,8 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
     return [f"{', '.join(group)} left out: {reason}" for reason, group in names.items()]
 
 
+LOGNORMAL = ("mean", "sigma", "output_mean", "output_sigma", "max")
+"""Options of lognormal request lengths."""
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
 UNIT = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 BARE = 10.0
@@ -270,12 +275,6 @@ def parse_share(text: str, what: str) -> float:
     return share
 
 
-def check_weight_bits(bits: float | None) -> None:
-    """Raises ``ValueError`` for bits a weight that cannot be; ``None`` stands for the model's own."""
-    if bits is not None and not 0 < bits <= 64:
-        raise ValueError(f"weight-bits {bits:g}: allowed are above 0 to 64")
-
-
 def parse_card(text: str) -> tuple[Hardware, int | None]:
     """``h100-sxm`` or ``h100-sxm:2``: a card, and how many share the model.  Raises ``LookupError``, ``ValueError``."""
     name, colon, count = text.partition(":")
@@ -292,16 +291,45 @@ def parse_serving(spec: str, card: Hardware | None, num_cards: int = 1) -> Engin
 
     Raises ``LookupError`` for an unknown engine, ``ValueError`` for an option that it does not have.
     """
-    flags: dict[str, int | float] = {"tensor_parallel_size": num_cards}
-    if card is not None and spec.partition(":")[0].strip().lower() == "vllm":
-        flags = dict(server_defaults(card.memory_nbytes, card.id)) | flags
-    return parse_engine(spec, flags)
+    return parse_engine_choice(spec, {}).on(card, num_cards)
 
 
 def milliseconds(seconds: float) -> str:
     """Three significant digits, in ms."""
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def parse_lengths(text: str, output_len: int) -> Lengths:
+    """``lognormal:mean=2000,sigma=0.8[,output_mean=300,output_sigma=0.6][,max=32k]`` or the path of a CSV trace.
+
+    Raises ``ValueError`` for another form.
+    """
+    from kvsim.analysis.request_lengths import lognormal, lognormal_outputs, read_trace
+
+    kind, _, given = text.partition(":")
+    if kind != "lognormal":
+        return read_trace(Path(text), output_len)
+    options: dict[str, float] = {}
+    for item in filter(None, given.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key.strip() not in LOGNORMAL:
+            raise ValueError(f"lengths {text!r}: {item!r} is not one of {', '.join(LOGNORMAL)} (name=value)")
+        try:
+            options[key.strip()] = parse_size(value, key) if value[-1:] in "kKmM" else float(value)
+        except ValueError:
+            raise ValueError(f"lengths {text!r}: {item!r} is no number") from None
+    if "mean" not in options or "sigma" not in options:
+        raise ValueError(f"lengths {text!r}: mean and sigma are needed")
+    if ("output_mean" in options) != ("output_sigma" in options):
+        raise ValueError(f"lengths {text!r}: output_mean and output_sigma go together")
+    output: Lengths | int = output_len
+    if "output_mean" in options:
+        output = lognormal_outputs(options["output_mean"], options["output_sigma"])
+    longest = options.get("max")
+    if longest is not None and not 1 <= longest <= LARGEST:
+        raise ValueError(f"lengths max {longest:g}: allowed are 1 to {LARGEST:,} tokens")
+    return lognormal(options["mean"], options["sigma"], output, None if longest is None else int(longest))
 
 
 def parse_axis(text: str, what: str) -> Sequence[int]:

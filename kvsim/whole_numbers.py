@@ -1,9 +1,11 @@
-"""Whole numbers among the options of methods and engines."""
+"""Whole numbers: how large they may be, and checks of those among the options of methods and engines."""
 
 from __future__ import annotations
 
 MOST = 10**15
 """No option is above this; it keeps a number of hundreds of digits from asking for endless work."""
+LARGEST = 1 << 40
+"""The largest number that is taken of anything: tokens, sequences, cards; products of three stay exact and finite."""
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:

@@ -17,28 +17,21 @@ from functools import lru_cache
 from itertools import pairwise
 
 from kvsim.analysis.plan import MAX_BATCH, site
-from kvsim.engines import Engine
+from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware
+from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import Band, Step, decode_step
 from kvsim.layout import Method
 from kvsim.memory.capacity import largest_batch, largest_context
-from kvsim.memory.estimate import IDEAL
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import placed
 from kvsim.models.model import Model
+from kvsim.search import largest, middle
 
 POINTS_PER_OCTAVE = 4
 MARGIN = 0.01
 """Share by which a method must be faster, or cheaper, to pay."""
 MAX_CONTEXT = 1 << 30
-
-NOT_MODELLED = (
-    "prefill, arrivals and waiting (decode steps alone are compared), an engine's scheduler",
-    "kernels other than those measured: packed codes are this project's kernel, in another engine carried over from it",
-    "layouts that this project's portable kernel reads (3 bits, odd groups): slower than these times",
-    "fixed costs of a layer that grow with the batch (measured for one request: early break-evens are optimistic)",
-    "what a method costs in quality",
-)
 
 Interval = tuple[int, int]
 
@@ -75,10 +68,7 @@ def _ladder(first: int, last: int) -> list[int]:
 def _boundary(pays: Callable[[int], bool], low: int, high: int) -> int:
     """The first n of a bracket with another answer than at its start."""
     before = pays(low)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if pays(middle) == before else (low, middle)
-    return high
+    return low + largest(lambda more: pays(low + more) == before, high - low - 1, middle) + 1
 
 
 class Runner:
@@ -98,6 +88,7 @@ class Runner:
         where the engine does not store the method."""
         self.model, self.method, self.card, self.num_cards, self.engine = model, method, card, num_cards, engine
         self.place = site(model, card, num_cards, weight_bits, reserve, engine)
+        self.serving = Serving(self.place.weight_bits, num_cards, engine)
         self.cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=num_cards))
         self.step = lru_cache(maxsize=None)(self._step)
         self.max_batch = lru_cache(maxsize=None)(self._max_batch)
@@ -107,16 +98,7 @@ class Runner:
         self.max_batch(1)  # an engine that does not store the method says so here
 
     def _step(self, batch_size: int, num_tokens: int) -> Step:
-        return decode_step(
-            self.model,
-            self.method,
-            self.card,
-            batch_size,
-            num_tokens,
-            weight_bits=self.place.weight_bits,
-            tensor_parallel=self.num_cards,
-            engine=self.engine.name,
-        )
+        return decode_step(self.model, self.method, self.card, batch_size, num_tokens, self.serving)
 
     def seconds(self, batch_size: int, num_tokens: int) -> Band:
         """Of one decode step."""
@@ -126,7 +108,7 @@ class Runner:
         """Bytes of one sequence's cache that a decode step reads."""
         return sum(
             count * sum(chosen.read_parts(layer, 1, num_tokens).values())
-            for (layer, chosen), count in placed(self.method, self.model.cache_layers).items()
+            for (layer, chosen), count in placed(self.method, self.engine.held(self.model).cache_layers).items()
         )
 
     def _max_batch(self, num_tokens: int) -> int:

@@ -14,33 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from kvsim.analysis.memory_risk import MemoryRisk
 from kvsim.analysis.request_lengths import Lengths
-from kvsim.engines import Engine
+from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware, Price
+from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import Band, first_token, prefill, token_step
 from kvsim.layout import Method
 from kvsim.memory.capacity import held_share, largest_context, room
-from kvsim.memory.estimate import IDEAL
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.models.model import Model
+from kvsim.search import largest
 
 RISK = 1e-3
 INPUT_SHARE = 0.95
 RANKS = (1, 2, 4, 8)
 MAX_BATCH = 1 << 16
 MAX_CONTEXT = 1 << 40
-
-NOT_MODELLED = (
-    "bursts and arrival rates (every user always has one request in flight; a first token waits for the prompts in "
-    "front of it)",
-    "an engine's scheduler, preemption and recomputation",
-    "prefix sharing, speculative decoding",
-    "the network between replicas and users",
-    "what a method costs in quality",
-)
 
 
 @dataclass(frozen=True)
@@ -108,18 +99,6 @@ class Plan:
     @property
     def num_cards(self) -> int:
         return self.num_replicas * self.cards_per_replica
-
-
-def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest n of 0 to ``limit`` with ``holds(n)``; ``holds`` is true of 0 and, once false, stays so."""
-    low, high = 0, 1
-    while high <= limit and holds(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
 
 
 class NoRoomError(ValueError):
@@ -255,18 +234,13 @@ class Clock:
 
     def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine = IDEAL) -> None:
         card = replace(place.card, memory_nbytes=None)
-        options: dict[str, Any] = {
-            "weight_bits": place.weight_bits,
-            "tensor_parallel": place.num_cards,
-            "engine": engine.name,
-        }
+        serving = Serving(place.weight_bits, place.num_cards, engine)
         output = max(1, round(lengths.mean_output))
         given = max(1, round(lengths.mean_context - output / 2))  # so that a step finds the mean context
-        self._token = partial(token_step, model, method, card, input_len=given, output_len=output, **options)
-        self._first = partial(first_token, model, method, card, input_len=given, output_len=output, **options)
+        self._token = partial(token_step, model, method, card, input_len=given, output_len=output, serving=serving)
+        self._first = partial(first_token, model, method, card, input_len=given, output_len=output, serving=serving)
         mean, long = (
-            prefill(model, card, 1, tokens, **options).seconds
-            for tokens in (given, lengths.input_quantile(INPUT_SHARE))
+            prefill(model, card, 1, tokens, serving).seconds for tokens in (given, lengths.input_quantile(INPUT_SHARE))
         )
         self._longer = Band(*(one - other for one, other in zip(long, mean, strict=True)))
 

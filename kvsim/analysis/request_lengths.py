@@ -12,12 +12,11 @@ from pathlib import Path
 from statistics import NormalDist
 
 from kvsim.regular_files import TRACE_NBYTES, read_text
-from kvsim.specs import LARGEST, parse_size
+from kvsim.whole_numbers import LARGEST
 
 INPUT_COLUMNS = ("input_len", "input_length", "input_tokens", "prompt_len", "prompt_tokens", "num_prefill_tokens")
 OUTPUT_COLUMNS = ("output_len", "output_length", "output_tokens", "completion_tokens", "num_decode_tokens")
 AZURE = {"contexttokens": "input_len", "generatedtokens": "output_len"}
-LOGNORMAL = ("mean", "sigma", "output_mean", "output_sigma", "max")
 TAIL = 1e-7
 """Share of a lognormal's requests beyond the last point, which takes their weight."""
 POINTS = 192
@@ -86,10 +85,16 @@ def constant(input_len: int, output_len: int) -> Lengths:
     return Lengths(((input_len, output_len, 1.0),), f"{input_len:,} input and {output_len:,} output tokens")
 
 
+def lognormal_outputs(mean: float, sigma: float) -> Lengths:
+    """The output side of :func:`lognormal`: lengths as the inputs of requests of one token."""
+    points = _lognormal_points(mean, sigma, None, OUTPUT_POINTS)
+    return Lengths(tuple((length, 1, weight) for length, weight in points), f"mean {mean:g}, sigma {sigma:g}")
+
+
 def lognormal(mean: float, sigma: float, output: Lengths | int, longest: int | None = None) -> Lengths:
     """Input lengths lognormal with this mean (tokens) and this sigma (of the logarithm), outputs independent.
 
-    ``output``: a number, or the input side of another lognormal.  ``longest``: inputs beyond it count as that long.
+    ``output``: a number, or :func:`lognormal_outputs`.  ``longest``: inputs beyond it count as that long.
     """
     inputs = _lognormal_points(mean, sigma, longest, POINTS)
     if isinstance(output, int):
@@ -118,38 +123,6 @@ def _lognormal_points(mean: float, sigma: float, longest: int | None, count: int
         length = max(1, round(inside))
         points[min(length, longest) if longest else length] += (high - low) / (1 - 2 * TAIL)
     return list(points.items())
-
-
-def parse_lengths(text: str, output_len: int) -> Lengths:
-    """``lognormal:mean=2000,sigma=0.8[,output_mean=300,output_sigma=0.6][,max=32k]`` or the path of a CSV trace.
-
-    Raises ``ValueError`` for another form.
-    """
-    kind, _, given = text.partition(":")
-    if kind != "lognormal":
-        return read_trace(Path(text), output_len)
-    options: dict[str, float] = {}
-    for item in filter(None, given.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or key.strip() not in LOGNORMAL:
-            raise ValueError(f"lengths {text!r}: {item!r} is not one of {', '.join(LOGNORMAL)} (name=value)")
-        try:
-            options[key.strip()] = parse_size(value, key) if value[-1:] in "kKmM" else float(value)
-        except ValueError:
-            raise ValueError(f"lengths {text!r}: {item!r} is no number") from None
-    if "mean" not in options or "sigma" not in options:
-        raise ValueError(f"lengths {text!r}: mean and sigma are needed")
-    if ("output_mean" in options) != ("output_sigma" in options):
-        raise ValueError(f"lengths {text!r}: output_mean and output_sigma go together")
-    output: Lengths | int = output_len
-    if "output_mean" in options:
-        mean, sigma = options["output_mean"], options["output_sigma"]
-        points = _lognormal_points(mean, sigma, None, OUTPUT_POINTS)
-        output = Lengths(tuple((length, 1, weight) for length, weight in points), f"mean {mean:g}, sigma {sigma:g}")
-    longest = options.get("max")
-    if longest is not None and not 1 <= longest <= LARGEST:
-        raise ValueError(f"lengths max {longest:g}: allowed are 1 to {LARGEST:,} tokens")
-    return lognormal(options["mean"], options["sigma"], output, None if longest is None else int(longest))
 
 
 def read_trace(path: Path, output_len: int) -> Lengths:

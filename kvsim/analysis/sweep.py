@@ -17,15 +17,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import kvsim
 from kvsim.analysis.plan import NoRoomError, site
-from kvsim.engines import Engine
+from kvsim.engines import Engine, EngineChoice
 from kvsim.hardware import Hardware
-from kvsim.latency.roofline import constants
+from kvsim.latency.roofline import Serving, constants
 from kvsim.latency.steps import decode_seconds, decode_step
 from kvsim.layout import Method
 from kvsim.memory.estimate import estimate
 from kvsim.models.model import Model
-from kvsim.specs import check_weight_bits, parse_serving
+from kvsim.models.weight_storage import check_weight_bits
 from kvsim.vectorize import Vectorized
 
 if TYPE_CHECKING:
@@ -39,12 +40,7 @@ NBYTES_LIMIT = 1 << 55
 NAMED = 3
 """Models that a note names before it counts the rest."""
 
-NOT_MODELLED = (
-    "what an engine holds beside weights and cache, but for the share held back",
-    "prefill, arrivals and waiting (all sequences are in flight), scheduling",
-    "several cards, and the network",
-)
-
+ANY_IDEAL = EngineChoice()
 Answer = TypeVar("Answer")
 
 
@@ -67,7 +63,7 @@ class Grid:
 
     ``contexts`` (tokens) and ``batches`` (sequences) are tuples or ranges of numbers from 1.  ``cards`` may be
     empty: bytes only.  ``weight_bits``: bits a weight (``None``: the config's).  ``reserve``: share of a card's
-    memory held back (``None``: as the engine does).  ``engine``: whose bytes, ``vllm:block_size=32``.  Raises
+    memory held back (``None``: as the engine does).  ``engine``: whose bytes, with the options given.  Raises
     ``ValueError`` for an empty axis, a number below 1, bits or a share that cannot be, or bytes beyond int64.
     """
 
@@ -78,7 +74,7 @@ class Grid:
     cards: tuple[Hardware, ...] = ()
     weight_bits: float | None = None
     reserve: float | None = None
-    engine: str = "ideal"
+    engine: EngineChoice = ANY_IDEAL
 
     def __post_init__(self) -> None:
         for name in ("models", "methods", "contexts", "batches"):
@@ -117,7 +113,7 @@ class Grid:
             for method in self.methods:
                 try:
                     most, longest = _ends(self.batches)[1], _ends(self.contexts)[1]
-                    largest = estimate(model, method, most, longest, parse_serving(self.engine, None)).total_nbytes
+                    largest = estimate(model, method, most, longest, self.engine.on(None)).total_nbytes
                 except ValueError as error:
                     found.append((model.name, method.name, str(error)))
                     continue
@@ -129,7 +125,7 @@ class Grid:
 
     def _cell(self, model: Model, method: Method, card: Hardware | None) -> Cell:
         notes: list[str] = []
-        engine = parse_serving(self.engine, card)
+        engine = self.engine.on(card)
         available, timed = None, False
         if card is not None:
             try:
@@ -139,7 +135,7 @@ class Grid:
             except ValueError as error:
                 notes.append(str(error))
             try:
-                decode_step(model, method, card, 1, 1, weight_bits=self.weight_bits, engine=engine.name)
+                decode_step(model, method, card, 1, 1, Serving(self.weight_bits, engine=engine))
                 timed = True
             except ValueError as error:
                 notes.append(str(error))
@@ -222,8 +218,8 @@ def evaluate(grid: Grid, index: int) -> Chunk:
     fits = None if cell.available_nbytes is None else (nbytes + state + index_nbytes <= cell.available_nbytes).ravel()
     times: list[NDArray[np.float64] | None] = [None, None, None]
     if cell.timed and cell.card is not None:
-        options = {"weight_bits": grid.weight_bits, "engine": cell.engine.name}
-        found = decode_seconds(cell.model, cell.method, cell.card, batch, tokens, **options)  # type: ignore[arg-type]
+        serving = Serving(grid.weight_bits, engine=cell.engine)
+        found = decode_seconds(cell.model, cell.method, cell.card, batch, tokens, serving)
         times = [np.broadcast_to(each, shape).ravel() for each in found]
     return Chunk(
         cell,
@@ -257,8 +253,6 @@ def origin(grid: Grid) -> dict[str, Any]:
     Models, methods, cards, axes and constants of time as they are, not as they are named; the version of kvsim and
     its own files.
     """
-    from kvsim import __version__
-
     cells = [(cell.engine, cell.available_nbytes, cell.timed, cell.notes) for cell in grid.cells]
     return {
         "models": [[model.name, _digest(model)] for model in grid.models],
@@ -268,10 +262,10 @@ def origin(grid: Grid) -> dict[str, Any]:
         "batch": _digest(grid.batches),
         "weights": grid.weight_bits,
         "reserve": grid.reserve,
-        "engine": [grid.engine, _digest(cells)],
+        "engine": [grid.engine.name, _digest(cells)],
         "chunks": [grid.num_chunks, *grid._blocks],
         "constants of time": _digest(constants()),
-        "kvsim": [__version__, _digest_of_files()],
+        "kvsim": [kvsim.__version__, _digest_of_files()],
     }
 
 
@@ -282,7 +276,7 @@ def _digest(of: object) -> str:
 
 def _digest_of_files() -> str:
     """Of the code and the tables of kvsim."""
-    package, digest = Path(__file__).parent, blake2b(digest_size=16)
+    package, digest = Path(kvsim.__file__).parent, blake2b(digest_size=16)
     for path in sorted(package.rglob("*")):
         if path.suffix in (".py", ".json"):
             digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
 
-from kvsim.analysis.breakeven import NOT_MODELLED, BreakEven, Runner, by_batch, by_context, by_money
+from kvsim.analysis.breakeven import BreakEven, Runner, by_batch, by_context, by_money
 from kvsim.analysis.plan import NoRoomError
 from kvsim.commandline import Command
-from kvsim.engines import ENGINES
-from kvsim.hardware import Price, given, lowest
+from kvsim.engines import ENGINES, Engine
+from kvsim.hardware import Hardware, Price, given, lowest
+from kvsim.layout import Method
+from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from kvsim.models.weight_storage import check_weight_bits
 from kvsim.output import text
+from kvsim.output.schema import envelope
 from kvsim.specs import (
-    check_weight_bits,
     choose_methods,
     left_out,
     milliseconds,
@@ -27,14 +31,13 @@ from kvsim.specs import (
     parse_sizes,
 )
 
-METHODS = ("fp8", "kivi:nbits=4", "kivi:nbits=2")
-AGAINST = ("fp16", "fp8")
+COMPARED, AGAINST = DEFAULT_SPECS["breakeven"], DEFAULT_SPECS["breakeven against"]
 
 
 @click.command("breakeven", cls=Command)
 @click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
 @click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
-@click.option("--method", "specs", multiple=True, help=f"Method; repeatable.  [default: {', '.join(METHODS)}]")
+@click.option("--method", "specs", multiple=True, help=f"Method; repeatable.  [default: {', '.join(COMPARED)}]")
 @click.option("--against", multiple=True, help=f"Method to beat; repeatable.  [default: {', '.join(AGAINST)}]")
 @click.option("--batch", default="1,8,64", show_default=True, help="Sequences, commas between several.")
 @click.option("--ctx", default="4k,32k,128k", show_default=True, help="Tokens a sequence, commas between several.")
@@ -65,79 +68,116 @@ def command(
     card, count = parse_card(gpu)
     ranks = count or 1
     batches, contexts = parse_sizes(batch, "batch"), parse_sizes(ctx)
-    methods = choose_methods(specs or METHODS, {}, None)[0]
+    methods = choose_methods(specs or COMPARED, {}, None)[0]
     others = choose_methods(against or AGAINST, {}, None)[0]
     cost = lowest(card.id, ranks) if price is None else given(card.id, price)
-    model, chosen, share = load_model(model_name), parse_serving(engine, card, ranks), None
-    if reserve is not None:
-        share = parse_reserve(reserve)
+    model, serving = load_model(model_name), parse_serving(engine, card, ranks)
+    share = parse_reserve(reserve) if reserve is not None else None
     least = parse_share(margin, "margin")
     check_weight_bits(weight_bits)
-    runners: dict[str, Runner] = {}
-    refusal = ""
-    reasons: dict[str, str] = {}
-    for method in (*methods, *others):
-        try:
-            runners[method.name] = Runner(model, method, card, ranks, weight_bits, share, chosen)
-        except NoRoomError as error:
-            refusal = f"{model.name} on {ranks} x {card.id}: {error}"
-            break
-        except ValueError as error:
-            if specs or against:
-                raise
-            reasons[method.name] = str(error)
-    notes = [refusal] if refusal else left_out(reasons)
-    pairs = [
-        (runners[method.name], runners[other.name])
-        for method in methods
-        for other in others
-        if method.name in runners and other.name in runners and method != other
-    ]
-    if not pairs and not refusal:
-        raise ValueError("; ".join(notes) or "no method to compare: --method and --against are the same")
-    rows = [
-        row
-        for one, other in pairs
-        for row in (
-            *(by_context(one, other, each, least) for each in batches),
-            *(by_batch(one, other, each, least) for each in contexts),
-            by_money(one, other, least),
-        )
-    ]
+    comparison = Comparison(model, card, ranks, batches, contexts, least, cost)
+    comparison.run(methods, others, weight_bits, share, serving, named=bool(specs or against))
     if as_json:
-        inputs: dict[str, Any] = {
-            "model": model.name,
-            "gpu": card.id,
-            "cards": ranks,
-            "batch": batches,
-            "ctx": contexts,
-        }
+        inputs = {"model": model.name, "gpu": card.id, "cards": ranks, "batch": batches, "ctx": contexts}
         inputs |= {"engine": engine, "reserve": share, "weight_bits": weight_bits, "margin": least}
-        document: dict[str, Any] = {"schema": "kvsim.breakeven/1", "inputs": inputs, "notes": notes}
-        document["not_modelled"] = NOT_MODELLED
-        document["price"] = asdict(cost) if cost else None
-        document["rates"] = [_rate(runner, each, cost, ranks) for runner in runners.values() for each in contexts]
-        click.echo(json.dumps(document | {"rows": [_row(row) for row in rows]}, indent=2))
-        return 1 if refusal else 0
-    if refusal:
-        click.echo(f"{refusal}\n\nNot modelled: {'; '.join(NOT_MODELLED)}.")
-        return 1
-    if model.max_positions and contexts[-1] > model.max_positions:
+        click.echo(json.dumps(_json(comparison, inputs), indent=2))
+    else:
+        click.echo(_screen(comparison))
+    return 1 if comparison.refusal else 0
+
+
+@dataclass
+class Comparison:
+    """Methods against others on one card (``ranks`` of it share the model): who runs, and where which one pays.
+
+    ``refusal``: why nothing fits, else empty.
+    """
+
+    model: Model
+    card: Hardware
+    ranks: int
+    batches: list[int]
+    contexts: list[int]
+    margin: float
+    price: Price | None
+    runners: dict[str, Runner] = field(default_factory=dict)
+    rows: list[BreakEven] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refusal: str = ""
+
+    def run(
+        self,
+        methods: list[Method],
+        others: list[Method],
+        weight_bits: float | None,
+        share: float | None,
+        engine: Engine,
+        named: bool,
+    ) -> None:
+        """Compares every one of ``methods`` with every one of ``others``.
+
+        Raises ``ValueError`` for a method that was ``named`` and cannot be, and where there is no pair to compare.
+        """
+        reasons: dict[str, str] = {}
+        for method in (*methods, *others):
+            try:
+                runner = Runner(self.model, method, self.card, self.ranks, weight_bits, share, engine)
+            except NoRoomError as error:
+                self.refusal = f"{self.model.name} on {self.ranks} x {self.card.id}: {error}"
+                break
+            except ValueError as error:
+                if named:
+                    raise
+                reasons[method.name] = str(error)
+            else:
+                self.runners[method.name] = runner
+        self.notes = [self.refusal] if self.refusal else left_out(reasons)
+        pairs = [
+            (self.runners[method.name], self.runners[other.name])
+            for method in methods
+            for other in others
+            if method.name in self.runners and other.name in self.runners and method != other
+        ]
+        if not pairs and not self.refusal:
+            same = "no method to compare: --method and --against are the same"
+            raise ValueError("; ".join(self.notes) or same)
+        self.rows = [row for pair in pairs for row in self._compared(*pair)]
+
+    def _compared(self, one: Runner, other: Runner) -> list[BreakEven]:
+        return [
+            *(by_context(one, other, each, self.margin) for each in self.batches),
+            *(by_batch(one, other, each, self.margin) for each in self.contexts),
+            by_money(one, other, self.margin),
+        ]
+
+
+def _json(found: Comparison, inputs: dict[str, Any]) -> dict[str, Any]:
+    out = envelope("breakeven", inputs, found.notes)
+    out["price"] = asdict(found.price) if found.price else None
+    runners = found.runners.values()
+    out["rates"] = [_rate(runner, each, found.price, found.ranks) for runner in runners for each in found.contexts]
+    return out | {"rows": [_row(row) for row in found.rows]}
+
+
+def _screen(found: Comparison) -> str:
+    if found.refusal:
+        return f"{found.refusal}\n\n{text.not_modelled_line('breakeven')}"
+    model, least, notes = found.model, found.margin, list(found.notes)
+    if model.max_positions and found.contexts[-1] > model.max_positions:
         notes.append(f"contexts beyond the model's {model.max_positions:,} positions are compared all the same")
+    kinds = {kind: [row for row in found.rows if row.kind == kind] for kind in ("context", "batch", "money")}
     blocks = [
-        f"{model.name} on {ranks} x {card.id}: where a method pays",
-        f"Faster by {least:.1%} or more of the time with fewer bytes read, at one batch and context (decode steps):\n\n"
-        + _faster([row for row in rows if row.kind == "context"], "batch", "from tokens")
-        + "\n\n"
-        + _faster([row for row in rows if row.kind == "batch"], "tokens", "from batch"),
-        f"Cheaper by {least:.1%} or more, each with the largest batch that fits:\n\n"
-        + _cheaper([row for row in rows if row.kind == "money"]),
-        _rates(runners, contexts, cost, ranks),
-        text.notes([*notes, _price_note(card.id, cost)]),
-        "Not modelled: " + "; ".join(NOT_MODELLED) + ".",
+        f"{model.name} on {found.ranks} x {found.card.id}: where a method pays",
+        f"Faster by {least:.1%} or more of the time with fewer bytes read, at one batch and context (decode steps):",
+        _faster(kinds["context"], "batch", "from tokens"),
+        _faster(kinds["batch"], "tokens", "from batch"),
+        f"Cheaper by {least:.1%} or more, each with the largest batch that fits:",
+        _cheaper(kinds["money"]),
+        _rates(found.runners, found.contexts, found.price, found.ranks),
+        text.notes([*notes, _price_note(found.card.id, found.price)]),
+        text.not_modelled_line("breakeven"),
     ]
-    click.echo("\n\n".join(blocks))
-    return 0
+    return "\n\n".join(blocks)
 
 
 def _price_note(card: str, cost: Price | None) -> str:

@@ -22,7 +22,7 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
     from dataclasses import asdict
 
     from kvsim.latency.calibrate import calibrate
-    from kvsim.latency.profile import RUNTIMES
+    from kvsim.latency.profile import engines_of
     from kvsim.output import text
     from kvsim.output.schema import envelope
 
@@ -39,6 +39,6 @@ def command(out: Path, device: str | None, seconds: float, as_json: bool) -> Non
         f"  cache   {profile.bandwidth / 1e9:10,.1f} GB/s, {profile.fixed * 1e6:,.1f} us a launch\n"
         f"  products{profile.flops / 1e12:10,.2f} TFLOP/s\n"
         f"  a layer {profile.layer_seconds * 1e6:10,.1f} us besides\n\n"
-        f"measured with {profile.runtime}'s own kernels: for --engine {' and '.join(RUNTIMES[profile.runtime])}\n"
+        f"measured with {profile.runtime}'s own kernels: for --engine {' and '.join(engines_of(profile.runtime))}\n"
         f"wrote {out}\n\n{text.not_modelled('calibrate')}"
     )

@@ -8,7 +8,8 @@ import click
 
 from kvsim.commandline import Command
 from kvsim.commands.flags import (
-    Chosen,
+    MethodFlags,
+    Selection,
     batch_option,
     beyond,
     choose_engine,
@@ -22,15 +23,14 @@ from kvsim.commands.flags import (
     show,
     show_json,
 )
-from kvsim.engines import ENGINES, Engine
+from kvsim.engines import ENGINES, IDEAL, Engine
 from kvsim.memory.estimate import Estimate, check_sizes, estimate
+from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.output import text
 from kvsim.output.schema import envelope, model_object, row_object
-from kvsim.specs import Value, parse_engine, parse_sizes
-
-COMPARE_METHODS = ("kivi:nbits=8", "kivi:nbits=4", "kivi:nbits=2", "kivi:nbits=2,group_size=64", "kivi-seed")
+from kvsim.specs import parse_engine, parse_sizes
 
 
 @click.command("compare", cls=Command)
@@ -51,38 +51,26 @@ def command(
     model_name: str,
     ctx: str,
     batch: int,
-    specs: tuple[str, ...],
-    dtype: str | None,
-    kv_cache_dtype: str | None,
+    asked: MethodFlags,
     engine: str | None,
-    block_size: int | None,
-    max_num_seqs: int | None,
-    max_num_batched_tokens: int | None,
+    flags: dict[str, int | None],
     engines: str | None,
     as_json: bool,
-    **shared: Value | None,
 ) -> None:
     """Methods down, contexts across: bytes and compression; with --engines what each engine takes, and why."""
-    flags = {
-        "block_size": block_size,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-    }
     if engines is not None:
         if engine is not None:
             raise ValueError("give --engine or --engines, not both")
-        _engines(model_name, ctx, batch, specs, dtype, kv_cache_dtype, engines, flags, shared, as_json)
+        _engines(model_name, ctx, batch, asked, engines, flags, as_json)
         return
     serving, said = choose_engine(engine, None, flags)
-    model, chosen, contexts, rows, notes = weighed_grid(
-        model_name, ctx, batch, specs, dtype, shared, kv_cache_dtype, serving
-    )
+    model, chosen, contexts, rows, notes = weighed_grid(model_name, ctx, batch, asked, serving)
     notes += [*said, *(f"{serving.name}: {line}" for line in serving.notes(model, rows[0].method))]
     if as_json:
         out = envelope("compare", inputs_object(model, batch, chosen, ctx=contexts, engine=serving.name), notes)
         show_json(out | {"model": model_object(model), "rows": [row_object(row) for row in rows]})
         return
-    under = "" if serving.name == "ideal" else f", engine {serving.name}"
+    under = "" if serving.name == IDEAL.name else f", engine {serving.name}"
     show(
         text.heading(model),
         f"batch {batch:,}{under}",
@@ -93,23 +81,16 @@ def command(
 
 
 def weighed_grid(
-    model_name: str,
-    ctx: str,
-    batch: int,
-    specs: tuple[str, ...],
-    dtype: str | None,
-    shared: dict[str, Value | None],
-    kv_cache_dtype: str | None = None,
-    engine: Engine | None = None,
-) -> tuple[Model, Chosen, list[int], list[Estimate], list[str]]:
+    model_name: str, ctx: str, batch: int, asked: MethodFlags, engine: Engine = IDEAL
+) -> tuple[Model, Selection, list[int], list[Estimate], list[str]]:
     """Methods times contexts; without any option, the wider default set."""
     contexts = parse_sizes(ctx)
     check_sizes(batch, contexts[0])
     model = load_model(model_name)
-    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype, engine)
-    if chosen.default and chosen.engine.name == "ideal":
+    chosen = Selection(model, asked, engine)
+    if chosen.default and chosen.engine.name == IDEAL.name:
         baseline = chosen.methods[0].name
-        chosen = Chosen(model, (baseline, *COMPARE_METHODS), dtype, {}, None, engine)
+        chosen = Selection(model, MethodFlags((baseline, *DEFAULT_SPECS["compare"]), asked.dtype), engine)
         chosen.default = True
     rows, left_out = chosen.weigh(model, batch, contexts)
     return model, chosen, contexts, rows, [*beyond(model, contexts), *left_out]
@@ -119,19 +100,16 @@ def _engines(
     model_name: str,
     ctx: str,
     batch: int,
-    specs: tuple[str, ...],
-    dtype: str | None,
-    kv_cache_dtype: str | None,
+    asked: MethodFlags,
     engines: str,
     flags: dict[str, int | None],
-    shared: dict[str, Value | None],
     as_json: bool,
 ) -> None:
     """Engines down, contexts across, one table a method."""
     contexts = parse_sizes(ctx)
     check_sizes(batch, contexts[0])
     model = load_model(model_name)
-    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype)
+    chosen = Selection(model, asked)
     if chosen.default:
         chosen.methods = chosen.methods[:1]
     given = given_flags(flags)

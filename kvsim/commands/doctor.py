@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from kvsim import catalog
-from kvsim.analysis.doctor import Log, diagnose, draft_of, engine_of, model_of
+from kvsim.analysis.doctor import READERS, Log, diagnose, engine_of, labels
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
 from kvsim.hardware import find_hardware
@@ -26,7 +26,7 @@ LOG_NBYTES = 1 << 24
 
 
 @click.command("doctor", cls=Command)
-@click.option("--log", "log", required=True, help="Boot log of vLLM or llama.cpp; - reads standard input.")
+@click.option("--log", "log", required=True, help=f"Boot log of {labels()}; - reads standard input.")
 @click.option("--model", "model_name", help="Model to predict.  [default: as the log names it]")
 @click.option("--gpu", help="Card, where the log does not say its memory.")
 @json_option
@@ -36,15 +36,16 @@ def command(log: str, model_name: str | None, gpu: str | None, as_json: bool) ->
     lines = Log.of(text)
     engine = engine_of(lines)
     if engine is None:
-        raise ValueError(f"log {log}: no line of a vLLM or llama.cpp boot log in it")
-    name = model_name or (model_of(lines) if engine == "vllm" else None)
-    if engine == "vllm" and name is None:
+        raise ValueError(f"log {log}: no line of a {labels()} boot log in it")
+    reader = READERS[engine]
+    name = model_name or reader.model_name(lines)
+    if reader.needs_model and name is None:
         raise ValueError(f"log {log} does not name its model: give --model")
     model = None
     if name is not None:
         model, taken = (load_model(name), []) if model_name is not None else _named(name)
         notes += taken
-    draft = draft_of(lines) if engine == "vllm" else None
+    draft = reader.draft_name(lines)
     row = catalog.find("models", draft) if draft is not None else None
     card = find_hardware(gpu) if gpu is not None else None
     diagnosis = diagnose(lines, model, card, None if row is None else load_model(row["id"]))

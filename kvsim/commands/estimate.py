@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,17 @@ import click
 
 from kvsim.commandline import Command
 from kvsim.commands.flags import (
-    Chosen,
+    MethodFlags,
+    Selection,
+    SequenceTokens,
+    WeightChoice,
     batch_option,
     beyond,
     choose_card,
     choose_engine,
-    choose_weights,
     engine_option,
     engine_options,
+    gathered,
     inputs_object,
     json_option,
     method_options,
@@ -26,21 +29,65 @@ from kvsim.commands.flags import (
     show,
     show_json,
     tokens_a_sequence,
+    weights_gathered,
 )
-from kvsim.engines import Engine, Vllm
-from kvsim.engines.vllm import Pool
+from kvsim.engines import ENGINES, Engine, Pool
 from kvsim.hardware import Hardware
-from kvsim.memory.capacity import Room, held_share, largest_batch, largest_context, room
-from kvsim.memory.estimate import check_sizes
+from kvsim.memory.capacity import RESERVE, Room, held_share, largest_batch, largest_context, room
+from kvsim.memory.estimate import Estimate, check_sizes
 from kvsim.memory.sharding import Deployment, Sharding, stages
 from kvsim.models.load import load_model
+from kvsim.models.model import Model
 from kvsim.output import text
 from kvsim.output.schema import envelope, gpu_object, model_object, options_object, row_object
 from kvsim.output.text import Times
-from kvsim.specs import Value, parse_reserve, parse_size
+from kvsim.specs import parse_reserve, parse_size
 
 if TYPE_CHECKING:
     from kvsim.latency.roofline import Constants
+
+
+@dataclass
+class Load:
+    """What is weighed: sequences of so many tokens, at most ``max_num_seqs`` at once, under one sharding.
+
+    ``told``: the share of the memory was, so that as many run as fit in it.
+    """
+
+    batch: int
+    tokens: SequenceTokens
+    sharding: Sharding
+    weights: WeightChoice
+    max_num_seqs: int | None
+    told: bool
+    constants: Constants | None
+
+
+@dataclass
+class Answer:
+    """What is shown, a row a method; ``space`` and what follows where a card is given."""
+
+    model: Model
+    chosen: Selection
+    load: Load
+    prefix: int
+    rows: list[Estimate]
+    ranks: list[tuple[int, int]]
+    times: list[Times | None]
+    space: Room | None
+    limits: list[tuple[int | None, int | None]]
+    pools: list[Pool | None]
+    notes: list[str]
+
+    @property
+    def fits(self) -> list[bool]:
+        return [self.space is not None and own <= self.space.cache_nbytes for own, _ in self.ranks]
+
+
+def _used() -> str:
+    """The shares of a card's memory that are used by default: ``0.9; vllm 0.92``."""
+    own = ((name, kind().gpu_memory_utilization) for name, kind in ENGINES.items())
+    return "; ".join([f"{1 - RESERVE:g}", *(f"{name} {share:g}" for name, share in own if share is not None)])
 
 
 @click.command("estimate", cls=Command)
@@ -62,7 +109,7 @@ if TYPE_CHECKING:
 )
 @click.option("--quantization", "-q", help="The same by vLLM's name: fp8, awq, gptq, mxfp4 ...")
 @click.option("--reserve", help="Share of the card's memory held back.  [default: 10%]")
-@click.option("--gpu-memory-utilization", type=float, help="Share of it that is used.  [default: 0.9; vllm 0.92]")
+@click.option("--gpu-memory-utilization", type=float, help=f"Share of it that is used.  [default: {_used()}]")
 @sharding_options
 @click.option(
     "--profile",
@@ -71,70 +118,65 @@ if TYPE_CHECKING:
 )
 @click.option("--shared-prefix", help="First tokens that all sequences share, stored once.")
 @json_option
+@gathered("tokens", tokens_a_sequence, "ctx", "max_model_len", "input_len", "output_len")
+@weights_gathered
 def command(
     model_name: str,
-    ctx: str | None,
-    max_model_len: str | None,
-    input_len: str | None,
-    output_len: str | None,
+    tokens: SequenceTokens,
     batch: int,
-    specs: tuple[str, ...],
-    dtype: str | None,
-    kv_cache_dtype: str | None,
+    asked: MethodFlags,
     engine: str | None,
-    block_size: int | None,
-    max_num_seqs: int | None,
-    max_num_batched_tokens: int | None,
+    flags: dict[str, Any],
     gpu: str | None,
-    weight_bits: float | None,
-    weight_dtype: str | None,
-    quantization: str | None,
+    weights: WeightChoice,
     reserve: str | None,
     gpu_memory_utilization: float | None,
-    tensor_parallel_size: int,
-    pipeline_parallel_size: int,
-    data_parallel_size: int,
-    decode_context_parallel_size: int,
-    prefill_context_parallel_size: int,
+    sharding: Sharding,
     profile: Path | None,
     shared_prefix: str | None,
     as_json: bool,
-    **shared: Value | None,
 ) -> int:
     """Bytes of the cache: stored, read per step, by purpose; what fits on a card, and the time of a token.
 
     Exit code 1 where nothing that was asked for fits the card.
     """
-    tokens, prompt, output, longest = tokens_a_sequence(ctx, max_model_len, input_len, output_len)
-    check_sizes(batch, tokens)
-    sharding = Sharding(
-        tensor_parallel_size,
-        pipeline_parallel_size,
-        data_parallel_size,
-        decode_context_parallel_size,
-        prefill_context_parallel_size,
-    )
+    check_sizes(batch, tokens.context)
     card, sharding = choose_card(gpu, sharding)
-    bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)
-    flags: dict[str, Any] = {
-        "block_size": block_size,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
-        "gpu_memory_utilization": gpu_memory_utilization,
-        "tensor_parallel_size": sharding.tensor_parallel_size,
-    }
-    serving, notes = choose_engine(engine, card, flags)
+    flags["gpu_memory_utilization"] = gpu_memory_utilization
+    serving, notes = choose_engine(engine, card, flags, sharding.tensor_parallel_size)
     fixed = _constants(profile, card, serving, notes)
     share = held_share(serving, parse_reserve(reserve) if reserve is not None else None, gpu_memory_utilization)
-    if max_num_seqs is not None and max_num_seqs < 1:
-        raise ValueError(f"max-num-seqs {max_num_seqs}: allowed are 1 and above")
-    prefix = parse_size(shared_prefix, "shared-prefix") if shared_prefix is not None else 0
+    prefix = _prefix(shared_prefix, tokens.context)
+    told = reserve is not None or gpu_memory_utilization is not None
+    load = Load(batch, tokens, sharding, weights, flags["max_num_seqs"], told, fixed)
+    model = load_model(model_name)
+    chosen = Selection(model, asked, serving)
+    answer = _answer(model, chosen, load, prefix, card, share, notes)
+    if as_json:
+        show_json(_json(answer))
+    else:
+        flag = "--gpu-memory-utilization"
+        if reserve is not None or serving.gpu_memory_utilization is None:
+            flag = "--reserve"
+        show(*_blocks(answer, flag))
+    return 1 if answer.space is not None and not any(answer.fits) else 0
+
+
+def _prefix(given: str | None, tokens: int) -> int:
+    """Tokens of a shared prefix.  Raises ``ValueError`` for more than a sequence has."""
+    prefix = parse_size(given, "shared-prefix") if given is not None else 0
     if prefix > tokens:
         raise ValueError(f"shared prefix {prefix:,}: allowed are 0 to the {tokens:,} tokens of a sequence")
-    model = load_model(model_name)
-    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype, serving)
-    rows, left_out = chosen.weigh(model, batch, [tokens], prefix)
-    notes = [*beyond(model, [tokens]), *notes, *left_out]
+    return prefix
+
+
+def _answer(
+    model: Model, chosen: Selection, load: Load, prefix: int, card: Hardware | None, share: float, said: list[str]
+) -> Answer:
+    """Weighs and times every method.  ``share``: of the card's memory, held back; ``said``: notes so far."""
+    serving, sharding, tokens = chosen.engine, load.sharding, load.tokens
+    rows, left_out = chosen.weigh(model, load.batch, [tokens.context], prefix)
+    notes = [*beyond(model, [tokens.context]), *said, *left_out]
     deployments = [Deployment(model, row.method, serving, sharding, prefix) for row in rows]
     rank = stages(model, sharding)[0] if sharding != Sharding() else model
     notes += [f"{serving.name}: {line}" for line in serving.notes(rank, rows[0].method)]
@@ -142,89 +184,89 @@ def command(
     limits: list[tuple[int | None, int | None]] = []
     pools: list[Pool | None] = [None] * len(rows)
     if card is not None:
-        overhead = serving.overhead(model, card)
         space = room(
             model,
             card,
-            bits,
+            load.weights.bits,
             share,
-            quantized=quantized,
-            overhead=overhead,
-            overhead_band=getattr(serving, "overhead_band", None),
+            quantized=load.weights.quantized,
+            overhead=serving.overhead(model, card),
+            overhead_band=serving.overhead_band,
             sharding=sharding,
         )
         notes += space.notes
-        limits = [_limits(each, tokens, batch, space, max_num_seqs) for each in deployments]
-        pools = [_pool(each, space, longest) for each in deployments]
-    if max_num_seqs is not None and batch > max_num_seqs * sharding.data_parallel_size:
-        notes.append(f"a batch of {batch:,} is beyond --max-num-seqs {max_num_seqs:,}: the others wait")
-    told = reserve is not None or gpu_memory_utilization is not None
-    times = [
-        _times(each, space, batch, prompt, output, bits, fixed, notes, told=told, most=max_num_seqs)
+        limits = [_limits(each, load, space) for each in deployments]
+        pools = [_pool(each, space, tokens.longest) for each in deployments]
+    most = load.max_num_seqs
+    if most is not None and load.batch > most * sharding.data_parallel_size:
+        notes.append(f"a batch of {load.batch:,} is beyond --max-num-seqs {most:,}: the others wait")
+    times = [None if space is None else _times(each, space, load, notes) for each in deployments]
+    ranks = [
+        (each.rank_nbytes(load.batch, tokens.context), each.all_nbytes(load.batch, tokens.context))
         for each in deployments
     ]
-    ranks = [(each.rank_nbytes(batch, tokens), each.all_nbytes(batch, tokens)) for each in deployments]
-    fits = [space is not None and own <= space.cache_nbytes for own, _ in ranks]
-    code = 1 if space is not None and not any(fits) else 0
     notes = list(dict.fromkeys(notes))
-    if as_json:
-        inputs = inputs_object(
-            model,
-            batch,
-            chosen,
-            ctx=tokens,
-            gpu=card.id if card else None,
-            engine=serving.name,
-            engine_options=options_object(serving),
-            input_len=prompt,
-            output_len=output,
-            shared_prefix=prefix,
-            **asdict(sharding),
-        )
-        out = envelope("estimate", inputs, notes) | {"model": model_object(model)}
-        out["rows"] = [
-            row_object(row) | {"rank_nbytes": own, "all_ranks_nbytes": total} | _times_object(time)
-            for row, (own, total), time in zip(rows, ranks, times, strict=True)
-        ]
-        if space is not None:
-            out["gpu"] = gpu_object(space, sharding.ranks)
-            for entry, fit, (most, far), pool in zip(out["rows"], fits, limits, pools, strict=True):
-                entry |= {"fits": fit, "max_batch": most, "max_ctx": far}
-                if pool is not None:
-                    entry["pool"] = _pool_object(pool)
-        show_json(out)
-        return code
-    blocks = [text.heading(model), text.request(tokens, batch, serving.name, prefix), text.estimates(rows)]
-    if sharding != Sharding():
-        blocks.append(text.shares(rows, ranks, sharding))
+    return Answer(model, chosen, load, prefix, rows, ranks, times, space, limits, pools, notes)
+
+
+def _json(answer: Answer) -> dict[str, Any]:
+    load, space, serving = answer.load, answer.space, answer.chosen.engine
+    inputs = inputs_object(
+        answer.model,
+        load.batch,
+        answer.chosen,
+        ctx=load.tokens.context,
+        gpu=space.hardware.id if space else None,
+        engine=serving.name,
+        engine_options=options_object(serving),
+        input_len=load.tokens.prompt,
+        output_len=load.tokens.output,
+        shared_prefix=answer.prefix,
+        **asdict(load.sharding),
+    )
+    out = envelope("estimate", inputs, answer.notes) | {"model": model_object(answer.model)}
+    out["rows"] = [
+        row_object(row) | {"rank_nbytes": own, "all_ranks_nbytes": total} | _times_object(time)
+        for row, (own, total), time in zip(answer.rows, answer.ranks, answer.times, strict=True)
+    ]
     if space is not None:
-        flag = "--reserve" if reserve is not None or serving.name != "vllm" else "--gpu-memory-utilization"
-        blocks.append(text.fits(space, rows, fits, limits, sharding.ranks, flag))
-        blocks += [text.pools(rows, pools), text.times(rows, times)]
-    show(*blocks, text.notes(notes), text.not_modelled("estimate"))
-    return code
+        out["gpu"] = gpu_object(space, load.sharding.ranks)
+        for entry, fit, (most, far), pool in zip(out["rows"], answer.fits, answer.limits, answer.pools, strict=True):
+            entry |= {"fits": fit, "max_batch": most, "max_ctx": far}
+            if pool is not None:
+                entry["pool"] = _pool_object(pool)
+    return out
 
 
-def _limits(
-    deployment: Deployment, tokens: int, batch: int, space: Room, max_num_seqs: int | None
-) -> tuple[int | None, int | None]:
+def _blocks(answer: Answer, flag: str) -> list[str]:
+    """What a screen shows; ``flag`` sets the share held back."""
+    load, rows = answer.load, answer.rows
+    request = text.request(load.tokens.context, load.batch, answer.chosen.engine.name, answer.prefix)
+    blocks = [text.heading(answer.model), request, text.estimates(rows)]
+    if load.sharding != Sharding():
+        blocks.append(text.shares(rows, answer.ranks, load.sharding))
+    if answer.space is not None:
+        blocks.append(text.fits(answer.space, rows, answer.fits, answer.limits, load.sharding.ranks, flag))
+        blocks += [text.pools(rows, answer.pools), text.times(rows, answer.times)]
+    return [*blocks, text.notes(answer.notes), text.not_modelled("estimate")]
+
+
+def _limits(deployment: Deployment, load: Load, space: Room) -> tuple[int | None, int | None]:
     """The largest batch and context."""
-    most = largest_batch(deployment, tokens, space.cache_nbytes)
-    if max_num_seqs is not None:
-        cap = max_num_seqs * deployment.sharding.data_parallel_size
+    most = largest_batch(deployment, load.tokens.context, space.cache_nbytes)
+    if load.max_num_seqs is not None:
+        cap = load.max_num_seqs * deployment.sharding.data_parallel_size
         most = cap if most is None else min(most, cap)
-    return most, largest_context(deployment, batch, space.cache_nbytes)
+    return most, largest_context(deployment, load.batch, space.cache_nbytes)
 
 
 def _pool(deployment: Deployment, space: Room, max_model_len: int) -> Pool | None:
-    """vLLM's pool on the rank with the fewest blocks."""
+    """The engine's pool on the rank with the fewest blocks; ``None`` where it has none."""
     engine, sharding = deployment.engine, deployment.sharding
-    if not isinstance(engine, Vllm):
-        return None
     held = stages(deployment.model, sharding) if sharding != Sharding() else (deployment.model,)
     length = sharding.rank_tokens(max_model_len)
     pools = [engine.pool(stage, deployment.method, space.cache_nbytes, length) for stage in held]
-    return min(pools, key=lambda pool: pool.num_gpu_blocks)
+    return min((pool for pool in pools if pool is not None), key=lambda pool: pool.num_gpu_blocks, default=None)
 
 
 def _pool_object(pool: Pool) -> dict[str, Any]:
@@ -257,51 +299,33 @@ def _constants(profile: Path | None, card: Hardware | None, engine: Engine, note
     return fixed
 
 
-def _times(
-    deployment: Deployment,
-    space: Room | None,
-    batch: int,
-    prompt: int,
-    output: int | None,
-    bits: float | None,
-    fixed: Constants | None,
-    notes: list[str],
-    *,
-    told: bool,
-    most: int | None,
-) -> Times | None:
-    """Seconds of a token and to the first, where a card is given and its figures are known.
+def _times(deployment: Deployment, space: Room, load: Load, notes: list[str]) -> Times | None:
+    """Seconds of a token and to the first, where the card's figures are known.
 
-    Without an ``output`` length those of one step at the context, and of one prompt alone; else a busy server's.
-    ``told``: the share of the memory was, so that as many run as fit in it; ``most``: no more than these.
+    Without an output length those of one step at the context, and of one prompt alone; else a busy server's.
     """
-    if space is None:
-        return None
+    from kvsim.latency.roofline import Serving
     from kvsim.latency.steps import decode_step, first_token, prefill, running, token_step, was_timed
 
-    sharding = deployment.sharding
-    replica, one = sharding.rank_batch(batch), replace(sharding, data_parallel_size=1)
+    sharding, (_, prompt, output, _) = deployment.sharding, load.tokens
+    batch, replica = load.batch, sharding.rank_batch(load.batch)
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
     model, method, card = deployment.model, deployment.method, space.hardware
-    options: dict[str, Any] = {
-        "weight_bits": bits,
-        "tensor_parallel": sharding.tensor_parallel_size,
-        "engine": deployment.engine.name,
-        "profile": fixed,
-    }
     try:
+        serving = Serving(load.weights.bits, sharding.tensor_parallel_size, deployment.engine, load.constants)
         if output is None:
-            token = decode_step(model, method, card, replica, prompt, **options)
-            first, held = prefill(model, card, 1, prompt, cached_tokens=cached, **options), float(replica)
+            token = decode_step(model, method, card, replica, prompt, serving)
+            first, held = prefill(model, card, 1, prompt, serving, cached_tokens=cached), float(replica)
         else:
-            loads = (replica, prompt, output)
-            held = running(model, method, card, *loads, **options)
-            if told:
-                room_for = largest_batch(replace(deployment, sharding=one), prompt + output // 2, space.cache_nbytes)
+            held = running(model, method, card, replica, prompt, output, serving)
+            if load.told:
+                one = replace(deployment, sharding=replace(sharding, data_parallel_size=1))
+                room_for = largest_batch(one, prompt + output // 2, space.cache_nbytes)
                 held = float(replica if room_for is None else min(replica, max(1, room_for)))
-            held = min(held, most or held)
-            token = token_step(model, method, card, *loads, cached_tokens=cached, num_running=held, **options)
-            first = first_token(model, method, card, *loads, cached_tokens=cached, num_running=held, **options)
+            held = min(held, load.max_num_seqs or held)
+            served = (model, method, card, replica, prompt, output, serving)
+            token = token_step(*served, cached_tokens=cached, num_running=held)
+            first = first_token(*served, cached_tokens=cached, num_running=held)
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None

@@ -9,7 +9,8 @@ import click
 from kvsim.analysis.explain import explain, model_numbers
 from kvsim.commandline import Command
 from kvsim.commands.flags import (
-    Chosen,
+    MethodFlags,
+    Selection,
     batch_option,
     beyond,
     inputs_object,
@@ -23,7 +24,7 @@ from kvsim.memory.estimate import check_sizes
 from kvsim.models.load import load_model
 from kvsim.output import text as report
 from kvsim.output.schema import envelope, formulas_object, model_object, row_object
-from kvsim.specs import Value, parse_size
+from kvsim.specs import parse_size
 
 
 @click.command("explain", cls=Command)
@@ -36,17 +37,14 @@ def command(
     model_name: str,
     ctx: str,
     batch: int,
-    specs: tuple[str, ...],
-    dtype: str | None,
-    kv_cache_dtype: str | None,
+    asked: MethodFlags,
     as_json: bool,
-    **shared: Value | None,
 ) -> None:
     """Where every byte comes from: the formulas, with the numbers and their config keys."""
     tokens = parse_size(ctx)
     check_sizes(batch, tokens)
     model = load_model(model_name)
-    chosen = Chosen(model, specs, dtype, shared, kv_cache_dtype)
+    chosen = Selection(model, asked)
     if chosen.default:
         chosen.methods = [chosen.methods[0], chosen.methods[-1]]
     weighed, left_out = chosen.weigh(model, batch, [tokens])

@@ -4,40 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
-from kvsim.engines import ENGINES, Engine, engine_fields
-from kvsim.engines.vllm import server_defaults
+from kvsim.engines import ENGINES, IDEAL, Engine, engine_fields, label, own_flags, owner
 from kvsim.hardware import Hardware
 from kvsim.memory.estimate import Estimate, estimate
 from kvsim.memory.sharding import Sharding
 from kvsim.methods import METHODS
 from kvsim.models.model import Model
 from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
+from kvsim.models.weight_storage import check_weight_bits
 from kvsim.specs import (
     Value,
-    check_weight_bits,
     choose_methods,
     left_out,
     parse_card,
     parse_dtype,
-    parse_engine,
+    parse_engine_choice,
     parse_human,
     parse_size,
     parse_value,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-VLLM_ONLY = ("block_size", "max_num_batched_tokens")
-DEFAULT_METHODS: dict[str, tuple[str, ...]] = {
-    "vllm": ("fp8", "int8", "int4", "nvfp4"),
-    "llama.cpp": ("q8_0", "q5_1", "q4_0"),
-    "transformers": (),
-}
-"""Engine -> the methods that are shown beside the uncompressed cache; for the others KIVI at 8, 4 and 2 bits."""
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -49,6 +42,38 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
         return command
 
     return decorate
+
+
+def gathered(argument: str, make: Callable[..., Any], *parameters: str) -> Callable[[Command], Command]:
+    """The values of several options as one argument of the command: ``make(parameter=value, ...)``."""
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def collected(**given: Any) -> Any:
+            given[argument] = make(**{name: given.pop(name) for name in parameters})
+            return command(**given)
+
+        return cast("Command", collected)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class MethodFlags:
+    """What the options say of methods: specs, and options that apply wherever a method has the field."""
+
+    specs: tuple[str, ...] = ()
+    dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    shared: tuple[tuple[str, Value], ...] = ()
+
+
+def method_flags(
+    specs: tuple[str, ...], dtype: str | None, kv_cache_dtype: str | None, **shared: Value | None
+) -> MethodFlags:
+    """The values of :data:`method_options`."""
+    given = tuple((key, value) for key, value in shared.items() if value is not None)
+    return MethodFlags(specs, dtype, kv_cache_dtype, given)
 
 
 model_option = click.option(
@@ -79,21 +104,30 @@ method_options = options(
         "kv_cache_dtype",
         help="The method by an engine's name: auto, fp8, int8_per_token_head, nvfp4, q8_0 ...",
     ),
+    gathered(
+        "asked",
+        method_flags,
+        *("specs", "dtype", "kv_cache_dtype", "nbits", "group_size", "residual_length", "sink_length"),
+        *("key_nbits", "value_nbits", "key_group_size", "value_group_size"),
+    ),
 )
+PAGED = owner("block_size")
+"""The engine that a flag of blocks chooses."""
 engine_option = click.option(
     "--engine",
     help=f"Whose bytes: {', '.join(ENGINES)}; or with its options, vllm:concurrent_batches=2.  [default: ideal, or "
-    "vllm where a flag is vLLM's alone]",
+    f"{PAGED} where a flag is {label(PAGED)}'s alone]",
 )
 engine_options = options(
-    click.option("--block-size", type=int, help="Tokens a block (vllm).  [default: 16]"),
+    click.option("--block-size", type=int, help=f"Tokens a block ({PAGED}).  [default: 16]"),
     click.option("--max-num-seqs", type=int, help="Most sequences at once."),
     click.option(
         "--max-num-batched-tokens",
         type=lambda text: parse_human(text, "max-num-batched-tokens"),
         metavar="TOKENS",
-        help="Tokens a step (vllm).  [default: by card]",
+        help=f"Tokens a step ({owner('max_num_batched_tokens')}).  [default: by card]",
     ),
+    gathered("flags", dict, "block_size", "max_num_seqs", "max_num_batched_tokens"),
 )
 sharding_options = options(
     click.option("--tensor-parallel-size", "-tp", type=int, default=1, help="Cards that share every layer."),
@@ -101,31 +135,23 @@ sharding_options = options(
     click.option("--data-parallel-size", "-dp", type=int, default=1, help="Replicas."),
     click.option("--decode-context-parallel-size", "-dcp", type=int, default=1, help="Cards that share the tokens."),
     click.option("--prefill-context-parallel-size", "-pcp", type=int, default=1, help="Further cards that do."),
+    gathered("sharding", Sharding, *(field.name for field in fields(Sharding))),
 )
 
 
-class Chosen:
+class Selection:
     """The methods and the engine that the options name."""
 
-    def __init__(
-        self,
-        model: Model,
-        specs: Sequence[str],
-        dtype: str | None,
-        shared: dict[str, Value | None],
-        kv_cache_dtype: str | None = None,
-        engine: Engine | None = None,
-    ) -> None:
-        self.dtype = parse_dtype(dtype) if dtype is not None else None
-        self.engine = engine or ENGINES["ideal"]()
-        given = {key: value for key, value in shared.items() if value is not None}
-        named = list(specs)
-        own, self.notes = own_cache(model, self.engine.name)
+    def __init__(self, model: Model, asked: MethodFlags, engine: Engine = IDEAL) -> None:
+        self.dtype = parse_dtype(asked.dtype) if asked.dtype is not None else None
+        self.engine = engine
+        kv_cache_dtype, named = asked.kv_cache_dtype, list(asked.specs)
+        own, self.notes = own_cache(model, engine)
         if kv_cache_dtype is not None:
             named.append(kv_method(kv_cache_dtype, own or self.dtype or model.dtype))
-        self.methods, self.default = choose_methods(named, given, self.dtype)
-        if self.default and self.engine.name in DEFAULT_METHODS:
-            shown = [self.methods[0].name, *DEFAULT_METHODS[self.engine.name]]
+        self.methods, self.default = choose_methods(named, dict(asked.shared), self.dtype)
+        if self.default and engine.cache_methods is not None:
+            shown = [self.methods[0].name, *engine.cache_methods]
             shown = [KV_DTYPES[own], *shown] if own is not None else shown
             self.methods, _ = choose_methods(shown, {}, None)
         elif kv_cache_dtype is None or kv_cache_dtype.lower() != "auto":
@@ -150,32 +176,32 @@ class Chosen:
         return rows, [*self.notes, *notes]
 
 
-def own_cache(model: Model, engine: str) -> tuple[str | None, list[str]]:
-    """What ``--kv-cache-dtype auto`` means beyond the model's type: the checkpoint's own, under vLLM, whose flag it is
-    (and under no engine); a note."""
-    if model.cache_dtype is None or engine not in ("vllm", "ideal"):
+def own_cache(model: Model, engine: Engine) -> tuple[str | None, list[str]]:
+    """What ``--kv-cache-dtype auto`` means beyond the model's type: the checkpoint's own, under an engine that reads it
+    (:attr:`kvsim.engines.engine.Engine.checkpoint_cache`); a note."""
+    if model.cache_dtype is None or not engine.checkpoint_cache:
         return None, []
     return model.cache_dtype, [f"--kv-cache-dtype auto is {model.cache_dtype}: {model.source('cache_dtype')}"]
 
 
-def choose_engine(spec: str | None, card: Hardware | None, given: dict[str, Any]) -> tuple[Engine, list[str]]:
-    """The engine, with the flags that it has and the defaults of ``card``; notes.
+def choose_engine(
+    spec: str | None, card: Hardware | None, given: dict[str, Any], num_cards: int = 1
+) -> tuple[Engine, list[str]]:
+    """The engine, with the flags that it has and its defaults on ``num_cards`` of ``card``; notes.
 
     Raises ``LookupError`` for an unknown engine, ``ValueError`` for a flag that it does not have.
     """
     flags = given_flags(given)
-    own = [key for key in VLLM_ONLY if key in flags]
+    own = [key for key in own_flags() if key in flags]
     notes = []
     if spec is None and own:
-        spec = "vllm"
-        notes.append(f"engine vllm, since --{own[0].replace('_', '-')} is vLLM's")
-    name = (spec or "ideal").partition(":")[0].strip().lower()
-    if name == "vllm" and card is not None:
-        flags = dict(server_defaults(card.memory_nbytes, card.id)) | flags
+        spec = owner(own[0])
+        notes.append(f"engine {spec}, since --{own[0].replace('_', '-')} is {label(spec)}'s")
+    name = (spec or IDEAL.name).partition(":")[0].strip().lower()
     for key in own:
         if name in ENGINES and key not in engine_fields(name):
-            raise ValueError(f"engine {name} has no --{key.replace('_', '-')}: it is vllm's")
-    return parse_engine(spec or "ideal", flags), notes
+            raise ValueError(f"engine {name} has no --{key.replace('_', '-')}: it is {owner(key)}'s")
+    return parse_engine_choice(spec or IDEAL.name, flags).on(card, num_cards), notes
 
 
 def given_flags(given: dict[str, Any]) -> dict[str, Any]:
@@ -203,28 +229,44 @@ def choose_card(spec: str | None, sharding: Sharding) -> tuple[Hardware | None, 
     return card, sharding
 
 
-def choose_weights(bits: float | None, dtype: str | None, quantization: str | None) -> tuple[float | None, bool]:
-    """Bits a weight, and whether they are those of the layers only.
+class WeightChoice(NamedTuple):
+    """Bits a weight (``None``: the model's own), and whether they are those of the layers only."""
+
+    bits: float | None
+    quantized: bool
+
+
+def choose_weights(weight_bits: float | None, weight_dtype: str | None, quantization: str | None) -> WeightChoice:
+    """Bits a weight as the options say.
 
     Raises ``LookupError`` for an unknown name, ``ValueError`` for more than one flag or bits that cannot be.
     """
-    check_weight_bits(bits)
-    given = [
-        name for name, value in (("bits", bits), ("dtype", dtype), ("quantization", quantization)) if value is not None
-    ]
-    if len(given) > 1:
+    check_weight_bits(weight_bits)
+    if sum(value is not None for value in (weight_bits, weight_dtype, quantization)) > 1:
         raise ValueError("give one of --weight-bits, --weight-dtype and --quantization")
-    if dtype is not None:
-        return weight_bits_of(dtype, WEIGHT_DTYPES, "weight-dtype"), True
+    if weight_dtype is not None:
+        return WeightChoice(weight_bits_of(weight_dtype, WEIGHT_DTYPES, "weight-dtype"), True)
     if quantization is not None:
-        return weight_bits_of(quantization, QUANTIZATIONS, "quantization"), True
-    return bits, False
+        return WeightChoice(weight_bits_of(quantization, QUANTIZATIONS, "quantization"), True)
+    return WeightChoice(weight_bits, False)
+
+
+weights_gathered = gathered("weights", choose_weights, "weight_bits", "weight_dtype", "quantization")
+
+
+class SequenceTokens(NamedTuple):
+    """Tokens of a sequence: all of them, of the prompt, of the answer (where told), and the longest that is served."""
+
+    context: int
+    prompt: int
+    output: int | None
+    longest: int
 
 
 def tokens_a_sequence(
     ctx: str | None, max_model_len: str | None, input_len: str | None, output_len: str | None
-) -> tuple[int, int, int | None, int]:
-    """``(context, input, output, max_model_len)`` as the flags say: a context is an input and an output, or given.
+) -> SequenceTokens:
+    """As the flags say: a context is an input and an output, or given.
 
     Raises ``ValueError`` for flags that contradict each other.
     """
@@ -242,7 +284,7 @@ def tokens_a_sequence(
         given, out = tokens, None
     if longest is not None and tokens > longest:
         raise ValueError(f"a sequence of {tokens:,} tokens is beyond --max-model-len {longest:,}")
-    return tokens, given, out, longest or tokens
+    return SequenceTokens(tokens, given, out, longest or tokens)
 
 
 def beyond(model: Model, contexts: Sequence[int]) -> list[str]:
@@ -254,7 +296,7 @@ def beyond(model: Model, contexts: Sequence[int]) -> list[str]:
     return notes
 
 
-def inputs_object(model: Model, batch: int, chosen: Chosen, **more: Any) -> dict[str, Any]:
+def inputs_object(model: Model, batch: int, chosen: Selection, **more: Any) -> dict[str, Any]:
     """``inputs`` of a JSON answer."""
     methods = [method.name for method in chosen.methods]
     return {"model": model.name, "batch": batch, "dtype": chosen.dtype or "float16", "methods": methods, **more}

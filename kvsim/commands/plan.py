@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import click
 
 from kvsim.analysis.memory_risk import OCCUPANCIES
-from kvsim.analysis.plan import INPUT_SHARE, MAX_BATCH, NOT_MODELLED, RISK, Demand, Plan, plan
-from kvsim.analysis.request_lengths import Lengths, constant, parse_lengths
+from kvsim.analysis.plan import INPUT_SHARE, MAX_BATCH, RISK, Demand, Plan, plan
+from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.commandline import Command
-from kvsim.commands.flags import choose_weights, own_cache
-from kvsim.engines import ENGINES
-from kvsim.hardware import Hardware, Price, given, lowest
+from kvsim.commands.flags import WeightChoice, gathered, own_cache, weights_gathered
+from kvsim.engines import ENGINES, IDEAL, EngineChoice, engine_fields, owner
+from kvsim.hardware import Hardware, given, lowest
 from kvsim.install import install_hint
+from kvsim.layout import Method
 from kvsim.memory.capacity import held_share
+from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
+from kvsim.models.model import Model
 from kvsim.models.quantization import WEIGHT_DTYPES, kv_method
 from kvsim.output import text
+from kvsim.output.schema import envelope
 from kvsim.specs import (
     choose_methods,
     milliseconds,
     parse_card,
+    parse_engine_choice,
     parse_human,
+    parse_lengths,
     parse_reserve,
     parse_seconds,
-    parse_serving,
     parse_size,
 )
 
-METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
+WEIGHED = DEFAULT_SPECS["plan"]
+PAGED = owner("block_size")
+"""The engine that --block-size chooses."""
 
 
 @click.command("plan", cls=Command)
@@ -58,7 +64,7 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
     "--max-model-len",
     help="Tokens at which requests are cut, as vLLM reads it: 32k is 32000.  [default: the model's positions]",
 )
-@click.option("--method", "specs", multiple=True, help=f"Cache method; repeatable.  [default: {', '.join(METHODS)}]")
+@click.option("--method", "specs", multiple=True, help=f"Cache method; repeatable.  [default: {', '.join(WEIGHED)}]")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
 @click.option("--kv-cache-dtype", "--kv-dtype", help="As vLLM's: one more method, by an engine's name.")
 @click.option("--weight-dtype", help=f"Type of the layers' weights: {', '.join(WEIGHT_DTYPES)}.")
@@ -72,7 +78,7 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
     show_default=True,
     help="Requests at the end of their answers, or at random moments.",
 )
-@click.option("--engine", help=f"Whose bytes: {', '.join(ENGINES)}.  [default: ideal, or vllm with --block-size]")
+@click.option("--engine", help=f"Whose bytes: {', '.join(ENGINES)}.  [default: ideal, or {PAGED} with --block-size]")
 @click.option("--block-size", type=int, help="As vLLM's: tokens a block.")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
@@ -80,28 +86,26 @@ METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
 @click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@weights_gathered
+@gathered("engine", lambda **given: _engine(**given), "engine", "block_size")
+@gathered("lengths", lambda **given: _lengths(**given), "input_len", "output_len", "spec")
+@gathered("held", lambda **given: _share(**given), "reserve", "gpu_memory_utilization")
 def command(
     model_name: str,
     gpus: tuple[str, ...],
     users: int,
     slo_tpot: str | None,
     slo_ttft: str | None,
-    input_len: str,
-    output_len: str,
-    spec: str | None,
+    lengths: Lengths,
     max_model_len: str | None,
     specs: tuple[str, ...],
-    weight_bits: float | None,
     kv_cache_dtype: str | None,
-    weight_dtype: str | None,
-    quantization: str | None,
+    weights: WeightChoice,
     price: float | None,
     risk: float,
     occupancy: str,
-    engine: str | None,
-    block_size: int | None,
-    reserve: str | None,
-    gpu_memory_utilization: float | None,
+    engine: str,
+    held: float | None,
     tensor_parallel_size: int | None,
     max_num_seqs: int,
     max_cards: int | None,
@@ -115,92 +119,107 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"plan needs numpy: {install_hint('plan')}") from None
-    weight_bits, quantized = choose_weights(weight_bits, weight_dtype, quantization)
     if price is not None:
         given("", price)
-    engine = _engine(engine, block_size)
-    parse_serving(engine, None)
-    held = parse_reserve(reserve) if reserve is not None else None
-    cards = [parse_card(gpu) for gpu in gpus]
-    if tensor_parallel_size is not None:
-        for gpu, (_, count) in zip(gpus, cards, strict=True):
-            if count not in (None, tensor_parallel_size):
-                raise ValueError(f"gpu {gpu!r}: {count} cards, but --tensor-parallel-size is {tensor_parallel_size}")
-        cards = [(card, tensor_parallel_size) for card, _ in cards]
-    if gpu_memory_utilization is not None:
-        held = held_share(None, held, gpu_memory_utilization)
-    made = parse_size(output_len, "output-len")
-    lengths = parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
+    serving, cards = parse_engine_choice(engine, {}), _cards(gpus, tensor_parallel_size)
     model = load_model(model_name)
     longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else model.max_positions
-    lengths, notes = _held(lengths, longest)
-    demand = Demand(
-        users,
-        lengths,
-        parse_seconds(slo_tpot, "slo-tpot") if slo_tpot is not None else None,
-        parse_seconds(slo_ttft, "slo-ttft") if slo_ttft is not None else None,
-        risk,
-        occupancy,
-    )
-
-    def cost(card: Hardware, num_cards: int) -> Price | None:
-        return lowest(card.id, num_cards) if price is None else given(card.id, price)
-
-    named = list(specs)
-    if kv_cache_dtype is not None:
-        own, said = own_cache(model, engine.partition(":")[0].strip().lower())
-        named.append(kv_method(kv_cache_dtype, own or model.dtype))
-        notes += said if kv_cache_dtype.lower() == "auto" else []
+    lengths, notes = _cut(lengths, longest)
+    slos = _seconds(slo_tpot, "slo-tpot"), _seconds(slo_ttft, "slo-ttft")
+    demand = Demand(users, lengths, slos[0], slos[1], risk, occupancy)
+    methods, said = _methods(model, specs, kv_cache_dtype, serving)
+    notes += said
     ways = plan(
         model,
-        choose_methods(named or METHODS, {}, None)[0],
+        methods,
         cards,
         demand,
-        cost,
-        weight_bits=weight_bits,
+        lambda card, num_cards: lowest(card.id, num_cards) if price is None else given(card.id, price),
+        weight_bits=weights.bits,
         reserve=held,
-        quantized=quantized,
-        engine=partial(parse_serving, engine),
+        quantized=weights.quantized,
+        engine=serving.on,
         max_cards=max_cards,
         max_num_seqs=max_num_seqs,
     )
     if as_json:
-        inputs = {
-            "model": model.name,
-            "gpus": [{"card": card.id, "cards_per_replica": count} for card, count in cards],
-            "users": users,
-            "lengths": lengths.label,
-            "slo_tpot_seconds": demand.slo_tpot,
-            "slo_ttft_seconds": demand.slo_ttft,
-            "max_model_len": longest,
-            "weight_bits": weight_bits,
-            "risk": risk,
-            "occupancy": occupancy,
-            "engine": engine,
-            "reserve": held,
-        }
-        document = {"schema": "kvsim.plan/1", "inputs": inputs, "notes": notes, "not_modelled": NOT_MODELLED}
-        click.echo(json.dumps(document | {"rows": [_row(way) for way in ways]}, indent=2))
+        inputs: dict[str, Any] = {"model": model.name}
+        inputs["gpus"] = [{"card": card.id, "cards_per_replica": count} for card, count in cards]
+        inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
+        inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held}
+        click.echo(json.dumps(envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}, indent=2))
     else:
         click.echo("\n\n".join(_screen(model.name, demand, ways, notes)))
     return 0 if any(way.refusal is None for way in ways) else 1
 
 
-def _engine(spec: str | None, block_size: int | None) -> str:
-    """The engine's spec, vLLM's where a block size is given.  Raises ``ValueError`` for a block size of another's."""
+def _engine(engine: str | None, block_size: int | None) -> str:
+    """The engine's spec, of the one that has blocks where their size is given.
+
+    Raises ``ValueError`` for a block size of another's.
+    """
     if block_size is None:
-        return spec or "ideal"
-    name, colon, options = (spec or "vllm").partition(":")
-    if name.strip().lower() != "vllm":
-        raise ValueError(f"engine {name} has no --block-size: it is vllm's")
-    return f"vllm:{options}{',' * bool(colon)}block_size={block_size}"
+        return engine or IDEAL.name
+    name, colon, options = (engine or PAGED).partition(":")
+    own = name.strip().lower()
+    if own not in ENGINES or "block_size" not in engine_fields(own):
+        raise ValueError(f"engine {name} has no --block-size: it is {PAGED}'s")
+    return f"{own}:{options}{',' * bool(colon)}block_size={block_size}"
 
 
-def _held(lengths: Lengths, longest: int | None) -> tuple[Lengths, list[str]]:
+def _seconds(text: str | None, what: str) -> float | None:
+    return parse_seconds(text, what) if text is not None else None
+
+
+def _lengths(input_len: str, output_len: str, spec: str | None) -> Lengths:
+    """The requests' lengths.  Raises ``ValueError``."""
+    made = parse_size(output_len, "output-len")
+    return parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
+
+
+def _share(reserve: str | None, gpu_memory_utilization: float | None) -> float | None:
+    """The share of a card's memory that is asked to be held back; ``None``: as the engine does."""
+    held = parse_reserve(reserve) if reserve is not None else None
+    return held if gpu_memory_utilization is None else held_share(None, held, gpu_memory_utilization)
+
+
+def _cards(gpus: tuple[str, ...], tensor_parallel_size: int | None) -> list[tuple[Hardware, int | None]]:
+    """The cards, and how many of each share the model.  Raises ``ValueError`` where two options say otherwise."""
+    cards = [parse_card(gpu) for gpu in gpus]
+    if tensor_parallel_size is None:
+        return cards
+    for gpu, (_, count) in zip(gpus, cards, strict=True):
+        if count not in (None, tensor_parallel_size):
+            raise ValueError(f"gpu {gpu!r}: {count} cards, but --tensor-parallel-size is {tensor_parallel_size}")
+    return [(card, tensor_parallel_size) for card, _ in cards]
+
+
+def _methods(
+    model: Model, specs: tuple[str, ...], kv_cache_dtype: str | None, engine: EngineChoice
+) -> tuple[list[Method], list[str]]:
+    """The methods that are weighed, and notes."""
+    named, notes = list(specs), []
+    if kv_cache_dtype is not None:
+        own, said = own_cache(model, engine.on(None))
+        named.append(kv_method(kv_cache_dtype, own or model.dtype))
+        notes = said if kv_cache_dtype.lower() == "auto" else []
+    return choose_methods(named or WEIGHED, {}, None)[0], notes
+
+
+def _cut(lengths: Lengths, longest: int | None) -> tuple[Lengths, list[str]]:
     if longest is None:
         return lengths, []
     lengths, share = lengths.cut(longest)
     return lengths, [f"{share:.2%} of the requests are longer than {longest:,} tokens and cut there"] if share else []
+
+
+def _demand(demand: Demand) -> dict[str, Any]:
+    return {
+        "users": demand.users,
+        "lengths": demand.lengths.label,
+        "slo_tpot_seconds": demand.slo_tpot,
+        "slo_ttft_seconds": demand.slo_ttft,
+    }
 
 
 def _row(way: Plan) -> dict[str, Any]:
@@ -262,7 +281,7 @@ def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> li
         *notes,
     ]
     blocks.append(text.notes(lines))
-    blocks.append("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
+    blocks.append(text.not_modelled_line("plan"))
     return blocks
 
 

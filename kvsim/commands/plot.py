@@ -9,6 +9,7 @@ import click
 from kvsim.commandline import Command
 from kvsim.commands.compare import weighed_grid
 from kvsim.commands.flags import (
+    MethodFlags,
     batch_option,
     inputs_object,
     json_option,
@@ -19,7 +20,6 @@ from kvsim.commands.flags import (
 )
 from kvsim.output import text
 from kvsim.output.schema import envelope, model_object, row_object
-from kvsim.specs import Value
 
 PLOT_CONTEXTS = "128,256,512,1k,2k,4k,8k,16k,32k,64k,128k"
 
@@ -35,15 +35,12 @@ def command(
     model_name: str,
     ctx: str,
     batch: int,
-    specs: tuple[str, ...],
-    dtype: str | None,
-    kv_cache_dtype: str | None,
+    asked: MethodFlags,
     output: str,
     as_json: bool,
-    **shared: Value | None,
 ) -> None:
     """Bytes and compression over context, as PNG or SVG."""
-    model, chosen, contexts, rows, notes = weighed_grid(model_name, ctx, batch, specs, dtype, shared, kv_cache_dtype)
+    model, chosen, contexts, rows, notes = weighed_grid(model_name, ctx, batch, asked)
     from kvsim.output.plot import draw
 
     draw(rows, f"{model.name}, batch {batch:,}", Path(output))

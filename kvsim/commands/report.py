@@ -12,18 +12,21 @@ from kvsim.atomic import replace_file
 from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.hardware import given
+from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
-from kvsim.output.page import NOT_MODELLED, Question, answer, as_json, json_object, question_price, report
-from kvsim.specs import check_weight_bits, choose_methods, parse_card, parse_reserve, parse_serving, parse_size
+from kvsim.models.weight_storage import check_weight_bits
+from kvsim.output import text
+from kvsim.output.page import Question, answer, as_json, json_object, question_price, report
+from kvsim.specs import choose_methods, parse_card, parse_reserve, parse_serving, parse_size
 
-METHODS = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
+SHOWN = DEFAULT_SPECS["page"]
 
 
 @click.command("report", cls=Command)
 @click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
 @click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
 @click.option(
-    "--method", "specs", multiple=True, help=f"Method; the first is compared with.  [default: {', '.join(METHODS)}]"
+    "--method", "specs", multiple=True, help=f"Method; the first is compared with.  [default: {', '.join(SHOWN)}]"
 )
 @click.option("--ctx", default="32k", show_default=True, help="Tokens a sequence.")
 @click.option("--batch", default="8", show_default=True, help="Sequences.")
@@ -62,7 +65,7 @@ def command(
     question = Question(
         load_model(model_name),
         card,
-        tuple(choose_methods(specs or METHODS, {}, None)[0]),
+        tuple(choose_methods(specs or SHOWN, {}, None)[0]),
         parse_size(ctx),
         parse_size(batch, "batch"),
         count or 1,
@@ -70,7 +73,7 @@ def command(
         engine,
         parse_reserve(reserve) if reserve is not None else None,
         question_price(card, count or 1) if price is None else given(card.id, price),
-        specs or METHODS,
+        specs or SHOWN,
         model_name,
     )
     try:
@@ -79,7 +82,7 @@ def command(
         if as_object:
             click.echo(json.dumps(json_object(question, [str(error)], []), indent=2))
         else:
-            click.echo(f"{error}\n\nNot modelled: {'; '.join(NOT_MODELLED)}.")
+            click.echo(f"{error}\n\n{text.not_modelled_line('page')}")
         return 1
     if as_object:
         click.echo(json.dumps(as_json(found), indent=2))
@@ -87,5 +90,5 @@ def command(
     page = report(found).encode()
     replace_file(out, page)
     click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {len(page) / 1024:,.0f} KiB")
-    click.echo("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
+    click.echo(text.not_modelled_line("page"))
     return 0

@@ -31,7 +31,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         import uvicorn  # noqa: F401
     except ImportError:
         raise ValueError(f"serve needs starlette and uvicorn: {install_hint('serve')}") from None
-    from kvsim.output.page import NOT_MODELLED
+    from kvsim.output.schema import envelope
     from kvsim.output.serve import Asked, app, serve
     from kvsim.specs import parse_card
 
@@ -54,13 +54,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         port = probe.getsockname()[1]
     url = f"http://{host}:{port}/"
     if as_json:
-        document: dict[str, Any] = {
-            "schema": "kvsim.serve/1",
-            "inputs": given,
-            "notes": [],
-            "not_modelled": NOT_MODELLED,
-        }
-        click.echo(json.dumps(document | {"rows": [{"url": url}]}))
+        click.echo(json.dumps(envelope("serve", given, []) | {"rows": [{"url": url}]}))
     else:
         click.echo(f"kvsim serves on {url} (Ctrl-C ends it)")
     sys.stdout.flush()

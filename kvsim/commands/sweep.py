@@ -9,7 +9,7 @@ import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from kvsim.hardware import find_hardware
 from kvsim.install import install_hint
 from kvsim.models.load import load_model
 from kvsim.specs import choose_methods, parse_reserve
+
+if TYPE_CHECKING:
+    from kvsim.analysis.sweep import Grid
 
 REPORT_SECONDS = 2.0
 MAX_WORKERS = 1024
@@ -91,15 +94,15 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"sweep needs numpy: {install_hint('plan')}") from None
-    from kvsim.analysis.sweep import NOT_MODELLED, Grid
+    from kvsim.analysis.sweep import Grid
     from kvsim.output import sweep_file
-    from kvsim.specs import parse_axis, parse_serving
+    from kvsim.specs import parse_axis, parse_engine_choice
 
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
     everything = [row["id"] for row in catalog.rows("models")] if "all" in names else list(names)
     methods, _ = choose_methods(specs, {}, None)
-    parse_serving(engine, None)
+    chosen = parse_engine_choice(engine, {})
     grid = Grid(
         models=tuple(dict.fromkeys(load_model(name) for name in everything)),
         methods=tuple(methods),
@@ -108,7 +111,7 @@ def command(
         cards=tuple(dict.fromkeys(find_hardware(name) for name in gpus)),
         weight_bits=weight_bits,
         reserve=parse_reserve(reserve) if reserve is not None else None,
-        engine=engine,
+        engine=chosen,
     )
     if not grid.cells:
         raise ValueError("; ".join(grid.left_out))
@@ -127,6 +130,14 @@ def command(
     if out is None:
         sweep_file.stream(grid, inputs, sys.stdout.buffer)
         return
+    _write(grid, inputs, out, workers, quiet, as_json)
+
+
+def _write(grid: Grid, inputs: dict[str, Any], out: Path, workers: int, quiet: bool, as_json: bool) -> None:
+    """Sweeps into a file, and says what was written."""
+    from kvsim.output import sweep_file, text
+    from kvsim.output.schema import envelope
+
     start = time.monotonic()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else nullcontext()
     meter = Meter(grid.num_rows / grid.num_chunks, quiet)
@@ -148,9 +159,8 @@ def command(
             {"model": cell.model.name, "method": cell.method.name, "gpu": cell.card.id if cell.card else None}
             for cell in grid.cells
         ]
-        document: dict[str, Any] = {"schema": "kvsim.analysis.sweep-summary/1", "inputs": inputs, "notes": grid.notes}
-        click.echo(json.dumps(document | {"not_modelled": NOT_MODELLED} | summary | {"rows": rows}, indent=2))
+        click.echo(json.dumps(envelope("sweep-summary", inputs, grid.notes) | summary | {"rows": rows}, indent=2))
         return
     resumed = f", {there} of {grid.num_chunks} chunks were there" if there else ""
     click.echo(f"wrote {out}: {grid.num_rows:,} rows, {fresh / seconds:,.0f} rows/s{resumed}")
-    click.echo("Not modelled: " + "; ".join(NOT_MODELLED) + ".")
+    click.echo(text.not_modelled_line("sweep"))

@@ -6,57 +6,30 @@ rounded up, windows that hold more than their width, buffers grown in steps, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
+from kvsim.engines.engine import Engine, Pool
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.kvruntime import Kvruntime
 from kvsim.engines.llama_cpp import LlamaCpp
 from kvsim.engines.transformers import Transformers
 from kvsim.engines.vllm import Vllm
-from kvsim.layout import Method
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
-    from kvsim.models.model import Model
 
-
-@runtime_checkable
-class Engine(Protocol):
-    """What an engine takes for a cache.  Implementations are frozen dataclasses, one file each here."""
-
-    @property
-    def name(self) -> str:
-        """Short name for tables: ``ideal``, ``vllm``."""
-
-    def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
-        """Bytes that the engine takes for ``batch_size`` sequences of ``num_tokens`` tokens, by purpose.
-
-        Constant-size state stands under names that start with ``state_``; whatever the engine adds by rounding
-        and padding under names of its own.  Never falls as the batch or the context grows.  Raises ``ValueError``
-        where the engine does not have the method, or not for such a model.
-        """
-
-    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
-        """Estimated bytes beside weights and cache on one card, by name (workspaces, graphs, the runtime itself).
-
-        An engine that has some also has ``overhead_band``: name -> (low, high) over the estimate.
-        """
-
-    def notes(self, model: Model, method: Method) -> tuple[str, ...]:
-        """Why its bytes differ from ``ideal`` for this model and method, a line each."""
-
-
-ENGINES: dict[str, Callable[..., Engine]] = {
+ENGINES: dict[str, type[Engine]] = {
     "ideal": Ideal,
     "transformers": Transformers,
     "vllm": Vllm,
     "llama.cpp": LlamaCpp,
     "kvruntime": Kvruntime,
 }
-"""Name -> factory; keyword arguments are the engine's own fields."""
+"""Name -> class; keyword arguments are the engine's own fields."""
+
+IDEAL: Engine = Ideal()
 
 
 def make_engine(name: str, **options: Any) -> Engine:
@@ -64,10 +37,7 @@ def make_engine(name: str, **options: Any) -> Engine:
 
     Raises ``LookupError`` for an unknown name and ``ValueError`` for an option that the engine does not have.
     """
-    if name not in ENGINES:
-        near = get_close_matches(name, ENGINES, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise LookupError(f"unknown engine {name!r}: {hint}allowed are {', '.join(ENGINES)}")
+    check_engine(name)
     wrong = sorted(options.keys() - engine_fields(name))
     if wrong:
         allowed = ", ".join(sorted(engine_fields(name))) or "none"
@@ -75,20 +45,72 @@ def make_engine(name: str, **options: Any) -> Engine:
     return ENGINES[name](**options)
 
 
-def engine_fields(name: str) -> frozenset[str]:
-    """The options that a named engine takes."""
-    factory = ENGINES[name]
-    return frozenset(field.name for field in fields(factory)) if is_dataclass(factory) else frozenset()
+def check_engine(name: str) -> None:
+    """Raises ``LookupError``, with the nearest names, for an engine that is not known."""
+    if name not in ENGINES:
+        near = get_close_matches(name, ENGINES, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise LookupError(f"unknown engine {name!r}: {hint}allowed are {', '.join(ENGINES)}")
+
+
+def engine_fields(name: str) -> dict[str, str]:
+    """The options that a named engine takes -> the type of each: ``int``, ``float``, ``bool`` or ``str``."""
+    own = fields(ENGINES[name])  # type: ignore[arg-type]  # every engine is a dataclass
+    return {each.name: each.type if isinstance(each.type, str) else each.type.__name__ for each in own}
+
+
+def label(name: str) -> str:
+    """A named engine in a sentence: ``vLLM``."""
+    return ENGINES[name].label or name
+
+
+def owner(flag: str) -> str:
+    """The engine that an option of the command line chooses (:attr:`Engine.own_flags`).  Raises ``LookupError``."""
+    for name, kind in ENGINES.items():
+        if flag in kind.own_flags:
+            return name
+    raise LookupError(f"no engine has --{flag.replace('_', '-')} for itself")
+
+
+def own_flags() -> tuple[str, ...]:
+    """The options of the command line that choose an engine."""
+    return tuple(flag for kind in ENGINES.values() for flag in kind.own_flags)
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine and the options given for it, before it is known on which card it serves.
+
+    Raises ``LookupError`` for an unknown name and ``ValueError`` for an option that the engine does not have.
+    """
+
+    name: str = "ideal"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        make_engine(self.name, **dict(self.options))
+
+    def on(self, card: Hardware | None, num_cards: int = 1) -> Engine:
+        """The engine as it serves on ``num_cards`` of ``card``: its defaults there, and the options given."""
+        defaults = ENGINES[self.name].on(card, num_cards)
+        return make_engine(self.name, **defaults | dict(self.options))
 
 
 __all__ = [
     "ENGINES",
+    "IDEAL",
     "Engine",
+    "EngineChoice",
     "Ideal",
     "Kvruntime",
     "LlamaCpp",
+    "Pool",
     "Transformers",
     "Vllm",
+    "check_engine",
     "engine_fields",
+    "label",
     "make_engine",
+    "own_flags",
+    "owner",
 ]

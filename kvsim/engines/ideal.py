@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvsim.layout import Method, parts, shared_buffers
+from kvsim.engines.engine import Engine
+from kvsim.layout import LayerShape, Method, check_parts, parts, shared_buffers, shared_tokens
 from kvsim.methods import Full, placed
 
 if TYPE_CHECKING:
-    from kvsim.hardware import Hardware
     from kvsim.models.model import Model
 
 
@@ -19,9 +19,12 @@ INDEX = Full()
 
 
 @dataclass(frozen=True)
-class Ideal:
+class Ideal(Engine):
     """Every layer's own buffers at their exact size: keys and values by the method (with what its
-    layers share, once), index keys at 16 bits, states."""
+    layers share, once), index keys at 16 bits, states.  A prefix is shared as far as the method can share it."""
+
+    checkpoint_cache = True
+    runtime = "pytorch"
 
     @property
     def name(self) -> str:
@@ -35,16 +38,13 @@ class Ideal:
                 total[prefix + name] = total.get(prefix + name, 0) + count * size
 
         for (layer, chosen), count in placed(method, model.cache_layers).items():
-            add("", parts(chosen.buffers(layer, batch_size, num_tokens)), count)
-        add("", parts(shared_buffers(method, model.cache_layers)), 1)
+            add("", check_parts(chosen, parts(chosen.buffers(layer, batch_size, num_tokens))), count)
+        add("", check_parts(method, parts(shared_buffers(method, model.cache_layers))), 1)
         for layer, count in Counter(model.index_layers).items():
             add("index_", parts(INDEX.buffers(layer, batch_size, num_tokens)), count)
         for state, count in Counter(model.state_layers).items():
             add("state_", parts(state.buffers(batch_size)), count)
         return total
 
-    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
-        return {}
-
-    def notes(self, model: Model, method: Method) -> tuple[str, ...]:
-        return ()
+    def shared_tokens(self, model: Model, method: Method, layer: LayerShape, chosen: Method, shared: int) -> int:
+        return shared_tokens(chosen, layer, shared)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvsim.engines.engine import Engine
 from kvsim.engines.ideal import Ideal
 from kvsim.layout import Method
 from kvsim.methods import METHODS, placed
 from kvsim.whole_numbers import check_whole
 
 if TYPE_CHECKING:
-    from kvsim.hardware import Hardware
     from kvsim.models.model import Model
 
 GROW_TOKENS = 256
@@ -45,7 +45,7 @@ def names() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Kvruntime:
+class Kvruntime(Engine):
     """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256."""
 
     max_seq_len: int = 0
@@ -75,9 +75,6 @@ class Kvruntime:
         exact = Ideal().parts(model, method, batch_size, num_tokens)
         provided = Ideal().parts(model, method, batch_size, self.provided(num_tokens))
         return exact | {"padding": sum(provided.values()) - sum(exact.values())}
-
-    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
-        return {}
 
     def notes(self, model: Model, method: Method) -> tuple[str, ...]:
         if self.max_seq_len:

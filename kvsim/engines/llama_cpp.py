@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from kvsim.engines.engine import Engine
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, nbytes
@@ -69,11 +71,13 @@ OVERHEAD_BAND: dict[str, tuple[float, float]] = {"compute": (0.9, 2.0), "runtime
 
 
 @dataclass(frozen=True)
-class LlamaCpp:
+class LlamaCpp(Engine):
     """llama.cpp's ``--ubatch-size``, ``--flash-attn``, ``--kv-unified`` and ``--swa-full``, with its defaults.
 
     ``flash_attn``: without it a quantized value cache is refused, as llama.cpp refuses it.
     """
+
+    cache_methods = ("q8_0", "q5_1", "q4_0")
 
     n_ubatch: int = 512
     flash_attn: bool = True
@@ -107,15 +111,7 @@ class LlamaCpp:
         """``model`` with the windows that llama.cpp does not apply taken off its layers."""
         if windowed(model) or all(layer.window is None for layer in model.cache_layers):
             return model
-        return replace(
-            model,
-            layers=tuple(
-                replace(layer, window=None, kind="" if layer.kind == "chunked" else layer.kind)
-                if isinstance(layer, LayerShape) and layer.window is not None
-                else layer
-                for layer in model.layers
-            ),
-        )
+        return _whole(model)
 
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
         model, total = self.held(model), 0
@@ -170,6 +166,20 @@ class LlamaCpp:
         if isinstance(method, Ggml) and method.value_type not in PLAIN:
             out.append("a quantized value cache needs flash attention")
         return tuple(out)
+
+
+@lru_cache(maxsize=256)
+def _whole(model: Model) -> Model:
+    """``model`` without windows."""
+    return replace(
+        model,
+        layers=tuple(
+            replace(layer, window=None, kind="" if layer.kind == "chunked" else layer.kind)
+            if isinstance(layer, LayerShape) and layer.window is not None
+            else layer
+            for layer in model.layers
+        ),
+    )
 
 
 def windowed(model: Model) -> bool:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from kvsim.engines.engine import Engine
 from kvsim.layout import DTYPE_BITS, LayerShape, Method
 from kvsim.methods import Full
 
 if TYPE_CHECKING:
-    from kvsim.hardware import Hardware
     from kvsim.models.model import Model
 
 IMPLEMENTATIONS = ("dynamic", "static")
@@ -26,9 +26,12 @@ GATE = "gate"
 
 
 @dataclass(frozen=True)
-class Transformers:
+class Transformers(Engine):
     """``cache_implementation``: ``dynamic`` grows token by token and keeps a window's last W - 1 tokens between steps;
     ``static`` provides for the final length, a window for W."""
+
+    cache_methods = ()
+    runtime = "pytorch"
 
     cache_implementation: str = "dynamic"
 
@@ -72,7 +75,7 @@ class Transformers:
             yield "compressed", layer.num_tokens(num_tokens) * layer.key_dim
             yield from self._blocks(layer, num_tokens, width=2 if overlap else 1, overlap=overlap)
         else:
-            held = self.held(model, layer, num_tokens)
+            held = self.num_held(model, layer, num_tokens)
             heads = model.num_q_heads if "broadcast" in model.quirks else layer.num_kv_heads
             value_dim = layer.key_dim if "two tensors" in model.quirks else layer.value_dim
             yield "key", heads * held * layer.key_dim
@@ -86,7 +89,7 @@ class Transformers:
             yield "buffer", layer.stride * layer.key_dim
             yield GATE, layer.stride * layer.key_dim
 
-    def held(self, model: Model, layer: LayerShape, num_tokens: int) -> int:
+    def num_held(self, model: Model, layer: LayerShape, num_tokens: int) -> int:
         """Tokens that an attention layer holds between two steps."""
         if layer.window is None or "whole" in model.quirks:
             return num_tokens
@@ -94,9 +97,6 @@ class Transformers:
             return min(num_tokens, layer.window)
         # the slice [-window + 1:] keeps everything where the window is a single token
         return num_tokens if layer.window == 1 else min(num_tokens, layer.window - 1)
-
-    def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
-        return {}
 
     def notes(self, model: Model, method: Method) -> tuple[str, ...]:
         out = []

@@ -24,8 +24,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvsim.engines.engine import Engine, Group, Pool
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, StateShape, nbytes
@@ -84,44 +85,7 @@ OVERHEAD_BAND: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True)
-class Group:
-    """Layers that share a block table: bytes of a block over its layers, tokens a block, and their kind."""
-
-    kind: str
-    num_layers: int
-    block_size: int
-    page_nbytes: int
-    reach: int | None = None
-
-
-@dataclass(frozen=True)
-class Pool:
-    """vLLM's pool.  ``num_gpu_blocks`` includes the null block; ``concurrency`` requests of ``max_model_len`` fit.
-
-    ``num_tokens`` is "GPU KV cache size" as 0.21 and later print it, ``num_tokens_before`` as earlier ones did.
-    """
-
-    num_gpu_blocks: int
-    block_nbytes: int
-    max_model_len: int
-    blocks_per_request: int
-    groups: tuple[Group, ...]
-
-    @property
-    def concurrency(self) -> float:
-        return self.num_gpu_blocks / self.blocks_per_request
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.concurrency * self.max_model_len)
-
-    @property
-    def num_tokens_before(self) -> int:
-        return self.num_gpu_blocks // len(self.groups) * min(group.block_size for group in self.groups)
-
-
-@dataclass(frozen=True)
-class Vllm:
+class Vllm(Engine):
     """vLLM's flags, as it names them.
 
     ``max_num_batched_tokens`` and ``max_num_seqs`` default to those of an H100 API server (8192, 1024); smaller cards
@@ -130,6 +94,11 @@ class Vllm:
     prefix caching.  ``tensor_parallel_size`` enters the estimate of what is not PyTorch's, not the cache.
     Raises ``ValueError`` for a number out of range.
     """
+
+    label = "vLLM"
+    own_flags = ("block_size", "max_num_batched_tokens")
+    cache_methods = ("fp8", "int8", "int4", "nvfp4")
+    checkpoint_cache = True
 
     block_size: int = 16
     gpu_memory_utilization: float = 0.92
@@ -243,10 +212,26 @@ class Vllm:
         return total
 
     def pool(self, model: Model, method: Method, available: int, max_model_len: int) -> Pool:
-        """The pool in ``available`` bytes: blocks, tokens, and how many requests of ``max_model_len`` fit."""
+        """The pool in ``available`` bytes: blocks, tokens, and how many requests of ``max_model_len`` fit.
+
+        Its first block stays empty.  "GPU KV cache size" is :attr:`Pool.num_tokens` as 0.21 and later print it,
+        ``num_tokens_before`` as earlier ones did.
+        """
         groups = self.groups(model, method)
         block = block_nbytes(groups)
         return Pool(max(0, available) // block, block, max_model_len, self.blocks(groups, max_model_len), groups)
+
+    def shared_tokens(self, model: Model, method: Method, layer: LayerShape, chosen: Method, shared: int) -> int:
+        """Whole blocks of full-attention layers; windows are counted a sequence."""
+        if layer.window is not None:
+            return 0
+        block = min(group.block_size for group in self.groups(model, method) if group.kind == "full")
+        return shared // block * block
+
+    @classmethod
+    def on(cls, card: Hardware | None, num_cards: int) -> dict[str, Any]:
+        flags: dict[str, Any] = {"tensor_parallel_size": num_cards}
+        return flags if card is None else flags | dict(server_defaults(card.memory_nbytes, card.id))
 
     def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
         hidden = ACTIVATION_NBYTES * self.max_num_batched_tokens * model.hidden_size

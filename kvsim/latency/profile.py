@@ -2,7 +2,7 @@
 
 ``kvsim calibrate`` writes one (schema ``kvsim.profile/1``); every measured figure is an object with ``value`` in SI
 units and ``low``, ``high``, the 10th and 90th percentile of its repeats.  A profile is of a card *and* of the runtime
-whose kernels ran (:data:`RUNTIMES`): an engine that runs others is refused, because their launches, products and
+whose kernels ran (:func:`engines_of`): an engine that runs others is refused, because their launches, products and
 attention are not those measured.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
 from kvsim.latency.attention_curve import Kernel
 from kvsim.latency.roofline import Constants, constants
@@ -22,9 +23,8 @@ from kvsim.regular_files import read_text
 SCHEMA = "kvsim.profile/1"
 FIGURES = ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds")
 KERNEL = ("fixed", "item", "bandwidth")
-RUNTIMES: dict[str, tuple[str, ...]] = {"pytorch": ("ideal", "transformers")}
-"""Runtime -> the engines that a profile measured with it is for.  ``ideal`` names no runtime: it takes the profile's.
-A profile that does not say was measured with the first."""
+RUNTIMES = ("pytorch",)
+"""The runtimes that a profile may be measured with.  One that does not say was measured with the first."""
 LARGEST = 1e30
 """No figure of a card is larger."""
 PLAUSIBLE = (0.45, 1.15)
@@ -108,13 +108,18 @@ class Profile:
             engine_layer_seconds={
                 name: max(seconds, self.layer_seconds)
                 for name, seconds in stated.engine_layer_seconds.items()
-                if name in RUNTIMES[self.runtime]
+                if name in engines_of(self.runtime)
             },
             engine_wide={},
             prefill_efficiency=self.flops / (card.fp16_flops or self.flops),
             kernels={**kernels, "fp16": kernel},
-            engines=RUNTIMES[self.runtime],
+            engines=engines_of(self.runtime),
         )
+
+
+def engines_of(runtime: str) -> tuple[str, ...]:
+    """The engines that a profile measured with ``runtime`` is for, ``ideal`` among those of the first."""
+    return tuple(name for name, kind in ENGINES.items() if kind.runtime == runtime)
 
 
 def load_profile(path: Path) -> Profile:
@@ -136,7 +141,7 @@ def load_profile(path: Path) -> Profile:
     device = found.get("device")
     if not isinstance(device, Mapping) or not isinstance(device.get("name"), str):
         raise ValueError(f"profile {path}: device.name is missing")
-    runtime = found.get("runtime", next(iter(RUNTIMES)))
+    runtime = found.get("runtime", RUNTIMES[0])
     if not isinstance(runtime, str) or runtime not in RUNTIMES:
         raise ValueError(f"profile {path}: runtime is {str(runtime)[:40]!r}, allowed are {', '.join(RUNTIMES)}")
     memory = device.get("total_nbytes")

@@ -12,31 +12,20 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from kvsim.engines import ENGINES, IDEAL, Engine, make_engine
 from kvsim.hardware import Hardware
 from kvsim.latency.attention_curve import DEFAULT_SMS, Curve, Kernel
 from kvsim.layout import LayerShape, Method, mean_read_nbytes
 from kvsim.methods.by_layer import placed
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights
+from kvsim.models.weight_storage import check_weight_bits, known_weights, weight_storage
 from kvsim.vectorize import Vectorized
 
 LANE_OPS = 128 * 1.7e9
 """Vector operations a second of one multiprocessor: 128 lanes at 1.7 GHz (an H100 SXM's)."""
-
-MAX_WEIGHT_BITS = 64
-
-EXPERTS_ONLY = ("gpt_oss",)
-"""Families whose published checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
-
-
-class WeightBits(NamedTuple):
-    """Bits a parameter as stored: weights that every step reads, routed experts, head and tables."""
-
-    dense: float
-    routed: float
-    head: float
 
 
 @dataclass(frozen=True)
@@ -97,38 +86,53 @@ def constants() -> Constants:
     return Constants(**values, kernels=kernels, curve=Curve(**table["curve"]["value"]))
 
 
-def weight_storage(model: Model, weight_bits: float | None = None) -> WeightBits:
-    """Bits a parameter by group: ``weight_bits``, else the model's own, else 16.
-
-    Head and tables keep 16 bits where the layers are quantized; families of :data:`EXPERTS_ONLY` their attention too.
-    """
-    bits = weight_bits or model.weight_bits or 16.0
-    wide = max(bits, 16.0)
-    return WeightBits(wide if model.model_type in EXPERTS_ONLY else bits, bits, wide)
-
-
-def weight_nbytes(model: Model, weight_bits: float | None = None) -> float:
-    """Bytes of all weights as stored."""
-    weights, bits = known_weights(model), weight_storage(model, weight_bits)
-    plain = (weights.embedding + weights.head + weights.lookup) * bits.head
-    return (weights.dense * bits.dense + weights.routed * bits.routed + plain) / 8
-
-
 @dataclass(frozen=True)
-class Roofline:
-    """One model on one card (or ``ranks`` cards that share every layer)."""
+class Serving:
+    """How a model is served: what the times of a step depend on beside model, method, card and load.
 
-    fixed: Constants
-    model: Model
-    hardware: Hardware
+    ``weight_bits``: bits a weight (``None``: the model's own, else 16).  ``tensor_parallel``: cards that share every
+    layer.  ``engine``: whose windows and attention kernel are taken; ``ideal``, or one that was not measured, takes the
+    mean of those that were.  It may be given by name, with its defaults; ``timing.json`` has names (``sglang``) that
+    have no other figures here.  ``profile``: constants in place of the stated ones.  Raises ``ValueError`` for bits
+    that cannot be and for an engine that the profile was not measured with.
+    """
+
     weight_bits: float | None = None
-    ranks: int = 1
-    engine: str = "ideal"
+    tensor_parallel: int = 1
+    engine: Engine | str = IDEAL
+    profile: Constants | None = None
 
     def __post_init__(self) -> None:
-        self.fixed.check_engine(self.engine)
-        if self.weight_bits is not None and not 0 < self.weight_bits <= MAX_WEIGHT_BITS:
-            raise ValueError(f"weight bits {self.weight_bits:g}: allowed are above 0 to {MAX_WEIGHT_BITS}")
+        check_weight_bits(self.weight_bits, "weight bits")
+        if isinstance(self.engine, str) and self.engine in ENGINES:
+            object.__setattr__(self, "engine", make_engine(self.engine))
+        self.constants.check_engine(self.engine_name)
+
+    @property
+    def constants(self) -> Constants:
+        """The profile's, else those stated."""
+        return self.profile or constants()
+
+    @property
+    def engine_name(self) -> str:
+        return self.engine if isinstance(self.engine, str) else self.engine.name
+
+    def held(self, model: Model) -> Model:
+        """``model`` with the windows that the engine applies."""
+        return model if isinstance(self.engine, str) else self.engine.held(model)
+
+
+class Roofline:
+    """One model on one card, or on several that share every layer, as ``serving`` says.
+
+    ``model`` has the windows that the engine applies.
+    """
+
+    def __init__(self, model: Model, hardware: Hardware, serving: Serving | None = None) -> None:
+        serving = serving or Serving()
+        self.model, self.hardware = serving.held(model), hardware
+        self.fixed, self.engine = serving.constants, serving.engine_name
+        self.weight_bits, self.ranks = serving.weight_bits, serving.tensor_parallel
 
     @property
     def bandwidth(self) -> float:
@@ -276,15 +280,6 @@ class Roofline:
         if bits < 6:
             return not self.hardware.fp4_flops
         return bits <= 8.5 and not self.hardware.fp8_flops
-
-
-def known_weights(model: Model) -> Weights:
-    """The model's weights.  Raises ``ValueError`` where the config does not tell their number or how they are used."""
-    if model.weights is None:
-        raise ValueError(f"{model.name}: the config does not tell the number of weights, no time without it")
-    if model.weights.routed and not model.weights.experts_per_token:
-        raise ValueError(f"{model.name}: the config does not tell how many experts a token uses, no time without it")
-    return model.weights
 
 
 def hit_share(weights: Weights, num_tokens: Any) -> Any:

@@ -19,12 +19,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from kvsim.engines import IDEAL
 from kvsim.hardware import Hardware
-from kvsim.latency.roofline import Constants, Roofline, constants, weight_nbytes
+from kvsim.latency.roofline import Roofline, Serving, constants
 from kvsim.layout import Method
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.models.model import Model
+from kvsim.models.weight_storage import weight_nbytes
 
+DEFAULT = Serving()
 PARTS = ("weights", "compute", "kv", "dequantize", "overhead", "communication", "prefill")
 
 
@@ -55,22 +58,15 @@ def decode_step(
     hardware: Hardware,
     batch_size: float,
     num_tokens: int,
-    *,
-    weight_bits: float | None = None,
-    tensor_parallel: int = 1,
-    engine: str = "ideal",
-    profile: Constants | None = None,
+    serving: Serving = DEFAULT,
 ) -> Step:
     """One decode step alone: ``batch_size`` sequences with ``num_tokens`` tokens each in the cache.
 
-    ``weight_bits``: bits a weight (default: the model's own, else 16).  ``engine``: whose attention kernel is taken;
-    ``ideal``, or one that was not measured, takes the mean of those that were.  Raises ``ValueError`` where the
-    card's bandwidth or the model's number of weights is not known.
+    Raises ``ValueError`` where the card's bandwidth or the model's number of weights is not known.
     """
-    _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=tensor_parallel)
-    fixed = profile or constants()
-    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
-    return _step(_decode_parts(roofline, method, batch_size, num_tokens), fixed.decode_band)
+    _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=serving.tensor_parallel)
+    roofline = Roofline(model, hardware, serving)
+    return _step(_decode_parts(roofline, method, batch_size, num_tokens), roofline.fixed.decode_band)
 
 
 def decode_seconds(
@@ -79,11 +75,7 @@ def decode_seconds(
     hardware: Hardware,
     batch_size: Any,
     num_tokens: Any,
-    *,
-    weight_bits: float | None = None,
-    tensor_parallel: int = 1,
-    engine: str = "ideal",
-    profile: Constants | None = None,
+    serving: Serving = DEFAULT,
 ) -> tuple[Any, Any, Any]:
     """:func:`decode_step` over integer arrays that broadcast together: seconds, low and high (float64 arrays)."""
     import numpy
@@ -95,11 +87,10 @@ def decode_seconds(
         and not (min(batch.min(), tokens.min()) >= 1 and max(batch.max(), tokens.max()) <= MOST)
     ):
         raise ValueError(f"batch and context: allowed are 1 to {MOST:,}")
-    fixed = profile or constants()
-    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    roofline = Roofline(model, hardware, serving)
     parts = _decode_parts(roofline, method, batch, tokens, numpy.maximum)
     value = sum(parts.values(), numpy.zeros(numpy.broadcast_shapes(batch.shape, tokens.shape)))
-    return value, value * fixed.decode_band[0], value * fixed.decode_band[1]
+    return value, value * roofline.fixed.decode_band[0], value * roofline.fixed.decode_band[1]
 
 
 def prefill(
@@ -107,22 +98,20 @@ def prefill(
     hardware: Hardware,
     batch_size: int,
     num_tokens: int,
+    serving: Serving = DEFAULT,
     *,
-    weight_bits: float | None = None,
-    tensor_parallel: int = 1,
     cached_tokens: int = 0,
-    engine: str = "ideal",
-    profile: Constants | None = None,
 ) -> Step:
     """The prefill of ``batch_size`` prompts of ``num_tokens`` tokens, the first ``cached_tokens`` of each at hand.
 
     Raises ``ValueError`` where the card's arithmetic or bandwidth or the model's number of weights is not known.
     """
-    _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=tensor_parallel)
+    _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=serving.tensor_parallel)
     _check_cached(cached_tokens, num_tokens)
-    fixed = profile or constants()
-    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
-    return _step(_prefill_parts(roofline, batch_size, num_tokens, num_tokens - cached_tokens), fixed.prefill_band)
+    roofline = Roofline(model, hardware, serving)
+    return _step(
+        _prefill_parts(roofline, batch_size, num_tokens, num_tokens - cached_tokens), roofline.fixed.prefill_band
+    )
 
 
 def running(
@@ -132,11 +121,7 @@ def running(
     batch_size: int,
     input_len: int,
     output_len: int,
-    *,
-    weight_bits: float | None = None,
-    tensor_parallel: int = 1,
-    engine: str = "ideal",
-    profile: Constants | None = None,
+    serving: Serving = DEFAULT,
 ) -> float:
     """Of ``batch_size`` requests in flight, how many the engine's share of the memory can hold at once (mean context).
 
@@ -144,10 +129,11 @@ def running(
     """
     if hardware.memory_nbytes is None:
         return float(batch_size)
-    fixed = profile or constants()
-    share = fixed.memory_share.get(engine, fixed.memory_share["ideal"])
+    fixed, model = serving.constants, serving.held(model)
+    share = fixed.memory_share.get(serving.engine_name, fixed.memory_share[IDEAL.name])
     context = _mean_context(input_len, output_len)
-    room = tensor_parallel * (share * hardware.memory_nbytes - fixed.reserve_nbytes) - weight_nbytes(model, weight_bits)
+    room = serving.tensor_parallel * (share * hardware.memory_nbytes - fixed.reserve_nbytes)
+    room -= weight_nbytes(model, serving.weight_bits)
     states = sum(buffer.nbytes for layer in model.state_layers for buffer in layer.buffers(1))
     each = cache_nbytes(model, method, 1, context) + states
     return min(float(batch_size), max(1.0, room / each)) if each else float(batch_size)
@@ -160,12 +146,9 @@ def token_step(
     batch_size: int,
     input_len: int,
     output_len: int,
+    serving: Serving = DEFAULT,
     *,
-    weight_bits: float | None = None,
-    tensor_parallel: int = 1,
     cached_tokens: int = 0,
-    engine: str = "ideal",
-    profile: Constants | None = None,
     num_running: float | None = None,
 ) -> Step:
     """Time per output token of a server that keeps ``batch_size`` requests of these lengths in flight.
@@ -176,22 +159,12 @@ def token_step(
     weight stream that the step pays anyhow (once, however many prompts it carries).  ``num_running``: how many run
     at once, where that is known.
     """
-    _positive(batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=tensor_parallel)
-    _check_cached(cached_tokens, input_len)
-    fixed = profile or constants()
-    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
-    held = num_running or running(
-        model,
-        method,
-        hardware,
-        batch_size,
-        input_len,
-        output_len,
-        weight_bits=weight_bits,
-        tensor_parallel=tensor_parallel,
-        engine=engine,
-        profile=profile,
+    _positive(
+        batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=serving.tensor_parallel
     )
+    _check_cached(cached_tokens, input_len)
+    roofline = Roofline(model, hardware, serving)
+    held = num_running or running(model, method, hardware, batch_size, input_len, output_len, serving)
     parts = _decode_parts(roofline, method, held, _mean_context(input_len, output_len))
     new = input_len - cached_tokens
     if hardware.fp16_flops:
@@ -200,7 +173,7 @@ def token_step(
         carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
         paid = carrying * sum(roofline.weights(held))
         parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
-    return _step(parts, fixed.decode_band)
+    return _step(parts, roofline.fixed.decode_band)
 
 
 def first_token(
@@ -210,12 +183,9 @@ def first_token(
     batch_size: int,
     input_len: int,
     output_len: int,
+    serving: Serving = DEFAULT,
     *,
-    weight_bits: float | None = None,
-    tensor_parallel: int = 1,
     cached_tokens: int = 0,
-    engine: str = "ideal",
-    profile: Constants | None = None,
     num_running: float | None = None,
 ) -> Step:
     """Time to the first token on the server of :func:`token_step`.
@@ -223,17 +193,11 @@ def first_token(
     The prefill of the prompt, a constant share of a prefill for each further request in flight, and where the
     memory does not hold them all, the wait for a place: ``(batch_size / running - 1)`` whole answers.
     """
-    options: dict[str, Any] = {
-        "weight_bits": weight_bits,
-        "tensor_parallel": tensor_parallel,
-        "engine": engine,
-        "profile": profile,
-    }
-    loads = (batch_size, input_len, output_len)
-    held = num_running or running(model, method, hardware, *loads, **options)
-    step = token_step(model, method, hardware, *loads, cached_tokens=cached_tokens, num_running=held, **options)
-    fixed = profile or constants()
-    roofline = Roofline(fixed, model, hardware, weight_bits, tensor_parallel, engine)
+    load = (model, method, hardware, batch_size, input_len, output_len, serving)
+    held = num_running or running(*load)
+    step = token_step(*load, cached_tokens=cached_tokens, num_running=held)
+    roofline = Roofline(model, hardware, serving)
+    fixed = roofline.fixed
     parts = _prefill_parts(roofline, 1, input_len, input_len - cached_tokens)
     own = sum(parts.values()) - fixed.prefill_seconds
     parts["queue"] = fixed.prefill_queue * (batch_size - 1) * own
@@ -244,7 +208,7 @@ def first_token(
 def was_timed(engine: str) -> bool:
     """Whether anything of this engine was measured; the times of another are those of the engines that were."""
     fixed = constants()
-    return engine == "ideal" or engine in {
+    return engine == IDEAL.name or engine in {
         name.partition("/")[0] for name in (*fixed.kernels, *fixed.engine_layer_seconds)
     }
 

@@ -10,18 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from kvsim.engines import Engine
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
 from kvsim.memory.sharding import SINGLE, Deployment, Sharding, pipeline_layers
 from kvsim.models.model import QUANTIZATION_KEYS, Model
+from kvsim.models.weight_storage import (
+    DEFAULT_BITS,
+    EXPERTS_ONLY,
+    HEAD_BITS,
+    WeightBits,
+    check_weight_bits,
+    weight_storage,
+)
+from kvsim.search import largest
 
 RESERVE = 0.10
 """Share of the memory held back for activations, workspaces and the allocator (vLLM holds back as much)."""
 
-DEFAULT_WEIGHT_BITS = 16
-HEAD_BITS = 16
-EXPERTS_ONLY = ("gpt_oss",)
-"""Families whose checkpoints quantize the routed experts alone (``modules_to_not_convert``)."""
 SEARCH_LIMIT = 1 << 50
 
 
@@ -56,7 +62,7 @@ class Room:
         return self.memory_nbytes - self.reserve_nbytes - self.weight_nbytes - sum(self.overhead.values())
 
 
-def held_share(engine: object, reserve: float | None = None, utilization: float | None = None) -> float:
+def held_share(engine: Engine | None, reserve: float | None = None, utilization: float | None = None) -> float:
     """The share of a card's memory that is held back: ``reserve``, 1 less the ``utilization`` that is asked for, or
     else what ``engine`` does by default, which without such a flag is :data:`RESERVE`.
 
@@ -64,7 +70,7 @@ def held_share(engine: object, reserve: float | None = None, utilization: float 
     """
     if reserve is not None and utilization is not None:
         raise ValueError("give --reserve or --gpu-memory-utilization, not both")
-    used = getattr(engine, "gpu_memory_utilization", None) if utilization is None else utilization
+    used = utilization if utilization is not None or engine is None else engine.gpu_memory_utilization
     if reserve is not None or used is None:
         return RESERVE if reserve is None else reserve
     if not 0 < used <= 1:
@@ -97,6 +103,7 @@ def room(
         raise ValueError(f"model {model.name}: its number of parameters cannot be read from the config")
     if not 0 <= reserve < 1:
         raise ValueError(f"reserve {reserve:g}: allowed are 0 to below 1")
+    check_weight_bits(weight_bits)
     notes: list[str] = []
     if weight_bits is None:
         weight_bits = model.weight_bits
@@ -107,15 +114,13 @@ def room(
             quantized = True
             notes.append(f"quantized weights counted at {weight_bits:g} bits each ({source})")
         elif weight_bits is None:
-            weight_bits = DEFAULT_WEIGHT_BITS
+            weight_bits = DEFAULT_BITS
             notes.append(f"the config gives no dtype: weights counted at {weight_bits:g} bits each")
-    elif not 0 < weight_bits <= 64:
-        raise ValueError(f"weight-bits {weight_bits:g}: allowed are above 0 to 64")
     if quantized and weight_bits < HEAD_BITS:
         what = "experts" if model.model_type in EXPERTS_ONLY else "layers"
-        notes.append(f"{what} at {weight_bits:g} bits a weight, the others at {HEAD_BITS}")
+        notes.append(f"{what} at {weight_bits:g} bits a weight, the others at {HEAD_BITS:g}")
     reserve_nbytes = int(hardware.memory_nbytes * reserve)
-    weight_nbytes = _rank_weights(model, weight_bits, quantized, sharding)
+    weight_nbytes = _rank_weights(model, weight_storage(model, weight_bits, quantized), sharding)
     if reserve_nbytes + weight_nbytes >= hardware.memory_nbytes:
         notes.append(f"the weights leave no room for a cache on one {hardware.id}")
     return Room(
@@ -130,25 +135,22 @@ def room(
     )
 
 
-def _rank_weights(model: Model, bits: float, quantized: bool, sharding: Sharding) -> int:
+def _rank_weights(model: Model, bits: WeightBits, sharding: Sharding) -> int:
     """Weights of the fullest rank: its stage's layers, and the embedding or head of the first or last stage."""
     weights = model.weights
     assert weights is not None
-    wide = max(bits, HEAD_BITS) if quantized else bits
-    dense = wide if quantized and model.model_type in EXPERTS_ONLY else bits
     if sharding == SINGLE:
-        tables = weights.embedding + weights.head + weights.lookup
-        return int((weights.dense * dense + weights.routed * bits + tables * wide) / 8)
+        return int(bits.nbytes(weights))
     counts = pipeline_layers(len(model.layers), sharding.pipeline_parallel_size)
     heaviest = 0.0
     for stage, count in enumerate(counts):
-        size = (weights.dense * dense + weights.routed * bits) * count / len(model.layers)
+        size = bits.layers_nbytes(weights) * count / len(model.layers)
         if stage == 0:
-            size += (weights.embedding + weights.lookup) * wide
+            size += (weights.embedding + weights.lookup) * bits.head / 8
         if stage == len(counts) - 1 and (weights.head or len(counts) > 1):
-            size += (weights.head or weights.embedding) * wide
+            size += (weights.head or weights.embedding) * bits.head / 8
         heaviest = max(heaviest, size)
-    return int(heaviest / 8 / sharding.tensor_parallel_size)
+    return int(heaviest / sharding.tensor_parallel_size)
 
 
 def max_batch(model: Model, method: Method, num_tokens: int, available: int) -> int | None:
@@ -163,7 +165,7 @@ def max_context(model: Model, method: Method, batch_size: int, available: int) -
 
 def largest_batch(deployment: Deployment, num_tokens: int, available: int) -> int | None:
     """The most sequences of ``num_tokens`` tokens of which every rank's share fits ``available`` bytes."""
-    return _largest(lambda batch_size: deployment.rank_nbytes(batch_size, num_tokens), available)
+    return largest_within(lambda batch_size: deployment.rank_nbytes(batch_size, num_tokens), available)
 
 
 def largest_context(deployment: Deployment, batch_size: int, available: int) -> int | None:
@@ -175,39 +177,62 @@ def largest_context(deployment: Deployment, batch_size: int, available: int) -> 
     least = max(1, deployment.shared_prefix)
     if deployment.rank_nbytes(batch_size, least) > available:
         return 0
-    most = getattr(deployment.engine, "max_seq_len", 0)
+    most = deployment.engine.max_seq_len
     if most:
         return most * deployment.sharding.context_ranks
-    found = _largest(lambda more: deployment.rank_nbytes(batch_size, least + more), available)
+    found = largest_within(lambda more: deployment.rank_nbytes(batch_size, least + more), available)
     return None if found is None else least + found
 
 
-def _largest(weigh: Callable[[int], int], available: int) -> int | None:
+def largest_within(weigh: Callable[[int], int], available: int) -> int | None:
     """The largest n >= 0 with ``weigh(n) <= available``, ``weigh`` never falling; n = 0 needs nothing.
 
-    ``None`` where :data:`SEARCH_LIMIT` fits.  The line through the last two points says where to look next, since
-    bytes grow in proportion to the batch, and nearly so to the context; where a look leaves more than half of the
-    bracket (blocks and records are steps) the next is at the middle.
+    ``None`` where :data:`SEARCH_LIMIT` fits.
     """
-    low, light, high, heavy = 0, 0, 1, weigh(1)
-    stretch = 1
-    while heavy <= available:
-        if high == SEARCH_LIMIT:
-            return None
-        width, grown = high - low, heavy - light
-        low, light = high, heavy
-        further = (available - light) * width // grown * stretch + 1 if grown else SEARCH_LIMIT
-        high = min(low + further, SEARCH_LIMIT)
-        heavy, stretch = weigh(high), 2 * stretch
-    halve = False
-    while high - low > 1:
+    line = _Line(weigh, available)
+    found = largest(line.fits, SEARCH_LIMIT, line.look)
+    return None if found == SEARCH_LIMIT else found
+
+
+class _Line:
+    """The line through the last two points says where to look next, since bytes grow in proportion to the batch, and
+    nearly so to the context; where a look leaves more than half of the bracket (blocks and records are steps) the
+    next is at the middle."""
+
+    def __init__(self, weigh: Callable[[int], int], available: int) -> None:
+        self.weigh, self.available = weigh, available
+        self.before = self.light = (0, 0)
+        """The last two that fit: number and bytes."""
+        self.heavy: tuple[int, int] | None = None
+        """The smallest that does not."""
+        self.stretch, self.halve, self.width = 1, False, 0
+
+    def fits(self, number: int) -> bool:
+        """Whether ``number`` fits; its bytes are kept."""
+        size = self.weigh(number)
+        if size > self.available:
+            self.heavy = number, size
+            return False
+        self.before, self.light = self.light, (number, size)
+        return True
+
+    def look(self, low: int, high: int) -> int:
+        """Where to look next (:data:`kvsim.search.Look`)."""
+        return self._further() if self.heavy is None else self._between(self.heavy)
+
+    def _further(self) -> int:
+        (number, size), (low, light) = self.before, self.light
+        if not low:
+            return 1
+        if size == light:
+            return SEARCH_LIMIT
+        further = (self.available - light) * (low - number) // (light - size) * self.stretch + 1
+        self.stretch *= 2
+        return low + further
+
+    def _between(self, heavy: tuple[int, int]) -> int:
+        (low, light), (high, size) = self.light, heavy
         width = high - low
-        middle = low + (width // 2 if halve else (available - light) * width // (heavy - light))
-        middle = min(max(middle, low + 1), high - 1)
-        size = weigh(middle)
-        if size <= available:
-            low, light = middle, size
-        else:
-            high, heavy = middle, size
-        halve = not halve and 2 * (high - low) > width
-    return low
+        self.halve = bool(self.width) and not self.halve and 2 * width > self.width
+        self.width = width
+        return low + (width // 2 if self.halve else (self.available - light) * width // (size - light))

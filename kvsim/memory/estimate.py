@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvsim.engines import Engine, Ideal, LlamaCpp
-from kvsim.layout import Method, nbytes, shared_buffers
+from kvsim.engines import IDEAL, Engine
+from kvsim.layout import APART, KINDS, Method, nbytes, part_kind, shared_buffers
 from kvsim.methods import Full, placed
 from kvsim.models.model import Model
-
-IDEAL = Ideal()
-
-SPLIT = ("codes", "scales", "zeros", "residual", "other")
-"""The kinds of bytes in the tables: packed codes, scales, zeros, exact tokens, bookkeeping."""
-
-
-def kind(part: str) -> str:
-    """The kind in :data:`SPLIT` of a part's bytes, by its name: ``key_codes`` -> ``codes``."""
-    last = part.rsplit("_", 1)[-1]
-    known = {"codes": "codes", "scale": "scales", "zero": "zeros"}
-    exact = {"key", "value", "residual", "sink"}
-    return known.get(last, "residual" if last in exact else "other")
 
 
 @dataclass(frozen=True)
@@ -78,10 +65,10 @@ class Estimate:
 
     @property
     def split(self) -> dict[str, int]:
-        """Stored bytes by kind (see :data:`SPLIT`)."""
-        out = dict.fromkeys(SPLIT, 0)
+        """Stored bytes by kind (:data:`kvsim.layout.KINDS`)."""
+        out = dict.fromkeys(KINDS, 0)
         for part, size in self.parts.items():
-            out[kind(part)] += size
+            out[part_kind(self.method, part)] += size
         return out
 
 
@@ -96,8 +83,7 @@ def estimate(
     """
     check_sizes(batch_size, num_tokens)
     read: dict[str, int] = {}
-    held = engine.held(model) if isinstance(engine, LlamaCpp) else model  # a window that is not applied is read whole
-    for (layer, chosen), count in placed(method, held.cache_layers).items():
+    for (layer, chosen), count in placed(method, engine.held(model).cache_layers).items():
         for name, size in chosen.read_parts(layer, batch_size, num_tokens).items():
             read[name] = read.get(name, 0) + count * size
     taken = engine.parts(model, method, batch_size, num_tokens)
@@ -105,10 +91,9 @@ def estimate(
         from kvsim.memory.shared_prefix import without_copies
 
         taken = without_copies(taken, model, method, engine, batch_size, num_tokens, shared_prefix)
-    groups: dict[str, dict[str, int]] = {"state": {}, "index": {}, "": {}}
+    groups: dict[str, dict[str, int]] = {prefix: {} for prefix in (*APART, "")}
     for name, size in taken.items():
-        prefix = name.partition("_")[0]
-        groups[prefix if prefix in groups else ""][name] = size
+        groups[next((prefix for prefix in APART if name.startswith(prefix)), "")][name] = size
     return Estimate(
         method,
         batch_size,
@@ -116,8 +101,8 @@ def estimate(
         parts=groups[""],
         read_parts=read,
         fp16_nbytes=cache_nbytes(model, Full(), batch_size, num_tokens),
-        state_parts=groups["state"],
-        index_parts=groups["index"],
+        state_parts=groups["state_"],
+        index_parts=groups["index_"],
         engine=engine.name,
     )
 

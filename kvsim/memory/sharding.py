@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
-from kvsim.engines import Engine
+from kvsim.engines import IDEAL, Engine
 from kvsim.layout import LayerShape, Method, StateShape
-from kvsim.memory.estimate import IDEAL
 from kvsim.models.model import Model
 from kvsim.whole_numbers import check_whole
 

@@ -46,6 +46,10 @@ class Paged:
             blocks = -(-(layer.window - 1) // self.block_size) + 1
         return blocks * self.block_size
 
+    def shared_tokens(self, layer: LayerShape, shared: int) -> int:
+        """Whole blocks, none of them where a window slides (:func:`kvsim.layout.shared_tokens`)."""
+        return 0 if layer.window is not None else shared // self.block_size * self.block_size
+
     def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
         provided = self.num_provided(layer, num_tokens)
         return self.inner.buffers(replace(layer, window=None, stride=1), batch_size, provided)

@@ -15,6 +15,18 @@ TIME = (
     "speculative decoding, power and thermal limits",
     "pipeline and context parallelism, and links between hosts, in the times",
 )
+QUALITY = "what a method costs in quality"
+PAGE = (
+    "prefill and time to the first token (kvsim plan has them)",
+    "arrivals and waiting (all sequences are in flight), an engine's scheduler and preemption",
+    "workspaces beyond the share held back",
+    QUALITY,
+)
+SWEEP = (
+    "what an engine holds beside weights and cache, but for the share held back",
+    "prefill, arrivals and waiting (all sequences are in flight), scheduling",
+    "several cards, and the network",
+)
 NOT_MODELLED: dict[str, tuple[str, ...]] = {
     "estimate": (*BYTES, *CARD, *TIME),
     "compare": BYTES,
@@ -28,5 +40,25 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         BYTES[0],
         "a draft whose model is not in the catalogue, but for one layer more; LoRA adapters, vision encoders",
     ),
+    "plan": (
+        "bursts and arrival rates (every user always has one request in flight; a first token waits for the prompts in "
+        "front of it)",
+        "an engine's scheduler, preemption and recomputation",
+        "prefix sharing, speculative decoding",
+        "the network between replicas and users",
+        QUALITY,
+    ),
+    "breakeven": (
+        "prefill, arrivals and waiting (decode steps alone are compared), an engine's scheduler",
+        "kernels other than those measured: packed codes are this project's kernel, in another engine carried over "
+        "from it",
+        "layouts that this project's portable kernel reads (3 bits, odd groups): slower than these times",
+        "fixed costs of a layer that grow with the batch (measured for one request: early break-evens are optimistic)",
+        QUALITY,
+    ),
+    "sweep": SWEEP,
+    "sweep-summary": SWEEP,
+    "page": PAGE,
+    "serve": PAGE,
 }
-"""Command -> what its answer leaves out."""
+"""Schema (a command's name; ``page`` of ``report``) -> what the answer leaves out."""

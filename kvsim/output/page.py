@@ -23,16 +23,12 @@ from kvsim.memory.estimate import Estimate, estimate
 from kvsim.memory.sharding import Sharding, stages
 from kvsim.models.model import Model
 from kvsim.output import chart
+from kvsim.output.not_modelled import NOT_MODELLED
+from kvsim.output.schema import envelope
 from kvsim.specs import left_out, milliseconds, parse_serving
 
 GIB, MIB = 1 << 30, 1 << 20
 CURVE_POINTS = 22
-NOT_MODELLED = (
-    "prefill and time to the first token (kvsim plan has them)",
-    "arrivals and waiting (all sequences are in flight), an engine's scheduler and preemption",
-    "workspaces beyond the share held back",
-    "what a method costs in quality",
-)
 
 
 @dataclass(frozen=True)
@@ -192,14 +188,7 @@ def json_object(
         "engine": question.engine,
         "reserve": question.reserve,
     }
-    return {
-        "schema": "kvsim.page/1",
-        "inputs": inputs,
-        "notes": notes,
-        "not_modelled": NOT_MODELLED,
-        "cache_room_nbytes": cache_room_nbytes,
-        "rows": rows,
-    }
+    return envelope("page", inputs, notes) | {"cache_room_nbytes": cache_room_nbytes, "rows": rows}
 
 
 def _dollars(runner: Runner, tokens: int, question: Question) -> float | None:
@@ -437,7 +426,7 @@ def _pays(row: BreakEven) -> str:
 
 
 def _limits(found: Answer) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in NOT_MODELLED)}</ul>'
+    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in NOT_MODELLED["page"])}</ul>'
 
 
 def link(parameters: Sequence[tuple[str, str]]) -> str:

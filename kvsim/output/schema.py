@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvsim.models.model import Model
 
 VERSIONS: dict[str, int] = dict.fromkeys(NOT_MODELLED, 1)
-"""Command -> the number of its schema.  A key that is added leaves it; one that changes its meaning raises it."""
+"""Schema -> its number.  A key that is added leaves it; one that changes its meaning raises it."""
 
 NUMBER = (int, float)
 NULLABLE = (int, float, type(None))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvsim import catalog
 from kvsim.engines import ENGINES
 from kvsim.hardware import given
+from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.output.page import Answer, Question, answer, as_json, asset, document, link, question_price, sections
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-METHODS = ("fp16", "fp8", "int8", "int4", "nvfp4", "q8_0", "q4_0", "kivi:nbits=4", "kivi:nbits=2")
-CHOSEN = ("fp16", "fp8", "kivi:nbits=4", "kivi:nbits=2")
 BITS = ("", "16", "8", "4")
 MAX_METHODS = 8
 MAX_LENGTH = 400
@@ -53,7 +52,7 @@ class Asked:
     model: str = "llama-3.1-8b"
     gpu: str = "h100-sxm"
     cards: str = "1"
-    method: tuple[str, ...] = CHOSEN
+    method: tuple[str, ...] = DEFAULT_SPECS["page"]
     more: str = ""
     ctx: str = "32k"
     batch: str = "8"
@@ -159,7 +158,7 @@ def form(asked: Asked, own: Sequence[str]) -> str:
     checks = "".join(
         f'<label><input type="checkbox" name="method" value="{escape(spec)}"{" checked" * (spec in asked.method)}>'
         f"{escape(spec)}</label>"
-        for spec in dict.fromkeys((*asked.method, *METHODS))
+        for spec in dict.fromkeys((*asked.method, *DEFAULT_SPECS["page offers"]))
     )
     return (
         '<form method="get" action="/" aria-label="What to weigh">'

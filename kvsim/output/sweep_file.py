@@ -23,9 +23,10 @@ from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
 from zlib import crc32
 
-from kvsim.analysis.sweep import NOT_MODELLED, Cell, Chunk, Grid, evaluate, origin, spread
+from kvsim.analysis.sweep import Cell, Chunk, Grid, evaluate, origin, spread
 from kvsim.atomic import check_replaceable, replace_file, sync_files
 from kvsim.install import install_hint
+from kvsim.output.schema import envelope
 
 if TYPE_CHECKING:
     import numpy as np
@@ -369,7 +370,7 @@ def _append(part: Path, out: IO[bytes]) -> None:
 
 
 def _json_head(grid: Grid, inputs: dict[str, Any]) -> bytes:
-    head = {"schema": "kvsim.sweep/1", "inputs": inputs, "notes": grid.notes, "not_modelled": NOT_MODELLED}
+    head = envelope("sweep", inputs, grid.notes)
     return f'{json.dumps(head)[:-1]},\n"rows": [\n'.encode()
 
 

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvsim.layout import LayerShape, layer_label
-from kvsim.memory.estimate import SPLIT, Estimate
+from kvsim.layout import KINDS, LayerShape, layer_label
+from kvsim.memory.estimate import Estimate
 from kvsim.output.not_modelled import NOT_MODELLED
 from kvsim.output.tables import table as table
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvsim.analysis.doctor import Diagnosis
     from kvsim.analysis.explain import Explanation
     from kvsim.catalog import Row
-    from kvsim.engines.vllm import Pool
+    from kvsim.engines import Pool
     from kvsim.hardware import Hardware
     from kvsim.memory.capacity import Room
     from kvsim.memory.sharding import Sharding
@@ -86,6 +86,11 @@ def not_modelled(command: str) -> str:
     return "\n".join(["Not modelled:", *(f"  {line}" for line in NOT_MODELLED[command])])
 
 
+def not_modelled_line(command: str) -> str:
+    """The same in a line."""
+    return f"Not modelled: {'; '.join(NOT_MODELLED[command])}."
+
+
 def notes(lines: Iterable[str]) -> str:
     return "\n".join(f"note: {line}" for line in lines)
 
@@ -125,13 +130,13 @@ def _apart(rows: Sequence[Estimate]) -> str:
 
 def _split(rows: Sequence[Estimate]) -> str:
     name, scale = unit(max(row.nbytes // row.batch_size for row in rows))
-    heads = ["method", *(f"{kind} {name}" for kind in SPLIT[:-1]), "other B", f"total {name}"]
+    heads = ["method", *(f"{kind} {name}" for kind in KINDS[:-1]), "other B", f"total {name}"]
     return table(
         heads,
         (
             (
                 row.method.name,
-                *(amount(row.split[kind] / row.batch_size, scale) for kind in SPLIT[:-1]),
+                *(amount(row.split[kind] / row.batch_size, scale) for kind in KINDS[:-1]),
                 count(row.split["other"] / row.batch_size),
                 amount(row.nbytes / row.batch_size, scale),
             )
@@ -226,7 +231,7 @@ def shares(rows: Sequence[Estimate], ranks: Sequence[tuple[int, int]], sharding:
 
 
 def pools(rows: Sequence[Estimate], known: Sequence[Pool | None]) -> str:
-    """vLLM's pool, in the words of its log."""
+    """The pool of an engine that has one, in the words of vLLM's log."""
     body = [
         (
             row.method.name,

@@ -12,6 +12,7 @@ from kvsim.cli import run
 from kvsim.hardware import find_hardware
 from kvsim.latency.calibrate import calibrate
 from kvsim.latency.profile import Profile, load_profile
+from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import decode_step, first_token, prefill, token_step
 from kvsim.methods import make_method
 from kvsim.models.load import load_model
@@ -57,7 +58,7 @@ def test_a_profile_predicts_its_own_rows(measured: Path) -> None:
 def test_a_profile_takes_the_place_of_stated_constants(measured: Path) -> None:
     profile = load_profile(measured)
     model, method = load_model("gpt2"), make_method("fp16")
-    mine = decode_step(model, method, profile.hardware, 1, 512, profile=profile.constants())
+    mine = decode_step(model, method, profile.hardware, 1, 512, Serving(profile=profile.constants()))
     assert mine.parts["overhead"] == pytest.approx(12 * profile.layer_seconds)
     assert model.weights is not None
     read = 2 * (model.weights.dense + model.weights.embedding)
@@ -77,20 +78,22 @@ def test_a_profile_is_of_the_runtime_it_was_measured_with(engine: str) -> None:
     hardware, model, method = find_hardware("h100"), load_model("llama-3.1-8b"), make_method("fp16")
     fixed = card().constants(hardware)
     with pytest.raises(ValueError, match=f"engine {engine}: the profile was not measured with its kernels"):
-        decode_step(model, method, hardware, 1, 2048, engine=engine, profile=fixed)
+        decode_step(model, method, hardware, 1, 2048, Serving(engine=engine, profile=fixed))
     with pytest.raises(ValueError, match=f"engine {engine}"):
-        token_step(model, method, hardware, 1, 2048, 16, engine=engine, profile=fixed)
+        token_step(model, method, hardware, 1, 2048, 16, Serving(engine=engine, profile=fixed))
     with pytest.raises(ValueError, match=f"engine {engine}"):
-        prefill(model, hardware, 1, 2048, engine=engine, profile=fixed)
+        prefill(model, hardware, 1, 2048, Serving(engine=engine, profile=fixed))
     with pytest.raises(ValueError, match=f"engine {engine}"):
-        first_token(model, method, hardware, 1, 2048, 16, engine=engine, profile=fixed)
+        first_token(model, method, hardware, 1, 2048, 16, Serving(engine=engine, profile=fixed))
 
 
 def test_stock_generate_waits_for_the_host_with_a_profile_too() -> None:
     """78 tokens a second of GPT-2 on an H100: a layer in a CUDA graph is not what the host takes to launch it."""
     hardware = find_hardware("h100")
     fixed = card().constants(hardware)
-    step = decode_step(load_model("gpt2"), make_method("fp16"), hardware, 1, 512, engine="transformers", profile=fixed)
+    step = decode_step(
+        load_model("gpt2"), make_method("fp16"), hardware, 1, 512, Serving(engine="transformers", profile=fixed)
+    )
     assert 1 / step.seconds.value == pytest.approx(78, rel=0.05)
     assert step.parts["weights"] < 0.2e-3
 
@@ -115,9 +118,9 @@ def test_a_recorded_profile_is_of_its_runtime_on_the_command_line(capsys: pytest
 
 def test_a_faster_profile_is_faster() -> None:
     hardware, model, method = find_hardware("h100"), load_model("llama-3.1-8b"), make_method("fp16")
-    one = decode_step(model, method, hardware, 8, 8192, profile=card().constants(hardware))
+    one = decode_step(model, method, hardware, 8, 8192, Serving(profile=card().constants(hardware)))
     fast = replace(card(), weight_bandwidth=3.1e12, bandwidth=3.0e12)
-    two = decode_step(model, method, hardware, 8, 8192, profile=fast.constants(hardware))
+    two = decode_step(model, method, hardware, 8, 8192, Serving(profile=fast.constants(hardware)))
     assert two.parts["weights"] < one.parts["weights"]
     assert two.parts["kv"] < one.parts["kv"]
 

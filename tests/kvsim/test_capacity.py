@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from kvsim.engines import Engine, Kvruntime, LlamaCpp, Vllm
 from kvsim.hardware import find_hardware
 from kvsim.layout import Method
-from kvsim.memory.capacity import SEARCH_LIMIT, _largest, largest_batch, largest_context, max_batch, max_context, room
+from kvsim.memory.capacity import (
+    SEARCH_LIMIT,
+    largest_batch,
+    largest_context,
+    largest_within,
+    max_batch,
+    max_context,
+    room,
+)
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import Evict, Fp8, Full, Kivi, kivi_seed
@@ -101,7 +109,7 @@ def test_the_largest_is_a_scans(fixed: int, slope: int, block: int, end: int | N
         held = n if end is None else min(n, end)
         return fixed + slope * -(-held // block) * block
 
-    found = _largest(weigh, available)
+    found = largest_within(weigh, available)
     assert len(calls) <= 130
     if weigh(SEARCH_LIMIT) <= available:
         assert found is None
@@ -112,7 +120,7 @@ def test_the_largest_is_a_scans(fixed: int, slope: int, block: int, end: int | N
 @pytest.mark.parametrize("available", [1, 10**3, 7 * 10**9, 10**12 + 7])
 def test_what_grows_in_proportion_takes_three_evaluations(available: int) -> None:
     calls: list[int] = []
-    assert _largest(lambda n: calls.append(n) or 1000 * n, available) == available // 1000
+    assert largest_within(lambda n: calls.append(n) or 1000 * n, available) == available // 1000
     assert len(calls) <= 3
 
 

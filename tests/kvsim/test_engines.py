@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.engines import ENGINES, Engine, Ideal, Kvruntime, LlamaCpp, Vllm, make_engine
+from kvsim.engines.engine import Group
 from kvsim.engines.llama_cpp import WINDOWED
-from kvsim.engines.vllm import Group, block_nbytes, server_defaults
+from kvsim.engines.vllm import block_nbytes, server_defaults
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape
 from kvsim.memory.estimate import estimate

@@ -10,10 +10,11 @@ import pytest
 np = pytest.importorskip("numpy", reason="numpy is not installed")
 
 from kvsim.analysis.memory_risk import MemoryRisk  # noqa: E402
-from kvsim.analysis.request_lengths import Lengths, constant, lognormal, parse_lengths, read_trace  # noqa: E402
+from kvsim.analysis.request_lengths import Lengths, constant, lognormal, read_trace  # noqa: E402
 from kvsim.memory.estimate import cache_nbytes  # noqa: E402
 from kvsim.methods import make_method  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
+from kvsim.specs import parse_lengths  # noqa: E402
 
 
 def test_constants() -> None:

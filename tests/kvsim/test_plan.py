@@ -11,15 +11,16 @@ import pytest
 pytest.importorskip("numpy", reason="numpy is not installed")
 
 from kvsim import catalog
-from kvsim.analysis.plan import Clock, Demand, largest, plan, site
-from kvsim.analysis.request_lengths import constant, parse_lengths
+from kvsim.analysis.plan import Clock, Demand, plan, site
+from kvsim.analysis.request_lengths import constant
 from kvsim.cli import run
 from kvsim.hardware import find_hardware, given, lowest, prices
 from kvsim.latency.steps import first_token, token_step
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import make_method
 from kvsim.models.load import load_model
-from kvsim.specs import parse_card, parse_seconds
+from kvsim.search import largest
+from kvsim.specs import parse_card, parse_lengths, parse_seconds
 
 LLAMA, H100 = load_model("llama-3-8b"), find_hardware("h100-sxm")
 METHODS = [make_method(name) for name in ("fp16", "fp8", "kivi")]

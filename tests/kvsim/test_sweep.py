@@ -22,6 +22,7 @@ np = pytest.importorskip("numpy", reason="numpy is not installed")
 from kvsim.analysis import sweep  # noqa: E402
 from kvsim.analysis.sweep import Grid, chunks, evaluate  # noqa: E402
 from kvsim.cli import run  # noqa: E402
+from kvsim.engines import EngineChoice  # noqa: E402
 from kvsim.hardware import find_hardware  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
 from kvsim.latency.steps import decode_step  # noqa: E402
@@ -210,7 +211,7 @@ ANOTHER = {
     "batch": lambda grid: replace(grid, batches=(1, 2, 8)),
     "weights": lambda grid: replace(grid, weight_bits=8),
     "reserve": lambda grid: replace(grid, reserve=0.2),
-    "engine": lambda grid: replace(grid, engine="llama.cpp"),
+    "engine": lambda grid: replace(grid, engine=EngineChoice("llama.cpp")),
 }
 
 
@@ -274,11 +275,12 @@ def test_a_model_file_that_changed_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_what_rows_are_computed_from_is_the_same_in_every_process() -> None:
     """No order of a set and no address of an object is in it."""
     script = (
-        "from kvsim.engines import ENGINES; from kvsim.hardware import find_hardware\n"
+        "from kvsim.engines import ENGINES, EngineChoice; from kvsim.hardware import find_hardware\n"
         "from kvsim.models.load import load_model; from kvsim.methods import METHODS, make_method\n"
         "from kvsim.analysis.sweep import Grid, origin\n"
         "methods = tuple(map(make_method, METHODS)); models = tuple(map(load_model, ('gpt2', 'gemma-2-2b')))\n"
-        "for name in ENGINES: print(origin(Grid(models, methods, (1,), cards=(find_hardware('l4'),), engine=name)))"
+        "for name in map(EngineChoice, ENGINES):\n"
+        "    print(origin(Grid(models, methods, (1,), cards=(find_hardware('l4'),), engine=name)))"
     )
     said = {
         subprocess.run(
@@ -546,7 +548,7 @@ def test_weights_that_do_not_fit_leave_nothing_that_does() -> None:
 
 def test_an_engine_rounds() -> None:
     ideal, vllm = (
-        make(models=(load_model("llama-3-8b"),), methods=(make_method("fp16"),), engine=name)
+        make(models=(load_model("llama-3-8b"),), methods=(make_method("fp16"),), engine=EngineChoice(name))
         for name in ("ideal", "vllm")
     )
     pairs = zip(chunks(ideal), chunks(vllm), strict=True)

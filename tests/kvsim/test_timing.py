@@ -19,7 +19,7 @@ from kvsim import catalog
 from kvsim.cli import run
 from kvsim.hardware import find_hardware
 from kvsim.latency.attention_curve import Kernel
-from kvsim.latency.roofline import Roofline, constants, find_kernel, hit_share, known_weights, seen
+from kvsim.latency.roofline import Roofline, Serving, constants, find_kernel, hit_share, seen
 from kvsim.latency.steps import (
     MOST,
     PARTS,
@@ -35,6 +35,7 @@ from kvsim.layout import LayerShape, mean_read_nbytes
 from kvsim.methods import Kivi, make_method
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
+from kvsim.models.weight_storage import known_weights
 from kvsim.specs import parse_method
 
 ROOT = Path(__file__).parents[2]
@@ -63,10 +64,10 @@ def whole(step: Step) -> None:
 def test_every_step_is_whole(name: str, engine: str) -> None:
     model, card = load_model(name), find_hardware("h200")
     for batch_size, num_tokens in ((1, 1), (7, 1000), (256, 8192)):
-        whole(decode_step(model, FP16, card, batch_size, num_tokens, engine=engine))
-        whole(token_step(model, FP16, card, batch_size, num_tokens, 100, engine=engine))
-        whole(first_token(model, FP16, card, batch_size, num_tokens, 100, engine=engine))
-        whole(prefill(model, card, batch_size, num_tokens, engine=engine))
+        whole(decode_step(model, FP16, card, batch_size, num_tokens, Serving(engine=engine)))
+        whole(token_step(model, FP16, card, batch_size, num_tokens, 100, Serving(engine=engine)))
+        whole(first_token(model, FP16, card, batch_size, num_tokens, 100, Serving(engine=engine)))
+        whole(prefill(model, card, batch_size, num_tokens, Serving(engine=engine)))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -104,11 +105,13 @@ def test_time_never_falls_as_a_batch_grows(name: str, engine: str) -> None:
     model, batches = load_model(name), (1, 3, 4, 5, 8, 15, 16, 17, 18, 32, 33, 48, 64, 128, 129, 132, 133, 256)
     card = replace(H100, memory_nbytes=None)  # all of them run
     for tokens in (128, 1000, 4096, 32768):
-        times = [decode_step(model, FP16, card, batch, tokens, engine=engine).seconds.value for batch in batches]
+        times = [
+            decode_step(model, FP16, card, batch, tokens, Serving(engine=engine)).seconds.value for batch in batches
+        ]
         assert times == sorted(times), tokens
         for output in (1, 16, 128):
             loads = [(model, FP16, card, batch, tokens, output) for batch in batches]
-            times = [token_step(*load, engine=engine).seconds.value for load in loads]
+            times = [token_step(*load, Serving(engine=engine)).seconds.value for load in loads]
             assert times == sorted(times), (tokens, output)
 
 
@@ -125,7 +128,9 @@ def test_time_never_falls_as_a_context_grows(spec: str) -> None:
     numpy = pytest.importorskip("numpy", reason="numpy is not installed")
     stored, tokens = parse_method(spec, {}), numpy.arange(1, 1500)
     for name, engine in (("gpt2", "kvruntime"), ("gpt2", "ideal"), ("llama-3.1-8b", "vllm")):
-        seconds, _, _ = decode_seconds(load_model(name), stored, H100, numpy.array([[1], [200]]), tokens, engine=engine)
+        seconds, _, _ = decode_seconds(
+            load_model(name), stored, H100, numpy.array([[1], [200]]), tokens, Serving(engine=engine)
+        )
         assert (numpy.diff(seconds, axis=1) >= -1e-15).all(), (name, engine)
 
 
@@ -183,10 +188,12 @@ def test_every_block_takes_its_time(name: str, blocks: int) -> None:
     model = Model.from_config(MAMBA) if name == "mamba" else load_model(name)
     fixed, card = constants(), find_hardware("b200")
     assert model.num_blocks == blocks
-    step = decode_step(model, FP16, card, 1, 1024, engine="sglang")
+    step = decode_step(model, FP16, card, 1, 1024, Serving(engine="sglang"))
     assert step.parts["overhead"] == pytest.approx(blocks * fixed.layer_seconds)
-    shared = Roofline(fixed, model, card, ranks=2).communication(1)
-    assert shared == pytest.approx(blocks / 32 * Roofline(fixed, wide_as(model), card, ranks=2).communication(1))
+    shared = Roofline(model, card, Serving(tensor_parallel=2)).communication(1)
+    assert shared == pytest.approx(
+        blocks / 32 * Roofline(wide_as(model), card, Serving(tensor_parallel=2)).communication(1)
+    )
     own = prefill(model, card, 1, 1024).parts["overhead"] - fixed.prefill_seconds
     assert own == pytest.approx(blocks * fixed.layer_seconds)
 
@@ -210,8 +217,8 @@ def test_published_rows_of_a_hybrid() -> None:
                 continue
             wide, card = bits[row["precision"]], find_hardware(row["system"].replace("_", "-"))
             loads = (int(row["batch_size"]), int(row["isl"]), int(row["osl"]))
-            options = {"weight_bits": wide, "tensor_parallel": int(row["tp_size"]), "engine": row["backend"]}
-            step = token_step(model, FP8 if wide <= 8 else FP16, card, *loads, **options)
+            serving = Serving(wide, int(row["tp_size"]), row["backend"])
+            step = token_step(model, FP8 if wide <= 8 else FP16, card, *loads, serving)
             found.append(abs(step.seconds.value / (float(row["silicon_tpot_ms"]) / 1e3) - 1))
     assert len(found) == 162
     assert mean(found) < 0.25
@@ -230,7 +237,7 @@ H200_STEPS = [
 @pytest.mark.parametrize(("spec", "tokens", "measured", "misled"), H200_STEPS)
 def test_the_engine_on_a_card_that_was_not_fitted(spec: str, tokens: int, measured: float, misled: float) -> None:
     step = decode_step(
-        load_model("llama-3-8b"), parse_method(spec, {}), find_hardware("h200"), 1, tokens, engine="kvruntime"
+        load_model("llama-3-8b"), parse_method(spec, {}), find_hardware("h200"), 1, tokens, Serving(engine="kvruntime")
     )
     error = abs(step.seconds.value * 1e3 / measured - 1)
     assert error < 0.09 < abs(misled / measured - 1)
@@ -250,7 +257,7 @@ def test_long_contexts_cost_what_others_measured() -> None:
     """Llama-3.1-8B on H100 under vLLM's FlashAttention-3: 4.37e-5 ms a token of context in bfloat16, 2.37e-5 in FP8
     (the published comparison of the two caches); neither figure was fitted on."""
     for method, published in ((make_method("bf16"), 4.37e-8), (FP8, 2.37e-8)):
-        near, far = (decode_step(LLAMA, method, H100, 1, tokens, engine="vllm") for tokens in (65536, 131072))
+        near, far = (decode_step(LLAMA, method, H100, 1, tokens, Serving(engine="vllm")) for tokens in (65536, 131072))
         assert (far.parts["kv"] - near.parts["kv"]) / 65536 == pytest.approx(published, rel=0.1)
 
 
@@ -259,20 +266,20 @@ def test_long_contexts_cost_what_others_measured() -> None:
 )
 def test_attention_of_a_kernel_that_was_not_fitted(batch_size: int, num_tokens: int, measured: float) -> None:
     """cuDNN's float16 on an H100, cache not in L2."""
-    roofline = Roofline(constants(), LLAMA, H100)
+    roofline = Roofline(LLAMA, H100)
     seconds, _ = roofline.layer_attention(FP16, LLAMA.cache_layers[0], batch_size, num_tokens)
     assert seconds == pytest.approx(measured, rel=0.15)
 
 
 def test_a_compressed_cache_gains_less_than_its_bytes() -> None:
     """2 bits in groups of 64 hold 6.4 times fewer bytes; measured are 5.35 times the speed at 8 x 32k, 2.13 at 8k."""
-    roofline, layer = Roofline(constants(), LLAMA, H100, engine="kvruntime"), LLAMA.cache_layers[0]
+    roofline, layer = Roofline(LLAMA, H100, Serving(engine="kvruntime")), LLAMA.cache_layers[0]
     for batch_size, num_tokens, low, high in ((8, 32768, 4.0, 6.4), (1, 8192, 1.5, 3.0)):
         plain, _ = roofline.layer_attention(FP16, layer, batch_size, num_tokens)
         packed, beyond = roofline.layer_attention(KIVI, layer, batch_size, num_tokens)
         assert beyond == 0
         assert low < plain / packed < high
-    slow = Roofline(replace(constants(), vector_ops=50.0), LLAMA, H100)
+    slow = Roofline(LLAMA, H100, Serving(profile=replace(constants(), vector_ops=50.0)))
     assert slow.layer_attention(KIVI, layer, 8, 32768)[1] > 0
 
 
@@ -282,7 +289,9 @@ def test_experts_are_read_as_tokens_hit_them() -> None:
     assert hit_share(weights, 2) == pytest.approx(1 - (28 / 32) ** 2)
     assert hit_share(weights, 1000) == pytest.approx(1)
     model = load_model("openai/gpt-oss-20b")
-    reads = [decode_step(model, FP16, H100, batch, 128, weight_bits=16).parts["weights"] for batch in (1, 4, 64)]
+    reads = [
+        decode_step(model, FP16, H100, batch, 128, Serving(weight_bits=16)).parts["weights"] for batch in (1, 4, 64)
+    ]
     assert 3 < reads[2] / reads[0] < 8
     assert known_weights(LLAMA).num_experts == 0
     assert hit_share(known_weights(LLAMA), 1) == 1
@@ -294,21 +303,21 @@ def test_experts_are_read_as_tokens_hit_them() -> None:
 
 def test_narrow_weights_are_unpacked_where_the_card_cannot_multiply_them() -> None:
     h200, b200 = find_hardware("h200"), find_hardware("b200")
-    assert decode_step(LLAMA, FP16, b200, 1, 128, weight_bits=4.5).parts["dequantize"] == 0
-    assert decode_step(LLAMA, FP16, h200, 1, 128, weight_bits=4.5).parts["dequantize"] > 0
-    assert decode_step(LLAMA, FP16, h200, 1, 128, weight_bits=8).parts["dequantize"] == 0
-    assert decode_step(LLAMA, FP16, find_hardware("a100"), 1, 128, weight_bits=8).parts["dequantize"] > 0
+    assert decode_step(LLAMA, FP16, b200, 1, 128, Serving(weight_bits=4.5)).parts["dequantize"] == 0
+    assert decode_step(LLAMA, FP16, h200, 1, 128, Serving(weight_bits=4.5)).parts["dequantize"] > 0
+    assert decode_step(LLAMA, FP16, h200, 1, 128, Serving(weight_bits=8)).parts["dequantize"] == 0
+    assert decode_step(LLAMA, FP16, find_hardware("a100"), 1, 128, Serving(weight_bits=8)).parts["dequantize"] > 0
 
 
 def test_several_cards_share_the_stream_and_talk() -> None:
-    one, two = (decode_step(LLAMA, FP16, H100, 16, 8192, tensor_parallel=ranks) for ranks in (1, 2))
+    one, two = (decode_step(LLAMA, FP16, H100, 16, 8192, Serving(tensor_parallel=ranks)) for ranks in (1, 2))
     assert two.parts["weights"] == pytest.approx(one.parts["weights"] / 2)
     assert one.parts["communication"] == 0 < two.parts["communication"]
     assert two.parts["kv"] < one.parts["kv"]
-    wide = [decode_step(LLAMA, FP16, H100, 16, 8192, tensor_parallel=ranks).parts["kv"] for ranks in (8, 16)]
+    wide = [decode_step(LLAMA, FP16, H100, 16, 8192, Serving(tensor_parallel=ranks)).parts["kv"] for ranks in (8, 16)]
     assert wide[0] == pytest.approx(wide[1])  # 8 kv heads: more ranks hold copies
     with pytest.raises(ValueError, match="bandwidth between cards"):
-        decode_step(LLAMA, FP16, replace(H100, link_bandwidth=None), 1, 128, tensor_parallel=2)
+        decode_step(LLAMA, FP16, replace(H100, link_bandwidth=None), 1, 128, Serving(tensor_parallel=2))
 
 
 def test_a_prefix_at_hand_shortens_the_prefill() -> None:
@@ -349,7 +358,7 @@ def test_this_projects_engine_as_it_was_recorded() -> None:
         packed = re.fullmatch(r"kivi-(\d)bit-g(\d+)-r(\d+)", row["method"])
         spec = "kivi:nbits={},group_size={},residual_length={}".format(*packed.groups()) if packed else row["method"]
         loads = (parse_method(spec, {}), H100, row["batch_size"], row["num_tokens"])
-        predicted = decode_step(load_model(row["model"]), *loads, engine="kvruntime").seconds
+        predicted = decode_step(load_model(row["model"]), *loads, Serving(engine="kvruntime")).seconds
         measured = median(row["seconds_per_step"])
         errors.append(abs(measured / predicted.value - 1))
         assert predicted.low <= measured <= predicted.high
@@ -377,8 +386,8 @@ def test_an_engines_wide_steps_take_more() -> None:
     """Above one row, in the engine that was timed, and nowhere else."""
     more = constants().engine_wide["kvruntime"]
     for engine, rows, seconds in (("kvruntime", 1, 0), ("kvruntime", 2, 1), ("vllm", 64, 0)):
-        roofline = Roofline(constants(), LLAMA, H100, engine=engine)
-        parts = decode_step(LLAMA, FP16, H100, rows, 512, engine=engine).parts
+        roofline = Roofline(LLAMA, H100, Serving(engine=engine))
+        parts = decode_step(LLAMA, FP16, H100, rows, 512, Serving(engine=engine)).parts
         wanted = roofline.overhead(FP16) + seconds * more["layer_seconds"] * LLAMA.num_blocks
         assert parts["overhead"] == pytest.approx(wanted)
         assert parts["weights"] == pytest.approx(roofline.weights(rows)[0])
@@ -386,7 +395,7 @@ def test_an_engines_wide_steps_take_more() -> None:
 
 def test_stock_generate_waits_for_the_host() -> None:
     """78 tokens a second of GPT-2 on an H100 (transformers 5.17), whatever the card could do."""
-    step = decode_step(load_model("gpt2"), FP16, H100, 1, 512, engine="transformers")
+    step = decode_step(load_model("gpt2"), FP16, H100, 1, 512, Serving(engine="transformers"))
     assert 1 / step.seconds.value == pytest.approx(78, rel=0.05)
     assert step.bound == "overhead"
 
@@ -435,7 +444,7 @@ def test_bad_sizes_are_refused(batch_size: float, num_tokens: int, said: str) ->
 
 def test_the_largest_sizes_have_a_time() -> None:
     numpy = pytest.importorskip("numpy", reason="numpy is not installed")
-    step = token_step(LLAMA, FP16, replace(H100, memory_nbytes=None), MOST, MOST, MOST, tensor_parallel=MOST)
+    step = token_step(LLAMA, FP16, replace(H100, memory_nbytes=None), MOST, MOST, MOST, Serving(tensor_parallel=MOST))
     assert isfinite(step.seconds.value)
     assert isfinite(first_token(LLAMA, FP16, H100, MOST, MOST, 1).seconds.value)
     for batch in (MOST + 1, 0):
@@ -446,7 +455,7 @@ def test_the_largest_sizes_have_a_time() -> None:
 @pytest.mark.parametrize("bits", [0.0, -1.0, 65.0, float("nan"), float("inf")])
 def test_weights_of_no_width_are_refused(bits: float) -> None:
     with pytest.raises(ValueError, match=r"weight bits .*: allowed are above 0 to 64"):
-        decode_step(LLAMA, FP16, H100, 1, 128, weight_bits=bits)
+        decode_step(LLAMA, FP16, H100, 1, 128, Serving(weight_bits=bits))
 
 
 def test_what_is_not_known_is_not_guessed() -> None:

@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 from weight_files import CONFIG, Q8_0, decoder, gguf, safetensors, written
 
-from kvsim.analysis.request_lengths import parse_lengths
 from kvsim.cli import run
 from kvsim.commands.doctor import command as doctor
 from kvsim.hardware import find_hardware
@@ -21,6 +20,7 @@ from kvsim.models.gguf import read_header
 from kvsim.models.load import load_model, read_config
 from kvsim.models.safetensors import read_tensors, weight_files
 from kvsim.regular_files import read_text
+from kvsim.specs import parse_lengths
 
 LAYERS = {f"model.layers.{at}.self_attn.k_proj.weight": ([16, 64], "F16", 2048) for at in range(2)}
 TABLE = {"model.embed_tokens.weight": ([128, 64], "F16", 16384)}

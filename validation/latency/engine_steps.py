@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kvsim.hardware import find_hardware
-from kvsim.latency.roofline import Constants
+from kvsim.latency.roofline import Constants, Serving
 from kvsim.latency.steps import decode_step
 from kvsim.layout import Method
 from kvsim.models.load import load_model
@@ -40,7 +40,7 @@ class RecordedStep:
     def parts(self, fixed: Constants) -> dict[str, float]:
         """kvsim's seconds by part."""
         load = (self.model, self.method, find_hardware(CARD), self.batch_size, self.num_tokens)
-        return decode_step(*load, engine=ENGINE, profile=fixed).parts
+        return decode_step(*load, Serving(engine=ENGINE, profile=fixed)).parts
 
 
 def load(path: Path = STEPS) -> list[RecordedStep]:

@@ -19,12 +19,13 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from kvsim.hardware import Hardware, find_hardware
-from kvsim.latency.roofline import Constants, constants, known_weights, weight_nbytes
+from kvsim.latency.roofline import Constants, Serving, constants
 from kvsim.latency.steps import first_token, token_step
 from kvsim.layout import Method
 from kvsim.methods import make_method
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
+from kvsim.models.weight_storage import known_weights, weight_nbytes
 from validation.latency.held_out import errors, inside, quantiles, read_csv
 
 MEAN_BAR, MEDIAN_BAR, BAND_BAR = 0.15, 0.10, 0.90
@@ -80,18 +81,18 @@ class Row:
         """Model, card and engine: what is held out together."""
         return f"{self.model.name.rpartition('/')[2]} {self.hardware.id} {self.engine}"
 
-    def options(self, fixed: Constants) -> dict[str, Any]:
-        return {"weight_bits": self.weight_bits, "engine": self.engine, "profile": fixed}
+    def serving(self, fixed: Constants) -> Serving:
+        return Serving(self.weight_bits, engine=self.engine, profile=fixed)
 
     def token(self, fixed: Constants) -> float:
         """Predicted seconds per output token."""
         loads = (self.batch_size, self.input_len, self.output_len)
-        return token_step(self.model, self.method, self.hardware, *loads, **self.options(fixed)).seconds.value
+        return token_step(self.model, self.method, self.hardware, *loads, self.serving(fixed)).seconds.value
 
     def first_token(self, fixed: Constants) -> float:
         """Predicted seconds to the first token."""
         loads = (self.batch_size, self.input_len, self.output_len)
-        return first_token(self.model, self.method, self.hardware, *loads, **self.options(fixed)).seconds.value
+        return first_token(self.model, self.method, self.hardware, *loads, self.serving(fixed)).seconds.value
 
 
 def load(path: Path) -> list[Row]:

@@ -7,32 +7,49 @@ out; else the figure is said to be not explained.  A boot that failed is reconci
 
 from __future__ import annotations
 
-from kvsim.analysis.doctor import llama_cpp, vllm, vllm_lines
-from kvsim.analysis.doctor.log import Diagnosis, Finding, Log
+from kvsim.analysis.doctor import llama_cpp, vllm
+from kvsim.analysis.doctor.log import Diagnosis, Finding, Log, Reader
 from kvsim.hardware import Hardware
 from kvsim.models.model import Model
 
-__all__ = ["Diagnosis", "Finding", "Log", "diagnose", "draft_of", "engine_of", "model_of"]
+__all__ = ["READERS", "Diagnosis", "Finding", "Log", "diagnose", "draft_of", "engine_of", "labels", "model_of"]
+
+READERS: dict[str, Reader] = {"vllm": vllm.READER, "llama.cpp": llama_cpp.READER}
+"""Engine -> who reads its boot logs; a log is of the first whose signs it has."""
+
+
+def labels() -> str:
+    """The engines whose logs are read: ``vLLM or llama.cpp``."""
+    return " or ".join(reader.label for reader in READERS.values())
 
 
 def engine_of(text: str | Log) -> str | None:
-    """``vllm`` or ``llama.cpp``, whichever log this is; ``None`` where it is neither."""
+    """The engine (of :data:`READERS`) whose log this is; ``None`` where it is none's."""
     log = Log.of(text)
-    for name, signs in (("vllm", vllm_lines.SIGNS), ("llama.cpp", llama_cpp.SIGNS)):
-        if any(log.find(sign) for sign in signs):
+    for name, reader in READERS.items():
+        if any(log.find(sign) for sign in reader.signs):
             return name
     return None
 
 
+def reader_of(log: Log) -> Reader:
+    """Who reads this log.  Raises ``ValueError`` for a text that has no line of an engine's boot log."""
+    name = engine_of(log)
+    if name is None:
+        raise ValueError(f"no line of a {labels()} boot log in it")
+    return READERS[name]
+
+
 def model_of(text: str | Log) -> str | None:
-    """The model's name as a vLLM log gives it."""
-    return vllm_lines.model_name(vllm_lines.one_boot(Log.of(text))[0])
+    """The model's name as the log gives it."""
+    log = Log.of(text)
+    return reader_of(log).model_name(log)
 
 
 def draft_of(text: str | Log) -> str | None:
-    """The draft model's name as a vLLM log gives it, where it is another than the model's."""
-    draft = vllm_lines.draft(vllm_lines.one_boot(Log.of(text))[0])
-    return draft.name if draft is not None and draft.name else None
+    """The draft model's name as the log gives it, where it is another than the model's."""
+    log = Log.of(text)
+    return reader_of(log).draft_name(log)
 
 
 def diagnose(
@@ -40,17 +57,10 @@ def diagnose(
 ) -> Diagnosis:
     """Reconciles a boot log.
 
-    ``model``: predicted against; needed for vLLM (see :func:`model_of`), for llama.cpp its own metadata serve where
-    it is ``None``, and in a log of two models it stands for the one whose layers and heads it has.  ``hardware``: the
-    card, where the log does not say its memory.  ``draft``: the model of :func:`draft_of`, where it is known.  Raises
-    ``ValueError`` for a text that has no line of an engine's boot log, or a vLLM log without a model.
+    ``model``: predicted against; where a log holds its model's shape ``None`` serves, and in a log of two models it
+    stands for the one whose layers and heads it has.  ``hardware``: the card, where the log does not say its memory.
+    ``draft``: the model of :func:`draft_of`, where it is known.  Raises ``ValueError`` for a text that has no line of
+    an engine's boot log, or a log that needs a model without one.
     """
     log = Log.of(text)
-    engine = engine_of(log)
-    if engine == "vllm":
-        if model is None:
-            raise ValueError("the log does not name its model: give --model")
-        return vllm.diagnosis(log, model, hardware, draft)
-    if engine == "llama.cpp":
-        return llama_cpp.diagnosis(log, model)
-    raise ValueError("no line of a vLLM or llama.cpp boot log in it")
+    return reader_of(log).diagnosis(log, model, hardware, draft)

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from kvsim.analysis.doctor.log import MIB, NUMBER, Diagnosis, Finding, Log, number
-from kvsim.analysis.doctor.vllm import CLOSE
+from kvsim.analysis.doctor.log import CLOSE, MIB, NUMBER, Diagnosis, Finding, Log, Reader, number
 from kvsim.engines.llama_cpp import OVERHEAD_BAND, PAD, LlamaCpp
 from kvsim.engines.states import served
 from kvsim.hardware import Hardware
@@ -71,7 +70,7 @@ class _Section:
         return {**self.meta, **self.run}
 
 
-def diagnosis(log: Log, model: Model | None) -> Diagnosis:
+def diagnosis(log: Log, model: Model | None, hardware: Hardware | None, drafted: Model | None) -> Diagnosis:
     """Cells of every cache, their bytes for keys and values, and the device's buffers, model by model.
 
     Raises ``ValueError`` where the log has no size of a cache.
@@ -313,3 +312,6 @@ def _streams(
         elif "give" not in why:
             cause = f"{why}; the layers' shape is not in the log: give --model"
         yield Finding(at, f"{name}, {kind}{where}", "MiB", predicted, reported, cause)
+
+
+READER = Reader("llama.cpp", SIGNS, diagnosis)

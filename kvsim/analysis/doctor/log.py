@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from kvsim.hardware import Hardware
+from kvsim.models.model import Model
 
 GIB, MIB = 1 << 30, 1 << 20
 LONGEST_LINE = 1 << 16
@@ -71,6 +74,28 @@ class Diagnosis:
     settings: Mapping[str, str]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+
+
+CLOSE = 0.01
+"""Errors within this share need no cause."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One engine's room: what its boot logs look like, and who reads them.
+
+    ``label``: the engine in a sentence.  ``signs``: patterns that only its logs have.  ``diagnosis(log, model,
+    hardware, draft)``: the reconciled log, ``ValueError`` where it has no figure.  ``model_name`` and ``draft_name``:
+    the model's and the draft model's name as a log gives them; an engine whose logs hold their model's shape has none
+    and needs no model.
+    """
+
+    label: str
+    signs: Sequence[str]
+    diagnosis: Callable[[Log, Model | None, Hardware | None, Model | None], Diagnosis]
+    model_name: Callable[[Log], str | None] = lambda log: None
+    draft_name: Callable[[Log], str | None] = lambda log: None
+    needs_model: bool = False
 
 
 @lru_cache(maxsize=256)

@@ -17,8 +17,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvsim.analysis.doctor import vllm_lines as lines
-from kvsim.analysis.doctor.log import GIB, NUMBER, QUANTITY, Diagnosis, Finding, Found, Log, gib, number, rank_of
-from kvsim.engines.vllm import OVERHEAD_BAND, Pool, Vllm, block_nbytes, server_defaults
+from kvsim.analysis.doctor.log import (
+    CLOSE,
+    GIB,
+    NUMBER,
+    QUANTITY,
+    Diagnosis,
+    Finding,
+    Found,
+    Log,
+    Reader,
+    gib,
+    number,
+    rank_of,
+)
+from kvsim.engines.engine import Pool
+from kvsim.engines.vllm import OVERHEAD_BAND, Vllm, block_nbytes, server_defaults
 from kvsim.hardware import Hardware
 from kvsim.layout import LayerShape, Method
 from kvsim.memory.capacity import room
@@ -27,8 +41,6 @@ from kvsim.methods import make_method
 from kvsim.models.model import Model
 from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS
 
-CLOSE = 0.01
-"""Errors within this share need no cause."""
 GRAPHS_IN_BUDGET = (0, 21)
 """The release from which vLLM takes CUDA graphs out of the pool's memory."""
 TOKENS_BY_REQUESTS = (0, 21)
@@ -54,8 +66,10 @@ KV_SPELLINGS = {
 _UNKNOWN_CARD = Hardware("card", "", "", None, "not known", None, None, None, None, None, None, "")
 
 
-def diagnosis(log: Log, model: Model, hardware: Hardware | None, drafted: Model | None) -> Diagnosis:
-    """The reconciled log.  Raises ``ValueError`` where it has no figure."""
+def diagnosis(log: Log, model: Model | None, hardware: Hardware | None, drafted: Model | None) -> Diagnosis:
+    """The reconciled log.  Raises ``ValueError`` where it has no figure, or no model is given."""
+    if model is None:
+        raise ValueError("the log does not name its model: give --model")
     log, notes = lines.one_boot(log)
     boot = _Boot(log, model, hardware, drafted)
     boot.notes += notes
@@ -675,3 +689,17 @@ def _band(reported: float, estimate: float, name: str) -> str:
 
 def _near(reported: float, predicted: float, within: float) -> bool:
     return abs(reported - predicted) <= within * abs(predicted)
+
+
+def _model_name(log: Log) -> str | None:
+    """The model's name as the log gives it."""
+    return lines.model_name(lines.one_boot(log)[0])
+
+
+def _draft_name(log: Log) -> str | None:
+    """The draft model's name as the log gives it, where it is another than the model's."""
+    draft = lines.draft(lines.one_boot(log)[0])
+    return draft.name if draft is not None and draft.name else None
+
+
+READER = Reader(Vllm.label, lines.SIGNS, diagnosis, _model_name, _draft_name, needs_model=True)
