@@ -11,13 +11,13 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvruntime.checkpoints.pretrained import first_line, one_line, pretrained
 from kvruntime.checkpoints.pull import PULLS, damage, pull, pulled
 from kvsim.finite_json import read_json
 
@@ -150,40 +150,6 @@ def load(
     return Loaded(source, model.to(device).eval(), tokenizer, why_not)
 
 
-def pretrained(name: str, path: str | Path, say: Callable[[str], None], **options: Any) -> Any:
-    """transformers' causal language model with every weight from ``path``, whose own code is never run.
-
-    Raises ``ValueError`` by key for a weight that is not there or has another shape.  What the model shares (tied
-    embeddings) or makes itself may be absent; what it has no place for is said.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with _one_line(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be named below
-            trust_remote_code=False,
-            weights_only=True,
-            **options,
-        )
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(f"{name}: {_some(missing)} missing from the checkpoint")
-    if found["mismatched_keys"]:
-        key, there, wanted = min(found["mismatched_keys"], key=lambda each: each[0])
-        raise ValueError(f"{name}: weight {key} has shape {list(there)}, the configuration asks for {list(wanted)}")
-    if found.get("error_msgs"):
-        raise ValueError(f"{name}: cannot load the weights: {_first_line(found['error_msgs'][0])}")
-    if getattr(model.config, "auto_map", None):
-        say(f"{name}: its own code (auto_map) is not run: transformers' {type(model).__name__} is")
-    unexpected = sorted(found["unexpected_keys"])
-    if unexpected:
-        say(f"{name}: {_some(unexpected)} not used: the configured model has no place for them")
-    return model
-
-
 def sha256_of(source: Source) -> str:
     """What identifies a model whatever its name: of a shape with random weights the configuration's SHA-256, of real
     weights that of every byte of configuration, weights and tokenizer files.
@@ -299,7 +265,7 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
 
     assert source.config is not None
     cuda = [torch.device(device).index] if torch.device(device).type == "cuda" else []
-    with _one_line(source.name):
+    with one_line(source.name):
         config = AutoConfig.for_model(**source.config)
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -310,7 +276,7 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
             f"{source.name}: {size / GIB:.1f} GiB of {str(dtype).removeprefix('torch.')} weights do not fit into the "
             f"{free / GIB:.1f} GiB that are free on {device}"
         )
-    with _one_line(source.name), torch.random.fork_rng(cuda), torch.device(device):
+    with one_line(source.name), torch.random.fork_rng(cuda), torch.device(device):
         torch.manual_seed(source.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()
@@ -341,44 +307,7 @@ def _tokenizer(path: str, download: bool) -> tuple[Any, str]:
     except Exception as error:
         if not any((_folder(path) / name).exists() for name in TOKENIZER_FILES):
             return None, "comes without a tokenizer"
-        return None, f"has a tokenizer that cannot be loaded ({_first_line(error)})"
-
-
-@contextmanager
-def _one_line(name: str) -> Iterator[None]:
-    """Turns what transformers and the readers of weights raise into one line."""
-    import pickle
-
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise ValueError(f"{name}: its weights do not fit into memory") from None
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{name}: the pickled weights are damaged or hold more than tensors: refused, nothing of them was run"
-        ) from None
-    except (SafetensorError, EOFError) as error:
-        raise ValueError(f"{name}: cannot read the weights: {_first_line(error)}") from None
-    except OSError as error:
-        raise OSError(f"cannot load {name}: {_first_line(error)}") from None
-    except Exception as error:  # of other people's code, on other people's files
-        if "trust_remote_code" in str(error):
-            raise ValueError(f"{name}: needs code of its own (auto_map), which is not run") from None
-        if isinstance(error, ValueError | KeyError):
-            raise ValueError(f"{name}: unsupported architecture: {_first_line(error)}") from None
-        raise ValueError(f"{name}: cannot load it: {type(error).__name__}: {_first_line(error)}") from None
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _some(keys: list[str]) -> str:
-    """``weight a.b is`` or ``3 weights (a.b, ...) are``."""
-    return f"weight {keys[0]} is" if len(keys) == 1 else f"{len(keys)} weights ({keys[0]}, ...) are"
+        return None, f"has a tokenizer that cannot be loaded ({first_line(error)})"
 
 
 def _quiet() -> None:

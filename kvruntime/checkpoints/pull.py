@@ -217,7 +217,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from kvruntime.checkpoints.load import pretrained
+    from kvruntime.checkpoints.pretrained import pretrained
 
     loaded = pretrained(gguf.name, gguf.parent, print, gguf_file=gguf.name, dtype=torch.float32)
     kept = {key: value for key, value in loaded.config.to_dict().items() if not key.startswith("_")}

@@ -5,8 +5,9 @@ Read in src/llama-context.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp and s
 * ``n_ctx`` is padded to 256 cells.  Streams of their own (``kv_unified`` off) divide it among ``n_seq_max`` sequences
   and pad each to 256; a unified cache is one stream for all.  Both are counted here at what ``batch_size`` sequences
   of ``num_tokens`` tokens need.
-* Which layers have a window is decided by architecture (:data:`WINDOWED`), whatever the config says: Mistral is of the
-  ``llama`` architecture, which has none; ``phi3``'s is turned off.  Those layers hold the whole context.
+* Which layers have a window is decided by architecture (:data:`kvsim.models.gguf_windows.WINDOWED`), whatever the
+  config says: Mistral is of the ``llama`` architecture, which has none; ``phi3``'s is turned off.  Those layers hold
+  the whole context.
 * Layers with a window have a cache of their own: ``pad256(min(n_ctx, n_swa * (sequences if unified else 1) +
   n_ubatch))`` cells a stream.
 * Latents (MLA) are stored once, as keys.  A quantized value type needs flash attention.
@@ -26,41 +27,13 @@ from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, nbytes
 from kvsim.methods import Full, Ggml, placed
 from kvsim.methods.ggml import PLAIN
+from kvsim.models.gguf_windows import WINDOWED
 from kvsim.whole_numbers import check_switch, check_whole
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
     from kvsim.models.model import Model
 
-WINDOWED: dict[str, tuple[str, ...]] = {
-    "afmoe": ("afmoe",),
-    "cohere2": ("cohere2",),
-    "cohere2moe": ("cohere2_moe",),
-    "deepseek4": ("deepseek_v4",),
-    "exaone-moe": ("exaone_moe",),
-    "exaone4": ("exaone4",),
-    "gemma2": ("gemma2",),
-    "gemma3": ("gemma3_text",),
-    "gemma3n": ("gemma3n_text",),
-    "gemma4": ("gemma4_text", "gemma4_unified_text"),
-    "gpt-oss": ("gpt_oss",),
-    "granite_swa": ("granite_swa", "granitemoe_swa"),
-    "laguna": ("laguna",),
-    "lfm2": ("lfm2",),
-    "llama4": ("llama4_text",),
-    "maple": ("maple",),
-    "mellum": ("mellum",),
-    "mimo2": ("mimo_v2_flash",),
-    "muse-glimmer": (),
-    "olmo2": ("olmo3",),
-    "plamo3": ("plamo3",),
-    "smallthinker": ("smallthinker",),
-    "spark2_5": (),
-    "step35": ("step3p5",),
-}
-"""GGUF architectures whose loader sets a ``swa_type`` (src/models/, ``load_arch_hparams``), and the ``model_type`` that
-conversion/ turns into them.  Every other architecture runs its layers whole, phi3 after reading its window
-(llama.cpp#13676); mistral, mixtral, qwen2, qwen3, phimoe, starcoder2, smollm3, ministral3 are among them."""
 EXAONE4_LAYERS = 64
 """exaone4 has its windows in the model of 64 layers alone."""
 

@@ -3,7 +3,7 @@
 What a block leaves follows from the tensors that it has (keys and values, a latent, a state-space layer, a short
 convolution); heads, widths and windows come from the metadata, and must agree with the tensors' shapes.  The one
 thing that llama.cpp knows by heart, which layers slide, stands in :data:`WINDOWS`.  Whether llama.cpp itself applies
-a window is its engine's rule (:data:`kvsim.engines.llama_cpp.WINDOWED`).
+a window is its engine's rule (:data:`kvsim.models.gguf_windows.WINDOWED`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from kvsim.engines.llama_cpp import WINDOWED
 from kvsim.layout import LayerShape, StateShape
 from kvsim.models.config import MAX_LAYERS
 from kvsim.models.gguf import Header, Tensor, read_header
+from kvsim.models.gguf_windows import WINDOWED
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights
 

@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -22,34 +23,184 @@ TEXTS = {"", ".css", ".js", ".json", ".md", ".py", ".sh", ".toml", ".yml"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
 
 
-def imports(path: Path) -> set[str]:
-    """Top-level names of every module that a file imports, anywhere in it."""
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "kvsim": (
+        ("whole_numbers", "layout", "vectorize", "search", "catalog", "atomic", "install", "regular_files"),
+        ("hardware", "commandline"),
+        ("methods", "models"),
+        ("engines",),
+        ("memory",),
+        ("latency",),
+        ("analysis",),
+        ("specs",),
+        ("output",),
+        ("commands",),
+        ("cli",),
+        ("__main__",),
+    ),
+    "validation": (
+        ("scales", "recorded"),
+        ("claims",),
+        ("documents", "planners"),
+        ("latency",),
+        ("cli",),
+        ("__main__",),
+    ),
+}
+"""Package -> its folders and modules, the lowest floor first: each imports from floors below its own alone."""
+
+NEVER: tuple[tuple[str, str, str], ...] = (
+    (r"kvruntime\.kernels\b.*", r"kvruntime\.(?!kernels\b).*", "kernels know nothing of kvruntime"),
+    (r"kvruntime\.methods\.(\w+)\..*", r"kvruntime\.methods\.(?!\1\b|rows\b)\w+.*", "a method knows no other"),
+    (r"kvruntime\.(engine|hf)\b.*", r"kvruntime\.methods\.(full|kivi|evict)\b.*", "they know methods, not one of them"),
+    (r"kvsim\b.*", r"(torch|triton|transformers|matplotlib\.pyplot)\b.*", "a planner needs none of them"),
+    (r"kvruntime\.(kernels|methods|specs|commands|cli)\b.*", r"transformers\b.*", "hf and what runs under it"),
+    (r"kvruntime\.engine\.(?!decoders\b).*", r"transformers\b.*", "decoders read its models"),
+)
+"""Modules (a pattern), what they never import, and why."""
+
+
+def module_name(path: Path) -> str:
+    """``kvsim.engines.vllm``; of a package's ``__init__.py`` the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name -> file, of every folder that is a package."""
+    files = [path for path in sorted((ROOT / package).rglob("*.py")) if path.with_name("__init__.py").exists()]
+    return {module_name(path): path for path in files}
+
+
+def imported(path: Path, known: Collection[str] = ()) -> set[str]:
+    """Dotted names of every module that a file imports, anywhere in it; of ``from a import b`` the module ``a.b`` where
+    it is among ``known``."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= full & set(known) | ({node.module} if full - set(known) else set())
     return names
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of every module that a file imports, anywhere in it."""
+    return {name.split(".")[0] for name in imported(path)}
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_import_directions(package: str) -> None:
-    files = sorted((ROOT / package).rglob("*.py"))
+    files = modules(package)
     assert files
-    for path in files:
-        mine = imports(path)
-        assert mine & set(ALLOWED) <= ALLOWED[package], path
-        if package == "kvsim":
-            assert not mine & {"torch", "triton", "transformers"}, path
+    for path in files.values():
+        assert imports(path) & set(ALLOWED) <= ALLOWED[package], path
 
 
-def test_only_hf_and_what_measures_it_know_transformers() -> None:
-    """The layers and kernels know no transformers."""
-    free = [*(ROOT / "kvruntime" / "kivi").rglob("*.py"), *(ROOT / "kvruntime").glob("full.py")]
-    assert len(free) > 4
-    for path in free:
-        assert "transformers" not in imports(path), path
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_arrow_runs_up(package: str) -> None:
+    """A folder imports floors below its own, not those above and not its neighbours."""
+    floor = {name: level for level, names in enumerate(FLOORS[package]) for name in names}
+    files = modules(package)
+    assert {name.split(".")[1] for name in files if "." in name} == floor.keys()
+    wrong = []
+    for name, path in files.items():
+        own = name.split(".")[1] if "." in name else package
+        for other in imported(path, files):
+            at = other.split(".")[1] if other.startswith(f"{package}.") else own
+            if at != own and (own == package or floor[at] >= floor[own]):
+                wrong.append(f"{name} -> {other}")
+    assert not wrong
+
+
+@pytest.mark.parametrize(("importer", "never", "why"), NEVER, ids=[why for _, _, why in NEVER])
+def test_what_is_never_imported(importer: str, never: str, why: str) -> None:
+    wrong, matching = [], 0
+    for package in ALLOWED:
+        files = modules(package)
+        for name, path in files.items():
+            match = re.fullmatch(importer, name)
+            matching += match is not None
+            pattern = "" if match is None else never.replace(r"\1", match[1] if match.groups() else "")
+            wrong += [f"{name} -> {each}" for each in imported(path, files) if match and re.fullmatch(pattern, each)]
+    assert matching
+    assert not wrong, why
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_no_modules_import_each_other(package: str) -> None:
+    """Not in a circle either, wherever in a file the import stands."""
+    files = modules(package)
+    arrows = {name: sorted(imported(path, files) & files.keys() - {name}) for name, path in files.items()}
+    done: set[str] = set()
+
+    def circle(name: str, way: tuple[str, ...]) -> tuple[str, ...]:
+        if name in way:
+            return (*way[way.index(name) :], name)
+        if name not in done:
+            for other in arrows[name]:
+                if found := circle(other, (*way, name)):
+                    return found
+            done.add(name)
+        return ()
+
+    assert not [" -> ".join(found) for name in files if (found := circle(name, ()))]
+
+
+MAX_COMMAND = 80
+"""Lines of a command's function."""
+
+
+def test_no_command_is_a_whole_program() -> None:
+    lengths = {}
+    for package in ALLOWED:
+        for path in modules(package).values():
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and any(map(_is_command, node.decorator_list)):
+                    assert node.end_lineno is not None
+                    lengths[f"{path.relative_to(ROOT)}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert len(lengths) > 30
+    assert not {name: length for name, length in lengths.items() if length > MAX_COMMAND}
+
+
+def _is_command(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and ast.unparse(decorator.func).rpartition(".")[2] in ("command", "group")
+
+
+ENGINE_ROOMS = ("kvsim/engines/", "kvsim/analysis/doctor/", "kvsim/models/", "kvsim/catalog/")
+METHOD_ROOMS = ("kvsim/methods/", "kvsim/engines/", "kvsim/analysis/doctor/")
+
+
+def test_no_one_engine_is_known_outside_its_room() -> None:
+    """Neither by its class nor, but for the one that stands for none, by its name."""
+    from kvsim.engines import ENGINES
+
+    names = ENGINES.keys() - {"ideal", "kvruntime", "transformers"}  # kvruntime and transformers are packages too
+    classes = {kind.__name__ for kind in ENGINES.values()} - {"Ideal"}
+    for name, path in modules("kvsim").items():
+        if path.relative_to(ROOT).as_posix().startswith(ENGINE_ROOMS):
+            continue
+        assert not {each for each in imported(path, modules("kvsim")) if each.startswith("kvsim.engines.")} - {
+            "kvsim.engines.engine"
+        }, name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Constant) and node.value in names), (name, node.lineno)
+            assert not (isinstance(node, ast.Name) and node.id in classes), (name, node.lineno)
+
+
+def test_no_method_is_told_by_its_class_outside_its_room() -> None:
+    """``isinstance`` of a method stands in methods' and engines' rooms; others ask the method."""
+    from kvsim import methods
+
+    classes = {name for name in methods.__all__ if isinstance(getattr(methods, name), type)}
+    for name, path in modules("kvsim").items():
+        if path.relative_to(ROOT).as_posix().startswith(METHOD_ROOMS):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                told = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
+                assert not told & classes, (name, node.lineno)
 
 
 def test_no_drawers() -> None:

@@ -167,7 +167,7 @@ def test_fp8_breaks_even_where_vllm_published_it() -> None:
 def test_methods_of_another_engine_are_left_out_with_a_note(capsys) -> None:
     assert run([*COMMAND, "--engine", "kvruntime", "--batch", "1", "--ctx", "4k"]) == 0
     out = capsys.readouterr().out
-    assert out.count("fp8 left out: kvruntime does not store fp8") == 1
+    assert out.count("fp8 left out: kvruntime does not run the method fp8") == 1
     assert "kivi-2bit-g32-r128" in out
 
 

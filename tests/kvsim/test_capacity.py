@@ -22,6 +22,7 @@ from kvsim.memory.estimate import cache_nbytes
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import Evict, Fp8, Full, Kivi, kivi_seed
 from kvsim.models.load import load_model
+from kvsim.models.weight_storage import weight_nbytes
 
 LLAMA = load_model("llama-3-8b")
 METHODS = [Full(), Kivi(), Kivi(nbits=4, sink_length=4), kivi_seed()]
@@ -153,3 +154,11 @@ def test_an_engine_that_allocates_at_once_holds_what_it_allocates() -> None:
     assert largest_context(cache, 3, cache.rank_nbytes(3, 1)) == 4096
     assert largest_context(cache, 3, cache.rank_nbytes(3, 1) - 1) == 0
     assert largest_batch(cache, 100, 7 * cache.rank_nbytes(1, 4096)) == 7
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B"])
+@pytest.mark.parametrize("bits", [4.25, 8.0, 16.0])
+def test_weights_are_weighed_one_way_for_memory_and_time(name: str, bits: float) -> None:
+    model = load_model(name)
+    card = replace(find_hardware("h100"), memory_nbytes=1 << 50)
+    assert room(model, card, bits, quantized=True).weight_nbytes == int(weight_nbytes(model, bits))

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from kvsim.engines import ENGINES, Engine, Ideal, Kvruntime, LlamaCpp, Vllm, make_engine
 from kvsim.engines.engine import Group
-from kvsim.engines.llama_cpp import WINDOWED
 from kvsim.engines.vllm import block_nbytes, server_defaults
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape
 from kvsim.memory.estimate import estimate
 from kvsim.methods import Fp8, Full, Kivi, Nvfp4, Paged, make_method
 from kvsim.models.families import FAMILIES
+from kvsim.models.gguf_windows import WINDOWED
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 
@@ -248,7 +248,7 @@ def test_kvruntime_grows_in_blocks_of_256() -> None:
         (Vllm(), Full(), shaped((4, LayerShape(1, 512, 0, stride=4))), "compressed layers are not modelled"),
         (LlamaCpp(), Nvfp4(), LLAMA, "llama.cpp does not store nvfp4"),
         (LlamaCpp(flash_attn=False), make_method("q8_0"), LLAMA, "values in q8_0 need flash attention"),
-        (Kvruntime(), Fp8(), LLAMA, "kvruntime does not store fp8"),
+        (Kvruntime(), Fp8(), LLAMA, "kvruntime does not run the method fp8"),
         (Kvruntime(), Full(), windowed(1, 1, 64, 8, 128), "not sliding ones"),
         (Kvruntime(max_seq_len=10), Full(), LLAMA, "100 tokens do not fit max_seq_len 10"),
     ],

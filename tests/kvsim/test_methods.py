@@ -1,12 +1,16 @@
 """The methods' bytes: the seed's table, KIVI's published ratios, and properties over random settings."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kvsim.layout import LayerShape, nbytes, parts
+from kvsim.layout import Buffer, LayerShape, nbytes, part_kind, parts
 from kvsim.memory.estimate import estimate
 from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, placed
+from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.specs import parse_method
 
@@ -329,3 +333,48 @@ def test_any_spec_is_a_method_or_one_line(pieces: list[str]) -> None:
     else:
         assert method.name
         assert hash(method) == hash(parse_method("".join(pieces), {}))
+
+
+def test_the_default_specs_are_methods() -> None:
+    for specs in (*DEFAULT_SPECS.values(), (COMPRESSED,)):
+        assert len({parse_method(spec, {}) for spec in specs}) == len(specs)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A method whose parts are named as nothing here is."""
+
+    part: str = "key_int6"
+    kinds: ClassVar[dict[str, str]] = {"key_int6": "codes"}
+
+    @property
+    def name(self) -> str:
+        return "words"
+
+    def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
+        return [Buffer(self.part, (batch_size, num_tokens), "uint8"), Buffer("value_book", (7,), "uint8")]
+
+    def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
+        return parts(self.buffers(layer, batch_size, num_tokens))
+
+
+def test_parts_of_any_name_have_a_kind() -> None:
+    """As the method says, a wrapper as its inner; else by the name's end; else ``other``."""
+    model = load_model("gpt2")
+    layers = len(model.cache_layers)
+    for method in (Words(), Evict(64, 4, Words())):
+        found = estimate(model, method, 2, 30)
+        assert found.parts == {"key_int6": 60 * layers, "value_book": 7 * layers}
+        assert found.split == {"codes": 60 * layers, "scales": 0, "zeros": 0, "residual": 0, "other": 7 * layers}
+    assert part_kind(Words(), "key_scale") == "scales"
+    wrong = Words()
+    object.__setattr__(wrong, "kinds", {"key_int6": "bits"})
+    with pytest.raises(ValueError, match="is of kind 'bits', not of codes, scales, zeros, residual, other"):
+        part_kind(wrong, "key_int6")
+
+
+@pytest.mark.parametrize("name", ["index_table", "state_rows", "index", "state"])
+def test_parts_named_like_what_no_method_stores_are_refused(name: str) -> None:
+    """They would be left out of the cache's bytes."""
+    with pytest.raises(ValueError, match=f"method words: part '{name}' is named like constant state or index keys"):
+        estimate(load_model("gpt2"), Words(name), 1, 10)

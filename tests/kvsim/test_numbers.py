@@ -122,6 +122,19 @@ def test_numbers_that_are_not_finite_or_boundless_anywhere_else(package: str, ca
             assert err.count("\n") == 1
 
 
+def test_a_number_that_no_float_holds_is_one_line(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever it comes from: here a log, whose figures no option's bound holds."""
+    log, many = tmp_path / "boot.log", "9" * 400
+    log.write_text(
+        f"INFO LLM engine (v0.19.0) with config: model='gpt2', max_seq_len={many}\n"
+        f"INFO GPU KV cache size: {many} tokens\n"
+    )
+    assert cli.run(["doctor", "--log", str(log), "--model", "gpt2"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err == "kvsim: error: a number is too large: its bytes or seconds cannot be computed\n"
+
+
 def test_the_largest_size_is_taken_and_no_larger() -> None:
     assert parse_size(str(LARGEST)) == parse_size("1048576M") == parse_value(str(LARGEST)) == LARGEST
     assert parse_human("1048576M", "x") == LARGEST

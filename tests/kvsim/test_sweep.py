@@ -243,6 +243,27 @@ def test_parts_of_another_kvsim_are_refused(
         sweep_file.write(make(), tmp_path / "a.csv", {})
 
 
+def test_a_part_is_of_all_of_kvsims_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A layout, a model's parser or the catalogue changes rows as the sweep's own code does."""
+    package = tmp_path / "kvsim"
+    for name in ("__init__.py", "layout.py", "models/model.py", "catalog/models.json", "analysis/sweep.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("1")
+    monkeypatch.setattr("kvsim.__file__", str(package / "__init__.py"))
+    seen = {sweep._digest_of_files()}
+    for name in ("layout.py", "models/model.py", "catalog/models.json"):
+        (package / name).write_text("2")
+        seen.add(sweep._digest_of_files())
+    assert len(seen) == 4
+
+
+def test_the_summary_is_of_its_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sweep", "--model", "gpt2", "--ctx", "1", "--out", str(tmp_path / "a.csv"), "--quiet", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["schema"] == "kvsim.sweep-summary/1"
+    assert out["not_modelled"]
+
+
 def test_a_model_file_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     config, out = tmp_path / "config.json", tmp_path / "a.csv"
     shape = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 4}

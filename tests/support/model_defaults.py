@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("attention", "state", "feedforward", "kinds", "families", "model")
+ROOMS = ("attention", "recurrent", "feedforward", "layer_kinds", "families/*", "model")
 NEVER = {"model_type", "dtype", "torch_dtype", "layer_types", "layers_block_type", "mlp_layer_types", "text_config"}
 EXCEPT = {("mistral", "sliding_window")}
 """Published configs of full-attention Mistral models lack the key: it counts as null, and a note says so."""
@@ -21,7 +21,8 @@ EXCEPT = {("mistral", "sliding_window")}
 
 def keys_read() -> set[str]:
     """Every string in the parser's rooms that could be a config key."""
-    text = "".join((ROOT / "kvsim" / f"{room}.py").read_text(encoding="utf-8") for room in ROOMS)
+    files = [path for room in ROOMS for path in sorted((ROOT / "kvsim" / "models").glob(f"{room}.py"))]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
     return set(re.findall(r'"([a-z_][a-z0-9_]+)"', text, re.IGNORECASE)) - NEVER
 
 
