@@ -15,6 +15,7 @@ from int6 import Int6  # noqa: E402
 from int6_room import ROOM  # noqa: E402
 from runtime_tiny import tiny_directory  # noqa: E402
 
+import kvsim.commands.flags  # noqa: E402  # its help lists the methods as they are before the test's
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402

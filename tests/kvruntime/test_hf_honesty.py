@@ -96,7 +96,7 @@ def test_no_token_survives_outside_the_buffers(name, monkeypatch):
     """What a forward brings to the cache is gone when it returns, and the buffers with the cache's last name."""
     model, fresh, append = tiny("Llama"), [], CacheLayer.append
 
-    def spy(layer, key, value, lengths):
+    def spy(layer, key, value, lengths, query=None):
         fresh.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (key, value))
         append(layer, key, value, lengths)
 
