@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,12 @@ def parse_value(text: str) -> Value:
 
 def fields(name: str) -> dict[str, bool]:
     """The options that a named method takes, and whether each holds another method."""
-    if name not in METHODS:
-        return {}
-    parameters = inspect.signature(METHODS[name]).parameters
+    return _fields(METHODS[name]) if name in METHODS else {}
+
+
+@lru_cache(maxsize=256)
+def _fields(factory: Callable[..., Method]) -> dict[str, bool]:
+    parameters = inspect.signature(factory).parameters
     return {key: each.annotation in ("Method", Method) for key, each in parameters.items()}
 
 

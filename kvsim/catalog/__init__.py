@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from kvsim.nearest import nearest
 
 Row = dict[str, Any]
 
@@ -46,7 +47,7 @@ def find(kind: str, name: str) -> Row | None:
 def near(kind: str, name: str) -> Sequence[str]:
     """Up to three known names closest to ``name``, one a row."""
     owner = {spelling: row["id"] for row in rows(kind) for spelling in names(row)}
-    close = get_close_matches(name.lower(), owner, n=12, cutoff=0.5)
+    close = nearest(name.lower(), owner, n=12, cutoff=0.5)
     out: dict[str, str] = {}
     for spelling in close:
         out.setdefault(owner[spelling], spelling)

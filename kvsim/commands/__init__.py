@@ -7,6 +7,7 @@ from importlib import import_module
 import click
 
 from kvsim.commandline import Command, Group
+from kvsim.nearest import hint
 
 LAZY: dict[str, str] = {
     "estimate": "Bytes of the cache: stored, read per step; what fits on a card; the time of a token.",
@@ -44,11 +45,8 @@ class LazyGroup(Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], LAZY, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
-            ctx.fail(f"unknown command {args[0]!r}: {hint}allowed are {', '.join(self.list_commands(ctx))}")
+            meant = hint(args[0], LAZY, cutoff=0.5)
+            ctx.fail(f"unknown command {args[0]!r}: {meant}allowed are {', '.join(self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from kvsim.latency.roofline import Constants
 
 
-@dataclass
-class Load:
+class Load(NamedTuple):
     """What is weighed: sequences of so many tokens, at most ``max_num_seqs`` at once, under one sharding.
 
     ``told``: the share of the memory was, so that as many run as fit in it.
@@ -63,8 +62,7 @@ class Load:
     constants: Constants | None
 
 
-@dataclass
-class Answer:
+class Answer(NamedTuple):
     """What is shown, a row a method; ``space`` and what follows where a card is given."""
 
     model: Model

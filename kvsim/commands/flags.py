@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -58,8 +58,7 @@ def gathered(argument: str, make: Callable[..., Any], *parameters: str) -> Calla
     return decorate
 
 
-@dataclass(frozen=True)
-class MethodFlags:
+class MethodFlags(NamedTuple):
     """What the options say of methods: specs, and options that apply wherever a method has the field."""
 
     specs: tuple[str, ...] = ()

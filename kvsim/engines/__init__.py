@@ -7,7 +7,6 @@ rounded up, windows that hold more than their width, buffers grown in steps, and
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from kvsim.engines.engine import Engine, Pool
@@ -16,6 +15,7 @@ from kvsim.engines.kvruntime import Kvruntime
 from kvsim.engines.llama_cpp import LlamaCpp
 from kvsim.engines.transformers import Transformers
 from kvsim.engines.vllm import Vllm
+from kvsim.nearest import hint
 
 if TYPE_CHECKING:
     from kvsim.hardware import Hardware
@@ -48,9 +48,8 @@ def make_engine(name: str, **options: Any) -> Engine:
 def check_engine(name: str) -> None:
     """Raises ``LookupError``, with the nearest names, for an engine that is not known."""
     if name not in ENGINES:
-        near = get_close_matches(name, ENGINES, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise LookupError(f"unknown engine {name!r}: {hint}allowed are {', '.join(ENGINES)}")
+        meant = hint(name, ENGINES, cutoff=0.4)
+        raise LookupError(f"unknown engine {name!r}: {meant}allowed are {', '.join(ENGINES)}")
 
 
 def engine_fields(name: str) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from kvsim.layout import LayerShape, Method
 
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from kvsim.models.model import Model
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Layers that share a block table: bytes of a block over its layers, tokens a block, and their kind."""
 
     kind: str
@@ -24,8 +23,7 @@ class Group:
     reach: int | None = None
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """An engine's pool of blocks.  ``num_gpu_blocks`` includes a block that stays empty; ``concurrency`` requests of
     ``max_model_len`` fit.
 
@@ -51,8 +49,7 @@ class Pool:
         return self.num_gpu_blocks // len(self.groups) * min(group.block_size for group in self.groups)
 
 
-@runtime_checkable
-class Engine(Protocol):
+class Engine(ABC):
     """What an engine takes for a cache.  Implementations are frozen dataclasses that derive from this, one file each.
 
     ``name`` and ``parts`` are an engine's own; everything else has a default, which holds for an engine that does not
@@ -71,9 +68,11 @@ class Engine(Protocol):
     """Whose kernels it runs, where a card can be measured with them (:mod:`kvsim.latency.profile`)."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Short name for tables: ``ideal``, ``vllm``."""
 
+    @abstractmethod
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
         """Bytes that the engine takes for ``batch_size`` sequences of ``num_tokens`` tokens, by purpose.
 

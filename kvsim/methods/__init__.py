@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from inspect import signature
 
 from kvsim.layout import Method
@@ -17,6 +16,7 @@ from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
 from kvsim.methods.per_token_head import PerTokenHead
+from kvsim.nearest import hint
 
 METHODS: dict[str, Callable[..., Method]] = {
     "fp16": lambda: Full("float16"),
@@ -49,9 +49,8 @@ def make_method(name: str, **options: object) -> Method:
     Raises ``LookupError`` for an unknown name and ``ValueError`` for an option the method does not have.
     """
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise LookupError(f"unknown method {name!r}: {hint}allowed are {', '.join(METHODS)}")
+        meant = hint(name, METHODS, cutoff=0.4)
+        raise LookupError(f"unknown method {name!r}: {meant}allowed are {', '.join(METHODS)}")
     try:
         return METHODS[name](**options)
     except TypeError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kvsim.models.gguf import Header, Tensor, read_header
 from kvsim.models.gguf_windows import WINDOWED
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights
+from kvsim.nearest import hint
 
 WINDOWS: dict[str, tuple[int, bool]] = {
     "gemma2": (2, False),
@@ -90,9 +90,8 @@ class _Reader:
         self.arch = self.metadata.get("general.architecture")
         if not isinstance(self.arch, str) or (self.arch not in PLAIN and self.arch not in WINDOWS):
             known = sorted(PLAIN | set(WINDOWS))
-            near = get_close_matches(str(self.arch)[:40], known, n=3, cutoff=0.6)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
-            raise self.error("general.architecture", f"{hint}known are {', '.join(known)}", whole=True)
+            meant = hint(str(self.arch)[:40], known, cutoff=0.6)
+            raise self.error("general.architecture", f"{meant}known are {', '.join(known)}", whole=True)
         self.num_layers = self.count("num_layers", "block_count")
         self.num_layers -= self.count("next", "nextn_predict_layers", 0)
         if not 0 < self.num_layers <= MAX_LAYERS:

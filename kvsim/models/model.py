@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from kvsim.models.families.family import Family
 from kvsim.models.layer_kinds import spelled
 from kvsim.models.parameters import Weights, count_weights, mixer_kind, weight_modules
 from kvsim.models.quantization import cache_dtype, config_bits
+from kvsim.nearest import hint
 
 FOREIGN: dict[str, str] = {
     r"lora_rank|kv_latent": "multi-head latent attention",
@@ -219,10 +219,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         if not isinstance(inner, Mapping):
             raise outer.error(key, "allowed is a JSON object")
         if model_type not in WRAPPERS:
-            near = get_close_matches(model_type[:60], WRAPPERS, n=3, cutoff=0.6)
-            hint = f"did you mean {', '.join(near)}? " if near else ""
+            meant = hint(model_type[:60], WRAPPERS, cutoff=0.6)
             raise ValueError(
-                f"config key {key} of model_type {model_type[:40]!r}: {hint}nested configs are supported of "
+                f"config key {key} of model_type {model_type[:40]!r}: {meant}nested configs are supported of "
                 f"{len(WRAPPERS)} that are known (kvsim/models/families/__init__.py, WRAPPERS)"
             )
         wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}{key}.", True, inner
@@ -279,10 +278,9 @@ def _family(reader: ConfigReader, model_type: Any) -> Family:
         raise reader.error("model_type", "allowed is the name of a model type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = get_close_matches(model_type[:60], FAMILIES, n=3, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
+    meant = hint(model_type[:60], FAMILIES, cutoff=0.6)
     raise reader.error(
-        "model_type", f"{hint}it is none of the {len(FAMILIES)} that are known (kvsim/models/families/__init__.py)"
+        "model_type", f"{meant}it is none of the {len(FAMILIES)} that are known (kvsim/models/families/__init__.py)"
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import translate
 from typing import Any
+
+from kvsim.nearest import hint
 
 WEIGHT_DTYPES: dict[str, float] = {
     "fp32": 32,
@@ -332,6 +333,5 @@ def _known(name: str, table: dict[str, float] | dict[str, str], flag: str) -> st
     key = name.lower()
     if key in table:
         return key
-    near = get_close_matches(key, table, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    raise LookupError(f"unknown --{flag} {name!r}: {hint}allowed are {', '.join(table)}")
+    meant = hint(key, table, cutoff=0.5)
+    raise LookupError(f"unknown --{flag} {name!r}: {meant}allowed are {', '.join(table)}")

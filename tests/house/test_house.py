@@ -25,17 +25,7 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
 
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kvsim": (
-        (
-            "whole_numbers",
-            "layout",
-            "vectorize",
-            "search",
-            "catalog",
-            "atomic",
-            "install",
-            "regular_files",
-            "finite_json",
-        ),
+        ("whole_numbers", "layout", "vectorize", "search", "catalog", "atomic", "install", "regular_files", "nearest"),
         ("hardware", "commandline", "finite_json"),
         ("methods", "models"),
         ("engines",),

@@ -474,7 +474,7 @@ class _Boot:
 
         def figures(engine: Vllm, model: Model, method: Method, size: float = memory.size) -> Pool:
             pool = engine.pool(model, method, int(size * GIB), self.sharding.rank_tokens(self.length))
-            return pool if given is None else replace(pool, num_gpu_blocks=given)
+            return pool if given is None else pool._replace(num_gpu_blocks=given)
 
         def tokens(pool: Pool) -> float:
             ways = (pool.num_tokens_before * ranks, pool.num_tokens * ranks)
