@@ -1,6 +1,8 @@
-"""Partial attention in plain PyTorch, and the rotary embedding of one token."""
+"""Partial attention in plain PyTorch, the rotary embedding of one token, and rows that lie in one line."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,3 +48,21 @@ def embedded(
     half = query.shape[3] // 2
     turned = [torch.cat((-x[..., half:], x[..., :half]), -1) for x in (query, key)]
     return query * cos + turned[0] * sin, key * cos + turned[1] * sin
+
+
+def row_counts(counts: Sequence[int] | Tensor | None, starts: Tensor | None, batch_size: int, length: int) -> list[int]:
+    """Tokens that each row brings, on the host: of a line by its ``starts``; where nothing is said, all ``length``."""
+    if starts is not None:
+        counts = starts.diff()
+    if counts is None:
+        return [length] * batch_size
+    return counts.tolist() if isinstance(counts, Tensor) else list(counts)
+
+
+def padded(line: Tensor, counts: Sequence[int]) -> Tensor:
+    """A line ``[tokens, heads, dim]`` as ``[batch_size, heads, L, dim]``: each row's tokens are its last, before them zeros."""
+    most = max(counts, default=0)
+    out = line.new_zeros(len(counts), line.shape[1], most, line.shape[2])
+    for row, part in zip(out, line.split(list(counts)), strict=True):
+        row[:, most - len(part) :] = part.transpose(0, 1)
+    return out

@@ -19,11 +19,8 @@ triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not
 
 import gluon_numpy  # noqa: E402
 
-from kvruntime.methods.kivi import (  # noqa: E402
-    fast,
-    fast_plan,
-    reference,
-)
+from kvruntime.methods.kivi import fast, fast_plan, reference  # noqa: E402
+from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -114,16 +111,17 @@ class Filled:
     def fill(self, key, value, lengths):
         """Its first tokens: the rows' last ``lengths`` of ``key`` and ``value``."""
         stores = [self.tensors[name] for name in ("records", "exact_key", "exact_value")]
-        layout = (self.record, self.method.sink_length, self.method.residual_length)
-        none = [0] * len(lengths)
-        reference.append(key, value, list(lengths), none, none, *stores, *layout)
+        layout = Layout(self.record, self.method.sink_length, self.method.residual_length)
+        none = torch.zeros(2, len(lengths), dtype=torch.int32)
+        reference.append(key, value, list(lengths), Stored(*stores, *none), layout)
         self.lengths, self.packed = lengths, [self.method.num_packed(n) for n in lengths]
         self.tensors["lengths"].copy_(torch.tensor([lengths, self.packed]))
         self.stores = [tensor.to(DEVICE) for tensor in stores]
-        self.arguments = (*self.stores, *self.tensors["lengths"].to(DEVICE), *layout)
+        self.held, self.layout = Stored(*self.stores, *self.tensors["lengths"].to(DEVICE)), layout
+        self.arguments = (self.held, layout)
         self.new = key, value
 
-    def held(self, row):
+    def truth(self, row):
         sink, packed = self.method.sink_length, self.packed[row]
         words = self.tensors["records"][row, : packed // self.record.num_tokens].transpose(0, 1)
         out = []
@@ -141,7 +139,7 @@ class Filled:
         worst = nothing.abs().max().item() if nothing.numel() else 0.0
         if not count or nothing.shape[1] == query.shape[2]:
             return worst
-        key, value = self.held(row)
+        key, value = self.truth(row)
         seen = None
         if fresh is not None:
             new = [x[row, :, x.shape[2] - count :].double() for x in fresh[:2]]
@@ -218,7 +216,7 @@ def test_several_queries(attend, name, dim, sharing) -> None:
     for x in new:
         x[1, :, : count // 2] = float("nan")
     fresh = (*(sized(x) for x in new), counts)
-    out = attend(sized(query), *cache.arguments, dim**-0.5, None, fresh, **SHARING[sharing])
+    out = attend(sized(query), *cache.arguments, dim**-0.5, fresh, **SHARING[sharing])
     assert out.shape == query.shape
     errors = [cache.error(out, sized(query), dim**-0.5, row, fresh) for row in range(3)]
     assert max(errors) <= 2e-3, (lengths, count, q_per_kv, errors)
@@ -258,15 +256,15 @@ def test_block_table(attend, name, dim, sharing, count) -> None:
     cache = Filled(method, dim, 2, lengths, key.half(), value.half())
     pool, table = pooled(cache.stores[0], cache.packed, cache.record, 4)
     fresh = None if count is None else (*new, torch.tensor([count, 2, 1], dtype=torch.int32, device=DEVICE))
-    options = {"key_params": None, "fresh": fresh, **SHARING[sharing]}
+    options = {"fresh": fresh, **SHARING[sharing]}
     out = attend(query, *cache.arguments, dim**-0.5, **options)
     assert max(cache.error(out, query, dim**-0.5, row, fresh) for row in range(3)) <= 2e-3
     wide = torch.cat([table.cpu(), table.cpu()], 1).to(DEVICE)[:, : table.shape[1]]  # rows not next to each other
     for places in (table, wide):
-        again = attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=places, **options)
+        again = attend(query, cache.held._replace(records=pool, block_table=places), cache.layout, dim**-0.5, **options)
         assert torch.equal(again.cpu(), out.cpu())
     with pytest.raises(ValueError, match="expected \\[3, num_blocks\\] int32 over"):
-        attend(query, pool, *cache.arguments[1:], dim**-0.5, block_table=table[:2], **options)
+        attend(query, cache.held._replace(records=pool, block_table=table[:2]), cache.layout, dim**-0.5, **options)
 
 
 def test_fresh_alone(attend) -> None:
@@ -278,8 +276,9 @@ def test_fresh_alone(attend) -> None:
     empty = [query.new_empty(2, 1, 0, 64) for _ in range(2)]
     records = torch.empty(2, 0, 1, record.num_words, dtype=torch.int32, device=DEVICE)
     counts = torch.tensor([20, 7], dtype=torch.int32, device=DEVICE)
-    arguments = (query, records, *empty, *none, record, 0, 64, 0.125, None, (key, value, counts))
-    truth = reference.attend(*(x.float() if x.is_floating_point() else x for x in arguments[:6]), *arguments[6:])
+    held = Stored(records, *empty, *none)
+    arguments = (query, held, Layout(record, 0, 64), 0.125, (key, value, counts))
+    truth = reference.attend(query.float(), *arguments[1:])
     for sharing in SHARING.values():
         assert ((attend(*arguments, **sharing).float() - truth).norm() / truth.norm()).item() <= 2e-3
 
@@ -398,7 +397,7 @@ def test_supports() -> None:
     assert not fast_plan.supports(record, query, fresh)
     assert not fast_plan.supports(record, query[:, :, :2])
     with pytest.raises(ValueError, match="65 queries"):
-        fast.attend(query, *[None] * 5, record, 0, 128, 0.125)
+        fast.attend(query, None, Layout(record, 0, 128), 0.125)
 
 
 def test_plan() -> None:

@@ -12,11 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime.methods.kivi import (  # noqa: E402
-    append,
-    attention,
-    reference,
-)
+from kvruntime.methods.kivi import append, attention, reference  # noqa: E402
+from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -33,8 +30,13 @@ def poisoned(method: Kivi, shape: LayerShape, batch_size: int, num_tokens: int) 
     return out
 
 
-def stores(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    return {name: tensors.get(name) for name in ("records", "exact_key", "exact_value", "key_params")}
+def stored(tensors: dict[str, torch.Tensor]) -> Stored:
+    names = ("records", "exact_key", "exact_value")
+    return Stored(*(tensors[name] for name in names), *tensors["lengths"], tensors.get("key_params"))
+
+
+def layout_of(method: Kivi, record) -> Layout:
+    return Layout(record, method.sink_length, method.residual_length)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,7 +80,7 @@ def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
     record = method.record(shape)
     generator = torch.Generator().manual_seed(len(name) + steps)
     wanted, got = (poisoned(method, shape, 2, 460) for _ in range(2))
-    layout = {"record": record, "sink": method.sink_length, "residual": method.residual_length}
+    layout = layout_of(method, record)
     lengths, packed = [0, 0], [0, 0]
     for size, counts in STEPS[steps]:
         key = torch.randn(2, size, HEADS, dim, generator=generator).to(getattr(torch, dtype)).transpose(1, 2)
@@ -92,8 +94,9 @@ def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
         key, value = key.to(DEVICE), value.to(DEVICE)
         for tensors in (wanted, got):
             tensors["lengths"].copy_(torch.tensor([lengths, packed]))
-        reference.append(key, value, list(counts), lengths, packed, **stores(wanted), **layout)
-        append.append(key, value, list(counts), lengths, packed, **stores(got), **layout, lengths_ptr=got["lengths"])
+        books = (lengths, packed) if steps else None  # without them, as many programs as any lengths need
+        reference.append(key, value, list(counts), stored(wanted), layout, books)
+        append.append(key, value, list(counts), stored(got), layout, books)
         states = list(zip(lengths, packed, counts, strict=True))
         packed = [
             reference.flush_plan(n, p, count, record.num_tokens, method.sink_length, method.residual_length)
@@ -177,8 +180,8 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
     outliers = 1 + 4 * (randn(1, 1, 1, dim) > 1.6) + 0.0
     key = ((randn(3, HEADS, most, dim) + 0.5 * randn(1, HEADS, 1, dim)) * outliers).to(dtype).to(DEVICE)
     value = randn(3, HEADS, most, dim).to(dtype).to(DEVICE)
-    layout = {"record": record, "sink": method.sink_length, "residual": method.residual_length}
-    reference.append(key, value, lengths, [0] * 3, [0] * 3, **stores(tensors), **layout)
+    layout = layout_of(method, record)
+    reference.append(key, value, lengths, stored(tensors), layout)
     packed = [
         reference.flush_plan(0, 0, n, record.num_tokens, method.sink_length, method.residual_length) for n in lengths
     ]
@@ -190,15 +193,13 @@ def test_attention_error(name: str, dim: int, q_per_kv: int) -> None:
         new = [randn(3, HEADS, fresh_length, dim).to(dtype).to(DEVICE) for _ in range(2)]
         fresh = (*new, torch.tensor(counts, dtype=torch.int32, device=DEVICE))
     scale = dim**-0.5
-    stored = [tensors[name] for name in ("records", "exact_key", "exact_value")]
-    arguments = (query, *stored, *tensors["lengths"], record, method.sink_length, method.residual_length, scale)
     runs = [attention.attend]
     if DEVICE == "cuda":
         from kvruntime.methods.kivi import fast, fast_plan
 
         runs += [fast.attend] if fast_plan.supports(record, query, fresh) else []
     for run in runs:
-        out = run(*arguments, tensors.get("key_params"), fresh, num_splits=1 + index % 4)
+        out = run(query, stored(tensors), layout, scale, fresh, num_splits=1 + index % 4)
         assert out.dtype == dtype
         assert torch.isfinite(out).all()
         hold_to_float64(out, query, key, value, tensors, method, record, lengths, packed, counts, fresh, scale)
@@ -263,21 +264,11 @@ def test_flat_attention_over_many_tokens(nbits: int) -> None:
     generator = torch.Generator().manual_seed(nbits)
     key, value = (torch.randn(1, 1, length, 64, generator=generator).half().to(DEVICE) for _ in range(2))
     query = 0.05 * torch.randn(1, 4, 1, 64, generator=generator).half().to(DEVICE)
-    layout = {"record": record, "sink": 0, "residual": 128}
-    reference.append(key, value, [length], [0], [0], **stores(tensors), **layout)
+    layout = Layout(record, 0, 128)
+    reference.append(key, value, [length], stored(tensors), layout)
     packed = method.num_packed(length)
     tensors["lengths"].copy_(torch.tensor([[length], [packed]]))
-    out = attention.attend(
-        query,
-        tensors["records"],
-        tensors["exact_key"],
-        tensors["exact_value"],
-        *tensors["lengths"],
-        record,
-        0,
-        128,
-        0.125,
-    )
+    out = attention.attend(query, stored(tensors), layout, 0.125)
     held = reference.unpack_records(tensors["records"][0].transpose(0, 1), record)
     held_key, held_value = (
         torch.cat([old, new[0, :, packed:].float()], 1) for old, new in zip(held, (key, value), strict=True)
@@ -300,8 +291,8 @@ def test_block_table(fresh_length: int) -> None:
     for x in (key, value):
         x[1, :, 100:164] = x[0, :, :64]
     tensors = poisoned(method, shape, 3, 300)
-    layout = {"record": record, "sink": 0, "residual": 64}
-    reference.append(key, value, lengths, [0] * 3, [0] * 3, **stores(tensors), **layout)
+    layout = Layout(record, 0, 64)
+    reference.append(key, value, lengths, stored(tensors), layout)
     packed = [reference.flush_plan(0, 0, n, record.num_tokens, 0, 64) for n in lengths]
     tensors["lengths"].copy_(torch.tensor([lengths, packed]))
     query, fresh = randn(3, 2 * HEADS, fresh_length or 1, 64), None
@@ -316,8 +307,9 @@ def test_block_table(fresh_length: int) -> None:
     place[1, 0] = place[0, 0]
     held = torch.arange(records.shape[1], device=DEVICE) < tensors["lengths"][1][:, None] // record.num_tokens
     table = torch.where(held, place, -(1 << 30)).to(torch.int32)
-    rest = (tensors["exact_key"], tensors["exact_value"], *tensors["lengths"], record, 0, 64, 0.125, None, fresh)
+    alone = stored(tensors)
+    pooled = alone._replace(records=pool, block_table=table)
     for run in (attention.attend, reference.attend):
-        assert torch.equal(run(query, pool, *rest, block_table=table), run(query, records, *rest))
+        assert torch.equal(run(query, pooled, layout, 0.125, fresh), run(query, alone, layout, 0.125, fresh))
         with pytest.raises(ValueError, match="expected \\[3, num_blocks\\] int32 over"):
-            run(query, pool, *rest, block_table=table.long())
+            run(query, pooled._replace(block_table=table.long()), layout, 0.125, fresh)

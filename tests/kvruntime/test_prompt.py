@@ -22,14 +22,15 @@ from kvruntime import Engine, make_cache  # noqa: E402
 from kvruntime.hf import cache as hf_cache  # noqa: E402
 from kvruntime.hf.attention import attention  # noqa: E402
 from kvruntime.hf.cache import Held, Pending  # noqa: E402
-from kvruntime.methods.kivi import pack  # noqa: E402
+from kvruntime.methods.kivi import append, pack  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, ROWS, LAYERS = 2, 2, 2
-KERNELS = ("freeze_kernel", "pack_kernel", "store_kernel")
+KERNELS = {"freeze_kernel": pack, "pack_kernel": append, "store_kernel": append}
+"""The storing kernels, and where they are launched."""
 METHODS = {
     "2-bit g32": (Kivi(residual_length=64), 64),
     "2-bit g64": (Kivi(group_size=64, residual_length=64), 128),
@@ -67,14 +68,14 @@ def counted(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> Counter:
 
     class Kernel:
         def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(pack, name)
+            self.name, self.kernel = name, getattr(KERNELS[name], name)
 
         def __getitem__(self, grid: tuple[int, ...]):
             count[self.name] += 1
             return self.kernel[grid] if run else lambda *args, **kwargs: None
 
     for name in KERNELS:
-        monkeypatch.setattr(pack, name, Kernel(name))
+        monkeypatch.setattr(KERNELS[name], name, Kernel(name))
     return count
 
 
@@ -90,7 +91,7 @@ def test_layers_stored_together_hold_what_each_holds_alone(
         new = prompts(dim, size, [size, size - 30] if ragged else None, turn)
         with as_device():
             KiviLayer.append_all([(layer, *one) for layer, one in zip(together, new, strict=True)])
-        assert count == dict.fromkeys(KERNELS[name != "seed" :], turn + 1)
+        assert count == dict.fromkeys(list(KERNELS)[name != "seed" :], turn + 1)
     for turn, size in enumerate((140, 70)):
         for layer, one in zip(alone, prompts(dim, size, [size, size - 30] if ragged else None, turn), strict=True):
             layer.append(*one)  # the reference, without a device
@@ -181,7 +182,7 @@ def work(num_layers: int, method: str, prompt: list[list[int]]) -> tuple[int, in
 def test_a_layer_of_a_prompt_costs_the_host_no_more_than_uncompressed(method: str, prompt: list[list[int]]) -> None:
     """Time to first token of a small model is host time: launches and uploads do not grow with the layers."""
     (few, uploads, count), (many, more_uploads, more) = (work(layers, method, prompt) for layers in (2, 6))
-    assert count == more == dict.fromkeys(KERNELS[method != "kivi-seed" :], 1)
+    assert count == more == dict.fromkeys(list(KERNELS)[method != "kivi-seed" :], 1)
     assert uploads == more_uploads
     least, most = (work(layers, "fp32", prompt)[0] for layers in (2, 6))
     assert many - few < most - least

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 from kvruntime.kernels.reference import embedded  # noqa: E402
 from kvruntime.methods.full import decode  # noqa: E402
 from kvruntime.methods.kivi import reference, step  # noqa: E402
+from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
@@ -35,8 +36,9 @@ def tensors(method: Kivi, shape: LayerShape, num_tokens: int) -> dict[str, torch
     }
 
 
-def stores(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    return {name: held.get(name) for name in ("records", "exact_key", "exact_value", "key_params")}
+def stored(held: dict[str, torch.Tensor]) -> Stored:
+    names = ("records", "exact_key", "exact_value")
+    return Stored(*(held[name] for name in names), *held["lengths"], held.get("key_params"))
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -47,7 +49,7 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
     shape = LayerShape(HEADS, dim, dim)
     record = method.record(shape)
     sink, residual = method.sink_length, method.residual_length
-    layout = {"record": record, "sink": sink, "residual": residual}
+    layout = Layout(record, sink, residual)
     lengths = [0, residual + sink - 1, residual + sink + 2 * record.num_tokens]
     held = max(lengths)
     wanted = tensors(method, shape, held + 2 * record.num_tokens + 8)
@@ -56,8 +58,7 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).half()
 
-    reference.append(randn(ROWS, HEADS, held, dim), randn(ROWS, HEADS, held, dim), lengths, [0] * ROWS, [0] * ROWS,
-                     **stores(wanted), **layout)  # fmt: skip
+    reference.append(*(randn(ROWS, HEADS, held, dim) for _ in range(2)), lengths, stored(wanted), layout)
     packed = [reference.flush_plan(0, 0, n, record.num_tokens, sink, residual) for n in lengths]
     lengths[2] -= record.num_tokens  # taken back: more is packed than so many tokens would have
     wanted["lengths"].copy_(torch.tensor([lengths, packed]))
@@ -67,7 +68,7 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
     for _ in range(record.num_tokens + 3):
         key, value, query = (randn(ROWS, heads, 1, dim) for heads in (HEADS, HEADS, 2 * HEADS))
         on_device = query.clone().to(DEVICE)
-        reference.append(key, value, [1] * ROWS, lengths, packed, **stores(wanted), **layout)
+        reference.append(key, value, None, stored(wanted), layout)
         after = [
             reference.flush_plan(n, p, 1, record.num_tokens, sink, residual)
             for n, p in zip(lengths, packed, strict=True)
@@ -76,8 +77,7 @@ def test_steps_store_and_pack_as_the_reference_does(name: str, spread: bool, mon
         positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
         lengths, packed = [n + 1 for n in lengths], after
         wanted["lengths"].copy_(torch.tensor([lengths, packed]))
-        step.step(on_device, key.to(DEVICE), value.to(DEVICE), None, **stores(got), positions=positions,
-                  lengths=got["lengths"], ticket=ticket, **layout)  # fmt: skip
+        step.step(on_device, key.to(DEVICE), value.to(DEVICE), stored(got), layout, positions, positions, ticket)
         assert torch.equal(query, on_device.cpu())
         assert not ticket.cpu().any()
         for buffer in wanted:
@@ -100,6 +100,9 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype, spread: bool, monkeypat
     shape = LayerShape(HEADS, dim, dim)
     held = tensors(method, shape, 64)
     lengths = torch.tensor([0, 7, 31], dtype=torch.int32)
+    angles = torch.tensor(
+        [40, 7, 3], dtype=torch.int32
+    )  # a token's position is not its slot: tokens were evicted, or added
     held["lengths"][0] = lengths
     held = {name: tensor.to(DEVICE) for name, tensor in held.items()}
     generator = torch.Generator().manual_seed(2)
@@ -107,15 +110,15 @@ def test_rotary_embedding_on_the_way(dtype: torch.dtype, spread: bool, monkeypat
     rotary = tables(64, dim, dtype)
     parts = [4 * HEADS, HEADS, HEADS]
     query, key, wanted_value = qkv.clone().split(parts, 1)
-    wanted_query, wanted_key = embedded(query, key, rotary, lengths)
-    rotary, positions = tuple(table.to(DEVICE) for table in rotary), lengths.to(DEVICE)
+    wanted_query, wanted_key = embedded(query, key, rotary, angles)
+    rotary, positions, before = tuple(table.to(DEVICE) for table in rotary), angles.to(DEVICE), lengths.to(DEVICE)
     full_key, full_value = (torch.zeros(ROWS, HEADS, 40, dim, dtype=dtype).to(DEVICE) for _ in range(2))
     spare, key, value = qkv.clone().to(DEVICE).split(parts, 1)
-    decode.store(spare, key, value, rotary, full_key, full_value, positions)
+    decode.step(spare, key, value, decode.Stored(full_key, full_value, before), positions, rotary)
     query = qkv.to(DEVICE).split(parts, 1)[0]
     ticket = torch.zeros(ROWS, dtype=torch.int32).to(DEVICE)
-    step.step(query, key, value, rotary, **stores(held), positions=positions, lengths=held["lengths"], ticket=ticket,
-              record=method.record(shape), sink=0, residual=32)  # fmt: skip
+    layout = Layout(method.record(shape), 0, 32)
+    step.step(query, key, value, stored(held), layout, before, positions, ticket, rotary)
     assert torch.equal(query.cpu(), wanted_query)
     assert torch.equal(spare.cpu(), wanted_query)
     held = {name: tensor.cpu() for name, tensor in held.items()}
@@ -140,7 +143,7 @@ def test_uncompressed_attention_with_lengths_on_the_device(dim, q_per_kv, dtype,
     there = [x.to(DEVICE) for x in (query, key, value, positions)]
     for splits in (1, 3):
         monkeypatch.setattr(decode, "plan_splits", lambda *_, splits=splits: splits)
-        out = decode.attend(*there, dim**-0.5, 300).cpu()
+        out = decode.attend(there[0], decode.Stored(*there[1:]), dim**-0.5, stepped=True, num_tokens=300).cpu()
         for row, position in enumerate(positions.tolist()):
             seen = slice(0, position + 1)
             q = query[row].view(HEADS, q_per_kv, dim).double()
@@ -152,8 +155,8 @@ def test_uncompressed_attention_with_lengths_on_the_device(dim, q_per_kv, dtype,
 
 def test_what_a_step_does_not_support() -> None:
     record = Kivi(group_size=64, residual_length=64).record(LayerShape(HEADS, 64, 64))
-    empty, stored = torch.zeros(1, 17, 1, 64), torch.zeros(1, 1, 4, 64)
+    empty, slots = torch.zeros(1, 17, 1, 64), torch.zeros(1, 1, 4, 64)
     with pytest.raises(ValueError, match="packs from the residual alone"):
-        step.step(empty, empty, empty, None, empty, empty, empty, None, empty, empty, empty, record, 0, 32)
+        step.step(empty, empty, empty, Stored(*[empty] * 5), Layout(record, 0, 32), empty, empty, empty)
     with pytest.raises(ValueError, match="17 query heads"):
-        decode.attend(empty, stored, stored, torch.zeros(1), 1.0, 4)
+        decode.attend(empty, decode.Stored(slots, slots, torch.zeros(1)), 1.0)

@@ -58,17 +58,19 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
 }
 HEADS_256_IN = ("attend", "attend_table", "combine", "combine_few")
 METHODS |= TWO_CHUNKS | HEADS_256
+POOLED = ("2-bit g64 d128", "2-bit g32 d128", "4-bit g64 d128")
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80")
 QUERIES = (
     *("num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"),
     *(f"stride_{x}{axis}" for x in "kv" for axis in "bht"),
 )
 TABLE = ("table_ptr",)
+PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for axis in "bht"))
 MERGED = ("arrivals_ptr",)
 DRAWN = ("draws_ptr",)
-OPTIONAL = {*QUERIES, *TABLE, *MERGED, *DRAWN}
+OPTIONAL = {*QUERIES, *TABLE, *PAGES, *MERGED, *DRAWN}
 POINTERS = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(
-    ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", *MERGED, *DRAWN), "*i32"
+    ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", "exact_table_ptr", *MERGED, *DRAWN), "*i32"
 )
 
 
@@ -123,8 +125,10 @@ def attend(
     constants = fast_plan.constants(method.record(LayerShape(8, dim, dim)), 0, 128, 8, q_per_kv, queries) | {
         "BLOCK_B": 32 if shares else 0, "AT_ONCE": not shares,
         "STAGES": fast_plan.STAGES, "SPARE": 0, "EARLY": sm >= 90,
-        "WHOLE": whole,
+        "WHOLE": whole, "PAGE": 16 if PAGES[0] in given else 0,
     }  # fmt: skip
+    if constants["PAGE"]:
+        constants["AT_ONCE"] = False
     types = arguments(fast.attend_kernel, dtype, given if shares or queries or whole else given + MERGED)
     registers = fast_plan.REGISTERS if queries else fast_plan.MAX_REGISTERS[dim]
     used = build(fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=registers)
@@ -159,6 +163,14 @@ def attend_queries_table_shares(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, shares=True, given=QUERIES + TABLE)
 
 
+def attend_pool(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, given=TABLE + PAGES)
+
+
+def attend_queries_pool(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, given=QUERIES + TABLE + PAGES)
+
+
 def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True) -> dict[str, int]:
     _, dim, q_per_kv, dtype = METHODS[name]
     block_d = dim & -dim
@@ -189,6 +201,8 @@ KERNELS = {
         attend_queries_shares,
         attend_table,
         attend_queries_table_shares,
+        attend_pool,
+        attend_queries_pool,
         combine,
         combine_few,
         combine_queries,
@@ -213,6 +227,7 @@ if __name__ == "__main__":
         if (sm == 90 or name in EVERYWHERE)
         and (name not in HEADS_256 or kernel in HEADS_256_IN)
         and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
+        and (not kernel.endswith("pool") or name in POOLED)
     ]
     if len(sys.argv) > 1:
         tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]

@@ -92,7 +92,10 @@ WHOLE = {  # head dimension, query heads a key/value head, dtype
 }
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
-INTEGERS = dict.fromkeys(("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr"), "*i32")
+INTEGERS = dict.fromkeys(
+    ("records_ptr", "lengths_ptr", "packed_ptr", "held_ptr", "counts_ptr", "positions_ptr"), "*i32"
+)
+INTEGERS |= dict.fromkeys(("table_ptr", "starts_ptr", "block_table_ptr", "exact_table_ptr"), "*i32")
 INTEGERS |= {"layers_ptr": "*i64"}
 
 
@@ -152,55 +155,83 @@ def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
     return {name: known.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in names}
 
 
+PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for axis in "bht"))
+POOL = {"table_ptr", "block_table_ptr", "starts_ptr", *PAGES}
+
+
+def own_rows(types: dict[str, str]) -> dict[str, str]:
+    """Argument types of a kernel whose rows have records and slots of their own: no pool, no line."""
+    return {name: type_ for name, type_ in types.items() if name not in POOL}
+
+
 def one_layer(types: dict[str, str]) -> dict[str, str]:
     """Argument types of a kernel that stores one layer, without the table of layers."""
     return {name: type_ for name, type_ in types.items() if name != "layers_ptr"}
 
 
-def pack(name: str, sm: int, layers: bool = False) -> dict[str, int]:
+def pack(name: str, sm: int, layers: bool = False, pool: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
     constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "NEW": True, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
+        "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
     }  # fmt: skip
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
+    types = types if pool else own_rows(types)
     launch = dict(quantize.pack_launch(record))
     num_warps = launch.pop("num_warps")
-    return resources(quantize.pack_kernel, types if layers else one_layer(types), constants | launch, sm, num_warps)
+    types = types if layers else one_layer(types)
+    options = quantize.pool_options(record) if pool else {}
+    return resources(quantize.pack_kernel, types, constants | launch, sm, num_warps, **options)
+
+
+def pack_pool(name: str, sm: int) -> dict[str, int]:
+    return pack(name, sm, pool=True)
 
 
 def pack_layers(name: str, sm: int) -> dict[str, int]:
     return pack(name, sm, layers=True)
 
 
-def store(name: str, sm: int, layers: bool = False) -> dict[str, int]:
+def store(name: str, sm: int, layers: bool = False, pool: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     constants = {
         "NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "BLOCK_T": 16,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "BLOCK_D": triton.next_power_of_2(dim),
+        "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
     }  # fmt: skip
     types = arguments(append.store_kernel, "bf16")
+    types = types if pool else own_rows(types)
     return resources(append.store_kernel, types if layers else one_layer(types), constants, sm, 4)
+
+
+def store_pool(name: str, sm: int) -> dict[str, int]:
+    return store(name, sm, pool=True)
 
 
 def store_layers(name: str, sm: int) -> dict[str, int]:
     return store(name, sm, layers=True)
 
 
-def attend(name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool = False) -> dict[str, int]:
+def attend(
+    name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool = False, pool: bool = False
+) -> dict[str, int]:
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
     fixed = {"params_ptr": "*fp16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     types = arguments(attention.attend_kernel, dtype, **fixed)
-    for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr") * (rows == 4) + ("table_ptr",) * (not table):
+    for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr") * (rows == 4):
         del types[absent]
+    if not pool:
+        types = own_rows(types) | ({"table_ptr": "*i32"} if table else {})
     block_m = attention.block_rows(rows, dim)
     options = attention.launch(record, block_m)
     constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_M": block_m, "BLOCK_N": options["BLOCK_N"], "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],
+        "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
     }  # fmt: skip
-    own = {"maxnreg": attention.REGISTERS} if table else {}
+    own = {"maxnreg": attention.REGISTERS} if table or pool else {}
     return resources(attention.attend_kernel, types, constants, sm, options["num_warps"], **own)
 
 
@@ -212,13 +243,18 @@ def attend_table(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, table=True)
 
 
+def attend_pool(name: str, sm: int) -> dict[str, int]:
+    """A line of queries with fresh tokens, records and exact tokens in pools."""
+    return attend(name, sm, rows=64, dtype="bf16", pool=True)
+
+
 def freeze(name: str, sm: int, layers: bool = False) -> dict[str, int]:
     method, dim = METHODS[name]
     constants = {
         "NUM_HEADS": 8, "KEY_DIM": dim, "KEY_NBITS": method.nbits, "RECORD": method.record_length, "BLOCK_T": 64,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_D": min(64, dim),
     }  # fmt: skip
-    types = arguments(quantize.freeze_kernel, "bf16", params_ptr="*fp16")
+    types = own_rows(arguments(quantize.freeze_kernel, "bf16", params_ptr="*fp16"))
     return resources(quantize.freeze_kernel, types if layers else one_layer(types), constants, sm, 4)
 
 
@@ -226,7 +262,7 @@ def freeze_layers(name: str, sm: int) -> dict[str, int]:
     return freeze(name, sm, layers=True)
 
 
-def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
+def advance(name: str, sm: int, spread: bool = False, pool: bool = False) -> dict[str, int]:
     """A step's new token, with rotary embedding and a record to pack, by one program, or by one a part."""
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
@@ -235,9 +271,10 @@ def advance(name: str, sm: int, spread: bool = False) -> dict[str, int]:
     constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": size,
-        "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90,
+        "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 16 if pool else 0,
     }  # fmt: skip
-    types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", positions_ptr="*i32", ticket_ptr="*i32")
+    types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
+    types = types if pool else own_rows(types)
     return resources(step.step_kernel, types, constants, sm, warps, enable_fp_fusion=False)
 
 
@@ -245,29 +282,59 @@ def advance_spread(name: str, sm: int) -> dict[str, int]:
     return advance(name, sm, spread=True)
 
 
+def advance_pool(name: str, sm: int) -> dict[str, int]:
+    return advance(name, sm, spread=True, pool=True)
+
+
 def store_full(name: str, sm: int) -> dict[str, int]:
     dim = METHODS[name][1]
     block = triton.next_power_of_2(dim)
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_Q": 4, "BLOCK_K": block,
-        "BLOCK_V": block, "ROTARY": True, "EARLY": sm >= 90,
+        "BLOCK_V": block, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 0,
     }  # fmt: skip
-    types = arguments(decode.store_kernel, "bf16", positions_ptr="*i32")
+    types = own_rows(arguments(decode.store_kernel, "bf16"))
     return resources(decode.store_kernel, types, constants, sm, 1, enable_fp_fusion=False)
 
 
-def attend_full(name: str, sm: int) -> dict[str, int]:
+def attend_full(name: str, sm: int, pool: bool = False) -> dict[str, int]:
     dim, q_per_kv, dtype = WHOLE[name]
     block = triton.next_power_of_2(dim)
     size = 4 if dtype == "fp32" else 2
-    fixed = {"positions_ptr": "*i32", "partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    fixed = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    tile = decode.plan_tile(2 * block, size, SHARED_BYTES[sm])[0]
     constants = {
-        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_M": 16,
-        "BLOCK_N": decode.plan_tile(2 * block, size, SHARED_BYTES[sm])[0], "BLOCK_K": block, "BLOCK_V": block,
+        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "KEY_DIM": dim, "VALUE_DIM": dim,
+        "BLOCK_M": 32 if pool and dim <= 128 else 16, "BLOCK_N": min(tile, decode.POOL_TILE) if pool else tile,
+        "BLOCK_K": block, "BLOCK_V": block,
         "DOT": getattr(tl, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[dtype]),
-        "NUM_STAGES": decode.NUM_STAGES, "EARLY": sm >= 90,
+        "NUM_STAGES": decode.NUM_STAGES, "EARLY": sm >= 90, "MORE": 0 if pool else 1,
+        "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
     }  # fmt: skip
-    return resources(decode.attend_kernel, arguments(decode.attend_kernel, dtype, **fixed), constants, sm, 4)
+    types = arguments(decode.attend_kernel, dtype, **fixed)
+    if pool:
+        del types["counts_ptr"]
+    else:
+        one = {"num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"}
+        one |= {f"stride_{x}{axis}" for x in "kv" for axis in "bht"} | {"num_blocks", "batch_size"}
+        types = {name: type_ for name, type_ in own_rows(types).items() if name not in one}
+    return resources(decode.attend_kernel, types, constants, sm, 4)
+
+
+def attend_full_pool(name: str, sm: int) -> dict[str, int]:
+    """A line of queries with fresh tokens over a pool."""
+    return attend_full(name, sm, pool=True)
+
+
+def append_full_pool(name: str, sm: int) -> dict[str, int]:
+    dim, _, dtype = WHOLE[name]
+    constants = {
+        "NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_T": 16, "BLOCK_D": triton.next_power_of_2(dim),
+        "PAGE": 16, "BLOCK_B": 32,
+    }  # fmt: skip
+    types = arguments(decode.append_kernel, dtype)
+    del types["counts_ptr"]
+    return resources(decode.append_kernel, types, constants, sm, 4)
 
 
 def combine(name: str, sm: int, parts: int = attention.MAX_SPLITS) -> dict[str, int]:
@@ -340,7 +407,20 @@ KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
-ENGINE = {attend_full: WHOLE, linear: LAYERS, dense: PRODUCTS, stream: STREAMS, add_norm: NORMS}
+IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
+POOLED = ("2-bit g32 d128", "3-bit g32 d96")
+"""Layouts whose kernels over pools are compiled: word order, and not."""
+KERNELS |= IN_POOLS
+FULL_POOLS = {"llama": WHOLE["llama"]}
+ENGINE = {
+    attend_full: WHOLE,
+    attend_full_pool: FULL_POOLS,
+    append_full_pool: FULL_POOLS,
+    linear: LAYERS,
+    dense: PRODUCTS,
+    stream: STREAMS,
+    add_norm: NORMS,
+}
 KERNELS |= {function.__name__: function for function in ENGINE}
 
 
@@ -369,7 +449,7 @@ if __name__ == "__main__":
     tasks = [
         (kernel, name, sm)
         for kernel in KERNELS
-        for name in names.get(kernel, METHODS)
+        for name in names.get(kernel, POOLED if kernel in IN_POOLS else METHODS)
         for sm in targets.get(kernel, TARGETS)
     ]
     if given:

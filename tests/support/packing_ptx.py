@@ -81,16 +81,19 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
     buffers = method.buffers(shape, 1, stored + length)
     held = {buffer.name: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype)) for buffer in buffers}
     stores = [held[name] for name in ("records", "exact_key", "exact_value")]
-    layout = (record, sink, residual, held.get("key_params"))
+    lengths = torch.zeros(2, 1, dtype=torch.int32)
+    store = reference.Stored(*stores, *lengths, held.get("key_params"))
+    layout = reference.Layout(record, sink, residual)
     if stored:
-        reference.append(randn(stored), randn(stored), [stored], [0], [0], *stores, *layout)
+        reference.append(randn(stored), randn(stored), None, store, layout)
     memory = Memory()
     names = ("records_ptr", "exact_key_ptr", "exact_value_ptr")
     values = {name: memory.place(tensor) for name, tensor in zip(names, stores, strict=True)}
-    reference.append(key, value, [length], [stored], [0], *stores, *layout)
+    reference.append(key, value, None, store, layout, ([stored], [0]))
     values |= {"key_ptr": memory.place(key), "value_ptr": memory.place(value)}
     values["params_ptr"] = memory.place(held.get("key_params", torch.zeros(1)))
-    values["lengths_ptr"] = memory.place(torch.tensor([stored, 0], dtype=torch.int32))
+    values["lengths_ptr"] = memory.place(torch.tensor([stored], dtype=torch.int32))
+    values["packed_ptr"] = memory.place(torch.tensor([0], dtype=torch.int32))
     values["counts_ptr"] = memory.place(torch.tensor([length], dtype=torch.int32))
     values |= zip(
         ("stride_kb", "stride_kh", "stride_kt", "stride_vb", "stride_vh", "stride_vt"),
@@ -104,11 +107,13 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
         "batch_size": 1,
     }
     constants = (
-        record_constants(record) | launch | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual}
+        record_constants(record)
+        | launch
+        | {"NUM_HEADS": HEADS, "NEW": True, "SINK": sink, "RESIDUAL": residual, "PAGE": 0, "BLOCK_B": 0}
     )
     num_warps = constants.pop("num_warps")
     kernel = pack.pack_kernel
-    types = compile_kernels.arguments(kernel, "fp16", params_ptr="*fp16")
+    types = compile_kernels.own_rows(compile_kernels.arguments(kernel, "fp16", params_ptr="*fp16"))
     start = values["records_ptr"]
     if layers == 1:
         types = compile_kernels.one_layer(types)

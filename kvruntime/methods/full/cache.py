@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvruntime.kernels.reference import Partial, embedded
+from kvruntime.methods.full.reference import Stored
 from kvruntime.methods.rows import Fresh, Rows, Steps
 from kvsim.layout import LayerShape
 from kvsim.methods.full import Full
@@ -134,9 +135,9 @@ class FullLayer(Rows):
             return self.attend(query, scale)
         from kvruntime.methods.full import decode
 
-        stored_key, stored_value = self.tensors["key"], self.tensors["value"]
-        decode.store(query, key, value, rotary, stored_key, stored_value, steps.positions)
-        return decode.attend(query, stored_key, stored_value, steps.lengths, scale, steps.num_tokens)
+        stored = Stored(self.tensors["key"], self.tensors["value"], steps.lengths)
+        decode.step(query, key, value, stored, steps.positions, rotary)
+        return decode.attend(query, stored, scale, stepped=True, num_tokens=steps.num_tokens)
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a row, ``[num_kv_heads, row_lengths[row], dim]`` each; views."""

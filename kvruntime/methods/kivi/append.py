@@ -2,120 +2,161 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvruntime.kernels import lines
+from kvruntime.kernels.lines import rows_of
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.kivi.pack import ALIGNMENT, freeze, of_layer, pack_kernel, pack_launch
-from kvruntime.methods.kivi.words import (
-    record_constants,
+from kvruntime.methods.kivi.pack import (
+    ALIGNMENT,
+    New,
+    freeze,
+    new_tokens,
+    of_layer,
+    pack_kernel,
+    pack_launch,
+    places,
+    pool_options,
 )
-from kvsim.methods.kivi import Record
+from kvruntime.methods.kivi.reference import Layout, Stored
+from kvruntime.methods.kivi.words import record_constants
 
 
 @triton.jit
 def store_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, counts_ptr, layers_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, batch_size, skip,
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr, layers_ptr,
+    exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb,
+    stride_yh, stride_yt, new_length, num_slots, num_pages, batch_size, skip,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
-    SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) // NUM_HEADS
-    head = (tl.program_id(1) % NUM_HEADS).to(tl.int64)
-    length = tl.load(lengths_ptr + row)
-    packed = tl.load(lengths_ptr + batch_size + row)
-    count = new_length
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + row)
-    over = tl.maximum(length + count - SINK - packed - RESIDUAL, 0)
-    packed += (over + RECORD - 1) // RECORD * RECORD
+    """Of one row and head, or of a line with ``starts_ptr`` of one head, tokens of any rows."""
     block = tl.program_id(0)
-    block += tl.where(block > 0, skip, 0)  # what lies between the sink and the residual is in records
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    token = length + t - (new_length - count)
-    kept = (t < new_length) & (t >= new_length - count) & ((token < SINK) | (token >= SINK + packed))
-    slot = tl.where(token < SINK, token, SINK + (token - SINK) % RESIDUAL)
+    if BLOCK_B == 0:
+        row = tl.program_id(1) // NUM_HEADS
+        head = (tl.program_id(1) % NUM_HEADS).to(tl.int64)
+        length = tl.load(lengths_ptr + row)
+        packed = tl.load(packed_ptr + row)
+        count = new_tokens(row, counts_ptr, new_length)
+        over = tl.maximum(length + count - SINK - packed - RESIDUAL, 0)
+        packed += (over + RECORD - 1) // RECORD * RECORD
+        block += tl.where(block > 0, skip, 0)  # what lies between the sink and the residual is in records
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        token = length + t - (new_length - count)
+        kept = (t < new_length) & (t >= new_length - count) & ((token < SINK) | (token >= SINK + packed))
+    else:
+        head = tl.program_id(1).to(tl.int64)
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = t < new_length
+        row = rows_of(t, starts_ptr, batch_size, BLOCK_B)
+        start = tl.load(starts_ptr + row)
+        count = tl.load(starts_ptr + row + 1) - start
+        length = tl.load(lengths_ptr + row)
+        packed = tl.load(packed_ptr + row)
+        over = tl.maximum(length + count - SINK - packed - RESIDUAL, 0)
+        packed += (over + RECORD - 1) // RECORD * RECORD
+        token = length + t - start
+        kept = inside & ((token < SINK) | (token >= SINK + packed))
     key_ptr = of_layer(key_ptr, layers_ptr, 0)
     value_ptr = of_layer(value_ptr, layers_ptr, 1)
     exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
     exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
-    rows = row.to(tl.int64) * NUM_HEADS + head
+    if PAGE == 0:
+        slot = tl.where(token < SINK, token, SINK + (token - SINK) % RESIDUAL)
+        rows = row.to(tl.int64) * NUM_HEADS + head
+        key_at = (rows * num_slots + slot) * KEY_DIM
+        value_at = (rows * num_slots + slot) * VALUE_DIM
+    else:
+        page = tl.load(exact_table_ptr + row.to(tl.int64) * num_pages + token // PAGE, mask=kept, other=0).to(tl.int64)
+        key_at = page * stride_xb + head * stride_xh + token % PAGE * stride_xt
+        value_at = page * stride_yb + head * stride_yh + token % PAGE * stride_yt
     d = tl.arange(0, BLOCK_D)[None, :]
     at = t.to(tl.int64)[:, None]
-    x = tl.load(
-        key_ptr + row * stride_kb + head * stride_kh + at * stride_kt + d, mask=kept[:, None] & (d < KEY_DIM), other=0.0
-    )
-    out = exact_key_ptr + (rows * num_slots + slot[:, None]) * KEY_DIM + d
+    if BLOCK_B == 0:
+        key_ptr += row * stride_kb
+        value_ptr += row * stride_vb
+    x = tl.load(key_ptr + head * stride_kh + at * stride_kt + d, mask=kept[:, None] & (d < KEY_DIM), other=0.0)
+    out = exact_key_ptr + key_at[:, None] + d
     tl.store(out, x.to(exact_key_ptr.dtype.element_ty), mask=kept[:, None] & (d < KEY_DIM))
-    y = tl.load(
-        value_ptr + row * stride_vb + head * stride_vh + at * stride_vt + d,
-        mask=kept[:, None] & (d < VALUE_DIM),
-        other=0.0,
-    )
-    out = exact_value_ptr + (rows * num_slots + slot[:, None]) * VALUE_DIM + d
+    y = tl.load(value_ptr + head * stride_vh + at * stride_vt + d, mask=kept[:, None] & (d < VALUE_DIM), other=0.0)
+    out = exact_value_ptr + value_at[:, None] + d
     tl.store(out, y.to(exact_value_ptr.dtype.element_ty), mask=kept[:, None] & (d < VALUE_DIM))
 
 
 def append(
     key: Tensor,
     value: Tensor,
-    counts: list[int],
-    lengths: list[int],
-    packed: list[int],
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
-    key_params: Tensor | None,
-    lengths_ptr: Tensor,
+    counts: Sequence[int] | Tensor | None,
+    stored: Stored,
+    layout: Layout,
+    books: tuple[list[int], list[int]] | None = None,
+    starts: Tensor | None = None,
     layers: Tensor | None = None,
 ) -> None:
     """Store new tokens: the tensors and their meaning are :func:`kvruntime.methods.kivi.reference.append`'s.
 
-    ``lengths_ptr [2, batch_size]`` int32 holds ``lengths`` and ``packed`` on the device, as they are before; it is
-    read, not written.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share
-    everything else.
+    Without ``books``, or with a line, nothing is read back: as many programs start as any lengths may need, whatever the rows
+    hold, so that a CUDA graph of it holds too (``counts`` then None or int32 on the device).  With them, an append that packs
+    nothing is one launch.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share everything
+    else, tables too.
     """
-    batch_size, heads, new_length, _ = key.shape
+    record, sink, residual = layout
     num_layers = 1 if layers is None else len(layers)
-    if key.stride(3) != 1:
+    batch_size = len(stored.lengths)
+    if key.stride(-1) != 1:
         key = key.contiguous()
-    if value.stride(3) != 1:
+    if value.stride(-1) != 1:
         value = value.contiguous()
-    states = list(zip(lengths, packed, counts, strict=True))
-    plans = {state: reference.flush_plan(*state, record.num_tokens, sink, residual) - state[1] for state in set(states)}
-    most = max(plans.values())
-    ragged = (
-        None if min(counts) == new_length else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
-    )
-    strides = (*key.stride()[:3], *value.stride()[:3])
+    new_length = key.shape[0 if starts is not None else 2]
+    heads = key.shape[1]
+    ragged = counts if isinstance(counts, Tensor) and starts is None else None
+    least = 0
+    if ragged is None and starts is None:
+        known = [new_length] * batch_size if counts is None else list(counts)
+        least = min(known)
+        if least < new_length:
+            ragged = torch.tensor(known, dtype=torch.int32).to(key.device, non_blocking=True)
+    new = New(key, value, heads, new_length, ragged, starts)
+    where, strides = places(stored, layout), new.strides()
+    most = -(-new_length // record.num_tokens) * record.num_tokens  # a row's unpacked tokens fit its residual
+    if books is not None and starts is None and not isinstance(counts, Tensor):
+        states = set(zip(*books, known, strict=True))
+        most = max(reference.flush_plan(*state, record.num_tokens, sink, residual) - state[1] for state in states)
+    block_b = 0 if starts is None else lines.block_b(batch_size)
+    rows = batch_size * heads if starts is None else heads
     if most:
-        if key_params is not None:
-            freeze(key, exact_key, key_params, lengths_ptr, ragged, record, sink, residual, layers)
+        if stored.key_params is not None:
+            freeze(new, stored, layout, layers)
         launch = pack_launch(record)
-        pack_kernel[(most // record.num_tokens * launch["PARTS"], batch_size * heads, num_layers)](
-            key, value, exact_key, exact_value, records, key_params, lengths_ptr, ragged, layers,
-            *strides, new_length, exact_key.shape[2], records.shape[1], batch_size,
-            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual,
-            SINK=sink, RESIDUAL=residual, **record_constants(record), enable_fp_fusion=True, **launch,
+        blocks = (
+            most // record.num_tokens if starts is None else lines.num_blocks(new_length, batch_size, record.num_tokens)
+        )
+        pack_kernel[(blocks * launch["PARTS"], rows, num_layers)](
+            key, value, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.lengths, stored.packed,
+            ragged, starts, layers, where.block_table, where.exact_table, *strides, *where.strides, new_length, where.num_slots,
+            where.num_records, where.num_pages, batch_size,
+            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual, SINK=sink, RESIDUAL=residual, PAGE=where.page,
+            BLOCK_B=block_b, **record_constants(record), enable_fp_fusion=True, **launch, **(pool_options(record) if where.page else {}),
         )  # fmt: skip
     dim = max(record.key_dim, record.value_dim)
     block = 1 if new_length == 1 else 16
     skip, blocks = 0, -(-new_length // block)
-    if new_length > residual + sink + 2 * block:  # of a long prompt only both ends are stored
+    if starts is None and new_length > residual + sink + 2 * block:  # of a long prompt only both ends are stored
         tail = -(-(residual + block) // block)
-        head_blocks = -(-(max(new_length - min(counts), 0) + sink) // block)
+        head_blocks = -(-(max(new_length - least, 0) + sink) // block)
         skip = max(0, blocks - tail - 1) if head_blocks <= 1 else 0
         blocks -= skip
-    store_kernel[(blocks, batch_size * heads, num_layers)](
-        key, value, exact_key, exact_value, lengths_ptr, ragged, layers,
-        *strides, new_length, exact_key.shape[2], batch_size, skip,
+    store_kernel[(blocks, rows, num_layers)](
+        key, value, stored.exact_key, stored.exact_value, stored.lengths, stored.packed, ragged, starts, layers,
+        where.exact_table, *strides, *where.strides, new_length, where.num_slots, where.num_pages, batch_size, skip,
         NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
-        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim),
+        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), PAGE=where.page, BLOCK_B=block_b,
         enable_fp_fusion=True, num_warps=1 if block == 1 else 4,
     )  # fmt: skip
 

@@ -7,7 +7,8 @@ flash-decoding)::
     S = scale * query . key                 m' = max(m, max S)      p = exp(S - m')
     l = l * exp(m - m') + sum p             out = out * exp(m - m') + p . value
 
-Parallel over splits of the tokens, key/value heads (whose query heads share every load) and blocks of query rows.
+Parallel over splits of the tokens, key/value heads (whose query heads share every load) and blocks of query rows.  Where all
+rows' queries are one line, there are as many blocks as any lengths may need, and each finds its row among the starts.
 Splits leave ``(out, lse)`` in float32, and ``combine_kernel`` merges them.  float16 and bfloat16 models multiply in
 float16 (bfloat16 data is exact there up to 65,504; the packed part is bounded by ``reference.LIMIT``) and
 accumulate in float32; float32 models multiply in float32.
@@ -22,9 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvruntime.kernels import lines
 from kvruntime.kernels.launch import num_multiprocessors
+from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, softmax_step
-from kvruntime.methods.kivi import reference
+from kvruntime.methods.kivi.pack import New, places
+from kvruntime.methods.kivi.reference import Fresh, Layout, Stored
 from kvruntime.methods.kivi.words import (
     chunks,
     groups_in,
@@ -39,7 +43,7 @@ from kvsim.methods.kivi import Record
 
 MAX_SPLITS = 128
 REGISTERS = 255
-"""Of a thread that looks up a block table: left to choose, ptxas takes 168 on sm_80 and spills."""
+"""Of a thread that looks up a table: left to choose, ptxas takes 168 on sm_80 and spills."""
 
 
 @triton.jit
@@ -155,33 +159,41 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
 @triton.jit
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, lengths_ptr, packed_ptr, new_key_ptr, new_value_ptr,
-    counts_ptr, table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb,
-    stride_vh, stride_vt, num_queries, num_slots, num_records, batch_size, num_splits,
+    counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb,
+    stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
+    num_queries, num_slots, num_records, num_pages, batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
     VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
+    """Optional: ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row begins in the line that queries and fresh tokens
+    are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``, for each row ``num_records`` places of records;
+    ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
     split = tl.program_id(0)
-    row = tl.program_id(1) // NUM_HEADS
-    head = tl.program_id(1) % NUM_HEADS
+    if BLOCK_B == 0:
+        row = tl.program_id(1) // NUM_HEADS
+        head = tl.program_id(1) % NUM_HEADS
+        m_block = tl.program_id(2)
+        query_ptr += row.to(tl.int64) * stride_qb
+    else:
+        head = tl.program_id(1)
+        row, m_block, start, num_queries = row_of(tl.program_id(2), starts_ptr, batch_size, BLOCK_M, Q_PER_KV, BLOCK_B)
+        if m_block * BLOCK_M >= num_queries * Q_PER_KV:
+            return
+        query_ptr += start.to(tl.int64) * stride_ql
     length = tl.load(lengths_ptr + row)
     packed = tl.load(packed_ptr + row)
     KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
     VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
     VALUE_CODES: tl.constexpr = RECORD * KEY_DIM * KEY_NBITS // 32
     TILES: tl.constexpr = RECORD // TILE
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # query rows: position * Q_PER_KV + head in the group
+    m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)  # query rows: position * Q_PER_KV + head in the group
     position = m // Q_PER_KV
     query_head = head * Q_PER_KV + m % Q_PER_KV
     real = position < num_queries
-    query_at = (
-        query_ptr
-        + row.to(tl.int64) * stride_qb
-        + query_head[:, None].to(tl.int64) * stride_qh
-        + position[:, None] * stride_ql
-    )
+    query_at = query_ptr + query_head[:, None].to(tl.int64) * stride_qh + position[:, None] * stride_ql
     query = ()
     for i in tl.static_range(len(KEY_CHUNKS)):
         d = KEY_CHUNKS[i][0] + tl.arange(0, KEY_CHUNKS[i][1])
@@ -231,30 +243,53 @@ def attend_kernel(
             new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
         acc = new_acc
 
-    # ---- exact tokens: the sink, then the ring; the last split, which has the fewest tiles, starts
+    # ---- exact tokens: the sink, then the ring, or a pool's; the last split, which has the fewest tiles, starts
     n = tl.arange(0, BLOCK_N)
+    if PAGE > 0:
+        num_slots = length - packed
     for block in range(num_splits - 1 - split, (num_slots + BLOCK_N - 1) // BLOCK_N, num_splits):
         slot = block * BLOCK_N + n
-        ahead = slot - SINK - packed % RESIDUAL  # ring slots, as distance from the oldest unpacked token
-        ahead = tl.where(ahead < 0, ahead + RESIDUAL, ahead)
-        token = tl.where(slot < SINK, slot, SINK + packed + ahead)
-        held = (slot < num_slots) & (token < length)
+        if PAGE == 0:
+            ahead = slot - SINK - packed % RESIDUAL  # ring slots, as distance from the oldest unpacked token
+            ahead = tl.where(ahead < 0, ahead + RESIDUAL, ahead)
+            token = tl.where(slot < SINK, slot, SINK + packed + ahead)
+            held = (slot < num_slots) & (token < length)
+            own_key_ptr = exact_key_ptr + rows * num_slots * KEY_DIM
+            own_value_ptr = exact_value_ptr + rows * num_slots * VALUE_DIM
+            key_at = slot * KEY_DIM
+            value_at = slot * VALUE_DIM
+        else:
+            token = packed + slot
+            held = token < length
+            page = tl.load(exact_table_ptr + row.to(tl.int64) * num_pages + token // PAGE, mask=held, other=0).to(
+                tl.int64
+            )
+            own_key_ptr = exact_key_ptr + head.to(tl.int64) * stride_xh
+            own_value_ptr = exact_value_ptr + head.to(tl.int64) * stride_yh
+            key_at = page * stride_xb + token % PAGE * stride_xt
+            value_at = page * stride_yb + token % PAGE * stride_yt
         acc, peak, total = attend_plain(
-            query, acc, peak, total, exact_key_ptr + rows * num_slots * KEY_DIM, exact_value_ptr + rows * num_slots * VALUE_DIM,
-            slot * KEY_DIM, slot * VALUE_DIM, held[None, :] & real[:, None], held, scale_log2, KEY_DIM, VALUE_DIM, DOT,
+            query, acc, peak, total, own_key_ptr, own_value_ptr, key_at, value_at, held[None, :] & real[:, None], held, scale_log2,
+            KEY_DIM, VALUE_DIM, DOT,
         )  # fmt: skip
 
     # ---- fresh tokens, causal
-    if counts_ptr is not None:
-        first = num_queries - tl.load(counts_ptr + row)
+    if new_key_ptr is not None:
+        if BLOCK_B == 0:
+            first = num_queries - tl.load(counts_ptr + row)
+            new_key_ptr += row.to(tl.int64) * stride_kb
+            new_value_ptr += row.to(tl.int64) * stride_vb
+        else:
+            first = 0
+            new_key_ptr += start.to(tl.int64) * stride_kt
+            new_value_ptr += start.to(tl.int64) * stride_vt
         real = real & (position >= first)
-        last = tl.minimum((tl.program_id(2) * BLOCK_M + BLOCK_M - 1) // Q_PER_KV + 1, num_queries)
+        last = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // Q_PER_KV + 1, num_queries)
         for block in range(num_splits - 1 - split, (last + BLOCK_N - 1) // BLOCK_N, num_splits):
             t = block * BLOCK_N + n
             held = (t >= first) & (t < num_queries)
             acc, peak, total = attend_plain(
-                query, acc, peak, total, new_key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh,
-                new_value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh,
+                query, acc, peak, total, new_key_ptr + head.to(tl.int64) * stride_kh, new_value_ptr + head.to(tl.int64) * stride_vh,
                 t.to(tl.int64) * stride_kt, t.to(tl.int64) * stride_vt,
                 held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, KEY_DIM, VALUE_DIM, DOT,
             )  # fmt: skip
@@ -263,7 +298,10 @@ def attend_kernel(
     saw = real & (total > 0)
     inverse = tl.where(saw, 1.0 / tl.where(saw, total, 1.0), 0.0)
     inside = position < num_queries
-    out_row = (row.to(tl.int64) * (NUM_HEADS * Q_PER_KV) + query_head) * num_queries + position
+    if BLOCK_B == 0:
+        out_row = (row.to(tl.int64) * (NUM_HEADS * Q_PER_KV) + query_head) * num_queries + position
+    else:
+        out_row = (start + position).to(tl.int64) * (NUM_HEADS * Q_PER_KV) + query_head
     out_row = out_row * num_splits + split
     for i in tl.static_range(len(VALUE_CHUNKS)):
         d = VALUE_CHUNKS[i][0] + tl.arange(0, VALUE_CHUNKS[i][1])
@@ -292,60 +330,62 @@ def block_rows(rows: int, dim: int) -> int:
 
 def attend(
     query: Tensor,
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    lengths: Tensor,
-    packed: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
+    stored: Stored,
+    layout: Layout,
     scale: float,
-    key_params: Tensor | None = None,
-    fresh: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh: Fresh | None = None,
+    starts: Tensor | None = None,
     num_splits: int | None = None,
     num_tokens: int | None = None,
-    block_table: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
-    ``lengths`` and ``packed`` are int32 and stay on the device.  ``num_splits`` overrides the plan, which is made for rows
-    of ``num_tokens``, or of what the buffers provide for.
+    Lengths, counts, starts and tables are int32 and stay on the device.  ``num_splits`` overrides the plan, which is made for
+    rows of ``num_tokens``, or of what the buffers provide for.
     """
-    batch_size, q_heads, num_queries, _ = query.shape
-    heads, num_slots = exact_key.shape[1:3]
+    record, sink, residual = layout
+    batch_size, heads = len(stored.lengths), stored.exact_key.shape[1]
+    where = places(stored, layout)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    q_heads = query.shape[1]
     q_per_kv = q_heads // heads
-    num_records = reference.records_a_row(records, block_table, batch_size)
-    table = None if block_table is None else block_table.contiguous()
-    query = query if query.stride(3) == 1 else query.contiguous()
     new_key = new_value = counts = None
-    strides = (0, 0, 0, 0, 0, 0)
+    strides: tuple[int, ...] = (0,) * 6
     if fresh is not None:
-        new_key, new_value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
-        counts = fresh[2]
-        strides = (*new_key.stride()[:3], *new_value.stride()[:3])
+        new_key, new_value = (x if x.stride(-1) == 1 else x.contiguous() for x in fresh[:2])
+        counts = fresh[2] if starts is None else None
+        strides = New(new_key, new_value, heads, 0, counts, starts).strides()
+    num_queries = query.shape[2 if starts is None else 0]
     block_m = block_rows(num_queries * q_per_kv, max(record.key_dim, record.value_dim))
-    blocks = -(-num_queries * q_per_kv // block_m)
+    if starts is None:
+        blocks, rows = -(-num_queries * q_per_kv // block_m), batch_size * heads
+        query_strides = query.stride()[:3]
+        out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
+    else:
+        blocks, rows = lines.num_blocks(num_queries, batch_size, block_m, q_per_kv), heads
+        query_strides = (0, query.stride(1), query.stride(0))
+        out = query.new_empty(num_queries, q_heads, record.value_dim)
     if num_splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        provided = num_records * record.num_tokens + num_slots
+        provided = where.num_records * record.num_tokens + where.num_slots
         longest = provided if num_tokens is None else min(provided, num_tokens)
-        num_splits = plan_splits(batch_size * heads * blocks, longest, sms)
-    out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
+        num_splits = plan_splits(rows * blocks, longest, sms)
     partial, lse = out, None
     if num_splits > 1:
-        partial = out.new_empty(*out.shape[:3], num_splits, record.value_dim, dtype=torch.float32)
-        lse = out.new_empty(*out.shape[:3], num_splits, dtype=torch.float32)
-    attend_kernel[(num_splits, batch_size * heads, blocks)](
-        query, records, exact_key, exact_value, key_params, lengths, packed, new_key, new_value, counts, table, partial, lse,
-        scale * LOG2E, *query.stride()[:3], *strides, num_queries, num_slots, num_records, batch_size, num_splits,
-        NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m,
+        partial = out.new_empty(*out.shape[:-1], num_splits, record.value_dim, dtype=torch.float32)
+        lse = out.new_empty(*out.shape[:-1], num_splits, dtype=torch.float32)
+    looked_up = where.block_table is not None or where.exact_table is not None or starts is not None
+    attend_kernel[(num_splits, rows, blocks)](
+        query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.lengths, stored.packed, new_key,
+        new_value, counts, starts, where.block_table, where.exact_table, partial, lse, scale * LOG2E, *query_strides, *strides,
+        *where.strides, num_queries, where.num_slots, where.num_records, where.num_pages, batch_size, num_splits,
+        NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, PAGE=where.page,
+        BLOCK_B=0 if starts is None else lines.block_b(batch_size),
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),
-        enable_fp_fusion=True, **launch(record, block_m),
-        **({} if table is None else {"maxnreg": REGISTERS}),
+        enable_fp_fusion=True, **launch(record, block_m), **({"maxnreg": REGISTERS} if looked_up else {}),
     )  # fmt: skip
     if num_splits > 1:
-        combine_kernel[(batch_size * q_heads * num_queries, triton.cdiv(record.value_dim, COMBINE_D))](
+        combine_kernel[(out.numel() // record.value_dim, triton.cdiv(record.value_dim, COMBINE_D))](
             partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=COMBINE_D,
             BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE, num_warps=4,
         )  # fmt: skip

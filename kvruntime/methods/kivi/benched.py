@@ -95,12 +95,7 @@ def equal_shares(layer: KiviLayer, query: Tensor, scale: float) -> Tensor:
 
 def direct(kernels: Any, layer: KiviLayer, query: Tensor, scale: float, **options: Any) -> Tensor:
     """``attend`` of a kernel room on what a layer stores, as ``KiviLayer.attend`` calls it."""
-    stores = [layer.tensors[name] for name in ("records", "exact_key", "exact_value")]
-    method = layer.method
-    out: Tensor = kernels.attend(
-        query, *stores, *layer.tensors["lengths"], layer.record, method.sink_length, method.residual_length, scale,
-        layer.tensors.get("key_params"), None, **options,
-    )  # fmt: skip
+    out: Tensor = kernels.attend(query, layer.stored(), layer.layout, scale, **options)
     return out
 
 
@@ -201,14 +196,10 @@ def storer(layer: KiviLayer, num_q_heads: int) -> Callable[..., None]:
         raise ValueError("the engine's kernel runs on CUDA only")
     kernel = cache._kernels("step").step
     ticket = layer.scratch(num_q_heads)[: layer.batch_size]
-    positions = layer.tensors["lengths"][0].clone()
+    lengths = layer.tensors["lengths"][0].clone()
 
     def store(layer: KiviLayer, query: Tensor, key: Tensor, value: Tensor) -> None:
-        names = ("records", "exact_key", "exact_value", "key_params")
-        stores: list[Any] = [layer.tensors.get(name) for name in names]
-        stores += [positions, layer.tensors["lengths"], ticket, layer.record]
-        stores += [layer.method.sink_length, layer.method.residual_length]
-        kernel(query, key, value, None, *stores)
+        kernel(query, key, value, layer.stored(), layer.layout, lengths, lengths, ticket)
 
     return store
 

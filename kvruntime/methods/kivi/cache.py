@@ -73,20 +73,20 @@ class KiviLayer(Rows):
             layer.row_lengths, layer.row_packed = list(first.row_lengths), list(first.row_packed)
         torch._foreach_copy_([layer.tensors["lengths"] for layer in rest], [first.tensors["lengths"]] * len(rest))
 
+    @property
+    def layout(self) -> reference.Layout:
+        return reference.Layout(self.record, self.method.sink_length, self.method.residual_length)
+
+    def stored(self) -> reference.Stored:
+        """What the kernels are told that this layer holds."""
+        held = self.tensors
+        lengths, packed = held["lengths"]
+        exact_key, exact_value = held["exact_key"], held["exact_value"]
+        return reference.Stored(held["records"], exact_key, exact_value, lengths, packed, held.get("key_params"))
+
     def _store(self, key: Tensor, value: Tensor, counts: list[int], **layers: Tensor) -> None:
         store = _kernels("append").append if key.is_cuda else reference.append
-        store(
-            key,
-            value,
-            counts,
-            self.row_lengths,
-            self.row_packed,
-            record=self.record,
-            sink=self.method.sink_length,
-            residual=self.method.residual_length,
-            **self._stores(key.is_cuda),
-            **layers,
-        )
+        store(key, value, counts, self.stored(), self.layout, (self.row_lengths, self.row_packed), **layers)
 
     def _count(self, counts: list[int]) -> None:
         """Enter ``counts`` stored tokens a row in the books, here and on the device."""
@@ -108,10 +108,6 @@ class KiviLayer(Rows):
         if packed != self.row_packed:
             _write(lengths[1], packed)
         self.row_packed = packed
-
-    def _stores(self, kernels: bool) -> dict[str, Tensor | None]:
-        names = ("records", "exact_key", "exact_value", "key_params") + (("lengths_ptr",) if kernels else ())
-        return {name: self.tensors.get(name.removesuffix("_ptr")) for name in names}
 
     def attend(
         self,
@@ -141,7 +137,6 @@ class KiviLayer(Rows):
         num_tokens: int | None,
         arrivals: Tensor | None = None,
     ) -> Tensor:
-        lengths, packed = self.tensors["lengths"]
         new = None
         if fresh is not None:
             counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
@@ -155,21 +150,7 @@ class KiviLayer(Rows):
                 planned["arrivals"] = arrivals
             if kernels is fast and num_tokens is None:  # a graph's lengths are not known here
                 planned["equal_shares"] = max(self.row_lengths) > UNEVEN * min(self.row_lengths)
-        return run(
-            query,
-            self.tensors["records"],
-            self.tensors["exact_key"],
-            self.tensors["exact_value"],
-            lengths,
-            packed,
-            self.record,
-            self.method.sink_length,
-            self.method.residual_length,
-            scale,
-            self.tensors.get("key_params"),
-            new,
-            **planned,
-        )
+        return run(query, self.stored(), self.layout, scale, new, **planned)
 
     def step(
         self,
@@ -190,19 +171,9 @@ class KiviLayer(Rows):
             query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
             return self.attend(query, scale)
-        _kernels("step").step(
-            query,
-            key,
-            value,
-            rotary,
-            **self._stores(False),
-            positions=steps.lengths,
-            lengths=self.tensors["lengths"],
-            ticket=steps.scratch[: self.batch_size],
-            record=self.record,
-            sink=self.method.sink_length,
-            residual=self.method.residual_length,
-        )
+        ticket = steps.scratch[: self.batch_size]
+        stored = (self.stored(), self.layout, steps.lengths, steps.positions)
+        _kernels("step").step(query, key, value, *stored, ticket, rotary)
         return self._attend(query, scale, None, steps.num_tokens, steps.scratch[self.batch_size :])
 
     def scratch(self, num_q_heads: int) -> Tensor:

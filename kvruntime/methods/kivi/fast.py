@@ -59,8 +59,9 @@ from kvruntime.methods.kivi.fast_plan import (
     spare,
     supports,
 )
-from kvsim.methods import packing as layout
-from kvsim.methods.kivi import Record
+from kvruntime.methods.kivi.pack import places
+from kvruntime.methods.kivi.reference import Fresh, Layout, Stored
+from kvsim.methods import packing
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.7, before it
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9, before it
@@ -75,8 +76,8 @@ DRAWN = gl.constexpr(8)
 MMA = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1, 1], [1, 16, 8]))
 ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
-channel_chunks = gluon.constexpr_function(layout.channel_chunks)
-tile_order = gluon.constexpr_function(layout.tile_order)
+channel_chunks = gluon.constexpr_function(packing.channel_chunks)
+tile_order = gluon.constexpr_function(packing.tile_order)
 
 
 @gluon.constexpr_function
@@ -110,7 +111,7 @@ def operand_axes(stream, width, nbits):
     :func:`unpack` leaves ``memory_shape`` with its last axes reversed (half word, then field bits from the lowest).  Keys
     are ``[token, channel]`` with the channel bits in the operand's order (ks, kk, c, e), values ``[channel, token]``.
     """
-    order = tile_order(stream, layout.MAX_TILE, width, nbits)
+    order = tile_order(stream, packing.MAX_TILE, width, nbits)
     last = len(order.memory_shape) - 1
     first = last - ((16 // nbits).bit_length() - 1)
     shape = order.memory_shape[:first] + (2,) * (last - first + 1)
@@ -152,7 +153,7 @@ def room(nbits):
 @gluon.constexpr_function
 def words_shape(width, nbits):
     """``[vectors, 32, 4]`` words of a tile: 16-byte vectors, lane after lane; of 16 channels at 2 bits 8-byte vectors."""
-    words = layout.MAX_TILE * width * nbits // 32
+    words = packing.MAX_TILE * width * nbits // 32
     each = min(4, words // 32)
     return [words // 32 // each, 32, each]
 
@@ -509,8 +510,19 @@ def reinterpret_half(words, TOKENS: gl.constexpr, SPAN: gl.constexpr):
 
 
 @gluon.jit
-def load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, FIRST: gl.constexpr, SPAN: gl.constexpr, SINK: gl.constexpr,
-              RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+def places_of(slot, wanted, packed, stride, table_ptr, stride_page, PAGE: gl.constexpr):
+    """Where exact slots lie, in elements; with ``PAGE`` those of a pool, counted from the oldest unpacked token."""
+    at = slot * stride
+    if PAGE > 0:
+        token = packed + slot
+        page = gl.load(table_ptr + token // PAGE, mask=wanted, other=0)
+        at = page.to(gl.int64) * stride_page + token % PAGE * stride
+    return at
+
+
+@gluon.jit
+def load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, table_ptr, stride_page, FIRST: gl.constexpr,
+              SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Keys of 16 exact slots ``[2 (hi), 8 (r), 4 (c), SPAN / 4]``."""
     KEYS: gl.constexpr = rows_layout(2, SPAN // 4)
     hi = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[:, None, None, None]
@@ -521,18 +533,21 @@ def load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, FIRST:
     ]
     slot = first + hi * 8 + r
     wanted = slot < num_slots if AT_ONCE else present(slot, length, packed, num_slots, since, SINK, RESIDUAL)
-    at, wanted = gl.broadcast(slot * stride_k + c * (SPAN // 4) + (i + FIRST), wanted)
+    at = places_of(slot, wanted, packed, stride_k, table_ptr, stride_page, PAGE)
+    at, wanted = gl.broadcast(at + c * (SPAN // 4) + (i + FIRST), wanted)
     return gl.load(key_ptr + at, mask=wanted, other=0.0)
 
 
 @gluon.jit
-def load_values(value_ptr, stride_v, first, length, packed, num_slots, since, FIRST: gl.constexpr, SPAN: gl.constexpr, SINK: gl.constexpr,
-                RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+def load_values(value_ptr, stride_v, first, length, packed, num_slots, since, table_ptr, stride_page, FIRST: gl.constexpr,
+                SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Values of 16 exact slots ``[slots, SPAN]``, zeros where there is no token."""
     VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SPAN, SPAN // 8], [1, 1], [1, 0])
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
-    at = slot * stride_v + (gl.arange(0, SPAN, layout=gl.SliceLayout(0, VALUES))[None, :] + FIRST)
-    mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), at)[0]
+    wanted = present(slot, length, packed, num_slots, since, SINK, RESIDUAL)
+    at = places_of(slot, wanted, packed, stride_v, table_ptr, stride_page, PAGE)
+    at = at + (gl.arange(0, SPAN, layout=gl.SliceLayout(0, VALUES))[None, :] + FIRST)
+    mask = gl.broadcast(wanted, at)[0]
     if AT_ONCE:
         value = gl.load(value_ptr + at, mask=gl.broadcast(slot < num_slots, at)[0], other=0.0)
         value = gl.where(mask, value, 0.0).to(value.dtype)
@@ -578,20 +593,21 @@ def add_values(acc, weight, alpha, staged, VALUE_NBITS: gl.constexpr):
 
 @gluon.jit
 def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, stride_k, stride_v, first, length, packed,
-               num_slots, since, position, VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr, DIM: gl.constexpr,
-               VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr):  # fmt: skip
+               num_slots, since, position, table_ptr, stride_pk, stride_pv, VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr,
+               DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr,
+               PAGE: gl.constexpr):  # fmt: skip
     """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values.
 
     ``AT_ONCE``: empty slots are read too, so that nothing waits for ``length`` and ``packed``.  Fresh tokens are slots
-    from ``since`` on, and a column sees those up to its ``position``."""
+    from ``since`` on, and a column sees those up to its ``position``.  With ``PAGE`` the slots are a pool's (:func:`places_of`)."""
     SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
     keys, values = (), ()
     for i in gl.static_range(len(SPANS)):
-        keys = keys + (load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, SPANS[i][0], SPANS[i][1], SINK, RESIDUAL,
-                                 AT_ONCE),)  # fmt: skip
+        keys = keys + (load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, table_ptr, stride_pk, SPANS[i][0],
+                                 SPANS[i][1], SINK, RESIDUAL, AT_ONCE, PAGE),)  # fmt: skip
     for i in gl.static_range(len(SPANS)):
-        values = values + (load_values(value_ptr, stride_v, first, length, packed, num_slots, since, SPANS[i][0], SPANS[i][1], SINK,
-                                       RESIDUAL, AT_ONCE),)  # fmt: skip
+        values = values + (load_values(value_ptr, stride_v, first, length, packed, num_slots, since, table_ptr, stride_pv, SPANS[i][0],
+                                       SPANS[i][1], SINK, RESIDUAL, AT_ONCE, PAGE),)  # fmt: skip
     score = gl.zeros([1, CHUNK, 8], gl.float32, MMA)
     for i in gl.static_range(len(SPANS)):
         score = mma_v2(key_rows(keys[i], SPANS[i][1]), query[i], score)
@@ -685,11 +701,11 @@ def largest_scale_of(scales):
 @gluon.jit
 def attend_split(
     query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk, step_chunk,
-    end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr,
+    end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr, pages,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
-    EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """``(acc, sums, peak)`` of every ``step``-th tile from ``first`` to ``end`` and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
     output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and
@@ -769,9 +785,14 @@ def attend_split(
         chunks = (num_slots + CHUNK - 1) // CHUNK
         end_exact = gl.minimum(end_chunk, chunks)
     for chunk in range(first_chunk, end_exact, step_chunk):
-        acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, DIM, DIM, chunk * CHUNK,
-                                     length, packed, num_slots, None, None, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL,
-                                     AT_ONCE)  # fmt: skip
+        if PAGE == 0:
+            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, DIM, DIM,
+                                         chunk * CHUNK, length, packed, num_slots, None, None, None, None, None, VALUE_NBITS, SHARED,
+                                         DIM, VALUE_GROUPS, SINK, RESIDUAL, AT_ONCE, 0)  # fmt: skip
+        else:
+            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, pages[3], pages[6],
+                                         chunk * CHUNK, length, packed, length - packed, 0, None, pages[0], pages[1], pages[4],
+                                         VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL, False, PAGE)  # fmt: skip
 
     # ---- fresh tokens, whose chunks are counted after the exact ones; none beyond the last column's position
     if newest is not None:
@@ -779,8 +800,8 @@ def attend_split(
         end_fresh = gl.minimum(end_chunk, chunks + newest[7] // CHUNK + 1)
         for chunk in range(first_chunk + done * step_chunk, end_fresh, step_chunk):
             acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, newest[0], newest[1], newest[2], newest[3],
-                                         (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5], newest[6], VALUE_NBITS, SHARED,
-                                         DIM, VALUE_GROUPS, SINK, RESIDUAL, False)  # fmt: skip
+                                         (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5], newest[6], None, None, None,
+                                         VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL, False, 0)  # fmt: skip
 
     # ---- packed tokens, tile after tile, the next ones on their way
     stage = 0
@@ -908,11 +929,12 @@ def span_output(acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE
 def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
     first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr,
+    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
+    PAGE: gl.constexpr,
 ):  # fmt: skip
     """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where ``out_ptr`` is given, and
     the result to there.
@@ -930,7 +952,14 @@ def attend_part(
     else:
         base_ptr = records_ptr + head * RECORD_WORDS
         table_ptr += row * num_records
-    slots = (row * NUM_HEADS + head) * num_slots * DIM
+    if PAGE == 0:
+        slots = (row * NUM_HEADS + head) * num_slots * DIM
+        exact_key_ptr += slots
+        exact_value_ptr += slots
+    else:  # of this row and head: its table, strides from page to page and token to token
+        exact_key_ptr += head.to(gl.int64) * pages[2]
+        exact_value_ptr += head.to(gl.int64) * pages[5]
+        pages = (pages[0] + row * pages[7], pages[1], pages[2], pages[3], pages[4], pages[5], pages[6], pages[7])
     n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
     if SHARED:
         n = n & 3
@@ -948,10 +977,10 @@ def attend_part(
         newest = (new[0] + row * new[3] + head * new[4], new[1] + row * new[6] + head * new[7], new[5], new[8], num_queries, since,
                  position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
     acc, sums, peak = attend_split(
-        query_ptr + row * stride_qb, base_ptr, exact_key_ptr + slots, exact_value_ptr + slots, codes, key_params, value_params, first,
+        query_ptr + row * stride_qb, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first,
         step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr,
-        DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
-        BEGUN, EARLY, AT_ONCE, STAGES,
+        pages, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
+        BEGUN, EARLY, AT_ONCE, STAGES, PAGE,
     )  # fmt: skip
 
     # ---- (out, lse); where no token was seen, zero and HIDDEN
@@ -1052,19 +1081,25 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, draws_ptr,
     out_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr, exact_table_ptr, num_pages, stride_xb, stride_xh,
+    stride_xt, stride_yb, stride_yh, stride_yt,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
-    EARLY: gl.constexpr, WHOLE: gl.constexpr,
+    EARLY: gl.constexpr, WHOLE: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
     where ``arrivals_ptr`` has a count for each; ``WHOLE``: there is one, and nothing to merge; where ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line (:func:`units_of`), and each of the
     programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare`.
 
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
-    ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row."""
+    ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row.
+    ``exact_table_ptr``: for each row ``num_pages`` pages of ``PAGE`` exact tokens, ``num_slots`` of which a row has at most; keys
+    (``stride_x``) and values (``stride_y``) lie by strides from page to page, head to head, token to token."""
+    pages = None
+    if PAGE > 0:
+        pages = (exact_table_ptr, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_pages)
     of_head = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     blocks = NUM_HEADS * of_head  # of a row
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -1095,7 +1130,7 @@ def attend_kernel(
             copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS,
                        KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
         if EARLY:
-            if num_queries is None and num_splits - 1 - split < chunks:
+            if num_queries is None and PAGE == 0 and num_splits - 1 - split < chunks:
                 lines = gl.minimum(gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * 64, CHUNK * DIM - 1)
                 at = gl.minimum((num_splits - 1 - split) * (CHUNK * DIM) + lines, num_slots * DIM - 1)
                 at += (block // of_head).to(gl.int64) * num_slots * DIM
@@ -1117,8 +1152,8 @@ def attend_kernel(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
             block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split, num_splits, chunks, length, packed,
             num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr,
-            None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
-            RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
+            None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None, pages, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
+            RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES, PAGE,
         )  # fmt: skip
         if arrivals_ptr is not None:
             member = block % of_head * HEADS
@@ -1155,8 +1190,9 @@ def attend_kernel(
                 query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
                 gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
                 KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES,
+                PAGE,
             )  # fmt: skip
             unit += stop - start
 
@@ -1216,22 +1252,17 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks,
 
 def attend(
     query: Tensor,
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    lengths: Tensor,
-    packed: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
+    stored: Stored,
+    layout: Layout,
     scale: float,
-    key_params: Tensor | None = None,
-    fresh: tuple[Tensor, Tensor, Tensor] | None = None,
+    fresh: Fresh | None = None,
+    starts: Tensor | None = None,
+    *,
     num_splits: int | None = None,
     equal_shares: bool = False,
     num_tokens: int | None = None,
     arrivals: Tensor | None = None,
-    block_table: Tensor | None = None,
+    early: bool = True,
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
@@ -1242,15 +1273,25 @@ def attend(
     rows of very different lengths.  ``arrivals``: int32 zeros, two a query head of a row at least, which no other call uses at
     the same time: then, where a row has one query, programs share out the end of long rows as they come to it, and one launch does
     it all where splits are few.
+
+    ``early``: from compute capability 9.0 on this is launched while what runs before it on the stream still ends, and waits for
+    that before it reads what that may have written, but for one thing: without a block table a program asks for its first tiles
+    at once, and asks again for those of the record that :func:`step` packs last.  Hence the precondition: a kernel before it
+    that lets its dependents start before it ends (``griddepcontrol.launch_dependents``) packs into the rows' own records
+    nothing but each row's newest one, as ``step`` does.  Kernels that never do, and those over a pool, are always safe; for others
+    give ``early=False``.
     """
-    if not supports(record, query, fresh):
-        raise ValueError(f"{record} with {query.shape[2]} queries of {query.dtype}: see supports()")
+    record, sink, residual = layout
+    if not supports(record, query, fresh, starts):
+        queries = "a line of queries" if starts is not None else f"{query.shape[2]} queries"
+        raise ValueError(f"{record} with {queries} of {query.dtype}: see supports()")
     batch_size, q_heads, length, dim = query.shape
-    heads, num_slots = exact_key.shape[1:3]
+    heads = stored.exact_key.shape[1]
+    where = places(stored, layout)
+    num_slots, num_records, block_table = where.num_slots, where.num_records, where.block_table
     query = query if query.stride(3) == 1 else query.contiguous()
     num_queries = None if fresh is None else length
     fixed = constants(record, sink, residual, heads, q_heads // heads, num_queries)
-    num_records = reference.records_a_row(records, block_table, batch_size)
     chunks = -(-num_slots // CHUNK.value)
     new: tuple[Any, ...] = (None,) * 9
     if fresh is not None:
@@ -1272,7 +1313,7 @@ def attend(
         splits = PROGRAMS_PER_SM[dim] * sms
     elif splits is None:
         splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, programs_per_sm(fixed), sms)
-    early = properties.major >= 9
+    early = early and properties.major >= 9
     draws, count = None, batch_size * blocks
     whole = splits == 1 and fresh is None and not block_b
     if fresh is not None or block_b or whole or (arrivals is not None and arrivals.numel() < 2 * count):
@@ -1287,10 +1328,11 @@ def attend(
     out = query.new_empty(batch_size, q_heads, length, dim)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
-        query, records, exact_key, exact_value, lengths, packed, partial, lse, arrivals, draws, out, scale * merge.LOG2E,
+        query, stored.records, stored.exact_key, stored.exact_value, stored.lengths, stored.packed, partial, lse, arrivals, draws, out, scale * merge.LOG2E,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
-        None if num_queries is None else query.stride(2), *new, None if block_table is None else block_table.contiguous(),
-        **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1, STAGES=STAGES,
+        None if num_queries is None else query.stride(2), *new, block_table, where.exact_table, where.num_pages,
+        *where.strides,
+        **fixed, BLOCK_B=block_b, AT_ONCE=batch_size == 1 and not where.page, STAGES=STAGES, PAGE=where.page,
         SPARE=spare(fixed, properties.shared_memory_per_multiprocessor), EARLY=early, WHOLE=whole,
         enable_fp_fusion=True, num_warps=1,
         maxnreg=MAX_REGISTERS[dim] if fresh is None else REGISTERS, **({"launch_pdl": True} if early else {}),
@@ -1301,7 +1343,7 @@ def attend(
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
     block_d = min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
     combine_kernel[(batch_size * q_heads * length, dim // block_d)](
-        partial, lse, packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
+        partial, lse, stored.packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
         HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
         enable_fp_fusion=merge.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from kvruntime.methods.kivi.reference import Fresh
 from kvruntime.methods.kivi.words import record_constants
 from kvsim.methods import packing as layout
 from kvsim.methods.kivi import Record
@@ -97,10 +98,12 @@ def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
     return max(0, -(-(least - own) // stage))
 
 
-def supports(record: Record, query: Tensor, fresh: tuple[Tensor, Tensor, Tensor] | None = None) -> bool:
-    """Whether :func:`kvruntime.methods.kivi.fast.attend` takes this record and query, else ``attention.attend`` does."""
+def supports(record: Record, query: Tensor, fresh: Fresh | None = None, starts: Tensor | None = None) -> bool:
+    """Whether :func:`kvruntime.methods.kivi.fast.attend` takes this record and query, else ``attention.attend`` does: a line of
+    queries always."""
     return (
         query.is_cuda
+        and starts is None
         and query.shape[2] <= (1 if fresh is None else MAX_QUERIES if record.key_dim <= 128 else 0)
         and query.dtype in (torch.float16, torch.bfloat16)
         and holds(record)

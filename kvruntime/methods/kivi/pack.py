@@ -13,11 +13,13 @@ Parallel over parts, records, heads, rows and layers; a part's groups lie inside
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvruntime.kernels.lines import row_of
 from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.words import (
     chunks,
@@ -213,14 +215,44 @@ def finite(x):
 
 
 @triton.jit
-def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_new_t, NEW: tl.constexpr,
-                DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
-    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``: stored ones from the ring."""
-    slot = SINK + (token - SINK) % RESIDUAL
+def exact_at(token, wanted, pages, DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):
+    """Where a head's exact tokens lie, in elements: in a ring, or where there are ``pages`` (the row's table, strides from page
+    to page and token to token) in a pool's, which are looked up where ``wanted``."""
+    if PAGE == 0:
+        at = (SINK + (token - SINK) % RESIDUAL) * DIM
+    else:
+        page = tl.load(pages[0] + token // PAGE, mask=wanted, other=0)
+        at = page.to(tl.int64) * pages[1] + token % PAGE * pages[2]
+    return at
+
+
+@triton.jit
+def new_tokens(row, counts_ptr, new_length):
+    """How many tokens a row brings."""
+    count = new_length
+    if counts_ptr is not None:
+        count = tl.load(counts_ptr + row)
+    return count
+
+
+@triton.jit
+def record_at(
+    records_ptr, table_ptr, row, number, num_records, head, NUM_HEADS: tl.constexpr, RECORD_WORDS: tl.constexpr
+):
+    """Record ``number`` of a row: ``num_records`` lie row after row, or as many places in a block table say where."""
+    place = row.to(tl.int64) * num_records + number
+    if table_ptr is not None:
+        place = tl.load(table_ptr + place).to(tl.int64)
+    return records_ptr + (place * NUM_HEADS + head) * RECORD_WORDS
+
+
+@triton.jit
+def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_new_t, pages, NEW: tl.constexpr,
+                DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``: stored ones from the ring or the pool."""
     stored = token < length
-    x = tl.load(exact_ptr + slot[:, None] * DIM + channel[None, :], mask=mask & stored[:, None], other=0.0).to(
-        tl.float32
-    )
+    at = exact_at(token, stored, pages, DIM, SINK, RESIDUAL, PAGE)
+    x = tl.load(exact_ptr + at[:, None] + channel[None, :], mask=mask & stored[:, None], other=0.0).to(tl.float32)
     if NEW:
         y = tl.load(
             new_ptr + (token - length)[:, None] * stride_new_t + channel[None, :],
@@ -258,10 +290,10 @@ def store_codes(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHAN
 
 
 @triton.jit
-def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, stride_new_t, zero_offset,
+def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, stride_new_t, zero_offset, pages,
               NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
               GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
-              PARAMS: tl.constexpr):  # fmt: skip
+              PAGE: tl.constexpr, PARAMS: tl.constexpr):  # fmt: skip
     """One chunk of a record's key channels."""
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     TILE_WORDS: tl.constexpr = TILE * DIM * NBITS // 32
@@ -282,7 +314,20 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
                 for tile in range(SPAN // TILE):
                     token = first + group * SPAN + tile * TILE + t
                     x = load_tokens(
-                        exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+                        exact_ptr,
+                        new_ptr,
+                        token,
+                        d,
+                        everything,
+                        length,
+                        count,
+                        stride_new_t,
+                        pages,
+                        NEW,
+                        DIM,
+                        SINK,
+                        RESIDUAL,
+                        PAGE,
                     )
                     x, is_nan = finite(x)
                     low = tl.minimum(low, tl.min(x, 0))
@@ -295,7 +340,20 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
             for tile in range(SPAN // TILE):
                 token = first + group * SPAN + tile * TILE + t
                 x = load_tokens(
-                    exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+                    exact_ptr,
+                    new_ptr,
+                    token,
+                    d,
+                    everything,
+                    length,
+                    count,
+                    stride_new_t,
+                    pages,
+                    NEW,
+                    DIM,
+                    SINK,
+                    RESIDUAL,
+                    PAGE,
                 )
                 x, is_nan = finite(x)
                 codes = tl.where(is_nan, 0, encode(x, inverse[None, :], zero[None, :], LEVELS))
@@ -305,7 +363,20 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
         for tile in range(RECORD // TILE):
             token = first + tile * TILE + t
             x = load_tokens(
-                exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+                exact_ptr,
+                new_ptr,
+                token,
+                d,
+                everything,
+                length,
+                count,
+                stride_new_t,
+                pages,
+                NEW,
+                DIM,
+                SINK,
+                RESIDUAL,
+                PAGE,
             )
             x, is_nan = finite(x)
             x = tl.reshape(x, (GROUPS, GROUP, W))
@@ -319,10 +390,10 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
 
 
 @triton.jit
-def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, count, stride_new_t,
+def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, count, stride_new_t, pages,
                 NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
                 GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
-                RESIDUAL: tl.constexpr):  # fmt: skip
+                RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """One chunk of one tile's value channels."""
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     ZEROS: tl.constexpr = RECORD * (DIM // GROUP)
@@ -330,7 +401,20 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
     t = tile * TILE + tl.arange(0, TILE)
     d = C0 + tl.arange(0, W)
     x = load_tokens(
-        exact_ptr, new_ptr, first + t, d, t[:, None] >= 0, length, count, stride_new_t, NEW, DIM, SINK, RESIDUAL
+        exact_ptr,
+        new_ptr,
+        first + t,
+        d,
+        t[:, None] >= 0,
+        length,
+        count,
+        stride_new_t,
+        pages,
+        NEW,
+        DIM,
+        SINK,
+        RESIDUAL,
+        PAGE,
     )
     x, is_nan = finite(x)
     if whole_groups(C0, W, GROUP):
@@ -349,8 +433,8 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
         FIRST: tl.constexpr = GROUPS[0]
         LAST: tl.constexpr = GROUPS[1]
         for g in tl.static_range(FIRST, LAST):
-            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t, NEW, DIM,
-                            SINK, RESIDUAL)  # fmt: skip
+            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t, pages, NEW,
+                            DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             y, y_nan = finite(y)
             low = tl.min(tl.where(inside, y, LIMIT), 1)
             high = tl.max(tl.where(inside, y, -LIMIT), 1)
@@ -365,12 +449,12 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
 
 
 @triton.jit
-def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, NEW: tl.constexpr, DIM: tl.constexpr,
-                SINK: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, pages, NEW: tl.constexpr, DIM: tl.constexpr,
+                SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """Tokens ``first + token`` of the row at ``channel``, ``[N, 1]`` and ``[N or 1, C]``, as they are held (float32, where the
     ring and the new tokens are not alike)."""
     position = first + token
-    ring_ptr = exact_ptr + (SINK + (position - SINK) % RESIDUAL) * DIM
+    ring_ptr = exact_ptr + exact_at(position, position < length, pages, DIM, SINK, RESIDUAL, PAGE)
     if not NEW:
         x = tl.load(ring_ptr + channel)
     else:
@@ -385,9 +469,10 @@ def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t,
 
 
 @triton.jit
-def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, length, stride_new_t, zero_offset,
+def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, length, stride_new_t, zero_offset, pages,
                   NEW: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
-                  TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+                  TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, PARAMS: tl.constexpr,
+                  SIZE: tl.constexpr):  # fmt: skip
     """Some of a record's tokens, some of their channels: a word holds consecutive channels of one token."""
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     SHAPE: tl.constexpr = key_part(RECORD, DIM, GROUP, SIZE)
@@ -398,8 +483,8 @@ def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, lengt
     t = part // (DIM // WIDTH) * TOKENS
     c = part % (DIM // WIDTH) * WIDTH
     d = c + tl.arange(0, WIDTH)
-    x = load_direct(exact_ptr, new_ptr, first + t, tl.arange(0, TOKENS)[:, None], d[None, :], length, stride_new_t, NEW,
-                    DIM, SINK, RESIDUAL)  # fmt: skip
+    x = load_direct(exact_ptr, new_ptr, first + t, tl.arange(0, TOKENS)[:, None], d[None, :], length, stride_new_t, pages,
+                    NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
     if GROUP == 0:
         scale = tl.load(params_ptr + d)[None, :]
         zero = tl.load(params_ptr + zero_offset + d)[None, :]
@@ -425,9 +510,9 @@ def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, lengt
 
 
 @triton.jit
-def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length, stride_new_t, NEW: tl.constexpr,
+def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length, stride_new_t, pages, NEW: tl.constexpr,
                     DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
-                    SINK: tl.constexpr, RESIDUAL: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+                    SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """Some of a record's tokens: a word holds channels 8 apart of two tokens.
 
     Channels are ``[block][high field][low field, one of 8]``; low fields lie in neighbouring lanes, which read them in one piece.
@@ -450,7 +535,19 @@ def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length
     channel = row // PAIRS % BLOCKS * BLOCK + row // (PAIRS * BLOCKS) % HIGH * RUN
     channel = channel[:, None] + tl.arange(0, RUN)[None, :]
     x = load_direct(
-        exact_ptr, new_ptr, first + t, token[:, None], channel, length, stride_new_t, NEW, DIM, SINK, RESIDUAL
+        exact_ptr,
+        new_ptr,
+        first + t,
+        token[:, None],
+        channel,
+        length,
+        stride_new_t,
+        pages,
+        NEW,
+        DIM,
+        SINK,
+        RESIDUAL,
+        PAGE,
     )
     x = tl.reshape(x, (2 * GROUPS, IN_RUNS, BLOCKS // IN_BLOCKS, IN_BLOCKS, PAIRS, RUN))
     low = least(least(least(x, 1), 2), 3)  # [token of a pair, group of high fields][group of blocks][pair]
@@ -483,36 +580,36 @@ def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length
 
 @triton.jit
 def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt,
-              stride_vt, zero_offset, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+              stride_vt, zero_offset, key_pages, value_pages, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
               VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
-              TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
-              VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+              TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, NEW: tl.constexpr,
+              KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's own, but
     ``zero_offset`` from scale to zero."""
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
     if part < KEY_PARTS:
         if direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
-            pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset, NEW,
-                          KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, KEY_PARAMS, SIZE)  # fmt: skip
+            pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset,
+                          key_pages, NEW, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, SIZE)  # fmt: skip
         else:
             KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
             for i in tl.static_range(len(KEY_CHUNKS)):
-                pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, NEW,
-                          KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
-                          KEY_PARAMS)  # fmt: skip
+                pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, key_pages,
+                          NEW, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
+                          PAGE, KEY_PARAMS)  # fmt: skip
     else:
         words_ptr = record_ptr + RECORD * KEY_DIM * KEY_NBITS // 32
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * VALUE_PARAMS
         if direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
-            pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt, NEW,
-                            VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, SIZE)  # fmt: skip
+            pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt,
+                            value_pages, NEW, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, SIZE)  # fmt: skip
         else:
             VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
             for tile in range(RECORD // TILE):
                 for i in tl.static_range(len(VALUE_CHUNKS)):
                     pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32), half_ptr,
-                                tile, first, length, count, stride_vt, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], VALUE_DIM,
-                                VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL)  # fmt: skip
+                                tile, first, length, count, stride_vt, value_pages, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1],
+                                VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE)  # fmt: skip
 
 
 @triton.jit
@@ -528,21 +625,30 @@ def of_layer(x_ptr, layers_ptr, COLUMN: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, counts_ptr, layers_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, new_length, num_slots, num_records, batch_size,
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr,
+    layers_ptr, block_table_ptr, exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb,
+    stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, new_length, num_slots, num_records, num_pages, batch_size,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
-    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) // NUM_HEADS
-    head = tl.program_id(1) % NUM_HEADS
-    length = tl.load(lengths_ptr + row)
-    packed = tl.load(lengths_ptr + batch_size + row)
-    count = new_length
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + row)
+    """Optional: ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where in the line of new tokens each row's begin;
+    ``layers_ptr`` (:func:`addresses`); ``block_table_ptr``, for each row ``num_records`` places of records; ``exact_table_ptr``, for
+    each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
     ahead = tl.program_id(0) // PARTS
+    if BLOCK_B == 0:
+        row = tl.program_id(1) // NUM_HEADS
+        head = tl.program_id(1) % NUM_HEADS
+        count = new_tokens(row, counts_ptr, new_length)
+        start = tl.cast(new_length - count, tl.int64)
+    else:
+        head = tl.program_id(1)
+        row, ahead, start, count = row_of(ahead, starts_ptr, batch_size, RECORD, 1, BLOCK_B)
+        start = start.to(tl.int64)
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(packed_ptr + row)
     number = packed // RECORD + ahead
     over = length + count - SINK - packed - RESIDUAL
     if over <= ahead * RECORD:  # this row packs fewer records than the grid provides for
@@ -553,24 +659,36 @@ def pack_kernel(
     exact_key_ptr = of_layer(exact_key_ptr, layers_ptr, 2)
     exact_value_ptr = of_layer(exact_value_ptr, layers_ptr, 3)
     records_ptr = of_layer(records_ptr, layers_ptr, 4)
-    record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
+    record_ptr = record_at(records_ptr, block_table_ptr, row, number, num_records, head, NUM_HEADS, RECORD_WORDS)
     rows = row.to(tl.int64) * NUM_HEADS + head
-    exact_key_ptr += rows * num_slots * KEY_DIM
-    exact_value_ptr += rows * num_slots * VALUE_DIM
-    start = tl.cast(new_length - count, tl.int64)
-    key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + start * stride_kt
-    value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh + start * stride_vt
+    key_pages = None
+    value_pages = None
+    if PAGE == 0:
+        exact_key_ptr += rows * num_slots * KEY_DIM
+        exact_value_ptr += rows * num_slots * VALUE_DIM
+    else:
+        table_ptr = exact_table_ptr + row.to(tl.int64) * num_pages
+        key_pages = (table_ptr, stride_xb, stride_xt)
+        value_pages = (table_ptr, stride_yb, stride_yt)
+        exact_key_ptr += head.to(tl.int64) * stride_xh
+        exact_value_ptr += head.to(tl.int64) * stride_yh
+    if BLOCK_B == 0:
+        key_ptr += row.to(tl.int64) * stride_kb
+        value_ptr += row.to(tl.int64) * stride_vb
+    key_ptr += head.to(tl.int64) * stride_kh + start * stride_kt
+    value_ptr += head.to(tl.int64) * stride_vh + start * stride_vt
     row_params_ptr = params_ptr
     if KEY_GROUP == 0:
         row_params_ptr = of_layer(params_ptr, layers_ptr, 5) + rows * KEY_DIM
     pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first,
-              length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS,
-              KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
+              length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM,
+              KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, NEW, KEY_PARAMS, VALUE_PARAMS,
+              SIZE)  # fmt: skip
 
 
 @triton.jit
 def freeze_kernel(
-    key_ptr, exact_key_ptr, params_ptr, lengths_ptr, counts_ptr, layers_ptr,
+    key_ptr, exact_key_ptr, params_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr, layers_ptr,
     stride_kb, stride_kh, stride_kt, new_length, num_slots, batch_size,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
     RESIDUAL: tl.constexpr, NEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -579,10 +697,13 @@ def freeze_kernel(
     row = tl.program_id(1) // NUM_HEADS
     head = tl.program_id(1) % NUM_HEADS
     length = tl.load(lengths_ptr + row)
-    packed = tl.load(lengths_ptr + batch_size + row)
-    count = new_length
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + row)
+    packed = tl.load(packed_ptr + row)
+    if starts_ptr is None:
+        count = new_tokens(row, counts_ptr, new_length)
+        start = new_length - count
+    else:
+        start = tl.load(starts_ptr + row)
+        count = tl.load(starts_ptr + row + 1) - start
     over = length + count - SINK - RESIDUAL
     if packed > 0 or over <= 0:
         return
@@ -592,9 +713,9 @@ def freeze_kernel(
     params_ptr = of_layer(params_ptr, layers_ptr, 5)
     rows = row.to(tl.int64) * NUM_HEADS + head
     exact_key_ptr += rows * num_slots * KEY_DIM
-    key_ptr += (
-        row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh + tl.cast(new_length - count, tl.int64) * stride_kt
-    )
+    if starts_ptr is None:
+        key_ptr += row.to(tl.int64) * stride_kb
+    key_ptr += head.to(tl.int64) * stride_kh + tl.cast(start, tl.int64) * stride_kt
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     low = tl.full([BLOCK_D], LIMIT, tl.float32)
     high = tl.full([BLOCK_D], -LIMIT, tl.float32)
@@ -603,7 +724,7 @@ def freeze_kernel(
         t = begin + tl.arange(0, BLOCK_T)
         wanted = (t < size)[:, None] & (d < KEY_DIM)[None, :]
         x = load_tokens(
-            exact_key_ptr, key_ptr, SINK + t, d, wanted, length, count, stride_kt, NEW, KEY_DIM, SINK, RESIDUAL
+            exact_key_ptr, key_ptr, SINK + t, d, wanted, length, count, stride_kt, None, NEW, KEY_DIM, SINK, RESIDUAL, 0
         )
         x, is_nan = finite(x)
         low = tl.minimum(low, tl.min(tl.where(wanted, x, LIMIT), 0))
@@ -615,29 +736,64 @@ def freeze_kernel(
     tl.store(params_ptr + tl.cast(batch_size, tl.int64) * (NUM_HEADS * KEY_DIM) + at, zero, mask=d < KEY_DIM)
 
 
-def freeze(
-    key: Tensor,
-    exact_key: Tensor,
-    key_params: Tensor,
-    lengths_ptr: Tensor,
-    ragged: Tensor | None,
-    record: Record,
-    sink: int,
-    residual: int,
-    layers: Tensor | None = None,
-) -> None:
+class New(NamedTuple):
+    """New tokens as the kernels take them."""
+
+    key: Tensor
+    value: Tensor
+    num_heads: int
+    length: int
+    """Tokens a row at most."""
+    counts: Tensor | None
+    starts: Tensor | None
+
+    def strides(self) -> tuple[int, ...]:
+        """From row to row, head to head, token to token, of keys and then of values."""
+        if self.starts is None:
+            return (*self.key.stride()[:3], *self.value.stride()[:3])
+        return tuple(stride for x in (self.key, self.value) for stride in (0, x.stride(1), x.stride(0)))
+
+
+def freeze(new: New, stored: reference.Stored, layout: reference.Layout, layers: Tensor | None = None) -> None:
     """Write ``key_params`` of every row that is about to pack for the first time; other rows are left alone.
 
     ``layers``: as :func:`kvruntime.methods.kivi.append.append`.
     """
-    batch_size, heads, new_length, dim = key.shape
+    record, sink, residual = layout
+    batch_size, dim = len(stored.lengths), record.key_dim
     block = min(64, triton.next_power_of_2(dim))
-    freeze_kernel[(triton.cdiv(dim, block), batch_size * heads, 1 if layers is None else len(layers))](
-        key, exact_key, key_params, lengths_ptr, ragged, layers, *key.stride()[:3], new_length, exact_key.shape[2], batch_size,
-        NUM_HEADS=heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
-        NEW=new_length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block,
+    freeze_kernel[(triton.cdiv(dim, block), batch_size * new.num_heads, 1 if layers is None else len(layers))](
+        new.key, stored.exact_key, stored.key_params, stored.lengths, stored.packed, new.counts, new.starts, layers,
+        *new.strides()[:3], new.length, stored.exact_key.shape[2], batch_size,
+        NUM_HEADS=new.num_heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
+        NEW=new.length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block,
         enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
+
+
+class Places(NamedTuple):
+    """Where records and exact tokens lie, as the kernels take it: tables and strides, None where rows have their own."""
+
+    block_table: Tensor | None
+    exact_table: Tensor | None
+    strides: tuple[int | None, ...]
+    """Of a pool of exact tokens, from page to page, head to head, token to token: keys', then values'."""
+    num_slots: int
+    num_records: int
+    num_pages: int | None
+    page: int
+    """Tokens a page; 0: there are none."""
+
+
+def places(stored: reference.Stored, layout: reference.Layout) -> Places:
+    """Raises ``ValueError`` where :func:`reference.check` does."""
+    reference.check(stored, layout, len(stored.lengths))
+    table, pages = (x if x is None else x.contiguous() for x in (stored.block_table, stored.exact_table))
+    num_records, size = reference.records_a_row(stored), stored.exact_key.shape[2]
+    if pages is None:
+        return Places(table, None, (None,) * 6, size, num_records, None, 0)
+    strides = (*stored.exact_key.stride()[:3], *stored.exact_value.stride()[:3])
+    return Places(table, pages, strides, layout.residual, num_records, pages.shape[1], size)
 
 
 def pack_warps(record: Record) -> int:
@@ -657,6 +813,11 @@ def in_word_order(record: Record) -> bool:
     """:func:`direct` of its keys and its values."""
     keys = direct(record.key_dim, record.key_nbits, record.key_group)
     return bool(keys and direct(record.value_dim, record.value_nbits, record.value_group))
+
+
+def pool_options(record: Record) -> dict[str, int]:
+    """Of :func:`pack_kernel` over a pool: codes that are permuted take more than 80 registers, which ptxas does not on sm_89."""
+    return {} if in_word_order(record) else {"maxnreg": 128}
 
 
 @cache

@@ -11,14 +11,22 @@ Outcomes at the edges: values beyond +-``LIMIT`` (infinities too) are clamped to
 inside float16; a group without range has scale 0 and codes 0 and reads back as its value in float16; a group with a
 NaN has scale and zero NaN and reads back as NaN throughout, as 16-bit attention would.  With scales given (frozen
 over a sequence) a NaN reads back as the group's zero.
+
+Lengths, everywhere: :class:`Stored` counts what lies in its tensors when a call begins.  What a call brings (``append``'s and
+``step``'s tokens, ``attend``'s ``fresh`` ones) is not among them.  ``step`` counts its tokens there itself, ``append`` leaves that
+to the caller (:func:`flush_plan` says how many are packed then), and ``attend`` changes nothing.  An engine whose lengths
+count this step's tokens already takes those off; what was packed is a function of the length without them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import Partial
+from kvruntime.kernels.reference import Partial, embedded, padded, row_counts
 from kvsim.methods.kivi import Record
 
 LIMIT = 32704.0
@@ -175,43 +183,120 @@ def flush_plan(length: int, packed: int, count: int, record_length: int, sink: i
     return packed + -(-over // record_length) * record_length
 
 
-def tokens_after_sink(
-    exact: Tensor, new: Tensor, length: int, first: int, last: int, sink: int, residual: int
-) -> Tensor:
-    """A row's tokens ``first`` to ``last`` after its sink: those of the ``length`` stored from the ring ``exact``, the
-    rest from ``new``, all ``[rows, num_kv_heads, tokens, dim]``."""
-    stored = min(max(length - sink - first, 0), last - first)
-    fresh = new[:, :, sink + first + stored - length : sink + last - length]
-    if not stored:
-        return fresh
-    slot = sink + torch.arange(first, first + stored, device=new.device) % residual
-    return torch.cat([exact[:, :, slot].to(new.dtype), fresh], 2)
+class Layout(NamedTuple):
+    """How a layer's tokens are divided: records of packed ones, and the exact ones before (sink) and after (residual)."""
+
+    record: Record
+    sink: int
+    residual: int
+
+
+class Stored(NamedTuple):
+    """What a layer holds.
+
+    | tensor | shape |
+    |---|---|
+    | records | [batch_size, num_records, num_kv_heads, record.num_words] int32 |
+    | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim]: sink, then a ring of residual slots |
+    | lengths, packed | [batch_size] int32: tokens stored, and those of them in records |
+    | key_params | [2, batch_size, num_kv_heads, key_dim] float16, or None; written at a row's first flush |
+    | block_table | [batch_size, num_blocks] int32, or None: which record of the pool each block of a row's packed tokens is |
+    | exact_table | [batch_size, num_pages] int32, or None: which page of the pool each n of a row's tokens lie in |
+
+    With a block table, records are a pool [pool_size, num_kv_heads, record.num_words]: record i of row b is
+    ``block_table[b, i]``.  With an exact table, exact tokens are pools [pool_size, num_kv_heads, n, dim] of any strides but
+    the last, 1: token t of row b lies in slot ``t % n`` of page ``exact_table[b, t // n]`` while packed <= t < length; then
+    there is no sink, and no ``key_params``.  Rows may share what lies in a pool.  Entries for tokens that a row does not
+    have there are not looked at.
+    """
+
+    records: Tensor
+    exact_key: Tensor
+    exact_value: Tensor
+    lengths: Tensor
+    packed: Tensor
+    key_params: Tensor | None = None
+    block_table: Tensor | None = None
+    exact_table: Tensor | None = None
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        return self.exact_key, self.exact_value
+
+
+Fresh = tuple[Tensor, Tensor, Tensor | None]
+"""Tokens not yet stored: key, value, and how many each row has of them (None in a line with starts)."""
+
+
+def check(stored: Stored, layout: Layout, batch_size: int) -> None:
+    """Raises ``ValueError`` for a table of another shape or type, and for what no pool of exact tokens holds."""
+    records, table, pages = stored.records, stored.block_table, stored.exact_table
+    if table is not None and (
+        table.dtype != torch.int32 or table.shape[:-1] != (batch_size,) or table.dim() != 2 or records.dim() != 3
+    ):
+        raise ValueError(
+            f"block table {list(table.shape)} of {table.dtype} over records {list(records.shape)}: "
+            f"expected [{batch_size}, num_blocks] int32 over [pool_size, num_kv_heads, num_words]"
+        )
+    if pages is None:
+        return
+    if pages.dtype != torch.int32 or pages.shape[:-1] != (batch_size,) or pages.dim() != 2:
+        raise ValueError(
+            f"exact table {list(pages.shape)} of {pages.dtype}: expected [{batch_size}, num_pages] int32 over "
+            f"[pool_size, num_kv_heads, n, dim]"
+        )
+    if layout.sink:
+        raise ValueError(f"exact tokens in a pool and sink_length {layout.sink}: allowed is 0, a pool keeps no sink")
+    if stored.key_params is not None:
+        raise ValueError("exact tokens in a pool and key_group_size 'sequence': a row's scales lie in no pool")
+    if any(exact.stride(3) != 1 for exact in stored.exact()):
+        raise ValueError("a pool of exact tokens whose channels do not lie next to each other")
+
+
+def records_a_row(stored: Stored) -> int:
+    """How many records a row's packed tokens may lie in."""
+    return stored.records.shape[1] if stored.block_table is None else stored.block_table.shape[1]
+
+
+def exact_tokens(exact: Tensor, token: Tensor, layout: Layout, table: Tensor | None) -> Tensor:
+    """Tokens ``token [n]`` of rows, ``[rows, num_kv_heads, n, dim]``: ``exact`` are the rows' slots, or the pool where there is
+    a ``table`` of the rows."""
+    if table is None:
+        sink = layout.sink
+        return exact[:, :, torch.where(token < sink, token, sink + (token - sink) % layout.residual)]
+    size = exact.shape[2]
+    return exact[table[:, token // size].long(), :, token % size].transpose(1, 2)
 
 
 def append(
     key: Tensor,
     value: Tensor,
-    counts: list[int],
-    lengths: list[int],
-    packed: list[int],
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
-    key_params: Tensor | None = None,
+    counts: Sequence[int] | Tensor | None,
+    stored: Stored,
+    layout: Layout,
+    books: tuple[list[int], list[int]] | None = None,
+    starts: Tensor | None = None,
 ) -> None:
-    """Store new tokens: pack what the ring cannot hold, oldest first, then write the rest to their exact slots.
+    """Store new tokens: pack what the residual cannot hold, oldest first, then write the rest to their exact slots.
 
     | tensor | shape |
     |---|---|
     | key, value | [batch_size, num_kv_heads, L, dim]; row b's tokens are the last counts[b] of the L |
-    | lengths, packed | tokens each row holds before, and those of them in records |
-    | records | [batch_size, num_records, num_kv_heads, record.num_words] int32 |
-    | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim]: sink, then a ring of residual slots |
-    | key_params | [2, batch_size, num_kv_heads, key_dim] float16 or None; written at a row's first flush |
+    | counts | a number a row; None: all are |
+    | books | (lengths, packed) of ``stored`` as the host knows them; None: they are read |
+    | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], in which row b's begin at starts[b] |
+
+    ``stored.lengths`` and ``packed`` stay as they are.  What is written is a function of the tokens alone: rows that
+    share a record or a page write the same words to it.
     """
+    record, sink, residual = layout
+    batch_size = len(stored.lengths)
+    check(stored, layout, batch_size)
+    counts = row_counts(counts, starts, batch_size, key.shape[2])
+    if starts is not None:
+        key, value = padded(key, counts), padded(value, counts)
+    lengths, packed = books or (stored.lengths.tolist(), stored.packed.tolist())
+    tables = (stored.block_table, stored.exact_table)
+    key_params = stored.key_params
     alike: dict[tuple[int, int, int], list[int]] = {}
     for row, state in enumerate(zip(lengths, packed, counts, strict=True)):
         alike.setdefault(state, []).append(row)
@@ -221,25 +306,72 @@ def append(
         rows: slice | list[int] = slice(None) if len(same) == len(counts) else same
         after = flush_plan(length, before, count, record.num_tokens, sink, residual)
         new = [x[rows, :, x.shape[2] - count :] for x in (key, value)]
-        exact = [exact_key[rows], exact_value[rows]]
+        places, pages = (None if table is None else table[rows] for table in tables)
+        exact = [x if pages is not None else x[rows] for x in stored.exact()]
+
+        def packing(which: int, first: int, last: int) -> Tensor:
+            """The rows' tokens ``first`` to ``last`` after the sink: those that are stored, then new ones."""
+            held = min(max(length - sink - first, 0), last - first)  # noqa: B023
+            fresh = new[which][:, :, sink + first + held - length : sink + last - length]  # noqa: B023
+            if not held:
+                return fresh
+            token = sink + torch.arange(first, first + held, device=fresh.device)
+            return torch.cat([exact_tokens(exact[which], token, layout, pages).to(fresh.dtype), fresh], 2)  # noqa: B023
+
         if key_params is not None and after > before == 0:
-            packing = tokens_after_sink(exact[0], new[0], length, 0, after, sink, residual)
-            key_params[:, rows] = torch.stack(sequence_params([packing], record.key_nbits))
+            key_params[:, rows] = torch.stack(sequence_params([packing(0, 0, after)], record.key_nbits))
         params = None if key_params is None else (key_params[0, rows], key_params[1, rows])
         step = max(1, BLOCK_TOKENS // record.num_tokens) * record.num_tokens
         for first in range(before, after, step):
             last = min(first + step, after)
-            packing_key, packing_value = (
-                tokens_after_sink(x, y, length, first, last, sink, residual) for x, y in zip(exact, new, strict=True)
-            )
-            words = pack_records(packing_key, packing_value, record, params).transpose(1, 2)
-            records[rows, first // record.num_tokens : last // record.num_tokens] = words
+            words = pack_records(packing(0, first, last), packing(1, first, last), record, params).transpose(1, 2)
+            some = slice(first // record.num_tokens, last // record.num_tokens)
+            if places is None:
+                stored.records[rows, some] = words
+            else:
+                stored.records[places[:, some].long()] = words
         token = torch.arange(length, length + count, device=key.device)
         token = token[(token < sink) | (token >= sink + after)]
-        slot = torch.where(token < sink, token, sink + (token - sink) % residual)
         index = torch.tensor(same, device=key.device)[:, None]
-        for store, given in zip((exact_key, exact_value), new, strict=True):
+        slot = torch.where(token < sink, token, sink + (token - sink) % residual)
+        if pages is not None:
+            size = exact[0].shape[2]
+            index, slot = pages[:, token // size].long(), token % size
+        for store, given in zip(stored.exact(), new, strict=True):
             store[index, :, slot] = given[:, :, token - length].transpose(1, 2).to(store.dtype)
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stored: Stored,
+    layout: Layout,
+    lengths: Tensor,
+    positions: Tensor,
+    rotary: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Store one token a row, and count it.
+
+    | tensor | shape |
+    |---|---|
+    | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
+    | key, value | [batch_size, num_kv_heads, 1, dim] |
+    | lengths | [batch_size] int32: tokens that each row holds before, in memory of its own; left as it is |
+    | positions | [batch_size] int32: of the rotary embedding; it may be ``lengths`` |
+    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
+
+    ``stored.lengths`` becomes ``lengths + 1``, and ``stored.packed`` what is packed then.
+    """
+    turned, key = embedded(query, key, rotary, positions)
+    if rotary is not None:
+        query.copy_(turned)
+    held, packed = lengths.tolist(), stored.packed.tolist()
+    append(key, value, None, stored, layout, (held, packed))
+    plan = (layout.record.num_tokens, layout.sink, layout.residual)
+    packed = [flush_plan(length, before, 1, *plan) for length, before in zip(held, packed, strict=True)]
+    stored.packed.copy_(torch.tensor(packed, dtype=torch.int32))
+    stored.lengths.copy_(lengths + 1)
 
 
 def ring_positions(lengths: Tensor, packed: Tensor, sink: int, residual: int, slots: int) -> Tensor:
@@ -254,74 +386,72 @@ def ring_positions(lengths: Tensor, packed: Tensor, sink: int, residual: int, sl
     return torch.where(token < lengths[:, None], token, -1)
 
 
-def records_a_row(records: Tensor, block_table: Tensor | None, batch_size: int) -> int:
-    """How many records a row's packed tokens may lie in (:func:`attend`'s tensors)."""
-    if block_table is None:
-        return records.shape[1]
-    if block_table.dtype != torch.int32 or block_table.shape[:-1] != (batch_size,) or records.dim() != 3:
-        raise ValueError(
-            f"block table {list(block_table.shape)} of {block_table.dtype} over records {list(records.shape)}: "
-            f"expected [{batch_size}, num_blocks] int32 over [pool_size, num_kv_heads, num_words]"
-        )
-    return block_table.shape[1]
-
-
 def attend(
     query: Tensor,
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    lengths: Tensor,
-    packed: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
+    stored: Stored,
+    layout: Layout,
     scale: float,
-    key_params: Tensor | None = None,
-    fresh: tuple[Tensor, Tensor, Tensor] | None = None,
-    block_table: Tensor | None = None,
+    fresh: Fresh | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores, one block of records at a time.
 
     | tensor | shape |
     |---|---|
     | query | [batch_size, num_q_heads, L, key_dim] |
-    | records | [batch_size, num_records, num_kv_heads, record.num_words] int32 |
-    | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim] |
-    | lengths, packed | [batch_size] int: tokens stored, and those of them in records |
-    | key_params | [2, batch_size, num_kv_heads, key_dim] float16, or None |
     | fresh | (key, value [batch_size, num_kv_heads, L, dim], counts [batch_size]): not yet stored, causal |
-    | block_table | [batch_size, num_blocks] int32 or None: which record each block of a row's packed tokens lies in |
     | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
+    | starts | [batch_size + 1] int32, or None |
 
-    With a block table, records are a pool [pool_size, num_kv_heads, record.num_words] that rows may share; its entries
-    beyond a row's packed tokens are not looked at.  Raises ``ValueError`` for a table of another shape or type.
+    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at ``starts[b]``, the
+    fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes the output: chunks of
+    prompts, single tokens and drafts beside each other.  Raises ``ValueError`` where :func:`check` does.
     """
-    records_a_row(records, block_table, query.shape[0])
+    if starts is not None:
+        counts = row_counts(None, starts, len(stored.lengths), 0)
+        if fresh is not None:
+            number = torch.tensor(counts, dtype=torch.int32, device=query.device)
+            fresh = (padded(fresh[0], counts), padded(fresh[1], counts), number)
+        out = attend(padded(query, counts), stored, layout, scale, fresh)
+        ends = zip(out, counts, strict=True)
+        return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
+    record, sink, residual = layout
+    lengths, packed, block_table, pages = stored.lengths, stored.packed, stored.block_table, stored.exact_table
+    check(stored, layout, query.shape[0])
     batch, q_heads, length, _ = query.shape
-    heads = exact_key.shape[1]
+    heads = stored.exact_key.shape[1]
     q_per_kv = q_heads // heads
-    state = Partial(query.reshape(batch, heads, q_per_kv * length, -1), exact_value.shape[-1], scale)
+    state = Partial(query.reshape(batch, heads, q_per_kv * length, -1), stored.exact_value.shape[-1], scale)
     most = int(packed.max()) if batch else 0
-    params = None if key_params is None else (key_params[0], key_params[1])
+    params = None if stored.key_params is None else (stored.key_params[0], stored.key_params[1])
     step = max(1, BLOCK_TOKENS // record.num_tokens)
     for first in range(0, most // record.num_tokens, step):
         last = min(first + step, most // record.num_tokens)
         if block_table is None:
-            blocks = records[:, first:last]
+            blocks = stored.records[:, first:last]
         else:
             held = torch.arange(first, last, device=query.device) < packed[:, None] // record.num_tokens
-            blocks = records[torch.where(held, block_table[:, first:last], 0)]
+            blocks = stored.records[torch.where(held, block_table[:, first:last], 0)]
         key, value = unpack_records(blocks.transpose(1, 2), record, params)
         token = torch.arange(first * record.num_tokens, last * record.num_tokens, device=query.device)
         even = bool((packed >= last * record.num_tokens).all())
         state.add(key, value, None if even else (token < packed[:, None])[:, None, None])
-    if exact_key.shape[2]:
-        held = ring_positions(lengths, packed, sink, residual, exact_key.shape[2]) >= 0
-        state.add(exact_key, exact_value, held[:, None, None])
+    if pages is not None:
+        size = stored.exact_key.shape[2]
+        ahead = torch.arange(int((lengths - packed).max()) if batch else 0, device=query.device)
+        token = packed[:, None] + ahead
+        held = token < lengths[:, None]
+        page = pages.gather(1, torch.where(held, token // size, 0)).long() * held if len(ahead) else token
+        exact = [x[page, :, token % size].transpose(1, 2) for x in stored.exact()]
+        if len(ahead):
+            state.add(*exact, held[:, None, None])
+    elif stored.exact_key.shape[2]:
+        held = ring_positions(lengths, packed, sink, residual, stored.exact_key.shape[2]) >= 0
+        state.add(*stored.exact(), held[:, None, None])
     real = None
     if fresh is not None:
         key, value, counts = fresh
+        assert counts is not None
         index = torch.arange(length, device=query.device)
         real = index >= length - counts[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]

@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.rotary import embedded_token
 from kvruntime.methods.kivi.pack import (
+    New,
     direct,
     freeze,
     in_word_order,
@@ -32,7 +33,10 @@ from kvruntime.methods.kivi.pack import (
     num_value_parts,
     pack_part,
     pack_warps,
+    places,
+    record_at,
 )
+from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants
 from kvsim.methods.kivi import Record
 
@@ -52,15 +56,18 @@ def key_columns(record_length, dim, nbits, group, size):
 
 @triton.jit
 def step_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, positions_ptr, lengths_ptr, ticket_ptr,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, num_slots, num_records, batch_size,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr,
+    positions_ptr, held_ptr, packed_ptr, ticket_ptr, block_table_ptr, exact_table_ptr, stride_qb, stride_qh, stride_kb, stride_kh,
+    stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_slots, num_records, num_pages,
+    batch_size,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIZE: tl.constexpr,
-    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own."""
+    """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own.  ``lengths_ptr`` is read, ``held_ptr``
+    and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as :func:`pack_kernel`."""
     if EARLY:
         gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
         gdc_wait()  # attention of the step before waited for them before it let anything start
@@ -70,8 +77,11 @@ def step_kernel(
     program = tl.program_id(0) % PROGRAMS
     row = tl.program_id(0) // (NUM_HEADS * PROGRAMS)
     head = tl.program_id(0) // PROGRAMS % NUM_HEADS
-    length = tl.load(positions_ptr + row)
-    packed = tl.load(lengths_ptr + batch_size + row)
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(packed_ptr + row)
+    position = length
+    if ROTARY:
+        position = tl.load(positions_ptr + row)
     d = tl.arange(0, BLOCK_K)
     v = tl.arange(0, BLOCK_V)
     own_key, own_value, own_query = d < KEY_DIM, v < VALUE_DIM, d < KEY_DIM
@@ -84,19 +94,28 @@ def step_kernel(
     query_ptr += row.to(tl.int64) * stride_qb
     key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
     value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
-    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, length, head, stride_qh, own_key, own_query, d,
+    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, own_key, own_query, d,
                                                 ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
     value = tl.load(value_ptr + v, mask=own_value, other=0.0)
     tl.debug_barrier()  # all of the program has read what is written below
     rows = row.to(tl.int64) * NUM_HEADS + head
-    exact_key_ptr += rows * num_slots * KEY_DIM
-    exact_value_ptr += rows * num_slots * VALUE_DIM
+    key_pages = None
+    value_pages = None
+    if PAGE == 0:
+        exact_key_ptr += rows * num_slots * KEY_DIM
+        exact_value_ptr += rows * num_slots * VALUE_DIM
+    else:
+        table_ptr = exact_table_ptr + row.to(tl.int64) * num_pages
+        key_pages = (table_ptr, stride_xb, stride_xt)
+        value_pages = (table_ptr, stride_yb, stride_yt)
+        exact_key_ptr += head.to(tl.int64) * stride_xh
+        exact_value_ptr += head.to(tl.int64) * stride_yh
     full = length - SINK - packed >= RESIDUAL
     seen = -1
     if full:
         seen = tl.atomic_add(ticket_ptr + row, 1)  # ``packed`` may change only when all have read it
         number = packed // RECORD
-        record_ptr = records_ptr + ((row.to(tl.int64) * num_records + number) * NUM_HEADS + head) * RECORD_WORDS
+        record_ptr = record_at(records_ptr, block_table_ptr, row, number, num_records, head, NUM_HEADS, RECORD_WORDS)
         row_params_ptr = params_ptr
         if KEY_GROUP == 0:
             row_params_ptr = params_ptr + rows * KEY_DIM
@@ -105,19 +124,27 @@ def step_kernel(
             if SPREAD:
                 part = program
             pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, SINK + packed,
-                      length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP,
-                      VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, False, KEY_PARAMS, VALUE_PARAMS, SIZE)  # fmt: skip
+                      length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS,
+                      VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS,
+                      SIZE)  # fmt: skip
         tl.debug_barrier()  # the token takes the slot of the oldest one packed
-    slot = length
-    if length >= SINK:
-        slot = SINK + (length - SINK) % RESIDUAL
+    if PAGE == 0:
+        slot = length
+        if length >= SINK:
+            slot = SINK + (length - SINK) % RESIDUAL
+        key_at = slot * KEY_DIM
+        value_at = slot * VALUE_DIM
+    else:
+        page = tl.load(exact_table_ptr + row.to(tl.int64) * num_pages + length // PAGE).to(tl.int64)
+        key_at = page * stride_xb + length % PAGE * stride_xt
+        value_at = page * stride_yb + length % PAGE * stride_yt
     tl.store(query_at, query, mask=real)
-    tl.store(exact_key_ptr + slot * KEY_DIM + d, key.to(exact_key_ptr.dtype.element_ty), mask=own_key)
-    tl.store(exact_value_ptr + slot * VALUE_DIM + v, value.to(exact_value_ptr.dtype.element_ty), mask=own_value)
+    tl.store(exact_key_ptr + key_at + d, key.to(exact_key_ptr.dtype.element_ty), mask=own_key)
+    tl.store(exact_value_ptr + value_at + v, value.to(exact_value_ptr.dtype.element_ty), mask=own_value)
     if tl.program_id(0) == row * (NUM_HEADS * PROGRAMS):
-        tl.store(lengths_ptr + row, length + 1)
+        tl.store(held_ptr + row, length + 1)
     if seen == NUM_HEADS * PROGRAMS - 1:
-        tl.store(lengths_ptr + batch_size + row, packed + RECORD)
+        tl.store(packed_ptr + row, packed + RECORD)
         tl.store(ticket_ptr + row, 0)
 
 
@@ -139,48 +166,37 @@ def step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    records: Tensor,
-    exact_key: Tensor,
-    exact_value: Tensor,
-    key_params: Tensor | None,
-    positions: Tensor,
+    stored: Stored,
+    layout: Layout,
     lengths: Tensor,
+    positions: Tensor,
     ticket: Tensor,
-    record: Record,
-    sink: int,
-    residual: int,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store one token a row where ``lengths`` says, pack what must make room, and count it in ``lengths``.
+    """Store one token a row, pack what must make room, and count both: :func:`reference.step`, whose tensors these are.
 
-    | tensor | shape |
-    |---|---|
-    | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
-    | key, value | [batch_size, num_kv_heads, 1, dim], channels contiguous |
-    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
-    | records, exact_key, exact_value, key_params | as :func:`kvruntime.methods.kivi.reference.append` |
-    | positions | [batch_size] int32: tokens that each row holds, which is lengths[0] in other memory; left as it is |
-    | lengths | [2, batch_size] int32: tokens held and tokens packed; updated |
-    | ticket | [batch_size] int32 zeros, and zeros again afterwards |
-
-    The caller has provided for the token.  Raises ``ValueError`` for what :func:`supports` does not allow.
+    ``ticket [batch_size]``: int32 zeros, and zeros again afterwards.  Key and value lie channel by channel.  The caller has
+    provided for the token.  Raises ``ValueError`` for what :func:`supports` does not allow.
     """
+    record, sink, residual = layout
     if not supports(record, residual):
         raise ValueError(
             f"records of {record.num_tokens} tokens and a residual of {residual}: a step packs from the residual alone"
         )
     batch_size, heads = key.shape[:2]
-    if key_params is not None:
-        freeze(key, exact_key, key_params, lengths, None, record, sink, residual)
+    where = places(stored, layout)
+    if stored.key_params is not None:
+        freeze(New(key, value, heads, 1, None, None), stored, layout)
     cos, sin = rotary if rotary is not None else (None, None)
     programs, size, warps = parts_launch(record)
     if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
         programs, size, warps = 1, WHOLE, pack_warps(record)
     step_kernel[(batch_size * heads * programs,)](
-        query, key, value, cos, sin, exact_key, exact_value, records, key_params, positions, lengths, ticket,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], exact_key.shape[2], records.shape[1], batch_size,
+        query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params, lengths, positions,
+        stored.lengths, stored.packed, ticket, where.block_table, where.exact_table, *query.stride()[:2], *key.stride()[:2],
+        *value.stride()[:2], *where.strides, where.num_slots, where.num_records, where.num_pages, batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
-        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None,
+        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None, PAGE=where.page,
         EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
