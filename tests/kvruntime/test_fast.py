@@ -75,8 +75,11 @@ METHODS |= SIXTEENS
 
 
 def numpy_kernels(**replaced):
-    """The names of ``fast.py`` with its kernels in NumPy."""
+    """The names of ``fast.py``, and those of ``fast_plan.py`` that it takes, with its kernels in NumPy."""
+    plan = gluon_numpy.run_file(Path(fast_plan.__file__))
+    plan.update(replaced)
     names = gluon_numpy.run_file(Path(fast.__file__))
+    names |= {name: plan[name] for name in plan.keys() & names.keys() if getattr(fast_plan, name, None) is names[name]}
     names |= replaced
     names["supports"] = lambda *_: True
     properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)
@@ -267,6 +270,51 @@ def test_block_table(attend, name, dim, sharing, count) -> None:
         attend(query, cache.held._replace(records=pool, block_table=table[:2]), cache.layout, dim**-0.5, **options)
 
 
+def paged(cache, page, seed):
+    """The exact tokens in a pool of pages, keys beside values, and where; pages without an exact token have no place."""
+    heads, _, dim = cache.stores[1].shape[1:]
+    each = max(cache.lengths) // page + 1
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.randperm(len(cache.lengths) * each + 2, generator=generator)[: len(cache.lengths) * each]
+    table = place.view(len(cache.lengths), each).int()
+    pool = torch.full((place.numel() + 2, heads, page, 2 * dim), float("nan"), dtype=cache.stores[1].dtype)
+    for row, (length, packed) in enumerate(zip(cache.lengths, cache.packed, strict=True)):
+        own = [x[row, :, x.shape[2] - length :] for x in cache.new]
+        for t in range(packed, length):
+            pool[table[row, t // page], :, t % page] = torch.cat([x[:, t] for x in own], 1)
+        table[row, : packed // page] = table[row, -(-length // page) :] = -(1 << 30)
+    key, value = pool.to(DEVICE).split(dim, 3)
+    return cache.held._replace(exact_key=key, exact_value=value, exact_table=table.to(DEVICE))
+
+
+@pytest.mark.parametrize(("name", "dim", "page"), [("2-bit g32", 64, 8), ("8-bit g64", 128, 16), ("k4v2", 96, 64)])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_exact_tokens_in_a_pool(attend, name, dim, page, sharing) -> None:
+    """By a table of pages, with a block table too; one row, several, several queries."""
+    method = METHODS[name]
+    for lengths, count in (([300, 700, 5], None), ([450], None), ([130, 0, 260], 5)):
+        rows, most = len(lengths), max(lengths)
+        sizes = [(rows, 2, most, dim)] * 2 + [(rows, 4, count or 1, dim)] + [(rows, 2, count or 1, dim)] * 2
+        key, value, query, *new = (sized(x) for x in normal(page, *sizes))
+        cache = Filled(method, dim, 2, lengths, key, value)
+        stored, fresh = paged(cache, page, 4), None
+        if count:
+            fresh = (*new, torch.tensor([count, 2, 0], dtype=torch.int32, device=DEVICE))
+        pool, table = (cache.stores[0], None) if rows < 2 else pooled_apart(cache)
+        for held in (stored, stored._replace(records=pool, block_table=table)):
+            out = attend(query, held, cache.layout, dim**-0.5, fresh, **SHARING[sharing])
+            assert max(cache.error(out, query, dim**-0.5, row, fresh) for row in range(rows)) <= 2e-3
+
+
+def pooled_apart(cache):
+    """Records in random places of a pool, no two rows' the same."""
+    records = cache.stores[0].cpu()
+    place = torch.randperm(records.shape[0] * records.shape[1], generator=torch.Generator().manual_seed(1))
+    pool = torch.empty_like(records.flatten(0, 1))
+    pool[place] = records.flatten(0, 1)
+    return pool.to(DEVICE), place.view(records.shape[:2]).int().to(DEVICE)
+
+
 def test_fresh_alone(attend) -> None:
     """Nothing stored, and no slot provided for."""
     method = Kivi(residual_length=64)
@@ -451,7 +499,7 @@ def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
     cache = Filled(method, dim, 2, lengths, sized(key), sized(value))
     run, drawn = attend, []
     if DEVICE == "cuda":
-        monkeypatch.setattr(fast, "MERGED_PARTS", 16 if merged else 0)
+        monkeypatch.setattr(fast_plan, "MERGED_PARTS", 16 if merged else 0)
     else:
         names = numpy_kernels(MERGED_PARTS=16 if merged else 0)
         run, draw = names["attend"], names["draw"]
