@@ -271,7 +271,7 @@ def test_block_table(attend, name, dim, sharing, count) -> None:
 
 
 def paged(cache, page, seed):
-    """The exact tokens in a pool of pages, keys beside values, and where; pages without an exact token have no place."""
+    """The exact tokens in a pool of pages, keys beside values, and where; pages without one have no place."""
     heads, _, dim = cache.stores[1].shape[1:]
     each = max(cache.lengths) // page + 1
     generator = torch.Generator().manual_seed(seed)
@@ -362,6 +362,21 @@ def test_record_packed_while_it_starts(name, length) -> None:
     names = numpy_kernels(gdc_wait=step_ends)
     out = names["attend"](sized(query), *cache.arguments, 0.125, num_splits=1)
     assert cache.error(out, sized(query), 0.125, 0) <= 2e-3
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="whether a kernel waits for another is seen in NumPy")
+def test_early_start_can_be_switched_off() -> None:
+    """Behind a kernel that lets its dependents start before it has packed: then this is an ordinary launch."""
+    key, value, query = normal(1, (2, 1, 300, 64), (2, 1, 300, 64), (2, 4, 1, 64))
+    cache = Filled(METHODS["2-bit gk128"], 64, 1, [300, 129], sized(key), sized(value))
+    waits = []
+    attend = numpy_kernels(gdc_wait=lambda: waits.append(1), gdc_launch_dependents=lambda: waits.append(1))["attend"]
+    outs = [attend(sized(query), *cache.arguments, 0.125, early=early) for early in (False, True)]
+    assert torch.equal(*outs)
+    assert waits
+    waits.clear()
+    attend(sized(query), *cache.arguments, 0.125, early=False)
+    assert not waits
 
 
 @pytest.mark.parametrize("kind", ["flat", "sharp", "limit", "sink"])

@@ -136,8 +136,8 @@ def attend(
     if starts is not None:
         counts = row_counts(None, starts, len(stored.lengths), 0)
         if fresh is not None:
-            number = torch.tensor(counts, dtype=torch.int32, device=query.device)
-            fresh = (padded(fresh[0], counts), padded(fresh[1], counts), number)
+            key, value = (padded(x, counts) for x in fresh[:2])
+            fresh = (key, value, torch.tensor(counts, dtype=torch.int32, device=query.device))
         out = attend(padded(query, counts), stored, scale, fresh, None, stepped)
         ends = zip(out, counts, strict=True)
         return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
@@ -151,13 +151,14 @@ def attend(
         token = torch.arange(first, min(first + BLOCK_TOKENS, most), device=query.device).expand(batch, -1)
         held = token < lengths[:, None]
         index, slot = places(stored, token, held)
-        state.add(*(x[index, :, slot].transpose(1, 2) for x in (stored.key, stored.value)), held[:, None, None])
+        held_key, held_value = (x[index, :, slot].transpose(1, 2) for x in (stored.key, stored.value))
+        state.add(held_key, held_value, held[:, None, None])
     real = None
     if fresh is not None:
-        key, value, counts = fresh
-        assert counts is not None
+        key, value, number = fresh
+        assert number is not None
         index = torch.arange(length, device=query.device)
-        real = index >= length - counts[:, None]  # [batch_size, L]
+        real = index >= length - number[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]
         state.add(key, value, causal.repeat(1, q_heads // heads, 1)[:, None])
     out = state.result().reshape(batch, q_heads, length, -1)

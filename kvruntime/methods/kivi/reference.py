@@ -410,8 +410,8 @@ def attend(
     if starts is not None:
         counts = row_counts(None, starts, len(stored.lengths), 0)
         if fresh is not None:
-            number = torch.tensor(counts, dtype=torch.int32, device=query.device)
-            fresh = (padded(fresh[0], counts), padded(fresh[1], counts), number)
+            key, value = (padded(x, counts) for x in fresh[:2])
+            fresh = (key, value, torch.tensor(counts, dtype=torch.int32, device=query.device))
         out = attend(padded(query, counts), stored, layout, scale, fresh)
         ends = zip(out, counts, strict=True)
         return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
@@ -442,18 +442,18 @@ def attend(
         token = packed[:, None] + ahead
         held = token < lengths[:, None]
         page = pages.gather(1, torch.where(held, token // size, 0)).long() * held if len(ahead) else token
-        exact = [x[page, :, token % size].transpose(1, 2) for x in stored.exact()]
+        key, value = (x[page, :, token % size].transpose(1, 2) for x in stored.exact())
         if len(ahead):
-            state.add(*exact, held[:, None, None])
+            state.add(key, value, held[:, None, None])
     elif stored.exact_key.shape[2]:
         held = ring_positions(lengths, packed, sink, residual, stored.exact_key.shape[2]) >= 0
-        state.add(*stored.exact(), held[:, None, None])
+        state.add(stored.exact_key, stored.exact_value, held[:, None, None])
     real = None
     if fresh is not None:
-        key, value, counts = fresh
-        assert counts is not None
+        key, value, number = fresh
+        assert number is not None
         index = torch.arange(length, device=query.device)
-        real = index >= length - counts[:, None]  # [batch_size, L]
+        real = index >= length - number[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]
         state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None])
     out = state.result().reshape(batch, q_heads, length, -1)
