@@ -25,7 +25,8 @@ FORBIDDEN_NAMES = {"utils.py", "common.py", "base.py", "helpers.py", "misc.py"}
 
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kvsim": (
-        ("whole_numbers", "layout", "vectorize", "search", "catalog", "atomic", "install", "regular_files", "nearest"),
+        ("whole_numbers", "nearest", "layout", "vectorize", "search", "atomic", "install", "regular_files"),
+        ("catalog",),
         ("hardware", "commandline", "finite_json"),
         ("methods", "models"),
         ("engines",),
