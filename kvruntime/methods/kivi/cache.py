@@ -44,8 +44,8 @@ class KiviLayer(Rows):
         """What attends to one query a row: the PyTorch reference, the portable Triton kernel, or the tensor-core one."""
         if self.device.type != "cuda":
             return "PyTorch reference"
-        fast = _fast()
-        return "Triton, tensor cores" if fast is not None and fast.holds(self.record) else "Triton, portable"
+        takes = _fast() is not None and _kernels("fast_plan").holds(self.record)
+        return "Triton, tensor cores" if takes else "Triton, portable"
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
