@@ -273,7 +273,7 @@ def append(
     stored: Stored,
     starts: Tensor | None = None,
 ) -> None:
-    """Store new tokens behind what each row holds; the tensors and their meaning are :func:`reference.append`'s."""
+    """Store new tokens behind what each row holds: the tensors are :func:`kvruntime.methods.full.reference.append`'s."""
     check(stored)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     if counts is not None and not isinstance(counts, Tensor):
@@ -287,6 +287,7 @@ def append(
         *stored.key.stride()[:3], *stored.value.stride()[:3], length, None if table is None else table.shape[1], batch_size,
         NUM_HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_T=16, BLOCK_D=triton.next_power_of_2(max(key_dim, value_dim)),
         PAGE=0 if table is None else stored.key.shape[2], BLOCK_B=0 if starts is None else lines.block_b(batch_size),
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -298,7 +299,10 @@ def step(
     positions: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """The new token of every row to its place: :func:`reference.step`, whose tensors these are; channels lie contiguous."""
+    """The new token of every row to its place: :func:`kvruntime.methods.full.reference.step`, whose tensors these are.
+
+    Channels lie contiguous.
+    """
     batch_size, heads, _, key_dim = key.shape
     value_dim, table = value.shape[3], stored.block_table
     cos, sin = rotary if rotary is not None else (None, None)
@@ -357,7 +361,7 @@ def attend(
     stepped: bool = False,
     num_tokens: int | None = None,
 ) -> Tensor:
-    """Attention over everything a layer stores; the tensors and their meaning are :func:`reference.attend`'s.
+    """Attention over everything a layer stores: the tensors are :func:`kvruntime.methods.full.reference.attend`'s.
 
     ``num_tokens``: the most that a row will hold; it plans the splits (default: what is provided for).  Raises ``ValueError`` for
     more than ``MAX_Q_PER_KV`` query heads that share one key/value head, where each row has one query.

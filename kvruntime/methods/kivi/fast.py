@@ -1276,7 +1276,7 @@ def attend(
 
     ``early``: from compute capability 9.0 on this is launched while what runs before it on the stream still ends, and waits for
     that before it reads what that may have written, but for one thing: without a block table a program asks for its first tiles
-    at once, and asks again for those of the record that :func:`step` packs last.  Hence the precondition: a kernel before it
+    at once, and asks again for those of the record that ``step`` packs last.  Hence the precondition: a kernel before it
     that lets its dependents start before it ends (``griddepcontrol.launch_dependents``) packs into the rows' own records
     nothing but each row's newest one, as ``step`` does.  Kernels that never do, and those over a pool, are always safe; for others
     give ``early=False``.

@@ -635,7 +635,7 @@ def pack_kernel(
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Optional: ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where in the line of new tokens each row's begin;
-    ``layers_ptr`` (:func:`addresses`); ``block_table_ptr``, for each row ``num_records`` places of records; ``exact_table_ptr``, for
+    ``layers_ptr`` (:func:`kvruntime.methods.kivi.append.addresses`); ``block_table_ptr``, for each row ``num_records`` places of records; ``exact_table_ptr``, for
     each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
     ahead = tl.program_id(0) // PARTS
     if BLOCK_B == 0:
@@ -786,7 +786,7 @@ class Places(NamedTuple):
 
 
 def places(stored: reference.Stored, layout: reference.Layout) -> Places:
-    """Raises ``ValueError`` where :func:`reference.check` does."""
+    """Raises ``ValueError`` where :func:`kvruntime.methods.kivi.reference.check` does."""
     reference.check(stored, layout, len(stored.lengths))
     table, pages = (x if x is None else x.contiguous() for x in (stored.block_table, stored.exact_table))
     num_records, size = reference.records_a_row(stored), stored.exact_key.shape[2]

@@ -67,7 +67,8 @@ def step_kernel(
     SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own.  ``lengths_ptr`` is read, ``held_ptr``
-    and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as :func:`pack_kernel`."""
+    and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as
+    :func:`kvruntime.methods.kivi.pack.pack_kernel`."""
     if EARLY:
         gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
         gdc_wait()  # attention of the step before waited for them before it let anything start
@@ -173,7 +174,9 @@ def step(
     ticket: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store one token a row, pack what must make room, and count both: :func:`reference.step`, whose tensors these are.
+    """Store one token a row, pack what must make room, and count both.
+
+    The tensors are :func:`kvruntime.methods.kivi.reference.step`'s.
 
     ``ticket [batch_size]``: int32 zeros, and zeros again afterwards.  Key and value lie channel by channel.  The caller has
     provided for the token.  Raises ``ValueError`` for what :func:`supports` does not allow.
