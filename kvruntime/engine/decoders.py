@@ -138,7 +138,7 @@ def lean(model: Any) -> Decoder | None:
 
     The model stays as it is, but for where its weights lie.  It must be where it is to run, in ``eval`` mode.
     """
-    build = FAMILIES.get((type(model).__module__.rpartition(".")[2], type(model).__name__))
+    build = BUILDERS.get((type(model).__module__.rpartition(".")[2], type(model).__name__))
     if build is None or not untouched(model):
         return None
     with torch.no_grad():
@@ -317,7 +317,7 @@ def stacked(parameters: list[Tensor]) -> Tensor:
     return whole
 
 
-FAMILIES: dict[tuple[str, str], Callable[[Any], Decoder | None]] = {
+BUILDERS: dict[tuple[str, str], Callable[[Any], Decoder | None]] = {
     ("modeling_gpt2", "GPT2LMHeadModel"): gpt2,
     ("modeling_llama", "LlamaForCausalLM"): llama,
     ("modeling_mistral", "MistralForCausalLM"): llama,

@@ -22,7 +22,7 @@ from kvsim.layout import LayerShape, Method
 
 FULL = "a row of the compiled cache is full"
 
-METHODS: dict[str, Method] = {}
+NAMED_METHODS: dict[str, Method] = {}
 """The methods of the compiled caches made so far by their ``repr``: an operator takes text, not objects."""
 
 
@@ -44,7 +44,7 @@ def step(
     ``method`` is its ``repr``; the query and the key have their rotary embedding already.
     """
     shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-    layer = make_layer(METHODS[method], shape, key.shape[0], max_seq_len, torch.device("meta"))
+    layer = make_layer(NAMED_METHODS[method], shape, key.shape[0], max_seq_len, torch.device("meta"))
     layer.tensors, layer.device = dict(zip(layer.tensors, tensors, strict=True)), query.device
     layer.shared = dict(zip(layer.shared, shared, strict=True))
     if not query.is_cuda:  # there the host plans the step
@@ -74,7 +74,7 @@ class Counts:
 
     def __init__(self, method: Method, max_seq_len: int) -> None:
         self.method, self.max_seq_len = repr(method), max_seq_len
-        METHODS[self.method] = method
+        NAMED_METHODS[self.method] = method
         self.started = False
         """Whether a prompt was stored, so that one more token is a step."""
         self.padded = False
@@ -231,7 +231,7 @@ class CompiledCache(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        METHODS[self.counts.method] = self.method
+        NAMED_METHODS[self.counts.method] = self.method
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         with self._host():

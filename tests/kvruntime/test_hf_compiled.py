@@ -14,7 +14,7 @@ from transformers import CompileConfig
 
 from kvruntime import Engine, make_cache
 from kvruntime.hf.cache import argument
-from kvruntime.hf.compiled import METHODS, step
+from kvruntime.hf.compiled import NAMED_METHODS, step
 from kvruntime.methods.kivi.cache import KiviLayer
 
 FULL = ("fp32", {})
@@ -151,7 +151,7 @@ def test_the_operator_is_well_made(method):
     query, key, value = (torch.randn(2, heads, 1, 32, device=DEVICE) for heads in (4, 2, 2))
     held = layer.tensors, layer.constants, counts.positions, counts.scratch
     arguments = query, key, value, *held, counts.method, 32**-0.5, ROOM
-    assert METHODS[counts.method] == cache.method
+    assert NAMED_METHODS[counts.method] == cache.method
     torch.library.opcheck(step, copy.deepcopy(arguments))
 
 

@@ -17,7 +17,7 @@ import kvruntime
 from kvruntime import make_cache
 from kvruntime.hf.attention import NAME, Switch
 from kvruntime.hf.cache import STATE_VERSION, Cache, argument
-from kvruntime.hf.compiled import METHODS
+from kvruntime.hf.compiled import NAMED_METHODS
 
 CACHES = {
     "fp32": ("fp32", {}),
@@ -237,7 +237,7 @@ def test_a_cache_is_saved_and_goes_on(model, name, how):
         for held in (cache, empty):
             model(**inputs, **argument(held))
     if "compiled" in name:  # as in a new process
-        kept = METHODS.pop(repr(cache.method))
+        kept = NAMED_METHODS.pop(repr(cache.method))
     if how == "pickle":
         again = pickle.loads(pickle.dumps(cache))
     elif how == "torch.save":
@@ -247,7 +247,7 @@ def test_a_cache_is_saved_and_goes_on(model, name, how):
     else:
         again = copy.deepcopy(cache)
     if "compiled" in name:
-        assert METHODS[repr(cache.method)] == kept
+        assert NAMED_METHODS[repr(cache.method)] == kept
     assert (again.nbytes, again.get_seq_length()) == (cache.nbytes, 70)
     more = prompt(2, 3, seed=4)["input_ids"]
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
