@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("dynamic", "static")
 CONVOLUTIONS = ("conv", "shift_mlp", "shift_attention")
+POSITION_NBYTES = 3 * 8
+"""Three positions of a token as int64, which Qwen4-Exp's first indexer keeps for all of them."""
 GATE = "gate"
 """The last block's gates, which 5.24 keeps in float32 (its bias is), 5.23 in the activations' type."""
 
@@ -55,7 +57,10 @@ class Transformers(Engine):
         for layer, count in Counter(layer for layer in model.layers if isinstance(layer, LayerShape)).items():
             for name, numbers in self._layer(model, layer, num_tokens):
                 dtype, part = ("float32", "buffer") if name == GATE else (method.dtype, name)
+                dtype = "float32" if name == "index_key" and "float32 index" in model.quirks else dtype
                 total[part] = total.get(part, 0) + count * numbers * batch_size * DTYPE_BITS[dtype] // 8
+        if "index positions" in model.quirks:
+            total["index_position"] = POSITION_NBYTES * batch_size * num_tokens
         for state in model.state_layers:
             for name, shape, dtype in state.tensors:
                 held = method.dtype if name in CONVOLUTIONS else dtype
@@ -121,7 +126,8 @@ class Transformers(Engine):
         if any(layer.kind == "mla" for layer in model.cache_layers):
             out.append("the latent is cached as key, the rotary key as value: nothing is expanded")
         if model.index_layers:
-            out.append("index keys are cached in the activations' type")
+            what = "float32" if "float32 index" in model.quirks else "the activations' type"
+            out.append(f"index keys are cached in {what}")
         if model.state_layers:
             out.append("convolutions keep their inputs in the activations' type, recurrent states float32")
         return tuple(out)

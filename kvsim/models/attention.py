@@ -27,6 +27,7 @@ class Attention:
     head_dim: Keys | None = "head_dim"  # None: always hidden size / query heads
     head_dim_required: bool = False  # where no class is known; True: there is a number of its own
     value_dim: Keys | None = None  # None: as the keys
+    num_q_heads: Keys | None = None  # where a kind of layer has a number of its own
     multi_query: str | None = None  # key of a switch (on where absent): one key/value head
     inner: Keys | None = None  # width that the projections read (None: hidden size)
     fixed_kv_heads: int | None = None
@@ -47,9 +48,10 @@ class Attention:
         num_kv_heads = self._kv_heads(body)
         if self.num_kv_heads is None:
             self._equal(body, "num_key_value_heads", num_kv_heads)
-        if body.num_q_heads % num_kv_heads:
+        q_heads = self.q_heads(body)
+        if q_heads % num_kv_heads:
             key = reader.sources["num_kv_heads"].removeprefix(reader.prefix)
-            raise reader.error(key.split(" ")[0], f"allowed are divisors of the {body.num_q_heads} query heads")
+            raise reader.error(key.split(" ")[0], f"allowed are divisors of the {q_heads} query heads")
         key_dim = self._head_dim(body)
         if self.head_dim is None:
             self._equal(body, "head_dim", key_dim)
@@ -57,6 +59,12 @@ class Attention:
         if self.value_dim is not None:
             value_dim = reader.count_or_none("value_dim", self.value_dim, fill=True) or key_dim
         return num_kv_heads, key_dim, value_dim
+
+    def q_heads(self, body: Body) -> int:
+        """Query heads: the model's, unless this kind of layer has a key of its own."""
+        if self.num_q_heads is None:
+            return body.num_q_heads
+        return body.reader.count_or_none("own_q_heads", self.num_q_heads) or body.num_q_heads
 
     def _equal(self, body: Body, key: str, number: int) -> None:
         """A key that the class does not read must not say otherwise."""
@@ -111,9 +119,10 @@ class Attention:
         reader, hidden = body.reader, body.hidden
         num_kv_heads, key_dim, value_dim = self.heads(body)
         reads = hidden if self.inner is None else reader.count("attention_inner", self.inner, fill=True)
-        query, keys = body.num_q_heads * key_dim, num_kv_heads * key_dim
+        q_heads = self.q_heads(body)
+        query, keys = q_heads * key_dim, num_kv_heads * key_dim
         values = 0 if reader.switch(self.shared_value) else num_kv_heads * value_dim
-        total = reads * (self.q_width * query + keys + values) + body.num_q_heads * value_dim * hidden
+        total = reads * (self.q_width * query + keys + values) + q_heads * value_dim * hidden
         if reader.switch(self.qkv_bias):
             total += self.q_width * query + keys + values
         if reader.switch(self.out_bias):
@@ -122,7 +131,7 @@ class Attention:
             vectors = body.norm_vectors if self.qk_norm_vectors is None else self.qk_norm_vectors
             total += vectors * (2 * key_dim if self.qk_norm == "head" else query + keys)
         if self.extra:
-            total += self.extra(hidden, body.num_q_heads, num_kv_heads, key_dim)
+            total += self.extra(hidden, q_heads, num_kv_heads, key_dim)
         return total
 
     def borrowed(self, body: Body) -> int:
@@ -156,43 +165,94 @@ class BlockSparse(Attention):
 
 
 @dataclass(frozen=True)
+class PooledIndex(Attention):
+    """Qwen4-Exp's: keys and values are kept whole, and one index key a token, of which blocks are pooled at each step
+    to pick what a query sees."""
+
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        body.reader.used |= {"indexer_n_heads", "indexer_kv_heads", "indexer_budget", "indexer_compress_ratio"}
+        heads = body.reader.count_or_none("index_kv_heads", "indexer_kv_heads")
+        if heads not in (None, 1):
+            raise body.reader.error("indexer_kv_heads", "allowed is 1")
+        index = LayerShape(1, body.reader.count("index_head_dim", "indexer_head_dim"), 0, kind="indexer")
+        return (LayerShape(*self.heads(body), window=window), index)
+
+    def params(self, body: Body) -> int:
+        """With the index queries' and key's projection and norms."""
+        dim = body.reader.count("index_head_dim", "indexer_head_dim")
+        heads = body.reader.count("index_heads", "indexer_n_heads")
+        return super().params(body) + body.hidden * (heads + 1) * dim + 2 * dim
+
+
+@dataclass(frozen=True)
 class Latent:
     """Multi-head latent attention (arXiv:2405.04434): one latent and one rotary key a token, whatever the heads."""
 
     indexer: bool = False  # DeepSeek sparse attention: index keys beside it
+    rotary: bool = True  # False: the layer has no rotary key, its queries are as wide
+    own: bool = True  # False: it reads an earlier layer's latents
+    prefix: str = ""  # of the keys of its sizes: "swa_" in window layers that have sizes of their own
+    nope: bool = False  # a rotary width of 0 is one
+    packed: bool = False  # the indexer keeps a key, a gate and a sign of validity of every token, to pool them
     bias: Switch = ("attention_bias", False)
+    gate: Switch = False  # a gate as wide as the values
     extra: Extra | None = None
+
+    def sizes(self, body: Body) -> tuple[int, int]:
+        """``(rank, rotary width)`` of what a token leaves."""
+        reader = body.reader
+        reader.used |= {"num_key_value_heads", "head_dim"}
+        reader.used |= {self.prefix + key for key in ("q_lora_rank", "qk_nope_head_dim", "v_head_dim", "head_dim")}
+        rank_key, rope_key = f"{self.prefix}kv_lora_rank", f"{self.prefix}qk_rope_head_dim"
+        rank = reader.count(rank_key, rank_key)
+        rope = reader.count(rope_key, rope_key, zero=self.nope)
+        return rank, rope
 
     def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
         """The latent with the rotary key behind it, no values; then the index keys."""
         reader = body.reader
-        reader.used |= {"num_key_value_heads", "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "head_dim"}
-        rank = reader.count("kv_lora_rank", "kv_lora_rank")
-        rope = reader.count("qk_rope_head_dim", "qk_rope_head_dim")
+        rank, rope = self.sizes(body)
+        rank_label = reader.label(f"{self.prefix}kv_lora_rank")
         reader.sources |= {
-            "num_kv_heads": reader.label("kv_lora_rank"),
-            "head_dim": f"{reader.label('kv_lora_rank')} + {reader.label('qk_rope_head_dim')}",
+            "num_kv_heads": rank_label,
+            "head_dim": f"{rank_label} + {reader.label(f'{self.prefix}qk_rope_head_dim')}" if self.rotary else rank_label,
         }
-        main = LayerShape(1, rank + rope, 0, window=window, kind="mla")
-        return (main, self.index(body)) if self.indexer else (main,)
+        label = "mla" if window is None else "sliding"
+        main = (LayerShape(1, rank + (rope if self.rotary else 0), 0, window=window, kind=label),) if self.own else ()
+        return (*main, self.index(body)) if self.indexer else main
 
     def index(self, body: Body) -> LayerShape:
         body.reader.used |= {"index_n_heads", "index_topk"}
-        return LayerShape(1, body.reader.count("index_head_dim", "index_head_dim"), 0, kind="indexer")
+        dim = body.reader.count("index_head_dim", "index_head_dim")
+        return LayerShape(1, 2 * dim + 1 if self.packed else dim, 0, kind="indexer")
+
+    def q_heads(self, body: Body) -> int:
+        if not self.prefix:
+            return body.num_q_heads
+        return body.reader.count_or_none("own_q_heads", f"{self.prefix}num_attention_heads") or body.num_q_heads
 
     def params(self, body: Body) -> int:
-        reader, hidden, heads = body.reader, body.hidden, body.num_q_heads
-        rank, rope = (reader.count(key, key) for key in ("kv_lora_rank", "qk_rope_head_dim"))
-        nope, value = reader.count("nope", "qk_nope_head_dim"), reader.count("value", "v_head_dim")
-        low = reader.count_or_none("q_lora_rank", "q_lora_rank", fill=True)
+        reader, hidden, heads = body.reader, body.hidden, self.q_heads(body)
+        rank, rope = self.sizes(body)
+        nope = reader.count("nope", f"{self.prefix}qk_nope_head_dim")
+        value = reader.count("value", f"{self.prefix}v_head_dim")
+        low = reader.count_or_none("q_lora_rank", f"{self.prefix}q_lora_rank", fill=True)
         query = heads * (nope + rope)
         total = hidden * query if low is None else (hidden + 1 + query) * low
-        total += hidden * (rank + rope) + rank + rank * heads * (nope + value) + heads * value * hidden
+        if not self.rotary:
+            nope, rope = nope + rope, 0
+        total += rank * heads * (nope + value) + heads * value * hidden
+        if self.own:
+            total += hidden * (rank + rope) + rank
         if reader.switch(self.bias):
             total += (low or 0) + rank + rope + hidden
+        if reader.switch(self.gate):
+            total += hidden * heads * value
         if self.indexer:
             index, count = reader.count("index", "index_head_dim"), reader.count("index_heads", "index_n_heads")
             total += index * count * (low or hidden) + index * hidden + 2 * index + hidden * count
+            if self.packed:
+                total += index * (reader.count("index_pool", "index_kpool", fill=True) + hidden)
         if self.extra:
             total += self.extra(hidden, heads, heads, nope + rope)
         return total

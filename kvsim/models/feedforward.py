@@ -93,12 +93,21 @@ class Experts:
         return dense + (self.extra(hidden, count) if self.extra else 0), routed
 
 
-def stepped(body: Body) -> list[bool]:
-    """Qwen's: every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers``."""
-    reader = body.reader
-    step = reader.count("step", "decoder_sparse_step") if reader.get("decoder_sparse_step") is not None else 1
-    dense = reader.indices("mlp_only_layers") or set()
-    return [layer not in dense and (layer + 1) % step == 0 for layer in range(body.num_layers)]
+def stepped_but(*dense_layers: int) -> Sparse:
+    """Every ``decoder_sparse_step``-th layer, but for ``mlp_only_layers`` (absent: ``dense_layers``)."""
+
+    def sparse(body: Body) -> list[bool]:
+        reader = body.reader
+        step = reader.count("step", "decoder_sparse_step") if reader.get("decoder_sparse_step") is not None else 1
+        dense = reader.indices("mlp_only_layers")
+        dense = set(dense_layers) if dense is None else dense
+        return [layer not in dense and (layer + 1) % step == 0 for layer in range(body.num_layers)]
+
+    return sparse
+
+
+stepped = stepped_but()
+"""Qwen's, where no layer is dense unless the config says so."""
 
 
 def after(key: str, default: int | None = None) -> Sparse:

@@ -18,6 +18,7 @@ SPELLINGS: dict[str, str] = {
     "attention": "full",
     "global": "full",
     "indexed_attention": "full",
+    "reference_sliding_attention": "full",
     "deepseek_sparse_attention": "full",
     "minimax_m3_sparse": "indexed",
     "sliding_attention": "sliding",
@@ -28,6 +29,7 @@ SPELLINGS: dict[str, str] = {
     "recurrent": "linear",
     "conv": "conv",
     "hybrid": "hybrid",
+    "hybrid_sliding": "hybrid_sliding",
     "compressed_sparse_attention": "csa",
     "heavily_compressed_attention": "hca",
     "mlp": "dense",
@@ -127,6 +129,12 @@ def hy_v4(body: Body) -> list[str]:
     if body.reader.get("indexer_types") is not None:
         return glm_dsa(body)
     return ["full" if layer == 0 or (layer - 1) % 4 == 0 else "latent" for layer in range(body.num_layers)]
+
+
+def flint(body: Body) -> list[str]:
+    """Flint's: the first two, every fourth from the second on, and the last full."""
+    last = body.num_layers - 1
+    return ["full" if layer < 2 or layer % 4 == 1 or layer == last else "sliding" for layer in range(body.num_layers)]
 
 
 def cohere2_moe(body: Body) -> list[str]:

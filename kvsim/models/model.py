@@ -17,7 +17,7 @@ from typing import Any
 from kvsim import catalog
 from kvsim.layout import Layers, LayerShape, StateShape
 from kvsim.models.config import MAX_LAYERS, Body, ConfigReader, Keys, Shapes
-from kvsim.models.families import FAMILIES, WRAPPERS, known_keys
+from kvsim.models.families import FAMILIES, REFUSED, WRAPPERS, known_keys
 from kvsim.models.families.family import Family
 from kvsim.models.layer_kinds import spelled
 from kvsim.models.parameters import Weights, count_weights, mixer_kind, weight_modules
@@ -92,7 +92,8 @@ class Model:
     number, ``read`` all keys that were looked at.  ``kinds`` counts the layers by kind, ``none`` and ``shared``
     (another layer's cache) among them.  ``quirks``: what transformers' own classes do otherwise than the layers say:
     ``broadcast`` (keys and values for every query head), ``whole`` (windows kept whole), ``two tensors`` (a vector
-    that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks).  ``cache_dtype``: the type
+    that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks), ``float32 index`` (index
+    keys of 32 bits), ``index positions`` (three positions of every token beside the first index keys).  ``cache_dtype``: the type
     of cache that the checkpoint asks for (``fp8``, ``nvfp4``), which an engine's ``auto`` means.
     """
 
@@ -122,13 +123,15 @@ class Model:
         if not isinstance(config, Mapping):
             raise ValueError(f"a config is a JSON object, not {type(config).__name__}")
         reader, wrapper, model_type, family = _open(config)
+        if family.rewrite is not None:
+            reader.config = family.rewrite(reader)
         for key in family.nested:
             reader = _flattened(reader, key)
         body = _body(reader, family, config)
+        if wrapper in BESIDE:
+            body.note(f"{wrapper}: {BESIDE[wrapper]}; not counted")
         if wrapper:
             body.note(f"language model only: vision and projector weights of {wrapper!r} are not counted")
-        if wrapper in OMNI:
-            body.note("the thinker only: the talker's weights and its own cache are not counted")
         plan = _plan(body, family)
         layers, kinds = _layers(body, family, [kind for kind, _ in plan])
         weights = count_weights(body, family, plan)
@@ -209,7 +212,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         if thinker is None:
             raise outer.error("thinker_config", "allowed is a JSON object")
         outer = thinker
-    key = NESTED.get(model_type, "text_config")
+    if model_type in REFUSED:
+        raise outer.error("model_type", REFUSED[model_type])
+    key = next((key for key in NESTED if isinstance(outer.config.get(key), Mapping)), WITHOUT.get(model_type, NESTED[0]))
     inner = outer.config.get(key)
     if inner is None and model_type in WRAPPERS and model_type not in FAMILIES and model_type not in FLAT:
         raise outer.error(key, f"{model_type!r} has its decoder there: allowed is a JSON object")
@@ -218,14 +223,13 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     elif inner is not None and (model_type not in FAMILIES or model_type in WRAPPERS):
         if not isinstance(inner, Mapping):
             raise outer.error(key, "allowed is a JSON object")
-        if model_type not in WRAPPERS:
-            meant = hint(model_type[:60], WRAPPERS, cutoff=0.6)
-            raise ValueError(
-                f"config key {key} of model_type {model_type[:40]!r}: {meant}nested configs are supported of "
-                f"{len(WRAPPERS)} that are known (kvsim/models/families/__init__.py, WRAPPERS)"
-            )
         wrapper, prefix, nested, config = str(model_type), f"{outer.prefix}{key}.", True, inner
         model_type = inner.get("model_type", INNER.get(wrapper))
+        only = EXPECTED.get(wrapper)
+        if only is not None and model_type != only:
+            raise ValueError(f"config key {key} of model_type {wrapper!r} is {str(model_type)[:40]!r}: allowed is {only!r}")
+        if wrapper not in WRAPPERS:
+            _refuse_foreign(_outer_keys(outer, wrapper), wrapper[:40], ())
     family = _family(ConfigReader(config, prefix), model_type)
     reader = ConfigReader(config, prefix, catalog.defaults(model_type), nested)
     reader.get("model_type")
@@ -238,7 +242,16 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
     return reader, wrapper, model_type, family
 
 
+def _outer_keys(outer: ConfigReader, wrapper: str) -> ConfigReader:
+    """The keys of an unknown wrapper that are no config of a part, for what they say of the cache."""
+    own = {key: value for key, value in outer.config.items() if not isinstance(value, Mapping)}
+    reader = ConfigReader(own, outer.prefix)
+    reader.used |= {"image_seq_length", "encoder_hidden_size", "adaptor_intermediate_size"}
+    return reader
+
+
 FLAT = {
+    "dots3_note": "dots3_note_text",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "phi3_v": "phi3",
@@ -256,8 +269,22 @@ EITHER = (
 )  # fmt: skip
 """Wrappers that tie the embeddings where either config says so; of the others the outer one decides."""
 
-NESTED = {"internvl_chat": "llm_config"}
-"""Wrappers whose decoder lies under another key than ``text_config``."""
+NESTED = ("text_config", "llm_config", "language_config")
+"""Keys under which wrappers have their decoder."""
+
+WITHOUT = {"internvl_chat": "llm_config"}
+"""Where a wrapper that lacks its decoder should have it, if not under ``text_config``."""
+
+EXPECTED = {"mllama": "mllama_text_model"}
+"""Wrappers that run one decoder alone: with another they are another model."""
+
+BESIDE = {
+    "voxtral_realtime": "its audio encoder keeps a sliding cache of its own",
+    "vibevoice": "its speech tokenizers keep convolutions' inputs of their own",
+    "qwen2_5_omni": "its talker keeps a cache of its own",
+    "qwen3_omni_moe": "its talker keeps a cache of its own",
+}
+"""What a wrapper keeps for a sequence beside its decoder's cache."""
 
 INNER = {
     "qwen2_5_omni": "qwen2_5_omni_text",
@@ -278,10 +305,11 @@ def _family(reader: ConfigReader, model_type: Any) -> Family:
         raise reader.error("model_type", "allowed is the name of a model type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    meant = hint(model_type[:60], FAMILIES, cutoff=0.6)
-    raise reader.error(
-        "model_type", f"{meant}it is none of the {len(FAMILIES)} that are known (kvsim/models/families/__init__.py)"
-    )
+    if model_type in REFUSED:
+        raise reader.error("model_type", REFUSED[model_type])
+    meant = hint(model_type[:60], [*FAMILIES, *WRAPPERS], cutoff=0.8)
+    known = f"known are {len(FAMILIES)} and {len(WRAPPERS)} that hold one: docs/models.md lists them, `kvsim models` models"
+    raise reader.error("model_type", f"{meant}{known}")
 
 
 def _flattened(reader: ConfigReader, key: str) -> ConfigReader:
@@ -383,6 +411,9 @@ def _layers(
             if lost is not None:
                 raise reader.error(family.sharing, f"no layer of kind {lost} is left to share")
             each[-shared:], labels[-shared:] = [()] * shared, ["shared"] * shared
+    if family.passes is not None:
+        order = family.passes(body)
+        each, labels = [each[at] for at in order], [labels[at] for at in order]
     return tuple(shape for shapes in each for shape in shapes), tuple(Counter(labels).items())
 
 
@@ -390,12 +421,12 @@ def _made(body: Body, family: Family, kind: str) -> Shapes:
     """What one layer of ``kind`` leaves."""
     reader = body.reader
     window, label = None, ""
-    if kind in ("sliding", "chunked") or (family.window and kind in ("csa", "hca")):
+    if kind in ("sliding", "chunked", "hybrid_sliding") or (family.window and kind in ("csa", "hca")):
         keys = family.chunk if kind == "chunked" else family.window
         key = reader.first(keys or ())
         window = reader.count("window", key, fill=True)
-        if key == "sliding_window_size":
-            window += family.window_plus
+        if kind != "chunked" and family.window_of is not None:
+            window = family.window_of(key, window)
         label = "chunked" if kind == "chunked" else ""
         if body.max_positions is not None and window >= body.max_positions:
             body.note(

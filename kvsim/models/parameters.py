@@ -101,9 +101,11 @@ def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weight
     if family.experts:
         per_token = reader.count_or_none("experts_per_token", family.experts.per_token, zero=not routed)
     tied = reader.switch(("tie_word_embeddings", False)) if reader.has("tie_word_embeddings") else family.tied
+    head = reader.count_or_none("head_vocab", family.head_vocab) if family.head_vocab else None
+    head = vocab if head is None else head
     return Weights(
         embedding=vocab * hidden,
-        head=0 if tied else vocab * hidden,
+        head=0 if tied else head * hidden,
         dense=dense,
         routed=routed,
         num_experts=family.experts.num_experts(body) if family.experts and routed else 0,

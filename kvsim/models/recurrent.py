@@ -255,3 +255,106 @@ class Rwkv:
         inner = body.reader.count_or_none("intermediate_size", "intermediate_size") or 4 * hidden
         attention = 2 * wide + 3 * hidden + 4 * hidden * wide
         return attention + 2 * hidden + 2 * hidden * inner + hidden * hidden
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """Inkling's four short convolutions of a layer, in float32: over keys, values, and both outputs."""
+
+    heads: Keys = "num_key_value_heads"
+    head_dim: Keys = "head_dim"
+
+    def sizes(self, body: Body) -> tuple[int, int]:
+        """``(width of the keys, kernel)``."""
+        reader = body.reader
+        heads, dim = reader.count("num_kv_heads", self.heads), reader.count("head_dim", self.head_dim)
+        return heads * dim, reader.count("conv", ("conv_kernel_size", "sconv_kernel_size"), fill=True)
+
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        width, kernel = self.sizes(body)
+        widths = {"key_conv": width, "value_conv": width, "attention_conv": body.hidden, "mlp_conv": body.hidden}
+        return (StateShape(tuple((name, (wide, kernel), "float32") for name, wide in widths.items()), "conv"),)
+
+    def params(self, body: Body) -> int:
+        width, kernel = self.sizes(body)
+        return 2 * (width + body.hidden) * kernel
+
+
+@dataclass(frozen=True)
+class DelayedValue:
+    """ZAYA's compressed convolutional attention (arXiv:2510.04476), beside its keys and values: the newest inputs of
+    two convolutions over queries and keys, and the half of the values that comes a token late."""
+
+    def sizes(self, body: Body) -> tuple[int, int, int, int]:
+        """``(query width, key width, both kernels)``."""
+        reader = body.reader
+        dim = reader.count("head_dim", "head_dim")
+        keys = dim * reader.count("num_kv_heads", "num_key_value_heads")
+        first, second = (reader.count(key, key, fill=True) for key in ("cca_time0", "cca_time1"))
+        return dim * body.num_q_heads, keys, first, second
+
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        query, keys, first, second = self.sizes(body)
+        late = ("late_value", (keys // 2,), body.dtype)
+        return (StateShape((("qk_conv", (query + keys, first + second - 2), body.dtype), late), "cca"),)
+
+    def params(self, body: Body) -> int:
+        query, keys, first, second = self.sizes(body)
+        dim, heads = body.reader.count("head_dim", "head_dim"), body.reader.count("heads", "num_key_value_heads")
+        return (query + keys) * (first + 1 + dim * second + 1) + heads
+
+
+@dataclass(frozen=True)
+class NGramEmbedding:
+    """Qwen4-Exp's per-layer embedding of hashed n-grams: the newest inputs of a dilated convolution, and tokens."""
+
+    def sizes(self, body: Body) -> tuple[int, int, int, int]:
+        """``(width of all residual streams, kernel, n, width of the embedding)``."""
+        reader = body.reader
+        streams, kernel, order = (
+            reader.count(key, key, fill=True) for key in ("hc_count", "ple_conv_kernel_size", "ngram_size")
+        )
+        width = reader.count_or_none("ple_embed_dim", "ple_embed_dim") or body.hidden
+        return streams * body.hidden, kernel, order, width
+
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        wide, kernel, order, _ = self.sizes(body)
+        inputs = ("ngram_conv", (wide, (kernel - 1) * order), body.dtype)
+        return (StateShape((inputs, ("ngram_tokens", (order - 1,), "int64")), "ngram"),)
+
+    def params(self, body: Body) -> int:
+        wide, kernel, _, width = self.sizes(body)
+        return width * (wide + body.hidden) + 3 * wide + wide * kernel
+
+
+@dataclass(frozen=True)
+class MLstm:
+    """xLSTM's matrix memory (arXiv:2405.04517): a state of ``[heads, key dim, value dim]``, its norm and maximum."""
+
+    def sizes(self, body: Body) -> tuple[int, int, int]:
+        """``(heads, query width, value width)``."""
+        reader = body.reader
+        out = []
+        for key, default in (("qk_dim_factor", 0.5), ("v_dim_factor", 1.0)):
+            factor = reader.value(key)
+            factor = default if factor is None else factor
+            if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1000:
+                raise reader.error(key, "allowed are numbers above 0")
+            out.append(-(-int(body.hidden * factor) // 64) * 64)
+        heads = reader.count("num_heads", "num_heads", fill=True)
+        return heads, out[0], out[1]
+
+    def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
+        heads, query, value = self.sizes(body)
+        key_dim, value_dim = query // heads, value // heads
+        tensors = (
+            ("memory", (heads, key_dim, value_dim), "float32"),
+            ("normalizer", (heads, key_dim), "float32"),
+            ("maximum", (heads, 1), "float32"),
+        )
+        return (StateShape(tensors, "mlstm"),)
+
+    def params(self, body: Body) -> int:
+        heads, query, value = self.sizes(body)
+        hidden = body.hidden
+        return hidden * (2 * query + 2 * value) + 2 * heads * (hidden + 1) + value + value * hidden

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("attention", "recurrent", "feedforward", "layer_kinds", "families/*", "model")
 NEVER = {"model_type", "dtype", "torch_dtype", "layer_types", "layers_block_type", "mlp_layer_types", "text_config"}
 EXCEPT = {("mistral", "sliding_window")}
 """Published configs of full-attention Mistral models lack the key: it counts as null, and a note says so."""
@@ -21,8 +20,8 @@ EXCEPT = {("mistral", "sliding_window")}
 
 def keys_read() -> set[str]:
     """Every string in the parser's rooms that could be a config key."""
-    files = [path for room in ROOMS for path in sorted((ROOT / "kvsim" / "models").glob(f"{room}.py"))]
-    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    rooms = sorted((ROOT / "kvsim" / "models").rglob("*.py"))
+    text = "".join(room.read_text(encoding="utf-8") for room in rooms)
     return set(re.findall(r'"([a-z_][a-z0-9_]+)"', text, re.IGNORECASE)) - NEVER
 
 

@@ -23,6 +23,9 @@ from kvsim.models.families.latent import LATENT
 from kvsim.models.families.llama import (
     LLAMA,
 )
+from kvsim.models.families.looped import LOOPED
+from kvsim.models.families.multimodal import MULTIMODAL
+from kvsim.models.families.refused import REFUSED
 from kvsim.models.feedforward import (
     if_any,
     none,
@@ -47,7 +50,7 @@ def _strings(value: object) -> Iterator[str]:
         yield from _strings(tuple(getattr(value, field.name) for field in fields(value)))
 
 
-FAMILIES: dict[str, Family] = {**GPT, **LLAMA, **LATENT, **HYBRID, **CUSTOM}
+FAMILIES: dict[str, Family] = {**GPT, **LLAMA, **LATENT, **HYBRID, **LOOPED, **MULTIMODAL, **CUSTOM}
 
 FAMILIES["gemma4_unified_text"] = replace(
     FAMILIES["gemma4_text"], experts=None, layer_extra=None, outer_extra=None, lookup_extra=None
@@ -70,6 +73,10 @@ for alias, known in {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
     "minimax_m3_vl_text": "minimax_m3",
+    "granite_docling_text": "granite",
+    "granite4_vision_text": "granite",
+    "hunyuan_vl_text": "hunyuan_v1_dense",
+    "paddleocr_vl_text": "ernie4_5",
 }.items():
     FAMILIES[alias] = FAMILIES[known]
 
@@ -81,9 +88,16 @@ WRAPPERS = (
     "llava_next_video", "llava_onevision", "video_llava", "video_llama_3", "idefics2",
     "aria", "ovis2", "perception_lm", "fast_vlm", "deepseek_vl", "deepseek_vl_hybrid", "janus", "lighton_ocr",
     "qianfan_ocr", "exaone4_5", "minicpmv4_6", "shieldgemma2", "gemma4_unified", "apertus1p5", "nemotron_h_omni",
-    "hyperclovax_vision_v2", "qwen2_audio", "voxtral", "granite_speech", "granite_speech_plus", "audioflamingo3",
+    "hyperclovax_vision_v2", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_ocr2", "dots3_note",
+    "ernie4_5_vl_moe", "fun_asr_nano", "fuyu", "glm5_next", "glm_image", "glm_ocr", "glmga", "granite4_vision",
+    "granite_docling", "hunyuan_vl", "hy_v4_vl", "inkling2", "inkling2_loop", "inkling_mm_model", "jev", "lfm3_vl",
+    "minicpm_ocr", "minicpmv4_7", "mistral_large4", "mllama", "molmo2", "moss_transcribe_diarize", "muse_glimmer",
+    "muse_spark", "musicflamingo", "nemo_speechlm", "omniasr", "paddleocr_vl", "pp_chart2table", "qwen2_5_omni_thinker",
+    "qwen3_asr", "qwen3_omni_moe_thinker", "qwen4_exp", "unlimited_ocr", "vibevoice", "voxtral_realtime",
+    "blip-2", "instructblip", "instructblipvideo", "emu3", "qwen2_audio", "voxtral", "granite_speech", "granite_speech_plus", "audioflamingo3",
     "glmasr", "vibevoice_asr",
 )  # fmt: skip
-"""Outer model types whose ``text_config`` is a decoder of the table above."""
+"""Outer model types of transformers whose ``text_config`` is a decoder of the table above.  Others are taken as well
+where their ``text_config`` is, and none of their own keys smells of the cache."""
 
-__all__ = ["FAMILIES", "WRAPPERS", "Family", "Mixer", "if_any", "none"]
+__all__ = ["FAMILIES", "REFUSED", "WRAPPERS", "Family", "Mixer", "if_any", "none"]

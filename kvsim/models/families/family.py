@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvsim.models import layer_kinds
 from kvsim.models.attention import Attention
-from kvsim.models.config import Body, Count, Keys, Shapes, Switch
+from kvsim.models.config import Body, ConfigReader, Count, Keys, Shapes, Switch
 from kvsim.models.feedforward import (
     Experts,
     Mlp,
@@ -41,8 +41,10 @@ class Family:
     kinds: layer_kinds.Kinds = layer_kinds.full
     listed: Keys | None = None  # a list of layer kinds, which goes before the rule
     window: Keys | None = None  # key of the sliding window; without one no layer slides
-    window_plus: int = 0  # the class's window is this much longer than the key says
+    window_of: Callable[[str, int], int] | None = None  # (key, its number) -> the window, counting the token itself
     chunk: str | None = None
+    rewrite: Callable[[ConfigReader], Mapping[str, Any]] | None = None  # the keys as the class spells them today
+    passes: Callable[[Body], list[int]] | None = None  # of a loop: the layer behind every cache, in order
     sharing: str | None = None  # key: number of last layers that use an earlier layer's cache
     streams: int = 1  # caches a layer
     single: bool = False  # a layer is a mixer or an MLP, not both
@@ -63,6 +65,7 @@ class Family:
     mlp: Mlp | None = field(default_factory=Mlp)
     mlps: int = 1  # plain MLPs a layer
     head_bias: Switch = False
+    head_vocab: Keys | None = None  # key of the head's rows, where they are not the embedding's
     experts: Experts | None = None
     layer_extra: Count | None = None
     outer_extra: Count | None = None

@@ -9,6 +9,7 @@ from kvsim.models.attention import Attention
 from kvsim.models.config import Body
 from kvsim.models.families.family import (
     ALL_BIASED,
+    ATTENTION_BIAS,
     Family,
     _one,
     _slide,
@@ -54,6 +55,13 @@ def _opt_outer(body: Body) -> int:
     last = reader.switch(("do_layer_norm_before", True)) and not reader.switch(("_remove_final_layer_norm", False))
     projected = 0 if width == body.hidden else 2 * width * body.hidden + vocab * (width - body.hidden)
     return projected + (body.norm_vectors * body.hidden if last else 0)
+
+
+class MultipleMlp(Mlp):
+    """GPT-NeoX-Japanese's: ``intermediate_multiple_size`` times the hidden size."""
+
+    def width(self, body: Body) -> int:
+        return body.hidden * body.reader.count("intermediate_size", "intermediate_multiple_size", fill=True)
 
 
 _GPT2 = Family(
@@ -126,6 +134,36 @@ GPT: dict[str, Family] = {
         mixers=_one(ALL_BIASED),
         mlp=Mlp("ffn_dim", gated=False, bias=True),
         learned_positions=None,
+    ),
+    "ctrl": replace(
+        _GPT2,
+        mlp=Mlp("dff", gated=False, bias=True),
+        learned_positions=None,
+        head_bias=True,
+    ),
+    "gpt_neox_japanese": Family(
+        mixers=_one(Attention(num_kv_heads=None, head_dim=None)),
+        mlp=MultipleMlp(gated=False),
+        tied=True,
+        norm_vectors=2,
+        outer_extra=lambda body: body.hidden,
+    ),
+    "modernbert-decoder": Family(
+        mixers=_slide(
+            Attention(num_kv_heads=None, head_dim=None, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS)
+        ),
+        window="local_attention",
+        window_of=lambda key, window: window // 2,
+        kinds=layer_kinds.every("global_attn_every_n_layers", first=True, default=3),
+        listed="layer_types",
+        tied=True,
+        mlp=Mlp(),
+        outer_extra=lambda body: body.hidden * (body.hidden + 1),
+        head_bias=("decoder_bias", True),
+        count_if=lambda body: not any(
+            body.reader.switch((key, False)) for key in ("norm_bias", "mlp_bias", "classifier_bias")
+        ),
+        inert=("sliding_window", "global_attn_every_n_layers", "classifier_pooling"),
     ),
     "bloom": Family(
         num_layers=("n_layer", "num_hidden_layers"),

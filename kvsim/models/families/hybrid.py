@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+from math import isqrt
 
 from kvsim.models import layer_kinds
-from kvsim.models.attention import Attention, Latent
-from kvsim.models.config import Body
+from kvsim.models.attention import Attention, Latent, PooledIndex
+from kvsim.models.config import MAX_LAYERS, Body
 from kvsim.models.families.family import (
     ATTENTION_BIAS,
     LENIENT,
@@ -28,7 +30,19 @@ from kvsim.models.feedforward import (
     listed_or,
     periodic,
 )
-from kvsim.models.recurrent import DeltaNet, Kda, Lightning, Mamba, Mamba2, RgLru, Rwkv, ShortConv
+from kvsim.models.recurrent import (
+    DelayedValue,
+    DeltaNet,
+    Kda,
+    Lightning,
+    Mamba,
+    Mamba2,
+    MLstm,
+    NGramEmbedding,
+    RgLru,
+    Rwkv,
+    ShortConv,
+)
 
 
 class WideAttention(Attention):
@@ -59,6 +73,97 @@ class AdjustedMlp(Mlp):
             inner = int(scale * inner)
         step = reader.count("block_multiple_of", "block_multiple_of", fill=True) if multiple else 1
         return step * -(-inner // step)
+
+
+def qwen4_kinds(body: Body) -> list[str]:
+    """Every ``full_attention_interval``-th layer has an indexer; the others are linear, some with an embedding of
+    n-grams (``ple_layer_ids``, counted from 1)."""
+    return _with_ngrams(body, layer_kinds.every("full_attention_interval", rest="linear", default=4)(body))
+
+
+def _with_ngrams(body: Body, kinds: list[str]) -> list[str]:
+    chosen = body.reader.indices("ple_layer_ids") or set()
+    if not chosen <= {at + 1 for at, kind in enumerate(kinds) if kind == "linear"}:
+        raise body.reader.error("ple_layer_ids", "allowed are numbers of linear layers, counted from 1")
+    return ["ngram" if at + 1 in chosen else kind for at, kind in enumerate(kinds)]
+
+
+def _qwen4_ngrams(body: Body, kinds: list[str]) -> None:
+    kinds[:] = _with_ngrams(body, ["linear" if kind == "ngram" else kind for kind in kinds])
+
+
+def _streams(body: Body) -> tuple[int, int]:
+    """``(width of all residual streams, weights that mix them into one)``."""
+    wide = body.reader.count("hc_count", "hc_count", fill=True) * body.hidden
+    return wide, wide + 2 * wide * body.reader.count("hc_lowrank", "hc_lowrank", fill=True)
+
+
+def _qwen4_layer(body: Body) -> int:
+    """The hyper-connections around attention and experts."""
+    wide, mixing = _streams(body)
+    return 2 * (mixing + wide * wide // body.hidden)
+
+
+@cache
+def _primes_from(start: int, count: int) -> tuple[int, ...]:
+    """The first ``count`` primes from ``start`` on."""
+    out: list[int] = []
+    number = start
+    while len(out) < count:
+        if number > 1 and all(number % divisor for divisor in range(2, isqrt(number) + 1)):
+            out.append(number)
+        number += 1
+    return tuple(out)
+
+
+def _qwen4_tables(body: Body) -> int:
+    """The hashed n-grams' embeddings: every head of every table has a prime number of rows, each another."""
+    reader = body.reader
+    chosen = reader.indices("ple_layer_ids")
+    if not chosen:
+        return 0
+    keys = ("ngram_size", "heads_per_ngram", "ngram_vocab_size_base", "make_ngram_vocab_size_divisible_by")
+    order, each, base, step = (reader.count(key, key, fill=True) for key in keys)
+    heads = (order - 1) * each
+    width = reader.count_or_none("ple_embed_dim", "ple_embed_dim") or body.hidden
+    if heads < 1 or width % heads or heads * len(chosen) > MAX_LAYERS:
+        raise reader.error("heads_per_ngram", f"allowed are divisors of the embedding's width {width}")
+    primes = _primes_from(base, heads * len(chosen))
+    rows = [sum(primes[at : at + heads]) for at in range(0, len(primes), heads)]
+    return sum(-(-count // step) * step for count in rows) * (width // heads)
+
+
+def _even_primes(body: Body) -> bool:
+    """Whether the tables' rows can be told at once: a base of billions takes long to find primes from."""
+    base = body.reader.value("ngram_vocab_size_base")
+    return not body.reader.indices("ple_layer_ids") or (isinstance(base, int) and base <= 10**8)
+
+
+class ZayaExperts(Experts):
+    """ZAYA's: a router of three layers, which knows one expert that does nothing."""
+
+    def block(self, body: Body) -> tuple[int, int]:
+        dense, routed = super().block(body)
+        count = body.reader.count("num_experts", self.count)
+        width = body.reader.count("router", "router_hidden_size", fill=True)
+        dense -= count * body.hidden
+        return dense + (body.hidden + 1) * width + width + 2 * width * (width + 1) + (count + 1) * width, routed
+
+
+def _zaya_outer(body: Body) -> int:
+    """The input's scale and bias; the routers' scales of what the layer before passed on, which the first lacks."""
+    return 2 * body.hidden + (body.num_layers - 1) * body.reader.count("router", "router_hidden_size", fill=True)
+
+
+def _xlstm_layer(body: Body) -> int:
+    """The gated MLP of an xLSTM block, as wide as ``ffn_proj_factor`` says, rounded up."""
+    reader = body.reader
+    factor = reader.value("ffn_proj_factor")
+    factor = 2.667 if factor is None else factor
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1000:
+        raise reader.error("ffn_proj_factor", "allowed are numbers above 0")
+    step = reader.count("round", "ffn_round_up_to_multiple_of", fill=True)
+    return 3 * body.hidden * (-(-int(body.hidden * factor) // step) * step)
 
 
 _QWEN_HYBRID = Family(
@@ -141,11 +246,76 @@ _MAMBA = Family(
 )
 
 
+LARA = ("linear", "sliding", "linear", "full", "sliding")
+"""The layers of Lara 4 Mini, repeated."""
+
 HYBRID: dict[str, Family] = {
     # Recurrences and hybrids
     "qwen3_next": replace(_QWEN_HYBRID, experts=_SHARED_GATED),
     "qwen3_5_text": _QWEN_HYBRID,
     "qwen3_5_moe_text": replace(_QWEN_HYBRID, mlp=None, experts=replace(_SHARED_GATED, sparse=None)),
+    "qwen4_exp_text": Family(
+        mixers={
+            "full": (PooledIndex(head_dim_required=True, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS,
+                                 qk_norm="head", q_width=2),),
+            "linear": (DeltaNet(),),
+            "ngram": (DeltaNet(), NGramEmbedding()),
+        },
+        kinds=qwen4_kinds,
+        listed="layer_types",
+        check=_qwen4_ngrams,
+        norms=0,
+        final_norm=False,
+        mlp=None,
+        experts=replace(_SHARED_GATED, sparse=None),
+        layer_extra=_qwen4_layer,
+        outer_extra=lambda body: _streams(body)[1],
+        lookup_extra=_qwen4_tables,
+        count_if=_even_primes,
+        quirks=lambda body: ("index positions",),
+        inert=("full_attention_interval", "indexer_n_heads", "ple_layer_ids", "number_of_conv_states", "output_gate_type",
+               "mtp_num_hidden_layers", "attn_output_gate", "mamba_ssm_dtype", "ple_embed_dim", "split_ngram_parts"),
+    ),
+    "lara_mini": Family(
+        mixers={**_slide(NORMED), "linear": (DeltaNet(),)},
+        window="sliding_window",
+        kinds=lambda body: [LARA[layer % 5] for layer in range(body.num_layers)],
+        listed="layer_types",
+        tied=True,
+        mlp=None,
+        experts=replace(_SHARED_GATED, sparse=None, shared_gate=False),
+    ),
+    "zaya": Family(
+        mixers={
+            "hybrid": (Attention(head_dim_required=True), DelayedValue()),
+            "hybrid_sliding": (Attention(head_dim_required=True), DelayedValue()),
+        },
+        window="sliding_window",
+        kinds=layer_kinds.hybrid,
+        listed="layer_types",
+        tied=True,
+        head_bias=("lm_head_bias", False),
+        mlp=None,
+        experts=ZayaExperts("num_experts", "moe_intermediate_size"),
+        layer_extra=lambda body: 8 * body.hidden,
+        outer_extra=_zaya_outer,
+        count_if=lambda body: not body.reader.switch(ATTENTION_BIAS),
+        inert=("router_hidden_size", "cca_time0", "cca_time1"),
+    ),
+    "xlstm": Family(
+        num_layers=("num_hidden_layers", "num_blocks"),
+        hidden=("hidden_size", "embedding_dim"),
+        num_q_heads=None,
+        mixers={"linear": (MLstm(),)},
+        kinds=layer_kinds.linear,
+        mlp=None,
+        layer_extra=_xlstm_layer,
+        count_if=lambda body: not body.reader.switch(("use_bias", False))
+        and body.reader.switch(("add_out_norm", True))
+        and body.reader.get("weight_mode") in (None, "single"),
+        inert=("num_heads", "qk_dim_factor", "v_dim_factor", "chunk_size", "chunkwise_kernel", "max_inference_chunksize",
+               "inference_state_dtype", "autocast_kernel_dtype"),
+    ),
     "olmo_hybrid": Family(
         mixers={"full": (replace(LENIENT, qk_norm="full"),), "linear": (DeltaNet(),)},
         kinds=layer_kinds.olmo_hybrid,

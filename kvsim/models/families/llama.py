@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kvsim.models import layer_kinds
 from kvsim.models.attention import Attention, BlockSparse
@@ -33,6 +34,7 @@ from kvsim.models.feedforward import (
     ranged,
 )
 from kvsim.models.feedforward import stepped as stepped_layers
+from kvsim.models.feedforward import stepped_but
 
 
 def _overrides(body: Body) -> ConfigReader | None:
@@ -89,6 +91,32 @@ class GlobalAttention(Attention):
             return given
         body.reader.sources["head_dim"] = "global_head_dim (absent: 512 by its class)"
         return 512
+
+
+def _jetmoe(reader: ConfigReader) -> Mapping[str, Any]:
+    """JetMoE's query heads: a kv head's for every expert that a token uses, whatever the config says."""
+    heads = reader.count("heads", "num_key_value_heads")
+    chosen = reader.count("chosen", "num_experts_per_tok", fill=True)
+    return {**reader.config, "num_attention_heads": heads * chosen}
+
+
+@dataclass(frozen=True)
+class ExpertAttention(Attention):
+    """JetMoE's: queries and outputs come from experts, whose weights :class:`AttentionExperts` counts."""
+
+    def params(self, body: Body) -> int:
+        num_kv_heads, dim, _ = self.heads(body)
+        return 2 * body.hidden * num_kv_heads * dim + body.hidden
+
+
+class AttentionExperts(Experts):
+    """JetMoE's: as many experts of attention, with a router of their own."""
+
+    def block(self, body: Body) -> tuple[int, int]:
+        dense, routed = super().block(body)
+        count = body.reader.count("num_experts", self.count)
+        width = body.reader.count("heads", "num_key_value_heads") * body.reader.count("dim", "kv_channels")
+        return dense + count * body.hidden, routed + 2 * count * body.hidden * width
 
 
 class DoubledAttention(Attention):
@@ -453,6 +481,51 @@ LLAMA: dict[str, Family] = {
         mlp=Mlp(bias=MLP_BIAS),
         layer_extra=lambda body: 2 * body.hidden if body.reader.switch(("use_post_norm", True)) else 0,
     ),
+    "beam": replace(
+        _WINDOWED,
+        mixers=_slide(replace(NORMED, extra=lambda hidden, heads, kv, dim: (hidden * dim + 1) * heads)),
+        kinds=layer_kinds.every(6),
+        forced_last="full",
+        norms=4,
+        experts=Experts("num_experts", "moe_intermediate_size", sparse=listed_or(3)),
+    ),
+    "flint": replace(
+        _WINDOWED,
+        mixers=_slide(replace(NORMED, extra=SINKS)),
+        kinds=layer_kinds.flint,
+        experts=replace(_SHARED_GATED, shared_gate=False, sparse=stepped_but(0, 1)),
+    ),
+    "kolibri1": replace(
+        _WINDOWED,
+        mixers=_slide(replace(NORMED, qkv_bias=False, out_bias=False)),
+        kinds=layer_kinds.every(5),
+        norms=4,
+        mlp=None,
+        experts=replace(_SHARED_GATED, shared_gate=False, sparse=None),
+    ),
+    "doge": replace(
+        _WINDOWED,
+        mixers=_slide(replace(LENIENT, qk_norm="head", extra=lambda hidden, heads, kv, dim: kv * (kv * dim + 1))),
+        mlp=Mlp(bias=MLP_BIAS),
+        layer_extra=lambda body: 2 * body.hidden,
+        count_if=lambda body: not any(body.reader.switch((key, False)) for key in ("is_moe", "attention_bias")),
+        inert=("keep_window_size", "num_experts", "num_experts_per_tok"),
+    ),
+    "jetmoe": Family(
+        rewrite=_jetmoe,
+        mixers=_one(ExpertAttention(head_dim="kv_channels")),
+        tied=True,
+        mlp=None,
+        experts=AttentionExperts(extra=lambda hidden, count: hidden),
+        inert=("num_attention_heads",),
+    ),
+    "cohere_compass_text": replace(
+        _COHERE,
+        mixers=_slide(replace(LENIENT, head_dim=None)),
+        window="sliding_window",
+        listed="layer_types",
+        inert=("sliding_window_pattern",),
+    ),
     "internlm3": Family(
         mixers=_one(replace(LENIENT, qkv_bias=("qkv_bias", False), out_bias=("bias", False))),
         mlp=Mlp(bias=("bias", False)),
@@ -582,7 +655,7 @@ LLAMA: dict[str, Family] = {
             ),
         ),
         window=("sliding_window_size", "sliding_window"),
-        window_plus=1,
+        window_of=lambda key, window: window + (key == "sliding_window_size"),
         kinds=layer_kinds.mimo_v2,
         listed="layer_types",
         inert=(
