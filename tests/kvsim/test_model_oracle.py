@@ -10,8 +10,8 @@ import json
 from typing import Any
 
 import pytest
-from model_variants import EARLIER, NO_CACHE, SKIPPED, VARIANTS
-from oracle import MISSES, NUM_TOKENS, RECORD, cache_of, measure
+from model_variants import EARLIER, NO_CACHE, ON_CPU, SKIPPED, VARIANTS
+from oracle import MISSES, NUM_TOKENS, RECORD, cache_of, measure, text_model
 
 from kvsim import catalog
 from kvsim.engines.transformers import Transformers
@@ -37,9 +37,11 @@ def predicted(model: Model, num_tokens: int) -> dict[str, int]:
 
 
 def weighed(parts: dict[str, int]) -> dict[str, int]:
-    """Latents and rotary keys are one stream here; an unfilled block counts at its most in the prediction."""
+    """Latents and rotary keys are one stream here, as are a layer's states; an unfilled block counts at its most in
+    the prediction."""
     out = {name: size for name, size in parts.items() if name not in ("key", "value", "buffer")}
-    return out | {"kv": parts.get("key", 0) + parts.get("value", 0)}
+    states = [out.pop(name) for name in list(out) if name.startswith("state_")]
+    return out | {"kv": parts.get("key", 0) + parts.get("value", 0), "state": sum(states)}
 
 
 def test_the_record_covers_the_catalogue_and_explains_its_misses() -> None:
@@ -78,7 +80,7 @@ def test_the_record_equals_a_live_run(name: str) -> None:
 
 @pytest.mark.parametrize("model_type", [name for name in FAMILIES if name not in SKIPPED])
 def test_every_family_equals_its_class(model_type: str) -> None:
-    torch = pytest.importorskip("torch", reason="the runtime extra (torch, transformers) is not installed")
+    pytest.importorskip("torch", reason="the runtime extra (torch, transformers) is not installed")
     transformers = pytest.importorskip("transformers", reason="the runtime extra is not installed")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -91,12 +93,10 @@ def test_every_family_equals_its_class(model_type: str) -> None:
         assert older or model_type in REMOTE, "a family with neither a class in transformers nor a place in REMOTE"
         return
     for settings in VARIANTS.get(model_type, [{}]):
-        config = transformers.AutoConfig.for_model(model_type, **settings)
+        config, model, parameters = text_model(model_type, settings, "cpu" if model_type in ON_CPU else "meta")
         ours = Model.from_config(json.loads(json.dumps(config.to_dict(), default=str)))
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         if ours.num_params is not None or (FAMILIES[model_type].countable and not FAMILIES[model_type].count_if):
-            assert ours.num_params == sum(parameter.numel() for parameter in model.parameters()), settings
+            assert ours.num_params == parameters, settings
         if model_type not in NO_CACHE:
             assert weighed(predicted(ours, NUM_TOKENS)) == weighed(cache_of(model, NUM_TOKENS)), settings
 

@@ -53,7 +53,7 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
         (changed("lfm2-1.2b", layer_types=["conv"] * 15 + ["mamba"]), "layer_types has 'mamba'"),
         (changed("falcon-h1-1.5b", mamba_n_heads=47), "mamba_n_heads is 47"),
         (changed("kimi-linear-remote", linear_attn_config={"kda_layers": [1]}), "linear_attn_config"),
-        (changed("mamba-2.8b", model_type="xlstm"), "model_type is 'xlstm'"),
+        (changed("mamba-2.8b", model_type="hyena"), "model_type is 'hyena'"),
         (changed("ernie-0.3b", layer_share_kv=True), "layer_share_kv is True: layers that share a cache"),
     ],
 )

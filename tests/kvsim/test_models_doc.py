@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from kvsim.models.attention import Attention, BlockSparse, Compressed, Latent
+from kvsim.models.attention import Attention, BlockSparse, Compressed, Latent, PooledIndex
 from kvsim.models.families import FAMILIES, WRAPPERS
 from kvsim.models.families.family import Family
 
@@ -15,11 +15,15 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "models.md"
 BLOCK = re.compile(r"(<!-- (families|wrappers) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 STATES = {
+    "Convolutions": "conv",
+    "DelayedValue": "cca",
     "DeltaNet": "gated_delta_net",
     "Kda": "kda",
     "Lightning": "lightning",
     "Mamba": "mamba",
+    "MLstm": "mlstm",
     "Mamba2": "mamba2",
+    "NGramEmbedding": "ngram",
     "RgLru": "rg_lru",
     "Rwkv": "rwkv",
     "ShortConv": "conv",
@@ -32,10 +36,11 @@ def leaves(family: Family) -> str:
     for kind, mixers in family.mixers.items():
         for mixer in mixers:
             if isinstance(mixer, Attention):
-                out.append("sliding" if kind == "sliding" else "full")
-                out += ["indexer"] if isinstance(mixer, BlockSparse) else []
+                out.append("sliding" if kind in ("sliding", "hybrid_sliding") else "full")
+                out += ["indexer"] if isinstance(mixer, BlockSparse | PooledIndex) else []
             elif isinstance(mixer, Latent):
-                out += ["mla", "indexer"] if mixer.indexer else ["mla"]
+                out.append("sliding" if kind == "sliding" else "mla")
+                out += ["indexer"] if mixer.indexer else []
             elif isinstance(mixer, Compressed):
                 out += ["sliding", "compressed", "indexer"] if mixer.indexer else ["sliding"]
             else:

@@ -64,11 +64,12 @@ def cache_of(model: Any, num_tokens: int) -> dict[str, int]:
     import torch
 
     with torch.no_grad():
-        ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+        ids = torch.ones(1, num_tokens, dtype=torch.long, device=next(model.parameters()).device)
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     parts: dict[str, int] = {}
     names = {"keys": "key", "values": "value", "indexer_keys": "index_key", "conv_states": "state_conv",
-             "recurrent_states": "state_recurrent"}  # fmt: skip
+             "recurrent_states": "state_recurrent", "prefill_keys": "key", "prefill_values": "value",
+             "indexer_position_ids": "index_position"}  # fmt: skip
     for layer in cache.layers:
         for name, value in vars(layer).items():
             for inner, tensor in _tensors(name, value):
@@ -88,6 +89,69 @@ def _tensors(name: str, value: Any) -> list[tuple[str, Any]]:
         return [(name, value)]
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return [(f"{name}.{key}", tensor) for key, tensor in inner if torch.is_tensor(tensor)]
+
+
+DECODERS = ("model.language_model", "language_model", "model.text_model", "text_model")
+"""Where models of images and sound have their decoder."""
+
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_ocr2_text": ("deepseek_ocr2", {}),
+    "ernie4_5_vl_moe_text": ("ernie4_5_vl_moe", {}),
+    "granite4_vision_text": ("granite4_vision", {"deepstack_layer_map": [], "downsample_rate": "1/2"}),
+    "mllama_text_model": ("mllama", {}),
+    "paddleocr_vl_text": ("paddleocr_vl", {}),
+    "unlimited_ocr_text": ("unlimited_ocr", {}),
+}
+"""Decoders without a class of their own in the automatic ones, and the model that they are built in."""
+
+
+def text_model(model_type: str, settings: dict[str, Any], device: str = "meta") -> tuple[Any, Any, int]:
+    """``(decoder's config, model, parameters of the decoder and its head)`` of a type with these settings, bfloat16.
+
+    On the ``cpu`` the weights are random.  Raises ``KeyError`` for a type that transformers has no class for.
+    """
+    import torch
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)
+    if model_type in WHOLE:
+        outer, own = WHOLE[model_type]
+        built = CONFIG_MAPPING[outer](text_config={"model_type": model_type, **settings}, **own)
+    else:
+        built = CONFIG_MAPPING[model_type](**settings)
+    mappings = [getattr(modeling_auto, name) for name in MAPPINGS if hasattr(modeling_auto, name)]
+    each = next(mapping[type(built)] for mapping in mappings if type(built) in mapping)
+    with torch.device(device):
+        model = (each[0] if isinstance(each, tuple) else each)._from_config(built, dtype=torch.bfloat16).eval()
+    if device == "cpu":
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.02)
+    return built.get_text_config(decoder=True), model, _decoder_parameters(model)
+
+
+MAPPINGS = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+            "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+            "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING", "MODEL_MAPPING")  # fmt: skip
+
+
+def _decoder_parameters(model: Any) -> int:
+    """Parameters of the decoder and its head: of all of it, where there is no other part; a bare one gets its head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    decoder = next((found for path in DECODERS if (found := _at(model, path)) is not None), model)
+    named = [pair for part in (decoder, head) if part is not None for pair in part.named_parameters()]
+    unique = {id(one): one for name, one in named if "embed_tokens_extend" not in name}
+    total = sum(one.numel() for one in unique.values())
+    config = model.config
+    if head is None and decoder is model and not getattr(config, "tie_word_embeddings", False):
+        total += (getattr(config, "vision_vocab_size", None) or config.vocab_size) * config.hidden_size
+    return total
+
+
+def _at(model: Any, path: str) -> Any:
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model
 
 
 def measure(name: str, config: dict[str, Any], long: bool = True) -> dict[str, Any]:

@@ -338,7 +338,6 @@ HYBRID: dict[str, Family] = {
         },
         kinds=layer_kinds.every("layer_group_size", rest="linear", default=6),
         inert=("layer_group_size", "short_conv_kernel_size", "kda_safe_gate", "kda_lower_bound"),
-        countable=False,
     ),
     "nemotron_h": Family(
         mixers={

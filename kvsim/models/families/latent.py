@@ -82,13 +82,18 @@ DOTS3_WINDOW = {
 
 
 def _dots3_layers(body: Body, kinds_of: list[str]) -> None:
-    """``use_dsa`` off: full attention has no indexer; ``per_layer_config`` must speak of the window layers."""
+    """Full attention has an indexer unless ``use_dsa`` is off, or absent beside a ``per_layer_config``, where the list
+    says it; ``per_layer_config`` must speak of the window layers."""
     reader = body.reader
-    if reader.get("use_dsa") is False:
+    each, given = reader.child("per_layer_config"), reader.listed("layer_types")
+    if given is None and reader.get("use_sliding_window") is False:
+        kinds_of[:] = ["full"] * body.num_layers
+    sparse = reader.get("use_dsa")
+    if sparse is False:
         kinds_of[:] = ["latent" if kind == "full" else kind for kind in kinds_of]
-    if reader.get("use_sliding_window") is False and reader.get("layer_types") is None:
-        kinds_of[:] = ["latent" if reader.get("use_dsa") is False else "full"] * body.num_layers
-    each = reader.child("per_layer_config")
+    elif sparse is None and each is not None and given is not None:
+        plain = [spelling == "full_attention" for spelling in given[: body.num_layers]]
+        kinds_of[:] = ["latent" if full else kind for full, kind in zip(plain, kinds_of, strict=True)]
     if each is not None and each.config:
         named = {int(key) for key in each.config if str(key).isdecimal() and len(str(key)) < 6}
         windows = {at for at, kind in enumerate(kinds_of) if kind == "sliding"}
@@ -217,7 +222,9 @@ LATENT: dict[str, Family] = {
         ),
         count_if=lambda body: _plain_mlps(body) and body.reader.get("n_shared_experts") in (None, 1),
         quirks=lambda body: ("float32 index",),
-        inert=("sliding_window_size", "swa_num_key_value_heads", "swa_rope_theta", "per_layer_config", "use_dsa",
+        inert=(*(f"swa_{key}" for key in (*DOTS3_WINDOW, "qk_rope_head_dim", "rope_theta")), "sliding_window_size",
+               "index_topk", "index_head_dim", "index_n_heads",
+               "per_layer_config", "use_dsa",
                "use_sliding_window", "moe_shared_expert_intermediate_size", "n_shared_experts", "layer_types"),
     ),
     "glm5_next_text": Family(

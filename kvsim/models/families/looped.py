@@ -190,10 +190,9 @@ def _inkling2_loop(reader: ConfigReader) -> Mapping[str, Any]:
 
 def _inkling2_gates(body: Body) -> int:
     """The gates of the messages between passes, of the loop's layers alone, and the queries that pick them."""
-    first, end, passes = _loop(body)
+    first, end, _ = _loop(body)
     rank = _number(body.reader, "loop_gate_rank")
-    gates = (end - first) * (16 * rank + 4) * body.hidden if passes > 1 else 0
-    return _inkling2_outer(body) + gates
+    return _inkling2_outer(body) + (end - first) * (16 * rank + 4) * body.hidden
 
 
 _INKLING = Family(
@@ -212,11 +211,12 @@ _INKLING = Family(
         shared_count="n_shared_experts",
         sparse=listed_or(0),
     ),
-    head_vocab="unpadded_vocab_size",
+    mlp=Mlp(extra=lambda hidden, inner: 1),
     outer_extra=lambda body: body.hidden,
     inert=("sliding_window_size", "conv_kernel_size", "sconv_kernel_size", "number_of_conv_states", "dense_mlp_idx",
            "dense_intermediate_size", "local_layer_ids", "mtp_local_layer_ids", "route_scale",
-           "n_layers_per_attn_res_block", "rms_norm_eps_moe_gate", "shared_expert_sink", "rel_extent"),
+           "n_layers_per_attn_res_block", "rms_norm_eps_moe_gate", "shared_expert_sink", "rel_extent",
+           "unpadded_vocab_size"),
 )  # fmt: skip
 _INKLING2 = replace(
     _INKLING,
@@ -228,6 +228,7 @@ _INKLING2 = replace(
     rewrite=None,
     mlp=None,
     experts=Experts(("n_routed_experts", "num_local_experts"), ("moe_intermediate_size", "intermediate_size")),
+    head_vocab="unpadded_vocab_size",
     layer_extra=lambda body: 2 * body.hidden,
     outer_extra=_inkling2_outer,
 )

@@ -139,7 +139,7 @@ MULTIMODAL: dict[str, Family] = {
         count_if=lambda body: not body.reader.switch(("use_bias", False)),
     ),
     "glm_ocr_text": replace(
-        LLAMA["glm4"], mixers=_one(replace(LENIENT, qkv_bias=ATTENTION_BIAS, out_bias=False)), norms=4
+        LLAMA["glm4"], mixers=_one(replace(LENIENT, qkv_bias=False, out_bias=False)), norms=4
     ),
     "glm_image_text": replace(
         LLAMA["glm4"],
@@ -158,12 +158,11 @@ MULTIMODAL: dict[str, Family] = {
             replace(
                 LENIENT,
                 head_dim_required=True,
-                qkv_bias=("qkv_bias", False),
                 out_bias=False,
                 qk_norm="head",
-                qk_norm_if=("use_qk_norm", True),
             )
         ),
+        rewrite=lambda reader: {"attention_bias": reader.get("qkv_bias"), **reader.config},
         lookup_extra=lambda body: body.hidden * body.reader.count("extra", "additional_vocab_size", zero=True, fill=True),
         count_if=lambda body: body.reader.get("qk_norm_type") in (None, "qwen3"),
     ),
