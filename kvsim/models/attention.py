@@ -215,7 +215,9 @@ class Latent:
         rank_label = reader.label(f"{self.prefix}kv_lora_rank")
         reader.sources |= {
             "num_kv_heads": rank_label,
-            "head_dim": f"{rank_label} + {reader.label(f'{self.prefix}qk_rope_head_dim')}" if self.rotary else rank_label,
+            "head_dim": f"{rank_label} + {reader.label(f'{self.prefix}qk_rope_head_dim')}"
+            if self.rotary
+            else rank_label,
         }
         label = "mla" if window is None else "sliding"
         main = (LayerShape(1, rank + (rope if self.rotary else 0), 0, window=window, kind=label),) if self.own else ()

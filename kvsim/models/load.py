@@ -25,8 +25,17 @@ QUANTIZED: Mapping[str, Mapping[str, Any]] = {
     "-awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
     "-gptq-int4": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     "-gptq-int8": {"quant_method": "gptq", "bits": 8, "group_size": 128},
+    "-unsloth-bnb-4bit": {"quant_method": "bitsandbytes"},
+    "-bnb-4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "-gguf": {"quant_method": "gguf"},
 }
-"""How a checkpoint's name says that its weights are quantized, and the ``quantization_config`` of such checkpoints."""
+"""How a checkpoint's name says that its weights are quantized, and the ``quantization_config`` of such checkpoints.
+
+The first that fits counts.  Of a repository of GGUF files each has bits of its own, of unsloth's mixed ones only the
+checkpoint tells.
+"""
+MIRRORS = ("bartowski", "lmstudio-community", "mlx-community", "neuralmagic", "nvidia", "redhatai", "unsloth")
+"""Who publishes others' models again under the same names, as they are."""
 
 
 def load_model(name: str) -> Model:
@@ -51,21 +60,32 @@ def load_model(name: str) -> Model:
         raise ValueError(f"model {name}: neither a file nor a directory")
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LookupError(f"no such file or directory: {name}")
-    return _quantized(name) or Model.from_config(_hub_config(name), name)
+    return _quantized(name) or _mirrored(name) or Model.from_config(_hub_config(name), name)
 
 
 def _quantized(name: str) -> Model | None:
     """The catalogue's model under a name that adds how its weights are quantized, whoever published that."""
-    for suffix, quantization in QUANTIZED.items():
-        plain = name[: -len(suffix)]
-        if not name.lower().endswith(suffix):
-            continue
-        row = catalog.find("models", plain) or catalog.find("models", plain.rsplit("/", 1)[-1])
-        if row is not None and "quantization_config" not in row["config"]:
-            model = Model.from_config({**row["config"], "quantization_config": quantization}, name)
-            note = f"layers of {row['id']}, quantized weights of {model.weight_bits:g} bits, by the name {name}"
-            return replace(model, notes=(*model.notes, note))
-    return None
+    suffix = next((suffix for suffix in QUANTIZED if name.lower().endswith(suffix)), None)
+    if suffix is None:
+        return None
+    plain = name[: -len(suffix)]
+    row = catalog.find("models", plain) or catalog.find("models", plain.rsplit("/", 1)[-1])
+    if row is None or ("fp8" in suffix and "quantization_config" in row["config"]):  # it has 8 bits or fewer of its own
+        return None
+    model = Model.from_config({**row["config"], "quantization_config": QUANTIZED[suffix]}, name)
+    bits = "bits that the name does not tell" if model.weight_bits is None else f"{model.weight_bits:g} bits"
+    note = f"layers of {row['id']}, quantized weights of {bits}, by the name {name}"
+    return replace(model, notes=(*model.notes, note))
+
+
+def _mirrored(name: str) -> Model | None:
+    """The catalogue's model that another publisher has under its name."""
+    owner, _, own = name.partition("/")
+    row = catalog.find("models", own) if owner.lower() in MIRRORS else None
+    if row is None:
+        return None
+    model = Model.from_config(row["config"], name)
+    return replace(model, notes=(*model.notes, f"layers and weights of {row['id']}, by the name {name}"))
 
 
 def load_config(name: str) -> tuple[str, dict[str, Any]]:

@@ -93,8 +93,9 @@ class Model:
     (another layer's cache) among them.  ``quirks``: what transformers' own classes do otherwise than the layers say:
     ``broadcast`` (keys and values for every query head), ``whole`` (windows kept whole), ``two tensors`` (a vector
     that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks), ``float32 index`` (index
-    keys of 32 bits), ``index positions`` (three positions of every token beside the first index keys).  ``cache_dtype``: the type
-    of cache that the checkpoint asks for (``fp8``, ``nvfp4``), which an engine's ``auto`` means.
+    keys of 32 bits), ``index positions`` (three positions of every token beside the first index keys).
+    ``cache_dtype``: the type of cache that the checkpoint asks for (``fp8``, ``nvfp4``), which an engine's ``auto``
+    means.
     """
 
     name: str
@@ -214,7 +215,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         outer = thinker
     if model_type in REFUSED:
         raise outer.error("model_type", REFUSED[model_type])
-    key = next((key for key in NESTED if isinstance(outer.config.get(key), Mapping)), WITHOUT.get(model_type, NESTED[0]))
+    key = next(
+        (key for key in NESTED if isinstance(outer.config.get(key), Mapping)), WITHOUT.get(model_type, NESTED[0])
+    )
     inner = outer.config.get(key)
     if inner is None and model_type in WRAPPERS and model_type not in FAMILIES and model_type not in FLAT:
         raise outer.error(key, f"{model_type!r} has its decoder there: allowed is a JSON object")
@@ -227,7 +230,9 @@ def _open(config: Mapping[str, Any]) -> tuple[ConfigReader, str | None, str, Fam
         model_type = inner.get("model_type", INNER.get(wrapper))
         only = EXPECTED.get(wrapper)
         if only is not None and model_type != only:
-            raise ValueError(f"config key {key} of model_type {wrapper!r} is {str(model_type)[:40]!r}: allowed is {only!r}")
+            raise ValueError(
+                f"config key {key} of model_type {wrapper!r} is {str(model_type)[:40]!r}: allowed is {only!r}"
+            )
         if wrapper not in WRAPPERS:
             _refuse_foreign(_outer_keys(outer, wrapper), wrapper[:40], ())
     family = _family(ConfigReader(config, prefix), model_type)
@@ -308,7 +313,9 @@ def _family(reader: ConfigReader, model_type: Any) -> Family:
     if model_type in REFUSED:
         raise reader.error("model_type", REFUSED[model_type])
     meant = hint(model_type[:60], [*FAMILIES, *WRAPPERS], cutoff=0.8)
-    known = f"known are {len(FAMILIES)} and {len(WRAPPERS)} that hold one: docs/models.md lists them, `kvsim models` models"
+    known = (
+        f"known are {len(FAMILIES)} and {len(WRAPPERS)} that hold one: docs/models.md lists them, `kvsim models` models"
+    )
     raise reader.error("model_type", f"{meant}{known}")
 
 

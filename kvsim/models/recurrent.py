@@ -348,9 +348,9 @@ class MLstm:
         heads, query, value = self.sizes(body)
         key_dim, value_dim = query // heads, value // heads
         tensors = (
-            ("memory", (heads, key_dim, value_dim), "float32"),
-            ("normalizer", (heads, key_dim), "float32"),
-            ("maximum", (heads, 1), "float32"),
+            ("memory", (heads, key_dim, value_dim), body.dtype),
+            ("normalizer", (heads, key_dim), body.dtype),
+            ("maximum", (heads, 1), body.dtype),
         )
         return (StateShape(tensors, "mlstm"),)
 

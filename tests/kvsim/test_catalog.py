@@ -62,6 +62,11 @@ def test_every_row_has_a_source_and_names_of_its_own(kind: str) -> None:
         ("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
         ("mistral-7b", "mistralai/Mistral-7B-v0.3"),
         ("smollm2-135m", "HuggingFaceTB/SmolLM2-135M"),
+        ("QwQ-32B", "Qwen/Qwen2.5-32B"),
+        ("DeepSeek-R1-0528", "deepseek-ai/DeepSeek-V3"),
+        ("Qwen3-Coder-480B", "Qwen/Qwen3-Coder-480B-A35B-Instruct"),
+        ("GLM-4.5-Air", "zai-org/GLM-4.5-Air"),
+        ("Mistral-Small-3.2-24B", "mistralai/Mistral-Small-3.2-24B-Instruct-2506"),
     ],
 )
 def test_names_that_people_type(name: str, row: str) -> None:
@@ -174,9 +179,15 @@ def test_cards_equal_the_wider_catalogue() -> None:
         ("nvidia/Llama-3.3-70B-Instruct-FP4", "meta-llama/Llama-3.3-70B-Instruct", 4.5),
         ("qwen2.5-7b-instruct-awq", "Qwen/Qwen2.5-7B", 4 + 20 / 128),
         ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8", "Qwen/Qwen2.5-7B", 8 + 24 / 128),
+        ("nvidia/DeepSeek-R1-0528-FP4", "deepseek-ai/DeepSeek-V3", 4.5),
+        ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "meta-llama/Llama-3.2-1B", 4.127),
+        ("unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", "meta-llama/Llama-3.2-1B", None),
+        ("unsloth/Qwen3-32B-GGUF", "Qwen/Qwen3-32B", None),
+        ("zai-org/GLM-4.5-Air-FP8", "zai-org/GLM-4.5-Air", 8),
+        ("unsloth/Qwen3-8B", "Qwen/Qwen3-8B", 16),
     ],
 )
-def test_a_quantized_checkpoint_has_its_models_layers(name: str, row: str, bits: float) -> None:
+def test_a_quantized_checkpoint_has_its_models_layers(name: str, row: str, bits: float | None) -> None:
     quantized, plain = load_model(name), load_model(row)
     assert quantized.layers == plain.layers
     assert quantized.num_params == plain.num_params

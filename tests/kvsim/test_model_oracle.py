@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 from model_variants import EARLIER, NO_CACHE, ON_CPU, SKIPPED, VARIANTS
-from oracle import MISSES, NUM_TOKENS, RECORD, cache_of, measure, text_model
+from oracle import MISSES, NUM_TOKENS, RECORD, cache_of, measure, predicted, text_model, weighed
 
 from kvsim import catalog
-from kvsim.engines.transformers import Transformers
-from kvsim.methods import Full
 from kvsim.models.families import FAMILIES
 from kvsim.models.model import Model
 
 FACTS: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
 ROWS = {row["id"]: row["config"] for row in catalog.rows("models")}
-BF16 = Full("bfloat16")
 
 
 def first_of_each_type() -> list[str]:
@@ -29,19 +26,6 @@ def first_of_each_type() -> list[str]:
     for name, config in ROWS.items():
         chosen.setdefault(config.get("text_config", config)["model_type"], name)
     return [name for name in chosen.values() if "parameters" in FACTS[name]]
-
-
-def predicted(model: Model, num_tokens: int) -> dict[str, int]:
-    parts = Transformers().parts(model, BF16, 1, num_tokens)
-    return {name: size for name, size in parts.items() if size}
-
-
-def weighed(parts: dict[str, int]) -> dict[str, int]:
-    """Latents and rotary keys are one stream here, as are a layer's states; an unfilled block counts at its most in
-    the prediction."""
-    out = {name: size for name, size in parts.items() if name not in ("key", "value", "buffer")}
-    states = [out.pop(name) for name in list(out) if name.startswith("state_")]
-    return out | {"kv": parts.get("key", 0) + parts.get("value", 0), "state": sum(states)}
 
 
 def test_the_record_covers_the_catalogue_and_explains_its_misses() -> None:

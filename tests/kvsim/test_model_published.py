@@ -54,6 +54,8 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
         (changed("falcon-h1-1.5b", mamba_n_heads=47), "mamba_n_heads is 47"),
         (changed("kimi-linear-remote", linear_attn_config={"kda_layers": [1]}), "linear_attn_config"),
         (changed("mamba-2.8b", model_type="hyena"), "model_type is 'hyena'"),
+        (changed("openelm-270m", num_kv_heads=[3] * 15), "num_kv_heads is .*: 15 entries for 16 layers"),
+        (changed("openelm-270m", num_kv_heads=[5] * 16), "num_kv_heads is .*: allowed are divisors"),
         (changed("ernie-0.3b", layer_share_kv=True), "layer_share_kv is True: layers that share a cache"),
     ],
 )

@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+STEP3 = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "share_expert_dim": 48,
+}
+LAST_SPARSE = ["dense"] * 3 + ["sparse"] * 2
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ministral": [{"head_dim": 128}],
@@ -153,7 +166,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"num_hidden_layers": 2, "sliding_window": 16},
     ],
     "dory": [
-        {"num_hidden_layers": 8, "n_input_layers": 2, "n_output_layers": 2, "n_recurrent_loops": 4, "sliding_window": 6},
+        {
+            "num_hidden_layers": 8,
+            "n_input_layers": 2,
+            "n_output_layers": 2,
+            "n_recurrent_loops": 4,
+            "sliding_window": 6,
+        },
         {"num_hidden_layers": 8, "n_input_layers": 2, "n_output_layers": 2, "recurrent_kv_cache_mode": "last_loop"},
         {"num_hidden_layers": 6, "n_input_layers": 2, "n_output_layers": 2, "attention_bias": True, "mlp_bias": True},
     ],
@@ -260,7 +279,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "kolibri1": [{"num_hidden_layers": 7, "sliding_window": 6, "num_experts": 8}],
-    "lara_mini": [{"num_hidden_layers": 7}, {"num_hidden_layers": 5, "attention_bias": True, "linear_num_value_heads": 8}],
+    "lara_mini": [
+        {"num_hidden_layers": 7},
+        {"num_hidden_layers": 5, "attention_bias": True, "linear_num_value_heads": 8},
+    ],
     "mistral_large4_text": [
         {
             "num_hidden_layers": 8,
@@ -312,6 +334,19 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
             "pad_token_id": 0,
         }
     ],
+    "chameleon": [{"num_hidden_layers": 2, "num_key_value_heads": 8, "vocabulary_map": {"<image>": 3}}],
+    "step3p5": [
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 6,
+            "num_sliding_attention_heads": 6,
+            **STEP3,
+            "mlp_layer_types": LAST_SPARSE,
+            "layer_types": ["full_attention"] + ["sliding_attention"] * 4,
+        },
+        {"num_hidden_layers": 5, "moe_layers_enum": "2,3", "sliding_window": 6, **STEP3},
+    ],
+    "voxtral_realtime_text": [{"num_hidden_layers": 2, "sliding_window": 6}],
     "unlimited_ocr_text": [{"num_hidden_layers": 2}],
     "xlstm": [{"num_hidden_layers": 2}],
     "zaya": [
@@ -328,14 +363,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "afmoe": [{}, {"num_dense_layers": 3, "global_attn_every_n_layers": 3}],
 }
 
-ON_CPU = ("glm5_next_text", "jetmoe", "qwen4_exp_text")
+ON_CPU = ("glm5_next_text", "jetmoe", "qwen4_exp_text", "step3p5")
 """Families whose forward pass needs data: small ones with random weights."""
 
 SKIPPED: dict[str, str] = {
-    "voxtral_realtime_text": "its wrapper asks for sound; tests/support/model_types.json has its class's figures",
     "qwen3_omni_moe_talker_text": "in no AutoModel by itself",
     "glm4_moe": "its class's defaults are no model (96 heads of a width of 4,096)",
     "dbrx": "its class does not start in 5.23 (rope_theta)",
+    "emu3_text_model": "its whole model does not start in 5.24 (pad_token_id), and it is in no AutoModel",
     "mistral4": "in no AutoModel; a catalogue row is built by its class",
     "glm4v_text": "in no AutoModel by itself",
     "glm4v_moe_text": "in no AutoModel by itself",
@@ -343,7 +378,6 @@ SKIPPED: dict[str, str] = {
     "qwen2_5_vl_text": "in no AutoModel by itself",
     "qwen2_5_omni_text": "in no AutoModel by itself",
     "qwen3_omni_moe_text": "in no AutoModel by itself",
-    "step3p5": "in no AutoModel by itself",
     "qwen3_vl_text": "in no AutoModel by itself",
     "qwen3_vl_moe_text": "in no AutoModel by itself",
 }
@@ -365,6 +399,7 @@ EARLIER: dict[str, tuple[tuple[int, int], str]] = {
 NO_CACHE: dict[str, str] = {
     "openai-gpt": "its class keeps no cache",
     "xlstm": "the state lies in another object",
+    "voxtral_realtime_text": "its forward asks for sound",
     "granite4_vision_text": "its forward reads a number from a tensor",
     "glm_image_text": "a rotary section that its class's defaults do not have",
     "mamba": "another output",
@@ -378,3 +413,14 @@ NO_CACHE: dict[str, str] = {
     "deepseek_v2": "a grouped product of its default width does not run",
 }
 """Families whose forward pass leaves no cache to weigh on the ``meta`` device; their parameters are compared."""
+
+RECORDED = (
+    "beam", "cohere_compass_text", "cosmos3_edge_text", "ctrl", "deepseek_ocr2_text", "doge", "dory",
+    "dots3_note_text", "ernie4_5_vl_moe_text", "flint", "glm5_next_text", "glm_image_text", "glm_ocr_text",
+    "gpt_neox_japanese", "granite4_vision_text", "granite_docling_text", "hrm_text", "hunyuan_vl_text", "hy_v4",
+    "hy_v4_vl_text", "inkling2_loop_text", "inkling2_text", "inkling_text", "jetmoe", "kolibri1", "lara_mini",
+    "mistral_large4_text", "mllama_text_model", "modernbert-decoder", "molmo2_text", "muse_glimmer_text",
+    "muse_spark_text", "paddleocr_vl_text", "phi4_multimodal", "qwen4_exp_text", "unlimited_ocr_text", "xlstm",
+    "zaya",
+)  # fmt: skip
+"""Families whose figures tests/support/model_types.json keeps, as an older transformers may lack their class."""

@@ -91,6 +91,7 @@ def _tensors(name: str, value: Any) -> list[tuple[str, Any]]:
     return [(f"{name}.{key}", tensor) for key, tensor in inner if torch.is_tensor(tensor)]
 
 
+IMAGES = {"embed_tokens_extend", "vqmodel"}
 DECODERS = ("model.language_model", "language_model", "model.text_model", "text_model")
 """Where models of images and sound have their decoder."""
 
@@ -101,6 +102,8 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "mllama_text_model": ("mllama", {}),
     "paddleocr_vl_text": ("paddleocr_vl", {}),
     "unlimited_ocr_text": ("unlimited_ocr", {}),
+    "step3p5": ("step3p7", {}),
+    "voxtral_realtime_text": ("voxtral_realtime", {}),
 }
 """Decoders without a class of their own in the automatic ones, and the model that they are built in."""
 
@@ -140,7 +143,7 @@ def _decoder_parameters(model: Any) -> int:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     decoder = next((found for path in DECODERS if (found := _at(model, path)) is not None), model)
     named = [pair for part in (decoder, head) if part is not None for pair in part.named_parameters()]
-    unique = {id(one): one for name, one in named if "embed_tokens_extend" not in name}
+    unique = {id(one): one for name, one in named if not IMAGES & set(name.split("."))}
     total = sum(one.numel() for one in unique.values())
     config = model.config
     if head is None and decoder is model and not getattr(config, "tie_word_embeddings", False):
@@ -152,6 +155,23 @@ def _at(model: Any, path: str) -> Any:
     for name in path.split("."):
         model = getattr(model, name, None)
     return model
+
+
+def predicted(model: Any, num_tokens: int) -> dict[str, int]:
+    """The transformers engine's parts of kvsim's model, those of 0 left out."""
+    from kvsim.engines.transformers import Transformers
+    from kvsim.methods import Full
+
+    parts = Transformers().parts(model, Full("bfloat16"), 1, num_tokens)
+    return {name: size for name, size in parts.items() if size}
+
+
+def weighed(parts: dict[str, int]) -> dict[str, int]:
+    """Latents and rotary keys are one stream here, as are a layer's states; an unfilled block counts at its most in
+    the prediction."""
+    out = {name: size for name, size in parts.items() if name not in ("key", "value", "buffer")}
+    states = [out.pop(name) for name in list(out) if name.startswith("state_")]
+    return out | {"kv": parts.get("key", 0) + parts.get("value", 0), "state": sum(states)}
 
 
 def measure(name: str, config: dict[str, Any], long: bool = True) -> dict[str, Any]:

@@ -73,6 +73,7 @@ for alias, known in {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
     "minimax_m3_vl_text": "minimax_m3",
+    "emu3_text_model": "llama",
     "granite_docling_text": "granite",
     "granite4_vision_text": "granite",
     "hunyuan_vl_text": "hunyuan_v1_dense",
@@ -94,7 +95,8 @@ WRAPPERS = (
     "minicpm_ocr", "minicpmv4_7", "mistral_large4", "mllama", "molmo2", "moss_transcribe_diarize", "muse_glimmer",
     "muse_spark", "musicflamingo", "nemo_speechlm", "omniasr", "paddleocr_vl", "pp_chart2table", "qwen2_5_omni_thinker",
     "qwen3_asr", "qwen3_omni_moe_thinker", "qwen4_exp", "unlimited_ocr", "vibevoice", "voxtral_realtime",
-    "blip-2", "instructblip", "instructblipvideo", "emu3", "qwen2_audio", "voxtral", "granite_speech", "granite_speech_plus", "audioflamingo3",
+    "blip-2", "instructblip", "instructblipvideo", "emu3", "qwen2_audio",
+    "voxtral", "granite_speech", "granite_speech_plus", "audioflamingo3",
     "glmasr", "vibevoice_asr",
 )  # fmt: skip
 """Outer model types of transformers whose ``text_config`` is a decoder of the table above.  Others are taken as well

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from kvsim.layout import LayerShape
 from kvsim.models.attention import Attention
-from kvsim.models.config import AbsentKeyError, Body, Shapes
+from kvsim.models.config import AbsentKeyError, Body, ConfigReader, Shapes
 from kvsim.models.families.family import (
     Family,
     _one,
@@ -95,10 +97,75 @@ def _nas_weights(body: Body) -> int:
     return total
 
 
+def _openelm(reader: ConfigReader) -> Mapping[str, Any]:
+    """The query heads of the widest layer as those of the model."""
+    given = reader.get("num_query_heads")
+    heads = [one for one in given if isinstance(one, int)] if isinstance(given, list) else []
+    return {**reader.config, "num_attention_heads": max(heads, default=None)}
+
+
+def _openelm_heads(body: Body) -> tuple[list[int], list[int], int]:
+    """OpenELM's query heads and kv heads, layer by layer, and the head dim."""
+    reader = body.reader
+    heads = []
+    for key in ("num_query_heads", "num_kv_heads"):
+        given = reader.listed(key, body.num_layers)
+        if given is None:
+            raise reader.error(key, "this model type must list its heads")
+        if not all(isinstance(one, int) and not isinstance(one, bool) and 0 < one <= 65536 for one in given):
+            raise reader.error(key, "allowed are whole numbers above 0")
+        heads.append(given)
+    if any(queries % kv for queries, kv in zip(*heads, strict=True)):
+        raise reader.error("num_kv_heads", "allowed are divisors of num_query_heads, layer by layer")
+    reader.sources["num_kv_heads"] = reader.label("num_kv_heads")
+    return heads[0], heads[1], reader.count("head_dim", "head_dim")
+
+
+def openelm_layers(body: Body) -> list[Shapes]:
+    """OpenELM's (arXiv:2404.14619): deeper layers have more heads."""
+    _, kv, dim = _openelm_heads(body)
+    return [(LayerShape(heads, dim, dim),) for heads in kv]
+
+
+def _openelm_weights(body: Body) -> int:
+    """Attention, and a gated MLP whose width grows with the depth, rounded as the class does."""
+    reader, hidden = body.reader, body.hidden
+    queries, kv, dim = _openelm_heads(body)
+    total = sum(hidden * dim * (2 * query + 2 * heads) for query, heads in zip(queries, kv, strict=True))
+    if reader.switch(("normalize_qk_projections", True)):
+        total += 2 * dim * body.num_layers
+    divisor = reader.count("ffn_divisor", "ffn_dim_divisor")
+    factors = reader.listed("ffn_multipliers", body.num_layers)
+    if factors is None:
+        raise AbsentKeyError(f"config key {reader.label('ffn_multipliers')} is absent")
+    for factor in factors:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 1e3:
+            raise reader.error("ffn_multipliers", "allowed are numbers above 0")
+        width = max(divisor, int(factor * hidden + divisor / 2) // divisor * divisor)
+        width += divisor if width < 0.9 * factor * hidden else 0
+        total += 3 * hidden * width
+    return total
+
+
 CUSTOM: dict[str, Family] = {
     # Published with code of their own
     "nemotron-nas": Family(
         mixers={}, layers=nas_blocks, norms=0, mlp=None, outer_extra=_nas_weights, inert=("block_configs",)
+    ),
+    "openelm": Family(
+        num_layers="num_transformer_layers",
+        hidden="model_dim",
+        rewrite=_openelm,
+        positions="max_context_length",
+        mixers={},
+        layers=openelm_layers,
+        mlp=None,
+        tied=True,
+        outer_extra=_openelm_weights,
+        count_if=lambda body: (
+            body.reader.switch(("ffn_with_glu", True)) and body.reader.switch(("share_input_output_layers", True))
+        ),
+        inert=("num_query_heads", "num_kv_heads", "num_gqa_groups", "qkv_multipliers"),
     ),
     "internlm2": Family(mixers=_one(Attention(kv_required=False, qkv_bias=("bias", False), out_bias=("bias", False)))),
     "internlm": Family(mixers=_one(Attention(None, head_dim=None, qkv_bias=("bias", True), out_bias=("bias", True)))),

@@ -149,9 +149,7 @@ GPT: dict[str, Family] = {
         outer_extra=lambda body: body.hidden,
     ),
     "modernbert-decoder": Family(
-        mixers=_slide(
-            Attention(num_kv_heads=None, head_dim=None, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS)
-        ),
+        mixers=_slide(Attention(num_kv_heads=None, head_dim=None, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS)),
         window="local_attention",
         window_of=lambda key, window: window // 2,
         kinds=layer_kinds.every("global_attn_every_n_layers", first=True, default=3),
@@ -160,8 +158,8 @@ GPT: dict[str, Family] = {
         mlp=Mlp(),
         outer_extra=lambda body: body.hidden * (body.hidden + 1),
         head_bias=("decoder_bias", True),
-        count_if=lambda body: not any(
-            body.reader.switch((key, False)) for key in ("norm_bias", "mlp_bias", "classifier_bias")
+        count_if=lambda body: (
+            not any(body.reader.switch((key, False)) for key in ("norm_bias", "mlp_bias", "classifier_bias"))
         ),
         inert=("sliding_window", "global_attn_every_n_layers", "classifier_pooling"),
     ),

@@ -256,8 +256,11 @@ HYBRID: dict[str, Family] = {
     "qwen3_5_moe_text": replace(_QWEN_HYBRID, mlp=None, experts=replace(_SHARED_GATED, sparse=None)),
     "qwen4_exp_text": Family(
         mixers={
-            "full": (PooledIndex(head_dim_required=True, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS,
-                                 qk_norm="head", q_width=2),),
+            "full": (
+                PooledIndex(
+                    head_dim_required=True, qkv_bias=ATTENTION_BIAS, out_bias=ATTENTION_BIAS, qk_norm="head", q_width=2
+                ),
+            ),
             "linear": (DeltaNet(),),
             "ngram": (DeltaNet(), NGramEmbedding()),
         },
@@ -273,8 +276,18 @@ HYBRID: dict[str, Family] = {
         lookup_extra=_qwen4_tables,
         count_if=_even_primes,
         quirks=lambda body: ("index positions",),
-        inert=("full_attention_interval", "indexer_n_heads", "ple_layer_ids", "number_of_conv_states", "output_gate_type",
-               "mtp_num_hidden_layers", "attn_output_gate", "mamba_ssm_dtype", "ple_embed_dim", "split_ngram_parts"),
+        inert=(
+            "full_attention_interval",
+            "indexer_n_heads",
+            "ple_layer_ids",
+            "number_of_conv_states",
+            "output_gate_type",
+            "mtp_num_hidden_layers",
+            "attn_output_gate",
+            "mamba_ssm_dtype",
+            "ple_embed_dim",
+            "split_ngram_parts",
+        ),
     ),
     "lara_mini": Family(
         mixers={**_slide(NORMED), "linear": (DeltaNet(),)},
@@ -310,11 +323,21 @@ HYBRID: dict[str, Family] = {
         kinds=layer_kinds.linear,
         mlp=None,
         layer_extra=_xlstm_layer,
-        count_if=lambda body: not body.reader.switch(("use_bias", False))
-        and body.reader.switch(("add_out_norm", True))
-        and body.reader.get("weight_mode") in (None, "single"),
-        inert=("num_heads", "qk_dim_factor", "v_dim_factor", "chunk_size", "chunkwise_kernel", "max_inference_chunksize",
-               "inference_state_dtype", "autocast_kernel_dtype"),
+        count_if=lambda body: (
+            not body.reader.switch(("use_bias", False))
+            and body.reader.switch(("add_out_norm", True))
+            and body.reader.get("weight_mode") in (None, "single")
+        ),
+        inert=(
+            "num_heads",
+            "qk_dim_factor",
+            "v_dim_factor",
+            "chunk_size",
+            "chunkwise_kernel",
+            "max_inference_chunksize",
+            "inference_state_dtype",
+            "autocast_kernel_dtype",
+        ),
     ),
     "olmo_hybrid": Family(
         mixers={"full": (replace(LENIENT, qk_norm="full"),), "linear": (DeltaNet(),)},

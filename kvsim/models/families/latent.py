@@ -62,7 +62,9 @@ def _dots3_note(reader: ConfigReader) -> Mapping[str, Any]:
     if "swa_qk_rope_head_dim" not in config:
         wide, nope = config["swa_head_dim"], config["swa_qk_nope_head_dim"]
         rope = wide - nope if isinstance(wide, int) and isinstance(nope, int) else None
-        config["swa_qk_rope_head_dim"] = first.get("qk_rope_head_dim", reader.get("qk_rope_head_dim") if first else rope)
+        config["swa_qk_rope_head_dim"] = first.get(
+            "qk_rope_head_dim", reader.get("qk_rope_head_dim") if first else rope
+        )
     if config.get("sliding_window") is None:
         config["sliding_window"] = 512 if config.get("sliding_window_size") is None else config["sliding_window_size"]
     config.setdefault("shared_experts_intermediate_size", config.get("moe_shared_expert_intermediate_size", 1536))
@@ -132,7 +134,12 @@ def mistral_large4(body: Body) -> list[str]:
     sources = reader.listed("kv_source_layers", count)
     sources = list(range(count)) if sources is None else sources
     for layer, source in enumerate(sources):
-        if isinstance(source, bool) or not isinstance(source, int) or not 0 <= source <= layer or sources[source] != source:
+        if (
+            isinstance(source, bool)
+            or not isinstance(source, int)
+            or not 0 <= source <= layer
+            or sources[source] != source
+        ):
             raise reader.error("kv_source_layers", f"layer {layer} must name itself or an earlier layer with its own")
     return [
         ("" if sources[layer] == layer else "shared_")
@@ -222,10 +229,19 @@ LATENT: dict[str, Family] = {
         ),
         count_if=lambda body: _plain_mlps(body) and body.reader.get("n_shared_experts") in (None, 1),
         quirks=lambda body: ("float32 index",),
-        inert=(*(f"swa_{key}" for key in (*DOTS3_WINDOW, "qk_rope_head_dim", "rope_theta")), "sliding_window_size",
-               "index_topk", "index_head_dim", "index_n_heads",
-               "per_layer_config", "use_dsa",
-               "use_sliding_window", "moe_shared_expert_intermediate_size", "n_shared_experts", "layer_types"),
+        inert=(
+            *(f"swa_{key}" for key in (*DOTS3_WINDOW, "qk_rope_head_dim", "rope_theta")),
+            "sliding_window_size",
+            "index_topk",
+            "index_head_dim",
+            "index_n_heads",
+            "per_layer_config",
+            "use_dsa",
+            "use_sliding_window",
+            "moe_shared_expert_intermediate_size",
+            "n_shared_experts",
+            "layer_types",
+        ),
     ),
     "glm5_next_text": Family(
         mixers={
@@ -239,14 +255,20 @@ LATENT: dict[str, Family] = {
         experts=replace(_DEEPSEEK_MOE, sparse=listed_or(3)),
         layer_extra=_v4_layer,
         count_if=_plain_mlps,
-        inert=("linear_attn_config", "indexer_types", "index_topk_pattern", "index_topk_freq", "index_kpool",
-               "index_skip_topk_offset", "linear_lower_bound", "index_kpool_always_select_tail"),
+        inert=(
+            "linear_attn_config",
+            "indexer_types",
+            "index_topk_pattern",
+            "index_topk_freq",
+            "index_kpool",
+            "index_skip_topk_offset",
+            "linear_lower_bound",
+            "index_kpool_always_select_tail",
+        ),
     ),
     "mistral_large4_text": Family(
         mixers={
-            f"{shared}{rope}{indexed}": (
-                ScaledLatent(indexer=bool(indexed), rotary=rope == "rope", own=not shared),
-            )
+            f"{shared}{rope}{indexed}": (ScaledLatent(indexer=bool(indexed), rotary=rope == "rope", own=not shared),)
             for shared in ("", "shared_")
             for rope in ("rope", "nope")
             for indexed in ("", "_indexed")
@@ -255,8 +277,16 @@ LATENT: dict[str, Family] = {
         experts=replace(_DEEPSEEK_MOE, sparse=listed_or(1)),
         outer_extra=lambda body: body.reader.count("rope", "qk_rope_head_dim") // 2,
         count_if=lambda body: _plain_mlps(body) and not body.reader.switch(("attention_bias", False)),
-        inert=("kv_source_layers", "no_rope_layers", "no_rope_layer_interval", "indexer_types", "index_topk_pattern",
-               "index_topk_freq", "index_skip_topk_offset", "layer_types"),
+        inert=(
+            "kv_source_layers",
+            "no_rope_layers",
+            "no_rope_layer_interval",
+            "indexer_types",
+            "index_topk_pattern",
+            "index_topk_freq",
+            "index_skip_topk_offset",
+            "layer_types",
+        ),
     ),
     "glm4_moe_lite": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 1))),
     "mistral4": _DEEPSEEK,

@@ -32,9 +32,9 @@ from kvsim.models.feedforward import (
     interleaved,
     listed_or,
     ranged,
+    stepped_but,
 )
 from kvsim.models.feedforward import stepped as stepped_layers
-from kvsim.models.feedforward import stepped_but
 
 
 def _overrides(body: Body) -> ConfigReader | None:
@@ -174,6 +174,31 @@ def _gemma4_outer(body: Body) -> int:
     return body.num_layers * width * body.hidden + width if width else 0
 
 
+def _step3_experts(body: Body) -> list[bool]:
+    """Step 3.5's ``mlp_layer_types``, else ``moe_layers_enum`` ("3,4,5"), else all but the first three."""
+    reader = body.reader
+    given = reader.get("moe_layers_enum")
+    if given is None or reader.get("mlp_layer_types") is not None:
+        return listed_or(3)(body)
+    items = [item for item in given.split(",") if item.strip()] if isinstance(given, str) else given
+    if not isinstance(items, list) or not all(str(item).strip().isdecimal() and len(str(item)) < 8 for item in items):
+        raise reader.error("moe_layers_enum", "allowed are layer numbers")
+    chosen = {int(item) for item in items}
+    return [layer in chosen for layer in range(body.num_layers)]
+
+
+def _step3_layers(body: Body, kinds_of: list[str]) -> None:
+    """``per_layer_config`` may give window layers their number of query heads, and nothing else."""
+    each = body.reader.child("per_layer_config")
+    for value in each.config.values() if each is not None else ():
+        if not isinstance(value, Mapping) or set(value) != {"num_attention_heads"}:
+            raise body.reader.error("per_layer_config", "allowed are objects of num_attention_heads alone")
+
+
+STEP3_HEADS = ("num_attention_groups", "num_key_value_heads")
+STEP3 = Attention(
+    STEP3_HEADS, head_dim_required=True, qk_norm="head", extra=lambda hidden, heads, kv, dim: hidden * heads
+)
 _LLAMA = Family(mixers=_one(LENIENT), mlp=Mlp(bias=MLP_BIAS))
 _WINDOWED = Family(window="sliding_window", kinds=layer_kinds.windowed, listed="layer_types")
 
@@ -592,19 +617,41 @@ LLAMA: dict[str, Family] = {
     ),
     "step3p5": Family(
         mixers=_slide(
-            Attention(("num_attention_groups", "num_key_value_heads"), head_dim_required=True),
-            Attention(
-                ("attention_other_setting.num_attention_groups", "num_attention_groups", "num_key_value_heads"),
+            STEP3,
+            replace(
+                STEP3,
+                num_kv_heads=("attention_other_setting.num_attention_groups", *STEP3_HEADS),
                 head_dim=("attention_other_setting.head_dim", "head_dim"),
-                head_dim_required=True,
+                num_q_heads=(
+                    "num_sliding_attention_heads",
+                    "attention_other_setting.num_attention_heads",
+                    "num_attention_heads",
+                ),
             ),
         ),
         window="sliding_window",
         listed="layer_types",
         nested=("attention_other_setting",),
-        experts=_STEPPED,
-        countable=False,
-        inert=("attention_other_setting", "attention_other_setting.attention_type"),
+        check=_step3_layers,
+        experts=Experts(
+            ("n_routed_experts", "moe_num_experts"),
+            "moe_intermediate_size",
+            ("num_experts_per_tok", "moe_top_k"),
+            shared_inner=("share_expert_dim", "share_expert_dims"),
+            sparse=_step3_experts,
+        ),
+        count_if=lambda body: all(
+            body.reader.get(key) in (None, True) for key in ("use_qk_norm", "use_head_wise_attn_gate", "use_moe")
+        ),
+        inert=(
+            "attention_other_setting",
+            "attention_other_setting.attention_type",
+            "mtp_layer_types",
+            "mtp_mlp_layer_types",
+            "per_layer_config",
+            "moe_layers_enum",
+            "num_local_experts",
+        ),
     ),
     "solar_open": Family(
         mixers=_one(replace(HEADED, head_dim_required=False, out_bias=False)),

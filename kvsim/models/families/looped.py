@@ -10,7 +10,7 @@ from kvsim.models import layer_kinds
 from kvsim.models.attention import Attention
 from kvsim.models.config import Body, ConfigReader, Keys
 from kvsim.models.families.family import ATTENTION_BIAS, LENIENT, MLP_BIAS, Family, _slide
-from kvsim.models.feedforward import Experts, Mlp, after, listed_or
+from kvsim.models.feedforward import Experts, Mlp, listed_or
 from kvsim.models.recurrent import Convolutions
 
 
@@ -50,7 +50,9 @@ def _dory_passes(body: Body) -> list[int]:
     if loops > 64:
         raise reader.error("n_recurrent_loops", "allowed are up to 64")
     if loops > 1 and middle:
-        body.note(f"{middle} of the {body.num_layers} layers run {loops} times, each pass with keys and values of its own")
+        body.note(
+            f"{middle} of the {body.num_layers} layers run {loops} times, each pass with keys and values of its own"
+        )
     return [*range(body.num_layers), *[*range(first, first + middle)] * (loops - 1)]
 
 
@@ -71,7 +73,9 @@ def _hrm_passes(body: Body) -> list[int]:
         raise body.reader.error("H_cycles", "allowed are up to 256 passes of a stack")
     each = body.num_layers // 2
     stacks = range(each), range(each, 2 * each)
-    body.note(f"two stacks of {each} layers run {low * high} and {high} times, each pass with keys and values of its own")
+    body.note(
+        f"two stacks of {each} layers run {low * high} and {high} times, each pass with keys and values of its own"
+    )
     return [layer for _ in range(high) for stack in [*[stacks[0]] * low, stacks[1]] for layer in stack]
 
 
@@ -183,7 +187,11 @@ def _inkling2_loop(reader: ConfigReader) -> Mapping[str, Any]:
     nested = reader.child("loop_config")
     if nested is None:
         return reader.config
-    names = {"core_start": "loop_layer_index_start", "core_end": "loop_layer_index_end", "num_passes": "loop_num_passes"}
+    names = {
+        "core_start": "loop_layer_index_start",
+        "core_end": "loop_layer_index_end",
+        "num_passes": "loop_num_passes",
+    }
     names["gate_rank"] = "loop_gate_rank"
     return {**reader.config, **{name: nested.config[key] for key, name in names.items() if key in nested.config}}
 

@@ -49,7 +49,10 @@ def _ernie_vl(reader: ConfigReader) -> Mapping[str, Any]:
 def _ernie_vision_experts(body: Body) -> int:
     """The experts of images, of which a step over text reads nothing: with their routers."""
     reader = body.reader
-    experts, inner = reader.count("text_experts", "moe_num_experts"), reader.count("text_inner", "moe_intermediate_size")
+    experts, inner = (
+        reader.count("text_experts", "moe_num_experts"),
+        reader.count("text_inner", "moe_intermediate_size"),
+    )
     count = reader.count_or_none("vision_experts", "vision.moe_num_experts") or experts
     width = reader.count_or_none("vision_inner", "vision.moe_intermediate_size") or inner
     return sum(_ernie_sparse(body)) * count * (3 * body.hidden * width + body.hidden + 1)
@@ -68,8 +71,8 @@ def prompt_kept(body: Body) -> list[str]:
     window = body.reader.value("sliding_window")
     if window is not None:
         body.note(
-            f"{body.reader.label('sliding_window')} {str(window)[:20]}: the prompt is kept whole and the answer's newest "
-            "tokens alone; counted as if every token were of the prompt"
+            f"{body.reader.label('sliding_window')} {str(window)[:20]}: the prompt is kept whole and the answer's "
+            "newest tokens alone; counted as if every token were of the prompt"
         )
     return layer_kinds.full(body)
 
@@ -115,12 +118,20 @@ _ONE_HEAD_A_QUERY = Family(
 
 
 MULTIMODAL: dict[str, Family] = {
+    "chameleon": Family(
+        mixers=_one(replace(LENIENT, qk_norm="full", qk_norm_vectors=2)),
+        mlp=Mlp(bias=MLP_BIAS),
+        inert=("vocabulary_map",),
+    ),
     "cosmos3_edge_text": Family(
         mixers=_one(replace(LENIENT, head_dim_required=True)), mlp=Mlp(gated=False, bias=MLP_BIAS)
     ),
     "deepseek_ocr2_text": _ONE_HEAD_A_QUERY,
     "unlimited_ocr_text": replace(
-        _ONE_HEAD_A_QUERY, kinds=prompt_kept, listed=None, inert=(*_ONE_HEAD_A_QUERY.inert, "sliding_window", "layer_types")
+        _ONE_HEAD_A_QUERY,
+        kinds=prompt_kept,
+        listed=None,
+        inert=(*_ONE_HEAD_A_QUERY.inert, "sliding_window", "layer_types"),
     ),
     "ernie4_5_vl_moe_text": Family(
         mixers=_one(Attention(qkv_bias=("use_bias", False), out_bias=("use_bias", False))),
@@ -138,9 +149,7 @@ MULTIMODAL: dict[str, Family] = {
         lookup_extra=_ernie_vision_experts,
         count_if=lambda body: not body.reader.switch(("use_bias", False)),
     ),
-    "glm_ocr_text": replace(
-        LLAMA["glm4"], mixers=_one(replace(LENIENT, qkv_bias=False, out_bias=False)), norms=4
-    ),
+    "glm_ocr_text": replace(LLAMA["glm4"], mixers=_one(replace(LENIENT, qkv_bias=False, out_bias=False)), norms=4),
     "glm_image_text": replace(
         LLAMA["glm4"],
         mixers=_one(replace(LENIENT, qkv_bias=("attention_bias", True), out_bias=False)),
@@ -163,7 +172,9 @@ MULTIMODAL: dict[str, Family] = {
             )
         ),
         rewrite=lambda reader: {"attention_bias": reader.get("qkv_bias"), **reader.config},
-        lookup_extra=lambda body: body.hidden * body.reader.count("extra", "additional_vocab_size", zero=True, fill=True),
+        lookup_extra=lambda body: (
+            body.hidden * body.reader.count("extra", "additional_vocab_size", zero=True, fill=True)
+        ),
         count_if=lambda body: body.reader.get("qk_norm_type") in (None, "qwen3"),
     ),
     "muse_glimmer_text": _MUSE,

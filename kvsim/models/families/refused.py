@@ -1,9 +1,11 @@
-"""Model types that are known and not taken: no decoder-only language model, or a cache that tokens alone do not tell."""
+"""Model types that are known and not taken: no decoder-only language model, or no cache that tokens alone tell."""
 
 from __future__ import annotations
 
 ENCODER_DECODER = "an encoder and a decoder: the cross attention's cache is as long as the encoder's input"
-ENCODER = "an encoder: its tokens see each other both ways and leave no cache (as a decoder, is_decoder, it is not read)"
+ENCODER = (
+    "an encoder: its tokens see each other both ways and leave no cache (as a decoder, is_decoder, it is not read)"
+)
 DRAFT = "a draft model: it reads its target's cache and keeps none of its own"
 SEVERAL = "several models in one, each with a cache of its own"
 DIFFUSION = "a diffusion model: tokens are refined in blocks both ways, not appended one by one"
@@ -13,8 +15,10 @@ REASONS: dict[str, tuple[str, ...]] = {
         "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "canary", "cohere_asr", "dia", "encoder-decoder",
         "florence2", "fsmt", "led", "longt5", "m2m_100", "marian", "mbart", "moonshine", "moonshine_streaming", "mt5",
         "musicgen", "musicgen_melody", "mvp", "nllb-moe", "pegasus", "pegasus_x", "pix2struct", "plbart", "pop2piano",
-        "pp_formulanet", "pp_formulanet_text", "prophetnet", "seamless_m4t", "seamless_m4t_v2", "speech-encoder-decoder",
-        "speech_to_text", "speecht5", "switch_transformers", "t5", "t5gemma", "t5gemma2", "t5gemma2_decoder", "trocr",
+        "pp_formulanet", "pp_formulanet_text", "prophetnet", "seamless_m4t", "seamless_m4t_v2",
+        "speech-encoder-decoder", "speech_to_text", "speecht5",
+        "switch_transformers", "t5", "t5gemma", "t5gemma2", "t5gemma2_decoder",
+        "trocr",
         "udop", "umt5", "vision-encoder-decoder", "whisper", "blip", "blip_text_model",
     ),
     ENCODER: (
@@ -31,8 +35,9 @@ REASONS: dict[str, tuple[str, ...]] = {
     DIFFUSION: ("diffusion_gemma", "diffusion_gemma_text", "dream", "llada", "llada_moe", "sdar"),
     "a model of images or sound, not of language": ("vits", "imagegpt", "higgs_audio_v2", "kyutai_speech_to_text"),
     "32 prompt tokens of its own stand before the text": ("cpmant",),
-    "images stand before the text, in a cache that the config does not size": ("git", "kosmos-2", "kosmos-2.5", "idefics",
-        "evolla", "kosmos_2_text_model", "kosmos_2_5_text_model"),
+    "images stand before the text, in a cache that the config does not size": (
+        "git", "kosmos-2", "kosmos-2.5", "idefics", "evolla", "kosmos_2_text_model", "kosmos_2_5_text_model",
+    ),
     "its hashed attention keeps buckets and states, not keys and values": ("reformer",),
     "its memory is not keys and values (mems)": ("xlnet",),
 }  # fmt: skip
