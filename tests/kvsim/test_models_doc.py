@@ -3,8 +3,10 @@
 ``python tests/kvsim/test_models_doc.py`` writes it anew.
 """
 
+import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from kvsim.models.attention import Attention, BlockSparse, Compressed, Latent, PooledIndex
@@ -13,7 +15,9 @@ from kvsim.models.families.family import Family
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "models.md"
-BLOCK = re.compile(r"(<!-- (families|wrappers) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+RECORD = ROOT / "tests" / "support" / "model_types.json"
+VERDICTS = ("exact", "refused", "not causal")
+BLOCK = re.compile(r"(<!-- (families|wrappers|verdicts) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 STATES = {
     "Convolutions": "conv",
     "DelayedValue": "cca",
@@ -60,14 +64,30 @@ def families() -> str:
     return "\n".join(lines)
 
 
+def verdicts() -> str:
+    """What is said of every model type of transformers that generates text, and why, as it was recorded."""
+    told = json.loads(RECORD.read_text(encoding="utf-8"))
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, row in told["types"].items():
+        rows.setdefault((row["verdict"], row["reason"]), []).append(f"`{name}`")
+    counts = Counter(row["verdict"] for row in told["types"].values())
+    total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    lines = [f"transformers {told['transformers']}: {len(told['types'])} model types, {total}.", ""]
+    lines += ["| verdict | reason | types |", "| --- | --- | --- |"]
+    order = sorted(rows, key=lambda key: (VERDICTS.index(key[0]), -len(rows[key])))
+    lines += [f"| {verdict} | {reason} | {', '.join(rows[verdict, reason])} |" for verdict, reason in order]
+    return "\n".join(lines)
+
+
 def regenerated(text: str) -> str:
-    blocks = {"families": families(), "wrappers": ", ".join(f"`{name}`" for name in WRAPPERS) + "."}
+    wrappers = ", ".join(f"`{name}`" for name in WRAPPERS) + "."
+    blocks = {"families": families(), "wrappers": wrappers, "verdicts": verdicts()}
     return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}\n{match[4]}", text)
 
 
 def test_the_tables_are_the_parsers() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert len(BLOCK.findall(text)) == 2
+    assert len(BLOCK.findall(text)) == 3
     assert text == regenerated(text)
 
 

@@ -34,8 +34,8 @@ from kvsim.models.feedforward import (
 
 @cache
 def known_keys(model_type: str) -> frozenset[str]:
-    """Every key that the family's row names, read or not."""
-    return frozenset(_strings(FAMILIES[model_type]))
+    """Every key that the family's row names, read or not; none of a type that is no family."""
+    return frozenset(_strings(FAMILIES[model_type])) if model_type in FAMILIES else frozenset()
 
 
 def _strings(value: object) -> Iterator[str]:
