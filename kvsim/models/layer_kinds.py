@@ -19,6 +19,7 @@ SPELLINGS: dict[str, str] = {
     "global": "full",
     "indexed_attention": "full",
     "reference_sliding_attention": "full",
+    "qwen_sparse_attention": "full",
     "deepseek_sparse_attention": "full",
     "minimax_m3_sparse": "indexed",
     "sliding_attention": "sliding",

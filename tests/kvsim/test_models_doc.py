@@ -16,7 +16,7 @@ from kvsim.models.families.family import Family
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "models.md"
 RECORD = ROOT / "tests" / "support" / "model_types.json"
-VERDICTS = ("exact", "refused", "not causal")
+VERDICTS = ("exact", "in part", "by its row", "refused", "not causal")
 BLOCK = re.compile(r"(<!-- (families|wrappers|verdicts) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 STATES = {
     "Convolutions": "conv",

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -65,12 +66,13 @@ def cache_of(model: Any, num_tokens: int) -> dict[str, int]:
 
     with torch.no_grad():
         ids = torch.ones(1, num_tokens, dtype=torch.long, device=next(model.parameters()).device)
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        out = model(ids, use_cache=True)
+    cache = next(found for name in CACHES if (found := getattr(out, name, None)) is not None)
     parts: dict[str, int] = {}
     names = {"keys": "key", "values": "value", "indexer_keys": "index_key", "conv_states": "state_conv",
              "recurrent_states": "state_recurrent", "prefill_keys": "key", "prefill_values": "value",
              "indexer_position_ids": "index_position"}  # fmt: skip
-    for layer in cache.layers:
+    for layer in [*cache.layers, *_beside(cache)]:
         for name, value in vars(layer).items():
             for inner, tensor in _tensors(name, value):
                 if name.startswith("_") or not tensor.numel():
@@ -80,6 +82,15 @@ def cache_of(model: Any, num_tokens: int) -> dict[str, int]:
                 part = "buffer" if part.startswith(("buffer_", "overlap_")) else part
                 parts[part] = parts.get(part, 0) + tensor.numel() * tensor.element_size()
     return parts
+
+
+CACHES = ("past_key_values", "cache", "cache_params")
+"""Where a model's output has its cache."""
+
+
+def _beside(cache: Any) -> list[Any]:
+    """MiniMax keeps its recurrent states in a list of their own."""
+    return [SimpleNamespace(recurrent_states=state) for state in getattr(cache, "linear_cache", [])]
 
 
 def _tensors(name: str, value: Any) -> list[tuple[str, Any]]:
