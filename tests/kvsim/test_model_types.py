@@ -132,5 +132,21 @@ def test_window_layers_latents_of_their_own_in_the_words_of_the_checkpoint() -> 
     assert shapes == {("mla", 512 + 64), ("sliding", 256 + 64)}
 
 
+def test_deepseek_v2_without_latents_has_keys_and_values_of_every_head() -> None:
+    """As DeepSeek-OCR publishes its decoder: ``use_mla`` off, every size of a latent null or 0."""
+    text = {
+        "model_type": "deepseek_v2", "use_mla": False, "kv_lora_rank": None, "q_lora_rank": None, "qk_rope_head_dim": 0,
+        "qk_nope_head_dim": 0, "v_head_dim": 0, "hidden_size": 1280, "num_hidden_layers": 12, "num_attention_heads": 10,
+        "num_key_value_heads": 10, "intermediate_size": 6848, "moe_intermediate_size": 896, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "vocab_size": 129280,
+    }  # fmt: skip
+    model = Model.from_config({"model_type": "deepseek_ocr", "language_config": text})
+    assert dict(model.kinds) == {"full": 12}
+    assert {(layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in model.cache_layers} == {(10, 128, 128)}
+    assert model.num_params == Model.from_config(TYPES["unlimited_ocr_text"]["config"] | {
+        "num_hidden_layers": 12, "layer_types": None, "mlp_layer_types": ["dense"] + ["sparse"] * 11,
+    }).num_params  # fmt: skip
+
+
 def test_wrappers_and_refused_types_are_apart() -> None:
     assert not set(REFUSED) & (set(FAMILIES) | set(WRAPPERS))

@@ -156,8 +156,8 @@ def _decoder_parameters(model: Any) -> int:
     named = [pair for part in (decoder, head) if part is not None for pair in part.named_parameters()]
     unique = {id(one): one for name, one in named if not IMAGES & set(name.split("."))}
     total = sum(one.numel() for one in unique.values())
-    config = model.config
-    if head is None and decoder is model and not getattr(config, "tie_word_embeddings", False):
+    config = decoder.config
+    if head is None and not getattr(config, "tie_word_embeddings", False):
         total += (getattr(config, "vision_vocab_size", None) or config.vocab_size) * config.hidden_size
     return total
 

@@ -10,6 +10,7 @@ from kvsim.models import layer_kinds
 from kvsim.models.attention import Compressed, Latent
 from kvsim.models.config import Body, ConfigReader
 from kvsim.models.families.family import (
+    LENIENT,
     MLP_BIAS,
     SINKS,
     Family,
@@ -149,6 +150,11 @@ def mistral_large4(body: Body) -> list[str]:
     ]
 
 
+def _unless_heads(body: Body) -> list[str]:
+    """DeepSeek-V2's layers; without ``use_mla`` (DeepSeek-OCR, VL2 Tiny) they have keys and values of every head."""
+    return ["full" if body.reader.switch(("use_mla", True)) else "heads"] * body.num_layers
+
+
 def _index_modes(body: Body, kinds_of: list[str]) -> None:
     """``indexer_types``: layers of GLM 5.3's attention that reuse an earlier choice have no indexer."""
     for at, kind in enumerate(layer_kinds.glm_dsa(body)):
@@ -186,7 +192,12 @@ _HY_V4 = Family(
 LATENT: dict[str, Family] = {
     # Latent attention
     "deepseek_v2": replace(
-        _DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 0)), count_if=_plain_mlps
+        _DEEPSEEK,
+        mixers={"full": (Latent(),), "heads": (replace(LENIENT, head_dim=None),)},
+        kinds=_unless_heads,
+        experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 0)),
+        count_if=_plain_mlps,
+        inert=("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     ),
     "deepseek_v3": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3))),
     "kimi_k2": replace(_DEEPSEEK, experts=replace(_DEEPSEEK_MOE, sparse=after("first_k_dense_replace", 3))),
