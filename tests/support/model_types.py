@@ -167,6 +167,16 @@ def record() -> dict[str, Any]:
                 key: value for key, value in row["config"].items() if key not in KEPT and value is not None
             }
         rows[name] = row
+    return inherited(rows)
+
+
+def inherited(rows: dict[str, Any]) -> dict[str, Any]:
+    """``rows``, in which a wrapper that was taken by its text side alone is held no further than that was."""
+    held = {row.get("text", name) for name, row in rows.items() if row["reason"] == EXACT}
+    for row in rows.values():
+        if row["reason"] == TEXT and row["text"] not in held:
+            text = rows.get(row["text"], {"verdict": "by its row", "reason": OWN})
+            row |= {"verdict": text["verdict"], "reason": text["reason"]}
     return rows
 
 
