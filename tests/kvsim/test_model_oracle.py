@@ -115,7 +115,7 @@ def test_absent_and_null_keys_are_what_the_class_makes_of_them(
 
 REMOTE = {
     "mimo", "kimi_k2", "minimax_m3", "nemotron-nas", "internlm2", "internlm", "baichuan", "chatglm", "qwen",
-    "minicpm", "deepseek", "orion", "kimi_k25_text", "minimax_text_01", "minimax_m1", "gpt-sw3",
+    "minicpm", "deepseek", "orion", "kimi_k25_text", "minimax_text_01", "minimax_m1", "gpt-sw3", "openelm",
 }  # fmt: skip
 """Families published with code of their own."""
 NEWER = dict.fromkeys(("apertus1p5_text", "exaone", "sarvam_mla", "sarvam_moe"), (5, 24))
