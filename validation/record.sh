@@ -31,7 +31,8 @@ tests() {
     OMP_NUM_THREADS=1 python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) * 3 / 4)) tests/kvruntime/test_kernels.py \
         tests/kvruntime/test_fast.py tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_prompt.py tests/kvruntime/test_engine.py \
         tests/kvruntime/test_engine_decoders.py tests/kvruntime/test_engine_linear.py tests/kvruntime/test_hf_compiled.py tests/kvruntime/test_hf_generate.py \
-        tests/kvruntime/test_hf_honesty.py tests/kvruntime/test_hf_masks.py
+        tests/kvruntime/test_hf_honesty.py tests/kvruntime/test_hf_masks.py tests/kvruntime/test_hf_interface.py \
+        tests/kvruntime/test_hf_stateful.py tests/kvruntime/test_evict.py tests/kvruntime/test_pools.py
 }
 
 memory() {
@@ -85,13 +86,13 @@ sanitized() { # compute-sanitizer over the kernels' grid in float16, in one proc
         return 1
     }
     # without weights that the CPU is too slow to judge: racecheck aborts where PyTorch multiplies
-    local points=(-p no:cacheprovider -p no:benchmark tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_fast.py
+    local points=(-p no:cacheprovider -p no:benchmark tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_fast.py tests/kvruntime/test_pools.py
         tests/kvruntime/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
         tests/kvruntime/test_prompt.py::test_layers_that_differ_are_stored_alone
         tests/kvruntime/test_kernels.py::test_words_bit_exact tests/kvruntime/test_engine_linear.py
         -k "not compiles and not bfloat16 and not float32 and not 50257 and not 14336 and not 13824 and not 6144")
     local kernels=() name
-    for name in attend combine step store pack freeze linear product stream add_norm embed; do
+    for name in append attend combine step store pack freeze linear product stream add_norm embed; do
         kernels+=(--kernel-name "kns=${name}_kernel")
     done
     OMP_NUM_THREADS=1 python3 -m pytest -q -n $(($(nproc) * 3 / 4)) "${points[@]}" || return
