@@ -181,7 +181,7 @@ def pack(name: str, sm: int, layers: bool = False, pool: bool = False) -> dict[s
     launch = dict(quantize.pack_launch(record))
     num_warps = launch.pop("num_warps")
     types = types if layers else one_layer(types)
-    options = quantize.pool_options(record) if pool else {}
+    options = quantize.permuting(record) if pool else {}
     return resources(quantize.pack_kernel, types, constants | launch, sm, num_warps, **options)
 
 
@@ -275,7 +275,8 @@ def advance(name: str, sm: int, spread: bool = False, pool: bool = False) -> dic
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
     types = types if pool else own_rows(types)
-    return resources(step.step_kernel, types, constants, sm, warps, enable_fp_fusion=False)
+    own = {} if spread else quantize.permuting(record)
+    return resources(step.step_kernel, types, constants, sm, warps, enable_fp_fusion=False, **own)
 
 
 def advance_spread(name: str, sm: int) -> dict[str, int]:

@@ -20,8 +20,8 @@ from kvruntime.methods.kivi.pack import (
     of_layer,
     pack_kernel,
     pack_launch,
+    permuting,
     places,
-    pool_options,
 )
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants
@@ -142,7 +142,7 @@ def append(
             ragged, starts, layers, where.block_table, where.exact_table, *strides, *where.strides, new_length, where.num_slots,
             where.num_records, where.num_pages, batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual, SINK=sink, RESIDUAL=residual, PAGE=where.page,
-            BLOCK_B=block_b, **record_constants(record), enable_fp_fusion=True, **launch, **(pool_options(record) if where.page else {}),
+            BLOCK_B=block_b, **record_constants(record), enable_fp_fusion=True, **launch, **(permuting(record) if where.page else {}),
         )  # fmt: skip
     dim = max(record.key_dim, record.value_dim)
     block = 1 if new_length == 1 else 16

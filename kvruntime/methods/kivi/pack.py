@@ -815,8 +815,9 @@ def in_word_order(record: Record) -> bool:
     return bool(keys and direct(record.value_dim, record.value_nbits, record.value_group))
 
 
-def pool_options(record: Record) -> dict[str, int]:
-    """Of :func:`pack_kernel` over a pool: codes that are permuted take more than 80 registers, which ptxas does not on sm_89."""
+def permuting(record: Record) -> dict[str, int]:
+    """Of a launch that packs a whole record besides other work: codes that are permuted take more than 80 registers, and
+    ptxas, left to choose, spills instead (:func:`pack_kernel` over a pool on sm_89, a step on sm_80)."""
     return {} if in_word_order(record) else {"maxnreg": 128}
 
 

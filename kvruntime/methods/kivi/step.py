@@ -33,6 +33,7 @@ from kvruntime.methods.kivi.pack import (
     num_value_parts,
     pack_part,
     pack_warps,
+    permuting,
     places,
     record_at,
 )
@@ -194,6 +195,7 @@ def step(
     programs, size, warps = parts_launch(record)
     if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
         programs, size, warps = 1, WHOLE, pack_warps(record)
+    own = {} if spread else permuting(record)
     step_kernel[(batch_size * heads * programs,)](
         query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params, lengths, positions,
         stored.lengths, stored.packed, ticket, where.block_table, where.exact_table, *query.stride()[:2], *key.stride()[:2],
@@ -201,5 +203,6 @@ def step(
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
         BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None, PAGE=where.page,
-        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **({"launch_pdl": True} if early else {}),
+        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **own,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
