@@ -217,7 +217,8 @@ def test_every_windowed_family_is_in_llama_cpp_s_table_or_runs_whole() -> None:
         "vaultgemma",
         # not in llama.cpp at all
         "beam", "cohere_compass_text", "doge", "dory", "dots3_note_text", "flint", "inkling2_loop_text",
-        "inkling2_text", "inkling_text", "kolibri1", "lara_mini", "modernbert-decoder", "muse_glimmer_text", "muse_spark_text",
+        "inkling2_text", "inkling_text", "kolibri1", "lara_mini", "modernbert-decoder", "muse_glimmer_text",
+        "muse_spark_text",
         "phi4_multimodal", "qwen3_omni_moe_talker_text", "voxtral_realtime_text", "zaya",
     }  # fmt: skip
     windowed = {name for name, family in FAMILIES.items() if family.window or family.chunk}

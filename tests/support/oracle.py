@@ -113,7 +113,7 @@ WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "mllama_text_model": ("mllama", {}),
     "paddleocr_vl_text": ("paddleocr_vl", {}),
     "unlimited_ocr_text": ("unlimited_ocr", {}),
-    "step3p5": ("step3p7", {}),
+    "step3p5": ("step3p7", {"vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}}),
     "voxtral_realtime_text": ("voxtral_realtime", {}),
 }
 """Decoders without a class of their own in the automatic ones, and the model that they are built in."""
