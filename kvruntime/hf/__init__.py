@@ -9,6 +9,7 @@ from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.models import layer_shapes
+from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import Method
@@ -22,7 +23,7 @@ def make_cache(
     method: str | Method = "kivi",
     *,
     max_seq_len: int | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
     **options: object,
 ) -> Cache:
     """A cache for ``model``, which from now on attends through it wherever it is given one (:func:`restore` ends that).
@@ -31,8 +32,10 @@ def make_cache(
     ``dtype``, that of the exact tokens, is the model's unless said otherwise), or a kvsim method object.
     ``max_seq_len``: tokens a row to allocate for at once; None grows in blocks of 256.  Batch size and device are
     learnt from the first forward.  With any other cache, or none, the model runs as before.
-    ``compiled``: a cache for ``max_seq_len`` tokens a row whose decode step ``torch.compile`` takes whole; on CUDA
-    ``generate()`` compiles it by itself (:mod:`kvruntime.hf.compiled`).
+    ``compiled``: None: where the model lies on one GPU, its decode steps are CUDA graphs of what it runs itself
+    (:mod:`kvruntime.hf.graphs`).  False: every step is planned by the host.  True: a cache for ``max_seq_len`` tokens a
+    row whose decode step ``torch.compile`` takes whole; on CUDA ``generate()`` compiles it by itself
+    (:mod:`kvruntime.hf.compiled`).
 
     Raises ``LookupError`` for an unknown method, ``ValueError`` for an option or a model that cannot be run right.
     """
@@ -52,14 +55,22 @@ def make_cache(
     check_runs(method)
     for shape in set(shapes):
         method.buffers(shape, 1, 1)  # says what it cannot hold before anything runs
-    attach(model)
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    steps = compiled is None and len(devices) == 1 and _steps_on(devices[0]) and room_of(method).layer.has_steps  # type: ignore[attr-defined]
+    attach(model, replays=steps)
+    if steps:
+        return SteppedCache(method, len(shapes), max_seq_len)
     if not compiled:
         return Cache(method, len(shapes), max_seq_len)
     if not room_of(method).layer.has_steps:  # type: ignore[attr-defined]
         raise ValueError(f"{method.name} has no step that a compiled cache could run: leave compiled=True out")
     if max_seq_len is None:
         raise ValueError("max_seq_len None: a compiled cache's buffers do not grow, give the tokens a row will hold")
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ValueError(f"the model lies on {', '.join(devices)}: a compiled cache's steps run on one device")
     return CompiledCache(method, len(shapes), max_seq_len)
+
+
+def _steps_on(device: str) -> bool:
+    """Whether decode steps there are worth CUDA graphs."""
+    return device.startswith("cuda")

@@ -5,6 +5,7 @@ A model has them only while it runs with a kvruntime cache (:class:`Switch`); wi
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 
 from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, Pending
-from kvruntime.hf.compiled import StepLength
+from kvruntime.hf.counts import StepLength
+from kvruntime.hf.graphs import Replayed
 from kvruntime.hf.models import window_applies
 
 NAME = "kvruntime"
@@ -24,6 +26,9 @@ NAME = "kvruntime"
 
 MASKS = "create_masks_for_generate"
 """The attribute by which ``generate()`` finds a model's own way to make masks."""
+
+PREPARES = "_prepare_cache_for_generation"
+"""The method by which ``generate()`` tells how many tokens a cache may need."""
 
 REFUSED = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions")
 """Keyword arguments that would change the scores or ask for them."""
@@ -39,8 +44,9 @@ class Switch:
     weights, ``generate_batch``.
     """
 
-    def __init__(self, configs: list[Any], create_masks: Any) -> None:
-        self.configs, self.original = configs, create_masks
+    def __init__(self, configs: list[Any], model: Any) -> None:
+        self.configs, self.original = configs, getattr(model, MASKS, create_masks_for_generate)
+        self.prepares: Any = getattr(model, PREPARES, None)
         self.previous: list[str | None] = [None] * len(configs)
         self.active: set[int] = set()
         """Threads with a forward under way."""
@@ -71,6 +77,15 @@ class Switch:
             return self.original(*args, **kwargs)
         finally:
             self.off(cache)
+
+    def prepare_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``_prepare_cache_for_generation``, which knows how long rows may get."""
+        out = self.prepares(*args, **kwargs)
+        given = inspect.signature(self.prepares).bind(*args, **kwargs).arguments
+        cache = _given((), given.get("model_kwargs", {}))
+        if cache is not None and "max_cache_length" in given:
+            cache.expect(int(given["max_cache_length"]))
+        return out
 
     def on(self, cache: Cache) -> None:
         cache.forward.running = True
@@ -114,10 +129,20 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     return None
 
 
-def attach(model: Any) -> None:
-    """Lets ``model`` attend through a kvruntime cache; raises ``ValueError`` where transformers does not allow it."""
+def attach(model: Any, replays: bool = False) -> None:
+    """Lets ``model`` attend through a kvruntime cache; raises ``ValueError`` where transformers does not allow it.
+
+    ``replays``: its decode steps may be CUDA graphs (:mod:`kvruntime.hf.graphs`).
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+    _attach(model)
+    for module, _ in list(_attached(model)) if replays else ():
+        if not isinstance(module.__dict__.get("forward"), Replayed):
+            module.forward = Replayed(module, _is_own)
+
+
+def _attach(model: Any) -> None:
     for _, switch in _attached(model):
         switch._leave()
         return
@@ -128,11 +153,13 @@ def attach(model: Any) -> None:
         if not one._can_set_attn_implementation():
             raise ValueError(f"{type(model).__name__} is not supported: its attention implementation cannot be set")
     configs = list({id(c): c for c in (config, *(module.config for module in inside))}.values())
-    switch = Switch(configs, getattr(model, MASKS, create_masks_for_generate))
+    switch = Switch(configs, model)
     for one in models:
         one.register_forward_pre_hook(switch.before, with_kwargs=True)
         one.register_forward_hook(switch.after, with_kwargs=True, always_call=True)
         setattr(one, MASKS, switch.create_masks)
+        if one is model and switch.prepares is not None:
+            setattr(one, PREPARES, switch.prepare_cache)
 
 
 def restore(model: Any) -> None:
@@ -149,8 +176,11 @@ def restore(model: Any) -> None:
                 del hooks[key]
                 extra.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)
-        if getattr(module.__dict__.get(MASKS), "__self__", None) is switch:
-            delattr(module, MASKS)
+        for name in (MASKS, PREPARES):
+            if getattr(module.__dict__.get(name), "__self__", None) is switch:
+                delattr(module, name)
+        if isinstance(replayed := module.__dict__.get("forward"), Replayed):
+            replayed.take_back()
         switch._put_back()
 
 
@@ -158,9 +188,14 @@ def _attached(model: Any) -> Iterator[tuple[Any, Switch]]:
     """The modules of ``model`` that :func:`attach` hooked, each with its :class:`Switch`."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), Switch):
+            if _is_own(hook):
                 yield module, hook.__self__
                 break
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether :func:`attach` put it there."""
+    return isinstance(getattr(hook, "__self__", None), Switch)
 
 
 def attention(
@@ -185,10 +220,8 @@ def attention(
         return out, None
     _refuse(module, query, key.shape[2], dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
-    if key.steps is not None:
-        if attention_mask is not None and attention_mask.shape[3] > 1:
-            shape = list(attention_mask.shape)
-            raise ValueError(f"attention mask of shape {shape}: a compiled cache's step takes a 2-D one or none")
+    if key.steps is not None and layer.takes_mask(attention_mask):
+        layer.num_q_heads = query.shape[1]
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         return layer.step(query, fresh_key, fresh_value, scale, key.steps).transpose(1, 2), None
     run = _uncompiled if torch.compiler.is_compiling() else _attend

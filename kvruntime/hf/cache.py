@@ -310,6 +310,12 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             self.num_columns += key.shape[2]
             self.pending = False
 
+    def takes_mask(self, mask: Tensor | None) -> bool:
+        """Whether a step was told all of ``mask``.  Raises ``ValueError`` for a 4-D one that is not this cache's."""
+        if mask is not None and mask.shape[3] > 1:
+            raise ValueError(f"attention mask of shape {list(mask.shape)}: a step takes a 2-D one or none")
+        return True
+
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
         """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
         out = self.store.step(query, key, value, scale, steps)
@@ -399,6 +405,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         if version != STATE_VERSION:
             raise ValueError(f"a saved cache of version {version}: this kvruntime reads version {STATE_VERSION}")
         self.__dict__.update(state)
+
+    def expect(self, num_columns: int) -> None:
+        """Columns that ``generate()`` may need: this cache grows as tokens come."""
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
         """Each layer's ``(keys, values, None)``, as ``DynamicCache`` gives them: copies, read back."""

@@ -1,9 +1,9 @@
 """A cache whose decode step ``torch.compile`` takes whole, so that stock ``generate()`` compiles it by itself.
 
-What a step counts lies in device memory (:class:`Counts`), its sizes never change, and storing and attending are one
-custom operator over :meth:`Layer.step`: no graph breaks, and nothing to compile anew as rows grow.  Everything else
-(the prompt, several tokens at once, beams, crops) runs uncompiled, as :mod:`kvruntime.hf.cache` does it, after the
-host has caught up with the device.
+What a step counts lies in device memory (:mod:`kvruntime.hf.counts`), its sizes never change, and storing and
+attending are one custom operator over :meth:`Layer.step`: no graph breaks, and nothing to compile anew as rows grow.
+Everything else (the prompt, several tokens at once, beams, crops) runs uncompiled, as :mod:`kvruntime.hf.cache` does
+it, after the host has caught up with the device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from kvruntime.hf.cache import Books, Cache, CacheLayer, Length, Pending
-from kvruntime.hf.padding import HIDES, Columns
-from kvruntime.methods import Layer, Steps, make_layer
+from kvruntime.hf.counts import FULL, Counts, StepLength
+from kvruntime.methods import Steps, make_layer
 from kvsim.layout import LayerShape, Method
-
-FULL = "a row of the compiled cache is full"
 
 NAMED_METHODS: dict[str, Method] = {}
 """The methods of the compiled caches made so far by their ``repr``: an operator takes text, not objects."""
@@ -56,71 +54,6 @@ def step(
 @step.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-class Counts:
-    """What a step counts, in device memory, for all layers of a cache; and the masks that it may be given."""
-
-    positions: Tensor
-    """``[batch_size]`` int32: the tokens that each row holds."""
-    scratch: Tensor
-    """``Layer.scratch``: zeros between steps."""
-    num_columns: Tensor
-    """int64: the columns of the padded batch."""
-    visible: Tensor
-    """``[batch_size, 1, 1, 1]``, all true: the mask of every step."""
-    tokens: Tensor
-    """``[batch_size, columns]`` bool: which columns hold a token, up to where the longest row is full."""
-
-    def __init__(self, method: Method, max_seq_len: int) -> None:
-        self.method, self.max_seq_len = repr(method), max_seq_len
-        NAMED_METHODS[self.method] = method
-        self.started = False
-        """Whether a prompt was stored, so that one more token is a step."""
-        self.padded = False
-        self.dtype: torch.dtype | None = None
-        """Of the tokens that came."""
-
-    def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
-        """Takes over the host's books of a layer: each row's tokens, and the columns that they stand in."""
-        lengths, device = store.row_lengths, store.device
-        with torch.inference_mode(False), torch.no_grad():
-            place = torch.Size([len(lengths)]), device
-            if not hasattr(self, "positions") or (self.positions.shape, self.positions.device) != place:
-                self.positions = torch.zeros(len(lengths), dtype=torch.int32, device=device)
-                self.scratch = store.scratch(num_q_heads)
-                self.num_columns = torch.zeros((), dtype=torch.int64, device=device)
-                self.visible = torch.ones(len(lengths), 1, 1, 1, dtype=torch.bool, device=device)
-                for tensor in (self.positions, self.scratch, self.num_columns, self.visible):
-                    torch._dynamo.mark_static_address(tensor, guard=False)
-            self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
-            self.num_columns.fill_(num_columns)
-            self.tokens = columns.tokens(num_columns + self.max_seq_len - max(lengths), device)
-        self.padded, self.started = any(columns.padding), True
-
-    def mask(self, given: Tensor | None) -> Tensor:
-        """The mask of a step, for ``given`` ``[batch_size, columns]`` bool, which says the same or is refused."""
-        if given is None:
-            if self.padded:
-                raise ValueError(f"no attention mask was given: {HIDES}")
-            return self.visible
-        if len(given) != len(self.tokens):
-            return self.visible  # update() says what is wrong
-        length = given.shape[1]
-        if length > self.tokens.shape[1]:
-            raise ValueError(f"{FULL}: it was made for max_seq_len {self.max_seq_len}")
-        other = (given != self.tokens[:, :length]).any() | (self.num_columns != length - 1)
-        if given.is_cuda or torch.compiler.is_compiling():
-            torch._assert_async(~other, HIDES)  # without waiting for the device, which stops with the message
-        elif other:
-            raise ValueError(HIDES)
-        return self.visible
-
-
-class StepLength(Length):
-    """The mask length of a step: always that of a full cache.  The mask function finds ``counts`` here."""
-
-    counts: Counts
 
 
 class CompiledLayer(CacheLayer):
@@ -213,6 +146,7 @@ class CompiledCache(Cache):
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int) -> None:
         self.counts = Counts(method, max_seq_len)
+        NAMED_METHODS[self.counts.method] = method
         super().__init__(method, num_layers, max_seq_len)
 
     def _make_layers(self, num_layers: int) -> list[CacheLayer]:

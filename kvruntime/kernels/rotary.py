@@ -1,9 +1,10 @@
-"""Triton: the rotary embedding of one new token and of the query heads that share its head."""
+"""Triton: the rotary embedding of one new token a row and of its query heads."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -36,3 +37,40 @@ def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_
         key = tl.load(key_ptr + d, mask=own_key, other=0.0)
         query = tl.zeros([BLOCK_Q, d.shape[0]], query_ptr.dtype.element_ty)
     return key, query, heads_ptr + d[None, :], real
+
+
+@triton.jit
+def rotate_kernel(
+    query_ptr, key_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_cb,
+    NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < DIM
+    cos = tl.load(cos_ptr + row * stride_cb + d, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * stride_cb + d, mask=inside, other=0.0).to(tl.float32)
+    if head < NUM_Q_HEADS:
+        query = rotated(query_ptr + row * stride_qb + head * stride_qh, d, inside, cos, sin, DIM)
+        tl.store(query_out_ptr + (row * NUM_Q_HEADS + head) * DIM + d, query, mask=inside)
+    else:
+        head -= NUM_Q_HEADS
+        key = rotated(key_ptr + row * stride_kb + head * stride_kh, d, inside, cos, sin, DIM)
+        tl.store(key_out_ptr + (row * NUM_KV_HEADS + head) * DIM + d, key, mask=inside)
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``x * cos + rotate_half(x) * sin`` of one token a row, in one launch.
+
+    ``query [batch_size, num_q_heads, 1, dim]`` and ``key [batch_size, num_kv_heads, 1, dim]``, channels side by side;
+    ``cos`` and ``sin`` ``[batch_size or 1, 1, dim]`` of their type, contiguous.  Rounded as PyTorch does it.
+    """
+    batch_size, num_q_heads, _, dim = query.shape
+    num_kv_heads = key.shape[1]
+    out = (query.new_empty(query.shape), key.new_empty(key.shape))
+    rotate_kernel[(batch_size, num_q_heads + num_kv_heads)](
+        query, key, cos, sin, *out, *query.stride()[:2], *key.stride()[:2], cos.stride(0) if len(cos) > 1 else 0,
+        NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out

@@ -133,6 +133,10 @@ class Rows:
         """Zeros that :meth:`step` wants and leaves as zeros, for one stream's work at a time; int32."""
         return torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
 
+    def advance(self, num_steps: int) -> None:
+        """Enters steps of one token a row in the host's books, which steps on a GPU left behind."""
+        self.row_lengths = [length + num_steps for length in self.row_lengths]
+
     def catch_up(self, lengths: Tensor) -> None:
         """Takes the rows' lengths from the device, where steps have left the host's books behind."""
         self.row_lengths = lengths.tolist()

@@ -237,7 +237,7 @@ def test_refused():
             model(one.ids, **argument(cache))
         with pytest.raises(ValueError, match="a batch of 1 rows for a cache that holds 2"):
             model(one.ids[:1], attention_mask=one.mask[:1], **argument(cache))
-        with pytest.raises(ValueError, match=r"shape \[2, 1, 1, 21\]: a compiled cache's step takes a 2-D one or none"):
+        with pytest.raises(ValueError, match=r"shape \[2, 1, 1, 21\]: a step takes a 2-D one or none"):
             model(one.ids, attention_mask=one.mask[:, None, None].bool(), **argument(cache))
         if DEVICE.type == "cpu":  # a GPU would stop
             for wrong in (one.mask[:, 1:], one.mask.flip(0), torch.cat([one.mask, one.mask[:, -1:]], 1)):

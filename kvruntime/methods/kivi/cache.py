@@ -180,6 +180,12 @@ class KiviLayer(Rows):
         """A count a row, and two a query head with which the attention shares out work and merges in one launch."""
         return torch.zeros(self.batch_size * (1 + 2 * num_q_heads), dtype=torch.int32, device=self.device)
 
+    def advance(self, num_steps: int) -> None:
+        """Enters steps of one token a row in the host's books, which steps on a GPU left behind."""
+        states = zip(self.row_lengths, self.row_packed, strict=True)
+        self.row_packed = [self._flushed(*state, num_steps) for state in states]
+        super().advance(num_steps)
+
     def catch_up(self, lengths: Tensor) -> None:
         """Takes the rows' lengths from the device, where steps have left the host's books behind.
 

@@ -1,0 +1,189 @@
+"""What a decode step counts, in device memory, so that nothing about a step is decided on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvruntime.hf.cache import CacheLayer, Length
+from kvruntime.hf.padding import HIDES, Columns
+from kvruntime.methods import Layer, Steps
+from kvsim.layout import Method
+
+FULL = "a row of the cache is full"
+
+AHEAD = 4096
+"""Tokens a row that are provided for at once at the most, or half of those held where that is more, of those that
+``generate()`` says it may need: a bound of 100,000 new tokens is seldom reached."""
+GROWTH = 1024
+"""Tokens a row that more is provided for where nobody says how long rows will get, or a quarter of those held."""
+
+
+class Counts:
+    """What a step counts, in device memory, for all layers of a cache; and the masks that it may be given."""
+
+    positions: Tensor
+    """``[batch_size]`` int32: the tokens that each row holds."""
+    scratch: Tensor
+    """``Layer.scratch``: zeros between steps."""
+    num_columns: Tensor
+    """int64: the columns of the padded batch."""
+    visible: Tensor
+    """``[batch_size, 1, 1, 1]``, all true: the mask of every step."""
+    tokens: Tensor | None
+    """``[batch_size, columns]`` bool: which columns hold a token; None where all do."""
+    columns: int
+    """How many there are when the longest row is full."""
+
+    def __init__(self, method: Method, max_seq_len: int) -> None:
+        self.method, self.max_seq_len = repr(method), max_seq_len
+        self.started = False
+        """Whether a prompt was stored, so that one more token is a step."""
+        self.padded = False
+        self.dtype: torch.dtype | None = None
+        """Of the tokens that came."""
+
+    def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
+        """Takes over the host's books of a layer: each row's tokens, and the columns that they stand in."""
+        lengths, device = store.row_lengths, store.device
+        with torch.inference_mode(False), torch.no_grad():
+            place = torch.Size([len(lengths)]), device
+            if not hasattr(self, "positions") or (self.positions.shape, self.positions.device) != place:
+                self.positions = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+                self.scratch = store.scratch(num_q_heads)
+                self.num_columns = torch.zeros((), dtype=torch.int64, device=device)
+                self.visible = torch.ones(len(lengths), 1, 1, 1, dtype=torch.bool, device=device)
+                for tensor in (self.positions, self.scratch, self.num_columns, self.visible):
+                    torch._dynamo.mark_static_address(tensor, guard=False)
+            self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
+            self.num_columns.fill_(num_columns)
+            self.padded, self.started = any(columns.padding), True
+            self.columns = num_columns + self.max_seq_len - max(lengths)
+            self.tokens = columns.tokens(self.columns, device) if self.padded else None
+
+    def mask(self, given: Tensor | None) -> Tensor:
+        """The mask of a step, for ``given`` ``[batch_size, columns]`` bool, which says the same or is refused."""
+        if given is None:
+            if self.padded:
+                raise ValueError(f"no attention mask was given: {HIDES}")
+            return self.visible
+        if len(given) != len(self.positions):
+            return self.visible  # update() says what is wrong
+        length = given.shape[1]
+        if length > self.columns:
+            raise ValueError(f"{FULL}: it was made for max_seq_len {self.max_seq_len}")
+        same = given.all() if self.tokens is None else (given == self.tokens[:, :length]).all()
+        other = ~same | (self.num_columns != length - 1)
+        if given.is_cuda or torch.compiler.is_compiling():
+            torch._assert_async(~other, HIDES)  # without waiting for the device, which stops with the message
+        elif other:
+            raise ValueError(HIDES)
+        return self.visible
+
+
+class StepLength(Length):
+    """The mask length of a step: always that of a full cache.  The mask function finds ``counts`` here."""
+
+    counts: Counts
+
+
+class Stepping(Counts):
+    """What the steps of a cache count, on the device and on the host."""
+
+    steps: Steps
+    """For :meth:`Layer.step`."""
+
+    def __init__(self, method: Method, max_seq_len: int | None) -> None:
+        super().__init__(method, max_seq_len or 0)
+        self.is_fixed = max_seq_len is not None
+        self.layers: Sequence[CacheLayer] = ()
+        self.ahead = 0
+        """Steps that the layers' books do not know of."""
+        self.longest = 0
+        """Tokens of the longest row in those books."""
+        self.expected = 0
+        """Columns that ``generate()`` will need at the most."""
+        self.tracing = False
+        """Whether a CUDA graph of the step is being captured: nothing runs, and what changes from step to step lies on
+        the device."""
+        self.addresses: tuple[int, ...] = ()
+        """Of all that a step reads and writes."""
+
+    def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
+        self.longest, self.ahead = max(store.row_lengths), 0
+        self.max_seq_len = store.num_provided
+        super().write(store, num_q_heads, num_columns, columns)
+        self.steps = Steps(self.positions, self.positions, self.scratch, self.max_seq_len)
+        self.started = min(store.row_lengths) > 0  # a row without a token may be given padding
+        stores = [layer.store for layer in self.layers if layer.is_initialized]
+        held = [tensor for one in stores for tensor in one.tensors.values()]
+        here = self.positions, self.scratch, self.num_columns, self.visible
+        addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), self.max_seq_len)
+        if addresses != self.addresses:
+            self.addresses = addresses
+
+    def mask(self, given: Tensor | None) -> Tensor:
+        return self.visible if self.tracing else super().mask(given)
+
+    def check(self, given: Tensor | None) -> None:
+        """What :meth:`mask` makes sure of, in as few launches as it takes: the host knows the columns held."""
+        if given is None:
+            if self.padded:
+                raise ValueError(f"no attention mask was given: {HIDES}")
+            return
+        length = self.layers[-1].num_columns + self.ahead + 1
+        if given.shape != (len(self.positions), length):
+            raise ValueError(f"attention mask of shape {list(given.shape)}: allowed is {[len(self.positions), length]}")
+        same = given if self.tokens is None else given.bool() == self.tokens[:, :length]
+        torch._assert_async(same.all(), HIDES)  # without waiting for the device, which stops with the message
+
+    def takes(self, key: Tensor) -> bool:
+        """Whether ``key [batch_size, num_kv_heads, L, key_dim]`` is one more token of each row held."""
+        same = self.started and key.shape[2] == 1 and key.dtype == self.dtype
+        return same and key.shape[0] == len(self.positions) and key.device == self.positions.device
+
+    def settle(self) -> None:
+        """Brings the layers' books up to date."""
+        ahead, self.ahead = self.ahead, 0
+        for layer in self.layers if ahead else ():
+            layer.num_columns += ahead
+            if layer.is_initialized and layer.store.device.type == "cuda":
+                layer.store.advance(ahead)
+        self.longest += ahead
+
+    def make_room(self) -> None:
+        """Provides for one more token a row.  Raises ``ValueError`` where ``max_seq_len`` does not."""
+        needed = self.longest + self.ahead + 1
+        if needed <= self.max_seq_len:
+            return
+        self.settle()
+        self.provide(needed)
+        last = self.layers[-1]
+        self.write(last.store, last.num_q_heads, last.num_columns, last.columns)
+
+    def provide(self, needed: int) -> None:
+        """Makes every layer provide for ``needed`` tokens a row, and for more that are to be expected."""
+        with torch.inference_mode(False), torch.no_grad():
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.store.provide(self.capacity(needed, layer.num_columns - self.longest))
+
+    def capacity(self, needed: int, padding: int = 0) -> int:
+        """Tokens a row to provide for where ``needed`` are wanted now, of which ``padding`` columns are none."""
+        if self.is_fixed:
+            return needed
+        if self.expected - padding >= needed:
+            return min(self.expected - padding, needed + max(AHEAD, needed // 2))
+        return needed + (max(GROWTH, needed // 4) if self.started else 0)
+
+    def stepped(self) -> None:
+        """Every layer has stored one more token a row."""
+        self.positions.add_(1)
+        self.num_columns.add_(1)
+        if not self.tracing:
+            self.ahead += 1
+
+    def reset(self) -> None:
+        self.started, self.ahead, self.longest = False, 0, 0

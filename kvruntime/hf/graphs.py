@@ -1,0 +1,281 @@
+"""CUDA graphs of a model's own decode step, so that stock ``generate()`` costs the host one launch a token.
+
+:class:`Replayed` stands in a model's place of ``forward``.  The first steps with a cache run as they are; then one is
+captured, and all that are like it are replayed: the same modules, the same kernels, nothing compiled.  A step that is
+not like it (other arguments, a hook on a module, gradients, autocast changed) runs as it is.  A model whose step cannot
+be captured is named in one warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from kvruntime.hf.cache import Cache
+from kvruntime.hf.counts import Stepping
+from kvruntime.hf.fused import fused
+
+WARM = 2
+"""Steps that run as they are before one is captured: kernels are compiled and libraries allocate."""
+
+
+class Inputs(NamedTuple):
+    """The arguments of a step."""
+
+    like: tuple[object, ...]
+    """What two steps have in common that one graph serves."""
+    tensors: list[Tensor]
+    mask: Tensor | None
+    """The 2-D attention mask, which no graph holds: it is held against what the cache knows."""
+
+
+class Graph(NamedTuple):
+    """One captured step."""
+
+    graph: torch.cuda.CUDAGraph
+    like: tuple[object, ...]
+    addresses: tuple[int, ...]
+    tensors: list[Tensor]
+    """Where its arguments are read."""
+    leaves: list[Any]
+    """Its outputs, one by one."""
+    spec: Any
+
+
+class Weights:
+    """What of a model a graph holds by address, and the hooks that it would not run."""
+
+    def __init__(self, model: torch.nn.Module, own: Callable[[Any], bool]) -> None:
+        modules = list(model.modules())
+        tensors = [*model.parameters(), *model.buffers()]
+        self.model_id = id(model)
+        self.first, self.last = tensors[0], tensors[-1]
+        self.ends = self.first.data_ptr(), self.last.data_ptr()
+        self.addresses = (*map(id, modules), *(tensor.data_ptr() for tensor in tensors))
+        hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.hooks = [found for found in hooks if not any(map(own, found.values()))]
+        self.own = [(found, len(found)) for found in hooks if any(map(own, found.values()))]
+
+    def unmoved(self) -> bool:
+        """A quick look: no other weights, no hooks."""
+        if any(self.hooks) or any(len(found) != length for found, length in self.own):
+            return False
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return False
+        return self.ends == (self.first.data_ptr(), self.last.data_ptr())
+
+
+class Graphs:
+    """The graphs of one cache."""
+
+    def __init__(self, counts: Stepping) -> None:
+        self.counts = counts
+        self._forget()
+
+    def _forget(self) -> None:
+        self.busy = False
+        self.warm: tuple[object, ...] = ()
+        self.num_warm = 0
+        self.held: Graph | None = None
+        self.weights: Weights | None = None
+        self.failed = ""
+        self.stream: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are of this process."""
+        return {"counts": self.counts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.counts = state["counts"]
+        self._forget()
+
+    @property
+    def state(self) -> str:
+        if self.failed:
+            return f"plain, {self.failed}"
+        return "CUDA graph" if self.held is not None else "plain so far"
+
+    def run(self, model: Any, own: Callable[[Any], bool], forward: Any, args: Any, kwargs: Any) -> Any:
+        """``forward(*args, **kwargs)``, or the replay of a step that is like it."""
+        if self.busy:
+            return forward(*args, **kwargs)
+        with self._alone():
+            inputs = None if self.failed else self._inputs(model, args, kwargs)
+            if inputs is None:
+                self.warm, self.num_warm = (), 0
+                self._check_weights(model, own)
+                return forward(*args, **kwargs)
+            counts = self.counts
+            if self.weights is None or self.weights.model_id != id(model):
+                self.weights = Weights(model, own)
+            if not self.weights.unmoved():
+                self.held, self.weights = None, None
+                return forward(*args, **kwargs)
+            counts.make_room()
+            graph = self.held
+            if graph is None or graph.like != inputs.like or graph.addresses != counts.addresses:
+                state = (*inputs.like, counts.addresses)
+                if state != self.warm:
+                    self.held = None
+                    self.warm, self.num_warm = state, 0
+                self.num_warm += 1
+                if self.num_warm <= WARM:
+                    with fused(model):  # what the graph will hold is compiled now
+                        return forward(*args, **kwargs)
+                with fused(model):
+                    graph = self._capture(inputs, forward, args, kwargs)
+                if graph is None:
+                    return forward(*args, **kwargs)
+            return self._replay(graph, inputs)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+
+    def _check_weights(self, model: Any, own: Callable[[Any], bool]) -> None:
+        """Between steps, as before a prompt: a graph of other weights than the model's is forgotten."""
+        weights, self.weights = self.weights, None
+        if self.held is not None:
+            self.weights = Weights(model, own)
+            if weights is None or weights.addresses != self.weights.addresses:
+                self.held = None
+
+    def _inputs(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+        """What a graph needs to know of the arguments; None where this is no step that a graph could hold."""
+        counts = self.counts
+        if not counts.started or len(args) > 1 or torch.is_grad_enabled() or model.training:
+            return None
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            ids = kwargs.get("inputs_embeds")
+        if not isinstance(ids, Tensor) or not ids.is_cuda or ids.shape[:2] != (len(counts.positions), 1):
+            return None
+        if ids.device != counts.positions.device or torch._C._len_torch_dispatch_stack():
+            return None
+        mask, tensors, like = (
+            None,
+            [],
+            [id(model), torch.is_autocast_enabled("cuda"), torch.is_inference_mode_enabled()],
+        )
+        for name, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, Tensor):
+                if name == "attention_mask":
+                    if value.ndim != 2:
+                        return None
+                    mask = value
+                elif value.is_cuda:
+                    tensors.append(value)
+                    like += [name, value.shape, value.dtype]
+                else:
+                    return None
+            elif value is None or isinstance(value, bool | int | float | str):
+                like += [name, value]
+            elif not isinstance(value, Cache):
+                return None
+        if counts.padded and kwargs.get("position_ids") is None:
+            return None  # a model may derive them from the mask
+        return Inputs(tuple(like), tensors, mask)
+
+    def _capture(self, inputs: Inputs, forward: Any, args: Any, kwargs: Any) -> Graph | None:
+        """The step as a graph; nothing runs.  None, with a warning, where the model's step cannot be captured."""
+        counts, device = self.counts, inputs.tensors[0].device
+        with torch.inference_mode(False):
+            static = [tensor.clone() for tensor in inputs.tensors]
+        there = iter(static)
+        args = [next(there) if isinstance(value, Tensor) else value for value in args]
+        kwargs = {
+            name: value if name == "attention_mask" or not isinstance(value, Tensor) else next(there)
+            for name, value in kwargs.items()
+        }
+        kwargs["attention_mask"] = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            self.stream = self.stream or torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            counts.tracing = True
+            try:
+                with torch.cuda.stream(self.stream):
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        out = forward(*args, **kwargs)
+                    finally:
+                        graph.capture_end()
+            except Exception as error:
+                self._fail(error)
+                _mend()
+                return None
+            finally:
+                counts.tracing = False
+            torch.cuda.current_stream().wait_stream(self.stream)
+        leaves, spec = pytree.tree_flatten(out, is_leaf=lambda value: isinstance(value, Cache))
+        self.held = Graph(graph, inputs.like, counts.addresses, static, leaves, spec)
+        return self.held
+
+    def _fail(self, error: Exception) -> None:
+        first: BaseException = error
+        while first.__context__ is not None:  # what the capture says of it tells nobody what to do
+            first = first.__context__
+        lines = str(first).strip().splitlines() or [type(first).__name__]
+        self.failed, self.held = f"its step cannot be captured ({lines[0]})", None
+        warnings.warn(
+            f"kvruntime: every decode step of this model waits for the host, {self.failed}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _replay(self, graph: Graph, inputs: Inputs) -> Any:
+        counts = self.counts
+        counts.check(inputs.mask)
+        torch._foreach_copy_(graph.tensors, inputs.tensors)
+        graph.graph.replay()
+        counts.ahead += 1
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.leaves]
+        return pytree.tree_unflatten(leaves, graph.spec)
+
+
+def _mend() -> None:
+    """A capture that failed leaves PyTorch's generator as if one were under way: one that ends well puts it right."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device="cuda")
+        graph.capture_end()
+
+
+class Replayed:
+    """A model's ``forward``: what it was, or with a cache of steps the replay of a graph."""
+
+    def __init__(self, model: torch.nn.Module, own: Callable[[Any], bool]) -> None:
+        self.model, self.own = model, own
+        self.__wrapped__ = model.forward  # what signatures are read from
+        self.replaced = model.__dict__.get("forward")
+
+    def take_back(self) -> None:
+        """The model's ``forward`` is what it was."""
+        if self.replaced is None:
+            del self.model.forward
+        else:
+            self.model.forward = self.replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.__wrapped__
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        for value in (*kwargs.values(), *args):
+            if isinstance(value, Cache):
+                graphs = getattr(value, "graphs", None)
+                if graphs is not None:
+                    return graphs.run(self.model, self.own, forward, args, kwargs)
+                break
+        return forward(*args, **kwargs)
