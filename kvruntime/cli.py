@@ -152,6 +152,23 @@ def engine_command(**given: Any) -> int:
     return engine(**given)
 
 
+@bench_command.command("generate")
+@click.option("--model", "models", multiple=True, help="llama-3.2-1b, llama-3-8b, gpt2, smollm2-135m. Repeatable.")
+@click.option("--method", "specs", multiple=True, help="kivi:nbits=2,group_size=64. Repeatable.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each size, after a first one.")
+@click.option("--quick", is_flag=True, help="Two sizes a model, no conversation.")
+@click.option("--compiled", is_flag=True, help="make_cache(..., compiled=True) too: half a minute a size.")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@record_options
+@click.option("--device", help="cuda, cuda:1.  [default: cuda]")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and tokens.")
+def generate_bench_command(**given: Any) -> int:
+    """Stock generate() with the compressed cache against transformers' own.  Needs CUDA."""
+    from kvruntime.bench.generate.suite import generate
+
+    return generate(**given)
+
+
 @cli.command("perplexity")
 @click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
 @method_options

@@ -1,0 +1,1 @@
+"""``kvruntime bench generate``: stock ``model.generate()`` with every cache."""
