@@ -3,7 +3,7 @@
 #
 #   validation/record.sh [--text FILE] [PART]...
 #
-# PART: tests memory quality bench kernels engine calibrate memcheck racecheck; all of them without one.
+# PART: tests memory quality bench generate kernels engine calibrate memcheck racecheck; all of them without one.
 # FILE: WikiText-2's raw test split, for `quality`, which is skipped without it.
 #
 # A part takes minutes on an H100, much of it Triton compiling, and goes on where an earlier run of the same commit
@@ -16,7 +16,7 @@ if [ "${1:-}" = --text ]; then
     shift 2
 fi
 cd "$(dirname "$0")/.." || exit
-all="tests memory quality bench kernels engine calibrate memcheck racecheck"
+all="tests memory quality bench generate kernels engine calibrate memcheck racecheck"
 # shellcheck disable=SC2086
 [ $# != 0 ] || set -- $all
 for part in "$@"; do
@@ -25,12 +25,12 @@ done
 python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no CUDA device" >&2; exit 2; }
 name="$(python3 -c 'import torch; from validation.recorded import slug; print(slug(torch.cuda.get_device_name()))')"
 results="$PWD/validation/results"
-mkdir -p "$results"/{bench,kernels,engine,profiles}
+mkdir -p "$results"/{bench,generate,kernels,engine,profiles}
 
 tests() {
     OMP_NUM_THREADS=1 python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) * 3 / 4)) tests/kvruntime/test_kernels.py \
         tests/kvruntime/test_fast.py tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_prompt.py tests/kvruntime/test_engine.py \
-        tests/kvruntime/test_engine_decoders.py tests/kvruntime/test_engine_linear.py tests/kvruntime/test_hf_compiled.py tests/kvruntime/test_hf_generate.py \
+        tests/kvruntime/test_engine_decoders.py tests/kvruntime/test_engine_linear.py tests/kvruntime/test_hf_compiled.py tests/kvruntime/test_hf_generate.py tests/kvruntime/test_hf_graphs.py \
         tests/kvruntime/test_hf_honesty.py tests/kvruntime/test_hf_masks.py tests/kvruntime/test_hf_interface.py \
         tests/kvruntime/test_hf_stateful.py tests/kvruntime/test_evict.py tests/kvruntime/test_pools.py
 }
@@ -69,6 +69,10 @@ kernels() {
     turns kernels --more --splits --out "$results/kernels/$name.json"
 }
 
+generate() {
+    turns generate --out "$results/generate/$name.json"
+}
+
 engine() {
     turns engine --model gpt2 --model llama-3-8b --model gpt2-large --peers --out "$results/engine/$name.json"
 }
@@ -87,12 +91,13 @@ sanitized() { # compute-sanitizer over the kernels' grid in float16, in one proc
     }
     # without weights that the CPU is too slow to judge: racecheck aborts where PyTorch multiplies
     local points=(-p no:cacheprovider -p no:benchmark tests/kvruntime/test_step.py tests/kvruntime/test_full.py tests/kvruntime/test_fast.py tests/kvruntime/test_pools.py
+        tests/kvruntime/test_hf_graphs.py::test_what_is_fused_is_what_models_do
         tests/kvruntime/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
         tests/kvruntime/test_prompt.py::test_layers_that_differ_are_stored_alone
         tests/kvruntime/test_kernels.py::test_words_bit_exact tests/kvruntime/test_engine_linear.py
         -k "not compiles and not bfloat16 and not float32 and not 50257 and not 14336 and not 13824 and not 6144")
     local kernels=() name
-    for name in append attend combine step store pack freeze linear product stream add_norm embed; do
+    for name in append attend combine step store pack freeze linear product stream add_norm embed rms_norm rotate silu_product; do
         kernels+=(--kernel-name "kns=${name}_kernel")
     done
     OMP_NUM_THREADS=1 python3 -m pytest -q -n $(($(nproc) * 3 / 4)) "${points[@]}" || return

@@ -15,6 +15,27 @@ from kvruntime.bench.kernels import report as kernel_report
 from validation.documents import speed_tables
 
 
+def generate_rows():
+    same = {
+        "kind": "generate",
+        "model": "m",
+        "weights": "random",
+        "dtype": "bfloat16",
+        "batch_size": 8,
+        "num_tokens": 16384,
+    }
+    same |= {"repeats": 2, "first_call_seconds": 4.0, "first_token_seconds": [0.9] * 3, "tokens_per_second": 8.0}
+    kinds = {
+        "transformers-dynamic": ("", 40e-3),
+        "transformers-static": ("compiled", 12e-3),
+        "kivi-2bit-g64-r64": ("", 2e-3),
+    }
+    return [
+        {**same, "method": name, "runs": runs, "seconds_per_step": [seconds] * 3}
+        for name, (runs, seconds) in kinds.items()
+    ]
+
+
 @pytest.fixture
 def folder(tmp_path):
     header = {"schema": "kvruntime.bench/1", "device": {"name": "card"}, "commit": "0" * 40}
@@ -29,7 +50,7 @@ def folder(tmp_path):
         if row["kind"] == "sdpa":
             row["bandwidth"] = 2.8e12
     rows.append({**rows[1], "method": "fp16-flash", "batch_size": 3, "failed": "RuntimeError: No available kernel."})
-    for kind, found in (("kernels", rows), ("engine", step_rows())):
+    for kind, found in (("kernels", rows), ("engine", step_rows()), ("generate", generate_rows())):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "card.json").write_text(json.dumps(header | {"rows": found}))
     return tmp_path
@@ -49,6 +70,12 @@ def test_short_tables_show_time_and_ratio(folder) -> None:
     text = speed_tables.block("engine short", folder)
     assert "| 1 x 16k | 6.655 ms, 150 | 6.244 ms, 160 (1.07x) |" in text
     assert "kivi-2bit-g64-r64: 25% of the 16-bit slope, break-even (tokens) 2,667" in text
+
+
+def test_stock_generate_is_held_against_the_faster_stock_cache(folder) -> None:
+    text = speed_tables.block("generate short", folder)
+    assert "| 8 x 16k | 40.00 | 12.00 | 2.00 (6.00x) |" in text
+    assert "8 x 16k  kivi-2bit-g64-r64" in speed_tables.block("generate", folder)
 
 
 def test_full_tables_show_failures_too(folder) -> None:

@@ -1,4 +1,4 @@
-"""The documents' tables of speed: what ``bench kernels`` and ``bench engine`` recorded, in short and in full."""
+"""The documents' tables of speed: what ``bench kernels``, ``engine`` and ``generate`` recorded, short and in full."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.bench.engine import report as engine_report
+from kvruntime.bench.generate import report as generate_report
 from kvruntime.bench.harness.results import Row, read
 from kvruntime.bench.harness.tables import BASE, ratio
 from kvruntime.bench.kernels import report as kernel_report
@@ -19,7 +20,7 @@ SHOWN = ("kivi-2bit-g32", "kivi-2bit-g64", "kivi-2bit-g128", "kivi-4bit-g64")
 
 
 def block(arguments: str, folder: Path = FOLDER) -> str:
-    """``kernels``, ``packing`` or ``engine`` in full, or with ``short`` what the README shows; Markdown.
+    """``kernels``, ``packing``, ``engine`` or ``generate`` in full, or with ``short`` what the README shows; Markdown.
 
     Raises ``ValueError`` for other words.
     """
@@ -27,7 +28,7 @@ def block(arguments: str, folder: Path = FOLDER) -> str:
     what = words[0] if words else ""
     if what not in FULL or words[1:] not in ([], ["short"]):
         raise ValueError(f"speed table {arguments!r}: allowed are {', '.join(FULL)}, and short after it")
-    kind = "engine" if what == "engine" else "kernels"
+    kind = what if what in ("engine", "generate") else "kernels"
     paths = sorted((folder / kind).glob("*.json"))
     parts = []
     for path in paths:
@@ -129,6 +130,36 @@ def short_engine(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def short_generate(rows: Sequence[Row]) -> str:
+    """One line a size: milliseconds a step of stock caches, of each of ours with the ratio to the faster stock one."""
+    parts = []
+    for group in engine_report.groups(rows, "generate"):
+        names = dict.fromkeys(generate_report.label(row) for row in group)
+        sizes = dict.fromkeys((row["batch_size"], row["num_tokens"]) for row in group)
+        body = [
+            [f"{batch_size} x {kernel_report.size(num_tokens)}"]
+            + [generate_cell(name, batch_size, num_tokens, group) for name in names]
+            for batch_size, num_tokens in sizes
+        ]
+        parts.append(f"{group[0]['model']}, {group[0]['dtype']}, weights: {group[0]['weights']}; ms/step, ratio")
+        parts.append(compact(["batch x prompt", *names], body, left=(0,)))
+    return "\n\n".join(parts)
+
+
+def generate_cell(name: str, batch_size: int, num_tokens: int, group: Sequence[Row]) -> str:
+    same = [row for row in group if (row["batch_size"], row["num_tokens"]) == (batch_size, num_tokens)]
+    row = next((row for row in same if generate_report.label(row) == name), None)
+    if row is None:
+        return "–"
+    best, seconds = generate_report.best_stock(row, group), generate_report.seconds(row)
+    beside = best is not None and row["method"] not in generate_report.STOCK
+    return f"{1e3 * seconds:.2f}" + (f" ({ratio(generate_report.seconds(best) / seconds)})" if beside and best else "")
+
+
+def full_generate(rows: Sequence[Row]) -> str:
+    return fenced(generate_report.tables(rows))
+
+
 def step_cell(row: Row | None, group: Sequence[Row]) -> str:
     if row is None:
         return "–"
@@ -140,5 +171,10 @@ def full_engine(rows: Sequence[Row]) -> str:
     return fenced(engine_report.tables(rows))
 
 
-FULL: dict[str, Any] = {"kernels": full_kernels, "packing": full_packing, "engine": full_engine}
-SHORT: dict[str, Any] = {"kernels": short_kernels, "packing": full_packing, "engine": short_engine}
+FULL: dict[str, Any] = {
+    "kernels": full_kernels,
+    "packing": full_packing,
+    "engine": full_engine,
+    "generate": full_generate,
+}
+SHORT: dict[str, Any] = FULL | {"kernels": short_kernels, "engine": short_engine, "generate": short_generate}

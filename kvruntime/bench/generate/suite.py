@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvruntime.bench.harness.tasks import Task
 
 SHORT, LONG = 8, 72
-"""New tokens of the two runs whose difference is the time of a step."""
+"""The new tokens between which steps are timed."""
 TURNS, TURN = 10, 32
 """Turns of a conversation, and tokens of each: as many are said as are answered."""
 K = 1024
@@ -122,8 +122,22 @@ def _ours(method: Method, compiled: bool | None, model: Any, num_tokens: int) ->
     return make_cache(model, method, compiled=compiled, max_seq_len=num_tokens if compiled else None)
 
 
+class Times:
+    """transformers' streamer protocol: when each token came."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+        """The prompt, then every new token."""
+
+    def put(self, tokens: Any) -> None:
+        self.at.append(perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to be told."""
+
+
 class Clock:
-    """Runs ``generate()`` and tells the seconds; ``device``: one that is to be waited for, if it is a GPU."""
+    """Runs ``generate()`` and tells when tokens came; ``device``: one that is to be waited for, if it is a GPU."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -134,25 +148,26 @@ class Clock:
 
             torch.cuda.synchronize()
 
-    def __call__(self, model: Any, ids: Any, num_new: int, cache: Any) -> tuple[float, Any]:
-        """Seconds of exactly ``num_new`` greedy tokens after ``ids``, and all tokens."""
+    def __call__(self, model: Any, ids: Any, num_new: int, cache: Any) -> tuple[list[float], Any]:
+        """Seconds after which each of exactly ``num_new`` greedy tokens after ``ids`` was there, and all tokens."""
         import torch
 
         from kvruntime.hf.cache import argument
 
         model.generation_config.eos_token_id = None
         self.wait()
-        start = perf_counter()
+        start, times = perf_counter(), Times()
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_new,
             do_sample=False,
             pad_token_id=0,
+            streamer=times,
             **argument(cache),
         )
         self.wait()
-        return perf_counter() - start, out
+        return [at - start for at in times.at[1:]], out
 
 
 def prompt(model: Any, batch_size: int, num_tokens: int, seed: int) -> Any:
@@ -167,24 +182,24 @@ def measure(clock: Clock, model: Any, one: Contender, size: tuple[int, int], rep
     """Of one cache at one size: the first call, the time to the first token, a step, and memory.
 
     ``first_call_seconds``: ``SHORT`` tokens in a process that has not run this cache at this size, so compiling and
-    capturing are in it.  ``seconds_per_step``: the difference of ``LONG`` and ``SHORT`` new tokens, ``[median, min,
-    max]``.  ``peak_nbytes``: what PyTorch's allocator held at the most, the weights included.
+    capturing are in it.  ``seconds_per_step``: from the token ``SHORT`` to the token ``LONG`` of one call, ``[median,
+    min, max]`` of the calls.  ``peak_nbytes``: what PyTorch's allocator held at the most, the weights included.
     """
     import torch
 
-    def run(num_new: int) -> float:
+    def run(num_new: int) -> list[float]:
         return clock(model, ids, num_new, one.cache(model, size[1] + LONG))[0]
 
     ids = prompt(model, *size, seed)
-    first = run(SHORT)
+    first = run(SHORT)[-1]
     starts, steps = [], []
     cuda = clock.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats):
-        starts.append(run(1))
-        short = run(SHORT)
-        steps.append((run(LONG) - short) / (LONG - SHORT))
+        times = run(LONG)
+        starts.append(times[0])
+        steps.append((times[LONG - 1] - times[SHORT - 1]) / (LONG - SHORT))
     getattr(one.cache, "free", int)()
     row: Row = {
         "first_call_seconds": first,
@@ -206,7 +221,7 @@ def measure_conversation(clock: Clock, model: Any, one: Contender, num_tokens: i
         ids, cache, total = prompt(model, 1, num_tokens, seed), one.cache(model, 0), 0.0
         for turn in range(turns):
             taken, out = clock(model, ids, TURN, cache)
-            total += taken
+            total += taken[-1]
             ids = torch.cat([out, prompt(model, 1, TURN, seed + turn)], 1)
         seconds.append(total)
     return {"seconds": seconds[1], "turns": TURNS, "tokens_a_turn": TURN}
