@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
+PAIRS = [] if os.environ.get("EVERY_POINT") else ["--pairs"]
+"""``EVERY_POINT=1``: every layout on every target, for who changes a kernel."""
 STACK = 8
 """Bytes of stack a thread: the assembler's own."""
 GROWN = 1.05
@@ -27,7 +29,7 @@ def test_all_compile_without_spills() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(here.parents[1])
     run = subprocess.run(
-        [sys.executable, here / "compile_kernels.py"],
+        [sys.executable, here / "compile_kernels.py", *PAIRS],
         capture_output=True,
         text=True,
         env=environment,

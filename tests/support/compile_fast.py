@@ -1,6 +1,8 @@
 """Compile the Gluon kernel for several compute capabilities, without a GPU, and print what each build uses as JSON.
 
 Run by ``test_fast.py`` in a process of its own, because the interpreter and the compiler exclude each other.
+``--pairs``, as the tests have it, compiles a variant for every layout and every target, not for every layout on every
+target, and some variants for every second layout: half of the whole.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from compile_kernels import unrounded
+from compile_kernels import Task, chosen, unrounded
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -210,7 +212,29 @@ KERNELS = {
 }
 
 
-def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:
+HALVED = ("attend_whole", "attend_shares", "attend_queries", "attend_queries_shares", "attend_table", "combine_queries")
+"""What ``--pairs`` compiles for every second layout, the odd and the even ones in turn: every layout has three of them,
+and ``attend_queries_table_shares`` with all of it for every layout."""
+
+
+def tasks(in_pairs: bool) -> list[Task]:
+    """What is compiled: for sm_90 everything, for the other targets some layouts; what ``--pairs`` chooses from."""
+    out: list[Task] = []
+    for kernel in KERNELS:
+        names = POOLED if kernel.endswith("pool") else METHODS
+        names = [
+            name
+            for name in names
+            if (name not in HEADS_256 or kernel in HEADS_256_IN) and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
+        ]
+        if in_pairs and kernel in HALVED:
+            names = names[HALVED.index(kernel) % 2 :: 2]
+        targets = (80, 89, 90, 100)
+        out += [(kernel, name, sm) for name in names for sm in targets if in_pairs or sm == 90 or name in EVERYWHERE]
+    return out
+
+
+def one(task: Task) -> tuple[str, str, int, dict[str, int] | str]:
     kernel, name, sm = task
     try:
         return kernel, name, sm, KERNELS[kernel](name, sm)
@@ -219,18 +243,7 @@ def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str
 
 
 if __name__ == "__main__":
-    tasks = [
-        (kernel, name, sm)
-        for kernel in KERNELS
-        for name in METHODS
-        for sm in (80, 89, 90, 100)
-        if (sm == 90 or name in EVERYWHERE)
-        and (name not in HEADS_256 or kernel in HEADS_256_IN)
-        and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
-        and (not kernel.endswith("pool") or name in POOLED)
-    ]
-    if len(sys.argv) > 1:
-        tasks = [task for task in tasks if sys.argv[1] in f"{task[0]} {task[1]} sm_{task[2]}"]
+    words = sys.argv[1:]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(one, tasks):
+        for row in pool.map(one, chosen(tasks("--pairs" in words), words)):
             print(json.dumps(row), flush=True)

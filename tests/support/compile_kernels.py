@@ -2,6 +2,8 @@
 
 Run by ``test_kernels_compile.py`` in a process of its own, because the interpreter and the compiler exclude each other.
 ``--record`` notes how many instructions each takes, the ceilings of that test; a word compiles what it is a part of.
+``--pairs``, as the tests have it, compiles a kernel for every layout and for every target, not for every layout on
+every target: a quarter of the whole.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -425,7 +427,30 @@ ENGINE = {
 KERNELS |= {function.__name__: function for function in ENGINE}
 
 
-def one(task: tuple[str, str, int]) -> tuple[str, str, int, dict[str, int] | str]:
+Task = tuple[str, str, int]
+"""Kernel, layout, compute capability."""
+
+
+def chosen(tasks: Sequence[Task], words: Sequence[str]) -> list[Task]:
+    """The tasks that the words of the command line leave: ``--pairs``, and a part of ``kernel layout sm_90``."""
+    tasks = pairs(tasks) if "--pairs" in words else list(tasks)
+    parts = [word for word in words if not word.startswith("--")]
+    return [task for task in tasks if all(part in f"{task[0]} {task[1]} sm_{task[2]}" for part in parts)]
+
+
+def pairs(tasks: Sequence[Task]) -> list[Task]:
+    """Of each kernel's tasks so many that every layout and every target comes: both in turn, from another target on for
+    the next kernel."""
+    out = []
+    for turn, kernel in enumerate(dict.fromkeys(kernel for kernel, *_ in tasks)):
+        own = [(name, sm) for each, name, sm in tasks if each == kernel]
+        names, targets = (list(dict.fromkeys(axis)) for axis in zip(*own, strict=True))
+        for k in range(max(len(names), len(targets))):
+            out.append((kernel, names[k % len(names)], targets[(k + turn) % len(targets)]))
+    return out
+
+
+def one(task: Task) -> tuple[str, str, int, dict[str, int] | str]:
     kernel, name, sm = task
     try:
         return kernel, name, sm, KERNELS[kernel](name, sm)
@@ -444,7 +469,6 @@ def record(rows: Iterable[tuple[str, str, int, dict[str, int] | str]]) -> None:
 
 
 if __name__ == "__main__":
-    given = [word for word in sys.argv[1:] if word != "--record"]
     names = {function.__name__: points for function, points in ENGINE.items()}
     targets = {"stream": (90,)}
     tasks = [
@@ -453,11 +477,9 @@ if __name__ == "__main__":
         for name in names.get(kernel, POOLED if kernel in IN_POOLS else METHODS)
         for sm in targets.get(kernel, TARGETS)
     ]
-    if given:
-        tasks = [task for task in tasks if given[0] in f"{task[0]} {task[1]} sm_{task[2]}"]
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for row in pool.map(one, tasks):
+        for row in pool.map(one, chosen(tasks, sys.argv[1:])):
             rows.append(row)
             print(json.dumps(row), flush=True)
     if "--record" in sys.argv:

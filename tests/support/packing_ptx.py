@@ -136,6 +136,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
 if __name__ == "__main__":
     for name, (method, dim) in LAYOUTS.items():
         for turn, launch in enumerate(launches(method.record(LayerShape(HEADS, dim, dim)))):
-            for stored, layers in ((0, 1), (37, 1), (0, 3))[: 2 if turn else 3]:  # a step stores one layer
+            points = ((37 * (turn % 2), 1),) if turn else ((37, 1), (0, 3))  # a step stores one layer
+            for stored, layers in points:
                 wrong = differing(method, dim, stored, launch, layers)
                 print(json.dumps([name, launch["num_warps"], stored, wrong, layers]), flush=True)
