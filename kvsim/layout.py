@@ -114,6 +114,7 @@ class Method(Protocol):
     * ``formulas(layer, count, batch_size, num_tokens)``: the bytes as products (:mod:`kvsim.methods.formulas`; by
       default the buffers' shapes);
     * ``edges(longest)``: the lengths at which its layout changes (:func:`edges`; none);
+    * ``leaving(sink)``: how many of its oldest tokens leave at a time (:func:`leaving`; none can);
     * ``tokens_alone``: whether a token's bytes depend on that token alone (:func:`tokens_alone`; False);
     * ``shared_buffers(layers)``: tensors that a model's layers share (:func:`shared_buffers`; none);
     * ``at(layer, index, num_layers)``: the method of one place, where layers are stored differently
@@ -190,6 +191,17 @@ def edges(method: Method, longest: int) -> list[int]:
 def tokens_alone(method: Method) -> bool:
     """Whether the bytes of a stored token depend on that token alone, so that sequences may share a prefix's."""
     return bool(getattr(method, "tokens_alone", False))
+
+
+def leaving(method: Method, sink: int) -> int:
+    """Tokens that leave at a time where eviction over ``method`` keeps the first ``sink`` and forgets the oldest.
+
+    Raises ``ValueError`` where they cannot leave, or not with that sink.
+    """
+    own = getattr(method, "leaving", None)
+    if own is None:
+        raise ValueError(f"{method.name} cannot forget its oldest tokens")
+    return int(own(sink))
 
 
 def shared_tokens(method: Method, layer: LayerShape, shared: int) -> int:

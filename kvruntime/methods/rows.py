@@ -93,13 +93,12 @@ class Rows:
         """Tokens seen, row by row: more than those held where some were evicted."""
         return self.row_lengths
 
-    def granule(self) -> int:
-        """The tokens that :meth:`forget` takes, and its multiples.  Raises ``ValueError`` where it cannot."""
-        raise ValueError(f"{self.method.name} cannot forget its oldest tokens")
-
     def forget(self, counts: Sequence[int], sink: int) -> None:
-        """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``; what is left keeps its order."""
-        self.granule()
+        """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``; what is left keeps its order.
+
+        ``counts``: multiples of :func:`kvsim.layout.leaving`, which raises ``ValueError`` where it cannot.
+        """
+        raise ValueError(f"{self.method.name} cannot forget its oldest tokens")
 
     def provide(self, num_tokens: int) -> None:
         """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``."""

@@ -30,13 +30,17 @@ def stored(method: object) -> bool:
 
 
 def check_runs(method: object) -> None:
-    """Raises ``ValueError`` for what is no method, one that kvruntime has no room for, or a count beyond ``MOST``."""
+    """Raises ``ValueError`` for what is no method, one that kvruntime has no room for, a count beyond ``MOST``, or what
+    the method's own ``check_runs`` refuses."""
     if not stored(method):
         name = getattr(method, "name", repr(method))
         raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(names())}")
     for name, value in vars(method).items():
         if isinstance(value, int) and value > MOST:
             raise ValueError(f"{name.replace('_', ' ')} {value}: allowed are at most {MOST:,}")
+    own = getattr(method, "check_runs", None)
+    if own is not None:
+        own()
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes
+from kvsim.layout import Buffer, LayerShape, Method, leaving, mean_read_nbytes
 from kvsim.methods.by_layer import at
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
@@ -56,6 +56,16 @@ class Evict:
         sink = f"-s{self.sink_length}" if self.sink_length else ""
         policy = "evict" if self.policy == "recent" else f"{self.policy}-o{self.observed}"
         return f"{policy}-{self.budget}{sink}({self.inner.name})"
+
+    def check_runs(self) -> None:
+        """Raises ``ValueError`` where kvruntime cannot evict tokens of ``inner``, or not within this budget."""
+        granule = leaving(self.inner, self.sink_length)
+        least = self.sink_length + 2 * granule
+        if self.budget < least and granule > 1:
+            raise ValueError(
+                f"budget {self.budget}: allowed are {least} and above over {self.inner.name}, which forgets "
+                f"{granule} tokens at a time"
+            )
 
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Evict:
         """This method with ``inner`` for one place (:func:`kvsim.methods.by_layer.at`)."""

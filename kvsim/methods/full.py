@@ -44,5 +44,9 @@ class Full:
             for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim))
         ]
 
+    def leaving(self, sink: int) -> int:
+        """Any number of tokens."""
+        return 1
+
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         return parts(self.buffers(layer, batch_size, num_tokens))

@@ -52,6 +52,17 @@ class Kivi:
 
     kvruntime = True
 
+    def leaving(self, sink: int) -> int:
+        """The residual: with it a token's place in the ring of exact slots stays what it was.
+
+        Raises ``ValueError`` where scales are those of a whole sequence, or for another sink than the method's own.
+        """
+        if self.key_group_size == SEQUENCE:
+            raise ValueError(f"{self.name} cannot forget its oldest tokens")
+        if sink != self.sink_length:
+            raise ValueError(f"{self.name} keeps its first {self.sink_length} tokens, not {sink}")
+        return self.residual_length
+
     def __post_init__(self) -> None:
         if self.dtype not in SHORT:
             raise ValueError(f"dtype {self.dtype!r}: allowed are {', '.join(SHORT)}")

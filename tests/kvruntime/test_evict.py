@@ -14,8 +14,10 @@ from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.models import layer_shapes  # noqa: E402
 from kvruntime.methods import make_layer  # noqa: E402
+from kvsim.engines.kvruntime import Kvruntime  # noqa: E402
 from kvsim.layout import LayerShape, nbytes  # noqa: E402
 from kvsim.methods import Evict, Full, Kivi, kivi_seed  # noqa: E402
+from kvsim.models.load import load_model  # noqa: E402
 
 SHAPE = LayerShape(2, 32, 32)
 KIVI = Kivi(8, group_size=16, residual_length=32)
@@ -161,6 +163,8 @@ def test_what_cannot_be_evicted_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make_layer(method, SHAPE, 1, None, torch.device("cpu"))
+        with pytest.raises(ValueError, match=message):  # the planner of the same cache says the same
+            Kvruntime().parts(load_model("gpt2"), method, 1, 512)
     layer = make_layer(PLAIN, SHAPE, 1, None, torch.device("cpu"))
     key, value = tokens(30, 1)
     layer.append(key[:, :, :20], value[:, :, :20])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvruntime.methods.rows import Fresh, Rows, Steps
-from kvsim.layout import LayerShape
+from kvsim.layout import LayerShape, leaving
 from kvsim.methods.evict import Evict
 
 
@@ -39,14 +39,8 @@ class EvictLayer(Rows):
         make: Callable[..., Any],
     ) -> None:
         self.inner = make(method.inner, shape, batch_size, None, torch.device(device), shared)
-        granule = self.inner.granule()
-        least = method.sink_length + 2 * granule
-        if method.budget < least and granule > 1:
-            raise ValueError(
-                f"budget {method.budget}: allowed are {least} and above over {method.inner.name}, which forgets "
-                f"{granule} tokens at a time"
-            )
-        self.inner.forget([0] * batch_size, method.sink_length)  # says whether it can
+        method.check_runs()
+        self.leaving = leaving(method.inner, method.sink_length)
         self.seen = [0] * batch_size
         super().__init__(method, shape, batch_size, max_seq_len, device, shared)
 
@@ -90,7 +84,7 @@ class EvictLayer(Rows):
         self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
         if max(counts, default=0) > self.method.budget and not any(self.inner.row_lengths):
             key, value, counts = self._kept_of_prompt(key, value, counts, query)
-        granule = self.inner.granule()
+        granule = self.leaving
         step = max(1, min(granule, self.method.budget - self.method.sink_length - granule) if granule > 1 else 1)
         fits = all(
             length + count <= self.method.budget for length, count in zip(self.inner.row_lengths, counts, strict=True)
@@ -105,7 +99,7 @@ class EvictLayer(Rows):
         self._mirror()
 
     def _make_room_inside(self, counts: list[int]) -> None:
-        granule, budget = self.inner.granule(), self.method.budget
+        granule, budget = self.leaving, self.method.budget
         over = [max(0, length + count - budget) for length, count in zip(self.inner.row_lengths, counts, strict=True)]
         if any(over):
             self.inner.forget([-(-each // granule) * granule for each in over], self.method.sink_length)

@@ -144,10 +144,6 @@ class FullLayer(Rows):
         key, value = (self.tensors[name][row, :, : self.row_lengths[row]] for name in ("key", "value"))
         return key, value
 
-    def granule(self) -> int:
-        """Any number of tokens."""
-        return 1
-
     def forget(self, counts: Sequence[int], sink: int) -> None:
         """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``."""
         for tensor in self.tensors.values():

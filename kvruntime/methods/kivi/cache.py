@@ -211,22 +211,12 @@ class KiviLayer(Rows):
         )
         return key, value
 
-    def granule(self) -> int:
-        """The residual: with it a token's place in the ring of exact slots stays what it was.
-
-        Raises ``ValueError`` where scales are those of a whole sequence.
-        """
-        if not self.record.key_group:
-            return super().granule()
-        return self.method.residual_length
-
     def forget(self, counts: Sequence[int], sink: int) -> None:
         """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``, whole records that are packed already.
 
         Raises ``ValueError`` for another sink than the method's own.
         """
-        if sink != self.method.sink_length:
-            raise ValueError(f"{self.method.name} keeps its first {self.method.sink_length} tokens, not {sink}")
+        self.method.leaving(sink)
         records = self.tensors["records"]
         for row, (packed, count) in enumerate(zip(self.row_packed, counts, strict=True)):
             if count:
