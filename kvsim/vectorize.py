@@ -39,12 +39,12 @@ _Path = list[tuple[_Node, bool]]
 
 
 def _operand(other: Any) -> tuple[int, _Node | int] | None:
-    if isinstance(other, Traced):
+    if isinstance(other, TracedNumber):
         return other.value, other.node
     return (other, other) if type(other) is int else None
 
 
-class Traced:
+class TracedNumber:
     """A whole number with its derivation.  ``path`` collects the comparisons that were decided, in order."""
 
     __slots__ = ("node", "path", "value")
@@ -58,7 +58,7 @@ class Traced:
         if pair is None:
             raise UntraceableError(f"{operator} with {type(other).__name__}")
         left, right = ((self.value, self.node), pair)[:: -1 if swapped else 1]
-        return Traced(_SCALAR[operator](left[0], right[0]), _Node(operator, left[1], right[1]), self.path)
+        return TracedNumber(_SCALAR[operator](left[0], right[0]), _Node(operator, left[1], right[1]), self.path)
 
     def _decide(self, operator: str, other: Any) -> bool:
         pair = _operand(other)
@@ -229,8 +229,8 @@ class Vectorized:
             return False
         row, column = divmod(int(left.argmax()), left.shape[1])
         path: _Path = []
-        batch = Traced(int(batch_size[0, column]), _BATCH, path)
-        tokens = Traced(int(num_tokens[row, 0]), _TOKENS, path)
+        batch = TracedNumber(int(batch_size[0, column]), _BATCH, path)
+        tokens = TracedNumber(int(num_tokens[row, 0]), _TOKENS, path)
         try:
             answer = self.function(cast(int, batch), cast(int, tokens))
         except (UntraceableError, TypeError, AttributeError):

@@ -32,7 +32,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
     except ImportError:
         raise ValueError(f"serve needs starlette and uvicorn: {install_hint('serve')}") from None
     from kvsim.output.schema import envelope
-    from kvsim.output.serve import Asked, app, serve
+    from kvsim.output.serve import FormFields, app, serve
     from kvsim.specs import parse_card
 
     own: dict[str, Model] = {}
@@ -58,4 +58,4 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
     else:
         click.echo(f"kvsim serves on {url} (Ctrl-C ends it)")
     sys.stdout.flush()
-    serve(app(Asked(**given), own), host, port)
+    serve(app(FormFields(**given), own), host, port)

@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from kvsim.layout import LayerShape, Method
 
-Placed = tuple[LayerShape, Method]
+LayerMethod = tuple[LayerShape, Method]
+"""A layer and the method for it."""
 
 
 def at(method: Method, layer: LayerShape, index: int, num_layers: int) -> Method:
@@ -18,12 +19,12 @@ def at(method: Method, layer: LayerShape, index: int, num_layers: int) -> Method
 
 
 @lru_cache(maxsize=256)
-def _placed(method: Method, layers: tuple[LayerShape, ...]) -> Counter[Placed]:
+def _placed(method: Method, layers: tuple[LayerShape, ...]) -> Counter[LayerMethod]:
     if getattr(method, "at", None) is None:
         return Counter({(layer, method): count for layer, count in Counter(layers).items()})
     return Counter((layer, at(method, layer, index, len(layers))) for index, layer in enumerate(layers))
 
 
-def placed(method: Method, layers: tuple[LayerShape, ...]) -> Mapping[Placed, int]:
+def placed(method: Method, layers: tuple[LayerShape, ...]) -> Mapping[LayerMethod, int]:
     """How often each (layer, method for it) occurs among ``layers``, in first-seen order."""
     return _placed(method, layers)  # type: ignore[arg-type]  # every method is frozen

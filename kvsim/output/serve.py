@@ -46,7 +46,7 @@ HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass(frozen=True)
-class Asked:
+class FormFields:
     """The form's fields, as text."""
 
     model: str = "llama-3.1-8b"
@@ -62,7 +62,7 @@ class Asked:
     price: str = ""
 
     @classmethod
-    def from_query(cls, pairs: Sequence[tuple[str, str]], default: Asked) -> tuple[Asked, str]:
+    def from_query(cls, pairs: Sequence[tuple[str, str]], default: FormFields) -> tuple[FormFields, str]:
         """The fields of a query string, and what is wrong with it (empty: nothing); without what is wrong, the others
         stand.  Fields that it lacks are ``default``'s."""
         known = cls.__dataclass_fields__
@@ -151,7 +151,7 @@ def _number(text: str, what: str, most: float) -> float | None:
     return number
 
 
-def form(asked: Asked, own: Sequence[str]) -> str:
+def form(asked: FormFields, own: Sequence[str]) -> str:
     """The form with what was asked."""
     models = [*own, *(row["id"] for row in catalog.rows("models"))]
     cards = [row["id"] for row in catalog.rows("hardware")]
@@ -205,7 +205,7 @@ def _chosen(name: str, label: str, value: str, options: Sequence[tuple[str, str]
     return f'<label class="field">{escape(label)}<select name="{name}">{items}</select></label>'
 
 
-def app(default: Asked | None = None, own: dict[str, Model] | None = None) -> Starlette:
+def app(default: FormFields | None = None, own: dict[str, Model] | None = None) -> Starlette:
     """The web application: ``/`` is the page, ``/api`` the same as JSON.
 
     ``own``: models beyond the catalogue, by the name that the form shows.  Answers are computed one after the other
@@ -218,10 +218,10 @@ def app(default: Asked | None = None, own: dict[str, Model] | None = None) -> St
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
 
-    first, models = default or Asked(), own or {}
+    first, models = default or FormFields(), own or {}
     turn = Lock()
 
-    async def computed(request: Request, show: Callable[[Answer], Shown]) -> tuple[Asked, Shown | str] | None:
+    async def computed(request: Request, show: Callable[[Answer], Shown]) -> tuple[FormFields, Shown | str] | None:
         """What was asked, and what it shows or what is wrong with it; ``None``: nobody waits any more."""
         async with turn:
             if await request.is_disconnected():
@@ -269,9 +269,9 @@ def _shown(found: Answer) -> tuple[str, str]:
 
 
 def _computed(
-    pairs: Sequence[tuple[str, str]], first: Asked, models: dict[str, Model], show: Callable[[Answer], Shown]
-) -> tuple[Asked, Shown | str]:
-    asked, wrong = Asked.from_query(pairs, first)
+    pairs: Sequence[tuple[str, str]], first: FormFields, models: dict[str, Model], show: Callable[[Answer], Shown]
+) -> tuple[FormFields, Shown | str]:
+    asked, wrong = FormFields.from_query(pairs, first)
     if wrong:
         return asked, _cut(wrong)
     try:

@@ -31,7 +31,7 @@ from kvsim.methods.by_layer import _placed
 from kvsim.models.load import load_model
 from kvsim.output import chart
 from kvsim.output.page import Question, amount, answer, as_json, command_line, report, sections, table
-from kvsim.output.serve import Asked, form
+from kvsim.output.serve import FormFields, form
 
 COMMAND = ["report", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
 VOID = {"meta", "link", "input", "br", "option"}
@@ -197,7 +197,7 @@ def commanded(html: str) -> list[str]:
 
 @pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: " ".join(fields))
 def test_the_pages_command_gives_the_pages_figures(fields: dict[str, Any], tmp_path: Path, capsys) -> None:
-    found = answer(Asked(**fields).question({}))
+    found = answer(FormFields(**fields).question({}))
     command = commanded(sections(found))
     assert run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(found)))
@@ -209,7 +209,9 @@ def test_a_model_of_ones_own_is_named_as_it_was_given(tmp_path: Path, capsys) ->
     file = tmp_path / 'it\'s $(mine); "<b>"' / "config.json"
     file.parent.mkdir()
     file.write_text(json.dumps(catalog.find("models", "gpt2")["config"]), encoding="utf-8")
-    found = answer(Asked(str(file), method=("fp16", "fp8"), ctx="512").question({str(file): load_model(str(file))}))
+    found = answer(
+        FormFields(str(file), method=("fp16", "fp8"), ctx="512").question({str(file): load_model(str(file))})
+    )
     assert run([*commanded(sections(found)), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(found)))
 
@@ -217,10 +219,10 @@ def test_a_model_of_ones_own_is_named_as_it_was_given(tmp_path: Path, capsys) ->
 def test_every_field_of_the_form_is_in_the_command() -> None:
     other = {"model": "gpt2", "gpu": "h200-sxm", "cards": "2", "method": ("fp16",), "more": "int4", "ctx": "4k"}
     other |= {"batch": "2", "weight_bits": "8", "engine": "vllm", "reserve": "20%", "price": "2"}
-    assert other.keys() == Asked.__dataclass_fields__.keys()
-    plain = command_line(Asked().question({}))
+    assert other.keys() == FormFields.__dataclass_fields__.keys()
+    plain = command_line(FormFields().question({}))
     for name, value in other.items():
-        assert command_line(Asked(**{name: value}).question({})) != plain, name
+        assert command_line(FormFields(**{name: value}).question({})) != plain, name
 
 
 def test_a_page_of_nothing_typed_names_no_command() -> None:
@@ -308,16 +310,16 @@ def test_a_chart_of_bars_escapes(place: str) -> None:
     shown(chart.bars(given["title"], given["caption"], rows, lambda amount: given["total"]))
 
 
-@pytest.mark.parametrize("name", Asked.__dataclass_fields__)
+@pytest.mark.parametrize("name", FormFields.__dataclass_fields__)
 def test_the_form_escapes(name: str) -> None:
-    shown(form(Asked(**{name: (HOSTILE,) if name == "method" else HOSTILE}), ["gpt2"]))
-    shown(form(Asked(), [HOSTILE]))
+    shown(form(FormFields(**{name: (HOSTILE,) if name == "method" else HOSTILE}), ["gpt2"]))
+    shown(form(FormFields(), [HOSTILE]))
 
 
 @pytest.mark.parametrize(("name", "value"), [("engine", "vllm:block_size=32"), ("weight_bits", "4.5")])
 def test_the_form_keeps_what_its_lists_do_not_offer(name: str, value: str) -> None:
     """What the address asked for is still asked for when another field is changed."""
-    assert f'<option value="{value}" selected>' in form(Asked(**{name: value}), [])
+    assert f'<option value="{value}" selected>' in form(FormFields(**{name: value}), [])
 
 
 @pytest.mark.parametrize(
