@@ -39,9 +39,11 @@ def test_heads_are_the_catalogue_s(name: str) -> None:
 
 def test_the_grid_is_the_table() -> None:
     shapes = [suite.make_shape(spec) for spec in suite.SHAPES]
-    assert {(s.model, s.batch_size, s.num_tokens) for s in shapes} == set(report.ASKED)
+    assert {(s.model, s.batch_size, s.num_tokens) for s in shapes} == {
+        shape for ratios in report.layouts_asked().values() for shape in ratios
+    }
     layouts = {method.name.rpartition("-r")[0] for method in benched.LAYOUTS}
-    assert layouts == set(report.ASKED_OF)
+    assert layouts == set(report.layouts_asked())
     missing = [(s.model, m.name) for s in shapes for m in benched.LAYOUTS if not suite.fits(s, m)]
     assert missing == [("gpt2", "kivi-2bit-g128-r128")] * 2  # heads of 64 channels hold no group of 128
 

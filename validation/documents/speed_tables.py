@@ -15,9 +15,6 @@ from kvsim.output.tables import compact
 from validation.documents.memory_tables import circumstances
 from validation.recorded import FOLDER
 
-SHOWN = ("kivi-2bit-g32", "kivi-2bit-g64", "kivi-2bit-g128", "kivi-4bit-g64")
-"""Layouts of the short table; of each the shortest residual that was measured."""
-
 
 def block(arguments: str, folder: Path = FOLDER) -> str:
     """``kernels``, ``packing``, ``engine`` or ``generate`` in full, or with ``short`` what the README shows; Markdown.
@@ -46,7 +43,11 @@ def link(path: Path, short: bool) -> str:
 
 
 def short_kernels(rows: Sequence[Row]) -> str:
-    """One line a shape: microseconds and the ratio to the best float16 attention of the same run."""
+    """One line a shape: microseconds and the ratio to the best float16 attention of the same run.
+
+    A column a layout that was asked for; of each the shortest residual that was measured.
+    """
+    layouts = kernel_report.layouts_asked()
     found = [row for row in kernel_report.done(rows, "attend") if kernel_report.asked(row) is not None]
     shapes = dict.fromkeys(kernel_report.title(row) for row in found)
     body = []
@@ -54,7 +55,7 @@ def short_kernels(rows: Sequence[Row]) -> str:
         own = [row for row in found if kernel_report.title(row) == shape]
         base = kernel_report.baseline(own[0], rows)
         cells = [shape, kernel_report.micro(base["seconds"][0]) if base else ""]
-        for layout in SHOWN:
+        for layout in layouts:
             row = min((row for row in own if row["method"].startswith(layout + "-r")), key=residual, default=None)
             cells.append(
                 f"{kernel_report.micro(row['seconds'][0])} ({ratio(kernel_report.speedup(row, rows))})" if row else "–"
@@ -63,7 +64,7 @@ def short_kernels(rows: Sequence[Row]) -> str:
     head = [
         "one layer, batch x tokens",
         "fp16 µs",
-        *(layout.removeprefix("kivi-").replace("-", " ") for layout in SHOWN),
+        *(layout.partition("-")[2].replace("-", " ") for layout in layouts),
     ]
     return f"{kernel_report.ceilings(rows)}\n\n{compact(head, body, left=(0,))}" if body else ""
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import ratio
 from kvsim.output.tables import plain
 
-ASKED = {
-    ("llama-3-8b", 8, 32768): (4.8, 5.6, 6.1, 3.3),
-    ("llama-3-8b", 1, 131072): (4.6, 5.4, 5.8, 3.2),
-    ("llama-3-8b", 64, 4096): (4.6, 5.4, 5.8, 3.2),
-    ("llama-3-8b", 1, 32768): (3.8, 4.2, 4.3, 2.5),
-    ("llama-3-8b", 1, 8192): (2.3, 2.5, 2.6, 1.8),
-    ("llama-2-7b", 8, 4096): (4.5, 5.2, 5.5, 2.9),
-    ("gpt2", 64, 1024): (3.9, 4.4, None, 2.6),
-    ("gpt2", 1, 1024): (1.5, 1.6, None, 1.4),
-}
-"""What was set out for: ratios to float16 on an H100, for :data:`ASKED_OF`'s layouts."""
-ASKED_OF = ("kivi-2bit-g32", "kivi-2bit-g64", "kivi-2bit-g128", "kivi-4bit-g64")
+Shape = tuple[str, int, int]
+"""Model, rows, tokens."""
+
+
+def layouts_asked() -> dict[str, Mapping[Shape, float]]:
+    """What was set out for, as the rooms say it: layout (a method's name without its residual) -> shape -> ratio to
+    float16 on an H100."""
+    from kvruntime.methods import LAYERS
+
+    rooms = [room.measures for room in LAYERS.values() if room.measures is not None]
+    return {layout: ratios for own in rooms for layout, ratios in getattr(own, "ASKED", {}).items()}
 
 
 def done(rows: Iterable[Row], kind: str) -> list[Row]:
@@ -53,9 +52,9 @@ def speedup(row: Row, rows: Iterable[Row]) -> float | None:
 def asked(row: Row) -> float | None:
     """The ratio that was set out for."""
     layout = row["method"].rpartition("-r")[0]
-    wanted = ASKED.get((row["model"], row["batch_size"], row["num_tokens"]))
+    wanted = layouts_asked().get(layout, {}).get((row["model"], row["batch_size"], row["num_tokens"]))
     plain = not row.get("ragged") and not row.get("portable") and row["dtype"] == "float16"
-    return wanted[ASKED_OF.index(layout)] if wanted and plain and layout in ASKED_OF else None
+    return wanted if plain else None
 
 
 def share(value: float, whole: float | None) -> str:

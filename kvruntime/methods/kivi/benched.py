@@ -44,6 +44,21 @@ MORE: tuple[tuple[str, tuple[Kivi, ...]], ...] = (
     ("phi-3-mini-4k-instruct:8x4k", (kivi(2, 32, 64), kivi(4, 32, 64))),
 )
 """Small batches and short contexts, other bits and types, rows of different lengths, heads of 256 and 96 channels."""
+_ASKED = {
+    ("llama-3-8b", 8, 32768): (4.8, 5.6, 6.1, 3.3),
+    ("llama-3-8b", 1, 131072): (4.6, 5.4, 5.8, 3.2),
+    ("llama-3-8b", 64, 4096): (4.6, 5.4, 5.8, 3.2),
+    ("llama-3-8b", 1, 32768): (3.8, 4.2, 4.3, 2.5),
+    ("llama-3-8b", 1, 8192): (2.3, 2.5, 2.6, 1.8),
+    ("llama-2-7b", 8, 4096): (4.5, 5.2, 5.5, 2.9),
+    ("gpt2", 64, 1024): (3.9, 4.4, None, 2.6),
+    ("gpt2", 1, 1024): (1.5, 1.6, None, 1.4),
+}
+ASKED = {
+    layout: {shape: ratios[place] for shape, ratios in _ASKED.items() if ratios[place] is not None}
+    for place, layout in enumerate(("kivi-2bit-g32", "kivi-2bit-g64", "kivi-2bit-g128", "kivi-4bit-g64"))
+}
+"""What was set out for: layout -> (model, rows, tokens) -> ratio to float16 on an H100."""
 PORTABLE = ("llama-3-8b:8x32k", (kivi(2, 64, 64), kivi(3, 64, 64)))
 """What the plain Triton kernel is timed on though another may take it."""
 
