@@ -43,6 +43,18 @@ METHODS: dict[str, Callable[..., Method]] = {
 """Name -> factory; keyword arguments are the method's own fields."""
 
 
+def method_named(name: str) -> Method:
+    """The method of a name in a table: one of :data:`METHODS` without options, or what a method makes of its own
+    ``name`` (``named``).  Raises ``LookupError`` for any other."""
+    if name in METHODS:
+        return METHODS[name]()
+    for kind in dict.fromkeys(make for make in METHODS.values() if hasattr(make, "named")):
+        found: Method | None = kind.named(name)
+        if found is not None:
+            return found
+    raise LookupError(f"no method is named {name[:60]!r}")
+
+
 def make_method(name: str, **options: object) -> Method:
     """The named method with its options.
 
@@ -75,5 +87,6 @@ __all__ = [
     "at",
     "kivi_seed",
     "make_method",
+    "method_named",
     "placed",
 ]

@@ -13,6 +13,7 @@ one token at a time; the bytes at full residual are the same.)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -116,6 +117,15 @@ class Kivi:
         groups = f"g{self.k_group}" if self.k_group == self.v_group else f"gk{self.k_group}-gv{self.v_group}"
         sink = f"-s{self.sink_length}" if self.sink_length else ""
         return f"kivi-{bits}-{groups}-r{self.residual_length}{sink}"
+
+    @classmethod
+    def named(cls, name: str) -> Kivi | None:
+        """The plain layout of a table's ``kivi-2bit-g32-r128``; ``None`` for any other name."""
+        found = re.fullmatch(r"kivi-(\d)bit-g(\d{1,6})-r(\d{1,6})", name)
+        if found is None:
+            return None
+        bits, group, residual = map(int, found.groups())
+        return cls(bits, group_size=group, residual_length=residual)
 
     @property
     def record_length(self) -> int:

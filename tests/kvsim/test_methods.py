@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvsim.layout import Buffer, LayerShape, nbytes, part_kind, parts
 from kvsim.memory.estimate import estimate
-from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, placed
+from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, method_named, placed
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.specs import parse_method
@@ -378,3 +378,10 @@ def test_parts_named_like_what_no_method_stores_are_refused(name: str) -> None:
     """They would be left out of the cache's bytes."""
     with pytest.raises(ValueError, match=f"method words: part '{name}' is named like constant state or index keys"):
         estimate(load_model("gpt2"), Words(name), 1, 10)
+
+
+def test_a_name_of_a_table_is_a_method_again() -> None:
+    for method in (Kivi(4, group_size=64, residual_length=64), Kivi(), Full("bfloat16"), kivi_seed()):
+        assert method_named(method.name) == method
+    with pytest.raises(LookupError, match="no method is named 'kivi-2bit-g32'"):
+        method_named("kivi-2bit-g32")

@@ -18,9 +18,9 @@ from kvsim.hardware import find_hardware
 from kvsim.latency.roofline import Constants, Serving
 from kvsim.latency.steps import decode_step
 from kvsim.layout import Method
+from kvsim.methods import method_named
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
-from kvsim.specs import parse_method
 from validation.latency.held_out import errors
 
 STEPS = Path(__file__).parents[1] / "results" / "engine" / "nvidia-h100-80gb-hbm3.json"
@@ -51,16 +51,6 @@ def load(path: Path = STEPS) -> list[RecordedStep]:
             size = row["batch_size"], row["num_tokens"], row["seconds_per_step"][0]
             steps.append(RecordedStep(load_model(row["model"]), method_named(row["method"]), *size))
     return steps
-
-
-def method_named(name: str) -> Method:
-    """``kivi-2bit-g32-r128`` or a plain method's name."""
-    if not name.startswith("kivi-"):
-        return parse_method(name, {})
-    bits, group, residual = name.split("-")[1:]
-    return parse_method(
-        f"kivi:nbits={bits.removesuffix('bit')},group_size={group[1:]},residual_length={residual[1:]}", {}
-    )
 
 
 def fit(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
