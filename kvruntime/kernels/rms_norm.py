@@ -25,6 +25,10 @@ def rms_norm_kernel(
     tl.store(out_ptr + row * K + k, y, mask=inside)
 
 
+def num_warps(block: int) -> int:
+    return min(8, max(1, block // 512))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool = False) -> Tensor:
     """``x [..., K]`` over the root mean square of its last axis, times ``weight [K]`` of the same type.
 
@@ -36,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool = False) -> T
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     rms_norm_kernel[(x.numel() // width,)](
-        x, weight, out, eps, K=width, BLOCK_K=block, FROM_ONE=from_one, num_warps=min(8, max(1, block // 512)),
+        x, weight, out, eps, K=width, BLOCK_K=block, FROM_ONE=from_one, num_warps=num_warps(block),
         enable_fp_fusion=False,
     )  # fmt: skip
     return out

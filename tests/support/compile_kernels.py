@@ -27,7 +27,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kvruntime.engine import hopper, norm, product
 from kvruntime.engine import linear as narrow
-from kvruntime.kernels import merge
+from kvruntime.kernels import gated, merge, rotary
+from kvruntime.kernels import rms_norm as norms
 from kvruntime.methods.full import decode
 from kvruntime.methods.kivi import append, attention, step, words
 from kvruntime.methods.kivi import pack as quantize
@@ -93,6 +94,8 @@ WHOLE = {  # head dimension, query heads a key/value head, dtype
     "gemma 512": (512, 8, "bf16"),
 }
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
+HIDDEN = {"llama": (4096, False, "bf16"), "gemma": (2560, True, "fp16"), "exact": (2048, False, "fp32")}
+"""Hidden states of the fused parts of a model's step: channels, a weight that counts from one, type."""
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
 INTEGERS = dict.fromkeys(
     ("records_ptr", "lengths_ptr", "packed_ptr", "held_ptr", "counts_ptr", "positions_ptr"), "*i32"
@@ -406,6 +409,28 @@ def add_norm(name: str, sm: int) -> dict[str, int]:
     return resources(norm.add_norm_kernel, types, constants, sm, norm.num_warps(k))
 
 
+def rms_norm(name: str, sm: int) -> dict[str, int]:
+    width, from_one, dtype = HIDDEN[name]
+    block = triton.next_power_of_2(width)
+    constants = {"K": width, "BLOCK_K": block, "FROM_ONE": from_one}
+    types = arguments(norms.rms_norm_kernel, dtype, eps="fp32")
+    warps = norms.num_warps(block)
+    return resources(norms.rms_norm_kernel, types, constants, sm, warps, enable_fp_fusion=False)
+
+
+def rotate(name: str, sm: int) -> dict[str, int]:
+    dim, _, dtype = HIDDEN[name]
+    constants = {"NUM_Q_HEADS": 32, "NUM_KV_HEADS": 8, "DIM": dim // 32, "BLOCK": triton.next_power_of_2(dim // 32)}
+    types = arguments(rotary.rotate_kernel, dtype)
+    return resources(rotary.rotate_kernel, types, constants, sm, 1, enable_fp_fusion=False)
+
+
+def silu_product(name: str, sm: int) -> dict[str, int]:
+    types = arguments(gated.silu_product_kernel, HIDDEN[name][2])
+    constants = {"BLOCK": gated.BLOCK}
+    return resources(gated.silu_product_kernel, types, constants, sm, 4, enable_fp_fusion=False)
+
+
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
@@ -423,6 +448,9 @@ ENGINE = {
     dense: PRODUCTS,
     stream: STREAMS,
     add_norm: NORMS,
+    rms_norm: HIDDEN,
+    rotate: HIDDEN,
+    silu_product: HIDDEN,
 }
 KERNELS |= {function.__name__: function for function in ENGINE}
 
