@@ -101,7 +101,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     mask = torch.ones_like(ids)  # a random token may be the padding one: not to be taken for padding
     known = prompt + new - 1  # the last token is not fed back
     with Allocator(device) as held, torch.inference_mode():
-        cache = make_cache(model, method, max_seq_len=known)
+        cache = make_cache(model, method, max_seq_len=known, compiled=False)  # a graph's own pool is not predicted
         observer = Observer(cache, held, prompt)
         with _quiet():
             model.generate(

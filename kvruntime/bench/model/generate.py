@@ -77,7 +77,8 @@ def generate(
         seconds = perf_counter() - start
     held = out.shape[1] - 1  # the newest token was never fed back
     full = sum(nbytes(Full().buffers(shape, 1, length)) for shape in layer_shapes(loaded.model))
-    return Generation(held, length, out.shape[1] - ids.shape[1], seconds, weigh(cache), full)
+    own = [(*store.tensors.values(), *store.shared.values()) for store in getattr(cache, "stores", ())]
+    return Generation(held, length, out.shape[1] - ids.shape[1], seconds, weigh(own or cache), full)
 
 
 def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:

@@ -37,7 +37,7 @@ def measure_memory(loaded: Loaded, contender: Contender, num_tokens: int, batch_
         if loaded.device.type == "cuda":  # the first matrix product allocates workspaces that stay
             loaded.model(ids[:, :2], use_cache=False, logits_to_keep=1)
         allocator = _Allocator(loaded.device)
-        cache = contender.build(loaded.model, num_tokens)
+        cache = (contender.weighed or contender.build)(loaded.model, num_tokens)
         step = _forward(loaded, cache, ids) if how == FORWARD else _fill(loaded, cache, batch_size)
         step(num_tokens - 1)
         after_prefill = weigh(cache)
