@@ -56,6 +56,7 @@ class Switch:
         cache = _given(args, kwargs)
         if cache is not None:
             self.on(cache)
+            cache.hold()
             cache.forward.begin(cache.layers)
         elif not torch.compiler.is_compiling() and threading.get_ident() in self.active:
             self._leave()  # an interrupt ended this thread's last forward, after which no hook runs
@@ -65,6 +66,7 @@ class Switch:
         cache = _given(args, kwargs)
         if cache is not None:
             self.off(cache)
+            cache.let_go()
             cache.forward.end(cache.layers, output is None)
 
     def create_masks(self, *args: Any, **kwargs: Any) -> Any:

@@ -406,6 +406,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             raise ValueError(f"a saved cache of version {version}: this kvruntime reads version {STATE_VERSION}")
         self.__dict__.update(state)
 
+    def hold(self) -> None:
+        """A forward begins: layers may keep a first prompt until :meth:`let_go`."""
+
+    def let_go(self) -> None:
+        """It ended."""
+
     def expect(self, num_columns: int) -> None:
         """Columns that ``generate()`` may need: this cache grows as tokens come."""
 

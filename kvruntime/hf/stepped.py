@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.hf.cache import UNCOMPILED, Books, Cache, CacheLayer, Length, Pending
+from kvruntime.hf.cache import UNCOMPILED, Books, Cache, CacheLayer, Held, Length, Pending
 from kvruntime.hf.counts import StepLength, Stepping
 from kvruntime.hf.graphs import Graphs
 from kvsim.layout import LayerShape, Method
@@ -53,15 +53,23 @@ class SteppedLayer(CacheLayer):
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
         counts = self.counts
         counts.settle()
-        if self.forward.running:
-            needed = max(self.store.row_lengths) + (key.shape[2] if lengths is None else max(lengths))
-            padding = self.num_columns + key.shape[2] - needed
-            with torch.inference_mode(False), torch.no_grad():
-                self.store.provide(counts.capacity(needed, padding))
+        self.provide(key, lengths)
         super().append(key, value, lengths, query)
         if self.is_last:
             counts.dtype = self.dtype
             counts.write(self.store, self.num_q_heads, self.num_columns, self.columns)
+
+    def append_first(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
+        self.provide(key, lengths)
+        super().append_first(key, value, lengths, query)
+
+    def provide(self, key: Tensor, lengths: list[int] | None) -> None:
+        """Makes room for what a forward brings, and for what is to be expected after it."""
+        if self.forward.running:
+            needed = max(self.store.row_lengths) + (key.shape[2] if lengths is None else max(lengths))
+            padding = self.num_columns + key.shape[2] - needed
+            with torch.inference_mode(False), torch.no_grad():
+                self.store.provide(self.counts.capacity(needed, padding))
 
     def takes_mask(self, mask: Tensor | None) -> bool:
         """Whether a step was told all of ``mask``; a 4-D one of the caller's is the host's to read."""
@@ -123,6 +131,27 @@ class SteppedCache(Cache):
             SteppedLayer(self.method, self._books, self.max_seq_len, self.counts, index == last)
             for index in range(num_layers)
         ]
+
+    def hold(self) -> None:
+        """A first prompt's keys and values are stored together: a launch of each layer's own costs the host more."""
+        self.let_go()  # what an interrupt left
+        if torch.compiler.is_compiling() or self.get_seq_length() or any(layer.pending for layer in self.layers):
+            return
+        held = Held()
+        for layer in self.layers:
+            layer.held = held
+
+    def let_go(self) -> None:
+        last = self.layers[-1]
+        held = last.held
+        if held is None:
+            return
+        for layer in self.layers:
+            layer.held = None
+        held.store()
+        if last.num_columns:
+            self.counts.dtype = last.dtype
+            self.counts.write(last.store, last.num_q_heads, last.num_columns, self.columns)
 
     def expect(self, num_columns: int) -> None:
         """Columns that the next tokens will need at the most, as ``generate()`` knows."""
