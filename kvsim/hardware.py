@@ -36,6 +36,8 @@ class Hardware:
     num_sms: int | None = None
     l2_nbytes: int | None = None
     sms_source: str | None = None
+    host_cards: int = 8
+    """Cards that the links connect: a host's, or a rack's of 72."""
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Hardware:
@@ -68,6 +70,7 @@ class Hardware:
             num_sms=row.get("num_sms"),
             l2_nbytes=None if row.get("l2_mib") is None else int(row["l2_mib"] * 2**20),
             sms_source=row.get("sms_source"),
+            host_cards=row.get("host_cards", 8),
         )
 
 

@@ -1,7 +1,8 @@
 """How to serve so many users within these latencies: cards, method, batch, tokens a second, and dollars a million.
 
-A *replica* is the model on one card or on several (tensor parallel).  Its batch is limited by memory (at a stated
-risk that requests outgrow it) and by the time per output token; replicas are added until all users are in flight.
+A *replica* is the model on one card or on several, in one of the :func:`layouts` that suit it.  Its batch is limited
+by memory (at a stated risk that requests outgrow it) and by the time per output token; replicas are added until all
+users are in flight.
 
 The times are those of :mod:`kvsim.latency.steps`, for requests in a steady state where each that ends is followed by a
 new one: a token waits for the prompts of the others, a first token for its own prompt (one that 95 of 100 do not
@@ -23,13 +24,15 @@ from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import Band, first_token, prefill, token_step
 from kvsim.layout import Method
 from kvsim.memory.capacity import held_share, largest_context, room
-from kvsim.memory.sharding import Deployment, Sharding
+from kvsim.memory.sharding import SINGLE, Deployment, Sharding, copies
 from kvsim.models.model import Model
 from kvsim.search import largest
 
 RISK = 1e-3
 INPUT_SHARE = 0.95
 RANKS = (1, 2, 4, 8)
+MORE_RANKS = (16, 32, 64)
+"""Tried where the weights leave no room on fewer."""
 MAX_BATCH = 1 << 16
 MAX_CONTEXT = 1 << 40
 
@@ -61,12 +64,14 @@ class Demand:
 
 @dataclass(frozen=True)
 class Site:
-    """A replica's place: ``num_cards`` of one card, and the bytes that each leaves for its share of the cache."""
+    """A replica's place: ``num_cards`` of one card, how they share the model, and the bytes that each leaves for its
+    share of the cache."""
 
     card: Hardware
     num_cards: int
     weight_bits: float
     cache_nbytes: int
+    sharding: Sharding = SINGLE
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Plan:
     method: Method
     card: Hardware
     cards_per_replica: int
+    sharding: Sharding = SINGLE
     refusal: str | None = None
     num_replicas: int = 0
     batch_size: int = 0
@@ -91,6 +97,7 @@ class Plan:
     tpot: Band | None = None
     ttft: Band | None = None
     bound: str = ""
+    copies: int = 1
     tokens_per_second: float = 0.0
     runs_out: float | None = None
     usd_per_mtok: float | None = None
@@ -113,14 +120,17 @@ def site(
     reserve: float | None = None,
     engine: Engine = IDEAL,
     quantized: bool = False,
+    sharding: Sharding | None = None,
 ) -> Site:
     """The room for the cache on each of ``num_cards`` cards that share the model, beside what ``engine`` takes.
 
     ``reserve``: share of the memory held back (``None``: as the engine does by default).  ``quantized``:
-    ``weight_bits`` are those of the layers, embedding and head keep 16.
+    ``weight_bits`` are those of the layers, embedding and head keep 16.  ``sharding``: how the cards share it
+    (``None``: every layer).
 
     Raises ``ValueError`` where memory or weights are not known, :class:`NoRoomError` where the weights do not fit.
     """
+    sharding = sharding or Sharding(tensor_parallel_size=num_cards)
     space = room(
         model,
         card,
@@ -128,18 +138,40 @@ def site(
         held_share(engine, reserve),
         quantized=quantized,
         overhead=engine.overhead(model, card),
-        sharding=Sharding(tensor_parallel_size=num_cards),
+        sharding=sharding,
     )
     if space.cache_nbytes <= 0:
         cards = f"{num_cards} cards" if num_cards > 1 else "one card"
         raise NoRoomError(f"the weights leave no room for a cache on {cards}")
-    return Site(card, num_cards, space.weight_bits, space.cache_nbytes)
+    return Site(card, num_cards, space.weight_bits, space.cache_nbytes, sharding)
+
+
+def layouts(model: Model, num_cards: int, host_cards: int = 8) -> tuple[Sharding, ...]:
+    """The ways that ``num_cards`` cards share a model in practice.
+
+    Tensor parallel within a host, and pipeline stages of whole hosts; where a head or latent would be copied, decode
+    context parallel; for a mixture of experts also data-parallel attention, its experts over all cards, with as much
+    tensor parallel as copies nothing.
+    """
+    most = min(num_cards, host_cards)
+    if num_cards % most:
+        return (Sharding(tensor_parallel_size=num_cards),)
+    out = [Sharding(tensor_parallel_size=most, pipeline_parallel_size=num_cards // most)]
+    alike = copies(model, out[0])
+    if alike > 1 and all(layer.window is None for layer in model.cache_layers):
+        out.append(replace(out[0], decode_context_parallel_size=alike))
+    if model.weights is not None and model.weights.num_experts >= num_cards > 1:
+        for ranks in (size for size in range(most, 0, -1) if num_cards % size == 0 and size & (size - 1) == 0):
+            way = Sharding(ranks, data_parallel_size=num_cards // ranks, enable_expert_parallel=True)
+            if ranks < num_cards and copies(model, way) == 1:
+                out.append(way)
+    return tuple(out)
 
 
 def plan(
     model: Model,
     methods: Sequence[Method],
-    cards: Sequence[tuple[Hardware, int | None]],
+    cards: Sequence[tuple[Hardware, int | Sharding | None]],
     demand: Demand,
     price: Callable[[Hardware, int], Price | None],
     *,
@@ -152,26 +184,43 @@ def plan(
 ) -> list[Plan]:
     """Every way that was weighed, the cheapest first (by price, else by cards), refusals last.
 
-    ``cards``: a card with the number a replica takes, or ``None`` to try :data:`RANKS`.  ``price(card, num_cards)``:
-    what a card-hour costs; ``engine(card, num_cards)``: what serves there.  ``max_num_seqs``: the largest batch of a
-    replica.  ``weight_bits``, ``reserve``, ``quantized``: see :func:`site`.  A way that cannot be (its reason in
-    ``refusal``) is listed, not raised.
+    ``cards``: a card with how a replica shares the model, or the number it takes (its :func:`layouts` are tried), or
+    ``None`` to try :data:`RANKS`, and :data:`MORE_RANKS` where the weights do not fit those.
+    ``price(card, num_cards)``: what a card-hour costs; ``engine(card, num_cards)``: what serves there.
+    ``max_num_seqs``: the largest batch of a replica (of each, where several share experts).  ``weight_bits``,
+    ``reserve``, ``quantized``: see :func:`site`.  A way that cannot be (its reason in ``refusal``) is listed, not
+    raised.
     """
-    found = []
-    places = dict.fromkeys((card, ranks) for card, given in cards for ranks in ((given,) if given else RANKS))
-    for card, ranks in places:
-        server = engine(card, ranks)
+    found: list[Plan] = []
+
+    def weigh(card: Hardware, sharding: Sharding) -> bool:
+        """Weighs all methods there; whether the weights leave room."""
+        server, roomy = engine(card, sharding.ranks), True
         for method in methods:
-            way = Plan(method, card, ranks)
+            way = Plan(method, card, sharding.ranks, sharding, copies=copies(model, sharding))
             try:
-                place = site(model, card, ranks, weight_bits, reserve, server, quantized)
+                place = site(model, card, sharding.ranks, weight_bits, reserve, server, quantized, sharding)
                 way = _serve(model, method, place, demand, server, max_num_seqs)
                 way = _priced(way, price(card, way.num_cards))
+            except NoRoomError as error:
+                roomy, way = False, replace(way, refusal=str(error))
             except ValueError as error:
                 way = replace(way, refusal=str(error))
             if way.refusal is None and max_cards is not None and way.num_cards > max_cards:
                 way = replace(way, refusal=f"takes {way.num_cards} cards, more than {max_cards}")
             found.append(way)
+        return roomy
+
+    for card, given in dict.fromkeys(cards):
+        if isinstance(given, Sharding):
+            weigh(card, given)
+            continue
+        roomy = False
+        for ranks in (given,) if given else (*RANKS, *MORE_RANKS):
+            if ranks in MORE_RANKS and roomy and not given:
+                break
+            for layout in layouts(model, ranks, card.host_cards):
+                roomy |= weigh(card, layout)
     return sorted(found, key=_cost)
 
 
@@ -189,16 +238,19 @@ def _priced(way: Plan, price: Price | None) -> Plan:
 
 def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: Engine, max_num_seqs: int) -> Plan:
     """Raises ``ValueError``, saying why, where no batch meets the demand."""
-    lengths, ranks = demand.lengths, place.num_cards
-    cache = Deployment(model, method, engine, Sharding(tensor_parallel_size=ranks))
+    lengths, sharding = demand.lengths, place.sharding
+    replicas = sharding.data_parallel_size
+    cache = Deployment(model, method, engine, sharding)
     clock = Clock(model, method, place, lengths, engine)
     ttft = clock.ttft(1)
     if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
         raise ValueError(
             f"time to first token {ttft.value * 1e3:,.0f} ms even alone, over {demand.slo_ttft * 1e3:g} ms"
         )
-    risk = MemoryRisk(cache.rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
-    by_memory = min(MAX_BATCH, max_num_seqs, risk.most(demand.risk))
+    a_rank = replace(cache, sharding=replace(sharding, data_parallel_size=1, enable_expert_parallel=False))
+    risk = MemoryRisk(a_rank.rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
+    share = demand.risk if replicas == 1 else 1 - (1 - demand.risk) ** (1 / replicas)  # that one of them runs out
+    by_memory = min(MAX_BATCH, replicas * min(max_num_seqs, risk.most(share)))
     if not by_memory:
         raise ValueError(
             f"no request of {lengths.longest:,} tokens fits beside the weights at a risk of {demand.risk:g}"
@@ -208,15 +260,17 @@ def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: En
         raise ValueError(
             f"{clock.tpot(1).value * 1e3:,.1f} ms a token even alone, over {(demand.slo_tpot or 0) * 1e3:g} ms"
         )
-    replicas = -(-demand.users // by_time)
-    batch = -(-demand.users // replicas)
+    num_replicas = -(-demand.users // by_time)
+    batch = -(-demand.users // num_replicas)
     tpot = clock.tpot(batch)
     longest = largest_context(cache, batch, place.cache_nbytes)
+    alone = risk.runs_out(sharding.rank_batch(batch))
     return Plan(
         method,
         place.card,
-        ranks,
-        num_replicas=replicas,
+        sharding.ranks,
+        sharding,
+        num_replicas=num_replicas,
         batch_size=batch,
         max_batch=by_time,
         batch_bound="users" if batch == demand.users else "memory" if by_time == by_memory else "latency",
@@ -224,17 +278,24 @@ def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: En
         tpot=tpot,
         ttft=clock.ttft(batch),
         bound=clock.bound(batch),
+        copies=copies(model, sharding),
         tokens_per_second=demand.users / tpot.value,
-        runs_out=risk.runs_out(batch),
+        runs_out=alone if replicas == 1 else 1 - (1 - alone) ** replicas,
     )
 
 
 class Clock:
-    """The times of one replica at the lengths' means; its batch is known to fit, so nobody waits for memory."""
+    """The times of one replica at the lengths' means; its batch is known to fit, so nobody waits for memory.
+
+    A batch is the replica's; a step is of the requests on one card's share of it: of one attention replica, and of one
+    batch in the pipeline.
+    """
 
     def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine = IDEAL) -> None:
         card = replace(place.card, memory_nbytes=None)
-        serving = Serving(place.weight_bits, place.num_cards, engine)
+        sharding = place.sharding if place.sharding != SINGLE else Sharding(tensor_parallel_size=place.num_cards)
+        serving = Serving(place.weight_bits, engine=engine, sharding=sharding)
+        self._share = sharding.data_parallel_size * sharding.pipeline_parallel_size
         output = max(1, round(lengths.mean_output))
         given = max(1, round(lengths.mean_context - output / 2))  # so that a step finds the mean context
         self._token = partial(token_step, model, method, card, input_len=given, output_len=output, serving=serving)
@@ -246,15 +307,19 @@ class Clock:
 
     def tpot(self, batch_size: int) -> Band:
         """Time per output token."""
-        return self._token(batch_size=batch_size).seconds
+        return self._token(batch_size=self._step(batch_size)).seconds
 
     def ttft(self, batch_size: int) -> Band:
         """Time to the first token of a long prompt."""
-        seconds = self._first(batch_size=batch_size).seconds
+        seconds = self._first(batch_size=self._step(batch_size)).seconds
         return Band(*(max(0.0, one + other) for one, other in zip(seconds, self._longer, strict=True)))
 
     def bound(self, batch_size: int) -> str:
-        return self._token(batch_size=batch_size).bound
+        return self._token(batch_size=self._step(batch_size)).bound
+
+    def _step(self, batch_size: int) -> int:
+        """Requests in one step of one card."""
+        return -(-batch_size // self._share)
 
     def within(self, batch_size: int, demand: Demand) -> bool:
         """Whether both limits hold at this batch."""

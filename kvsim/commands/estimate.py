@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from kvsim.latency.roofline import Constants
 
 
+NETWORK = "between hosts 400 Gb/s a card are taken"
+"""What the times of several hosts rest on (:mod:`kvsim.latency.exchange`)."""
+
+
 class Load(NamedTuple):
     """What is weighed: sequences of so many tokens, at most ``max_num_seqs`` at once, under one sharding.
 
@@ -307,28 +311,32 @@ def _times(deployment: Deployment, space: Room, load: Load, notes: list[str]) ->
 
     sharding, (_, prompt, output, _) = deployment.sharding, load.tokens
     batch, replica = load.batch, sharding.rank_batch(load.batch)
+    stages = sharding.pipeline_parallel_size
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
     model, method, card = deployment.model, deployment.method, space.hardware
     try:
-        serving = Serving(load.weights.bits, sharding.tensor_parallel_size, deployment.engine, load.constants)
+        serving = Serving(load.weights.bits, engine=deployment.engine, profile=load.constants, sharding=sharding)
         if output is None:
-            token = decode_step(model, method, card, replica, prompt, serving)
+            token = decode_step(model, method, card, max(1.0, replica / stages), prompt, serving)
             first, held = prefill(model, card, 1, prompt, serving, cached_tokens=cached), float(replica)
         else:
-            held = running(model, method, card, replica, prompt, output, serving)
-            if load.told:
+            plain = sharding == Sharding(tensor_parallel_size=sharding.tensor_parallel_size)
+            if load.told or not plain:
                 one = replace(deployment, sharding=replace(sharding, data_parallel_size=1))
                 room_for = largest_batch(one, prompt + output // 2, space.cache_nbytes)
                 held = float(replica if room_for is None else min(replica, max(1, room_for)))
+            else:
+                held = running(model, method, card, replica, prompt, output, serving)
             held = min(held, load.max_num_seqs or held)
-            served = (model, method, card, replica, prompt, output, serving)
-            token = token_step(*served, cached_tokens=cached, num_running=held)
-            first = first_token(*served, cached_tokens=cached, num_running=held)
+            served = (model, method, card, -(-replica // stages), prompt, output, serving)
+            in_step = max(1.0, held / stages)
+            token = token_step(*served, cached_tokens=cached, num_running=in_step)
+            first = first_token(*served, cached_tokens=cached, num_running=in_step)
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None
-    if sharding.pipeline_parallel_size > 1 or sharding.context_ranks > 1:
-        notes.append("times are those of one stage's card holding all layers: pipeline and context are not in them")
+    if sharding.ranks > card.host_cards:
+        notes.append(f"{sharding.ranks} cards are more than the {card.host_cards} of a host: {NETWORK}")
     if not was_timed(deployment.engine.name):
         notes.append(f"{deployment.engine.name} was not timed: the times are those of vllm, sglang and trtllm")
     if held < replica:

@@ -131,9 +131,10 @@ engine_options = options(
 sharding_options = options(
     click.option("--tensor-parallel-size", "-tp", type=int, default=1, help="Cards that share every layer."),
     click.option("--pipeline-parallel-size", "-pp", type=int, default=1, help="Cards that share the layers."),
-    click.option("--data-parallel-size", "-dp", type=int, default=1, help="Replicas."),
+    click.option("--data-parallel-size", "-dp", type=int, default=1, help="Replicas; a mixture's experts are shared."),
     click.option("--decode-context-parallel-size", "-dcp", type=int, default=1, help="Cards that share the tokens."),
     click.option("--prefill-context-parallel-size", "-pcp", type=int, default=1, help="Further cards that do."),
+    click.option("--enable-expert-parallel", "-ep", is_flag=True, help="Whole experts a card, not a slice of each."),
     gathered("sharding", Sharding, *(field.name for field in fields(Sharding))),
 )
 

@@ -18,6 +18,7 @@ from kvsim.hardware import Hardware, given, lowest
 from kvsim.install import install_hint
 from kvsim.layout import Method
 from kvsim.memory.capacity import held_share
+from kvsim.memory.sharding import Sharding
 from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
@@ -37,6 +38,12 @@ from kvsim.specs import (
 )
 
 WEIGHED = DEFAULT_SPECS["plan"]
+LAYOUT = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "decode_context_parallel_size",
+)
 PAGED = owner("block_size")
 """The engine that --block-size chooses."""
 
@@ -48,7 +55,8 @@ PAGED = owner("block_size")
     "gpus",
     multiple=True,
     required=True,
-    help="CARD, or CARD:COUNT where COUNT cards share the model (else 1, 2, 4, 8 are tried). Repeatable.",
+    help="CARD, or CARD:COUNT where COUNT cards share the model (else 1, 2, 4, 8 are tried, more where the weights do "
+    "not fit). Repeatable.",
 )
 @click.option("--users", type=int, required=True, help="Requests in flight at once.")
 @click.option("--slo-tpot", metavar="TIME", help="Longest time per output token: 30ms.")
@@ -82,12 +90,21 @@ PAGED = owner("block_size")
 @click.option("--block-size", type=int, help="As vLLM's: tokens a block.")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
-@click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), help="As vLLM's: cards that share the model.")
+@click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), help="As vLLM's: share every layer.")
+@click.option("--pipeline-parallel-size", "-pp", type=click.IntRange(1), help="As vLLM's: stages of layers.")
+@click.option(
+    "--data-parallel-size",
+    "-dp",
+    type=click.IntRange(1),
+    help="As vLLM's: attention on so many, a mixture's experts shared.  [default of these four: all that suit]",
+)
+@click.option("--decode-context-parallel-size", "-dcp", type=click.IntRange(1), help="As vLLM's: share tokens.")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
 @click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @weights_gathered
 @gathered("engine", lambda **given: _engine(**given), "engine", "block_size")
+@gathered("layout", lambda **given: _layout(**given), *LAYOUT)
 @gathered("lengths", lambda **given: _lengths(**given), "input_len", "output_len", "spec")
 @gathered("held", lambda **given: _share(**given), "reserve", "gpu_memory_utilization")
 def command(
@@ -106,7 +123,7 @@ def command(
     occupancy: str,
     engine: str,
     held: float | None,
-    tensor_parallel_size: int | None,
+    layout: Sharding | None,
     max_num_seqs: int,
     max_cards: int | None,
     as_json: bool,
@@ -121,7 +138,7 @@ def command(
         raise ValueError(f"plan needs numpy: {install_hint('plan')}") from None
     if price is not None:
         given("", price)
-    serving, cards = parse_engine_choice(engine, {}), _cards(gpus, tensor_parallel_size)
+    serving, cards = parse_engine_choice(engine, {}), _cards(gpus, layout)
     model = load_model(model_name)
     longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else model.max_positions
     lengths, notes = _cut(lengths, longest)
@@ -144,7 +161,8 @@ def command(
     )
     if as_json:
         inputs: dict[str, Any] = {"model": model.name}
-        inputs["gpus"] = [{"card": card.id, "cards_per_replica": count} for card, count in cards]
+        inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]
+        inputs["layout"] = layout.label if layout else None
         inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
         inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held}
         click.echo(json.dumps(envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}, indent=2))
@@ -183,15 +201,24 @@ def _share(reserve: str | None, gpu_memory_utilization: float | None) -> float |
     return held if gpu_memory_utilization is None else held_share(None, held, gpu_memory_utilization)
 
 
-def _cards(gpus: tuple[str, ...], tensor_parallel_size: int | None) -> list[tuple[Hardware, int | None]]:
-    """The cards, and how many of each share the model.  Raises ``ValueError`` where two options say otherwise."""
+def _layout(**sizes: int | None) -> Sharding | None:
+    """The one layout that is weighed, where any size is given.  Raises ``ValueError`` for sizes that cannot be."""
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return Sharding(**given) if given else None
+
+
+def _cards(gpus: tuple[str, ...], layout: Sharding | None) -> list[tuple[Hardware, int | Sharding | None]]:
+    """The cards, and how many of each share the model or how.
+
+    Raises ``ValueError`` where two options say otherwise.
+    """
     cards = [parse_card(gpu) for gpu in gpus]
-    if tensor_parallel_size is None:
-        return cards
+    if layout is None:
+        return [(card, count) for card, count in cards]
     for gpu, (_, count) in zip(gpus, cards, strict=True):
-        if count not in (None, tensor_parallel_size):
-            raise ValueError(f"gpu {gpu!r}: {count} cards, but --tensor-parallel-size is {tensor_parallel_size}")
-    return [(card, tensor_parallel_size) for card, _ in cards]
+        if count not in (None, layout.ranks):
+            raise ValueError(f"gpu {gpu!r}: {count} cards, but the parallel sizes ask for {layout.ranks}")
+    return [(card, layout) for card, _ in cards]
 
 
 def _methods(
@@ -222,11 +249,17 @@ def _demand(demand: Demand) -> dict[str, Any]:
     }
 
 
+def _count(given: int | Sharding | None) -> int | None:
+    return given.ranks if isinstance(given, Sharding) else given
+
+
 def _row(way: Plan) -> dict[str, Any]:
     return {
         "method": way.method.name,
         "gpu": way.card.id,
         "cards_per_replica": way.cards_per_replica,
+        "layout": way.sharding.label,
+        "copies": way.copies,
         "fits": way.refusal is None,
         "refusal": way.refusal,
         "num_cards": way.num_cards,
@@ -254,19 +287,10 @@ def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> li
     blocks = [f"{name}: {demand.users:,} users, {demand.lengths.label}" + "".join(f"; {limit}" for limit in limits)]
     good = [way for way in ways if way.refusal is None]
     if good:
-        best = good[0]
-        cost = f", ${best.usd_per_mtok:.2f} a million output tokens" if best.usd_per_mtok else ""
-        blocks.append(
-            f"{best.num_cards} x {best.card.id} with {best.method.name}: {best.num_replicas} "
-            f"replica{'s' if best.num_replicas > 1 else ''} of {best.cards_per_replica}, "
-            f"{best.tokens_per_second:,.0f} tokens/s{cost}"
-        )
-        blocks.append(_table(good))
+        blocks += [_headline(good), _table(_best(good))]
     else:
         blocks.append("nothing meets this demand")
-    refused = [
-        f"  {way.cards_per_replica} x {way.card.id}, {way.method.name}: {way.refusal}" for way in ways if way.refusal
-    ]
+    refused = _refused(ways)
     if refused:
         blocks.append("\n".join(["Not possible:", *refused]))
     prices = dict.fromkeys(way.price.label for way in good if way.price)
@@ -276,6 +300,7 @@ def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> li
         "both count the prompts of the other requests",
         f"first token: of a long prompt; {INPUT_SHARE:.0%} of the prompts are no longer",
         f"P(out): probability, by convolution, that a replica's requests do not fit at once, each {_moment(demand)}",
+        *_layout_notes(good),
         *(f"price: {label}" for label in prices),
         *(f"no price of {card} is listed: give --price" for card in unpriced),
         *notes,
@@ -283,6 +308,65 @@ def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> li
     blocks.append(text.notes(lines))
     blocks.append(text.not_modelled_line("plan"))
     return blocks
+
+
+def _place(way: Plan) -> str:
+    """``8 x h200-sxm dp8 ep``; of one card, or of tensor parallel alone, the card and how many."""
+    layout = way.sharding
+    plain = layout == Sharding(layout.tensor_parallel_size) and way.copies == 1
+    return f"{way.cards_per_replica} x {way.card.id}" + ("" if plain else f" {layout.label}")
+
+
+def _headline(good: list[Plan]) -> str:
+    best = good[0]
+    cost = f", ${best.usd_per_mtok:.2f} a million output tokens" if best.usd_per_mtok else ""
+    layout = f" ({best.sharding.label})" if best.cards_per_replica > 1 else ""
+    return (
+        f"{best.num_cards} x {best.card.id} with {best.method.name}: {best.num_replicas} "
+        f"replica{'s' if best.num_replicas > 1 else ''} of {best.cards_per_replica}{layout}, "
+        f"{best.tokens_per_second:,.0f} tokens/s{cost}"
+    )
+
+
+def _best(good: list[Plan]) -> list[Plan]:
+    """Of the layouts of as many cards with one method the first, which is the cheapest."""
+    first: dict[tuple[str, int, str], Plan] = {}
+    for way in good:
+        first.setdefault((way.card.id, way.cards_per_replica, way.method.name), way)
+    return list(first.values())
+
+
+def _refused(ways: list[Plan]) -> list[str]:
+    """Why, once for all methods and layouts that are refused alike; not where another layout does it."""
+    served = {(way.card.id, way.cards_per_replica, way.method.name) for way in ways if way.refusal is None}
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for way in ways:
+        if way.refusal and (way.card.id, way.cards_per_replica, way.method.name) not in served:
+            where = f"{way.cards_per_replica} x {way.card.id}"
+            reasons.setdefault((where, way.refusal), {})[way.method.name] = None
+    return [f"  {where}, {', '.join(methods)}: {reason}" for (where, reason), methods in reasons.items()]
+
+
+def _layout_notes(good: list[Plan]) -> list[str]:
+    """What the layouts are, and what tensor parallelism alone costs where it copies."""
+    notes = []
+    labels = {word.rstrip("0123456789") for way in _best(good) for word in way.sharding.label.split()}
+    if "dp" in labels:
+        notes.append("dp: data-parallel attention, each card with requests of its own; ep: experts over all cards")
+    if any(way.cards_per_replica > way.card.host_cards for way in good):
+        notes.append("between hosts 400 Gb/s a card are taken")
+    way = max(good, key=lambda each: each.copies, default=None)
+    if way is not None and way.copies > 1:
+        rest = (each for each in good if (each.card, each.method) == (way.card, way.method) and each.copies == 1)
+        best = next(rest, None)
+        instead = (
+            f"; {best.sharding.label}, which copies none, {best.num_cards}" if best else ": -dp or -dcp copies none"
+        )
+        notes.append(
+            f"tensor parallelism alone ({way.sharding.label}) puts the same keys and values (a latent, or a head) on "
+            f"{way.copies} cards: with {way.method.name} it needs {way.num_cards} x {way.card.id}{instead}"
+        )
+    return notes
 
 
 def _moment(demand: Demand) -> str:
@@ -307,7 +391,7 @@ def _table(ways: list[Plan]) -> str:
         heads,
         (
             (
-                f"{way.cards_per_replica} x {way.card.id} {way.method.name}",
+                f"{_place(way)} {way.method.name}",
                 f"{way.num_cards:,}",
                 f"{way.batch_size:,}",
                 f"{way.max_batch:,}",

@@ -17,7 +17,16 @@ from typing import Any
 from kvsim.engines import ENGINES, IDEAL, Engine, make_engine
 from kvsim.hardware import Hardware
 from kvsim.latency.attention_curve import DEFAULT_SMS, Curve, Kernel
+from kvsim.latency.exchange import (
+    NETWORK_BANDWIDTH,
+    NETWORK_EFFICIENCY,
+    Wires,
+    context_merge,
+    dispatch_combine,
+    pipeline_sends,
+)
 from kvsim.layout import LayerShape, Method, mean_read_nbytes
+from kvsim.memory.sharding import SINGLE, Sharding
 from kvsim.methods.by_layer import placed
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights
@@ -93,16 +102,20 @@ class Serving:
     ``weight_bits``: bits a weight (``None``: the model's own, else 16).  ``tensor_parallel``: cards that share every
     layer.  ``engine``: whose windows and attention kernel are taken; ``ideal``, or one that was not measured, takes the
     mean of those that were.  It may be given by name, with its defaults; ``timing.json`` has names (``sglang``) that
-    have no other figures here.  ``profile``: constants in place of the stated ones.  Raises ``ValueError`` for bits
-    that cannot be and for an engine that the profile was not measured with.
+    have no other figures here.  ``profile``: constants in place of the stated ones.  ``sharding``: every size, where
+    cards share more than layers (``tensor_parallel`` is then its own).  Raises ``ValueError`` for bits that cannot be
+    and for an engine that the profile was not measured with.
     """
 
     weight_bits: float | None = None
     tensor_parallel: int = 1
     engine: Engine | str = IDEAL
     profile: Constants | None = None
+    sharding: Sharding = SINGLE
 
     def __post_init__(self) -> None:
+        if self.sharding != SINGLE:
+            object.__setattr__(self, "tensor_parallel", self.sharding.tensor_parallel_size)
         check_weight_bits(self.weight_bits, "weight bits")
         if isinstance(self.engine, str) and self.engine in ENGINES:
             object.__setattr__(self, "engine", make_engine(self.engine))
@@ -125,7 +138,8 @@ class Serving:
 class Roofline:
     """One model on one card, or on several that share every layer, as ``serving`` says.
 
-    ``model`` has the windows that the engine applies.
+    ``model`` has the windows that the engine applies.  A step's tokens are those of one replica (data parallel) and
+    of one batch in the pipeline.
     """
 
     def __init__(self, model: Model, hardware: Hardware, serving: Serving | None = None) -> None:
@@ -133,6 +147,9 @@ class Roofline:
         self.model, self.hardware = serving.held(model), hardware
         self.fixed, self.engine = serving.constants, serving.engine_name
         self.weight_bits, self.ranks = serving.weight_bits, serving.tensor_parallel
+        self.sharding = serving.sharding
+        link = hardware.link_bandwidth and self.fixed.link_efficiency * hardware.link_bandwidth / 2
+        self.wires = Wires(link, hardware.host_cards)
 
     @property
     def bandwidth(self) -> float:
@@ -140,6 +157,12 @@ class Roofline:
         if not self.hardware.bandwidth:
             raise ValueError(f"{self.hardware.id}: its memory bandwidth is not known, no time without it")
         return self.hardware.bandwidth
+
+    @property
+    def sharing(self) -> int:
+        """Replicas that share the routed experts, each with tokens of its own; 1 in a model without."""
+        mixture = self.model.weights is not None and self.model.weights.routed
+        return self.sharding.expert_ranks // self.sharding.tensor_parallel_size if mixture else 1
 
     @property
     def lanes(self) -> float:
@@ -156,7 +179,7 @@ class Roofline:
         multiply as stored."""
         weights, bits = known_weights(self.model), weight_storage(self.model, self.weight_bits)
         head = weights.head or weights.embedding
-        share = hit_share(weights, num_tokens)
+        share = hit_share(weights, num_tokens * self.sharing) / self.sharing
         nbytes = (weights.dense * bits.dense + head * bits.head + weights.routed * share * bits.routed) / 8
         codes = weights.dense * self._unpacked(bits.dense) + weights.routed * share * self._unpacked(bits.routed)
         stream = nbytes / (self.fixed.weight_efficiency * self.bandwidth)
@@ -178,6 +201,8 @@ class Roofline:
 
     def attention(self, method: Method, batch_size: Any, num_tokens: Any, maximum: Any = max) -> tuple[Any, Any]:
         """Seconds of a decode step's attention over all layers, and of unpacking codes beyond it."""
+        if self.sharding.context_ranks > 1:  # each card attends over its share of the tokens
+            num_tokens = -(-num_tokens // self.sharding.context_ranks)
         total: Any = 0.0
         beyond: Any = 0.0
         for (layer, chosen), count in placed(method, self.model.cache_layers).items():
@@ -208,6 +233,7 @@ class Roofline:
         half = self._flops(16)
         if half is not None and layer.kind != "indexer":
             pairs = held * batch_size * (self.model.num_q_heads / self.ranks)
+            pairs = pairs * self.sharding.decode_context_parallel_size  # for the queries of all that share the tokens
             stream = maximum(stream, 2 * pairs * _width(layer) / (self.fixed.prefill_efficiency * half))
         values = layer.value_dim * (1 if kernel.item_is == "query_head" else q_per_kv)
         seconds = self.fixed.curve.seconds(kernel, items, held, stream, self.hardware.num_sms, maximum, values)
@@ -239,16 +265,40 @@ class Roofline:
         nbytes = sum(buffer.nbytes for layer in self.model.state_layers for buffer in layer.buffers(1))
         return 2 * nbytes * batch_size / self.ranks / (self.fixed.weight_efficiency * self.bandwidth)
 
-    def communication(self, num_tokens: Any) -> Any:
-        """Two all-reduces a layer of the 16-bit hidden states: a ring over each link's one direction."""
+    def communication(self, num_tokens: Any, prompt: bool = False) -> Any:
+        """Two all-reduces a layer of the 16-bit hidden states: a ring over each link's one direction, or over the
+        network where the ring leaves a host.  And what :mod:`kvsim.latency.exchange` has."""
+        return self.all_reduces(num_tokens) + self.exchanges(num_tokens, prompt)
+
+    def all_reduces(self, num_tokens: Any) -> Any:
+        """Seconds of tensor parallel's all-reduces."""
         if self.ranks == 1:
             return 0.0
-        if not self.hardware.link_bandwidth:
+        if not self.wires.link:
             raise ValueError(f"{self.hardware.id}: the bandwidth between cards is not known, no tensor parallelism")
         nbytes = 2 * num_tokens * self.model.hidden_size
         ring = 2 * (self.ranks - 1) / self.ranks * nbytes
-        ring = ring / (self.fixed.link_efficiency * self.hardware.link_bandwidth / 2)
+        far = self.ranks > self.wires.host_cards
+        ring = ring / (NETWORK_EFFICIENCY * NETWORK_BANDWIDTH if far else self.wires.link)
         return 2 * self.model.num_blocks * (self.fixed.link_seconds * log2(2 * self.ranks) + ring)
+
+    def exchanges(self, num_tokens: Any, prompt: bool = False) -> Any:
+        """Seconds of sending tokens to experts on other replicas' cards, queries to those that share their tokens,
+        hidden states to the next stage; ``num_tokens`` of one replica, of ``prompt``s or decoded."""
+        total: Any = 0.0
+        sizes, weights, hidden = self.sharding, self.model.weights, self.model.hidden_size
+        if self.sharing > 1 and weights is not None:
+            element = 1 if weight_storage(self.model, self.weight_bits).routed <= 8.5 else 2
+            chosen, a_card = weights.experts_per_token, num_tokens / self.ranks
+            layer = dispatch_combine(self.wires, sizes.expert_ranks, a_card, hidden, chosen, element, prompt)
+            total = total + self.model.num_blocks * layer
+        if sizes.decode_context_parallel_size > 1 and not prompt:
+            for layer, count in Counter(self.model.cache_layers).items():
+                channels = self.model.num_q_heads // self.ranks * layer.key_dim
+                total += count * context_merge(self.wires, sizes.decode_context_parallel_size, num_tokens, channels)
+        if sizes.pipeline_parallel_size > 1:
+            total += pipeline_sends(self.wires, sizes.pipeline_parallel_size, self.ranks, num_tokens, hidden)
+        return total
 
     def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
         """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
@@ -261,12 +311,19 @@ class Roofline:
         )
         attention = 2 * pairs * self.model.num_q_heads / (self.fixed.prefill_efficiency * half) / self.ranks
         compute = self.products(num_prompts * new, num_prompts) + num_prompts * attention
+        compute = compute / self.sharding.prefill_context_parallel_size
         stream, unpack = self.weights(num_prompts * new)
         return float(compute), float(self.chunks(num_prompts * new) * (stream + unpack))
 
     def chunks(self, num_tokens: float) -> float:
         """Steps that so many prompt tokens take."""
         return max(1.0, num_tokens / self.fixed.chunk_tokens)
+
+    def pipelined(self, chunks: float) -> float:
+        """The share of a prompt's seconds over all layers that it takes in a pipeline, whose stages work on its chunks
+        at the same time."""
+        stages = self.sharding.pipeline_parallel_size
+        return (max(1.0, chunks) + stages - 1) / (max(1.0, chunks) * stages) if chunks > 1 else 1.0
 
     def _flops(self, bits: float) -> float | None:
         """FLOP/s for weights of so many bits: narrower ones than a card multiplies are widened to 16."""

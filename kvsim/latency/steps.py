@@ -169,7 +169,8 @@ def token_step(
     new = input_len - cached_tokens
     if hardware.fp16_flops:
         compute, stream = roofline.prompt(1, input_len, new)
-        prompts, chunks = (held - 1) / output_len, roofline.chunks(new)
+        prompts, chunks = max(0.0, held - 1) / output_len, roofline.chunks(new)
+        parts["communication"] += prompts * roofline.exchanges(new, prompt=True)
         carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
         paid = carrying * sum(roofline.weights(held))
         parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
@@ -237,12 +238,13 @@ def _decode_parts(
 def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: int) -> dict[str, Any]:
     compute, stream = roofline.prompt(batch_size, num_tokens, new)
     chunks = roofline.chunks(batch_size * new)
-    fixed = roofline.fixed
+    share = roofline.pipelined(chunks)
+    compute, stream, fixed = compute * share, stream * share, roofline.fixed
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
         "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_blocks,
-        "communication": roofline.communication(batch_size * new),
+        "communication": roofline.communication(batch_size * new, prompt=True),
     }
 
 

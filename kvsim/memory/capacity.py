@@ -136,21 +136,42 @@ def room(
 
 
 def _rank_weights(model: Model, bits: WeightBits, sharding: Sharding) -> int:
-    """Weights of the fullest rank: its stage's layers, and the embedding or head of the first or last stage."""
+    """Weights of the fullest rank: its stage's layers, and the embedding or head of the first or last stage.
+
+    Routed experts are shared by the ranks of all replicas.  Raises ``ValueError`` for fewer experts than ranks that
+    are to hold whole ones.
+    """
     weights = model.weights
     assert weights is not None
     if sharding == SINGLE:
         return int(bits.nbytes(weights))
     counts = pipeline_layers(len(model.layers), sharding.pipeline_parallel_size)
+    ranks = sharding.tensor_parallel_size
     heaviest = 0.0
     for stage, count in enumerate(counts):
-        size = bits.layers_nbytes(weights) * count / len(model.layers)
+        size = weights.dense * bits.dense / 8 * count / len(model.layers) / ranks
+        size += weights.routed * bits.routed / 8 * count / len(model.layers) * expert_share(model, sharding)
         if stage == 0:
-            size += (weights.embedding + weights.lookup) * bits.head / 8
+            size += (weights.embedding + weights.lookup) * bits.head / 8 / ranks
         if stage == len(counts) - 1 and (weights.head or len(counts) > 1):
-            size += (weights.head or weights.embedding) * bits.head / 8
+            size += (weights.head or weights.embedding) * bits.head / 8 / ranks
         heaviest = max(heaviest, size)
-    return int(heaviest / sharding.tensor_parallel_size)
+    return int(heaviest)
+
+
+def expert_share(model: Model, sharding: Sharding) -> float:
+    """The share of a stage's routed experts that the fullest rank holds.
+
+    Raises ``ValueError`` for fewer experts than ranks that are to hold whole ones.
+    """
+    ranks, experts = sharding.expert_ranks, model.weights.num_experts if model.weights is not None else 0
+    if not sharding.enable_expert_parallel:
+        return 1 / ranks
+    if not experts:
+        raise ValueError(f"enable-expert-parallel: {model.name} has no routed experts")
+    if experts < ranks:
+        raise ValueError(f"enable-expert-parallel: {ranks} ranks for {experts} experts of {model.name}")
+    return -(-experts // ranks) / experts
 
 
 def max_batch(model: Model, method: Method, num_tokens: int, available: int) -> int | None:

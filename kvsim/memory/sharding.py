@@ -6,7 +6,9 @@
   remainder goes to the stages before the last, one each.
 * **Context parallel** spreads tokens over ranks in turn: each holds ``ceil(n / ranks)``.  Decode context parallel
   (DCP) uses ranks of the tensor-parallel group that would hold replicas; prefill context parallel (PCP) adds ranks.
-* **Data parallel** gives each replica ``ceil(batch / replicas)`` sequences.
+* **Data parallel** gives each replica ``ceil(batch / replicas)`` sequences.  The routed experts of a mixture are not
+  copied: all ranks of all replicas share them (vLLM: the expert layers form a group of DP x TP; SGLang: DP attention),
+  a slice of every expert each, or whole experts (expert parallel), ``ceil(experts / ranks)`` on the fullest.
 
 Ranks that do not divide heads, or heads that do not divide ranks, are refused, as the engines refuse them.
 """
@@ -20,7 +22,7 @@ from itertools import accumulate
 from kvsim.engines import IDEAL, Engine
 from kvsim.layout import LayerShape, Method, StateShape
 from kvsim.models.model import Model
-from kvsim.whole_numbers import check_whole
+from kvsim.whole_numbers import check_switch, check_whole
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Sharding:
     data_parallel_size: int = 1
     decode_context_parallel_size: int = 1
     prefill_context_parallel_size: int = 1
+    enable_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            check_whole(name.replace("_", "-"), value)
+            check = check_switch if name == "enable_expert_parallel" else check_whole
+            check(name.replace("_", "-"), value)
         if self.tensor_parallel_size % self.decode_context_parallel_size:
             raise ValueError(
                 f"decode-context-parallel-size {self.decode_context_parallel_size}: "
@@ -51,6 +55,17 @@ class Sharding:
     def ranks(self) -> int:
         """Cards in all."""
         return self.replica_ranks * self.data_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Cards that share a mixture's routed experts, of one stage."""
+        return self.tensor_parallel_size * self.prefill_context_parallel_size * self.data_parallel_size
+
+    @property
+    def label(self) -> str:
+        """The sizes above 1 in short: ``tp8``, ``dp8 ep``, ``tp8 dcp8``, ``tp8 pp2``; ``""`` of one card."""
+        sizes = zip(("tp", "pp", "dp", "dcp", "pcp"), tuple(vars(self).values()), strict=False)
+        return " ".join([*(f"{name}{size}" for name, size in sizes if size > 1), *["ep"] * self.enable_expert_parallel])
 
     @property
     def context_ranks(self) -> int:
@@ -105,6 +120,14 @@ def stages(model: Model, sharding: Sharding) -> tuple[Model, ...]:
     if index and len(index) != len(held) and sharding.pipeline_parallel_size > 1:
         raise ValueError("pipeline parallel: the stages of index keys are not known where not every layer has them")
     return tuple(out)
+
+
+def copies(model: Model, sharding: Sharding) -> int:
+    """On how many cards of a replica the same tokens of a layer's keys and values lie, at the most: a head, or a latent
+    (MLA), is on every card where tensor parallel has more ranks than there are heads."""
+    heads = min((layer.num_kv_heads for layer in model.cache_layers), default=sharding.tensor_parallel_size)
+    each = max(1, sharding.tensor_parallel_size // max(1, heads))
+    return max(1, each // sharding.decode_context_parallel_size)
 
 
 def _is_index(layer: LayerShape | StateShape) -> bool:

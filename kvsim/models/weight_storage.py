@@ -23,10 +23,6 @@ class WeightBits(NamedTuple):
     routed: float
     head: float
 
-    def layers_nbytes(self, weights: Weights) -> float:
-        """Bytes of the layers' weights."""
-        return (weights.dense * self.dense + weights.routed * self.routed) / 8
-
     def nbytes(self, weights: Weights) -> float:
         """Bytes of all weights."""
         tables = weights.embedding + weights.head + weights.lookup

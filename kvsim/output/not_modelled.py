@@ -13,7 +13,8 @@ CARD = (
 TIME = (
     "bursts, arrival rates, scheduling policy, preemption (a steady number of requests is in flight)",
     "speculative decoding, power and thermal limits",
-    "pipeline and context parallelism, and links between hosts, in the times",
+    "in the times of several cards: experts that some cards hold more of, steps that wait for the fullest, overlap of "
+    "sending and computing",
 )
 QUALITY = "what a method costs in quality"
 PAGE = (

@@ -219,7 +219,10 @@ def times(rows: Sequence[Estimate], known: Sequence[Times | None]) -> str:
 def shares(rows: Sequence[Estimate], ranks: Sequence[tuple[int, int]], sharding: Sharding) -> str:
     """Bytes of the fullest rank, and over all of them."""
     sizes = ", ".join(
-        f"{name.replace('_size', '').replace('_', ' ')} {n}" for name, n in vars(sharding).items() if n > 1
+        [
+            *(f"{name.replace('_size', '').replace('_', ' ')} {n}" for name, n in vars(sharding).items() if n > 1),
+            *["expert parallel"] * sharding.enable_expert_parallel,
+        ]
     )
     name, scale = unit(max(total for _, total in ranks))
     heads = ["method", f"fullest card {name}", f"all {sharding.ranks} cards {name}"]
