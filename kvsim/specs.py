@@ -290,6 +290,39 @@ def parse_card(text: str) -> tuple[Hardware, int | None]:
     return find_hardware(name), int(count)
 
 
+def parse_prices(texts: Sequence[str], cards: Sequence[Hardware]) -> dict[str, float]:
+    """``2.2`` (of every card) and ``mi300x=2.2`` -> dollars a card-hour by the card's id.
+
+    Raises ``ValueError`` for another form, a second price of a card, or one of a card that is not asked about;
+    ``LookupError`` for an unknown card.
+    """
+    asked = {card.id for card in cards}
+    found: dict[str, float] = {}
+    plain: set[str] = set()
+    for text in texts:
+        name, equals, dollars = text.rpartition("=")
+        try:
+            price = float(dollars)
+        except ValueError:
+            price = nan
+        if not 0 < price < 1e6:
+            raise ValueError(f"price {brief(text)}: allowed are dollars a card-hour above 0, such as 2.2 or mi300x=2.2")
+        if not equals:
+            if plain:
+                raise ValueError("price: give one for every card, or CARD=DOLLARS for each")
+            plain = asked
+            continue
+        card = find_hardware(name).id
+        if card not in asked or card in found:
+            why = f"two prices of {card}" if card in found else f"--gpu asks about {', '.join(sorted(asked))}"
+            raise ValueError(f"price {brief(text)}: {why}")
+        found[card] = price
+    if plain:
+        every = next(float(text) for text in texts if "=" not in text)
+        found = {card: found.get(card, every) for card in asked}
+    return found
+
+
 def parse_serving(spec: str, card: Hardware | None, num_cards: int = 1) -> Engine:
     """``vllm``, or with its options ``vllm:block_size=32``, as it starts on ``num_cards`` of this card by default.
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvsim.analysis.memory_risk import OCCUPANCIES
-from kvsim.analysis.plan import INPUT_SHARE, MAX_BATCH, RISK, Demand, Plan, plan
+from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, plan
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.commandline import Command
 from kvsim.commands.flags import WeightChoice, gathered, own_cache, weights_gathered
@@ -23,15 +23,15 @@ from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.models.quantization import WEIGHT_DTYPES, kv_method
-from kvsim.output import text
+from kvsim.output import plan_screen
 from kvsim.output.schema import envelope
 from kvsim.specs import (
     choose_methods,
-    milliseconds,
     parse_card,
     parse_engine_choice,
     parse_human,
     parse_lengths,
+    parse_prices,
     parse_reserve,
     parse_seconds,
     parse_size,
@@ -77,7 +77,13 @@ PAGED = owner("block_size")
 @click.option("--kv-cache-dtype", "--kv-dtype", help="As vLLM's: one more method, by an engine's name.")
 @click.option("--weight-dtype", help=f"Type of the layers' weights: {', '.join(WEIGHT_DTYPES)}.")
 @click.option("--quantization", "-q", help="The same by vLLM's name: fp8, awq, gptq, mxfp4 ...")
-@click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
+@click.option(
+    "--price",
+    "prices",
+    multiple=True,
+    help="Dollars a card-hour, 2.2, or of one card, mi300x=2.2. Repeatable.  [default: the lowest of the dated list "
+    "prices]",
+)
 @click.option("--risk", type=float, default=RISK, show_default=True, help="Accepted probability of too little memory.")
 @click.option(
     "--occupancy",
@@ -118,7 +124,7 @@ def command(
     specs: tuple[str, ...],
     kv_cache_dtype: str | None,
     weights: WeightChoice,
-    price: float | None,
+    prices: tuple[str, ...],
     risk: float,
     occupancy: str,
     engine: str,
@@ -136,9 +142,8 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"plan needs numpy: {install_hint('plan')}") from None
-    if price is not None:
-        given("", price)
     serving, cards = parse_engine_choice(engine, {}), _cards(gpus, layout)
+    own = parse_prices(prices, [card for card, _ in cards])
     model = load_model(model_name)
     longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else model.max_positions
     lengths, notes = _cut(lengths, longest)
@@ -151,7 +156,7 @@ def command(
         methods,
         cards,
         demand,
-        lambda card, num_cards: lowest(card.id, num_cards) if price is None else given(card.id, price),
+        lambda card, num_cards: given(card.id, own[card.id]) if card.id in own else lowest(card.id, num_cards),
         weight_bits=weights.bits,
         reserve=held,
         quantized=weights.quantized,
@@ -167,7 +172,7 @@ def command(
         inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held}
         click.echo(json.dumps(envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}, indent=2))
     else:
-        click.echo("\n\n".join(_screen(model.name, demand, ways, notes)))
+        click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes)))
     return 0 if any(way.refusal is None for way in ways) else 1
 
 
@@ -203,7 +208,7 @@ def _share(reserve: str | None, gpu_memory_utilization: float | None) -> float |
 
 def _layout(**sizes: int | None) -> Sharding | None:
     """The one layout that is weighed, where any size is given.  Raises ``ValueError`` for sizes that cannot be."""
-    given = {name: size for name, size in sizes.items() if size is not None}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     return Sharding(**given) if given else None
 
 
@@ -276,137 +281,3 @@ def _row(way: Plan) -> dict[str, Any]:
         "usd_per_mtok": way.usd_per_mtok,
         "price": asdict(way.price) if way.price else None,
     }
-
-
-def _screen(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> list[str]:
-    limits = [
-        f"{what} within {milliseconds(limit)} ms"
-        for what, limit in (("a token", demand.slo_tpot), ("the first token", demand.slo_ttft))
-        if limit is not None
-    ]
-    blocks = [f"{name}: {demand.users:,} users, {demand.lengths.label}" + "".join(f"; {limit}" for limit in limits)]
-    good = [way for way in ways if way.refusal is None]
-    if good:
-        blocks += [_headline(good), _table(_best(good))]
-    else:
-        blocks.append("nothing meets this demand")
-    refused = _refused(ways)
-    if refused:
-        blocks.append("\n".join(["Not possible:", *refused]))
-    prices = dict.fromkeys(way.price.label for way in good if way.price)
-    unpriced = dict.fromkeys(way.card.id for way in good if not way.price)
-    lines = [
-        "a token, first token: predicted times, each with its band (low to high)",
-        "both count the prompts of the other requests",
-        f"first token: of a long prompt; {INPUT_SHARE:.0%} of the prompts are no longer",
-        f"P(out): probability, by convolution, that a replica's requests do not fit at once, each {_moment(demand)}",
-        *_layout_notes(good),
-        *(f"price: {label}" for label in prices),
-        *(f"no price of {card} is listed: give --price" for card in unpriced),
-        *notes,
-    ]
-    blocks.append(text.notes(lines))
-    blocks.append(text.not_modelled_line("plan"))
-    return blocks
-
-
-def _place(way: Plan) -> str:
-    """``8 x h200-sxm dp8 ep``; of one card, or of tensor parallel alone, the card and how many."""
-    layout = way.sharding
-    plain = layout == Sharding(layout.tensor_parallel_size) and way.copies == 1
-    return f"{way.cards_per_replica} x {way.card.id}" + ("" if plain else f" {layout.label}")
-
-
-def _headline(good: list[Plan]) -> str:
-    best = good[0]
-    cost = f", ${best.usd_per_mtok:.2f} a million output tokens" if best.usd_per_mtok else ""
-    layout = f" ({best.sharding.label})" if best.cards_per_replica > 1 else ""
-    return (
-        f"{best.num_cards} x {best.card.id} with {best.method.name}: {best.num_replicas} "
-        f"replica{'s' if best.num_replicas > 1 else ''} of {best.cards_per_replica}{layout}, "
-        f"{best.tokens_per_second:,.0f} tokens/s{cost}"
-    )
-
-
-def _best(good: list[Plan]) -> list[Plan]:
-    """Of the layouts of as many cards with one method the first, which is the cheapest."""
-    first: dict[tuple[str, int, str], Plan] = {}
-    for way in good:
-        first.setdefault((way.card.id, way.cards_per_replica, way.method.name), way)
-    return list(first.values())
-
-
-def _refused(ways: list[Plan]) -> list[str]:
-    """Why, once for all methods and layouts that are refused alike; not where another layout does it."""
-    served = {(way.card.id, way.cards_per_replica, way.method.name) for way in ways if way.refusal is None}
-    reasons: dict[tuple[str, str], dict[str, None]] = {}
-    for way in ways:
-        if way.refusal and (way.card.id, way.cards_per_replica, way.method.name) not in served:
-            where = f"{way.cards_per_replica} x {way.card.id}"
-            reasons.setdefault((where, way.refusal), {})[way.method.name] = None
-    return [f"  {where}, {', '.join(methods)}: {reason}" for (where, reason), methods in reasons.items()]
-
-
-def _layout_notes(good: list[Plan]) -> list[str]:
-    """What the layouts are, and what tensor parallelism alone costs where it copies."""
-    notes = []
-    labels = {word.rstrip("0123456789") for way in _best(good) for word in way.sharding.label.split()}
-    if "dp" in labels:
-        notes.append("dp: data-parallel attention, each card with requests of its own; ep: experts over all cards")
-    if any(way.cards_per_replica > way.card.host_cards for way in good):
-        notes.append("between hosts 400 Gb/s a card are taken")
-    way = max(good, key=lambda each: each.copies, default=None)
-    if way is not None and way.copies > 1:
-        rest = (each for each in good if (each.card, each.method) == (way.card, way.method) and each.copies == 1)
-        best = next(rest, None)
-        instead = (
-            f"; {best.sharding.label}, which copies none, {best.num_cards}" if best else ": -dp or -dcp copies none"
-        )
-        notes.append(
-            f"tensor parallelism alone ({way.sharding.label}) puts the same keys and values (a latent, or a head) on "
-            f"{way.copies} cards: with {way.method.name} it needs {way.num_cards} x {way.card.id}{instead}"
-        )
-    return notes
-
-
-def _moment(demand: Demand) -> str:
-    return "at its full length" if demand.occupancy == "full" else "at a random moment of its answer"
-
-
-def _table(ways: list[Plan]) -> str:
-    heads = [
-        "plan",
-        "cards",
-        "batch",
-        "most",
-        "bound",
-        "max ctx",
-        "ms a token",
-        "first token ms",
-        "tok/s",
-        "P(out)",
-        "$/Mtok",
-    ]
-    return text.table(
-        heads,
-        (
-            (
-                f"{_place(way)} {way.method.name}",
-                f"{way.num_cards:,}",
-                f"{way.batch_size:,}",
-                f"{way.max_batch:,}",
-                way.batch_bound,
-                f"{way.max_context:,}",
-                _band(way.tpot),
-                _band(way.ttft),
-                f"{way.tokens_per_second:,.0f}",
-                f"{way.runs_out:.1g}" if way.runs_out else "0",
-                f"{way.usd_per_mtok:.3f}" if way.usd_per_mtok else "-",
-            )
-            for way in ways
-        ),
-    )
-
-
-def _band(band: Any) -> str:
-    return f"{milliseconds(band.value)} ({milliseconds(band.low)}-{milliseconds(band.high)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from datetime import date
 
@@ -137,6 +138,30 @@ def test_prices_are_dated_known_and_lowest() -> None:
     assert lowest("rtx-a6000", 1) is None
     assert lowest("rtx-a6000", 4) is not None
     assert lowest("tpu-v4") is None
+
+
+def test_a_price_of_each_card(capsys) -> None:
+    """The headline is of the cards with a price; what the others need is said."""
+    command = [*COMMAND, "--gpu", "h100-sxm:1", "--gpu", "mi300x:1", "--gpu", "mi355x:1", "--method", "fp16"]
+    assert run([*command, "--price", "mi300x=0.5", "--price", "h100=9"]) == 0
+    out = capsys.readouterr().out
+    assert re.search("^cheapest of the cards with a price: [0-9]+ x mi300x with fp16", out, re.MULTILINE)
+    assert "price: $0.5 a card-hour" in out
+    assert "no price of mi355x is listed: 1 would do it (1 x mi355x, fp16); give --price mi355x=DOLLARS" in out
+    assert run([*command, "--price", "3", "--price", "mi355x=1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["gpu"]: row["price"]["usd_per_hour"] for row in rows} == {"h100-sxm": 3, "mi300x": 3, "mi355x": 1}
+    assert run(command) == 0  # the list has AMD's
+    assert "TensorWave" in capsys.readouterr().out
+    for wrong, said in (
+        (["--price", "l4=1"], "asks about h100-sxm, mi300x, mi355x"),
+        (["--price", "1", "--price", "2"], "give one for every card"),
+        (["--price", "mi300x=1", "--price", "mi300x=2"], "two prices of mi300x"),
+        (["--price", "mi300x=free"], "dollars a card-hour above 0"),
+        (["--price", "mi301x=1"], "unknown GPU"),
+    ):
+        assert run([*command, *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("price", [0.0, -1.0, float("nan"), float("inf")])
