@@ -222,7 +222,9 @@ def _cards(gpus: tuple[str, ...], layout: Sharding | None) -> list[tuple[Hardwar
         return [(card, count) for card, count in cards]
     for gpu, (_, count) in zip(gpus, cards, strict=True):
         if count not in (None, layout.ranks):
-            raise ValueError(f"gpu {gpu!r}: {count} cards, but the parallel sizes ask for {layout.ranks}")
+            plain = layout == Sharding(layout.tensor_parallel_size)
+            asked = f"--tensor-parallel-size is {layout.ranks}" if plain else f"the sizes ask for {layout.ranks}"
+            raise ValueError(f"gpu {gpu!r}: {count} cards, but {asked}")
     return [(card, layout) for card, _ in cards]
 
 

@@ -13,8 +13,7 @@ CARD = (
 TIME = (
     "bursts, arrival rates, scheduling policy, preemption (a steady number of requests is in flight)",
     "speculative decoding, power and thermal limits",
-    "in the times of several cards: experts that some cards hold more of, steps that wait for the fullest, overlap of "
-    "sending and computing",
+    "several cards: experts that some have more work for, waiting for the fullest, overlapped sending",
 )
 QUALITY = "what a method costs in quality"
 PAGE = (

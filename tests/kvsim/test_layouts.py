@@ -151,7 +151,7 @@ def test_plan_takes_one_layout_where_it_is_given(capsys) -> None:
         assert document["inputs"]["layout"] == layout
         assert [row["layout"] for row in document["rows"]] == [layout]
     assert run([*command, "--gpu", "h200-sxm:8", "-tp", "4"]) == 2
-    assert "8 cards, but the parallel sizes ask for 4" in capsys.readouterr().err
+    assert "8 cards, but --tensor-parallel-size is 4" in capsys.readouterr().err
 
 
 def test_more_cards_are_tried_where_the_weights_do_not_fit(capsys) -> None:
