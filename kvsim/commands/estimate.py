@@ -198,6 +198,7 @@ def _answer(
         )
         notes += space.notes
         limits = [_limits(each, load, space) for each in deployments]
+        notes += _close(deployments, load, space)
         pools = [_pool(each, space, tokens.longest) for each in deployments]
     most = load.max_num_seqs
     if most is not None and load.batch > most * sharding.data_parallel_size:
@@ -236,7 +237,7 @@ def _json(answer: Answer) -> dict[str, Any]:
         for entry, fit, (most, far), pool in zip(out["rows"], answer.fits, answer.limits, answer.pools, strict=True):
             entry |= {"fits": fit, "max_batch": most, "max_ctx": far}
             if pool is not None:
-                entry["pool"] = _pool_object(pool)
+                entry["pool"] = _pool_object(pool, load.tokens.longest)
     return out
 
 
@@ -249,7 +250,7 @@ def _blocks(answer: Answer, flag: str) -> list[str]:
         blocks.append(text.shares(rows, answer.ranks, load.sharding))
     if answer.space is not None:
         blocks.append(text.fits(answer.space, rows, answer.fits, answer.limits, load.sharding.ranks, flag))
-        blocks += [text.pools(rows, answer.pools), text.times(rows, answer.times)]
+        blocks += [text.pools(rows, answer.pools, load.tokens.longest), text.times(rows, answer.times)]
     return [*blocks, text.notes(answer.notes), text.not_modelled("estimate")]
 
 
@@ -262,6 +263,16 @@ def _limits(deployment: Deployment, load: Load, space: Room) -> tuple[int | None
     return most, largest_context(deployment, load.batch, space.cache_nbytes)
 
 
+def _close(deployments: list[Deployment], load: Load, space: Room) -> list[str]:
+    """A note on what fits by the engine's estimates, and does not where these are at the ends of their bands."""
+    least = space.cache_band[0]
+    needs = [(each.method.name, each.rank_nbytes(load.batch, load.tokens.context)) for each in deployments]
+    names = [name for name, nbytes in needs if least < nbytes <= space.cache_nbytes]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: fits, but not where the engine's estimates are at the ends of their bands"]
+
+
 def _pool(deployment: Deployment, space: Room, max_model_len: int) -> Pool | None:
     """The engine's pool on the rank with the fewest blocks; ``None`` where it has none."""
     engine, sharding = deployment.engine, deployment.sharding
@@ -271,13 +282,14 @@ def _pool(deployment: Deployment, space: Room, max_model_len: int) -> Pool | Non
     return min((pool for pool in pools if pool is not None), key=lambda pool: pool.num_gpu_blocks, default=None)
 
 
-def _pool_object(pool: Pool) -> dict[str, Any]:
+def _pool_object(pool: Pool, request: int) -> dict[str, Any]:
+    """``request``: tokens of a whole one, of which cards that share tokens hold a part each."""
     return {
         "num_gpu_blocks": pool.num_gpu_blocks,
         "block_size": max(group.block_size for group in pool.groups),
         "block_nbytes": pool.block_nbytes,
-        "kv_cache_tokens": pool.num_tokens,
-        "max_model_len": pool.max_model_len,
+        "kv_cache_tokens": int(pool.concurrency * request),
+        "max_model_len": request,
         "max_concurrency": pool.concurrency,
     }
 

@@ -61,8 +61,9 @@ PAGED = owner("block_size")
 @click.option("--users", type=int, required=True, help="Requests in flight at once.")
 @click.option("--slo-tpot", metavar="TIME", help="Longest time per output token: 30ms.")
 @click.option("--slo-ttft", metavar="TIME", help="Longest time to the first token, of 95 % of the requests: 2s.")
-@click.option("--input-len", default="2k", show_default=True, help="Tokens of a prompt.")
-@click.option("--output-len", default="512", show_default=True, help="Tokens of an answer.")
+@click.option("--input-len", help="Tokens of a prompt.  [default: 2k]")
+@click.option("--output-len", help="Tokens of an answer.  [default: 512]")
+@click.option("--ctx", help="Tokens of both together, the answer's among them.")
 @click.option(
     "--lengths",
     "spec",
@@ -111,7 +112,7 @@ PAGED = owner("block_size")
 @weights_gathered
 @gathered("engine", lambda **given: _engine(**given), "engine", "block_size")
 @gathered("layout", lambda **given: _layout(**given), *LAYOUT)
-@gathered("lengths", lambda **given: _lengths(**given), "input_len", "output_len", "spec")
+@gathered("lengths", lambda **given: _lengths(**given), "input_len", "output_len", "ctx", "spec")
 @gathered("held", lambda **given: _share(**given), "reserve", "gpu_memory_utilization")
 def command(
     model_name: str,
@@ -119,7 +120,7 @@ def command(
     users: int,
     slo_tpot: str | None,
     slo_ttft: str | None,
-    lengths: Lengths,
+    lengths: tuple[Lengths, list[str]],
     max_model_len: str | None,
     specs: tuple[str, ...],
     kv_cache_dtype: str | None,
@@ -146,9 +147,11 @@ def command(
     own = parse_prices(prices, [card for card, _ in cards])
     model = load_model(model_name)
     longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else model.max_positions
-    lengths, notes = _cut(lengths, longest)
+    asked, untold = lengths
+    cut, notes = _cut(asked, longest)
+    notes = untold + notes
     slos = _seconds(slo_tpot, "slo-tpot"), _seconds(slo_ttft, "slo-ttft")
-    demand = Demand(users, lengths, slos[0], slos[1], risk, occupancy)
+    demand = Demand(users, cut, slos[0], slos[1], risk, occupancy)
     methods, said = _methods(model, specs, kv_cache_dtype, serving)
     notes += said
     ways = plan(
@@ -194,10 +197,23 @@ def _seconds(text: str | None, what: str) -> float | None:
     return parse_seconds(text, what) if text is not None else None
 
 
-def _lengths(input_len: str, output_len: str, spec: str | None) -> Lengths:
-    """The requests' lengths.  Raises ``ValueError``."""
-    made = parse_size(output_len, "output-len")
-    return parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
+def _lengths(
+    input_len: str | None, output_len: str | None, ctx: str | None, spec: str | None
+) -> tuple[Lengths, list[str]]:
+    """The requests' lengths, and a note where none were given.  Raises ``ValueError`` for options that contradict."""
+    given = [flag for flag, value in (("--input-len", input_len), ("--ctx", ctx), ("--lengths", spec)) if value]
+    if len(given) > 1:
+        raise ValueError(f"give one of {' and '.join(given)}: each sets the prompt's length")
+    made = parse_size(output_len or "512", "output-len")
+    if spec:
+        return parse_lengths(spec, made), []
+    if ctx is not None:
+        both = parse_size(ctx)
+        if both <= made:
+            raise ValueError(f"ctx {both:,}: allowed are more than the {made:,} tokens of an answer (--output-len)")
+        return constant(both - made, made), []
+    found = constant(parse_size(input_len or "2k", "input-len"), made)
+    return found, [] if given else [f"lengths were not given: {found.label} are taken (--ctx, --input-len, --lengths)"]
 
 
 def _share(reserve: str | None, gpu_memory_utilization: float | None) -> float | None:

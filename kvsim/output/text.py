@@ -233,14 +233,15 @@ def shares(rows: Sequence[Estimate], ranks: Sequence[tuple[int, int]], sharding:
     return f"Sharded: {sizes}\n\n{table(heads, body)}"
 
 
-def pools(rows: Sequence[Estimate], known: Sequence[Pool | None]) -> str:
-    """The pool of an engine that has one, in the words of vLLM's log."""
+def pools(rows: Sequence[Estimate], known: Sequence[Pool | None], request: int) -> str:
+    """The pool of an engine that has one, in the words of vLLM's log, for requests of so many tokens, whole ones: cards
+    that share tokens hold a part of each."""
     body = [
         (
             row.method.name,
             f"{pool.num_gpu_blocks:,}",
-            f"{pool.num_tokens:,}",
-            f"{pool.max_model_len:,}",
+            f"{int(pool.concurrency * request):,}",
+            f"{request:,}",
             f"{pool.concurrency:,.2f}x",
         )
         for row, pool in zip(rows, known, strict=True)

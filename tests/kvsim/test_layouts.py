@@ -189,3 +189,26 @@ def test_estimate_times_what_it_shards(capsys) -> None:
     assert found["-tp 8 -pp 2"] < found["-tp 8"]  # a step of half the batch
     assert run([*command[:-1], "-tp", "8", "-pp", "2"]) == 0
     assert "between hosts 400 Gb/s a card are taken" in capsys.readouterr().out
+
+
+def test_a_pool_of_shared_tokens_shows_whole_requests(capsys) -> None:
+    """Eight cards with an eighth of a request each: 4,096 tokens are asked for, and eight pools hold them."""
+    command = ["estimate", "--model", "deepseek-v3", "--gpu", "h200-sxm", "--engine", "vllm", "--method", "fp16"]
+    pools = []
+    for flags in (["-tp", "8"], ["-tp", "8", "-dcp", "8"]):
+        assert run([*command, *flags, "--json"]) == 0
+        pools.append(json.loads(capsys.readouterr().out)["rows"][0]["pool"])
+    assert [pool["max_model_len"] for pool in pools] == [4096, 4096]
+    assert pools[1]["num_gpu_blocks"] == pools[0]["num_gpu_blocks"]
+    assert pools[1]["kv_cache_tokens"] == pytest.approx(8 * pools[0]["kv_cache_tokens"], rel=1e-3)
+    assert run([*command, "-tp", "8", "-dcp", "8"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "GPU blocks" in line)
+    assert "request tokens" in row
+
+
+def test_what_fits_only_by_an_estimate_is_said(capsys) -> None:
+    command = ["estimate", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--engine", "vllm", "--method", "fp16"]
+    assert run([*command, "--ctx", "4k", "--batch", "8"]) == 0
+    assert "ends of their bands" not in capsys.readouterr().out
+    assert run([*command, "--ctx", "4k", "--batch", "108"]) == 0
+    assert "fp16: fits, but not where the engine's estimates are at the ends of their bands" in capsys.readouterr().out

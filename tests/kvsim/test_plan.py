@@ -259,3 +259,24 @@ def test_weights_in_fp8_leave_more_room(capsys) -> None:
     assert found[0]["max_ctx"] * found[0]["batch_per_replica"] < found[1]["max_ctx"] * found[1]["batch_per_replica"]
     assert found[1]["max_ctx"] * found[1]["batch_per_replica"] < found[2]["max_ctx"] * found[2]["batch_per_replica"]
     assert run([*COMMAND, "--gpu", "h100-sxm:1", "--weight-dtype", "fp8", "--weight-bits", "8"]) == 2
+
+
+def test_lengths_are_given_or_said_not_to_be(capsys) -> None:
+    plain = [*COMMAND, "--gpu", "h100-sxm:1", "--method", "fp16"]
+    for more, label in (
+        ([], "2,048 input and 512 output tokens"),
+        (["--ctx", "8k"], "7,680 input and 512 output tokens"),
+        (["--ctx", "8k", "--output-len", "1k"], "7,168 input and 1,024 output tokens"),
+    ):
+        assert run([*plain, *more]) in (0, 1)
+        out = capsys.readouterr().out
+        assert label in out
+        assert ("lengths were not given" in out) == (not more)
+    assert run([*plain, "--max-model-len", "8k"]) == 0  # a limit, no length
+    assert "lengths were not given" in capsys.readouterr().out
+    for wrong, said in (
+        (["--ctx", "8k", "--input-len", "4k"], "give one of --input-len and --ctx"),
+        (["--ctx", "512"], "more than the 512 tokens of an answer"),
+    ):
+        assert run([*plain, *wrong]) == 2
+        assert said in capsys.readouterr().err
