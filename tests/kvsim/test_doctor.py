@@ -80,6 +80,17 @@ def test_quantized_weights_and_ranks() -> None:
     assert found["KV cache size"][2] == pytest.approx(0.0, abs=1e-4)
 
 
+def test_an_engine_of_several_that_share_experts() -> None:
+    """DeepSeek-V3 with data-parallel attention on 8 cards: 93.8 GiB each, of 626 in all; a dense model is copied."""
+    boot = BOOT_019.replace("tensor_parallel_size=1", "tensor_parallel_size=1, data_parallel_size=8")
+    boot_fp8 = boot.replace("quantization=None", "quantization=fp8")
+    mixture = figures(diagnose(boot_fp8, load_model("deepseek-v3")))["weights"][0]
+    assert mixture == pytest.approx(93.8, abs=0.1)
+    assert figures(diagnose(boot, LLAMA))["weights"][0] == pytest.approx(
+        figures(diagnose(BOOT_019, LLAMA))["weights"][0]
+    )
+
+
 def test_hybrid_groups_in_a_log() -> None:
     """gemma-3-27b-it, the same source: 8 padding layers, 36,560 tokens, 4.46 requests of 8192."""
     model = load_model("google/gemma-3-27b-it")

@@ -130,6 +130,7 @@ class _Boot:
         self.sharding = Sharding(
             self._size("tensor_parallel_size"),
             self._size("pipeline_parallel_size"),
+            self._size("data_parallel_size"),
             decode_context_parallel_size=self._size("decode_context_parallel_size"),
         )
         self.method = self._method()
