@@ -20,6 +20,7 @@ from kvsim.whole_numbers import LARGEST
 
 if TYPE_CHECKING:
     from kvsim.analysis.request_lengths import Lengths
+    from kvsim.latency.speculation import Speculation
 
 SIZE = re.compile(r"(\d{1,15})([kKmM]?)")
 HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
@@ -321,6 +322,39 @@ def parse_prices(texts: Sequence[str], cards: Sequence[Hardware]) -> dict[str, f
         every = next(float(text) for text in texts if "=" not in text)
         found = {card: found.get(card, every) for card in asked}
     return found
+
+
+SPECULATION = {"draft": ("model", "tokens", "acceptance"), "mtp": ("tokens", "acceptance")}
+SPECULATION["ngram"] = (*SPECULATION["mtp"], "proposed")
+"""Kinds of drafts and their options."""
+
+
+def parse_speculation(text: str) -> Speculation:
+    """``mtp:tokens=1,acceptance=0.85``, ``ngram:tokens=5,acceptance=0.7,proposed=0.5``,
+    ``draft:model=qwen3-0.6b,acceptance=0.8/0.6/0.5`` (a share for each position, as vLLM logs them).
+
+    Raises ``ValueError`` for another form, ``LookupError`` for an unknown model.
+    """
+    from kvsim.latency.speculation import Speculation, rate_by_position
+    from kvsim.models.load import load_model
+
+    kind, given = _head(text)
+    own = SPECULATION.get(kind, ())
+    options = dict(item.split("=", 1) for item in given if "=" in item)
+    if not own or len(options) != len(given) or not options.keys() <= set(own) or "acceptance" not in options:
+        forms = "; ".join(f"{name}:{','.join(each)}" for name, each in SPECULATION.items())
+        raise ValueError(f"speculate {brief(text)}: allowed are {forms}, each with =, acceptance always")
+    try:
+        shares = [float(part) for part in options["acceptance"].split("/")]
+        proposed, count = float(options.get("proposed", 1)), int(options.get("tokens", len(shares)))
+    except ValueError:
+        raise ValueError(f"speculate {brief(text)}: an option is not a number") from None
+    if len(shares) > 1 and count != len(shares):
+        raise ValueError(f"speculate {brief(text)}: {len(shares)} shares for {count} tokens")
+    if not 1 <= count <= 64:
+        raise ValueError(f"speculate {brief(text)}: tokens: allowed are 1 to 64")
+    kept = tuple(shares) if len(shares) > 1 else rate_by_position(shares[0], count)
+    return Speculation(kind, kept, proposed, load_model(options["model"]) if "model" in options else None)
 
 
 def parse_serving(spec: str, card: Hardware | None, num_cards: int = 1) -> Engine:

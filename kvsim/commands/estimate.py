@@ -33,6 +33,7 @@ from kvsim.commands.flags import (
 )
 from kvsim.engines import ENGINES, Engine, Pool
 from kvsim.hardware import Hardware
+from kvsim.layout import Method
 from kvsim.memory.capacity import RESERVE, Room, held_share, largest_batch, largest_context, room
 from kvsim.memory.estimate import Estimate, check_sizes
 from kvsim.memory.sharding import Deployment, Sharding, stages
@@ -41,10 +42,12 @@ from kvsim.models.model import Model
 from kvsim.output import text
 from kvsim.output.schema import envelope, gpu_object, model_object, options_object, row_object
 from kvsim.output.text import Times
-from kvsim.specs import parse_reserve, parse_size
+from kvsim.specs import parse_reserve, parse_size, parse_speculation
 
 if TYPE_CHECKING:
-    from kvsim.latency.roofline import Constants
+    from kvsim.latency.roofline import Constants, Serving
+    from kvsim.latency.speculation import Speculation
+    from kvsim.latency.steps import Step
 
 
 NETWORK = "between hosts 400 Gb/s a card are taken"
@@ -64,6 +67,7 @@ class Load(NamedTuple):
     max_num_seqs: int | None
     told: bool
     constants: Constants | None
+    drafts: Speculation | None = None
 
 
 class Answer(NamedTuple):
@@ -118,6 +122,10 @@ def _used() -> str:
     type=click.Path(path_type=Path),
     help="What kvsim calibrate measured on this card, in place of stated constants of time.",
 )
+@click.option(
+    "--speculate",
+    help="Drafts: mtp:tokens=1,acceptance=0.85; ngram:tokens=4,acceptance=0.5; draft:model=NAME,acceptance=0.8/0.6.",
+)
 @click.option("--shared-prefix", help="First tokens that all sequences share, stored once.")
 @json_option
 @gathered("tokens", tokens_a_sequence, "ctx", "max_model_len", "input_len", "output_len")
@@ -136,6 +144,7 @@ def command(
     sharding: Sharding,
     profile: Path | None,
     shared_prefix: str | None,
+    speculate: str | None,
     as_json: bool,
 ) -> int:
     """Bytes of the cache: stored, read per step, by purpose; what fits on a card, and the time of a token.
@@ -150,7 +159,7 @@ def command(
     share = held_share(serving, parse_reserve(reserve) if reserve is not None else None, gpu_memory_utilization)
     prefix = _prefix(shared_prefix, tokens.context)
     told = reserve is not None or gpu_memory_utilization is not None
-    load = Load(batch, tokens, sharding, weights, flags["max_num_seqs"], told, fixed)
+    load = Load(batch, tokens, sharding, weights, flags["max_num_seqs"], told, fixed, _drafts(speculate))
     model = load_model(model_name)
     chosen = Selection(model, asked, serving)
     answer = _answer(model, chosen, load, prefix, card, share, notes)
@@ -162,6 +171,10 @@ def command(
             flag = "--reserve"
         show(*_blocks(answer, flag))
     return 1 if answer.space is not None and not any(answer.fits) else 0
+
+
+def _drafts(given: str | None) -> Speculation | None:
+    return None if given is None else parse_speculation(given)
 
 
 def _prefix(given: str | None, tokens: int) -> int:
@@ -177,9 +190,10 @@ def _answer(
 ) -> Answer:
     """Weighs and times every method.  ``share``: of the card's memory, held back; ``said``: notes so far."""
     serving, sharding, tokens = chosen.engine, load.sharding, load.tokens
-    rows, left_out = chosen.weigh(model, load.batch, [tokens.context], prefix)
+    held = model if load.drafts is None else load.drafts.with_draft(model)
+    rows, left_out = chosen.weigh(held, load.batch, [tokens.context], prefix)
     notes = [*beyond(model, [tokens.context]), *said, *left_out]
-    deployments = [Deployment(model, row.method, serving, sharding, prefix) for row in rows]
+    deployments = [Deployment(held, row.method, serving, sharding, prefix) for row in rows]
     rank = stages(model, sharding)[0] if sharding != Sharding() else model
     notes += [f"{serving.name}: {line}" for line in serving.notes(rank, rows[0].method)]
     space: Room | None = None
@@ -192,7 +206,7 @@ def _answer(
             load.weights.bits,
             share,
             quantized=load.weights.quantized,
-            overhead=serving.overhead(model, card),
+            overhead=serving.overhead(model, card) | _draft_weights(model, card, load),
             overhead_band=serving.overhead_band,
             sharding=sharding,
         )
@@ -203,7 +217,7 @@ def _answer(
     most = load.max_num_seqs
     if most is not None and load.batch > most * sharding.data_parallel_size:
         notes.append(f"a batch of {load.batch:,} is beyond --max-num-seqs {most:,}: the others wait")
-    times = [None if space is None else _times(each, space, load, notes) for each in deployments]
+    times = [None if space is None else _times(model, each, space, load, notes) for each in deployments]
     ranks = [
         (each.rank_nbytes(load.batch, tokens.context), each.all_nbytes(load.batch, tokens.context))
         for each in deployments
@@ -313,8 +327,23 @@ def _constants(profile: Path | None, card: Hardware | None, engine: Engine, note
     return fixed
 
 
-def _times(deployment: Deployment, space: Room, load: Load, notes: list[str]) -> Times | None:
-    """Seconds of a token and to the first, where the card's figures are known.
+def _draft_weights(model: Model, card: Hardware, load: Load) -> dict[str, int]:
+    """Bytes of a draft's weights on one card."""
+    if load.drafts is None:
+        return {}
+    from kvsim.latency.speculation import own_weights
+
+    drafter = own_weights(load.drafts, model)
+    if drafter is None:
+        return {}
+    bits = load.weights if load.drafts.kind == "mtp" else WeightChoice(None, False)
+    sharding = replace(load.sharding, pipeline_parallel_size=1)
+    space = room(drafter, card, bits.bits, 0.0, quantized=bits.quantized, sharding=sharding)
+    return {"draft_weights": space.weight_nbytes}
+
+
+def _times(model: Model, deployment: Deployment, space: Room, load: Load, notes: list[str]) -> Times | None:
+    """Seconds of a token and to the first, where the card's figures are known; ``deployment`` has a draft's layers too.
 
     Without an output length those of one step at the context, and of one prompt alone; else a busy server's.
     """
@@ -325,7 +354,7 @@ def _times(deployment: Deployment, space: Room, load: Load, notes: list[str]) ->
     batch, replica = load.batch, sharding.rank_batch(load.batch)
     stages = sharding.pipeline_parallel_size
     cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
-    model, method, card = deployment.model, deployment.method, space.hardware
+    method, card = deployment.method, space.hardware
     try:
         serving = Serving(load.weights.bits, engine=deployment.engine, profile=load.constants, sharding=sharding)
         if output is None:
@@ -344,6 +373,10 @@ def _times(deployment: Deployment, space: Room, load: Load, notes: list[str]) ->
             in_step = max(1.0, held / stages)
             token = token_step(*served, cached_tokens=cached, num_running=in_step)
             first = first_token(*served, cached_tokens=cached, num_running=in_step)
+        if load.drafts is not None:
+            in_step = max(1.0, held / stages)
+            mean = prompt if output is None else prompt + output // 2
+            token = _speculative(model, method, card, in_step, mean, serving, load.drafts, token, notes)
     except ValueError as error:
         notes.append(f"no times: {error}")
         return None
@@ -354,6 +387,31 @@ def _times(deployment: Deployment, space: Room, load: Load, notes: list[str]) ->
     if held < replica:
         notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
     return Times(token.seconds, first.seconds, token.bound, batch * held / replica)
+
+
+def _speculative(
+    model: Model,
+    method: Method,
+    card: Hardware,
+    batch: float,
+    tokens: int,
+    serving: Serving,
+    drafts: Speculation,
+    plain: Step,
+    notes: list[str],
+) -> Step:
+    """The step with drafts in place of ``plain``, and a note on what they gain; prompts cost as much."""
+    from kvsim.latency.speculation import speculative_step
+    from kvsim.latency.steps import Band
+
+    step = speculative_step(model, method, card, batch, tokens, drafts, serving)
+    prompts = plain.parts.get("prefill", 0.0)
+    found = replace(step, seconds=Band(*(seconds + prompts for seconds in step.seconds)))
+    notes.append(
+        f"{method.name}: {drafts.num_tokens} proposed, {drafts.tokens_a_step:.2f} tokens come of a step; without "
+        f"{plain.seconds.value * 1e3:.3g} ms a token, {plain.seconds.value / found.seconds.value:.2f} times as long"
+    )
+    return found
 
 
 def _times_object(times: Times | None) -> dict[str, Any]:

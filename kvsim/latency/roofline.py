@@ -210,6 +210,20 @@ class Roofline:
             total, beyond = total + count * seconds, beyond + count * unpack
         return total, beyond
 
+    def pairs(self, num_queries: Any, num_tokens: Any) -> Any:
+        """Seconds of the attention's arithmetic alone, over all layers: so many queries and what each of them sees; 0
+        where the card's arithmetic is not known."""
+        half = self._flops(16)
+        if half is None:
+            return 0.0
+        seen = sum(
+            count * entries(layer, num_tokens) * _width(layer)
+            for layer, count in Counter(self.model.cache_layers).items()
+            if layer.kind != "indexer"
+        )
+        rank = self.model.num_q_heads / self.ranks / self.sharding.prefill_context_parallel_size
+        return 2 * num_queries * seen * rank / (self.fixed.prefill_efficiency * half)
+
     def layer_attention(
         self,
         method: Method,

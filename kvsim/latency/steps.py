@@ -66,7 +66,7 @@ def decode_step(
     """
     _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=serving.tensor_parallel)
     roofline = Roofline(model, hardware, serving)
-    return _step(_decode_parts(roofline, method, batch_size, num_tokens), roofline.fixed.decode_band)
+    return as_step(_decode_parts(roofline, method, batch_size, num_tokens), roofline.fixed.decode_band)
 
 
 def decode_seconds(
@@ -109,7 +109,7 @@ def prefill(
     _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=serving.tensor_parallel)
     _check_cached(cached_tokens, num_tokens)
     roofline = Roofline(model, hardware, serving)
-    return _step(
+    return as_step(
         _prefill_parts(roofline, batch_size, num_tokens, num_tokens - cached_tokens), roofline.fixed.prefill_band
     )
 
@@ -174,7 +174,7 @@ def token_step(
         carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
         paid = carrying * sum(roofline.weights(held))
         parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
-    return _step(parts, roofline.fixed.decode_band)
+    return as_step(parts, roofline.fixed.decode_band)
 
 
 def first_token(
@@ -203,7 +203,7 @@ def first_token(
     own = sum(parts.values()) - fixed.prefill_seconds
     parts["queue"] = fixed.prefill_queue * (batch_size - 1) * own
     parts["queue"] += (batch_size / held - 1) * output_len * step.seconds.value
-    return _step(parts, fixed.prefill_band)
+    return as_step(parts, fixed.prefill_band)
 
 
 def was_timed(engine: str) -> bool:
@@ -214,7 +214,8 @@ def was_timed(engine: str) -> bool:
     }
 
 
-def _step(parts: dict[str, Any], band: tuple[float, float]) -> Step:
+def as_step(parts: dict[str, Any], band: tuple[float, float]) -> Step:
+    """``parts`` added up, with their band and the largest of them."""
     values = {name: float(value) for name, value in parts.items()}
     seconds = sum(values.values())
     return Step(Band(seconds, seconds * band[0], seconds * band[1]), values, max(values, key=lambda name: values[name]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 BYTES = (
     "the allocator's fragmentation and rounding (512 B to 2 MiB a tensor)",
-    "draft models and multi-token prediction layers, LoRA adapters, vision encoders and their caches",
+    "drafts but for those of estimate --speculate, LoRA adapters, vision encoders and their caches",
 )
 CARD = (
     "activations, workspaces and graphs beyond the share held back and the engine's estimates",
@@ -12,7 +12,7 @@ CARD = (
 )
 TIME = (
     "bursts, arrival rates, scheduling policy, preemption (a steady number of requests is in flight)",
-    "speculative decoding, power and thermal limits",
+    "power and thermal limits",
     "several cards: experts that some have more work for, waiting for the fullest, overlapped sending",
 )
 QUALITY = "what a method costs in quality"

@@ -160,7 +160,7 @@ def fits(
 
     def band(name: str, size: int) -> str:
         low, high = room.overhead_band.get(name, (1.0, 1.0))
-        return f" (estimate: {size * low / GIB:,.2f} to {size * high / GIB:,.2f})"
+        return "" if low == high else f" (estimate: {size * low / GIB:,.2f} to {size * high / GIB:,.2f})"
 
     least, most = room.cache_band
     within = f", {least / GIB:,.2f} to {most / GIB:,.2f} within those bands" if most > least else ""
