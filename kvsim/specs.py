@@ -19,6 +19,7 @@ from kvsim.methods.full import SHORT
 from kvsim.whole_numbers import LARGEST
 
 if TYPE_CHECKING:
+    from kvsim.analysis.prefix_hits import Prompt
     from kvsim.analysis.request_lengths import Lengths
     from kvsim.latency.speculation import Speculation
 
@@ -322,6 +323,18 @@ def parse_prices(texts: Sequence[str], cards: Sequence[Hardware]) -> dict[str, f
         every = next(float(text) for text in texts if "=" not in text)
         found = {card: found.get(card, every) for card in asked}
     return found
+
+
+def parse_prefix_hits(text: str) -> float | list[Prompt]:
+    """``60%`` or ``0.6``, or the path of a trace with its blocks.  Raises ``ValueError``."""
+    from kvsim.analysis.prefix_hits import read_prompts
+
+    if Path(text).exists() or not re.fullmatch(r"[0-9.]+%?", text):
+        return read_prompts(Path(text))
+    share = float(text[:-1]) / 100 if text.endswith("%") and text.count(".") < 2 else float(text)
+    if not 0 <= share < 1:
+        raise ValueError(f"prefix-hits {brief(text)}: allowed are 0% to below 100%, 0 to below 1, or a trace")
+    return share
 
 
 SPECULATION = {"draft": ("model", "tokens", "acceptance"), "mtp": ("tokens", "acceptance")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,9 +31,9 @@ from kvsim.commands.flags import (
     tokens_a_sequence,
     weights_gathered,
 )
+from kvsim.commands.request_times import Load, draft_weights, request_times
 from kvsim.engines import ENGINES, Engine, Pool
 from kvsim.hardware import Hardware
-from kvsim.layout import Method
 from kvsim.memory.capacity import RESERVE, Room, held_share, largest_batch, largest_context, room
 from kvsim.memory.estimate import Estimate, check_sizes
 from kvsim.memory.sharding import Deployment, Sharding, stages
@@ -42,32 +42,12 @@ from kvsim.models.model import Model
 from kvsim.output import text
 from kvsim.output.schema import envelope, gpu_object, model_object, options_object, row_object
 from kvsim.output.text import Times
-from kvsim.specs import parse_reserve, parse_size, parse_speculation
+from kvsim.specs import parse_prefix_hits, parse_reserve, parse_size, parse_speculation
 
 if TYPE_CHECKING:
-    from kvsim.latency.roofline import Constants, Serving
+    from kvsim.analysis.prefix_hits import Prompt
+    from kvsim.latency.roofline import Constants
     from kvsim.latency.speculation import Speculation
-    from kvsim.latency.steps import Step
-
-
-NETWORK = "between hosts 400 Gb/s a card are taken"
-"""What the times of several hosts rest on (:mod:`kvsim.latency.exchange`)."""
-
-
-class Load(NamedTuple):
-    """What is weighed: sequences of so many tokens, at most ``max_num_seqs`` at once, under one sharding.
-
-    ``told``: the share of the memory was, so that as many run as fit in it.
-    """
-
-    batch: int
-    tokens: SequenceTokens
-    sharding: Sharding
-    weights: WeightChoice
-    max_num_seqs: int | None
-    told: bool
-    constants: Constants | None
-    drafts: Speculation | None = None
 
 
 class Answer(NamedTuple):
@@ -126,6 +106,7 @@ def _used() -> str:
     "--speculate",
     help="Drafts: mtp:tokens=1,acceptance=0.85; ngram:tokens=4,acceptance=0.5; draft:model=NAME,acceptance=0.8/0.6.",
 )
+@click.option("--prefix-hits", help="Share of a prompt found in the cache: 60%, or a trace (JSON Lines, Mooncake's).")
 @click.option("--shared-prefix", help="First tokens that all sequences share, stored once.")
 @json_option
 @gathered("tokens", tokens_a_sequence, "ctx", "max_model_len", "input_len", "output_len")
@@ -145,6 +126,7 @@ def command(
     profile: Path | None,
     shared_prefix: str | None,
     speculate: str | None,
+    prefix_hits: str | None,
     as_json: bool,
 ) -> int:
     """Bytes of the cache: stored, read per step, by purpose; what fits on a card, and the time of a token.
@@ -159,7 +141,9 @@ def command(
     share = held_share(serving, parse_reserve(reserve) if reserve is not None else None, gpu_memory_utilization)
     prefix = _prefix(shared_prefix, tokens.context)
     told = reserve is not None or gpu_memory_utilization is not None
-    load = Load(batch, tokens, sharding, weights, flags["max_num_seqs"], told, fixed, _drafts(speculate))
+    load = Load(
+        batch, tokens, sharding, weights, flags["max_num_seqs"], told, fixed, _drafts(speculate), _hits(prefix_hits)
+    )
     model = load_model(model_name)
     chosen = Selection(model, asked, serving)
     answer = _answer(model, chosen, load, prefix, card, share, notes)
@@ -175,6 +159,10 @@ def command(
 
 def _drafts(given: str | None) -> Speculation | None:
     return None if given is None else parse_speculation(given)
+
+
+def _hits(given: str | None) -> float | list[Prompt] | None:
+    return None if given is None else parse_prefix_hits(given)
 
 
 def _prefix(given: str | None, tokens: int) -> int:
@@ -206,7 +194,7 @@ def _answer(
             load.weights.bits,
             share,
             quantized=load.weights.quantized,
-            overhead=serving.overhead(model, card) | _draft_weights(model, card, load),
+            overhead=serving.overhead(model, card) | draft_weights(model, card, load),
             overhead_band=serving.overhead_band,
             sharding=sharding,
         )
@@ -217,7 +205,7 @@ def _answer(
     most = load.max_num_seqs
     if most is not None and load.batch > most * sharding.data_parallel_size:
         notes.append(f"a batch of {load.batch:,} is beyond --max-num-seqs {most:,}: the others wait")
-    times = [None if space is None else _times(model, each, space, load, notes) for each in deployments]
+    times = [None if space is None else request_times(model, each, space, load, notes) for each in deployments]
     ranks = [
         (each.rank_nbytes(load.batch, tokens.context), each.all_nbytes(load.batch, tokens.context))
         for each in deployments
@@ -325,93 +313,6 @@ def _constants(profile: Path | None, card: Hardware | None, engine: Engine, note
     fixed.check_engine(engine.name)
     notes.append(measured.note(engine.name))
     return fixed
-
-
-def _draft_weights(model: Model, card: Hardware, load: Load) -> dict[str, int]:
-    """Bytes of a draft's weights on one card."""
-    if load.drafts is None:
-        return {}
-    from kvsim.latency.speculation import own_weights
-
-    drafter = own_weights(load.drafts, model)
-    if drafter is None:
-        return {}
-    bits = load.weights if load.drafts.kind == "mtp" else WeightChoice(None, False)
-    sharding = replace(load.sharding, pipeline_parallel_size=1)
-    space = room(drafter, card, bits.bits, 0.0, quantized=bits.quantized, sharding=sharding)
-    return {"draft_weights": space.weight_nbytes}
-
-
-def _times(model: Model, deployment: Deployment, space: Room, load: Load, notes: list[str]) -> Times | None:
-    """Seconds of a token and to the first, where the card's figures are known; ``deployment`` has a draft's layers too.
-
-    Without an output length those of one step at the context, and of one prompt alone; else a busy server's.
-    """
-    from kvsim.latency.roofline import Serving
-    from kvsim.latency.steps import decode_step, first_token, prefill, running, token_step, was_timed
-
-    sharding, (_, prompt, output, _) = deployment.sharding, load.tokens
-    batch, replica = load.batch, sharding.rank_batch(load.batch)
-    stages = sharding.pipeline_parallel_size
-    cached = deployment.shared_prefix if deployment.shared_prefix < prompt else 0
-    method, card = deployment.method, space.hardware
-    try:
-        serving = Serving(load.weights.bits, engine=deployment.engine, profile=load.constants, sharding=sharding)
-        if output is None:
-            token = decode_step(model, method, card, max(1.0, replica / stages), prompt, serving)
-            first, held = prefill(model, card, 1, prompt, serving, cached_tokens=cached), float(replica)
-        else:
-            plain = sharding == Sharding(tensor_parallel_size=sharding.tensor_parallel_size)
-            if load.told or not plain:
-                one = replace(deployment, sharding=replace(sharding, data_parallel_size=1))
-                room_for = largest_batch(one, prompt + output // 2, space.cache_nbytes)
-                held = float(replica if room_for is None else min(replica, max(1, room_for)))
-            else:
-                held = running(model, method, card, replica, prompt, output, serving)
-            held = min(held, load.max_num_seqs or held)
-            served = (model, method, card, -(-replica // stages), prompt, output, serving)
-            in_step = max(1.0, held / stages)
-            token = token_step(*served, cached_tokens=cached, num_running=in_step)
-            first = first_token(*served, cached_tokens=cached, num_running=in_step)
-        if load.drafts is not None:
-            in_step = max(1.0, held / stages)
-            mean = prompt if output is None else prompt + output // 2
-            token = _speculative(model, method, card, in_step, mean, serving, load.drafts, token, notes)
-    except ValueError as error:
-        notes.append(f"no times: {error}")
-        return None
-    if sharding.ranks > card.host_cards:
-        notes.append(f"{sharding.ranks} cards are more than the {card.host_cards} of a host: {NETWORK}")
-    if not was_timed(deployment.engine.name):
-        notes.append(f"{deployment.engine.name} was not timed: the times are those of vllm, sglang and trtllm")
-    if held < replica:
-        notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
-    return Times(token.seconds, first.seconds, token.bound, batch * held / replica)
-
-
-def _speculative(
-    model: Model,
-    method: Method,
-    card: Hardware,
-    batch: float,
-    tokens: int,
-    serving: Serving,
-    drafts: Speculation,
-    plain: Step,
-    notes: list[str],
-) -> Step:
-    """The step with drafts in place of ``plain``, and a note on what they gain; prompts cost as much."""
-    from kvsim.latency.speculation import speculative_step
-    from kvsim.latency.steps import Band
-
-    step = speculative_step(model, method, card, batch, tokens, drafts, serving)
-    prompts = plain.parts.get("prefill", 0.0)
-    found = replace(step, seconds=Band(*(seconds + prompts for seconds in step.seconds)))
-    notes.append(
-        f"{method.name}: {drafts.num_tokens} proposed, {drafts.tokens_a_step:.2f} tokens come of a step; without "
-        f"{plain.seconds.value * 1e3:.3g} ms a token, {plain.seconds.value / found.seconds.value:.2f} times as long"
-    )
-    return found
 
 
 def _times_object(times: Times | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         "bursts and arrival rates (every user always has one request in flight; a first token waits for the prompts in "
         "front of it)",
         "an engine's scheduler, preemption and recomputation",
-        "prefix sharing, speculative decoding",
+        "prefix hits and drafts (estimate has them)",
         "the network between replicas and users",
         QUALITY,
     ),
