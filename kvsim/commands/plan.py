@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kvsim.analysis.disaggregated import Apart, apart
 from kvsim.analysis.memory_risk import OCCUPANCIES
 from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, plan
 from kvsim.analysis.request_lengths import Lengths, constant
@@ -108,6 +109,7 @@ PAGED = owner("block_size")
 @click.option("--decode-context-parallel-size", "-dcp", type=click.IntRange(1), help="As vLLM's: share tokens.")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
 @click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
+@click.option("--disaggregated", is_flag=True, help="Prefill and decode on cards of their own, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @weights_gathered
 @gathered("engine", lambda **given: _engine(**given), "engine", "block_size")
@@ -133,6 +135,7 @@ def command(
     layout: Sharding | None,
     max_num_seqs: int,
     max_cards: int | None,
+    disaggregated: bool,
     as_json: bool,
 ) -> int:
     """How many cards, which method and batch for so many users within these latencies, and at what price.
@@ -167,16 +170,35 @@ def command(
         max_cards=max_cards,
         max_num_seqs=max_num_seqs,
     )
+    divided: list[Apart] = []
+    if disaggregated:
+        if layout is not None:
+            raise ValueError("--disaggregated weighs the layouts of both sides: give no parallel sizes")
+        divided = apart(
+            model,
+            methods,
+            [(card, count) for card, count in cards if not isinstance(count, Sharding)],
+            demand,
+            lambda card, num_cards: given(card.id, own[card.id]) if card.id in own else lowest(card.id, num_cards),
+            weight_bits=weights.bits,
+            reserve=held,
+            quantized=weights.quantized,
+            engine=serving.on,
+        )
     if as_json:
         inputs: dict[str, Any] = {"model": model.name}
         inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]
         inputs["layout"] = layout.label if layout else None
         inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
         inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held}
-        click.echo(json.dumps(envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}, indent=2))
+        out = envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}
+        if disaggregated:
+            out["disaggregated"] = [_apart_row(way) for way in divided]
+        click.echo(json.dumps(out, indent=2))
     else:
-        click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes)))
-    return 0 if any(way.refusal is None for way in ways) else 1
+        shown = divided if disaggregated else None
+        click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes, shown)))
+    return 0 if divided or any(way.refusal is None for way in ways) else 1
 
 
 def _engine(engine: str | None, block_size: int | None) -> str:
@@ -269,6 +291,25 @@ def _demand(demand: Demand) -> dict[str, Any]:
         "lengths": demand.lengths.label,
         "slo_tpot_seconds": demand.slo_tpot,
         "slo_ttft_seconds": demand.slo_ttft,
+    }
+
+
+def _apart_row(way: Apart) -> dict[str, Any]:
+    return {
+        "method": way.method.name,
+        "gpu": way.card.id,
+        "prefill": {"layout": way.prefill.label, "cards": way.num_prefill_cards, "replicas": way.num_prefill},
+        "decode": {"layout": way.decode.label, "cards": way.num_decode_cards, "replicas": way.num_decode},
+        "num_cards": way.num_cards,
+        "batch_per_replica": way.batch_size,
+        "prefill_load": way.load,
+        "transfer_nbytes": way.transfer_nbytes,
+        "transfer_seconds": way.transfer_seconds,
+        "tpot_seconds": way.tpot._asdict(),
+        "ttft_seconds": way.ttft._asdict(),
+        "requests_per_second": way.requests_per_second,
+        "tokens_per_second": way.tokens_per_second,
+        "usd_per_mtok": way.usd_per_mtok,
     }
 
 

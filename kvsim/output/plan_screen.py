@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvsim.analysis.disaggregated import Apart
 from kvsim.analysis.plan import INPUT_SHARE, Demand, Plan
 from kvsim.memory.sharding import Sharding
 from kvsim.output import text
 from kvsim.specs import milliseconds
 
+NOT_APART = "Prefill and decode on cards of their own: nothing meets this demand"
 
-def blocks(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> list[str]:
+
+def blocks(
+    name: str, demand: Demand, ways: list[Plan], notes: list[str], divided: list[Apart] | None = None
+) -> list[str]:
     """The screen: what was asked, the headline, the cheapest ways, refusals, notes."""
     limits = [
         f"{what} within {milliseconds(limit)} ms"
@@ -23,6 +28,8 @@ def blocks(name: str, demand: Demand, ways: list[Plan], notes: list[str]) -> lis
         out += [_headline(good), _table(_best(good))]
     else:
         out.append("nothing meets this demand")
+    if divided is not None:
+        out += ["Prefill and decode on cards of their own:", _divided(divided)] if divided else [NOT_APART]
     refused = _refused(ways)
     if refused:
         out.append("\n".join(["Not possible:", *refused]))
@@ -114,6 +121,29 @@ def _layout_notes(good: list[Plan]) -> list[str]:
             f"{way.copies} cards: with {way.method.name} it needs {way.num_cards} x {way.card.id}{instead}"
         )
     return notes
+
+
+def _divided(ways: list[Apart]) -> str:
+    heads = ["plan", "cards", "prefill", "load", "decode", "batch", "transfer ms", "ms a token", "first token ms"]
+    return text.table(
+        [*heads, "tok/s", "$/Mtok"],
+        (
+            (
+                f"{way.card.id} {way.method.name}",
+                f"{way.num_cards:,}",
+                f"{way.num_prefill:,} x {way.prefill.label or 1}",
+                f"{way.load:.0%}",
+                f"{way.num_decode:,} x {way.decode.label or 1}",
+                f"{way.batch_size:,}",
+                milliseconds(way.transfer_seconds),
+                _band(way.tpot),
+                _band(way.ttft),
+                f"{way.tokens_per_second:,.0f}",
+                f"{way.usd_per_mtok:.3f}" if way.usd_per_mtok else "-",
+            )
+            for way in ways
+        ),
+    )
 
 
 def _moment(demand: Demand) -> str:
