@@ -38,7 +38,8 @@ ROUNDS = 60
 @dataclass(frozen=True)
 class Apart:
     """One way.  ``prefill``, ``decode``: how a replica's cards share the model, and the numbers of replicas.
-    ``batch_size``: requests in a decode replica.  ``load``: share of the time that prefill works.  Seconds are bands."""
+    ``batch_size``: requests in a decode replica.  ``load``: share of the time that prefill works.
+    """
 
     method: Method
     card: Hardware

@@ -56,6 +56,12 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         "fixed costs of a layer that grow with the batch (measured for one request: early break-evens are optimistic)",
         QUALITY,
     ),
+    "offload": (
+        "loading that overlaps with computing, and links that several cards or requests share",
+        "writing a cache out; the room, the price and the wear of the tier",
+        "small blocks, which take the link's bandwidth away",
+        "waiting for a place on the card",
+    ),
     "sweep": SWEEP,
     "sweep-summary": SWEEP,
     "page": PAGE,
