@@ -15,7 +15,7 @@ from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.commandline import Command
 from kvsim.commands.flags import WeightChoice, gathered, own_cache, weights_gathered
 from kvsim.engines import ENGINES, IDEAL, EngineChoice, engine_fields, owner
-from kvsim.hardware import Hardware, given, lowest
+from kvsim.hardware import Hardware, Price, given, lowest
 from kvsim.install import install_hint
 from kvsim.layout import Method
 from kvsim.memory.capacity import held_share
@@ -157,34 +157,17 @@ def command(
     demand = Demand(users, cut, slos[0], slos[1], risk, occupancy)
     methods, said = _methods(model, specs, kv_cache_dtype, serving)
     notes += said
-    ways = plan(
-        model,
-        methods,
-        cards,
-        demand,
-        lambda card, num_cards: given(card.id, own[card.id]) if card.id in own else lowest(card.id, num_cards),
-        weight_bits=weights.bits,
-        reserve=held,
-        quantized=weights.quantized,
-        engine=serving.on,
-        max_cards=max_cards,
-        max_num_seqs=max_num_seqs,
-    )
-    divided: list[Apart] = []
-    if disaggregated:
-        if layout is not None:
-            raise ValueError("--disaggregated weighs the layouts of both sides: give no parallel sizes")
-        divided = apart(
-            model,
-            methods,
-            [(card, count) for card, count in cards if not isinstance(count, Sharding)],
-            demand,
-            lambda card, num_cards: given(card.id, own[card.id]) if card.id in own else lowest(card.id, num_cards),
-            weight_bits=weights.bits,
-            reserve=held,
-            quantized=weights.quantized,
-            engine=serving.on,
-        )
+    if disaggregated and layout is not None:
+        raise ValueError("--disaggregated weighs the layouts of both sides: give no parallel sizes")
+
+    def price(card: Hardware, num_cards: int) -> Price | None:
+        return given(card.id, own[card.id]) if card.id in own else lowest(card.id, num_cards)
+
+    asked_of: dict[str, Any] = {"weight_bits": weights.bits, "quantized": weights.quantized, "reserve": held}
+    asked_of["engine"] = serving.on
+    ways = plan(model, methods, cards, demand, price, **asked_of, max_cards=max_cards, max_num_seqs=max_num_seqs)
+    counted = [(card, count) for card, count in cards if not isinstance(count, Sharding)]
+    divided = apart(model, methods, counted, demand, price, **asked_of) if disaggregated else []
     if as_json:
         inputs: dict[str, Any] = {"model": model.name}
         inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]

@@ -98,7 +98,7 @@ def test_a_simulated_queue_waits_as_long(load: float) -> None:
         waits.append(max(0.0, free - clock))
         free = max(free, clock) + draw.choice(services)
     assert fmean(waits) == pytest.approx(side.wait(rate), rel=0.15)
-    assert side.wait(1 / mean) == float("inf")
+    assert side.wait(rate=1 / mean) == float("inf")
 
 
 def test_the_command(capsys) -> None:
