@@ -19,6 +19,7 @@ LAZY: dict[str, str] = {
     "doctor": "An engine's boot log against prediction, line by line, with causes.",
     "calibrate": "Measures this card (needs the runtime): a profile that takes the place of stated constants.",
     "breakeven": "From which context and batch a method pays, in tokens a second and in money.",
+    "goodput": "The rate of random arrivals that a server takes within these latencies, by simulation.",
     "offload": "A cache in the host's memory, on a drive or another host: loading it, against computing it again.",
     "plan": "How many cards, which method and batch for so many users within these latencies, and at what price.",
     "report": "One self-contained HTML file: plots, and the tables behind them.",

@@ -11,7 +11,7 @@ CARD = (
     "weights that an engine pads, replicates or keeps in a second layout",
 )
 TIME = (
-    "bursts, arrival rates, scheduling policy, preemption (a steady number of requests is in flight)",
+    "arrivals, scheduling, preemption (a steady number is in flight; kvsim goodput simulates them)",
     "power and thermal limits",
     "several cards: experts that some have more work for, waiting for the fullest, overlapped sending",
 )
@@ -41,9 +41,7 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         "a draft whose model is not in the catalogue, but for one layer more; LoRA adapters, vision encoders",
     ),
     "plan": (
-        "bursts and arrival rates (every user always has one request in flight; a first token waits for the prompts in "
-        "front of it)",
-        "an engine's scheduler, preemption and recomputation",
+        "arrivals, scheduling, preemption (every user always has one request in flight; kvsim goodput simulates them)",
         "prefix hits and drafts (estimate has them)",
         "the network between replicas and users",
         QUALITY,
@@ -54,6 +52,13 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         "from it",
         "layouts that this project's portable kernel reads (3 bits, odd groups): slower than these times",
         "fixed costs of a layer that grow with the batch (measured for one request: early break-evens are optimistic)",
+        QUALITY,
+    ),
+    "goodput": (
+        "arrivals in bursts beyond random ones, and users who wait for an answer before they ask again",
+        "priorities, other orders than first come first served; prefix hits and drafts",
+        "what a band says of every time: a simulation of predicted steps is no more certain than they are",
+        "routing between replicas; the host's share of a step beyond the fitted one",
         QUALITY,
     ),
     "offload": (

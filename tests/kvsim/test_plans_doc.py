@@ -16,6 +16,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf
 MODEL = ["--model", "llama-3.1-8b", "--gpu", "h100-sxm:1", "--json"]
 COMMANDS = {
     "kvsim.plan/1": ["plan", *MODEL, "--users", "20"],
+    "kvsim.goodput/1": ["goodput", *MODEL, "--rate", "2", "--requests", "20"],
     "kvsim.offload/1": ["offload", *MODEL, "--ctx", "4k"],
     "kvsim.breakeven/1": ["breakeven", *MODEL, "--batch", "8", "--ctx", "4k"],
     "kvsim.sweep/1": ["sweep", "--model", "gpt2", "--ctx", "1k", "--json"],
