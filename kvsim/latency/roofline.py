@@ -33,6 +33,10 @@ from kvsim.models.parameters import Weights
 from kvsim.models.weight_storage import check_weight_bits, known_weights, weight_storage
 from kvsim.vectorize import Vectorized
 
+PROMPT_WIDTH = 128 + 64 + 128
+"""Channels that a query head multiplies with an entry of a latent's prompt, for which engines make keys and values of
+their own: qk_nope_head_dim + qk_rope_head_dim + v_head_dim of DeepSeek and Kimi (a decode step absorbs them)."""
+
 LANE_OPS = 128 * 1.7e9
 """Vector operations a second of one multiprocessor: 128 lanes at 1.7 GHz (an H100 SXM's)."""
 
@@ -320,7 +324,7 @@ class Roofline:
         if half is None:
             raise ValueError(f"{self.hardware.id}: its arithmetic (FLOP/s) is not known, no prefill time")
         pairs = sum(
-            count * _width(layer) * seen(layer, num_tokens, new)
+            count * (PROMPT_WIDTH if layer.kind == "mla" else _width(layer)) * seen(layer, num_tokens, new)
             for layer, count in Counter(self.model.cache_layers).items()
         )
         attention = 2 * pairs * self.model.num_q_heads / (self.fixed.prefill_efficiency * half) / self.ranks
