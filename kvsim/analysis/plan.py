@@ -149,18 +149,18 @@ def site(
 def layouts(model: Model, num_cards: int, host_cards: int = 8) -> tuple[Sharding, ...]:
     """The ways that ``num_cards`` cards share a model in practice.
 
-    Tensor parallel within a host, and pipeline stages of whole hosts; where a head or latent would be copied, decode
-    context parallel; for a mixture of experts also data-parallel attention, its experts over all cards, with as much
-    tensor parallel as copies nothing.
+    Tensor parallel within a host, and pipeline stages of whole hosts; for a mixture of experts also data-parallel
+    attention, its experts over all cards, with as much tensor parallel as copies nothing; for others, where a head or
+    latent would be copied, decode context parallel.
     """
     most = min(num_cards, host_cards)
     if num_cards % most:
         return (Sharding(tensor_parallel_size=num_cards),)
     out = [Sharding(tensor_parallel_size=most, pipeline_parallel_size=num_cards // most)]
-    alike = copies(model, out[0])
-    if alike > 1 and all(layer.window is None for layer in model.cache_layers):
+    alike, experts = copies(model, out[0]), model.weights.num_experts if model.weights is not None else 0
+    if alike > 1 and experts < num_cards and all(layer.window is None for layer in model.cache_layers):
         out.append(replace(out[0], decode_context_parallel_size=alike))
-    if model.weights is not None and model.weights.num_experts >= num_cards > 1:
+    if experts >= num_cards > 1:
         for ranks in (size for size in range(most, 0, -1) if num_cards % size == 0 and size & (size - 1) == 0):
             way = Sharding(ranks, data_parallel_size=num_cards // ranks, enable_expert_parallel=True)
             if ranks < num_cards and copies(model, way) == 1:

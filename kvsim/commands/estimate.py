@@ -323,7 +323,7 @@ def _times_object(times: Times | None) -> dict[str, Any]:
     rates = {"value": times.running / value, "low": times.running / high, "high": times.running / low}
     return {
         "tpot_seconds": {"value": value, "low": low, "high": high},
-        "ttft_seconds": dict(zip(("value", "low", "high"), times.first, strict=True)),
+        "ttft_seconds": dict(zip(("value", "low", "high"), times.first, strict=True)) if times.first else None,
         "tokens_per_second": rates,
         "bound": times.bound,
     }

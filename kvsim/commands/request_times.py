@@ -23,6 +23,10 @@ NETWORK = "between hosts 400 Gb/s a card are taken"
 """What the times of several hosts rest on (:mod:`kvsim.latency.exchange`)."""
 
 
+TIMED = "nvidia"
+"""The vendor whose cards the model of time was fitted on."""
+
+
 class Load(NamedTuple):
     """What is weighed: sequences of so many tokens, at most ``max_num_seqs`` at once, under one sharding.
 
@@ -38,6 +42,13 @@ class Load(NamedTuple):
     constants: Constants | None
     drafts: Speculation | None = None
     hits: float | list[Prompt] | None = None
+
+
+def carried_over(card: Hardware) -> list[str]:
+    """A note where nothing was timed on cards of this vendor."""
+    if card.vendor == TIMED:
+        return []
+    return [f"{card.id}: no card of {card.vendor}'s was timed: times take the shares of its peaks that {TIMED}'s reach"]
 
 
 def draft_weights(model: Model, card: Hardware, load: Load) -> dict[str, int]:
@@ -101,7 +112,8 @@ def request_times(model: Model, deployment: Deployment, space: Room, load: Load,
         serving = Serving(load.weights.bits, engine=deployment.engine, profile=load.constants, sharding=sharding)
         if output is None:
             token = decode_step(model, method, card, max(1.0, replica / stages), prompt, serving)
-            first, held = prefill(model, card, 1, prompt, serving, cached_tokens=cached), float(replica)
+            held = float(replica)
+            first = prefill(model, card, 1, prompt, serving, cached_tokens=cached) if card.fp16_flops else None
         else:
             plain = sharding == Sharding(tensor_parallel_size=sharding.tensor_parallel_size)
             if load.told or not plain:
@@ -114,7 +126,7 @@ def request_times(model: Model, deployment: Deployment, space: Room, load: Load,
             served = (model, method, card, -(-replica // stages), prompt, output, serving)
             in_step = max(1.0, held / stages)
             token = token_step(*served, cached_tokens=cached, num_running=in_step)
-            first = first_token(*served, cached_tokens=cached, num_running=in_step)
+            first = first_token(*served, cached_tokens=cached, num_running=in_step) if card.fp16_flops else None
         if load.drafts is not None:
             in_step = max(1.0, held / stages)
             mean = prompt if output is None else prompt + output // 2
@@ -128,7 +140,10 @@ def request_times(model: Model, deployment: Deployment, space: Room, load: Load,
         notes.append(f"{deployment.engine.name} was not timed: the times are those of vllm, sglang and trtllm")
     if held < replica:
         notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
-    return Times(token.seconds, first.seconds, token.bound, batch * held / replica)
+    if first is None:
+        notes.append(f"{card.id}: its arithmetic (FLOP/s) is not known: no time to the first token")
+    notes += carried_over(card)
+    return Times(token.seconds, first.seconds if first else None, token.bound, batch * held / replica)
 
 
 def speculative(

@@ -33,6 +33,7 @@ def blocks(
     refused = _refused(ways)
     if refused:
         out.append("\n".join(["Not possible:", *refused]))
+    others = {way.card.id: way.card.vendor for way in good if way.card.vendor != "nvidia"}.items()
     prices = dict.fromkeys(way.price.label for way in good if way.price)
     lines = [
         "a token, first token: predicted times, each with its band (low to high)",
@@ -40,6 +41,7 @@ def blocks(
         f"first token: of a long prompt; {INPUT_SHARE:.0%} of the prompts are no longer",
         f"P(out): probability, by convolution, that a replica's requests do not fit at once, each {_moment(demand)}",
         *_layout_notes(good),
+        *(f"{card}: no card of {vendor}'s was timed, its shares of peaks are nvidia's" for card, vendor in others),
         *(f"price: {label}" for label in prices),
         *_unpriced(good),
         *notes,

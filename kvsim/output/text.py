@@ -190,7 +190,7 @@ class Times(NamedTuple):
     """Seconds (value, low, high) of a token and to the first, what bounds a step, and how many sequences run."""
 
     token: tuple[float, float, float]
-    first: tuple[float, float, float]
+    first: tuple[float, float, float] | None
     bound: str
     running: float
 
@@ -209,10 +209,13 @@ def times(rows: Sequence[Estimate], known: Sequence[Times | None]) -> str:
         if each is None:
             body.append([row.method.name, *["-"] * 6])
             continue
-        token, first = ([short(scale * t) for t in band] for scale, band in ((1e3, each.token), (1, each.first)))
+        token = [short(1e3 * seconds) for seconds in each.token]
+        first = [short(seconds) for seconds in each.first] if each.first else ["-"] * 3
         ranges = [f"{low}-{high}" for _, low, high in (token, first)]
         rate = short(each.running / each.token[0])
-        body.append([row.method.name, token[0], ranges[0], rate, each.bound, first[0], ranges[1]])
+        body.append(
+            [row.method.name, token[0], ranges[0], rate, each.bound, first[0], ranges[1] if each.first else "-"]
+        )
     return table(heads, body)
 
 

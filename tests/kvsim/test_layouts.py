@@ -166,11 +166,13 @@ def test_layouts_that_suit() -> None:
     assert [each.label for each in layouts(LLAMA, 16)] == ["tp8 pp2"]
     assert [each.label for each in layouts(LLAMA, 5)] == ["tp5"]
     assert [each.label for each in layouts(LLAMA, 1)] == [""]
-    assert [each.label for each in layouts(V3, 8)] == ["tp8", "tp8 dcp8", "dp8 ep"]
-    assert [each.label for each in layouts(V3, 16)] == ["tp8 pp2", "tp8 pp2 dcp8", "dp16 ep"]
-    assert [each.label for each in layouts(V3, 72, 72)] == ["tp72", "tp72 dcp72", "dp72 ep"]
+    assert [each.label for each in layouts(V3, 8)] == ["tp8", "dp8 ep"]
+    assert [each.label for each in layouts(V3, 16)] == ["tp8 pp2", "dp16 ep"]
+    assert [each.label for each in layouts(V3, 72, 72)] == ["tp72", "dp72 ep"]
     grouped = load_model("qwen3-235b-a22b")  # 4 kv heads
-    assert [each.label for each in layouts(grouped, 8)] == ["tp8", "tp8 dcp2", "tp4 dp2 ep", "tp2 dp4 ep", "dp8 ep"]
+    assert [each.label for each in layouts(grouped, 8)] == ["tp8", "tp4 dp2 ep", "tp2 dp4 ep", "dp8 ep"]
+    narrow = load_model("qwen2.5-1.5b")  # 2 kv heads, no experts
+    assert [each.label for each in layouts(narrow, 4)] == ["tp4", "tp4 dcp2"]
 
 
 def test_estimate_times_what_it_shards(capsys) -> None:
@@ -211,3 +213,16 @@ def test_what_fits_only_by_an_estimate_is_said(capsys) -> None:
     assert "ends of their bands" not in capsys.readouterr().out
     assert run([*command, "--ctx", "4k", "--batch", "108"]) == 0
     assert "fp16: fits, but not where the engine's estimates are at the ends of their bands" in capsys.readouterr().out
+
+
+def test_a_card_without_arithmetic_has_the_time_of_a_token(capsys) -> None:
+    command = ["estimate", "--model", "llama-3.2-1b", "--gpu", "apple-m2", "--engine", "llama.cpp", "--method", "fp16"]
+    for more in ([], ["--input-len", "1k", "--output-len", "100"]):
+        assert run([*command, *more, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["rows"][0]["tpot_seconds"]["value"] > 0
+        assert document["rows"][0]["ttft_seconds"] is None
+        assert any("no time to the first token" in note for note in document["notes"])
+        assert any("no card of apple's was timed" in note for note in document["notes"])
+    assert run([*command[:4], "h100-sxm", "--json"]) == 0
+    assert not any("was timed" in note for note in json.loads(capsys.readouterr().out)["notes"])
