@@ -227,6 +227,8 @@ def _json(answer: Answer) -> dict[str, Any]:
         input_len=load.tokens.prompt,
         output_len=load.tokens.output,
         shared_prefix=answer.prefix,
+        speculate=None if load.drafts is None else {"kind": load.drafts.kind, "kept": load.drafts.kept},
+        prefix_hits=load.hits if load.hits is None or isinstance(load.hits, float) else "trace",
         **asdict(load.sharding),
     )
     out = envelope("estimate", inputs, answer.notes) | {"model": model_object(answer.model)}
