@@ -54,7 +54,7 @@ def test_attention_replicas_too() -> None:
 
 def test_one_at_a_time_waits_for_nobody() -> None:
     served = at_rate(SERVER, drawn(constant(2048, 128), 60, 1), 0.01, None, None)
-    assert served.first[0] == pytest.approx(prefill(LLAMA, H100, 1, 2048).seconds.value, rel=0.02)
+    assert served.first[0] == pytest.approx(prefill(LLAMA, H100, 1, 2048).seconds.value, rel=0.06)
     assert served.token[0] == pytest.approx(decode_step(LLAMA, Full(), H100, 1, 2112).seconds.value, rel=0.02)
     assert served.first == pytest.approx((served.first[0],) * 2, rel=0.2)
     assert served.mean_decoding == pytest.approx(1, rel=0.02)
