@@ -86,7 +86,13 @@ def test_a_field_of_words_takes_words() -> None:
         parse_engine("transformers:cache_implementation=7", {})
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Sharding)])
+def test_a_switch_of_a_sharding_is_one() -> None:
+    assert Sharding(enable_expert_parallel=True).enable_expert_parallel
+    with pytest.raises(ValueError, match="enable-expert-parallel 1: allowed are true and false"):
+        Sharding(enable_expert_parallel=1)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Sharding) if field.name.endswith("_size")])
 @pytest.mark.parametrize("value", [0, -2, 1.5, True])
 def test_whole_numbers_of_a_sharding(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field.replace('_', '-')} .*: allowed are 1 and above"):
