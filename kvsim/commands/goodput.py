@@ -34,6 +34,7 @@ from kvsim.specs import (
     parse_share,
     parse_size,
 )
+from kvsim.whole_numbers import LARGEST
 
 WEIGHED = ("fp16", "fp8")
 AROUND = (0.5, 0.8, 1.1)
@@ -59,7 +60,7 @@ AROUND = (0.5, 0.8, 1.1)
 @click.option("--data-parallel-size", "-dp", type=click.IntRange(1), default=1, help="As vLLM's; experts are shared.")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_SEQS, help="As vLLM's: most that run at once.")
 @click.option("--requests", type=click.IntRange(20, 100_000), default=400, show_default=True, help="Simulated a rate.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the arrivals.")
+@click.option("--seed", type=click.IntRange(0, LARGEST), default=0, show_default=True, help="Of the arrivals.")
 @click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @weights_gathered
@@ -182,12 +183,12 @@ def _limit(name: str, value: str | None) -> float | None:
 
 def _lengths(input_len: str, output_len: str, spec: str | None) -> Lengths:
     made = parse_size(output_len, "output-len")
-    return parse_lengths(spec, made) if spec else constant(parse_size(input_len, "input-len"), made)
+    return parse_lengths(spec, made) if spec is not None else constant(parse_size(input_len, "input-len"), made)
 
 
 def _rates(given: str | None) -> list[float]:
     try:
-        rates = [float(part) for part in given.split(",")] if given else []
+        rates = [float(part) for part in given.split(",")] if given is not None else []
     except ValueError:
         rates = [0.0]
     if not all(1e-6 <= rate <= 1e6 for rate in rates):

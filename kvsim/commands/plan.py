@@ -206,18 +206,20 @@ def _lengths(
     input_len: str | None, output_len: str | None, ctx: str | None, spec: str | None
 ) -> tuple[Lengths, list[str]]:
     """The requests' lengths, and a note where none were given.  Raises ``ValueError`` for options that contradict."""
-    given = [flag for flag, value in (("--input-len", input_len), ("--ctx", ctx), ("--lengths", spec)) if value]
+    given = [
+        flag for flag, value in (("--input-len", input_len), ("--ctx", ctx), ("--lengths", spec)) if value is not None
+    ]
     if len(given) > 1:
         raise ValueError(f"give one of {' and '.join(given)}: each sets the prompt's length")
-    made = parse_size(output_len or "512", "output-len")
-    if spec:
+    made = parse_size("512" if output_len is None else output_len, "output-len")
+    if spec is not None:
         return parse_lengths(spec, made), []
     if ctx is not None:
         both = parse_size(ctx)
         if both <= made:
             raise ValueError(f"ctx {both:,}: allowed are more than the {made:,} tokens of an answer (--output-len)")
         return constant(both - made, made), []
-    found = constant(parse_size(input_len or "2k", "input-len"), made)
+    found = constant(parse_size("2k" if input_len is None else input_len, "input-len"), made)
     return found, [] if given else [f"lengths were not given: {found.label} are taken (--ctx, --input-len, --lengths)"]
 
 

@@ -21,6 +21,8 @@ REQUIRED = {
     "plot": {"--model": "gpt2"},
     "breakeven": {"--model": "gpt2", "--gpu": "l4"},
     "plan": {"--model": "gpt2", "--gpu": "l4", "--users": "3"},
+    "goodput": {"--model": "gpt2", "--gpu": "l4"},
+    "offload": {"--model": "gpt2", "--gpu": "l4"},
     "report": {"--model": "gpt2", "--gpu": "l4"},
     "sweep": {"--model": "gpt2", "--gpu": "l4"},
     "calibrate": {},
@@ -35,7 +37,7 @@ NAMES = {
 NEVER = ("nan", "inf", "-inf", "-1", "1e400", "9" * 400, "9" * 5000, "999999999999999M", str(LARGEST + 1), "")
 """What no option takes."""
 
-SEES_ZERO = {"--sink-length", "--reserve", "--margin", "--risk", "--port"}
+SEES_ZERO = {"--sink-length", "--reserve", "--margin", "--risk", "--port", "--prefix-hits", "--seed"}
 """Options whose 0 means something."""
 
 
