@@ -8,9 +8,10 @@ from typing import Any
 from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
-from kvruntime.hf.models import layer_shapes
+from kvruntime.hf.exact import Kind
+from kvruntime.hf.models import NAMES, changed_scores, layer_kinds
 from kvruntime.hf.stepped import SteppedCache
-from kvruntime.methods import room_of
+from kvruntime.methods import changes_scores, room_of
 from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
@@ -43,7 +44,8 @@ def make_cache(
         raise ValueError(f"model {model!r:.80}: allowed are loaded transformers models")
     if max_seq_len is not None and not isinstance(max_seq_len, int):
         raise ValueError(f"max_seq_len {max_seq_len!r}: allowed are whole numbers")
-    shapes = layer_shapes(model)
+    kinds = layer_kinds(model)
+    shapes = [kind.shape for kind in kinds if kind.shape is not None]
     if max_seq_len is not None and max_seq_len < 1:
         raise ValueError(f"max_seq_len {max_seq_len}: allowed are 1 and above")
     if isinstance(method, str):
@@ -55,13 +57,21 @@ def make_cache(
     check_runs(method)
     for shape in set(shapes):
         method.buffers(shape, 1, 1)  # says what it cannot hold before anything runs
+    changed = changed_scores(model)
+    if changed and not changes_scores(method, model.device):
+        name, device = type(model).__name__, model.device.type
+        raise ValueError(f"{name} has {changed}, which {method.name} does not run on {device}")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    steps = compiled is None and len(devices) == 1 and _steps_on(devices[0]) and room_of(method).layer.has_steps  # type: ignore[attr-defined]
+    without, layer = _without_steps(model, kinds), room_of(method).layer
+    steps = compiled is None and not without and len(devices) == 1 and _steps_on(devices[0]) and layer.has_steps  # type: ignore[attr-defined]
     attach(model, replays=steps)
     if steps:
         return SteppedCache(method, len(shapes), max_seq_len)
     if not compiled:
-        return Cache(method, len(shapes), max_seq_len)
+        return Cache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
+    if without:
+        name = type(model).__name__
+        raise ValueError(f"{name} has {without}, which a compiled cache does not run: leave compiled=True out")
     if not room_of(method).layer.has_steps:  # type: ignore[attr-defined]
         raise ValueError(f"{method.name} has no step that a compiled cache could run: leave compiled=True out")
     if max_seq_len is None:
@@ -74,3 +84,9 @@ def make_cache(
 def _steps_on(device: str) -> bool:
     """Whether decode steps there are worth CUDA graphs."""
     return device.startswith("cuda")
+
+
+def _without_steps(model: Any, kinds: list[Kind]) -> str:
+    """What of ``model`` no step on the device runs: packed layers alone, of plain scores, do."""
+    others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
+    return " and ".join(others) or changed_scores(model)

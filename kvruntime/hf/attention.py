@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, Pending
 from kvruntime.hf.counts import StepLength
 from kvruntime.hf.graphs import Replayed
 from kvruntime.hf.models import window_applies
+from kvruntime.kernels.reference import PLAIN, Partial, Scores
 
 NAME = "kvruntime"
 """Holds none of the words and signs by which transformers recognizes flash, sdpa, flex, paged or hub kernels."""
@@ -30,9 +32,11 @@ MASKS = "create_masks_for_generate"
 PREPARES = "_prepare_cache_for_generation"
 """The method by which ``generate()`` tells how many tokens a cache may need."""
 
-REFUSED = ("softcap", "s_aux", "position_bias", "head_mask", "output_attentions")
+REFUSED = ("position_bias", "head_mask", "output_attentions")
 """Keyword arguments that would change the scores or ask for them."""
 
+SCORE_BLOCK = 1 << 26
+"""Scores that are held at a time where PyTorch has no attention with sinks or softcaps."""
 
 _LOCK = threading.Lock()
 
@@ -215,7 +219,11 @@ def attention(
     The first tokens attend to each other as stock sdpa does it, then are stored.  One later token is stored and
     attends to all that is; several attend to the stored ones and to each other, then are stored.
     """
+    scores = _scores(kwargs)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if not (isinstance(key, Pending) and isinstance(value, Pending)):
+        if not scores.is_plain:
+            return _changed(query, key, value, attention_mask, scale, scores), None
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -223,11 +231,40 @@ def attention(
     _refuse(module, query, key.shape[2], dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None and layer.takes_mask(attention_mask):
+        if not scores.is_plain:
+            raise ValueError(f"{type(module).__name__} attends with sinks or a softcap, which no compiled cache runs")
         layer.num_q_heads = query.shape[1]
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         return layer.step(query, fresh_key, fresh_value, scale, key.steps).transpose(1, 2), None
     run = _uncompiled if torch.compiler.is_compiling() else _attend
-    return run(module, layer, query, fresh_key, fresh_value, attention_mask, scaling), None
+    return run(module, layer, query, fresh_key, fresh_value, attention_mask, scale, scores), None
+
+
+def _scores(kwargs: dict[str, Any]) -> Scores:
+    """What an attention function's keyword arguments say of scores; they are taken from ``kwargs``."""
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    return PLAIN if softcap is None and sinks is None else Scores(softcap, sinks)
+
+
+def _changed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, scores: Scores) -> Tensor:
+    """``query [batch_size, num_q_heads, L, key_dim]`` -> ``[batch_size, L, num_q_heads, value_dim]``: attention with
+    sinks or a softcap, causal where there is no mask ``[batch_size or 1, 1, L, columns]``."""
+    batch_size, num_q_heads, length, _ = query.shape
+    num_kv_heads, columns = key.shape[1:3]
+    if mask is None:
+        at = torch.arange(columns, device=query.device)
+        mask = (at <= at[columns - length :, None])[None, None]
+    mask = mask if mask.dtype == torch.bool else mask == 0
+    out = query.new_empty(batch_size, length, num_q_heads, value.shape[3])
+    block = max(1, SCORE_BLOCK // max(1, batch_size * num_q_heads * columns))
+    for first in range(0, length, block):
+        part = query[:, :, first : first + block]
+        size = part.shape[2]
+        grouped = part.reshape(batch_size, num_kv_heads, -1, query.shape[3])
+        state = Partial(grouped, value.shape[3], scale, scores.softcap)
+        state.add(key, value, mask[:, :, first : first + block].repeat(1, 1, num_q_heads // num_kv_heads, 1))
+        done = state.result(scores.sinks_of(num_kv_heads, size)).reshape(batch_size, num_q_heads, size, -1)
+        out[:, first : first + block] = done.transpose(1, 2).to(out.dtype)
+    return out
 
 
 def _attend(
@@ -237,27 +274,33 @@ def _attend(
     fresh_key: Tensor,
     fresh_value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None,
+    scale: float,
+    scores: Scores,
 ) -> Tensor:
     """:func:`attention` as the host plans it."""
     length, layer.num_q_heads = query.shape[2], query.shape[1]
     lengths = layer.read_mask(attention_mask, length)
     if not layer.num_columns:
-        out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scaling)
+        if scores.is_plain:
+            out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scale)
+        else:
+            out = _changed(query, fresh_key, fresh_value, attention_mask, scale, scores)
         order = layer.order(attention_mask)
         queries = _ordered(query, order) if layer.store.wants_query else None
         layer.append_first(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths, queries)
         return out
     if layer.held is not None:
         layer.held.store()  # a model that runs a layer twice reads what it stored
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    attend = layer.store.attend if scores.is_plain else partial(layer.store.attend, scores=scores)
+    if not (scores.is_plain or layer.store.changes_scores(query.device)):
+        raise ValueError(f"{layer.method.name} does not attend with sinks or softcaps on {query.device.type}")
     if length == 1:
         layer.append(fresh_key, fresh_value, lengths, query)
-        out = layer.store.attend(query, scale)
+        out = attend(query, scale)
     else:
         order = layer.order(attention_mask)
         query, fresh_key, fresh_value = (_ordered(x, order) for x in (query, fresh_key, fresh_value))
-        out = layer.store.attend(query, scale, (fresh_key, fresh_value, lengths))
+        out = attend(query, scale, (fresh_key, fresh_value, lengths))
         layer.append(fresh_key, fresh_value, lengths, query)
         out = _ordered(out, None if order is None else order.argsort(1))
     return out.transpose(1, 2).contiguous()

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 
+from kvruntime.hf import exact
+from kvruntime.hf.exact import PACKED, Kind
 from kvruntime.hf.padding import Columns
 from kvruntime.methods import Layer, Steps, make_layer, shared_tensors
 from kvsim.layout import LayerShape, Method
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Of what a pickled cache holds."""
 
 HELD_NBYTES = 64 * 2**20
@@ -71,44 +73,64 @@ class Forward:
         self.running = False
         self.open = False
         """Whether a forward has not ended, or was interrupted."""
-        self.before: list[int] = []
+        self.before: list[int | None] = []
         """Columns that each layer held when it began."""
         self.unfinished = False
         """Whether it raised when some layers had stored its tokens: those not reached may not know their shape yet."""
+        self.states = 0
+        """States that were written since it began."""
 
-    def begin(self, layers: Sequence[CacheLayer]) -> None:
+    def begin(self, layers: Sequence[Any]) -> None:
         """Raises ``ValueError`` where a forward ended between layers, before another is silently wrong."""
         if torch.compiler.is_compiling():
             return
         if self.open:
             self._judge(layers)
         self.check(layers)
-        self.before, self.open = [layer.num_columns for layer in layers], True
+        self.before, self.open, self.states = [_columns(layer) for layer in layers], True, 0
 
-    def end(self, layers: Sequence[CacheLayer], raised: bool) -> None:
+    def end(self, layers: Sequence[Any], raised: bool) -> None:
         """The forward ended."""
         if torch.compiler.is_compiling():
             return
         self.open = False
         if raised:
             self._judge(layers)
-            for layer in layers:
+            for layer in packed(layers):
                 layer.pending = False
 
-    def _judge(self, layers: Sequence[CacheLayer]) -> None:
-        held = [layer.num_columns for layer in layers]
-        self.unfinished = self.unfinished or (held != self.before and len(set(held)) > 1)
+    def _judge(self, layers: Sequence[Any]) -> None:
+        held = [_columns(layer) for layer in layers]
+        counts = {count for count in held if count is not None}
+        self.unfinished = self.unfinished or (held != self.before and len(counts) > 1)
+        if self.states and held == self.before:
+            self.unfinished = True  # states went ahead of every count
 
-    def check(self, layers: Sequence[CacheLayer]) -> None:
+    def check(self, layers: Sequence[Any]) -> None:
         """Raises ``ValueError`` where layers hold unlike numbers of tokens, or one never stored what it was given."""
-        held = {layer.num_columns for layer in layers if layer.is_initialized or self.unfinished}
+        counts = ((layer, _columns(layer)) for layer in layers)
+        held = {n for layer, n in counts if n is not None and (layer.is_initialized or self.unfinished)}
+        if self.unfinished and self.states:
+            raise ValueError("states of the cache went ahead of its tokens: a forward ended half-way, reset() it")
         if len(held) > 1:
             counts = " and ".join(map(str, sorted(held)))
             raise ValueError(
                 f"layers of the cache hold {counts} tokens: a forward or update ended half-way, reset() it"
             )
-        if any(layer.pending for layer in layers):
+        if any(layer.pending for layer in packed(layers)):
             raise ValueError("the cache was given tokens that it has not stored: a forward was interrupted, reset() it")
+
+
+def packed(layers: Sequence[Any]) -> list[CacheLayer]:
+    """Those of ``layers`` that are packed."""
+    return [layer for layer in layers if isinstance(layer, CacheLayer)]
+
+
+def _columns(layer: Any) -> int | None:
+    """Columns that a layer has seen; None where it does not count them."""
+    if isinstance(layer, CacheLayer):
+        return layer.num_columns
+    return layer.cumulative_length if isinstance(layer, exact.WindowLayer) else None
 
 
 class Shared:
@@ -368,32 +390,87 @@ def _heads(shape: LayerShape) -> str:
     return f"{shape.num_kv_heads} kv heads of {shape.key_dim}"
 
 
+class HybridLayer(cache_utils.LinearAttentionLayer, CacheLayer):  # type: ignore[misc]
+    """A layer with full attention, packed, beside a state, which stays as it is."""
+
+    is_compileable = False
+
+    def __init__(self, method: Method, books: Books, max_seq_len: int | None, num_states: int) -> None:
+        CacheLayer.__init__(self, method, books, max_seq_len)
+        cache_utils.LinearAttentionLayer.__init__(self, number_of_states=num_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of keys and values, which come by position, or of a state, which comes by name."""
+        kind = CacheLayer if args else cache_utils.LinearAttentionLayer
+        kind.lazy_initialization(self, *args, **kwargs)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether both are."""
+        state: bool = cache_utils.LinearAttentionLayer.is_croppable.fget(self)
+        return state and bool(CacheLayer.is_croppable.fget(self))  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        CacheLayer.reset(self)
+        cache_utils.LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+
+    get_max_length = CacheLayer.get_max_length
+    offload = prefetch = CacheLayer.offload
+    reorder_cache = crop = CacheLayer._together
+
+
 class Cache(cache_utils.Cache):  # type: ignore[misc]
     """The cache that ``make_cache`` returns.
 
-    ``method`` is kvsim's object.  Its ``buffers(shape, batch_size, num_provided)`` over the layers are exactly the
-    tensors held.  Left padding is never stored; ``get_seq_length`` counts it all the same, as transformers expects.
+    ``method`` is kvsim's object.  Its ``buffers(shape, batch_size, num_provided)`` over the packed layers, and windows
+    and states as transformers keeps them, are exactly the tensors held.  Left padding is never stored in packed layers;
+    ``get_seq_length`` counts it all the same, as transformers expects.  ``layers``: how many packed ones, or each one's
+    kind.
     """
 
-    layers: list[CacheLayer]
+    layers: list[Any]
 
-    def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
+    def __init__(self, method: Method, layers: int | Sequence[Kind], max_seq_len: int | None = None) -> None:
         self.method, self.max_seq_len = method, max_seq_len
-        self.columns, self.forward, self.shared = Columns(), Forward(), Shared(num_layers)
-        super().__init__(layers=self._make_layers(num_layers))
+        self.kinds = None if isinstance(layers, int) else list(layers)
+        num_packed = layers if isinstance(layers, int) else sum(kind.shape is not None for kind in layers)
+        self.columns, self.forward, self.shared = Columns(), Forward(), Shared(num_packed)
+        super().__init__(layers=self._make_layers(layers if isinstance(layers, int) else len(layers)))
 
     @property
     def _books(self) -> Books:
         return Books(self.columns, self.forward, self.shared)
 
-    def _make_layers(self, num_layers: int) -> list[CacheLayer]:
-        return [CacheLayer(self.method, self._books, self.max_seq_len) for _ in range(num_layers)]
+    def _make_layers(self, num_layers: int) -> list[Any]:
+        return [self._make_layer(kind) for kind in self.kinds or [PACKED] * num_layers]
+
+    def _make_layer(self, kind: Kind) -> Any:
+        if not kind.keeps:
+            return CacheLayer(self.method, self._books, self.max_seq_len)
+        if kind.shape is None:
+            return exact.made(kind)
+        return HybridLayer(self.method, self._books, self.max_seq_len, kind.num_states)
+
+    @property
+    def packed(self) -> list[CacheLayer]:
+        """The layers that are packed."""
+        return packed(self.layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """One layer's new keys and values: :meth:`CacheLayer.update`."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"layer {layer_idx} of a model for a cache of {len(self.layers)}: make one for this model")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Any:
+        """A layer's convolution state, in transformers' own layer."""
+        self.forward.states += 1
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **more: Any) -> Any:
+        """A layer's recurrent state, in transformers' own layer."""
+        self.forward.states += 1
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **more)
 
     def __getstate__(self) -> dict[str, Any]:
         """For ``pickle``, ``torch.save`` and ``copy``."""
@@ -416,24 +493,28 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         """Columns that ``generate()`` may need: this cache grows as tokens come."""
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
-        """Each layer's ``(keys, values, None)``, as ``DynamicCache`` gives them: copies, read back."""
+        """Each layer's ``(keys, values, window or None)``, as ``DynamicCache`` gives them: copies, read back, of packed
+        ones.  A layer with states alone has neither."""
         for layer in self.layers:
-            yield layer.keys, layer.values, None
+            window = getattr(layer, "_sliding_window_tensor", None)
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), window
 
     def __repr__(self) -> str:
         kernels = sorted({store.kernel for store in self.stores})
         runs = f", kernel={' and '.join(kernels)}" if kernels else ""
-        return f"Cache({self.method.name}, num_layers={len(self.layers)}, nbytes={self.nbytes}{runs})"
+        mixed = f", packed={len(self.packed)}" if len(self.packed) < len(self.layers) else ""
+        return f"Cache({self.method.name}, num_layers={len(self.layers)}{mixed}, nbytes={self.nbytes}{runs})"
 
     @property
     def stores(self) -> list[Layer]:
         """The layers' kvruntime objects, those that have been used."""
-        return [layer.store for layer in self.layers if layer.is_initialized]
+        return [layer.store for layer in self.packed if layer.is_initialized]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every storage held: the layers' own, and once a device what they share."""
+        """Bytes of every storage held: the layers' own, packed or not, and once a device what they share."""
         tensors = [tensor for store in self.stores for tensor in (*store.tensors.values(), *store.shared.values())]
+        tensors += [tensor for layer in self.layers for tensor in exact.tensors(layer)]
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 
@@ -443,9 +524,17 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         return max((store.num_provided for store in self.stores), default=0)
 
     def _owner(self, layer_idx: int) -> int:
-        """``layer_idx``, or in a pipeline stage that lacks it the first layer that is here."""
-        here = [index for index, layer in enumerate(self.layers) if layer.is_initialized]
-        return layer_idx if layer_idx in here or not here else here[0]
+        """``layer_idx``; in a pipeline stage that lacks it the first layer of its kind that is here; where it counts no
+        tokens the first that does."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, exact.WindowLayer):
+            alike = [index for index, other in enumerate(self.layers) if isinstance(other, exact.WindowLayer)]
+        else:
+            alike = [index for index, other in enumerate(self.layers) if isinstance(other, CacheLayer)]
+        here = [index for index in alike if self.layers[index].is_initialized]
+        if layer_idx in here or (layer_idx in alike and not here):
+            return layer_idx
+        return here[0] if here else alike[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.layers[self._owner(layer_idx)].get_seq_length()
@@ -453,11 +542,22 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.layers[self._owner(layer_idx)].get_mask_sizes(query_length)
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """``max_seq_len``, -1 where the packed layers grow: a window's length is no bound of the cache."""
+        if layer_idx is not None and layer_idx < len(self.layers):
+            return int(self.layers[layer_idx].get_max_length())
+        return -1 if self.max_seq_len is None else self.max_seq_len
+
     def reset(self) -> None:
-        """Forget every token; the buffers stay for the next sequence."""
+        """Forget every token; the packed layers' buffers stay for the next sequence."""
         self.columns.reset()
         self.forward.running = self.forward.open = self.forward.unfinished = False
-        super().reset()
+        self.forward.states = 0
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CacheLayer):
+                layer.reset()
+            elif self.kinds:
+                self.layers[index] = self._make_layer(self.kinds[index])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become ``beam_idx`` (int64, any number of rows, repeats allowed)."""
@@ -465,6 +565,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.columns.reorder(index.tolist())
         for store in self.stores:
             store.reorder(index)
+        for layer in self.layers:
+            if isinstance(layer, HybridLayer):
+                cache_utils.LinearAttentionLayer.reorder_cache(layer, index)
+            elif not isinstance(layer, CacheLayer):
+                layer.reorder_cache(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times."""
@@ -479,7 +584,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` columns.
 
-        Raises ``ValueError`` when one of their tokens is packed already, and for a positive number.
+        Raises ``ValueError`` when one of their tokens is packed already, or a window or a state cannot take it
+        back, and for a positive number.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
@@ -487,11 +593,17 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.forward.check(self.layers)
         num_columns = self.get_seq_length()
         keep = max(0, num_columns + tokens_to_remove)
-        if keep == num_columns:
-            return
+        for layer in self.layers:
+            exact.check_crop(layer, keep - num_columns)
+        if keep < num_columns:
+            self._crop_packed(num_columns, keep)
+        for layer in self.layers:
+            exact.crop(layer, keep - num_columns)
+
+    def _crop_packed(self, num_columns: int, keep: int) -> None:
         longest = max(self.columns.row_lengths(num_columns))
         drop = self.columns.lost(num_columns, keep)
-        for layer in self.layers:
+        for layer in self.packed:
             if layer.is_initialized:
                 layer.store.crop(longest - drop)  # refuses, where it does, in the first layer and before it changes any
                 layer.num_columns = keep

@@ -1,18 +1,28 @@
-"""Which models run: everything else is refused by the name of what stands in the way."""
+"""Which models run, and what each of their layers keeps: everything else is refused by the name of what stands in
+the way.
+
+Full attention is packed.  Windows and states stay in transformers' own kinds of layers (:mod:`kvruntime.hf.exact`).
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
+from kvruntime.hf.exact import EMPTY, Kept, Kind
 from kvsim.layout import LayerShape
 
 REFUSED_KEYS = {
     "kv_lora_rank": "multi-head latent attention",
-    "attn_logit_softcapping": "soft-capped attention scores",
     "is_encoder_decoder": "an encoder-decoder",
     "add_cross_attention": "cross-attention",
     "cross_attention_layers": "cross-attention",
@@ -21,21 +31,21 @@ REFUSED_KEYS = {
 }
 """Config keys that, when set, change what a layer caches or how it attends."""
 
-WINDOWS = {
-    "sliding_window": ("sliding windows", "sliding_attention"),
-    "attention_chunk_size": ("chunked attention", "chunked_attention"),
-}
-"""Config keys of windows: what they are called, and the kind of layer in ``layer_types`` that has one."""
+SOFTCAP = "attn_logit_softcapping"
+"""The config key of soft-capped attention scores."""
 
 CROSS = re.compile(r"cross_?att|encoder_?att", re.IGNORECASE)
 """Names of cross-attention's modules and classes."""
 
+NAMES = {"window": "sliding or chunked windows", "states": "linear-attention or state-space layers"}
+"""What layers that stay as they are are called."""
 
-def layer_shapes(model: Any) -> list[LayerShape]:
-    """What one token leaves in each layer of ``model``, read from its text config.
 
-    Raises ``ValueError``, naming the reason, for a model whose layers are not all plain full attention behind
-    transformers' attention interface.
+def layer_kinds(model: Any) -> list[Kind]:
+    """What each layer of ``model`` keeps, read from its text config.
+
+    Raises ``ValueError``, naming the reason, for a model with layers of another kind, with none that could be packed,
+    or that does not attend through transformers' attention interface.
     """
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
@@ -45,21 +55,81 @@ def layer_shapes(model: Any) -> list[LayerShape]:
         if getattr(config, key, None):
             raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {getattr(config, key)})")
     _refuse_cross_attention(model, name, config)
-    _refuse_layer_kinds(name, config)
-    if any(hasattr(module, "sinks") for module in model.modules()):
-        raise ValueError(f"{name} is not supported: attention sinks (parameter sinks)")
-    if not (model._supports_attention_backend and model._supports_sdpa):
+    _refuse_other_sinks(model, name)
+    kinds = _kinds(name, config)
+    interface = model._supports_attention_backend or model._is_stateful
+    if not (interface and model._can_set_attn_implementation()):
         raise ValueError(f"{name} is not supported: it does not go through transformers' attention interface")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    _refuse_sharding(model, name, heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [LayerShape(heads, head_dim, head_dim)] * config.num_hidden_layers
+    if not any(kind.shape for kind in kinds):
+        held = sorted({NAMES[kind.keeps] for kind in kinds if kind.keeps in NAMES})
+        raise ValueError(f"{name} is not supported: nothing to pack, its layers are {' and '.join(held)} only")
+    _refuse_sharding(model, name, next(kind.shape for kind in kinds if kind.shape).num_kv_heads)
+    return kinds
+
+
+def layer_shapes(model: Any) -> list[LayerShape]:
+    """What one token leaves in each layer of ``model``.
+
+    Raises ``ValueError``, naming the reason, for a model whose layers are not all plain full attention behind
+    transformers' attention interface.
+    """
+    name, kinds = type(model).__name__, layer_kinds(model)
+    for kind in kinds:
+        if kind.keeps:
+            raise ValueError(f"{name} is not supported here: {NAMES.get(kind.keeps, 'layers without a cache')}")
+    changed = changed_scores(model)
+    if changed:
+        raise ValueError(f"{name} is not supported here: {changed}")
+    return [kind.shape for kind in kinds if kind.shape]
+
+
+def changed_scores(model: Any) -> str:
+    """What ``model`` does to attention scores besides scaling them, in words; empty where nothing."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, SOFTCAP, None):
+        return f"soft-capped attention scores (config key {SOFTCAP} = {getattr(config, SOFTCAP)})"
+    return "attention sinks (parameter sinks)" if any(hasattr(x, "sinks") for x in model.modules()) else ""
 
 
 def window_applies(window: int | None, config: Any) -> bool:
     """Whether a token may ever lie out of ``window``: one no shorter than the positions is full attention."""
     positions = getattr(config, "max_position_embeddings", None)
     return bool(window) and not (positions and window >= positions)
+
+
+def _kinds(name: str, config: Any) -> list[Kind]:
+    """Each layer's kind, from the layer that transformers' own cache has for it."""
+    stock = DynamicCache(config=config).layers
+    if len(stock) != config.num_hidden_layers:
+        raise ValueError(f"{name} is not supported: {len(stock)} of {config.num_hidden_layers} layers have a cache")
+    kinds, each = [], list(getattr(config, "per_layer_config", None) or [config] * len(stock))
+    for layer, config in zip(stock, each, strict=True):
+        if type(layer) is DynamicLayer:
+            kinds.append(Kind(shape=_shape(config)))
+        elif type(layer) is DynamicSlidingWindowLayer:
+            window = int(layer.sliding_window)
+            if window_applies(window, config):
+                kinds.append(Kind(keeps=Kept.WINDOW, window=window))
+            else:
+                kinds.append(Kind(shape=_shape(config)))
+        elif type(layer) is LinearAttentionLayer:
+            kinds.append(Kind(keeps=Kept.STATES, num_states=layer.number_of_states))
+        elif type(layer) is LinearAttentionAndFullAttentionLayer:
+            kinds.append(Kind(shape=_shape(config), keeps=Kept.STATES, num_states=layer.number_of_states))
+        elif type(layer).__name__ == "DummyLayer":
+            kinds.append(EMPTY)
+        else:
+            kind = type(layer).__name__
+            raise ValueError(f"{name} is not supported: transformers caches some of its layers in a {kind}")
+    return kinds
+
+
+def _shape(config: Any) -> LayerShape:
+    """Of a full-attention layer, as the config says it: what a layer really brings is checked when it comes."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "global_head_dim", None) or head_dim
+    return LayerShape(heads, head_dim, getattr(config, "v_head_dim", None) or head_dim)
 
 
 def _refuse_cross_attention(model: Any, name: str, config: Any) -> None:
@@ -72,24 +142,11 @@ def _refuse_cross_attention(model: Any, name: str, config: Any) -> None:
                 raise ValueError(f"{name} is not supported: cross-attention (module {path})")
 
 
-def _refuse_layer_kinds(name: str, config: Any) -> None:
-    kinds, whole = getattr(config, "layer_types", None), {"full_attention"}
-    for key, (meaning, kind) in WINDOWS.items():
-        window = getattr(config, key, None)
-        if window and not window_applies(window, config):
-            whole.add(kind)
-        elif window and not kinds:
-            raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {window})")
-    for kind in kinds or ():
-        if kind not in whole:
-            raise ValueError(f"{name} is not supported: layers of kind {kind} (config key layer_types)")
-    stock = [type(layer) for layer in DynamicCache(config=config).layers]
-    windowed = [DynamicSlidingWindowLayer] if len(whole) > 1 else []
-    others = sorted({kind.__name__ for kind in stock if kind not in (DynamicLayer, *windowed)})
-    if others:
-        raise ValueError(f"{name} is not supported: transformers caches some of its layers in a {others[0]}")
-    if len(stock) != config.num_hidden_layers:
-        raise ValueError(f"{name} is not supported: {len(stock)} of {config.num_hidden_layers} layers have a cache")
+def _refuse_other_sinks(model: Any, name: str) -> None:
+    """Sinks that are not given to the attention function as transformers' models give them."""
+    for module in model.modules():
+        if hasattr(module, "sinks") and "s_aux" not in inspect.getsource(type(module)):
+            raise ValueError(f"{name} is not supported: attention sinks that {type(module).__name__} applies itself")
 
 
 def _refuse_sharding(model: Any, name: str, num_kv_heads: int) -> None:

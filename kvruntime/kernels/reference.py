@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Scores(NamedTuple):
+    """What a model does to attention scores besides scaling them.
+
+    ``softcap``: scaled scores become ``softcap * tanh(score / softcap)`` (Gemma 2).  ``sinks [num_q_heads]``: a learned
+    logit a query head that takes part in the softmax and has no value (gpt-oss).  None: neither.
+    """
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is neither."""
+        return self.softcap is None and self.sinks is None
+
+    def sinks_of(self, num_kv_heads: int, length: int) -> Tensor | None:
+        """The sinks of query rows as :class:`Partial` has them: ``[num_kv_heads, q_per_kv * length]`` float32."""
+        if self.sinks is None:
+            return None
+        return self.sinks.float().repeat_interleave(length).reshape(num_kv_heads, -1)
+
+
+PLAIN = Scores()
+
+
 class Partial:
     """A running softmax over blocks of tokens: ``add`` blocks, then ``result`` (arXiv 2112.05682)."""
 
-    def __init__(self, query: Tensor, value_dim: int, scale: float) -> None:
+    def __init__(self, query: Tensor, value_dim: int, scale: float, softcap: float | None = None) -> None:
+        self.softcap = softcap
         self.query = query.float() * scale  # [batch_size, num_kv_heads, rows, key_dim]
         self.peak = query.new_full(query.shape[:-1], float("-inf"), dtype=torch.float32)
         self.total = torch.zeros_like(self.peak)
@@ -20,6 +47,8 @@ class Partial:
     def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
         """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` broadcasts to ``[..., rows, n]``."""
         score = self.query @ key.float().transpose(-1, -2)
+        if self.softcap is not None:
+            score = self.softcap * torch.tanh(score / self.softcap)
         value = value.float()
         if visible is not None:
             score = torch.where(visible, score, float("-inf"))
@@ -33,9 +62,17 @@ class Partial:
         self.out = self.out * alpha[..., None] + weight @ value
         self.peak = peak
 
-    def result(self) -> Tensor:
-        """``[batch_size, num_kv_heads, rows, value_dim]`` in float32; rows that saw nothing are zero."""
-        return self.out / torch.where(self.total == 0, 1.0, self.total)[..., None]
+    def result(self, sinks: Tensor | None = None) -> Tensor:
+        """``[batch_size, num_kv_heads, rows, value_dim]`` in float32; rows that saw nothing are zero.
+
+        ``sinks [num_kv_heads, rows]``: a logit a row that takes part in the softmax and has no value.
+        """
+        out, total = self.out, self.total
+        if sinks is not None:
+            peak = torch.maximum(self.peak, sinks)
+            alpha = torch.exp(self.peak - peak)
+            out, total = out * alpha[..., None], total * alpha + torch.exp(sinks - peak)
+        return out / torch.where(total == 0, 1.0, total)[..., None]
 
 
 def embedded(

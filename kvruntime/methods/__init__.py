@@ -46,6 +46,15 @@ def make_layer(
     return room_of(method).layer(method, shape, batch_size, max_seq_len, device, shared, **inside)
 
 
+def changes_scores(method: Method, device: torch.device) -> bool:
+    """Whether layers of ``method`` attend on ``device`` with sinks and softcaps: of a wrapper, its inner's."""
+    inner = getattr(method, "inner", None)
+    if inner is not None:
+        return changes_scores(inner, device)
+    found: bool = room_of(method).layer.changes_scores(device)  # type: ignore[attr-defined]
+    return found
+
+
 def shared_tensors(method: Method, shapes: Sequence[LayerShape], device: torch.device) -> Mapping[str, Tensor]:
     """The tensors that layers of ``shapes`` share under ``method`` on one device: made once a model."""
     return make_shared(method, shared_buffers(method, shapes), _making(method), device)
@@ -57,4 +66,15 @@ def _making(method: Method) -> Any:
     return room_of(method).shared or (None if inner is None else _making(inner))
 
 
-__all__ = ["LAYERS", "Fresh", "Layer", "Room", "Steps", "check_runs", "make_layer", "room_of", "shared_tensors"]
+__all__ = [
+    "LAYERS",
+    "Fresh",
+    "Layer",
+    "Room",
+    "Steps",
+    "changes_scores",
+    "check_runs",
+    "make_layer",
+    "room_of",
+    "shared_tensors",
+]

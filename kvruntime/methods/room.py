@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods.rows import Fresh, Steps
 from kvsim.layout import LayerShape, Method
 
@@ -45,7 +46,9 @@ class Layer(Protocol):
     ) -> None: ...
     @staticmethod
     def append_all(held: Sequence[Any]) -> None: ...
-    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor: ...
+    @classmethod
+    def changes_scores(cls, device: torch.device) -> bool: ...
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, *, scores: Scores = PLAIN) -> Tensor: ...
     def step(
         self,
         query: Tensor,

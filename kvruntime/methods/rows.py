@@ -64,6 +64,11 @@ class Rows:
         """What attends, in a word or two for people."""
         return "PyTorch"
 
+    @classmethod
+    def changes_scores(cls, device: torch.device) -> bool:
+        """Whether ``attend`` takes ``scores`` on ``device``: attention sinks and softcaps."""
+        return False
+
     def __init__(
         self,
         method: Any,

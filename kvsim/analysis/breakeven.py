@@ -106,9 +106,10 @@ class Runner:
 
     def _reads(self, num_tokens: int) -> int:
         """Bytes of one sequence's cache that a decode step reads."""
+        stored = self.engine.stored(self.model, self.method)
         return sum(
             count * sum(chosen.read_parts(layer, 1, num_tokens).values())
-            for (layer, chosen), count in placed(self.method, self.engine.held(self.model).cache_layers).items()
+            for (layer, chosen), count in placed(stored, self.engine.held(self.model).cache_layers).items()
         )
 
     def _max_batch(self, num_tokens: int) -> int:

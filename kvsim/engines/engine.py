@@ -99,6 +99,11 @@ class Engine(ABC):
         """``model`` with the windows that the engine applies, for bytes read and times alike."""
         return model
 
+    def stored(self, model: Model, method: Method) -> Method:
+        """How the engine stores ``model`` under ``method``, for bytes read and times: where it leaves layers as they
+        are, a mix that says so."""
+        return method
+
     def pool(self, model: Model, method: Method, available: int, max_model_len: int) -> Pool | None:
         """The pool of blocks in ``available`` bytes for requests of ``max_model_len`` tokens; ``None``: it has none."""
         return None

@@ -1,18 +1,21 @@
 """kvruntime, this project's own runtime: the method's buffers as they are, provided for in blocks of 256 tokens.
 
-Without a known final length every layer's buffers provide for ``256 * ceil(n / 256)`` tokens a row
-(kvruntime/methods/rows.py); with ``max_seq_len`` they are allocated for it once.
+Without a known final length every full-attention layer's buffers provide for ``256 * ceil(n / 256)`` tokens a row
+(kvruntime/methods/rows.py); with ``max_seq_len`` they are allocated for it once.  Windows and states stay as
+transformers has them (kvruntime/hf/exact.py), in the activations' type, which is taken to be the method's ``dtype``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvsim.engines.engine import Engine
-from kvsim.engines.ideal import Ideal
-from kvsim.layout import Method
-from kvsim.methods import METHODS, placed
+from kvsim.engines.ideal import method_parts
+from kvsim.engines.states import in_transformers
+from kvsim.layout import Layers, Method, parts
+from kvsim.methods import METHODS, Full, LayerMix, placed
 from kvsim.whole_numbers import check_whole
 
 if TYPE_CHECKING:
@@ -70,17 +73,49 @@ class Kvruntime(Engine):
         return self.max_seq_len
 
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
-        if model.state_layers or model.index_layers:
-            raise ValueError("kvruntime runs models of full-attention layers only: this one has states or index keys")
-        for layer, chosen in placed(method, model.cache_layers):
+        """The method's parts of the packed layers with their ``padding``, ``window_key`` and ``window_value``,
+        ``state_*``."""
+        if model.index_layers:
+            raise ValueError("kvruntime does not run models with index keys")
+        packed = Layers(layer for layer in model.cache_layers if layer.window is None)
+        if not packed:
+            raise ValueError("kvruntime packs full-attention layers: this model has none")
+        for layer in packed:
+            if not layer.value_dim or layer.stride > 1:
+                raise ValueError(f"kvruntime packs full-attention layers only, not {layer.kind} ones")
+        for _, chosen in placed(method, packed):
             check_runs(chosen)
-            if layer.window is not None or not layer.value_dim or layer.stride > 1:
-                raise ValueError(f"kvruntime holds full-attention layers only, not {layer.kind} ones")
-        exact = Ideal().parts(model, method, batch_size, num_tokens)
-        provided = Ideal().parts(model, method, batch_size, self.provided(num_tokens))
-        return exact | {"padding": sum(provided.values()) - sum(exact.values())}
+        exact = method_parts(method, packed, batch_size, num_tokens)
+        provided = sum(method_parts(method, packed, batch_size, self.provided(num_tokens)).values())
+        total = exact | {"padding": provided - sum(exact.values())}
+        dtype = activations(method)
+        for layer, count in Counter(layer for layer in model.cache_layers if layer.window is not None).items():
+            for name, size in parts(Full(dtype).buffers(layer, batch_size, num_tokens)).items():
+                total[f"window_{name}"] = total.get(f"window_{name}", 0) + count * size
+        for state, count in Counter(model.state_layers).items():
+            for name, size in parts(in_transformers(state, dtype).buffers(batch_size)).items():
+                total[f"state_{name}"] = total.get(f"state_{name}", 0) + count * size
+        return total
+
+    def stored(self, model: Model, method: Method) -> Method:
+        if all(layer.window is None for layer in model.cache_layers):
+            return method
+        return LayerMix(first=0, last=0, windows=1, exact=Full(activations(method)), inner=method)
 
     def notes(self, model: Model, method: Method) -> tuple[str, ...]:
-        if self.max_seq_len:
-            return (f"allocated for {self.max_seq_len:,} tokens a row at once",)
-        return (f"grows in blocks of {GROW_TOKENS} tokens a row",)
+        grows = f"grows in blocks of {GROW_TOKENS} tokens a row"
+        out = [f"allocated for {self.max_seq_len:,} tokens a row at once" if self.max_seq_len else grows]
+        if any(layer.window is not None for layer in model.cache_layers):
+            out.append(f"windows are not packed: their newest tokens stay in {activations(method)}")
+        if model.state_layers:
+            out.append(
+                f"states are not packed: convolutions in {activations(method)}, recurrent ones as the model has them"
+            )
+        return tuple(out)
+
+
+def activations(method: Method) -> str:
+    """The type of what is not packed: that of the method's exact tokens, or of those of the method inside it."""
+    while not hasattr(method, "dtype") and getattr(method, "inner", None) is not None:
+        method = method.inner  # type: ignore[attr-defined]
+    return str(getattr(method, "dtype", "float16"))

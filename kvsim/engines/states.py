@@ -1,4 +1,4 @@
-"""A layer's constant state as serving engines hold it, which is not quite as transformers does."""
+"""A layer's constant state as engines hold it: serving engines not quite as transformers does."""
 
 from __future__ import annotations
 
@@ -19,4 +19,14 @@ def served(state: StateShape, conv_dtype: str | None = None, recurrent_dtype: st
             tensors.append((name, (*shape[:-1], max(0, shape[-1] - 1)), conv_dtype or dtype))
         else:
             tensors.append((name, shape, recurrent_dtype or dtype))
+    return replace(state, tensors=tuple(tensors))
+
+
+CONVOLUTIONS = ("conv", "shift_mlp", "shift_attention")
+"""States that transformers keeps in the activations' type."""
+
+
+def in_transformers(state: StateShape, dtype: str) -> StateShape:
+    """``state`` as transformers holds it where activations are of ``dtype``."""
+    tensors = [(name, shape, dtype if name in CONVOLUTIONS else own) for name, shape, own in state.tensors]
     return replace(state, tensors=tuple(tensors))

@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 from kvsim.engines.engine import Engine
-from kvsim.layout import DTYPE_BITS, LayerShape, Method
+from kvsim.engines.states import in_transformers
+from kvsim.layout import DTYPE_BITS, LayerShape, Method, parts
 from kvsim.methods import Full
 
 if TYPE_CHECKING:
     from kvsim.models.model import Model
 
 IMPLEMENTATIONS = ("dynamic", "static")
-CONVOLUTIONS = ("conv", "shift_mlp", "shift_attention")
 POSITION_NBYTES = 3 * 8
 """Three positions of a token as int64, which Qwen4-Exp's first indexer keeps for all of them."""
 GATE = "gate"
@@ -62,10 +61,8 @@ class Transformers(Engine):
         if "index positions" in model.quirks:
             total["index_position"] = POSITION_NBYTES * batch_size * num_tokens
         for state in model.state_layers:
-            for name, shape, dtype in state.tensors:
-                held = method.dtype if name in CONVOLUTIONS else dtype
-                nbytes = batch_size * prod(shape) * DTYPE_BITS[held] // 8
-                total[f"state_{name}"] = total.get(f"state_{name}", 0) + nbytes
+            for name, size in parts(in_transformers(state, method.dtype).buffers(batch_size)).items():
+                total[f"state_{name}"] = total.get(f"state_{name}", 0) + size
         return total
 
     def _layer(self, model: Model, layer: LayerShape, num_tokens: int) -> Iterator[tuple[str, int]]:

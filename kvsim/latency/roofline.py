@@ -138,6 +138,10 @@ class Serving:
         """``model`` with the windows that the engine applies."""
         return model if isinstance(self.engine, str) else self.engine.held(model)
 
+    def stored(self, model: Model, method: Method) -> Method:
+        """How the engine stores ``model`` under ``method``."""
+        return method if isinstance(self.engine, str) else self.engine.stored(model, method)
+
 
 class Roofline:
     """One model on one card, or on several that share every layer, as ``serving`` says.
@@ -148,7 +152,7 @@ class Roofline:
 
     def __init__(self, model: Model, hardware: Hardware, serving: Serving | None = None) -> None:
         serving = serving or Serving()
-        self.model, self.hardware = serving.held(model), hardware
+        self.model, self.hardware, self.serving = serving.held(model), hardware, serving
         self.fixed, self.engine = serving.constants, serving.engine_name
         self.weight_bits, self.ranks = serving.weight_bits, serving.tensor_parallel
         self.sharding = serving.sharding
@@ -209,7 +213,7 @@ class Roofline:
             num_tokens = -(-num_tokens // self.sharding.context_ranks)
         total: Any = 0.0
         beyond: Any = 0.0
-        for (layer, chosen), count in placed(method, self.model.cache_layers).items():
+        for (layer, chosen), count in placed(self.serving.stored(self.model, method), self.model.cache_layers).items():
             seconds, unpack = self.layer_attention(chosen, layer, batch_size, num_tokens, maximum)
             total, beyond = total + count * seconds, beyond + count * unpack
         return total, beyond
@@ -271,7 +275,7 @@ class Roofline:
         """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
         the layer's new keys and values and its query are quantized."""
         total = self.layer_seconds * self.model.num_blocks
-        for (layer, chosen), count in placed(method, self.model.cache_layers).items():
+        for (layer, chosen), count in placed(self.serving.stored(self.model, method), self.model.cache_layers).items():
             names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
             total += count * next(
                 (self.fixed.quantize_seconds[n] for n in names if n in self.fixed.quantize_seconds), 0.0

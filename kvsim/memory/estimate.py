@@ -83,7 +83,7 @@ def estimate(
     """
     check_sizes(batch_size, num_tokens)
     read: dict[str, int] = {}
-    for (layer, chosen), count in placed(method, engine.held(model).cache_layers).items():
+    for (layer, chosen), count in placed(engine.stored(model, method), engine.held(model).cache_layers).items():
         for name, size in chosen.read_parts(layer, batch_size, num_tokens).items():
             read[name] = read.get(name, 0) + count * size
     taken = engine.parts(model, method, batch_size, num_tokens)

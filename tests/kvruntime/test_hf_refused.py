@@ -33,38 +33,22 @@ MLA = {
 }
 REFUSED = {
     "MLA": ("DeepseekV3Config", MLA, r"multi-head latent attention \(config key kv_lora_rank = 16\)"),
-    "softcap": ("Gemma2Config", {**GQA, "head_dim": 32}, r"config key attn_logit_softcapping = 50"),
-    "sinks": (
-        "GptOssConfig",
-        {**GQA, "head_dim": 32, "num_local_experts": 2, "layer_types": ["full_attention"] * 2},
-        r"attention sinks \(parameter sinks\)",
-    ),
-    "mixed windows": (
-        "Qwen2Config",
-        {**GQA, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
-        r"layers of kind sliding_attention \(config key layer_types\)",
-    ),
-    "chunks": (
+    "chunks alone": (
         "Llama4TextConfig",
         {**GQA, "head_dim": 32, "attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 32},
-        r"layers of kind chunked_attention \(config key layer_types\)",
+        "nothing to pack, its layers are sliding or chunked windows only",
     ),
-    "window": ("MistralConfig", {**GQA, "sliding_window": 64}, r"sliding windows \(config key sliding_window = 64\)"),
-    "some layers slide": (
-        "Gemma3TextConfig",
-        {**GQA, "head_dim": 32, "sliding_window": 64},
-        r"layers of kind sliding_attention \(config key layer_types\)",
-    ),
-    "linear layers": (
-        "Qwen3NextConfig",
-        {**GQA, "layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1},
-        r"layers of kind linear_attention \(config key layer_types\)",
+    "windows alone": ("MistralConfig", {**GQA, "sliding_window": 64}, "nothing to pack, its layers are sliding or"),
+    "shared layers": (
+        "Gemma3nTextConfig",
+        {**GQA, "head_dim": 32, "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8},
+        r"layers that share another's cache \(config key num_kv_shared_layers = 1\)",
     ),
     "no interface": ("FalconConfig", SMALL, "does not go through transformers' attention interface"),
     "state space": (
         "MambaConfig",
         {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
-        "MambaForCausalLM is not",
+        "MambaForCausalLM is not supported: nothing to pack, its layers are linear-attention or state-space",
     ),
     "cross-attention": (
         "GPT2Config",

@@ -10,7 +10,7 @@ from kvsim.engines import ENGINES, Engine, Ideal, Kvruntime, LlamaCpp, Vllm, mak
 from kvsim.engines.engine import Group
 from kvsim.engines.vllm import block_nbytes, server_defaults
 from kvsim.hardware import find_hardware
-from kvsim.layout import LayerShape, StateShape
+from kvsim.layout import LayerShape, StateShape, nbytes
 from kvsim.memory.estimate import estimate
 from kvsim.methods import Fp8, Full, Kivi, Nvfp4, Paged, make_method
 from kvsim.models.families import FAMILIES
@@ -245,6 +245,28 @@ def test_kvruntime_grows_in_blocks_of_256() -> None:
     assert Kvruntime(max_seq_len=1000).provided(10) == 1000
 
 
+def test_kvruntime_leaves_windows_and_states_as_they_are() -> None:
+    """Packed layers grow in blocks; a window holds its newest tokens in the method's type."""
+    full, window = LayerShape(2, 64, 64), LayerShape(2, 64, 64, window=100)
+    state = StateShape((("conv", (10, 4), "bfloat16"), ("recurrent", (3, 5), "float32")))
+    model, method = shaped((1, full), (2, window), (3, state)), Kivi(dtype="float32")
+    for num_tokens, held in ((50, 50), (300, 100)):
+        found = Kvruntime().parts(model, method, 2, num_tokens)
+        beside = {name: size for name, size in found.items() if name.startswith(("window_", "state_"))}
+        each = 2 * 2 * 2 * held * 64 * 4
+        assert beside == {
+            "window_key": each,
+            "window_value": each,
+            "state_conv": 3 * 2 * 40 * 4,
+            "state_recurrent": 3 * 2 * 15 * 4,
+        }
+        packed = sum(found.values()) - sum(beside.values())
+        assert packed == nbytes(method.buffers(full, 2, Kvruntime().provided(num_tokens)))
+    found = estimate(model, method, 2, 300, Kvruntime())
+    reads = sum(method.read_parts(full, 2, 300).values()) + 2 * sum(Full("float32").read_parts(window, 2, 300).values())
+    assert found.read_nbytes == reads
+
+
 @pytest.mark.parametrize(
     ("engine", "method", "model", "message"),
     [
@@ -254,7 +276,13 @@ def test_kvruntime_grows_in_blocks_of_256() -> None:
         (LlamaCpp(), Nvfp4(), LLAMA, "llama.cpp does not store nvfp4"),
         (LlamaCpp(flash_attn=False), make_method("q8_0"), LLAMA, "values in q8_0 need flash attention"),
         (Kvruntime(), Fp8(), LLAMA, "kvruntime does not run the method fp8"),
-        (Kvruntime(), Full(), windowed(1, 1, 64, 8, 128), "not sliding ones"),
+        (Kvruntime(), Full(), shaped((2, LayerShape(1, 64, 64, window=128))), "this model has none"),
+        (
+            Kvruntime(),
+            Full(),
+            shaped((2, LayerShape(1, 512, 0, kind="mla"))),
+            "layers only, not mla ones",
+        ),
         (Kvruntime(max_seq_len=10), Full(), LLAMA, "100 tokens do not fit max_seq_len 10"),
     ],
 )

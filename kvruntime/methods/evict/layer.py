@@ -143,9 +143,9 @@ class EvictLayer(Rows):
         score[:, -method.observed :] = float("inf")
         return score.topk(method.budget, -1).indices.sort(-1).values
 
-    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor:
-        """Attention over what is kept: the inner layer's."""
-        out: Tensor = self.inner.attend(query, scale, fresh)
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, **scores: Any) -> Tensor:
+        """Attention over what is kept: the inner layer's, with what it takes of ``scores``."""
+        out: Tensor = self.inner.attend(query, scale, fresh, **scores)
         return out
 
     def step(

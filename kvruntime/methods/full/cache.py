@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvruntime.kernels.reference import Partial, embedded
+from kvruntime.kernels.reference import PLAIN, Partial, Scores, embedded
 from kvruntime.methods.full.reference import Stored
 from kvruntime.methods.rows import Fresh, Rows, Steps
 from kvsim.layout import LayerShape
@@ -62,47 +62,54 @@ class FullLayer(Rows):
                 store[rows, :, slots] = fresh[:, :, length - counts[0] :].transpose(1, 2).to(store.dtype)
         self.row_lengths = ends
 
-    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None) -> Tensor:
+    @classmethod
+    def changes_scores(cls, device: torch.device) -> bool:
+        """Everywhere, block by block in PyTorch."""
+        return True
+
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, *, scores: Scores = PLAIN) -> Tensor:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
 
         ``fresh``: ``(key, value, lengths)`` of L tokens not yet stored, which query i sees up to and with its own;
-        without it L must be 1.  Returns ``[batch_size, num_q_heads, L, value_dim]`` in the query's type; padding
-        queries get zeros.
+        without it L must be 1.  ``scores``: what the model does to them.  Returns
+        ``[batch_size, num_q_heads, L, value_dim]`` in the query's type; padding queries get zeros.
         """
         batch_size, num_q_heads, length, _ = query.shape
         if fresh is None and length != 1:
             raise ValueError(f"{length} queries over stored tokens only: allowed is 1, or give the fresh tokens")
         # Query heads that share a kv head become more queries of it: [batch_size, num_kv_heads, q_per_kv * L, key_dim]
         packed = query.reshape(batch_size, self.shape.num_kv_heads, -1, self.shape.key_dim)
-        if fresh is None and self.tensors["key"].dtype == query.dtype and min(self.row_lengths):
+        plain = fresh is None and scores.is_plain
+        if plain and self.tensors["key"].dtype == query.dtype and min(self.row_lengths):
             longest = max(self.row_lengths)
             key, value = (self.tensors[name][:, :, :longest] for name in ("key", "value"))
             visible = self._visible(0, longest)
             out = scaled_dot_product_attention(packed, key, value, attn_mask=visible, scale=scale)
         else:
-            out = self._merged(packed, length, scale, fresh)
+            out = self._merged(packed, length, scale, fresh, scores)
         return out.reshape(batch_size, num_q_heads, length, self.shape.value_dim).to(query.dtype)
 
-    def _merged(self, query: Tensor, length: int, scale: float, fresh: Fresh | None) -> Tensor:
+    def _merged(self, query: Tensor, length: int, scale: float, fresh: Fresh | None, scores: Scores) -> Tensor:
         """Blockwise attention in float32; ``query [batch_size, num_kv_heads, q_per_kv * length, key_dim]``."""
-        state = Partial(query, self.shape.value_dim, scale)
+        state = Partial(query, self.shape.value_dim, scale, scores.softcap)
+        sinks = scores.sinks_of(self.shape.num_kv_heads, length)
         longest = max(self.row_lengths)
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)
             key, value = (self.tensors[name][:, :, start:stop] for name in ("key", "value"))
             state.add(key, value, self._visible(start, stop))
         if fresh is None:
-            return state.result()
+            return state.result(sinks)
         key, value, lengths = fresh
         position = torch.arange(length, device=query.device)
         causal = position <= position[:, None]  # [L queries, L keys]
         if lengths is None:
             state.add(key, value, causal.repeat(query.shape[2] // length, 1))
-            return state.result()
+            return state.result(sinks)
         real = position >= length - self._on_device(lengths)[:, None]  # [batch_size, L]
         visible = causal & real[:, None, None]  # [batch_size, 1, L, L]
         state.add(key, value, visible.repeat(1, 1, query.shape[2] // length, 1))
-        return torch.where(real.repeat(1, query.shape[2] // length)[:, None, :, None], state.result(), 0.0)
+        return torch.where(real.repeat(1, query.shape[2] // length)[:, None, :, None], state.result(sinks), 0.0)
 
     def _visible(self, start: int, stop: int) -> Tensor | None:
         """Which of the slots ``start:stop`` hold a row's token, ``[batch_size, 1, 1, stop - start]``; None for all."""

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import embedded
+from kvruntime.kernels.reference import PLAIN, Scores, embedded
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.rows import Rows, Steps
+from kvruntime.methods.rows import Fresh, Rows, Steps
 from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
 
@@ -115,6 +115,7 @@ class KiviLayer(Rows):
         scale: float,
         fresh: tuple[Tensor, Tensor, list[int] | None] | None = None,
         arrivals: Tensor | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
 
@@ -127,7 +128,24 @@ class KiviLayer(Rows):
             raise ValueError(
                 f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
             )
+        if not scores.is_plain:
+            return self._changed(query, scale, fresh, scores)
         return self._attend(query, scale, fresh, None, arrivals)
+
+    @classmethod
+    def changes_scores(cls, device: torch.device) -> bool:
+        """Whether ``attend`` takes sinks and softcaps there: the reference does, the kernels do not."""
+        return device.type != "cuda"
+
+    def _changed(self, query: Tensor, scale: float, fresh: Fresh | None, scores: Scores) -> Tensor:
+        """:meth:`attend` with sinks or a softcap."""
+        if not self.changes_scores(query.device):
+            raise ValueError(f"{self.method.name} on CUDA attends without sinks and softcaps")
+        new = None
+        if fresh is not None:
+            counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
+            new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
+        return reference.attend(query, self.stored(), self.layout, scale, new, scores=scores)
 
     def _attend(
         self,
@@ -141,7 +159,8 @@ class KiviLayer(Rows):
         if fresh is not None:
             counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
             new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
-        run, planned = reference.attend, {}
+        run: Any = reference.attend
+        planned: dict[str, Any] = {}
         if query.is_cuda:
             fast = _fast()
             kernels = fast if fast and fast.supports(self.record, query, new) else _kernels("attention")

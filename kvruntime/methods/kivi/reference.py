@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import Partial, embedded, padded, row_counts
+from kvruntime.kernels.reference import PLAIN, Partial, Scores, embedded, padded, row_counts
 from kvsim.methods.kivi import Record
 
 LIMIT = 32704.0
@@ -393,6 +393,7 @@ def attend(
     scale: float,
     fresh: Fresh | None = None,
     starts: Tensor | None = None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """Attention over everything a layer stores, one block of records at a time.
 
@@ -412,7 +413,7 @@ def attend(
         if fresh is not None:
             key, value = (padded(x, counts) for x in fresh[:2])
             fresh = (key, value, torch.tensor(counts, dtype=torch.int32, device=query.device))
-        out = attend(padded(query, counts), stored, layout, scale, fresh)
+        out = attend(padded(query, counts), stored, layout, scale, fresh, scores=scores)
         ends = zip(out, counts, strict=True)
         return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
     record, sink, residual = layout
@@ -421,7 +422,8 @@ def attend(
     batch, q_heads, length, _ = query.shape
     heads = stored.exact_key.shape[1]
     q_per_kv = q_heads // heads
-    state = Partial(query.reshape(batch, heads, q_per_kv * length, -1), stored.exact_value.shape[-1], scale)
+    grouped = query.reshape(batch, heads, q_per_kv * length, -1)
+    state = Partial(grouped, stored.exact_value.shape[-1], scale, scores.softcap)
     most = int(packed.max()) if batch else 0
     params = None if stored.key_params is None else (stored.key_params[0], stored.key_params[1])
     step = max(1, BLOCK_TOKENS // record.num_tokens)
@@ -456,7 +458,7 @@ def attend(
         real = index >= length - number[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]
         state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None])
-    out = state.result().reshape(batch, q_heads, length, -1)
+    out = state.result(scores.sinks_of(heads, length)).reshape(batch, q_heads, length, -1)
     if real is not None:
         out = torch.where(real[:, None, :, None], out, 0.0)
     return out.to(query.dtype)

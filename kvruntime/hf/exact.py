@@ -1,0 +1,119 @@
+"""Layers of a cache that stay as they are, beside the packed ones: windows and states, in transformers' own layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from kvsim.layout import LayerShape
+
+
+class Kept(StrEnum):
+    """What a layer keeps that is not packed."""
+
+    NOTHING = ""
+    WINDOW = "window"
+    STATES = "states"
+    EMPTY = "empty"
+    """The layer has no cache at all (experts or an MLP alone)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one layer keeps: ``shape`` of packed full attention, and what stays as it is beside or in place of it."""
+
+    shape: LayerShape | None = None
+    keeps: Kept = Kept.NOTHING
+    window: int = 0
+    num_states: int = 0
+
+
+PACKED = Kind()
+"""Full attention of whatever shape comes."""
+EMPTY = Kind(keeps=Kept.EMPTY)
+
+
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """transformers' window, which keeps the memory of ``min(tokens, window)`` tokens between forwards.
+
+    The stock layer keeps a view of all that a forward brought: after a prompt, the whole prompt.
+    """
+
+    _sliding_window_tensor = property(
+        lambda self: torch.tensor(self.sliding_window, dtype=torch.long), lambda self, to: None
+    )
+    """Made where ``DynamicCache``'s data is asked for it: no tensor that lies beside the keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        out = super().update(key_states, value_states, *args, **kwargs)
+        if not self.record_past:
+            self._let_go()
+        return out  # type: ignore[no-any-return]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._let_go()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
+
+    def _let_go(self) -> None:
+        """Of the memory of tokens that have left the window.  One more than is kept may stay."""
+        for name in ("keys", "values"):
+            kept = getattr(self, name)
+            a_token = kept[:, :, :1].numel() * kept.element_size()
+            if kept.untyped_storage().nbytes() > self.sliding_window * a_token and a_token:
+                room = kept.new_empty(*kept.shape[:2], self.sliding_window, kept.shape[3])
+                room[:, :, self.sliding_window - kept.shape[2] :] = kept
+                setattr(self, name, room[:, :, self.sliding_window - kept.shape[2] :])
+
+
+def made(kind: Kind) -> Any:
+    """An empty layer of a kind that packs nothing."""
+    if kind.keeps is Kept.WINDOW:
+        return WindowLayer(kind.window)
+    return (
+        cache_utils.DummyLayer() if kind.keeps is Kept.EMPTY else LinearAttentionLayer(number_of_states=kind.num_states)
+    )
+
+
+def tensors(layer: Any) -> Iterator[Tensor]:
+    """The tensors that a layer keeps as they are."""
+    held = [layer.keys, layer.values] if isinstance(layer, WindowLayer) else []
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    yield from (tensor for tensor in held if tensor is not None)
+
+
+def check_crop(layer: Any, tokens_to_remove: int) -> None:
+    """Raises ``ValueError`` where a window or a state cannot take back ``-tokens_to_remove`` tokens."""
+    if not tokens_to_remove:
+        return
+    if isinstance(layer, WindowLayer) and layer.cumulative_length >= layer.sliding_window and not layer.record_past:
+        raise ValueError(
+            f"cannot crop: a window of {layer.sliding_window} tokens has let go of those that would come back, "
+            "call activate_past_recording() before they come"
+        )
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        if any(layer.is_recurrent_states_initialized.values()):
+            raise ValueError("cannot crop: a recurrent state does not give back tokens")
+        if any(layer.is_conv_states_initialized.values()) and not layer.record_past:
+            raise ValueError("cannot crop: a state has let go of them, call activate_past_recording() before they come")
+
+
+def crop(layer: Any, tokens_to_remove: int) -> None:
+    """Takes tokens back after :func:`check_crop`; what was recorded meanwhile is let go."""
+    if isinstance(layer, WindowLayer) and layer.is_initialized and (tokens_to_remove or layer.record_past):
+        layer.crop(tokens_to_remove)
+    is_state = isinstance(layer, LinearAttentionCacheLayerMixin) and layer.record_past
+    if is_state and all(layer.is_conv_states_initialized.values()):
+        LinearAttentionCacheLayerMixin.crop(layer, tokens_to_remove)
