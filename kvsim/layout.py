@@ -122,6 +122,7 @@ class Method(Protocol):
     * ``shared_tokens(layer, shared)``: of ``shared`` first tokens of a layer those that sequences can store once
       (:func:`shared_tokens`; all);
     * ``kinds``: the kind of bytes that a part is (:func:`part_kind`; by the part's name);
+    * ``head_multiple``: what a head's channels must be a multiple of (1); kvruntime fills up with zeros;
     * ``kvruntime``: whether kvruntime has a room for it (False);
     * ``inner``: the method that stores what a wrapper keeps.
     """

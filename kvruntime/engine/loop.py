@@ -20,6 +20,7 @@ from kvruntime.hf import make_cache
 from kvruntime.hf.cache import Held, argument
 from kvruntime.hf.models import layer_shapes
 from kvruntime.methods import Steps, room_of
+from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
 
 SMALLEST_BUCKET = 512
@@ -59,7 +60,12 @@ class Engine:
         self.method, self.device = self.cache.method, next(model.parameters()).device
         if self.device.type == "cuda" and not room_of(self.method).layer.has_steps:  # type: ignore[attr-defined]
             raise ValueError(f"{self.method.name} has no step that the engine could capture in a CUDA graph")
-        for layer, shape in zip(self.cache.layers, layer_shapes(model), strict=True):
+        shapes = layer_shapes(model)
+        if any(stored_shape(self.method, shape) != shape for shape in shapes):
+            raise ValueError(
+                f"heads of {shapes[0].key_dim}: the engine takes those that {self.method.name} packs as they are"
+            )
+        for layer, shape in zip(self.cache.layers, shapes, strict=True):
             layer.make_store(shape, batch_size, self.device)
         self.decoder = lean_decoder(model) if lean else None
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)

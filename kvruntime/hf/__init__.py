@@ -12,7 +12,7 @@ from kvruntime.hf.exact import Kind
 from kvruntime.hf.models import NAMES, changed_scores, layer_kinds
 from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import changes_scores, room_of
-from kvsim.engines.kvruntime import check_runs
+from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 
@@ -56,13 +56,13 @@ def make_cache(
         raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
     check_runs(method)
     for shape in set(shapes):
-        method.buffers(shape, 1, 1)  # says what it cannot hold before anything runs
+        method.buffers(stored_shape(method, shape), 1, 1)  # says what it cannot hold before anything runs
     changed = changed_scores(model)
     if changed and not changes_scores(method, model.device):
         name, device = type(model).__name__, model.device.type
         raise ValueError(f"{name} has {changed}, which {method.name} does not run on {device}")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    without, layer = _without_steps(model, kinds), room_of(method).layer
+    without, layer = _without_steps(model, method, kinds), room_of(method).layer
     steps = compiled is None and not without and len(devices) == 1 and _steps_on(devices[0]) and layer.has_steps  # type: ignore[attr-defined]
     attach(model, replays=steps)
     if steps:
@@ -86,7 +86,9 @@ def _steps_on(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def _without_steps(model: Any, kinds: list[Kind]) -> str:
-    """What of ``model`` no step on the device runs: packed layers alone, of plain scores, do."""
+def _without_steps(model: Any, method: Method, kinds: list[Kind]) -> str:
+    """What of ``model`` no step on the device runs: packed layers alone, of plain scores and heads that the method packs
+    as they are, do."""
     others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
-    return " and ".join(others) or changed_scores(model)
+    odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
+    return " and ".join(others) or changed_scores(model) or (f"heads of {odd[0].key_dim}" if odd else "")

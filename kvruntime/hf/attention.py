@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -291,16 +290,13 @@ def _attend(
         return out
     if layer.held is not None:
         layer.held.store()  # a model that runs a layer twice reads what it stored
-    attend = layer.store.attend if scores.is_plain else partial(layer.store.attend, scores=scores)
-    if not (scores.is_plain or layer.store.changes_scores(query.device)):
-        raise ValueError(f"{layer.method.name} does not attend with sinks or softcaps on {query.device.type}")
     if length == 1:
         layer.append(fresh_key, fresh_value, lengths, query)
-        out = attend(query, scale)
+        out = layer.attend(query, scale, None, scores)
     else:
         order = layer.order(attention_mask)
         query, fresh_key, fresh_value = (_ordered(x, order) for x in (query, fresh_key, fresh_value))
-        out = attend(query, scale, (fresh_key, fresh_value, lengths))
+        out = layer.attend(query, scale, (fresh_key, fresh_value, lengths), scores)
         layer.append(fresh_key, fresh_value, lengths, query)
         out = _ordered(out, None if order is None else order.argsort(1))
     return out.transpose(1, 2).contiguous()

@@ -13,7 +13,9 @@ from transformers import GenerationMixin, cache_utils
 from kvruntime.hf import exact
 from kvruntime.hf.exact import PACKED, Kind
 from kvruntime.hf.padding import Columns
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer, Steps, make_layer, shared_tensors
+from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
 
 STATE_VERSION = 2
@@ -108,8 +110,8 @@ class Forward:
 
     def check(self, layers: Sequence[Any]) -> None:
         """Raises ``ValueError`` where layers hold unlike numbers of tokens, or one never stored what it was given."""
-        counts = ((layer, _columns(layer)) for layer in layers)
-        held = {n for layer, n in counts if n is not None and (layer.is_initialized or self.unfinished)}
+        seen = ((layer, _columns(layer)) for layer in layers)
+        held = {n for layer, n in seen if n is not None and (layer.is_initialized or self.unfinished)}
         if self.unfinished and self.states:
             raise ValueError("states of the cache went ahead of its tokens: a forward ended half-way, reset() it")
         if len(held) > 1:
@@ -209,6 +211,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """Of the keys and values that came, whatever they are stored as."""
         self.num_q_heads = 0
         """Of the model's attention, once it was seen."""
+        self.shape: LayerShape | None = None
+        """What a token brings.  ``store.shape`` may have more channels, zeros, where the method packs multiples."""
 
     @property
     def is_croppable(self) -> bool:
@@ -241,8 +245,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     def make_store(self, shape: LayerShape, batch_size: int, device: torch.device) -> None:
         """Makes the kvruntime layer, beside the tensors that all layers share on this device."""
-        shared = self.shared.of(self.method, shape, device)
-        self.store = make_layer(self.method, shape, batch_size, self.max_seq_len, device, shared)
+        self.shape, held = shape, stored_shape(self.method, shape)
+        shared = self.shared.of(self.method, held, device)
+        self.store = make_layer(self.method, held, batch_size, self.max_seq_len, device, shared)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -274,14 +279,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """Makes the store at first, and raises ``ValueError`` for tokens that are none of the sequence held."""
         batch_size = key_states.shape[0]
         shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        same = self.is_initialized and (self.store.batch_size, self.store.shape) == (batch_size, shape)
+        same = self.is_initialized and (self.store.batch_size, self.shape) == (batch_size, shape)
         same = same and self.store.device == key_states.device
         if not self.is_initialized or not (self.num_columns or same):
             self.lazy_initialization(key_states, value_states)
         elif batch_size != self.store.batch_size:
             raise ValueError(f"a batch of {batch_size} rows for a cache that holds {self.store.batch_size}: reset() it")
-        elif self.store.shape != shape:
-            raise ValueError(f"{_heads(shape)} for a cache that holds {_heads(self.store.shape)}: reset() it")
+        elif self.shape is not None and self.shape != shape:
+            raise ValueError(f"{_heads(shape)} for a cache that holds {_heads(self.shape)}: reset() it")
         elif not same:
             raise ValueError(f"tokens on {key_states.device} for a cache that lies on {self.store.device}: reset() it")
         if self.num_columns and self.dtype is not None and key_states.dtype != self.dtype:
@@ -292,7 +297,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def read(self) -> tuple[Tensor, Tensor]:
         """``(keys, values)`` held, each ``[batch_size, num_kv_heads, num_columns, dim]``: as they would be attended to,
         dequantized, in the type that they came in; zeros where a row has padding."""
-        store, shape = self.store, self.store.shape
+        if self.shape is None:
+            raise ValueError("the layer was given no tokens yet: there is nothing to read")
+        store, shape = self.store, self.shape
         size = store.batch_size, shape.num_kv_heads, self.num_columns
         out = [
             torch.zeros(*size, dim, dtype=self.dtype, device=store.device) for dim in (shape.key_dim, shape.value_dim)
@@ -304,7 +311,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
                 raise ValueError(f"{store.method.name} has evicted tokens: they cannot be read back")
             for row in range(store.batch_size):
                 for whole, tokens in zip(out, store.tokens(row), strict=True):
-                    whole[row, :, real[row]] = tokens.to(whole.dtype)
+                    whole[row, :, real[row]] = tokens[..., : whole.shape[3]].to(whole.dtype)
         return out[0], out[1]
 
     def read_mask(self, mask: Tensor | None, length: int) -> list[int] | None:
@@ -319,7 +326,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """Stores what an update brought, once the attention function has seen the mask.  ``query``: the queries of
         these tokens, for a method that keeps tokens by them."""
         with torch.inference_mode(False), torch.no_grad():
-            self.store.append(key, value, lengths, query if self.store.wants_query else None)
+            self.store.append(*self._filled(key, value), lengths, self._observed(query))
         self.num_columns += key.shape[2]
         self.pending = False
 
@@ -328,7 +335,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if self.held is None:
             self.append(key, value, lengths, query)
         else:
-            self.held.append(self.store, key, value, lengths, query if self.store.wants_query else None)
+            self.held.append(self.store, *self._filled(key, value), lengths, self._observed(query))
             self.num_columns += key.shape[2]
             self.pending = False
 
@@ -337,6 +344,28 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if mask is not None and mask.shape[3] > 1:
             raise ValueError(f"attention mask of shape {list(mask.shape)}: a step takes a 2-D one or none")
         return True
+
+    def attend(self, query: Tensor, scale: float, fresh: Any = None, scores: Scores = PLAIN) -> Tensor:
+        """``Layer.attend``; heads that were filled up with zeros come back as they are."""
+        assert self.shape is not None
+        more = {} if scores.is_plain else {"scores": scores}
+        if more and not self.store.changes_scores(query.device):
+            raise ValueError(f"{self.method.name} does not attend with sinks or softcaps on {query.device.type}")
+        if fresh is not None:
+            fresh = (*self._filled(*fresh[:2]), fresh[2])
+        query = _filled(query, self.store.shape.key_dim)
+        out = self.store.attend(query, scale, fresh, **more)
+        return out[..., : self.shape.value_dim]
+
+    def _filled(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return _filled(key, self.store.shape.key_dim), _filled(value, self.store.shape.value_dim)
+
+    def _observed(self, query: Tensor | None) -> Tensor | None:
+        """A prompt's queries, for a method that asks for them; it divides by the root of the channels that it sees."""
+        if query is None or not self.store.wants_query:
+            return None
+        dim = self.store.shape.key_dim
+        return query if query.shape[3] == dim else _filled(query, dim) * (dim / query.shape[3]) ** 0.5
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
         """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
@@ -384,6 +413,11 @@ _pend_uncompiled = torch.compiler.disable(CacheLayer.pend, reason=UNCOMPILED)
 def _refuse_assignment(to: object) -> None:
     if to is not None:  # the base class begins with None
         raise ValueError("keys and values of a kvruntime cache are read only: update() stores more of them")
+
+
+def _filled(x: Tensor, dim: int) -> Tensor:
+    """``x [..., channels]`` with zeros up to ``dim`` channels."""
+    return x if x.shape[-1] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[-1]))
 
 
 def _heads(shape: LayerShape) -> str:

@@ -8,14 +8,14 @@ transformers has them (kvruntime/hf/exact.py), in the activations' type, which i
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvsim.engines.engine import Engine
 from kvsim.engines.ideal import method_parts
 from kvsim.engines.states import in_transformers
-from kvsim.layout import Layers, Method, parts
-from kvsim.methods import METHODS, Full, LayerMix, placed
+from kvsim.layout import Layers, LayerShape, Method, parts
+from kvsim.methods import METHODS, Full, LayerMix, at, placed
 from kvsim.whole_numbers import check_whole
 
 if TYPE_CHECKING:
@@ -44,6 +44,20 @@ def check_runs(method: object) -> None:
     own = getattr(method, "check_runs", None)
     if own is not None:
         own()
+
+
+def stored_shape(method: Method, layer: LayerShape) -> LayerShape:
+    """``layer`` as kvruntime stores it: heads filled up with zeros to what the method packs."""
+    inner = getattr(method, "inner", None)
+    if inner is not None:
+        return stored_shape(inner, layer)
+    multiple = getattr(method, "head_multiple", 1)
+    key_dim, value_dim = (-(-dim // multiple) * multiple for dim in (layer.key_dim, layer.value_dim))
+    return (
+        layer
+        if (key_dim, value_dim) == (layer.key_dim, layer.value_dim)
+        else replace(layer, key_dim=key_dim, value_dim=value_dim)
+    )
 
 
 def names() -> list[str]:
@@ -85,8 +99,9 @@ class Kvruntime(Engine):
                 raise ValueError(f"kvruntime packs full-attention layers only, not {layer.kind} ones")
         for _, chosen in placed(method, packed):
             check_runs(chosen)
-        exact = method_parts(method, packed, batch_size, num_tokens)
-        provided = sum(method_parts(method, packed, batch_size, self.provided(num_tokens)).values())
+        filled = Layers(stored_shape(at(method, layer, i, len(packed)), layer) for i, layer in enumerate(packed))
+        exact = method_parts(method, filled, batch_size, num_tokens)
+        provided = sum(method_parts(method, filled, batch_size, self.provided(num_tokens)).values())
         total = exact | {"padding": provided - sum(exact.values())}
         dtype = activations(method)
         for layer, count in Counter(layer for layer in model.cache_layers if layer.window is not None).items():

@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
 from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
 from kvsim.methods.full import SHORT
-from kvsim.methods.packing import MAX_TILE, MIN_TOKENS, PLANES, TileOrder, channel_chunks, tile_order
+from kvsim.methods.packing import HEAD_MULTIPLE, MAX_TILE, MIN_TOKENS, PLANES, TileOrder, channel_chunks, tile_order
 from kvsim.whole_numbers import check_whole
 
 SEQUENCE = "sequence"
@@ -35,8 +35,9 @@ class Kivi:
     ``nbits`` and ``group_size`` serve both streams unless ``key_*`` / ``value_*`` says otherwise.
     ``key_group_size`` counts tokens, or is ``"sequence"``: one scale a channel for the whole row, frozen at
     the first flush (later tokens are clamped), records provided for every token.  ``value_group_size``
-    counts channels, or is ``"head"``: all of a token's channels.  ``dtype`` is that of the exact tokens;
-    scales and zeros are float16.
+    counts channels, or is ``"head"``: all of a token's channels; where it is not given and ``group_size`` does
+    not divide the head dimension, it is the largest power of two below that does (:meth:`value_group`).
+    ``dtype`` is that of the exact tokens; scales and zeros are float16.
 
     Raises ``ValueError`` for a width, group or residual that the layout cannot hold.
     """
@@ -52,6 +53,7 @@ class Kivi:
     dtype: str = "float16"
 
     kvruntime = True
+    head_multiple = HEAD_MULTIPLE
 
     def leaving(self, sink: int) -> int:
         """The residual: with it a token's place in the ring of exact slots stays what it was.
@@ -109,6 +111,19 @@ class Kivi:
     def v_group(self) -> int | str:
         return self.group_size if self.value_group_size is None else self.value_group_size
 
+    def value_group(self, dim: int) -> int:
+        """Channels that share a value scale in a head of ``dim``.  Raises ``ValueError`` where none fit."""
+        group = dim if isinstance(self.v_group, str) else self.v_group
+        if dim % group and self.value_group_size is None:
+            group = next((1 << bit for bit in range(group.bit_length() - 1, 2, -1) if dim % (1 << bit) == 0), group)
+        if dim % group:
+            allowed = [size for size in range(8, dim + 1) if dim % size == 0]
+            raise ValueError(
+                f"value group size {group} does not divide head dimension {dim}: "
+                f"allowed are {', '.join(map(str, allowed))} (or {HEAD!r})"
+            )
+        return group
+
     @property
     def name(self) -> str:
         if self == kivi_seed(self.dtype):
@@ -147,13 +162,6 @@ class Kivi:
             raise ValueError(f"kivi holds full-attention layers only, not a {what}")
         for dim in (layer.key_dim, layer.value_dim):
             channel_chunks(dim)
-        group = layer.value_dim if isinstance(self.v_group, str) else self.v_group
-        if layer.value_dim % group:
-            allowed = [size for size in range(8, layer.value_dim + 1) if layer.value_dim % size == 0]
-            raise ValueError(
-                f"value group size {group} does not divide head dimension {layer.value_dim}: "
-                f"allowed are {', '.join(map(str, allowed))} (or {HEAD!r})"
-            )
         record = Record(
             num_tokens=self.record_length,
             key_dim=layer.key_dim,
@@ -161,7 +169,7 @@ class Kivi:
             key_nbits=self.k_bits,
             value_nbits=self.v_bits,
             key_group=0 if isinstance(self.k_group, str) else self.k_group,
-            value_group=group,
+            value_group=self.value_group(layer.value_dim),
         )
         record.orders("key"), record.orders("value")  # refuse a record too small for its lanes here, not later
         return record

@@ -37,12 +37,13 @@ PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (
 
 MAX_TILE = 64
 MIN_TOKENS = 16
+HEAD_MULTIPLE = 16
 
 
 def channel_chunks(dim: int) -> tuple[int, ...]:
     """The power-of-two chunks of a head dimension, largest first: 80 -> (64, 16), 128 -> (128,)."""
-    if dim < 16 or dim % 16:
-        raise ValueError(f"head dimension {dim} cannot be packed: allowed are multiples of 16")
+    if dim < HEAD_MULTIPLE or dim % HEAD_MULTIPLE:
+        raise ValueError(f"head dimension {dim} cannot be packed: allowed are multiples of {HEAD_MULTIPLE}")
     return tuple(1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1)
 
 

@@ -9,7 +9,7 @@ from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
 from kvruntime.methods.kivi import benched, transients
 from kvruntime.methods.kivi.cache import KiviLayer
 from kvruntime.methods.room import Room
-from kvsim.methods.kivi import HEAD, SEQUENCE, Kivi
+from kvsim.methods.kivi import SEQUENCE, Kivi
 
 
 def read_back(method: Kivi, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,10 +24,9 @@ def read_back(method: Kivi, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     out = []
     for x, nbits, group, axis in (
         (key, method.k_bits, method.k_group, CHANNEL),
-        (value, method.v_bits, method.v_group, TOKEN),
+        (value, method.v_bits, method.value_group(value.shape[3]), TOKEN),
     ):
-        size = x.shape[3] if group == HEAD else int(group)
-        old = fake_quantize(x[:, :, sink:packed].float(), nbits, size, axis)
+        old = fake_quantize(x[:, :, sink:packed].float(), nbits, int(group), axis)
         out.append(torch.cat([x[:, :, :sink].float(), old, x[:, :, packed:].float()], 2))
     return out[0], out[1]
 
