@@ -139,6 +139,7 @@ def load(
 
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    device = pick_device(device)
     kind = getattr(torch, dtype or ("float32" if torch.device(device).type == "cpu" else "float16"))
     _quiet()
     if source.path is None:

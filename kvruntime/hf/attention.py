@@ -20,6 +20,7 @@ from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, Pending
 from kvruntime.hf.counts import StepLength
 from kvruntime.hf.graphs import Replayed
 from kvruntime.hf.models import window_applies
+from kvruntime.hf.prompts import let_go, watch
 from kvruntime.kernels.reference import PLAIN, Partial, Scores
 
 NAME = "kvruntime"
@@ -165,6 +166,7 @@ def _attach(model: Any) -> None:
         setattr(one, MASKS, switch.create_masks)
         if one is model and switch.prepares is not None:
             setattr(one, PREPARES, switch.prepare_cache)
+    watch(model)
 
 
 def restore(model: Any) -> None:
@@ -186,6 +188,7 @@ def restore(model: Any) -> None:
                 delattr(module, name)
         if isinstance(replayed := module.__dict__.get("forward"), Replayed):
             replayed.take_back()
+        let_go(module)
         switch._put_back()
 
 

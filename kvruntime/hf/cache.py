@@ -469,6 +469,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.kinds = None if isinstance(layers, int) else list(layers)
         num_packed = layers if isinstance(layers, int) else sum(kind.shape is not None for kind in layers)
         self.columns, self.forward, self.shared = Columns(), Forward(), Shared(num_packed)
+        self.edits = 0
+        """How often tokens were taken back or rows changed."""
         super().__init__(layers=self._make_layers(layers if isinstance(layers, int) else len(layers)))
 
     @property
@@ -584,6 +586,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget every token; the packed layers' buffers stay for the next sequence."""
+        self.edits += 1
         self.columns.reset()
         self.forward.running = self.forward.open = self.forward.unfinished = False
         self.forward.states = 0
@@ -595,6 +598,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become ``beam_idx`` (int64, any number of rows, repeats allowed)."""
+        self.edits += 1
         index = beam_idx.cpu()  # once, for the host's books of every layer
         self.columns.reorder(index.tolist())
         for store in self.stores:
@@ -629,6 +633,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         keep = max(0, num_columns + tokens_to_remove)
         for layer in self.layers:
             exact.check_crop(layer, keep - num_columns)
+        self.edits += keep < num_columns
         if keep < num_columns:
             self._crop_packed(num_columns, keep)
         for layer in self.layers:

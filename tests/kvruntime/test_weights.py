@@ -84,6 +84,16 @@ def test_names_that_mean_nothing(monkeypatch, tmp_path):
         pick_device("tpu")
 
 
+def test_a_device_without_an_index(monkeypatch):
+    """``load(source, "cuda")`` is on the first card."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(weights, "_random", lambda source, device, kind: asked.append((device, kind)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load(resolve("llama-3.2-1b"), "cuda")
+    assert asked == [("cuda:0", torch.float16)]
+
+
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
     return pull_of_made_up(tmp_path, monkeypatch)

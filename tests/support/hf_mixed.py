@@ -52,7 +52,7 @@ MIXED: dict[str, tuple[str, dict[str, object], str, str]] = {
     ),
     "MiMo-V2-Flash": (
         "MiMoV2FlashConfig",
-        {**SLIDES, "head_dim": 96, "v_head_dim": 64, "num_experts": 2, "layer_types": None},
+        {**SLIDES, "head_dim": 192, "v_head_dim": 128, "num_experts": 2, "layer_types": None},
         "full attention, keys and values of unlike dimensions",
         "windows with sinks",
     ),

@@ -1,0 +1,122 @@
+"""What ``generate()`` does with a cache that it is given, where that would be wrong or drop the cache without a word.
+
+A prompt that does not go on from what the cache holds is refused; a model that gives up its cache to compute a sequence
+anew (rotary scaling that switches at a length) computes it into the same cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvruntime.hf.cache import TAKES_CACHE, Cache
+
+CACHE = "cache" if TAKES_CACHE else "past_key_values"
+METHODS = ("prepare_inputs_for_generation", "_prefill")
+"""The methods of ``generate()`` that are watched."""
+
+
+class Seen:
+    """The token ids that each cache was last generated with, which a cache of keys and values does not know."""
+
+    def __init__(self) -> None:
+        self._ids: WeakKeyDictionary[Cache, tuple[Tensor, int]] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._ids = WeakKeyDictionary()
+
+    def put(self, cache: Cache, ids: Tensor | None) -> None:
+        """``ids [batch_size, columns]`` are all that came; None: not known."""
+        if ids is None:
+            self._ids.pop(cache, None)
+        else:
+            self._ids[cache] = ids, cache.edits
+
+    def knows(self, cache: Cache) -> bool:
+        """Whether what the cache holds began with ids that are known."""
+        return cache in self._ids
+
+    def check(self, cache: Cache, ids: Tensor) -> None:
+        """Raises ``ValueError`` where a prompt ``ids [batch_size, columns]`` does not go on from what it holds."""
+        held = cache.get_seq_length()
+        if ids.shape[1] <= held:
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens for a cache that holds {held}: reset() it for another prompt, or "
+                "give all of the conversation"
+            )
+        known, edits = self._ids.get(cache, (None, 0))
+        if known is None or edits != cache.edits or len(known) != len(ids):
+            return
+        shared = min(known.shape[1], held)
+        if not torch.equal(known[:, :shared].to(ids.device), ids[:, :shared]):
+            raise ValueError(
+                f"the prompt does not begin with the {held} tokens that the cache holds: reset() it for another "
+                "prompt, or give all of the conversation"
+            )
+
+
+class Watched:
+    """A method of a model's ``generate()`` that a :class:`Seen` watches."""
+
+    def __init__(self, name: str, original: Any, seen: Seen) -> None:
+        self.name, self.original, self.seen = name, original, seen
+        self.__signature__ = inspect.signature(original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.__signature__.bind_partial(*args, **kwargs).arguments
+        more = given.get("model_kwargs") or given.get("kwargs") or {}
+        cache = given.get(CACHE, more.get(CACHE))
+        if not isinstance(cache, Cache):
+            return self.original(*args, **kwargs)
+        if self.name == "_prefill":
+            if given.get("is_first_iteration", True):
+                self._begin(cache, given["input_ids"], more, given.get("generation_config"))
+            return self.original(*args, **kwargs)
+        out = self.original(*args, **kwargs)
+        if out.get(CACHE) is None and out.get("use_cache") is not False:
+            cache.reset()  # the model computes the whole sequence anew, without its cache; 5.17 slices it all the same
+            if kwargs.get("next_sequence_length") is not None:
+                out = self.original(*args, **{**kwargs, "next_sequence_length": None})
+            out[CACHE] = cache
+        ids = given.get("input_ids")
+        if ids is not None and self.seen.knows(cache):
+            self.seen.put(cache, ids)
+        return out
+
+    def _begin(self, cache: Cache, ids: Tensor, more: dict[str, Any], config: Any) -> None:
+        """Of a call of ``generate()``: its ids are the whole sequence, or its end where the mask is longer."""
+        held, mask = cache.get_seq_length(), more.get("attention_mask")
+        columns = getattr(config, "_mask_length", None) if mask is None else mask.shape[1]  # a mask of ones is dropped
+        whole = more.get("inputs_embeds") is None and columns in (None, ids.shape[1])
+        if whole and held:
+            self.seen.check(cache, ids)
+        if not whole or (held and not self.seen.knows(cache)):
+            self.seen.put(cache, None)
+        else:
+            self.seen.put(cache, ids)
+
+
+def watch(model: Any) -> None:
+    """Watches ``generate()`` of ``model``, where it has one."""
+    seen = Seen()
+    for name in METHODS:
+        if hasattr(model, name) and not isinstance(model.__dict__.get(name), Watched):
+            setattr(model, name, Watched(name, getattr(model, name), seen))
+
+
+def let_go(model: Any) -> None:
+    """Takes back what :func:`watch` did."""
+    for name in list(_watched(model)):
+        delattr(model, name)
+
+
+def _watched(model: Any) -> Iterator[str]:
+    yield from (name for name in METHODS if isinstance(model.__dict__.get(name), Watched))
