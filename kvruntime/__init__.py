@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvruntime.engine import Engine
-    from kvruntime.hf import Cache, make_cache, restore
+    from kvruntime.hf import Cache, compress, load_cache, make_cache, restore, save_cache
 
-__all__ = ["Cache", "Engine", "make_cache", "restore"]
+__all__ = ["Cache", "Engine", "compress", "load_cache", "make_cache", "restore", "save_cache"]
 
 
 def __getattr__(name: str) -> object:
-    """``make_cache``, ``restore``, ``Cache`` and ``Engine`` on first use: transformers is slow to import."""
+    """All of ``__all__`` on first use: transformers is slow to import."""
     if name == "Engine":
         from kvruntime.engine import Engine
 

@@ -8,15 +8,17 @@ from typing import Any
 from kvruntime.hf.attention import attach, restore
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
+from kvruntime.hf.convert import compress
 from kvruntime.hf.exact import Kind
 from kvruntime.hf.models import NAMES, changed_scores, layer_kinds
+from kvruntime.hf.saved import load_cache, save_cache
 from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import changes_scores, room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 
-__all__ = ["Cache", "make_cache", "restore"]
+__all__ = ["Cache", "compress", "load_cache", "make_cache", "restore", "save_cache"]
 
 
 def make_cache(
@@ -87,8 +89,8 @@ def _steps_on(device: str) -> bool:
 
 
 def _without_steps(model: Any, method: Method, kinds: list[Kind]) -> str:
-    """What of ``model`` no step on the device runs: packed layers alone, of plain scores and heads that the method packs
-    as they are, do."""
+    """What of ``model`` no step on the device runs: packed layers alone, of plain scores and heads that the method
+    packs as they are, do."""
     others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
     odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
     return " and ".join(others) or changed_scores(model) or (f"heads of {odd[0].key_dim}" if odd else "")

@@ -14,7 +14,7 @@ from kvruntime.hf import exact
 from kvruntime.hf.exact import PACKED, Kind
 from kvruntime.hf.padding import Columns
 from kvruntime.kernels.reference import PLAIN, Scores
-from kvruntime.methods import Layer, Steps, make_layer, shared_tensors
+from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_tensors
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
 
@@ -349,7 +349,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """``Layer.attend``; heads that were filled up with zeros come back as they are."""
         assert self.shape is not None
         more = {} if scores.is_plain else {"scores": scores}
-        if more and not self.store.changes_scores(query.device):
+        if more and not changes_scores(self.method, query.device):
             raise ValueError(f"{self.method.name} does not attend with sinks or softcaps on {query.device.type}")
         if fresh is not None:
             fresh = (*self._filled(*fresh[:2]), fresh[2])
@@ -550,7 +550,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of every storage held: the layers' own, packed or not, and once a device what they share."""
         tensors = [tensor for store in self.stores for tensor in (*store.tensors.values(), *store.shared.values())]
-        tensors += [tensor for layer in self.layers for tensor in exact.tensors(layer)]
+        tensors += [tensor for layer in self.layers for tensor in exact.tensors(layer).values()]
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -72,9 +71,17 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
             kept = getattr(self, name)
             a_token = kept[:, :, :1].numel() * kept.element_size()
             if kept.untyped_storage().nbytes() > self.sliding_window * a_token and a_token:
-                room = kept.new_empty(*kept.shape[:2], self.sliding_window, kept.shape[3])
-                room[:, :, self.sliding_window - kept.shape[2] :] = kept
-                setattr(self, name, room[:, :, self.sliding_window - kept.shape[2] :])
+                setattr(self, name, roomed(kept, self.sliding_window))
+
+
+def roomed(kept: Tensor, window: int) -> Tensor:
+    """A window's newest tokens ``[batch_size, num_kv_heads, n, dim]`` in memory of ``window`` tokens where they are one
+    less, else of their own."""
+    num_tokens = window if kept.shape[2] == window - 1 else kept.shape[2]
+    room = kept.new_empty(*kept.shape[:2], num_tokens, kept.shape[3])
+    out = room[:, :, num_tokens - kept.shape[2] :]
+    out.copy_(kept)
+    return out
 
 
 def made(kind: Kind) -> Any:
@@ -86,12 +93,15 @@ def made(kind: Kind) -> Any:
     )
 
 
-def tensors(layer: Any) -> Iterator[Tensor]:
-    """The tensors that a layer keeps as they are."""
-    held = [layer.keys, layer.values] if isinstance(layer, WindowLayer) else []
+def tensors(layer: Any) -> dict[str, Tensor]:
+    """The tensors that a layer keeps as they are, by name: ``keys`` and ``values``, ``conv_states.0`` ..."""
+    held: dict[str, Tensor | None] = {}
+    if isinstance(layer, WindowLayer):
+        held = {"keys": layer.keys, "values": layer.values}
     if isinstance(layer, LinearAttentionCacheLayerMixin):
-        held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    yield from (tensor for tensor in held if tensor is not None)
+        for name in ("conv_states", "recurrent_states"):
+            held |= {f"{name}.{index}": tensor for index, tensor in getattr(layer, name).items()}
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 def check_crop(layer: Any, tokens_to_remove: int) -> None:

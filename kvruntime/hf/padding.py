@@ -44,7 +44,8 @@ class Columns:
 
         ``mask``: None (causal, all visible) or ``[batch_size or 1, 1, length, start + length]``, bool or additive.
         The first layer of a forward reads it, the others are given the same answer.
-        Raises ``ValueError`` unless it is causal but for padding and agrees with what was cached.
+        Raises ``ValueError`` unless it is causal but for padding and agrees with what was cached.  In the first columns
+        tokens may see later ones too (an image's see each other): these attend by the mask as it is.
         """
         seen = (start, length, mask is None)
         if seen != self._seen or (self._mask and self._mask()) is not mask:
@@ -79,7 +80,7 @@ class Columns:
         if min(counts) == length:
             return None
         for spans, row in zip(self.padding, new.tolist(), strict=True):
-            spans += _padding(row, start)
+            spans += padding_spans(row, start)
         return counts
 
     def all_tokens(self, batch_size: int) -> None:
@@ -143,7 +144,7 @@ def _visible(mask: Tensor, length: int, num_columns: int) -> tuple[Tensor, Tenso
     return visible, (~visible & (mask > torch.finfo(mask.dtype).min / 2)).any()
 
 
-def _padding(tokens: list[bool], start: int) -> list[range]:
+def padding_spans(tokens: list[bool], start: int) -> list[range]:
     """The runs of columns from ``start`` on that hold no token."""
     spans, at = [], start
     for is_token, run in groupby(tokens):
@@ -155,12 +156,15 @@ def _padding(tokens: list[bool], start: int) -> list[range]:
 
 
 def _not_causal(visible: Tensor, real: Tensor, start: int) -> Tensor:
-    """Whether a token's query sees other columns than the tokens up to its own (padding queries may see anything)."""
+    """Whether a token's query sees other columns than the tokens up to its own (padding queries may see anything).
+
+    Of the first columns: whether it does not see all of those, or sees padding."""
     column = torch.arange(real.shape[1], device=real.device)
     wrong = torch.zeros((), dtype=torch.bool, device=real.device)
     for first in range(0, visible.shape[1], QUERY_BLOCK):
         queries = column[start + first : start + min(first + QUERY_BLOCK, visible.shape[1])]
         want = real[:, None] & (column <= queries[:, None])
         got = visible[:, first : first + QUERY_BLOCK]
-        wrong = wrong | ((got != want) & real[:, queries, None]).any()
+        other = got != want if start else (want & ~got) | (got & ~real[:, None])
+        wrong = wrong | (other & real[:, queries, None]).any()
     return wrong

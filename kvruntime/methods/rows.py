@@ -145,6 +145,14 @@ class Rows:
         """Takes the rows' lengths from the device, where steps have left the host's books behind."""
         self.row_lengths = lengths.tolist()
 
+    def books(self) -> dict[str, Any]:
+        """What the host knows of the rows besides the tensors, as lists of numbers: for a file."""
+        return {"row_lengths": list(self.row_lengths)}
+
+    def take_books(self, books: Mapping[str, Any]) -> None:
+        """Takes over :meth:`books`, once the tensors are those that they are of."""
+        self.catch_up(torch.tensor(books["row_lengths"], dtype=torch.int32))
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self.row_lengths = [0] * self.batch_size

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from hf_models import DEVICE, prompt, tiny
+from transformers import DynamicCache
 
 from kvruntime import make_cache
 from kvruntime.hf import padding
@@ -59,7 +60,8 @@ def test_padding_without_a_mask(warm, length):
 
 
 def test_masks_of_ones_own():
-    """4-D masks, bool or additive, are followed where they are causal and refused where not."""
+    """4-D masks, bool or additive, are followed where causal and refused where not; tokens may see later ones in
+    a first prompt, not on a used cache."""
     model, ids = tiny("Qwen2"), prompt(2, 12)["input_ids"]
     rows = torch.ones(2, 12, dtype=torch.bool, device=DEVICE)
     rows[1, :3] = False
@@ -73,9 +75,19 @@ def test_masks_of_ones_own():
             torch.testing.assert_close(got.logits[rows], want.logits[rows], atol=1e-5, rtol=1e-5)
         window, ahead, bias = good.clone(), good.clone(), additive.clone()
         window[0, 0, 9, 2], ahead[0, 0, 5, 8], bias[0, 0, 9, 2] = False, True, -1.5
-        for mask in (window, ahead, bias):
+        hidden = good.clone()
+        hidden[1, 0, 8, 1] = True  # padding
+        for mask in (window, bias, hidden):
             with pytest.raises(ValueError, match="not causal over the tokens"):
                 model(ids, attention_mask=mask, **argument(make_cache(model, "fp32")))
+        cache, stock = make_cache(model, "fp32"), DynamicCache()
+        got, want = (model(ids, attention_mask=ahead, **argument(held)).logits for held in (cache, stock))
+        assert torch.equal(got[rows], want[rows])
+        assert cache.stores[0].row_lengths == [12, 9]
+        ahead = torch.ones(2, 1, 3, 15, dtype=torch.bool, device=DEVICE)
+        ahead[1, 0, :, :3] = False
+        with pytest.raises(ValueError, match="not causal over the tokens"):
+            model(ids[:, :3], attention_mask=ahead, **argument(cache))
         with pytest.raises(ValueError, match=r"shape \[2, 4, 12, 12\]: allowed is \[batch_size, 1, 12, 12\]"):
             model(ids, attention_mask=good.expand(2, 4, 12, 12), **argument(make_cache(model, "fp32")))
 

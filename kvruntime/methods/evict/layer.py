@@ -165,6 +165,16 @@ class EvictLayer(Rows):
         key, value = self.inner.tokens(row)
         return key, value
 
+    def books(self) -> dict[str, Any]:
+        """Those of the inner layer, and the tokens seen."""
+        return {"seen": list(self.seen), "inner": self.inner.books()}
+
+    def take_books(self, books: Mapping[str, Any]) -> None:
+        """Takes over :meth:`books`."""
+        self.seen = list(books["seen"])
+        self.inner.take_books(books["inner"])
+        self._mirror()
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         super().reset()
