@@ -1,4 +1,4 @@
-"""The caches under unmodified transformers: ``model.generate(..., past_key_values=make_cache(model, "kivi"))``."""
+"""The caches under unmodified transformers: ``model.generate(..., cache=make_cache(model, "kivi"))``."""
 
 from __future__ import annotations
 

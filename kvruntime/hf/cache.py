@@ -294,6 +294,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"tokens of {names[0]} for a cache that was given {names[1]}: reset() it")
         self.dtype = key_states.dtype
 
+    def settle(self) -> None:
+        """Brings the host's books up to date, where steps on the device leave them behind: here they never are."""
+
     def read(self) -> tuple[Tensor, Tensor]:
         """``(keys, values)`` held, each ``[batch_size, num_kv_heads, num_columns, dim]``: as they would be attended to,
         dequantized, in the type that they came in; zeros where a row has padding."""

@@ -100,9 +100,12 @@ class CompiledLayer(CacheLayer):
         self.num_columns = int(self.counts.num_columns)
         self.store.catch_up(self.counts.positions)
 
-    def read(self) -> tuple[Tensor, Tensor]:
+    def settle(self) -> None:
         if self.counts.started:
             self.catch_up()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        self.settle()
         return super().read()
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:

@@ -77,8 +77,7 @@ def _written(layer: Any) -> dict[str, Any]:
     if isinstance(layer, CacheLayer):
         if not layer.is_initialized or layer.shape is None:
             raise ValueError("save_cache: a layer of the cache holds no tokens")
-        if (counts := getattr(layer, "counts", None)) is not None and counts.started:
-            layer.catch_up()  # type: ignore[attr-defined]  # of a compiled cache
+        layer.settle()
         packed = {
             "shape": _numbers(layer.shape),
             "batch_size": layer.store.batch_size,

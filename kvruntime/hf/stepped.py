@@ -85,8 +85,11 @@ class SteppedLayer(CacheLayer):
             steps.stepped()
         return out
 
-    def read(self) -> tuple[Tensor, Tensor]:
+    def settle(self) -> None:
         self.counts.settle()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        self.settle()
         return super().read()
 
     def get_seq_length(self) -> Any:

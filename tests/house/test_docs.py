@@ -1,7 +1,7 @@
 """What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
 
-``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models -->`` the families that
-tests/support/hf_models.py runs, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
+``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models ... -->`` the families that
+tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
 ``<!-- planners -->`` the recorded head-to-head of planners.
 ``python tests/house/test_docs.py`` writes all of them anew.
@@ -22,7 +22,7 @@ DOCUMENTS = tuple(
     ROOT / name
     for name in (
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
-        "docs/memory-and-quality.md",
+        *("docs/memory-and-quality.md", "docs/models.md"),
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
@@ -32,9 +32,9 @@ BLOCK = re.compile(r"(<!-- (kvsim|models|results|time|planners|speed)(.*?) -->\n
 def block(kind: str, arguments: str) -> str:
     if kind == "models":
         pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
-        from hf_models import readme_table
+        from hf_tables import block as models
 
-        return readme_table()
+        return models(arguments)
     if kind == "results":
         from validation.documents import memory_tables
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not in
 pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
 
 import transformers  # noqa: E402
-from hf_models import GQA, prompt  # noqa: E402
+from hf_models import DEVICE, GQA, prompt  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from kvruntime import make_cache  # noqa: E402
@@ -32,7 +32,7 @@ STORED = {40: 48, 72: 80, 120: 128}
 def model(dim: int) -> torch.nn.Module:
     torch.manual_seed(5)
     config = transformers.LlamaConfig(**{**GQA, "num_hidden_layers": 1}, head_dim=dim)
-    made = transformers.LlamaForCausalLM(config).eval()
+    made = transformers.LlamaForCausalLM(config).eval().to(DEVICE)
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if "attn" in name:

@@ -1,11 +1,14 @@
-"""Every model family of the README's table: the uncompressed cache is stock, kivi is what it stores, read back."""
+"""Every family of full attention alone: the uncompressed cache is stock, kivi is what it stores, read back."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import MODELS, prompt, readme_table, tiny
+from hf_mixed import MIXED
+from hf_models import MODELS, prompt, tiny
 from hf_oracle import step
+from hf_tables import counts, table
+from hf_vision import VISIONS
 
 from kvruntime import make_cache
 from kvruntime.hf.cache import argument
@@ -38,5 +41,6 @@ def test_kivi_is_what_it_stores_read_back(family):
     assert cache.stores[0].row_packed == [192, 192]
 
 
-def test_readme_table_has_every_family():
-    assert readme_table().count("\n") == len(MODELS) + 1
+def test_the_tables_have_every_family():
+    assert table().count("\n") == len(MODELS) + len(MIXED) + len(VISIONS) + 1
+    assert counts().startswith(f"{len(MODELS) + len(MIXED)} families: {len(MODELS)} of full attention alone")

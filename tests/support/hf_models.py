@@ -1,11 +1,10 @@
 """The model families that the cache is run under: one row each, as tiny seeded random models.
 
-The README's table of models is ``readme_table()`` (tests/kvruntime/test_hf_models.py runs every row).
+tests/kvruntime/test_hf_models.py runs every row; the tables of docs/models.md are tests/support/hf_tables.py.
 """
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 
 import torch
@@ -97,11 +96,3 @@ def prompt(batch_size: int, length: int, padding: tuple[int, ...] = (), seed: in
     for row, count in enumerate(padding):
         ids[row, :count], mask[row, :count] = 0, 0
     return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
-
-
-def readme_table() -> str:
-    """The models of the README, in Markdown."""
-    lines = ["| family | transformers class | particular |", "|---|---|---|"]
-    for family, (config_class, _, note) in MODELS.items():
-        lines.append(f"| {family} | `{config_class.removesuffix('Config')}` | {inspect.cleandoc(note)} |")
-    return "\n".join(lines)
