@@ -10,10 +10,10 @@ from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
 from kvruntime.hf.exact import Kind
-from kvruntime.hf.models import NAMES, changed_scores, layer_kinds
+from kvruntime.hf.models import NAMES, changed_scores, layer_kinds, refuse_scores
 from kvruntime.hf.saved import load_cache, save_cache
 from kvruntime.hf.stepped import SteppedCache
-from kvruntime.methods import changes_scores, room_of
+from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
@@ -59,10 +59,7 @@ def make_cache(
     check_runs(method)
     for shape in set(shapes):
         method.buffers(stored_shape(method, shape), 1, 1)  # says what it cannot hold before anything runs
-    changed = changed_scores(model)
-    if changed and not changes_scores(method, model.device):
-        name, device = type(model).__name__, model.device.type
-        raise ValueError(f"{name} has {changed}, which {method.name} does not run on {device}")
+    refuse_scores(model, method)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     without, layer = _without_steps(model, method, kinds), room_of(method).layer
     steps = compiled is None and not without and len(devices) == 1 and _steps_on(devices[0]) and layer.has_steps  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from kvruntime.hf import exact
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache, CacheLayer, HybridLayer
 from kvruntime.hf.exact import EMPTY, Kept, Kind
-from kvruntime.hf.models import layer_kinds
+from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.hf.padding import padding_spans
 from kvruntime.methods import check_runs
 from kvsim.layout import LayerShape, Method
@@ -60,6 +60,7 @@ def compress(
         wanted = [bool(kind.shape) for kind in layer_kinds(model)]
         if wanted != [bool(kind.shape) for kind in kinds]:
             raise ValueError(f"the cache is not one of {type(model).__name__}: its layers are of other kinds")
+        refuse_scores(model, method)
         attach(model)
     out = Cache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
     lengths, order = _placed(attention_mask, held[0].keys.shape[0], num_columns, out)

@@ -19,7 +19,8 @@ from transformers.cache_utils import (
 )
 
 from kvruntime.hf.exact import EMPTY, Kept, Kind
-from kvsim.layout import LayerShape
+from kvruntime.methods import changes_scores
+from kvsim.layout import LayerShape, Method
 
 REFUSED_KEYS = {
     "kv_lora_rank": "multi-head latent attention",
@@ -89,6 +90,14 @@ def changed_scores(model: Any) -> str:
     if getattr(config, SOFTCAP, None):
         return f"soft-capped attention scores (config key {SOFTCAP} = {getattr(config, SOFTCAP)})"
     return "attention sinks (parameter sinks)" if any(hasattr(x, "sinks") for x in model.modules()) else ""
+
+
+def refuse_scores(model: Any, method: Method) -> None:
+    """Raises ``ValueError`` where ``method`` does not attend as ``model`` does on its device."""
+    changed = changed_scores(model)
+    if changed and not changes_scores(method, model.device):
+        name, device = type(model).__name__, model.device.type
+        raise ValueError(f"{name} has {changed}, which {method.name} does not run on {device}")
 
 
 def window_applies(window: int | None, config: Any) -> bool:

@@ -14,7 +14,7 @@ from transformers import cache_utils
 from kvruntime.hf import exact
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache, CacheLayer
-from kvruntime.hf.models import layer_kinds
+from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.methods import LAYERS
 from kvsim.layout import LayerShape, Method
 
@@ -63,6 +63,7 @@ def load_cache(path: str | Path, model: Any) -> Cache:
     own = [(isinstance(layer, CacheLayer), _kept(layer)) for layer in cache.layers]
     if own != [(layer["packed"] is not None, layer["kept"]) for layer in state["layers"]]:
         raise ValueError(f"{path} is not a cache of {type(model).__name__}: its layers are of other kinds")
+    refuse_scores(model, cache.method)
     attach(model)
     cache.columns.padding = [[range(*span) for span in row] for row in state["padding"]]
     for layer, written, device in zip(cache.layers, state["layers"], _devices(model, len(cache.layers)), strict=True):

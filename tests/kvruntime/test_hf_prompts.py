@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from hf_mixed import mixed
-from hf_models import GQA, prompt, tiny
+from hf_models import DEVICE, GQA, prompt, tiny
 
 import kvruntime
 from kvruntime import make_cache
@@ -32,7 +32,7 @@ def test_a_conversation_goes_on(model):
         got = model.generate(ids, attention_mask=mask, **GREEDY, **argument(cache))
         assert torch.equal(got, model.generate(ids, attention_mask=mask, **GREEDY))
         ids = torch.cat([got, prompt(2, 5, seed=turn)["input_ids"]], 1)
-        mask = torch.cat([mask, torch.ones(2, 13, dtype=mask.dtype)], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :13])], 1)
 
 
 @pytest.mark.parametrize("length", [12, 40])
@@ -78,7 +78,7 @@ def test_new_tokens_alone_with_the_whole_mask():
     cache = make_cache(model, "fp32")
     with torch.no_grad():
         model(ids[:, :20], **argument(cache))
-    got = model.generate(ids[:, 20:], attention_mask=torch.ones(1, 30, dtype=torch.int64), **GREEDY, **argument(cache))
+    got = model.generate(ids[:, 20:], attention_mask=torch.ones_like(ids), **GREEDY, **argument(cache))
     assert torch.equal(got[:, 10:], model.generate(ids, **GREEDY)[:, 30:])
 
 
@@ -103,7 +103,7 @@ def longrope() -> torch.nn.Module:
         original_max_position_embeddings=32,
         rope_parameters={**rope, "original_max_position_embeddings": 32},
     )
-    model = transformers.Phi3ForCausalLM(config).eval()
+    model = transformers.Phi3ForCausalLM(config).eval().to(DEVICE)
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for weight in model.parameters():
