@@ -84,6 +84,7 @@ def test_new_tokens_alone_with_the_whole_mask():
 
 def test_what_watches_goes_with_restore_and_copies():
     model = copy.deepcopy(tiny("Llama"))
+    kvruntime.restore(model)
     names = set(vars(model))
     make_cache(model)
     assert {"_prefill", "prepare_inputs_for_generation"} <= set(vars(model)) - names
