@@ -11,7 +11,7 @@ from kvsim.methods.evict import Evict
 from kvsim.methods.fp8 import Fp8
 from kvsim.methods.full import Full
 from kvsim.methods.ggml import Ggml
-from kvsim.methods.kivi import Kivi, kivi_seed
+from kvsim.methods.kivi import Kivi, kivi_boost, kivi_seed
 from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
@@ -24,6 +24,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "fp32": lambda: Full("float32"),
     "kivi": Kivi,
     "kivi-seed": kivi_seed,
+    "kivi-boost": kivi_boost,
     "fp8": Fp8,
     "fp8-e5m2": lambda: Fp8("e5m2"),
     "fp8-token-head": lambda scale_dtype="float32": PerTokenHead("fp8", scale_dtype),
@@ -85,6 +86,7 @@ __all__ = [
     "Paged",
     "PerTokenHead",
     "at",
+    "kivi_boost",
     "kivi_seed",
     "make_method",
     "method_named",

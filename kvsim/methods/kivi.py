@@ -9,6 +9,12 @@ is written when the ring is full and a further token needs its oldest slots, so 
 and between ``residual_length - record_length + 1`` and ``residual_length`` newest tokens are exact.  (KIVI's
 own code flushes the whole key residual at once, so that at times no newest key is exact, and moves values
 one token at a time; the bytes at full residual are the same.)
+
+Two options are not KIVI's.  *Boosted key channels* (``boost_nbits``; dynamic channel-wise precision boost, Kitty): a
+quarter of a head's key channels, those of the widest range in the row's first record, hold ``boost_nbits`` more bits,
+in a plane of their own beside the codes that all channels have.  *Rotated values* (``rotate_values``; QuaRot, arXiv
+2404.00456, RotateKV): values are multiplied by a normalised Hadamard matrix, and packed with one symmetric scale a
+token and head, without zeros.
 """
 
 from __future__ import annotations
@@ -20,12 +26,25 @@ from functools import cached_property, lru_cache
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape
 from kvsim.methods.formulas import Factor, Formula, Number, Written, kv_rows, rows_number
 from kvsim.methods.full import SHORT
-from kvsim.methods.packing import HEAD_MULTIPLE, MAX_TILE, MIN_TOKENS, PLANES, TileOrder, channel_chunks, tile_order
+from kvsim.methods.packing import (
+    HEAD_MULTIPLE,
+    MAX_TILE,
+    MIN_TOKENS,
+    PLANES,
+    TileOrder,
+    boosted_channels,
+    channel_chunks,
+    tile_order,
+)
 from kvsim.whole_numbers import check_whole
 
 SEQUENCE = "sequence"
 HEAD = "head"
 PARAM_DTYPE = "float16"
+BOOSTS = (0, 1, 2)
+"""Bits that the boosted key channels may have besides."""
+MAX_BOOSTED_DIM = 256
+"""Channels of a head whose order bytes can number."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,8 @@ class Kivi:
     counts channels, or is ``"head"``: all of a token's channels; where it is not given and ``group_size`` does
     not divide the head dimension, it is the largest power of two below that does (:meth:`value_group`).
     ``dtype`` is that of the exact tokens; scales and zeros are float16.
+    ``boost_nbits``: more bits for a quarter of the key channels.  ``rotate_values`` (0 or 1): values rotated, one
+    symmetric scale a token and head.
 
     Raises ``ValueError`` for a width, group or residual that the layout cannot hold.
     """
@@ -51,6 +72,8 @@ class Kivi:
     value_group_size: int | str | None = None
     sink_length: int = 0
     dtype: str = "float16"
+    boost_nbits: int = 0
+    rotate_values: bool = False
 
     kvruntime = True
     head_multiple = HEAD_MULTIPLE
@@ -77,6 +100,7 @@ class Kivi:
             words = label in ("key_group_size", "value_group_size")
             if not (words and isinstance(count, str | None)):
                 check_whole(label, count, least=0)
+        self._check_options()
         group = self.k_group
         if isinstance(group, str):
             if group != SEQUENCE:
@@ -95,6 +119,24 @@ class Kivi:
         elif self.v_group < 8:
             raise ValueError(f"value group size {self.v_group}: allowed are 8 and above")
 
+    def _check_options(self) -> None:
+        boost = self.boost_nbits
+        if type(boost) is not int or boost not in BOOSTS:
+            raise ValueError(f"boost_nbits {repr(boost)[:40]}: allowed are {', '.join(map(str, BOOSTS))}")
+        if boost and self.k_bits + boost > max(PLANES):
+            raise ValueError(
+                f"boost_nbits {boost} besides {self.k_bits} key bits: allowed are {max(PLANES)} bits in all"
+            )
+        if boost and isinstance(self.k_group, str):
+            raise ValueError(f"boost_nbits {boost} with key_group_size {self.k_group!r}: allowed is a number of tokens")
+        if self.rotate_values not in (0, 1):
+            raise ValueError(f"rotate_values {repr(self.rotate_values)[:40]}: allowed are 0 and 1")
+        object.__setattr__(self, "rotate_values", bool(self.rotate_values))
+        if self.rotate_values and self.value_group_size not in (None, HEAD):
+            raise ValueError(
+                f"value_group_size {self.value_group_size!r} of rotated values: allowed is {HEAD!r}, one scale a head"
+            )
+
     @property
     def k_bits(self) -> int:
         return self.nbits if self.key_nbits is None else self.key_nbits
@@ -109,6 +151,8 @@ class Kivi:
 
     @property
     def v_group(self) -> int | str:
+        if self.rotate_values:
+            return HEAD
         return self.group_size if self.value_group_size is None else self.value_group_size
 
     def value_group(self, dim: int) -> int:
@@ -130,6 +174,10 @@ class Kivi:
             return "kivi-seed"
         bits = f"{self.k_bits}bit" if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
         groups = f"g{self.k_group}" if self.k_group == self.v_group else f"gk{self.k_group}-gv{self.v_group}"
+        if self.boost_nbits:
+            bits = f"k{self.k_bits}+{self.boost_nbits}v{self.v_bits}"
+        if self.rotate_values:
+            groups = f"rotv-g{self.k_group}"
         sink = f"-s{self.sink_length}" if self.sink_length else ""
         return f"kivi-{bits}-{groups}-r{self.residual_length}{sink}"
 
@@ -170,8 +218,18 @@ class Kivi:
             value_nbits=self.v_bits,
             key_group=0 if isinstance(self.k_group, str) else self.k_group,
             value_group=self.value_group(layer.value_dim),
+            boost_nbits=self.boost_nbits,
+            rotated_values=self.rotate_values,
         )
-        record.orders("key"), record.orders("value")  # refuse a record too small for its lanes here, not later
+        if self.boost_nbits and layer.key_dim > MAX_BOOSTED_DIM:
+            raise ValueError(
+                f"boosted key channels of head dimension {layer.key_dim}: allowed are up to {MAX_BOOSTED_DIM}"
+            )
+        (
+            record.orders("key"),
+            record.orders("value"),
+            record.orders("boost"),
+        )  # refuse a record too small for its lanes here, not later
         return record
 
     def num_packed(self, num_tokens: int) -> int:
@@ -203,6 +261,8 @@ class Kivi:
             shape = (2, batch_size, heads, layer.key_dim)
             half = batch_size * heads * layer.key_dim * 2
             out.append(Buffer("key_params", shape, PARAM_DTYPE, (("key_scale", half), ("key_zero", half))))
+        if record.boosted:  # which channels a row's records hold, the boosted ones first
+            out.append(Buffer("key_order", (batch_size, heads, layer.key_dim), "uint8"))
         return out
 
     def _exact(self, stream: str, batch_size: int, heads: int, slots: int, dim: int) -> Buffer:
@@ -264,8 +324,14 @@ class Kivi:
             Formula(params, "key_scale", key_params),
             Formula(params, "key_zero", key_params),
             Formula("records", "value_scale", value_params),
-            Formula("records", "value_zero", value_params),
         ]
+        if not record.rotated_values:
+            formulas.append(Formula("records", "value_zero", value_params))
+        if record.boosted:
+            numbers.append(Number("boosted", record.boosted, "a quarter of the head dim, to a power of two"))
+            numbers.append(Number("boost bits", self.boost_nbits, "boost_nbits"))
+            boost = (rows, tokens, (record.boosted, "boosted"), (self.boost_nbits, "boost bits"))
+            formulas.append(Formula("records", "key_boost_codes", boost, 8))
         for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
             tail = ((dim, "head dim"), (size, "bytes"))
             if sink:
@@ -275,6 +341,8 @@ class Kivi:
             Formula("lengths", "lengths", ((count, "layers"), (batch_size, "batch"), (2, "counts"), (4, "bytes")))
         )
         formulas.sort(key=lambda formula: formula.buffer == "key_params")  # a buffer's sections stay together
+        if record.boosted:
+            formulas.append(Formula("key_order", "key_order", (rows, (layer.key_dim, "head dim"), (1, "bytes"))))
         return numbers, formulas
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
@@ -284,6 +352,8 @@ class Kivi:
         out = {name: 4 * words * rows * count for name, _, words in record.sections}
         if not record.key_group and packed:
             out |= dict.fromkeys(("key_scale", "key_zero"), rows * layer.key_dim * 2)
+        if record.boosted and packed:
+            out["key_order"] = rows * layer.key_dim
         sink = min(num_tokens, self.sink_length)
         for stream, dim in (("key", layer.key_dim), ("value", layer.value_dim)):
             token = rows * dim * DTYPE_BITS[self.dtype] // 8
@@ -308,6 +378,8 @@ class Kivi:
         nbytes += exact * token // 2
         if not record.key_group:
             nbytes += 2 * rows * layer.key_dim * 2
+        if record.boosted:
+            nbytes += rows * layer.key_dim
         return max(held * token, nbytes) + lengths
 
 
@@ -316,13 +388,47 @@ def kivi_seed(dtype: str = "float16") -> Kivi:
     return Kivi(nbits=2, key_group_size=SEQUENCE, value_group_size=HEAD, residual_length=32, dtype=dtype)
 
 
+BOOSTED: dict[int, tuple[int, int, int]] = {2: (2, 2, 2), 3: (2, 2, 3), 4: (3, 1, 4)}
+"""``nbits`` of :func:`kivi_boost` -> key bits, boost bits, value bits."""
+
+
+def kivi_boost(
+    nbits: int = 2,
+    group_size: int = 64,
+    residual_length: int = 128,
+    key_nbits: int | None = None,
+    boost_nbits: int | None = None,
+    value_nbits: int | None = None,
+    sink_length: int = 4,
+    dtype: str = "float16",
+) -> Kivi:
+    """KIVI with boosted key channels, rotated values and four exact first tokens: about 2.6, 3.1 and 4 bits an element.
+
+    ``nbits`` chooses key, boost and value bits, which may be given instead.  Raises ``ValueError`` for other ``nbits``.
+    """
+    if nbits not in BOOSTED:
+        raise ValueError(f"kivi-boost nbits {repr(nbits)[:40]}: allowed are {', '.join(map(str, BOOSTED))}")
+    key, boost, value = BOOSTED[nbits]
+    return Kivi(
+        nbits=key if key_nbits is None else key_nbits,
+        group_size=group_size,
+        residual_length=residual_length,
+        value_nbits=value if value_nbits is None else value_nbits,
+        sink_length=sink_length,
+        dtype=dtype,
+        boost_nbits=boost if boost_nbits is None else boost_nbits,
+        rotate_values=True,
+    )
+
+
 @dataclass(frozen=True)
 class Record:
     """The packed record of one key/value head: sizes and offsets, in 32-bit words unless named otherwise.
 
     ``key_group`` is the number of tokens that share a key scale; 0 means that the scales are kept
     outside the record (one a channel over the whole sequence).  ``value_group`` is the number of
-    channels that share a value scale.
+    channels that share a value scale.  ``boost_nbits`` are the bits that the first ``boosted`` key channels have
+    besides; ``rotated_values`` have a scale and no zero.
     """
 
     num_tokens: int
@@ -332,6 +438,18 @@ class Record:
     value_nbits: int
     key_group: int
     value_group: int
+    boost_nbits: int = 0
+    rotated_values: bool = False
+
+    @cached_property
+    def boosted(self) -> int:
+        """Key channels with more bits, the first of the row's order; 0 without any."""
+        return boosted_channels(self.key_dim) if self.boost_nbits else 0
+
+    @cached_property
+    def rotation(self) -> int:
+        """Channels that one Hadamard matrix mixes: the largest power of two that divides the head; 0 without any."""
+        return self.value_dim & -self.value_dim if self.rotated_values else 0
 
     @cached_property
     def tile(self) -> int:
@@ -339,19 +457,20 @@ class Record:
         return min(MAX_TILE, self.num_tokens & -self.num_tokens)
 
     def dim(self, stream: str) -> int:
-        return self.key_dim if stream == "key" else self.value_dim
+        """Channels of ``key`` and ``value`` codes, and of the ``boost`` plane."""
+        return {"key": self.key_dim, "value": self.value_dim, "boost": self.boosted}[stream]
 
     def nbits(self, stream: str) -> int:
-        return self.key_nbits if stream == "key" else self.value_nbits
+        return {"key": self.key_nbits, "value": self.value_nbits, "boost": self.boost_nbits}[stream]
 
     def orders(self, stream: str) -> tuple[tuple[int, int, int, int, TileOrder], ...]:
         """``(first channel, width, lowest bit, word offset in the tile, order)`` of every chunk and plane."""
-        out = []
+        out: list[tuple[int, int, int, int, TileOrder]] = []
         offset = channel = 0
-        for width in channel_chunks(self.dim(stream)):
+        for width in channel_chunks(self.dim(stream)) if self.dim(stream) else ():
             low = 0
             for bits in PLANES[self.nbits(stream)]:
-                order = tile_order(stream, self.tile, width, bits)
+                order = tile_order("value" if stream == "value" else "key", self.tile, width, bits)
                 out.append((channel, width, low, offset, order))
                 offset += order.num_words
                 low += bits
@@ -382,7 +501,8 @@ class Record:
             ("key_scale", key_params),
             ("key_zero", key_params),
             ("value_scale", value_params),
-            ("value_zero", value_params),
+            *(() if self.rotated_values else (("value_zero", value_params),)),
+            *((("key_boost_codes", self.num_tokens * self.boosted * self.boost_nbits // 32),) if self.boosted else ()),
         )
         out, offset = [], 0
         for name, words in sizes:

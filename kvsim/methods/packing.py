@@ -2,7 +2,7 @@
 
 A record holds ``num_tokens`` consecutive tokens of one key/value head as one run of 32-bit words::
 
-    [ key codes | value codes | key scale | key zero | value scale | value zero ]
+    [ key codes | value codes | key scale | key zero | value scale | value zero | key boost codes ]
 
 **Tiles.**  The tokens are cut into tiles of at most 64 (the largest power of two that divides the
 record), the channels into power-of-two chunks (80 = 64 + 16), the bits of a code into planes
@@ -26,6 +26,13 @@ the lane, then whatever is left.  So ``code = (word >> (bits * field + 16 * e)) 
 
 **Scales and zeros** are float16.  Keys: ``[token group][channel]``, natural order.  Values:
 ``[channel group][c][ts][kk][e]`` over the record's tokens, so that a lane's share is contiguous.
+
+**Boosted key channels.**  Where there are some, the record's key channels are those of the row in the order of its
+``key_order``, the boosted ones first.  All have codes of the key's bits; the first ``boosted_channels`` have the lower
+bits of longer codes besides, laid out as the codes of a head of so many channels.  With ``S`` the stored scale, their
+key is ``code * S + zero + lower * S / 2**boost_nbits``.
+
+**Rotated values** have a scale a token and no zero: ``(code - (2**nbits - 1) / 2) * scale``, one group of all channels.
 """
 
 from __future__ import annotations
@@ -45,6 +52,11 @@ def channel_chunks(dim: int) -> tuple[int, ...]:
     if dim < HEAD_MULTIPLE or dim % HEAD_MULTIPLE:
         raise ValueError(f"head dimension {dim} cannot be packed: allowed are multiples of {HEAD_MULTIPLE}")
     return tuple(1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1)
+
+
+def boosted_channels(dim: int) -> int:
+    """The key channels of a head that may have more bits: a quarter, to a power of two, 16 at least."""
+    return max(16, 1 << (dim // 4).bit_length() - 1)
 
 
 @dataclass(frozen=True)

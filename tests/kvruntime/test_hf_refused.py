@@ -133,7 +133,12 @@ def test_tensor_parallel_ranks(monkeypatch):
         ("kivi", {"residual_length": 128.0}, ValueError, "residual_length 128.0: allowed are 0 and above"),
         ("kivi", {"value_group_size": 16.0}, ValueError, "value_group_size 16.0: allowed are 0 and above"),
         ("kivi", {"max_seq_len": 12.5}, ValueError, "max_seq_len 12.5: allowed are whole numbers"),
-        ("fp8", {}, ValueError, "does not run the method fp8: allowed are fp16, bf16, fp32, kivi, kivi-seed"),
+        (
+            "fp8",
+            {},
+            ValueError,
+            "does not run the method fp8: allowed are fp16, bf16, fp32, kivi, kivi-seed, kivi-boost",
+        ),
         (None, {}, ValueError, "does not run the method None: allowed are fp16"),
         (Kivi(), {"nbits": 4}, ValueError, "options nbits: allowed with a method's name only"),
     ],

@@ -1,6 +1,6 @@
 """The methods' bytes: the seed's table, KIVI's published ratios, and properties over random settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -72,15 +72,19 @@ def kivis(draw: st.DrawFn) -> tuple[Kivi, LayerShape]:
     head_dim = draw(st.sampled_from([64, 80, 96, 128, 256]))
     key_group = draw(st.sampled_from([32, 64, 128, "sequence"]))
     unit = 32 if isinstance(key_group, str) else key_group
+    rotated = draw(st.booleans())
     method = Kivi(
         nbits=draw(st.sampled_from([2, 3, 4, 8])),
         key_nbits=draw(st.sampled_from([None, 2, 4, 8])),
         key_group_size=key_group,
-        value_group_size=draw(st.sampled_from(["head", 8, 16, head_dim])),
+        value_group_size="head" if rotated else draw(st.sampled_from(["head", 8, 16, head_dim])),
         residual_length=unit * draw(st.integers(1, 6)),
+        rotate_values=rotated,
         sink_length=draw(st.sampled_from([0, 1, 4, 64])),
         dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
     )
+    if isinstance(key_group, int) and method.record_length == 64 and method.k_bits < 8:
+        method = replace(method, boost_nbits=draw(st.sampled_from([0, 1, 2])))
     # 1-bit planes of a 16-channel chunk (80 = 64 + 16) fill a warp's words only in records of 64 tokens
     assume(head_dim != 80 or method.record_length == 64 or 3 not in (method.k_bits, method.v_bits))
     return method, LayerShape(draw(st.integers(1, 8)), head_dim, head_dim)
@@ -138,11 +142,61 @@ def test_a_full_ring_reads_all_that_is_stored(setting: tuple[Kivi, LayerShape], 
         ({"value_group_size": "row"}, "value_group_size 'row'"),
         ({"value_group_size": 4}, "value group size 4"),
         ({"bits": 2}, "does not take bits"),
+        ({"boost_nbits": 3}, "boost_nbits 3: allowed are 0, 1, 2"),
+        ({"boost_nbits": True}, "boost_nbits True"),
+        ({"nbits": 8, "boost_nbits": 1}, "boost_nbits 1 besides 8 key bits: allowed are 8 bits in all"),
+        ({"boost_nbits": 2, "key_group_size": "sequence"}, "allowed is a number of tokens"),
+        ({"rotate_values": "yes"}, "rotate_values 'yes': allowed are 0 and 1"),
+        ({"rotate_values": 1, "value_group_size": 32}, "value_group_size 32 of rotated values: allowed is 'head'"),
     ],
 )
 def test_bad_settings_are_one_clear_line(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_method("kivi", **options)
+
+
+def test_boosted_channels_and_rotated_values_to_the_byte() -> None:
+    """A record of 64 tokens and 64 channels: 16 channels with 2 bits more, a scale a token, no zeros."""
+    layer = LayerShape(3, 64, 64)
+    method = make_method("kivi-boost")
+    assert (method.name, method.sink_length) == ("kivi-k2+2v2-rotv-g64-r128-s4", 4)
+    split = parts(method.buffers(layer, 2, 4 + 128 + 64))
+    rows = 2 * 3
+    assert {name: size // rows for name, size in split.items()} == {
+        "key_codes": 64 * 64 * 2 // 8,
+        "value_codes": 64 * 64 * 2 // 8,
+        "key_scale": 64 * 2,
+        "key_zero": 64 * 2,
+        "value_scale": 64 * 2,
+        "key_boost_codes": 64 * 16 * 2 // 8,
+        "key_sink": 4 * 64 * 2,
+        "key_residual": 128 * 64 * 2,
+        "value_sink": 4 * 64 * 2,
+        "value_residual": 128 * 64 * 2,
+        "lengths": 2 * 2 * 4 // rows,
+        "key_order": 64,
+    }
+    widths = [make_method("kivi-boost", nbits=bits).record(layer).num_words / (64 * 64 * 2 / 32) for bits in (2, 3, 4)]
+    assert widths == [2.625, 3.125, 4.0]
+    wider = make_method("kivi-boost", nbits=3, key_nbits=3, boost_nbits=1)
+    assert wider.record(layer).num_words == 3.5 * 64 * 64 * 2 / 32
+    dims = {32: (16, 32), 64: (16, 64), 80: (16, 16), 96: (16, 32), 128: (32, 128), 256: (64, 256)}
+    for dim, found in dims.items():
+        record = method.record(LayerShape(1, dim, dim))
+        assert (record.boosted, record.rotation) == found
+    with pytest.raises(ValueError, match="kivi-boost nbits 5: allowed are 2, 3, 4"):
+        make_method("kivi-boost", nbits=5)
+    with pytest.raises(ValueError, match="head dimension 512: allowed are up to 256"):
+        method.record(LayerShape(1, 512, 512))
+
+
+@given(st.integers(0, 1000))
+def test_the_options_at_their_defaults_are_plain_kivi(num_tokens: int) -> None:
+    layer = LayerShape(2, 64, 64)
+    plain = [buffer.name for buffer in Kivi().buffers(layer, 1, num_tokens)]
+    assert plain == ["records", "exact_key", "exact_value", "lengths"]
+    assert Kivi(boost_nbits=0, rotate_values=False) == Kivi()
+    assert [name for name, *_ in Kivi().record(layer).sections][-1] == "value_zero"
 
 
 def test_a_group_that_does_not_divide_the_head() -> None:
