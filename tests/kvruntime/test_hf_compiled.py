@@ -22,6 +22,7 @@ HALF = ("fp16", {})
 KIVI = ("kivi", {"nbits": 4, "residual_length": 32})
 SEED = ("kivi-seed", {})
 SINK = ("kivi", {"nbits": 2, "key_nbits": 4, "residual_length": 64, "sink_length": 5})
+BOOST = ("kivi-boost", {"residual_length": 64})
 PADDING = {1: (), 3: (0, 9, 3)}
 ROOM = 140
 
@@ -32,7 +33,9 @@ pytestmark = [
 ]
 families = pytest.mark.parametrize("family", ["GPT-2", "Llama", "Qwen3"])
 methods = pytest.mark.parametrize(
-    "method", [FULL, HALF, KIVI, SEED, SINK], ids=["fp32", "fp16", "kivi", "kivi-seed", "kivi-sink"]
+    "method",
+    [FULL, HALF, KIVI, SEED, SINK, BOOST],
+    ids=["fp32", "fp16", "kivi", "kivi-seed", "kivi-sink", "kivi-boost"],
 )
 
 

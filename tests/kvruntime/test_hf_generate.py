@@ -21,12 +21,13 @@ KIVI = ("kivi", {"nbits": 4, "residual_length": 32})
 SEED = ("kivi-seed", {})
 EXACT = ("kivi", {"nbits": 2, "residual_length": 256})  # nothing is packed before 256 tokens: must equal stock
 SINK = ("kivi", {"nbits": 2, "key_nbits": 4, "residual_length": 64, "sink_length": 5})
+BOOST = ("kivi-boost", {"residual_length": 64})
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 both = pytest.mark.parametrize("family", ["GPT-2", "Llama"])
 exact = pytest.mark.parametrize("method", [FULL, EXACT], ids=["fp32", "kivi-unpacked"])
 all_methods = pytest.mark.parametrize(
-    "method", [FULL, KIVI, SEED, SINK], ids=["fp32", "kivi", "kivi-seed", "kivi-sink"]
+    "method", [FULL, KIVI, SEED, SINK, BOOST], ids=["fp32", "kivi", "kivi-seed", "kivi-sink", "kivi-boost"]
 )
 
 

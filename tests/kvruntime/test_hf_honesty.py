@@ -23,6 +23,7 @@ METHODS = {
     "kivi-8-r32": ("kivi", {"nbits": 8, "residual_length": 32, "dtype": "float16"}),
     "kivi-k4v2-sink": ("kivi", {"key_nbits": 4, "value_nbits": 2, "residual_length": 96, "sink_length": 4}),
     "kivi-seed": ("kivi-seed", {}),
+    "kivi-boost": ("kivi-boost", {"nbits": 3, "residual_length": 64}),
 }
 
 

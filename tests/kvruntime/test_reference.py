@@ -17,7 +17,7 @@ from kvruntime.methods.full.cache import FullLayer  # noqa: E402
 from kvruntime.methods.kivi import reference  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Full, Kivi, kivi_seed  # noqa: E402
+from kvsim.methods import Full, Kivi, kivi_boost, kivi_seed  # noqa: E402
 
 METHODS = {
     "full": Full("float32"),
@@ -25,6 +25,7 @@ METHODS = {
     "kivi": Kivi(residual_length=32, dtype="float32"),
     "sink": Kivi(nbits=4, residual_length=64, sink_length=5, dtype="float32"),
     "seed": kivi_seed(),
+    "boost": kivi_boost(dtype="float32"),
 }
 SHAPE = LayerShape(2, 64, 64)
 NAN_BITS = 0x7E00

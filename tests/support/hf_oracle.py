@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from kvruntime.hf.cache import argument
 from kvruntime.methods.full.cache import FullLayer
+from kvruntime.methods.kivi import turned
 from kvruntime.methods.kivi.reference import ring_positions, unpack_records
 
 
@@ -16,20 +17,20 @@ def stored(store) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(store, FullLayer):
         return tuple(store.tensors[name][:, :, :length].float() for name in ("key", "value"))
     (packed,) = set(store.row_packed)
-    method, params = store.method, store.tensors.get("key_params")
+    method, params, order = store.method, store.tensors.get("key_params"), store.tensors.get("key_order")
     records = store.tensors["records"][:, : packed // store.record.num_tokens].transpose(1, 2)
     out = []
     lengths = (torch.full((store.batch_size,), n, device=store.device) for n in (length, packed))
     slots = store.tensors["exact_key"].shape[2]
     position = ring_positions(*lengths, method.sink_length, method.residual_length, slots)[0]
-    unpacked = unpack_records(records, store.record, None if params is None else (params[0], params[1]))
+    unpacked = unpack_records(records, store.record, None if params is None else (params[0], params[1]), order)
     for packed_tokens, exact in zip(unpacked, ("exact_key", "exact_value"), strict=True):
         tokens = torch.full((*packed_tokens.shape[:2], length, packed_tokens.shape[3]), torch.nan, device=store.device)
         tokens[:, :, method.sink_length : method.sink_length + packed] = packed_tokens
         tokens[:, :, position[position >= 0]] = store.tensors[exact][:, :, position >= 0].float()
         assert not tokens.isnan().any()
         out.append(tokens)
-    return tuple(out)
+    return (out[0], turned(out[1])) if method.rotate_values else tuple(out)
 
 
 def stock_past(cache, dtype: torch.dtype, num_tokens: int | None = None) -> DynamicCache:

@@ -82,7 +82,15 @@ class KiviLayer(Rows):
         held = self.tensors
         lengths, packed = held["lengths"]
         exact_key, exact_value = held["exact_key"], held["exact_value"]
-        return reference.Stored(held["records"], exact_key, exact_value, lengths, packed, held.get("key_params"))
+        return reference.Stored(
+            held["records"],
+            exact_key,
+            exact_value,
+            lengths,
+            packed,
+            held.get("key_params"),
+            key_order=held.get("key_order"),
+        )
 
     def _store(self, key: Tensor, value: Tensor, counts: list[int], **layers: Tensor) -> None:
         store = _kernels("append").append if key.is_cuda else reference.append
@@ -217,10 +225,13 @@ class KiviLayer(Rows):
         """Keys and values of a row as attention reads them, dequantized: ``[num_kv_heads, row_lengths[row], dim]``
         float32."""
         sink, packed = min(self.method.sink_length, self.row_lengths[row]), self.row_packed[row]
-        params = self.tensors.get("key_params")
+        params, order = self.tensors.get("key_params"), self.tensors.get("key_order")
         records = self.tensors["records"][row, : packed // self.record.num_tokens].transpose(0, 1)
         middle = reference.unpack_records(
-            records, self.record, None if params is None else (params[0, row], params[1, row])
+            records,
+            self.record,
+            None if params is None else (params[0, row], params[1, row]),
+            None if order is None else order[row],
         )
         token = torch.arange(sink + packed, self.row_lengths[row], device=self.device)
         slot = self.method.sink_length + (token - self.method.sink_length) % self.method.residual_length
@@ -228,7 +239,7 @@ class KiviLayer(Rows):
             torch.cat([exact[row, :, :sink].float(), tokens, exact[row][:, slot].float()], 1)
             for exact, tokens in zip((self.tensors["exact_key"], self.tensors["exact_value"]), middle, strict=True)
         )
-        return key, value
+        return key, reference.rotated(value, self.record.rotation) if self.record.rotation else value
 
     def forget(self, counts: Sequence[int], sink: int) -> None:
         """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``, whole records that are packed already.
@@ -277,7 +288,7 @@ class KiviLayer(Rows):
 def _addresses(held: Sequence[tuple[Any, ...]]) -> Tensor | None:
     """Where everything lies that one launch is to store; None where it cannot store it all."""
     first, key, value, lengths, *_ = held[0]
-    if len(held) == 1 or not (key.is_cuda and key.stride(3) == value.stride(3) == 1):
+    if len(held) == 1 or not (key.is_cuda and key.stride(3) == value.stride(3) == 1) or first.record.boosted:
         return None
     kind = _kind(*held[0])
     if any(_kind(*one) != kind for one in held[1:]):

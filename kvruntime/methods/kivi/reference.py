@@ -12,6 +12,20 @@ inside float16; a group without range has scale 0 and codes 0 and reads back as 
 NaN has scale and zero NaN and reads back as NaN throughout, as 16-bit attention would.  With scales given (frozen
 over a sequence) a NaN reads back as the group's zero.
 
+Boosted key channels: a row's key channels are packed in the order of ``key_order``, the ``record.boosted`` of the widest
+range in its first record first.  Those have codes of ``boost_nbits`` more bits, whose lower bits lie in a plane of their own::
+
+    scale = float16((max x - min x) * 2**boost / (2**(nbits + boost) - 1))
+    long code = clamp(round_half_even((x - zero) / scale * 2**boost), 0, 2**(nbits + boost) - 1)
+
+Rotated values: everything of the value side that is stored is rotated (:func:`rotated`), exact tokens too, and attention's
+output is rotated back.  A token and head has one scale, and no zero::
+
+    scale = float16(STEPS[nbits] * rms x)         code = clamp(floor(x / scale) + 2**(nbits - 1), 0, 2**nbits - 1)
+    x ~ (code - (2**nbits - 1) / 2) * scale
+
+A rotated element is clamped to +-``LIMIT``; a value vector with a NaN or an infinity reads back as NaN throughout.
+
 Lengths, everywhere: :class:`Stored` counts what lies in its tensors when a call begins.  What a call brings (``append``'s and
 ``step``'s tokens, ``attend``'s ``fresh`` ones) is not among them.  ``step`` counts its tokens there itself, ``append`` leaves that
 to the caller (:func:`flush_plan` says how many are packed then), and ``attend`` changes nothing.  An engine whose lengths
@@ -28,9 +42,12 @@ from torch import Tensor
 
 from kvruntime.kernels.reference import PLAIN, Partial, Scores, embedded, padded, row_counts
 from kvsim.methods.kivi import Record
+from kvsim.methods.packing import channel_chunks
 
 LIMIT = 32704.0
 BLOCK_TOKENS = 1024
+STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
+"""Bits -> the step of the uniform quantizer of least squared error, in deviations of a normal variable."""
 
 
 def group_params(x: Tensor, dim: int, nbits: int) -> tuple[Tensor, Tensor]:
@@ -61,6 +78,88 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, nbits: int) -> Tensor:
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     level = (x.float().clamp(-LIMIT, LIMIT) - zero) * inverse
     return torch.where(level.isnan(), 0.0, level).clamp(0, 2**nbits - 1).round().int()
+
+
+def rotated(x: Tensor, size: int) -> Tensor:
+    """``x [..., channels]``, every ``size`` channels times the normalised Hadamard matrix, which is its own inverse; float32.
+
+    Sums and differences in pairs 1, 2, 4, ... channels apart: what the kernels that do so get, to the bit.
+    """
+    x, apart = x.float(), 1
+    while apart < size:
+        first, second = x.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        apart *= 2
+    return x * size**-0.5
+
+
+def stored_values(value: Tensor, record: Record, dtype: torch.dtype) -> Tensor:
+    """Values as a layer stores exact ones: as they are, or rotated and in ``dtype``."""
+    if not record.rotation:
+        return value
+    return rotated(value, record.rotation).clamp(-LIMIT, LIMIT).to(dtype)
+
+
+def channel_order(key: Tensor, boosted: int) -> Tensor:
+    """The channels ``[..., key_dim]`` (uint8) in which a row's keys are packed, from its first record's ``[..., tokens, key_dim]``.
+
+    The ``boosted`` of the widest range come first (of equals the lower channel), else channels are in their own order.
+    A NaN counts as 0.
+    """
+    finite = torch.where(key.isnan(), 0.0, key.float()).clamp(-LIMIT, LIMIT)
+    by_range = (finite.amax(-2) - finite.amin(-2)).sort(dim=-1, descending=True, stable=True).indices
+    first, rest = by_range[..., :boosted], by_range[..., boosted:]
+    return torch.cat([first.sort(-1).values, rest.sort(-1).values], -1).to(torch.uint8)
+
+
+def by_order(key: Tensor, order: Tensor) -> Tensor:
+    """``key [..., tokens, key_dim]`` with its channels as ``order [..., key_dim]`` says."""
+    return key.gather(-1, order.long().unsqueeze(-2).expand(key.shape))
+
+
+def boost_factors(record: Record, device: torch.device) -> Tensor:
+    """``[key_dim]``: how many long codes a step of the stored scale has, 2**boost_nbits of boosted channels, else 1."""
+    channel = torch.arange(record.key_dim, device=device)
+    return torch.where(channel < record.boosted, 2.0**record.boost_nbits, 1.0)
+
+
+def pack_boosted(key: Tensor, record: Record) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(codes, lower bits, scale, zero)`` of key groups ``[..., tokens, key_dim]`` whose channels are in their order.
+
+    The lower bits are those of the first ``record.boosted`` channels.
+    """
+    factor = boost_factors(record, key.device)
+    top = factor * 2**record.key_nbits - 1
+    low, high = (x.float().clamp(-LIMIT, LIMIT) for x in (key.amin(-2), key.amax(-2)))
+    nan = low.isnan()
+    scale = ((high - low) / (top / factor)).half().masked_fill(nan, torch.nan)
+    zero = low.half().masked_fill(nan, torch.nan)
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0) * factor
+    level = (key.float().clamp(-LIMIT, LIMIT) - zero.float().unsqueeze(-2)) * inverse.unsqueeze(-2)
+    code = torch.where(level.isnan(), 0.0, level).clamp(0).minimum(top).round().int()
+    step = factor.int()
+    return code // step, (code % step)[..., : record.boosted], scale, zero
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of ``x [..., channels]``, each power-of-two chunk of channels halved and added until one is left: as the kernels add."""
+    total = torch.zeros_like(x[..., 0])
+    for part in x.square().split(channel_chunks(x.shape[-1]), -1):
+        while part.shape[-1] > 1:
+            first, second = part.chunk(2, -1)
+            part = first + second
+        total = total + part[..., 0]
+    return total
+
+
+def pack_symmetric(value: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
+    """``(codes, scale [...])`` of rotated values ``[..., channels]``."""
+    value = value.float()
+    scale = ((sum_of_squares(value) * (1 / value.shape[-1])).sqrt() * STEPS[nbits]).half()
+    scale = scale.masked_fill(scale.isnan(), torch.nan)
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    level = (value * inverse.unsqueeze(-1)).floor() + 2 ** (nbits - 1)
+    return torch.where(level.isnan(), 0.0, level).clamp(0, 2**nbits - 1).int(), scale
 
 
 def pack_codes(codes: Tensor, record: Record, stream: str) -> Tensor:
@@ -104,33 +203,55 @@ def _value_param_axes(record: Record) -> tuple[int, ...]:
     return (record.num_tokens // 16, 2, 4, 2, record.num_value_groups)  # ts, kk, c, e, group
 
 
-def pack_records(key: Tensor, value: Tensor, record: Record, key_params: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def pack_records(
+    key: Tensor,
+    value: Tensor,
+    record: Record,
+    key_params: tuple[Tensor, Tensor] | None = None,
+    key_order: Tensor | None = None,
+) -> Tensor:
     """Quantize and pack whole records.
 
     ``key [..., n * record.num_tokens, key_dim]`` and ``value`` alike to words ``[..., n, record.num_words]`` (int32).
-    ``key_params``: ``(scale, zero)``, each ``[..., key_dim]``, where the record keeps none of its own.
+    ``key_params``: ``(scale, zero)``, each ``[..., key_dim]``, where the record keeps none of its own.  ``key_order
+    [..., key_dim]``: of a record with boosted channels.  Values are given as they are stored, rotated where they are.
     """
     lead = key.shape[:-2]
+    last = []
+    if record.boosted:
+        assert key_order is not None
+        key = by_order(key, key_order)
     key = key.reshape(*lead, -1, record.num_tokens, record.key_dim)
     value = value.reshape(*lead, -1, record.num_tokens, record.value_dim)
     if record.key_group:
         groups = key.unflatten(-2, (record.num_key_groups, record.key_group))
-        key_scale, key_zero = group_params(groups, -2, record.key_nbits)
-        key_codes = encode(groups, key_scale.unsqueeze(-2), key_zero.unsqueeze(-2), record.key_nbits).flatten(-3, -2)
+        if record.boosted:
+            key_codes, lower, key_scale, key_zero = pack_boosted(groups, record)
+            key_codes = key_codes.flatten(-3, -2)
+            last.append(pack_codes(lower.flatten(-3, -2), record, "boost"))
+        else:
+            key_scale, key_zero = group_params(groups, -2, record.key_nbits)
+            key_codes = encode(groups, key_scale.unsqueeze(-2), key_zero.unsqueeze(-2), record.key_nbits).flatten(
+                -3, -2
+            )
         key_sections = [_words(key_scale.flatten(-2)), _words(key_zero.flatten(-2))]
     else:
         assert key_params is not None
         key_scale, key_zero = (param[..., None, None, :] for param in key_params)
         key_codes = encode(key, key_scale, key_zero, record.key_nbits)
         key_sections = []
-    groups = value.unflatten(-1, (record.num_value_groups, record.value_group))
-    params = group_params(groups, -1, record.value_nbits)
-    value_codes = encode(groups, params[0].unsqueeze(-1), params[1].unsqueeze(-1), record.value_nbits).flatten(-2)
+    if record.rotation:
+        value_codes, scale = pack_symmetric(value, record.value_nbits)
+        params: tuple[Tensor, ...] = (scale.unsqueeze(-1),)
+    else:
+        groups = value.unflatten(-1, (record.num_value_groups, record.value_group))
+        params = group_params(groups, -1, record.value_nbits)
+        value_codes = encode(groups, params[0].unsqueeze(-1), params[1].unsqueeze(-1), record.value_nbits).flatten(-2)
     # [ts, kk, c, e, group] -> [group, c, ts, kk, e]
     moved = [param.unflatten(-2, _value_param_axes(record)[:4]).movedim((-1, -3), (-5, -4)) for param in params]
     value_sections = [_words(param.flatten(-5)) for param in moved]
     codes = [pack_codes(key_codes, record, "key"), pack_codes(value_codes, record, "value")]
-    return torch.cat([*codes, *key_sections, *value_sections], -1)
+    return torch.cat([*codes, *key_sections, *value_sections, *last], -1)
 
 
 def _words(x: Tensor) -> Tensor:
@@ -138,10 +259,13 @@ def _words(x: Tensor) -> Tensor:
 
 
 def unpack_records(
-    records: Tensor, record: Record, key_params: tuple[Tensor, Tensor] | None = None
+    records: Tensor,
+    record: Record,
+    key_params: tuple[Tensor, Tensor] | None = None,
+    key_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read records back: words ``[..., n, record.num_words]`` to ``(key, value)``, each ``[..., n * num_tokens, dim]``
-    in float32, exactly ``code * scale + zero``."""
+    in float32, exactly ``code * scale + zero``.  Rotated values stay rotated; key channels are in the head's own order."""
 
     def section(name: str) -> Tensor:
         start = record.offset(name)
@@ -156,15 +280,23 @@ def unpack_records(
         groups = (record.num_key_groups, record.key_group)
         key = key.unflatten(-2, groups)
         scale, zero = (halves(name).unflatten(-1, (groups[0], 1, -1)) for name in ("key_scale", "key_zero"))
+        if record.boosted:
+            lower = unpack_codes(section("key_boost_codes"), record, "boost").unflatten(-2, groups)
+            key[..., : record.boosted] += lower / 2**record.boost_nbits
         key = (key * scale.float() + zero.float()).flatten(-3, -2)
     else:
         assert key_params is not None
         scale, zero = (param[..., None, None, :] for param in key_params)
         key = key * scale.float() + zero.float()
+    if record.boosted:
+        assert key_order is not None
+        key = by_order(key, key_order.long().argsort(-1).unsqueeze(-2).expand(*key.shape[:-2], -1))
     value = unpack_codes(section("value_codes"), record, "value").float()
+    if record.rotation:
+        value = value - (2**record.value_nbits - 1) / 2
     value = value.unflatten(-1, (record.num_value_groups, record.value_group))
     ts, kk, c, e, group = _value_param_axes(record)
-    scale, zero = (
+    scale, *zeros = (
         # [group, c, ts, kk, e] -> [ts, kk, c, e, group]
         halves(name)
         .unflatten(-1, (group, c, ts, kk, e))
@@ -172,9 +304,10 @@ def unpack_records(
         .flatten(-5, -2)
         .unsqueeze(-1)
         .float()
-        for name in ("value_scale", "value_zero")
+        for name in (("value_scale",) if record.rotation else ("value_scale", "value_zero"))
     )
-    return key.flatten(-3, -2), (value * scale + zero).flatten(-2).flatten(-3, -2)
+    value = value * scale + zeros[0] if zeros else value * scale
+    return key.flatten(-3, -2), value.flatten(-2).flatten(-3, -2)
 
 
 def flush_plan(length: int, packed: int, count: int, record_length: int, sink: int, residual: int) -> int:
@@ -200,13 +333,14 @@ class Stored(NamedTuple):
     | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim]: sink, then a ring of residual slots |
     | lengths, packed | [batch_size] int32: tokens stored, and those of them in records |
     | key_params | [2, batch_size, num_kv_heads, key_dim] float16, or None; written at a row's first flush |
+    | key_order | [batch_size, num_kv_heads, key_dim] uint8, or None; of boosted channels, written at a row's first flush |
     | block_table | [batch_size, num_blocks] int32, or None: which record of the pool each block of a row's packed tokens is |
     | exact_table | [batch_size, num_pages] int32, or None: which page of the pool each n of a row's tokens lie in |
 
     With a block table, records are a pool [pool_size, num_kv_heads, record.num_words]: record i of row b is
     ``block_table[b, i]``.  With an exact table, exact tokens are pools [pool_size, num_kv_heads, n, dim] of any strides but
     the last, 1: token t of row b lies in slot ``t % n`` of page ``exact_table[b, t // n]`` while packed <= t < length; then
-    there is no sink, and no ``key_params``.  Rows may share what lies in a pool.  Entries for tokens that a row does not
+    there is no sink, no ``key_params`` and no ``key_order``.  Rows may share what lies in a pool.  Entries for tokens that a row does not
     have there are not looked at.
     """
 
@@ -218,6 +352,7 @@ class Stored(NamedTuple):
     key_params: Tensor | None = None
     block_table: Tensor | None = None
     exact_table: Tensor | None = None
+    key_order: Tensor | None = None
 
     def exact(self) -> tuple[Tensor, Tensor]:
         return self.exact_key, self.exact_value
@@ -248,6 +383,8 @@ def check(stored: Stored, layout: Layout, batch_size: int) -> None:
         raise ValueError(f"exact tokens in a pool and sink_length {layout.sink}: allowed is 0, a pool keeps no sink")
     if stored.key_params is not None:
         raise ValueError("exact tokens in a pool and key_group_size 'sequence': a row's scales lie in no pool")
+    if layout.record.boosted or layout.record.rotation:
+        raise ValueError("exact tokens in a pool and boosted keys or rotated values: such rows lie in no pool")
     if any(exact.stride(3) != 1 for exact in stored.exact()):
         raise ValueError("a pool of exact tokens whose channels do not lie next to each other")
 
@@ -295,8 +432,9 @@ def append(
     if starts is not None:
         key, value = padded(key, counts), padded(value, counts)
     lengths, packed = books or (stored.lengths.tolist(), stored.packed.tolist())
+    value = stored_values(value, record, stored.exact_value.dtype)
     tables = (stored.block_table, stored.exact_table)
-    key_params = stored.key_params
+    key_params, key_order = stored.key_params, stored.key_order
     alike: dict[tuple[int, int, int], list[int]] = {}
     for row, state in enumerate(zip(lengths, packed, counts, strict=True)):
         alike.setdefault(state, []).append(row)
@@ -320,11 +458,15 @@ def append(
 
         if key_params is not None and after > before == 0:
             key_params[:, rows] = torch.stack(sequence_params([packing(0, 0, after)], record.key_nbits))
+        if key_order is not None and after > before == 0:
+            key_order[rows] = channel_order(packing(0, 0, record.num_tokens), record.boosted)
         params = None if key_params is None else (key_params[0, rows], key_params[1, rows])
+        order = None if key_order is None else key_order[rows]
         step = max(1, BLOCK_TOKENS // record.num_tokens) * record.num_tokens
         for first in range(before, after, step):
             last = min(first + step, after)
-            words = pack_records(packing(0, first, last), packing(1, first, last), record, params).transpose(1, 2)
+            words = pack_records(packing(0, first, last), packing(1, first, last), record, params, order)
+            words = words.transpose(1, 2)
             some = slice(first // record.num_tokens, last // record.num_tokens)
             if places is None:
                 stored.records[rows, some] = words
@@ -434,7 +576,7 @@ def attend(
         else:
             held = torch.arange(first, last, device=query.device) < packed[:, None] // record.num_tokens
             blocks = stored.records[torch.where(held, block_table[:, first:last], 0)]
-        key, value = unpack_records(blocks.transpose(1, 2), record, params)
+        key, value = unpack_records(blocks.transpose(1, 2), record, params, stored.key_order)
         token = torch.arange(first * record.num_tokens, last * record.num_tokens, device=query.device)
         even = bool((packed >= last * record.num_tokens).all())
         state.add(key, value, None if even else (token < packed[:, None])[:, None, None])
@@ -454,11 +596,14 @@ def attend(
     if fresh is not None:
         key, value, number = fresh
         assert number is not None
+        value = stored_values(value, record, value.dtype)
         index = torch.arange(length, device=query.device)
         real = index >= length - number[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]
         state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None])
     out = state.result(scores.sinks_of(heads, length)).reshape(batch, q_heads, length, -1)
+    if record.rotation:
+        out = rotated(out, record.rotation)
     if real is not None:
         out = torch.where(real[:, None, :, None], out, 0.0)
     return out.to(query.dtype)
