@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvruntime.kernels.hadamard import rotate_rows
+
 LOG2E = 1.4426950408889634
 
 
@@ -28,8 +30,9 @@ def softmax_step(score, visible, peak, total):
 
 @triton.jit
 def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-                   EARLY: tl.constexpr = False):  # fmt: skip
-    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+                   EARLY: tl.constexpr = False, ROTATION: tl.constexpr = 0):  # fmt: skip
+    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``.  With ``ROTATION``,
+    which ``BLOCK_D`` then is, that is rotated (:func:`kvruntime.kernels.hadamard.rotate_rows`)."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -42,4 +45,6 @@ def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.cons
     mask = (weight > 0)[:, None] & (d < VALUE_DIM)[None, :]
     part = tl.load(partial_ptr + (row * num_splits + s)[:, None] * VALUE_DIM + d[None, :], mask=mask, other=0.0)
     out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    if ROTATION > 0:
+        out = tl.reshape(rotate_rows(tl.reshape(out, (1, BLOCK_D)), 1, BLOCK_D, ROTATION), (BLOCK_D,))
     tl.store(out_ptr + row * VALUE_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < VALUE_DIM)

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not
 from kvruntime.methods.kivi import append, attention, reference  # noqa: E402
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = 2
@@ -26,14 +26,15 @@ def poisoned(method: Kivi, shape: LayerShape, batch_size: int, num_tokens: int) 
     """The method's buffers, every float NaN and every word -7, lengths zero."""
     out = {}
     for buffer in method.buffers(shape, batch_size, num_tokens):
-        fill = 0 if buffer.name == "lengths" else -7 if buffer.dtype == "int32" else float("nan")
+        fill = 0 if buffer.name in ("lengths", "key_order") else -7 if buffer.dtype == "int32" else float("nan")
         out[buffer.name] = torch.full(buffer.shape, fill, dtype=getattr(torch, buffer.dtype), device=DEVICE)
     return out
 
 
 def stored(tensors: dict[str, torch.Tensor]) -> Stored:
     names = ("records", "exact_key", "exact_value")
-    return Stored(*(tensors[name] for name in names), *tensors["lengths"], tensors.get("key_params"))
+    held = [tensors[name] for name in names]
+    return Stored(*held, *tensors["lengths"], tensors.get("key_params"), key_order=tensors.get("key_order"))
 
 
 def layout_of(method: Kivi, record) -> Layout:
@@ -41,7 +42,7 @@ def layout_of(method: Kivi, record) -> Layout:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 PACK = {
@@ -64,7 +65,13 @@ PACK = {
         Kivi(nbits=4, key_group_size="sequence", residual_length=64, value_group_size="head", sink_length=4),
         128,
     ),
+    "boost": (kivi_boost(), 64),
+    "boost d128": (kivi_boost(3, residual_length=64), 128),
+    "boost 3+1 g32 d80": (kivi_boost(4, group_size=32, residual_length=64), 80),
+    "boost g128 d96": (kivi_boost(group_size=128), 96),
+    "rotated values": (Kivi(nbits=4, rotate_values=True, residual_length=64), 256),
 }
+BOOSTED = [name for name, (method, _) in PACK.items() if method.boost_nbits or method.rotate_values]
 STEPS = (  # new tokens, and how many of them are real in each of two rows
     ((190, (190, 101)), (1, (1, 1)), (40, (40, 3)), (1, (1, 1))),
     ((33, (33, 32)), *[(1, (1, 1))] * 3, (130, (130, 129)), (129, (0, 129))),
@@ -80,14 +87,16 @@ WORDS = [
     for place, name in enumerate(PACK)
     for steps in range(len(STEPS))
     for turn, dtype in enumerate(DTYPES)
-    if EVERY_POINT or (place + steps + turn) % 3 == 0
+    if EVERY_POINT or ((place + steps + turn) % 3 == 0 and (name not in BOOSTED or steps == place % 2))
 ]
+"""Of boosted and rotated layouts one each: the interpreter takes seconds for it."""
 
 
 def test_every_two_of_layout_steps_and_dtype_meet() -> None:
-    sizes = len(PACK), len(STEPS), len(DTYPES)
+    points = [point for point in WORDS if point[0] not in BOOSTED]
+    sizes = len(PACK) - len(BOOSTED), len(STEPS), len(DTYPES)
     for a, b in itertools.combinations(range(3), 2):
-        assert len({(point[a], point[b]) for point in WORDS}) == sizes[a] * sizes[b]
+        assert len({(point[a], point[b]) for point in points}) == sizes[a] * sizes[b]
 
 
 @pytest.mark.parametrize(("name", "steps", "dtype"), WORDS)
@@ -140,12 +149,20 @@ METHODS = {
     "seed": kivi_seed(),
     "seed-4": Kivi(nbits=4, key_group_size="sequence", residual_length=64, value_group_size="head"),
 }
+BOOST = {
+    "boost-2": kivi_boost(residual_length=64),
+    "boost-3": kivi_boost(3, residual_length=64),
+    "boost-4 g32": kivi_boost(4, group_size=32, residual_length=64),
+    "rotated values": Kivi(nbits=4, rotate_values=True, residual_length=64),
+}
+METHODS |= BOOST
 DIMS = (64, 80, 96, 128, 256)
 Q_PER_KV = (1, 2, 4, 7, 8)
 POINTS = [
     (name, dim, q_per_kv)
     for name, dim, q_per_kv in itertools.product(METHODS, DIMS, Q_PER_KV)
-    if name != "2-bit g32" or dim % 32 == 0
+    if (name != "2-bit g32" or dim % 32 == 0)
+    and (name not in BOOST or (DIMS.index(dim) + Q_PER_KV.index(q_per_kv) + list(BOOST).index(name)) % 5 == 0)
 ]
 
 
@@ -226,13 +243,21 @@ def hold_to_float64(out, query, key, value, tensors, method, record, lengths, pa
     """Each row of ``out`` against float64 on its dequantized cache: at most twice PyTorch's own error."""
     dtype, exact, most = query.dtype, getattr(torch, method.dtype), key.shape[2]
     q_per_kv, fresh_length = query.shape[1] // HEADS, query.shape[2]
-    params = tensors.get("key_params")
+    params, order = tensors.get("key_params"), tensors.get("key_order")
     for row, (length, size) in enumerate(zip(lengths, packed, strict=True)):
         sink = min(method.sink_length, length)
-        own_key, own_value = (x[row, :, most - length :].to(exact).float() for x in (key, value))
+        own_key, own_value = (x[row, :, most - length :] for x in (key, value))
+        own_key = own_key.to(exact).float()
+        if not record.rotation:  # those are rotated first
+            own_value = own_value.to(exact).float()
         words = tensors["records"][row, : size // record.num_tokens].transpose(0, 1)
         parts = [
-            reference.unpack_records(words, record, None if params is None else (params[0, row], params[1, row])),
+            reference.unpack_records(
+                words,
+                record,
+                None if params is None else (params[0, row], params[1, row]),
+                None if order is None else order[row],
+            ),
             (own_key[:, :sink], own_value[:, :sink]),
             (own_key[:, sink + size :], own_value[:, sink + size :]),
         ]
@@ -241,6 +266,11 @@ def hold_to_float64(out, query, key, value, tensors, method, record, lengths, pa
             real = fresh_length - counts[row]
             parts.append((fresh[0][row, :, real:].float(), fresh[1][row, :, real:].float()))
             assert not out[row, :, :real].any()
+        if record.rotation:  # records hold rotated values, exact slots rotated ones in their own type
+            types = [torch.float32, exact, exact, reference.fresh_type(dtype)]
+            for i, (held_key, held_value) in enumerate(parts):
+                turned = reference.stored_values(held_value, record, types[i]).float() if i else held_value
+                parts[i] = held_key, reference.rotated(turned, record.rotation)
         held_key, held_value = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         if not held_key.shape[1]:
             assert not out[row].any()

@@ -10,19 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from kvruntime.kernels import lines
+from kvruntime.kernels.hadamard import rotated_tokens
 from kvruntime.kernels.lines import rows_of
 from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.pack import (
     ALIGNMENT,
     New,
     freeze,
-    new_tokens,
     of_layer,
+    order,
     pack_kernel,
     pack_launch,
     permuting,
     places,
 )
+from kvruntime.methods.kivi.quantize import LIMIT, new_tokens
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants
 
@@ -34,7 +36,7 @@ def store_kernel(
     stride_yh, stride_yt, new_length, num_slots, num_pages, batch_size, skip,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
     SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    BLOCK_B: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
     """Of one row and head, or of a line with ``starts_ptr`` of one head, tokens of any rows."""
     block = tl.program_id(0)
@@ -85,6 +87,8 @@ def store_kernel(
     out = exact_key_ptr + key_at[:, None] + d
     tl.store(out, x.to(exact_key_ptr.dtype.element_ty), mask=kept[:, None] & (d < KEY_DIM))
     y = tl.load(value_ptr + head * stride_vh + at * stride_vt + d, mask=kept[:, None] & (d < VALUE_DIM), other=0.0)
+    if ROTATION > 0:
+        y = rotated_tokens(y.to(tl.float32), exact_value_ptr.dtype.element_ty, BLOCK_T, BLOCK_D, ROTATION, LIMIT)
     out = exact_value_ptr + value_at[:, None] + d
     tl.store(out, y.to(exact_value_ptr.dtype.element_ty), mask=kept[:, None] & (d < VALUE_DIM))
 
@@ -107,6 +111,8 @@ def append(
     else, tables too.
     """
     record, sink, residual = layout
+    if layers is not None and record.boosted:
+        raise ValueError("many layers at once and boosted keys: each layer's order is chosen by a launch of its own")
     num_layers = 1 if layers is None else len(layers)
     batch_size = len(stored.lengths)
     if key.stride(-1) != 1:
@@ -133,13 +139,15 @@ def append(
     if most:
         if stored.key_params is not None:
             freeze(new, stored, layout, layers)
+        if stored.key_order is not None and (books is None or starts is not None or 0 in books[1]):
+            order(new, stored, layout)
         launch = pack_launch(record)
         blocks = (
             most // record.num_tokens if starts is None else lines.num_blocks(new_length, batch_size, record.num_tokens)
         )
         pack_kernel[(blocks * launch["PARTS"], rows, num_layers)](
-            key, value, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.lengths, stored.packed,
-            ragged, starts, layers, where.block_table, where.exact_table, *strides, *where.strides, new_length, where.num_slots,
+            key, value, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.key_order, stored.lengths,
+            stored.packed, ragged, starts, layers, where.block_table, where.exact_table, *strides, *where.strides, new_length, where.num_slots,
             where.num_records, where.num_pages, batch_size,
             NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual, SINK=sink, RESIDUAL=residual, PAGE=where.page,
             BLOCK_B=block_b, **record_constants(record), enable_fp_fusion=True, **launch, **(permuting(record) if where.page else {}),
@@ -157,6 +165,7 @@ def append(
         where.exact_table, *strides, *where.strides, new_length, where.num_slots, where.num_pages, batch_size, skip,
         NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
         SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), PAGE=where.page, BLOCK_B=block_b,
+        ROTATION=record.rotation,
         enable_fp_fusion=True, num_warps=1 if block == 1 else 4,
     )  # fmt: skip
 

@@ -24,12 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kvruntime.kernels import lines
+from kvruntime.kernels.hadamard import rotate_kernel
 from kvruntime.kernels.launch import num_multiprocessors
 from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, softmax_step
 from kvruntime.methods.kivi.pack import New, places
-from kvruntime.methods.kivi.reference import Fresh, Layout, Stored
+from kvruntime.methods.kivi.reference import LIMIT, Fresh, Layout, Stored, fresh_type
 from kvruntime.methods.kivi.words import (
+    boosted_channels,
     chunks,
     groups_in,
     order_axes,
@@ -101,16 +103,38 @@ def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.co
 
 
 @triton.jit
+def load_boost_tile(record_ptr, half_ptr, tile, BOOSTED: tl.constexpr, DOT: tl.constexpr, KEY_DIM: tl.constexpr,
+                    KEY_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, KEY_PARAMS: tl.constexpr, BOOST: tl.constexpr,
+                    BOOST_CODES: tl.constexpr):  # fmt: skip
+    """What the lower bits of the boosted channels add to keys, ``[TILE, BOOSTED]`` of tile ``tile`` of a record."""
+    d = tl.arange(0, BOOSTED)
+    words_ptr = record_ptr + BOOST_CODES + tile * (TILE * BOOSTED * BOOST // 32)
+    x = load_levels(words_ptr, "key", TILE, 0, BOOSTED, BOOST, DOT) * (1.0 / (1 << BOOST))
+    if KEY_GROUP >= TILE:
+        scale = tl.load(half_ptr + 2 * KEY_PARAMS + tile * TILE // KEY_GROUP * KEY_DIM + d).to(DOT)[None, :]
+    else:
+        GROUPS: tl.constexpr = TILE // KEY_GROUP
+        at = 2 * KEY_PARAMS + (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * KEY_DIM + d[None, :]
+        scale = tl.load(half_ptr + at).to(DOT)[:, None, :]
+        x = tl.reshape(x, (GROUPS, KEY_GROUP, BOOSTED))
+    return tl.reshape(x * scale, (TILE, BOOSTED))
+
+
+@triton.jit
 def load_value_tile(record_ptr, half_ptr, tile, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr, VALUE_DIM: tl.constexpr,
                     VALUE_NBITS: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
-                    VALUE_CODES: tl.constexpr, VALUE_PARAMS: tl.constexpr):  # fmt: skip
+                    VALUE_CODES: tl.constexpr, VALUE_PARAMS: tl.constexpr, ROTATION: tl.constexpr):  # fmt: skip
     """Values ``[TILE, W]`` of tile ``tile`` of a record."""
     GROUPS: tl.constexpr = groups_in(C0, W, VALUE_GROUP)
     ZEROS: tl.constexpr = RECORD * (VALUE_DIM // VALUE_GROUP)
     t = tile * TILE + tl.arange(0, TILE)
     words_ptr = record_ptr + VALUE_CODES + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32)
     x = load_levels(words_ptr, "value", TILE, C0, W, VALUE_NBITS, DOT)
-    if GROUPS[1] - GROUPS[0] == 1:
+    if ROTATION > 0:
+        scale = tl.load(half_ptr + 2 * VALUE_PARAMS + value_param_offset(0, t, RECORD)).to(DOT)[:, None]
+        x = x - 0.5 * ((1 << VALUE_NBITS) - 1)
+        zero = tl.zeros([TILE, 1], DOT)
+    elif GROUPS[1] - GROUPS[0] == 1:
         at = 2 * VALUE_PARAMS + value_param_offset(GROUPS[0], t, RECORD)
         scale = tl.load(half_ptr + at).to(DOT)[:, None]
         zero = tl.load(half_ptr + at + ZEROS).to(DOT)[:, None]
@@ -158,17 +182,18 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
 
 @triton.jit
 def attend_kernel(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, lengths_ptr, packed_ptr, new_key_ptr, new_value_ptr,
-    counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb,
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr, new_key_ptr,
+    new_value_ptr, counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb,
     stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
     num_queries, num_slots, num_records, num_pages, batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
     VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
+    NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr,
+    ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """Optional: ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row begins in the line that queries and fresh tokens
+    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row begins in the line that queries and fresh tokens
     are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``, for each row ``num_records`` places of records;
     ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
     split = tl.program_id(0)
@@ -205,6 +230,18 @@ def attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     rows = row.to(tl.int64) * NUM_HEADS + head
 
+    # ---- the query in the order of the packed channels, and at the boosted ones
+    packed_query = query
+    if BOOST > 0:
+        BOOSTED: tl.constexpr = boosted_channels(KEY_DIM)
+        order_ptr += rows * KEY_DIM
+        packed_query = ()
+        for i in tl.static_range(len(KEY_CHUNKS)):
+            d = tl.load(order_ptr + KEY_CHUNKS[i][0] + tl.arange(0, KEY_CHUNKS[i][1])).to(tl.int32)
+            packed_query = packed_query + (tl.load(query_at + d[None, :], mask=real[:, None], other=0.0).to(DOT),)
+        d = tl.load(order_ptr + tl.arange(0, BOOSTED)).to(tl.int32)
+        boost_query = tl.load(query_at + d[None, :], mask=real[:, None], other=0.0).to(DOT)
+
     # ---- packed records, a contiguous share of the tiles
     num_tiles = packed // TILE
     share = (num_tiles + num_splits - 1) // num_splits
@@ -224,12 +261,16 @@ def attend_kernel(
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
         tile = index % TILES
         score = tl.zeros([BLOCK_M, TILE], tl.float32)
+        if BOOST > 0:
+            key = load_boost_tile(record_ptr, half_ptr, tile, BOOSTED, DOT, KEY_DIM, KEY_GROUP, RECORD, TILE, KEY_PARAMS, BOOST,
+                                  BOOST_CODES)  # fmt: skip
+            score = tl.dot(boost_query, tl.trans(key), score, input_precision="ieee")
         # Narrow chunks first, here and below: Triton deals the warps out by the last product of a chain, and where that
         # has no more columns than rows (16) every warp does all of every product.
         for i in tl.static_range(len(KEY_CHUNKS) - 1, -1, -1):
             key = load_key_tile(record_ptr, half_ptr, seq_params_ptr, batch_size * NUM_HEADS * KEY_DIM, tile, KEY_CHUNKS[i][0],
                                 KEY_CHUNKS[i][1], DOT, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, KEY_PARAMS)  # fmt: skip
-            score = tl.dot(query[i], tl.trans(key), score, input_precision="ieee")
+            score = tl.dot(packed_query[i], tl.trans(key), score, input_precision="ieee")
         score = score * scale_log2
         new_peak = tl.maximum(peak, tl.max(score, 1))
         alpha = tl.exp2(peak - new_peak)
@@ -239,7 +280,7 @@ def attend_kernel(
         new_acc = ()
         for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
             value = load_value_tile(record_ptr, half_ptr, tile, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT, VALUE_DIM,
-                                    VALUE_NBITS, VALUE_GROUP, RECORD, TILE, VALUE_CODES, VALUE_PARAMS)  # fmt: skip
+                                    VALUE_NBITS, VALUE_GROUP, RECORD, TILE, VALUE_CODES, VALUE_PARAMS, ROTATION)  # fmt: skip
             new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
         acc = new_acc
 
@@ -353,6 +394,8 @@ def attend(
     strides: tuple[int, ...] = (0,) * 6
     if fresh is not None:
         new_key, new_value = (x if x.stride(-1) == 1 else x.contiguous() for x in fresh[:2])
+        if record.rotation:
+            new_value = rotated(new_value, record.rotation)
         counts = fresh[2] if starts is None else None
         strides = New(new_key, new_value, heads, 0, counts, starts).strides()
     num_queries = query.shape[2 if starts is None else 0]
@@ -371,25 +414,41 @@ def attend(
         longest = provided if num_tokens is None else min(provided, num_tokens)
         num_splits = plan_splits(rows * blocks, longest, sms)
     partial, lse = out, None
-    if num_splits > 1:
+    merged = num_splits > 1 or record.rotation > 0  # whoever merges rotates
+    if merged:
         partial = out.new_empty(*out.shape[:-1], num_splits, record.value_dim, dtype=torch.float32)
         lse = out.new_empty(*out.shape[:-1], num_splits, dtype=torch.float32)
     looked_up = where.block_table is not None or where.exact_table is not None or starts is not None
     attend_kernel[(num_splits, rows, blocks)](
-        query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.lengths, stored.packed, new_key,
-        new_value, counts, starts, where.block_table, where.exact_table, partial, lse, scale * LOG2E, *query_strides, *strides,
+        query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.key_order, stored.lengths,
+        stored.packed, new_key, new_value, counts, starts, where.block_table, where.exact_table, partial, lse, scale * LOG2E, *query_strides, *strides,
         *where.strides, num_queries, where.num_slots, where.num_records, where.num_pages, batch_size, num_splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, PAGE=where.page,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size),
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),
         enable_fp_fusion=True, **launch(record, block_m), **({"maxnreg": REGISTERS} if looked_up else {}),
     )  # fmt: skip
-    if num_splits > 1:
-        combine_kernel[(out.numel() // record.value_dim, triton.cdiv(record.value_dim, COMBINE_D))](
-            partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=COMBINE_D,
-            BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE, num_warps=4,
+    if merged:
+        block_d = record.rotation or COMBINE_D
+        combine_kernel[(out.numel() // record.value_dim, triton.cdiv(record.value_dim, block_d))](
+            partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=block_d, ROTATION=record.rotation,
+            BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE, num_warps=8 if block_d > 64 else 4,
         )  # fmt: skip
     return out
+
+
+def rotated(value: Tensor, size: int) -> Tensor:
+    """``value [batch_size, heads, tokens, dim]`` rotated as it is stored, or a line's ``[tokens, heads, dim]``;
+    in ``fresh_type``."""
+    line = value.dim() == 3
+    x = value.transpose(0, 1)[None] if line else value
+    batch_size, heads, tokens, dim = x.shape
+    out = torch.empty((batch_size, heads, tokens, dim), dtype=fresh_type(x.dtype), device=x.device)
+    rotate_kernel[(triton.cdiv(tokens, 16), batch_size * heads)](
+        x, out, *x.stride()[:3], tokens, NUM_HEADS=heads, DIM=dim, SIZE=size, BLOCK_T=16, BLOCK_D=triton.next_power_of_2(dim),
+        LIMIT=LIMIT, enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip
+    return out[0].transpose(0, 1) if line else out
 
 
 @cache

@@ -21,32 +21,42 @@ from torch import Tensor
 
 from kvruntime.kernels.lines import row_of
 from kvruntime.methods.kivi import reference
+from kvruntime.methods.kivi.boost import choose_order, pack_boosted_keys, pack_rotated_values
+from kvruntime.methods.kivi.quantize import (
+    LIMIT,
+    ROUND_BITS,
+    encode,
+    exact_at,
+    finite,
+    greatest,
+    inverse_of,
+    least,
+    load_tokens,
+    new_tokens,
+    range_params,
+    rounded,
+    scale_zero,
+    store_codes,
+    within,
+)
 from kvruntime.methods.kivi.words import (
+    boosted_channels,
     chunks,
-    field_bits,
     groups_in,
-    order_axes,
-    planes,
     tile_order,
     value_param_offset,
     whole_groups,
     word_offset,
-    words_before,
 )
 from kvsim.methods.kivi import Record
 from kvsim.methods.packing import PLANES
 
-LIMIT = tl.constexpr(reference.LIMIT)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
-ROUND_BITS = tl.constexpr(0x4B400000)
 PART = 2048
 """Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
 COLUMNS = tl.constexpr(6)
 """Addresses a layer: keys, values, their exact slots, records, key scales."""
 ALIGNMENT = tl.constexpr(16)
 """Bytes that a thread loads at once: the tensors of :func:`kvruntime.methods.kivi.append.addresses` begin at a multiple."""
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
 
 
 @triton.constexpr_function
@@ -55,8 +65,11 @@ def next_power_of_2(n):
 
 
 @triton.constexpr_function
-def direct(dim, nbits, group):
-    """Whether codes are made in the order of their words, as :func:`pack_key_part` and :func:`pack_value_part` do."""
+def direct(dim, nbits, group, other=0):
+    """Whether codes are made in the order of their words, as :func:`pack_key_part` and :func:`pack_value_part` do: of no
+    ``other`` keys or values, boosted or rotated, are they."""
+    if other:
+        return False
     powers = dim & (dim - 1) == 0 and group & (group - 1) == 0
     return powers and len(PLANES[nbits]) == 1 and dim * nbits >= 128 and group <= 64 * nbits
 
@@ -75,14 +88,14 @@ def value_part(record_length, dim, size):
 
 
 @triton.constexpr_function
-def num_key_parts(record_length, dim, nbits, group, size):
+def num_key_parts(record_length, dim, nbits, group, size, other=0):
     tokens, channels = key_part(record_length, dim, group, size)
-    return record_length // tokens * (dim // channels) if direct(dim, nbits, group) else 1
+    return record_length // tokens * (dim // channels) if direct(dim, nbits, group, other) else 1
 
 
 @triton.constexpr_function
-def num_value_parts(record_length, dim, nbits, group, size):
-    return record_length // value_part(record_length, dim, size) if direct(dim, nbits, group) else 1
+def num_value_parts(record_length, dim, nbits, group, size, other=0):
+    return record_length // value_part(record_length, dim, size) if direct(dim, nbits, group, other) else 1
 
 
 @triton.constexpr_function
@@ -117,125 +130,6 @@ def bias(nbits):
 
 
 @triton.jit
-def scale_zero(low, high, has_nan, LEVELS: tl.constexpr):
-    """float16 scale and zero of groups with the given finite range."""
-    span = high - low
-    if INTERPRETED:  # its fma rounds twice
-        scale = tl.div_rn(span, tl.full(low.shape, LEVELS, tl.float32))
-    else:  # the same, correctly rounded, from the rounded reciprocal and what it leaves over
-        near = span * (1 / LEVELS)
-        scale = tl.fma(tl.fma(near, -LEVELS, span), 1 / LEVELS, near)
-    scale = scale.to(tl.float16)
-    nan = tl.full(low.shape, float("nan"), tl.float16)
-    return tl.where(has_nan, nan, scale), tl.where(has_nan, nan, low.to(tl.float16))
-
-
-@triton.jit
-def inverse_of(scale):
-    """``1 / scale`` in float32, correctly rounded; 0 where the scale is 0 or NaN."""
-    scale = scale.to(tl.float32)
-    usable = scale > 0
-    scale = tl.where(usable, scale, 1.0)
-    if INTERPRETED:
-        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    else:  # the same: a reciprocal of 11 bits lies 2**-36 off any tie, and one step from 2 ulp leaves 2**-43
-        near = 1.0 / scale
-        inverse = tl.fma(near, tl.fma(-scale, near, 1.0), near)
-    return tl.where(usable, inverse, 0.0)
-
-
-@triton.jit
-def rounded(x, inverse, zero, LEVELS: tl.constexpr):
-    """``ROUND_BITS`` + the codes of ``x`` (int32), rounding half to even: adding 1.5 * 2**23 leaves no fraction bits."""
-    level = (x.to(tl.float32) - zero.to(tl.float32)) * inverse
-    if INTERPRETED:
-        level = tl.where(level == level, level, 0.0)
-    level = tl.minimum(tl.maximum(level, 0.0), LEVELS)  # of 0 and NaN a device takes 0
-    return (level + ROUND).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def encode(x, inverse, zero, LEVELS: tl.constexpr):
-    """Codes of ``x`` (int32)."""
-    return rounded(x, inverse, zero, LEVELS) - ROUND_BITS
-
-
-@triton.jit
-def lesser(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def greater(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def least(x, AXIS: tl.constexpr):
-    """Minimum along an axis; a NaN wins."""
-    if INTERPRETED:
-        has_nan = tl.max((x != x).to(tl.int32), AXIS) > 0
-        return tl.where(has_nan, float("nan"), tl.min(tl.where(x == x, x, 0.0).to(tl.float32), AXIS))
-    if x.dtype == tl.bfloat16:  # tl.minimum gives float32 for it
-        x = x.to(tl.float32)
-    return tl.reduce(x, AXIS, lesser)
-
-
-@triton.jit
-def greatest(x, AXIS: tl.constexpr):
-    """Maximum along an axis, of no meaning where there is a NaN."""
-    if INTERPRETED:
-        return tl.max(tl.where(x == x, x, 0.0).to(tl.float32), AXIS)
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return tl.reduce(x, AXIS, greater)
-
-
-@triton.jit
-def range_params(low, high, LEVELS: tl.constexpr):
-    """float16 scale and zero of groups with the given range, NaN where one is among them."""
-    low, has_nan = finite(low.to(tl.float32))
-    return scale_zero(low, finite(high.to(tl.float32))[0], has_nan, LEVELS)
-
-
-@triton.jit
-def within(x):
-    """float32 values clamped as :func:`finite` does.  16-bit ones need not be: beyond LIMIT their code is 0 or the highest,
-    because a group that reaches LIMIT spans 16 at least, and its scale is no coarser than its codes."""
-    if x.dtype == tl.float32:
-        x = tl.where(x == x, tl.minimum(tl.maximum(x, -LIMIT), LIMIT), x)
-    return x
-
-
-@triton.jit
-def finite(x):
-    """``(x clamped to +-LIMIT, whether it is NaN)``."""
-    is_nan = x != x
-    return tl.minimum(tl.maximum(tl.where(is_nan, 0.0, x), -LIMIT), LIMIT), is_nan
-
-
-@triton.jit
-def exact_at(token, wanted, pages, DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):
-    """Where a head's exact tokens lie, in elements: in a ring, or where there are ``pages`` (the row's table, strides from page
-    to page and token to token) in a pool's, which are looked up where ``wanted``."""
-    if PAGE == 0:
-        at = (SINK + (token - SINK) % RESIDUAL) * DIM
-    else:
-        page = tl.load(pages[0] + token // PAGE, mask=wanted, other=0)
-        at = page.to(tl.int64) * pages[1] + token % PAGE * pages[2]
-    return at
-
-
-@triton.jit
-def new_tokens(row, counts_ptr, new_length):
-    """How many tokens a row brings."""
-    count = new_length
-    if counts_ptr is not None:
-        count = tl.load(counts_ptr + row)
-    return count
-
-
-@triton.jit
 def record_at(
     records_ptr, table_ptr, row, number, num_records, head, NUM_HEADS: tl.constexpr, RECORD_WORDS: tl.constexpr
 ):
@@ -244,49 +138,6 @@ def record_at(
     if table_ptr is not None:
         place = tl.load(table_ptr + place).to(tl.int64)
     return records_ptr + (place * NUM_HEADS + head) * RECORD_WORDS
-
-
-@triton.jit
-def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_new_t, pages, NEW: tl.constexpr,
-                DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``: stored ones from the ring or the pool."""
-    stored = token < length
-    at = exact_at(token, stored, pages, DIM, SINK, RESIDUAL, PAGE)
-    x = tl.load(exact_ptr + at[:, None] + channel[None, :], mask=mask & stored[:, None], other=0.0).to(tl.float32)
-    if NEW:
-        y = tl.load(
-            new_ptr + (token - length)[:, None] * stride_new_t + channel[None, :],
-            mask=mask & ~stored[:, None],
-            other=0.0,
-        )
-        x = tl.where(stored[:, None], x, y.to(tl.float32))
-    return x
-
-
-@triton.jit
-def store_plane(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
-                NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
-    AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 0)
-    FIELD_BITS: tl.constexpr = field_bits(BITS)
-    plane = tl.permute(tl.reshape((codes >> LOW) & ((1 << BITS) - 1), AXES[0]), AXES[1])
-    # The two half words, then field by field.  Not tl.sum of shifted codes: over a permuted axis Triton 3.6 adds up the
-    # wrong ones on a device (values at 4 and 8 bits, and at 2 bits with 128 channels), though not in the interpreter.
-    even, odd = tl.split(tl.reshape(plane, (TILE * WIDTH // 2, 2)))
-    word = even | (odd << 16)
-    for i in tl.static_range(FIELD_BITS):
-        even, odd = tl.split(tl.reshape(word, (TILE * WIDTH >> (i + 2), 2)))
-        word = even | (odd << (BITS << i))
-    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, TILE * WIDTH * BITS // 32)
-    tl.store(words_ptr + at, word)
-
-
-@triton.jit
-def store_codes(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
-                NBITS: tl.constexpr):  # fmt: skip
-    """One tile's codes ``[TILE, WIDTH]`` to their words."""
-    PLANE_LIST: tl.constexpr = planes(NBITS)
-    for i in tl.static_range(len(PLANE_LIST)):
-        store_plane(words_ptr, codes, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1])
 
 
 @triton.jit
@@ -579,16 +430,26 @@ def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length
 
 
 @triton.jit
-def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, first, length, count, stride_kt,
-              stride_vt, zero_offset, key_pages, value_pages, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, order_ptr, first, length, count,
+              stride_kt, stride_vt, zero_offset, key_pages, value_pages, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
               VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
               TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, NEW: tl.constexpr,
-              KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+              KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr, BOOST: tl.constexpr,
+              BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr):  # fmt: skip
     """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's own, but
     ``zero_offset`` from scale to zero."""
-    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
     if part < KEY_PARTS:
-        if direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
+        if BOOST > 0:
+            CHANNELS: tl.constexpr = chunks(KEY_DIM)
+            for i in tl.static_range(len(CHANNELS)):
+                pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages, NEW,
+                                  CHANNELS[i][0], CHANNELS[i][1], KEY_DIM, KEY_NBITS, BOOST, False, KEY_GROUP, RECORD, TILE, SINK,
+                                  RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
+            pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages, NEW, 0,
+                              boosted_channels(KEY_DIM), KEY_DIM, KEY_NBITS, BOOST, True, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
+                              PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
+        elif direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
             pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset,
                           key_pages, NEW, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, SIZE)  # fmt: skip
         else:
@@ -600,7 +461,10 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
     else:
         words_ptr = record_ptr + RECORD * KEY_DIM * KEY_NBITS // 32
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * VALUE_PARAMS
-        if direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
+        if ROTATION > 0:
+            pack_rotated_values(exact_value_ptr, value_ptr, words_ptr, half_ptr, first, length, stride_vt, value_pages, NEW, VALUE_DIM,
+                                VALUE_NBITS, ROTATION, RECORD, TILE, SINK, RESIDUAL, PAGE)  # fmt: skip
+        elif direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
             pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt,
                             value_pages, NEW, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, SIZE)  # fmt: skip
         else:
@@ -625,16 +489,16 @@ def of_layer(x_ptr, layers_ptr, COLUMN: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr,
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr,
     layers_ptr, block_table_ptr, exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb,
     stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, new_length, num_slots, num_records, num_pages, batch_size,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
     VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """Optional: ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where in the line of new tokens each row's begin;
+    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where in the line of new tokens each row's begin;
     ``layers_ptr`` (:func:`kvruntime.methods.kivi.append.addresses`); ``block_table_ptr``, for each row ``num_records`` places of records; ``exact_table_ptr``, for
     each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
     ahead = tl.program_id(0) // PARTS
@@ -680,10 +544,41 @@ def pack_kernel(
     row_params_ptr = params_ptr
     if KEY_GROUP == 0:
         row_params_ptr = of_layer(params_ptr, layers_ptr, 5) + rows * KEY_DIM
-    pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, first,
-              length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM,
+    if BOOST > 0:
+        order_ptr += rows * KEY_DIM
+    pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, order_ptr,
+              first, length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM,
               KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, NEW, KEY_PARAMS, VALUE_PARAMS,
-              SIZE)  # fmt: skip
+              SIZE, BOOST, BOOST_CODES, ROTATION)  # fmt: skip
+
+
+@triton.jit
+def order_kernel(
+    key_ptr, exact_key_ptr, order_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr, stride_kb, stride_kh, stride_kt,
+    new_length, num_slots,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
+    NEW: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The channel order of rows that pack for the first time, one row and head a program."""
+    row = tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0) % NUM_HEADS
+    length = tl.load(lengths_ptr + row)
+    packed = tl.load(packed_ptr + row)
+    if starts_ptr is None:
+        count = new_tokens(row, counts_ptr, new_length)
+        start = new_length - count
+    else:
+        start = tl.load(starts_ptr + row)
+        count = tl.load(starts_ptr + row + 1) - start
+    if packed > 0 or length + count - SINK - RESIDUAL <= 0:
+        return
+    rows = row.to(tl.int64) * NUM_HEADS + head
+    exact_key_ptr += rows * num_slots * KEY_DIM
+    if starts_ptr is None:
+        key_ptr += row.to(tl.int64) * stride_kb
+    key_ptr += head.to(tl.int64) * stride_kh + tl.cast(start, tl.int64) * stride_kt
+    choose_order(exact_key_ptr, key_ptr, order_ptr + rows * KEY_DIM, SINK, length, count, stride_kt, None, NEW, KEY_DIM, BLOCK_D,
+                 RECORD, SINK, RESIDUAL, 0)  # fmt: skip
 
 
 @triton.jit
@@ -771,6 +666,18 @@ def freeze(new: New, stored: reference.Stored, layout: reference.Layout, layers:
     )  # fmt: skip
 
 
+def order(new: New, stored: reference.Stored, layout: reference.Layout) -> None:
+    """Write ``key_order`` of every row that is about to pack for the first time; other rows are left alone."""
+    record, sink, residual = layout
+    order_kernel[(len(stored.lengths) * new.num_heads,)](
+        new.key, stored.exact_key, stored.key_order, stored.lengths, stored.packed, new.counts, new.starts, *new.strides()[:3],
+        new.length, stored.exact_key.shape[2],
+        NUM_HEADS=new.num_heads, KEY_DIM=record.key_dim, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
+        NEW=new.length > 1 or record.num_tokens > residual, BLOCK_D=triton.next_power_of_2(record.key_dim),
+        enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip
+
+
 class Places(NamedTuple):
     """Where records and exact tokens lie, as the kernels take it: tables and strides, None where rows have their own."""
 
@@ -803,16 +710,15 @@ def pack_warps(record: Record) -> int:
 
 def num_parts(record: Record, size: int) -> int:
     """Parts of ``size`` elements that a record has, keys' and values'."""
-    keys = num_key_parts(record.num_tokens, record.key_dim, record.key_nbits, record.key_group, size)
-    return int(
-        keys + num_value_parts(record.num_tokens, record.value_dim, record.value_nbits, record.value_group, size)
-    )
+    length, boost, rotation = record.num_tokens, record.boost_nbits, record.rotation
+    keys = num_key_parts(length, record.key_dim, record.key_nbits, record.key_group, size, boost)
+    return int(keys + num_value_parts(length, record.value_dim, record.value_nbits, record.value_group, size, rotation))
 
 
 def in_word_order(record: Record) -> bool:
     """:func:`direct` of its keys and its values."""
-    keys = direct(record.key_dim, record.key_nbits, record.key_group)
-    return bool(keys and direct(record.value_dim, record.value_nbits, record.value_group))
+    keys = direct(record.key_dim, record.key_nbits, record.key_group, record.boost_nbits)
+    return bool(keys and direct(record.value_dim, record.value_nbits, record.value_group, record.rotation))
 
 
 def permuting(record: Record) -> dict[str, int]:

@@ -24,7 +24,7 @@ output is rotated back.  A token and head has one scale, and no zero::
     scale = float16(STEPS[nbits] * rms x)         code = clamp(floor(x / scale) + 2**(nbits - 1), 0, 2**nbits - 1)
     x ~ (code - (2**nbits - 1) / 2) * scale
 
-A rotated element is clamped to +-``LIMIT``; a value vector with a NaN or an infinity reads back as NaN throughout.
+A rotated element is clamped to +-``LIMIT``; a value vector with a NaN reads back as NaN throughout.
 
 Lengths, everywhere: :class:`Stored` counts what lies in its tensors when a call begins.  What a call brings (``append``'s and
 ``step``'s tokens, ``attend``'s ``fresh`` ones) is not among them.  ``step`` counts its tokens there itself, ``append`` leaves that
@@ -97,7 +97,13 @@ def stored_values(value: Tensor, record: Record, dtype: torch.dtype) -> Tensor:
     """Values as a layer stores exact ones: as they are, or rotated and in ``dtype``."""
     if not record.rotation:
         return value
-    return rotated(value, record.rotation).clamp(-LIMIT, LIMIT).to(dtype)
+    value = rotated(value, record.rotation).clamp(-LIMIT, LIMIT).to(dtype)
+    return value.masked_fill(value.isnan(), torch.nan)  # one bit pattern
+
+
+def fresh_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of fresh values that are rotated: what they are multiplied in."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 def channel_order(key: Tensor, boosted: int) -> Tensor:
@@ -596,7 +602,7 @@ def attend(
     if fresh is not None:
         key, value, number = fresh
         assert number is not None
-        value = stored_values(value, record, value.dtype)
+        value = stored_values(value, record, fresh_type(value.dtype))
         index = torch.arange(length, device=query.device)
         real = index >= length - number[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]

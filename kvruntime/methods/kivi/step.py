@@ -20,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvruntime.kernels.hadamard import rotated_tokens
 from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.rotary import embedded_token
+from kvruntime.methods.kivi.boost import choose_order
 from kvruntime.methods.kivi.pack import (
     New,
     direct,
@@ -37,6 +39,7 @@ from kvruntime.methods.kivi.pack import (
     places,
     record_at,
 )
+from kvruntime.methods.kivi.quantize import LIMIT
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants
 from kvsim.methods.kivi import Record
@@ -50,14 +53,14 @@ WHOLE = 16384
 
 
 @triton.constexpr_function
-def key_columns(record_length, dim, nbits, group, size):
+def key_columns(record_length, dim, nbits, group, size, other):
     """Channels of a key part: all parts with a record's first tokens come first, one beside the other."""
-    return key_part(record_length, dim, group, size)[1] if direct(dim, nbits, group) else dim
+    return key_part(record_length, dim, group, size)[1] if direct(dim, nbits, group, other) else dim
 
 
 @triton.jit
 def step_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, lengths_ptr,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, order_ptr, lengths_ptr,
     positions_ptr, held_ptr, packed_ptr, ticket_ptr, block_table_ptr, exact_table_ptr, stride_qb, stride_qh, stride_kb, stride_kh,
     stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_slots, num_records, num_pages,
     batch_size,
@@ -65,7 +68,8 @@ def step_kernel(
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIZE: tl.constexpr,
-    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
+    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr, BOOST: tl.constexpr,
+    BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
     """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own.  ``lengths_ptr`` is read, ``held_ptr``
     and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as
@@ -73,8 +77,8 @@ def step_kernel(
     if EARLY:
         gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
         gdc_wait()  # attention of the step before waited for them before it let anything start
-    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
-    PARTS: tl.constexpr = KEY_PARTS + num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE)
+    KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
+    PARTS: tl.constexpr = KEY_PARTS + num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE, ROTATION)
     PROGRAMS: tl.constexpr = PARTS if SPREAD else 1  # of a row and head
     program = tl.program_id(0) % PROGRAMS
     row = tl.program_id(0) // (NUM_HEADS * PROGRAMS)
@@ -88,7 +92,7 @@ def step_kernel(
     v = tl.arange(0, BLOCK_V)
     own_key, own_value, own_query = d < KEY_DIM, v < VALUE_DIM, d < KEY_DIM
     if SPREAD:  # a token's slot is read by those parts alone that have the record's first token: they store it
-        WIDTH: tl.constexpr = key_columns(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE)
+        WIDTH: tl.constexpr = key_columns(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
         first = program * WIDTH
         own_key = (d >= first) & (d < tl.minimum(first + WIDTH, KEY_DIM))
         own_value = v < tl.where(program == KEY_PARTS, VALUE_DIM, 0)
@@ -99,6 +103,10 @@ def step_kernel(
     key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, own_key, own_query, d,
                                                 ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
     value = tl.load(value_ptr + v, mask=own_value, other=0.0)
+    if ROTATION > 0:
+        value = tl.reshape(value.to(tl.float32), (1, BLOCK_V))
+        value = rotated_tokens(value, exact_value_ptr.dtype.element_ty, 1, BLOCK_V, ROTATION, LIMIT)
+        value = tl.reshape(value, (BLOCK_V,))
     tl.debug_barrier()  # all of the program has read what is written below
     rows = row.to(tl.int64) * NUM_HEADS + head
     key_pages = None
@@ -121,14 +129,21 @@ def step_kernel(
         row_params_ptr = params_ptr
         if KEY_GROUP == 0:
             row_params_ptr = params_ptr + rows * KEY_DIM
+        if BOOST > 0:
+            order_ptr += rows * KEY_DIM
+            if packed == 0:
+                if not SPREAD or program < KEY_PARTS:
+                    choose_order(exact_key_ptr, exact_key_ptr, order_ptr, SINK, length, 0, 0, key_pages, False, KEY_DIM, BLOCK_K,
+                                 RECORD, SINK, RESIDUAL, PAGE)  # fmt: skip
+                    tl.debug_barrier()  # threads read what others wrote
         for turn in tl.static_range(1 if SPREAD else PARTS):
             part = turn
             if SPREAD:
                 part = program
-            pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, SINK + packed,
+            pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, order_ptr, SINK + packed,
                       length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS,
                       VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS,
-                      SIZE)  # fmt: skip
+                      SIZE, BOOST, BOOST_CODES, ROTATION)  # fmt: skip
         tl.debug_barrier()  # the token takes the slot of the oldest one packed
     if PAGE == 0:
         slot = length
@@ -197,8 +212,8 @@ def step(
         programs, size, warps = 1, WHOLE, pack_warps(record)
     own = {} if spread else permuting(record)
     step_kernel[(batch_size * heads * programs,)](
-        query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params, lengths, positions,
-        stored.lengths, stored.packed, ticket, where.block_table, where.exact_table, *query.stride()[:2], *key.stride()[:2],
+        query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.key_order, lengths,
+        positions, stored.lengths, stored.packed, ticket, where.block_table, where.exact_table, *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], *where.strides, where.num_slots, where.num_records, where.num_pages, batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),

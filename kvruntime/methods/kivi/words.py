@@ -15,6 +15,7 @@ channel_chunks = triton.constexpr_function(
     layout.channel_chunks
 )  # wrapped, their source counts in the kernels' cache key
 tile_order = triton.constexpr_function(layout.tile_order)
+boosted_channels = triton.constexpr_function(layout.boosted_channels)
 
 
 @triton.constexpr_function
@@ -98,4 +99,7 @@ def record_constants(record: Record) -> dict[str, int]:
         "KEY_PARAMS": record.offset("key_scale"),
         "VALUE_PARAMS": record.offset("value_scale"),
         "RECORD_WORDS": record.num_words,
+        "BOOST": record.boost_nbits,
+        "BOOST_CODES": record.offset("key_boost_codes") if record.boosted else 0,
+        "ROTATION": record.rotation,
     }
