@@ -388,7 +388,7 @@ def kivi_seed(dtype: str = "float16") -> Kivi:
     return Kivi(nbits=2, key_group_size=SEQUENCE, value_group_size=HEAD, residual_length=32, dtype=dtype)
 
 
-BOOSTED: dict[int, tuple[int, int, int]] = {2: (2, 2, 2), 3: (2, 2, 3), 4: (3, 1, 4)}
+BOOSTED: dict[int, tuple[int, int, int]] = {2: (2, 2, 2), 3: (3, 1, 2), 4: (3, 1, 4)}
 """``nbits`` of :func:`kivi_boost` -> key bits, boost bits, value bits."""
 
 
@@ -402,7 +402,7 @@ def kivi_boost(
     sink_length: int = 4,
     dtype: str = "float16",
 ) -> Kivi:
-    """KIVI with boosted key channels, rotated values and four exact first tokens: about 2.6, 3.1 and 4 bits an element.
+    """KIVI with boosted key channels, rotated values and four exact first tokens: about 2.6, 3 and 4 bits an element.
 
     ``nbits`` chooses key, boost and value bits, which may be given instead.  Raises ``ValueError`` for other ``nbits``.
     """

@@ -17,7 +17,8 @@ from kvsim.methods import Kivi, kivi_boost  # noqa: E402
 SHAPE = LayerShape(2, 64, 64)
 METHODS = {
     "2.6 bits": kivi_boost(dtype="float32"),
-    "3.1 bits": kivi_boost(3, residual_length=64),
+    "3 bits": kivi_boost(3, residual_length=64),
+    "3.1 bits": kivi_boost(2, value_nbits=3, residual_length=64),
     "4 bits": kivi_boost(4, dtype="bfloat16"),
     "boosted keys alone": Kivi(boost_nbits=1, group_size=32, residual_length=64, dtype="float32"),
     "rotated values alone": Kivi(nbits=4, rotate_values=True, sink_length=2, dtype="float32"),

@@ -22,7 +22,7 @@ import gluon_numpy  # noqa: E402
 from kvruntime.methods.kivi import fast, fast_plan, reference  # noqa: E402
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
 
 HERE = Path(__file__).parents[1] / "support"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +74,17 @@ POINTS += [("k4v2 gv16", 80, "plan", dtype) for dtype in ("bfloat16", "float32")
 METHODS |= SIXTEENS
 
 
+BOOSTED = {
+    "boost": kivi_boost(),
+    "boost v4 gk128": kivi_boost(value_nbits=4, group_size=128, sink_length=1),
+}
+"""Boosted key channels and rotated values, of 64 and 128 channels."""
+POINTS += [("boost", dim, sharing, "float16") for dim in (64, 128) for sharing in SHARING]
+POINTS += [("boost v4 gk128", 64, "five", "float16"), ("boost v4 gk128", 128, "shares", "float16")]
+POINTS += [("boost", 128, "plan", dtype) for dtype in ("bfloat16", "float32")]
+METHODS |= BOOSTED
+
+
 def numpy_kernels(**replaced):
     """The names of ``fast.py``, and those of ``fast_plan.py`` that it takes, with its kernels in NumPy."""
     plan = gluon_numpy.run_file(Path(fast_plan.__file__))
@@ -81,6 +92,9 @@ def numpy_kernels(**replaced):
     names = gluon_numpy.run_file(Path(fast.__file__))
     names |= {name: plan[name] for name in plan.keys() & names.keys() if getattr(fast_plan, name, None) is names[name]}
     names |= replaced
+    names["rotate_rows"] = lambda x, n, width, size: gluon_numpy.Value(
+        reference.rotated(torch.from_numpy(x.a), size).numpy()
+    )
     names["supports"] = lambda *_: True
     properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)
     cuda = SimpleNamespace(get_device_properties=lambda _: properties, get_device_capability=lambda _: (9, 0))
@@ -106,7 +120,7 @@ class Filled:
         self.method, self.lengths, self.record = method, lengths, method.record(LayerShape(heads, dim, dim))
         self.tensors = {}
         for buffer in method.buffers(LayerShape(heads, dim, dim), len(lengths), max(lengths)):
-            fill = 0 if buffer.name == "lengths" else -7 if buffer.dtype == "int32" else float("nan")
+            fill = 0 if buffer.name in ("lengths", "key_order") else -7 if buffer.dtype == "int32" else float("nan")
             dtype = key.dtype if buffer.name.startswith("exact") else getattr(torch, buffer.dtype)
             self.tensors[buffer.name] = torch.full(buffer.shape, fill, dtype=dtype)
         self.fill(key.cpu(), value.cpu(), lengths)
@@ -116,11 +130,14 @@ class Filled:
         stores = [self.tensors[name] for name in ("records", "exact_key", "exact_value")]
         layout = Layout(self.record, self.method.sink_length, self.method.residual_length)
         none = torch.zeros(2, len(lengths), dtype=torch.int32)
-        reference.append(key, value, list(lengths), Stored(*stores, *none), layout)
+        order = self.tensors.get("key_order")
+        reference.append(key, value, list(lengths), Stored(*stores, *none, key_order=order), layout)
         self.lengths, self.packed = lengths, [self.method.num_packed(n) for n in lengths]
         self.tensors["lengths"].copy_(torch.tensor([lengths, self.packed]))
         self.stores = [tensor.to(DEVICE) for tensor in stores]
-        self.held, self.layout = Stored(*self.stores, *self.tensors["lengths"].to(DEVICE)), layout
+        order = order if order is None else order.to(DEVICE)
+        self.held = Stored(*self.stores, *self.tensors["lengths"].to(DEVICE), key_order=order)
+        self.layout = layout
         self.arguments = (self.held, layout)
         self.new = key, value
 
@@ -128,7 +145,11 @@ class Filled:
         sink, packed = self.method.sink_length, self.packed[row]
         words = self.tensors["records"][row, : packed // self.record.num_tokens].transpose(0, 1)
         out = []
-        for old, new in zip(reference.unpack_records(words, self.record), self.new, strict=True):
+        order = self.tensors["key_order"][row] if self.record.boosted else None
+        olds = reference.unpack_records(words, self.record, key_order=order)
+        if self.record.rotation:
+            olds = olds[0], reference.rotated(olds[1], self.record.rotation)
+        for old, new in zip(olds, self.new, strict=True):
             own = new[row, :, new.shape[2] - self.lengths[row] :].double()
             out.append(torch.cat([own[:, :sink], old.double(), own[:, sink + packed :]], 1))
         return out

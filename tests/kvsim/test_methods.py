@@ -177,8 +177,8 @@ def test_boosted_channels_and_rotated_values_to_the_byte() -> None:
         "key_order": 64,
     }
     widths = [make_method("kivi-boost", nbits=bits).record(layer).num_words / (64 * 64 * 2 / 32) for bits in (2, 3, 4)]
-    assert widths == [2.625, 3.125, 4.0]
-    wider = make_method("kivi-boost", nbits=3, key_nbits=3, boost_nbits=1)
+    assert widths == [2.625, 3.0, 4.0]
+    wider = make_method("kivi-boost", nbits=3, value_nbits=3)
     assert wider.record(layer).num_words == 3.5 * 64 * 64 * 2 / 32
     dims = {32: (16, 32), 64: (16, 64), 80: (16, 16), 96: (16, 32), 128: (32, 128), 256: (64, 256)}
     for dim, found in dims.items():

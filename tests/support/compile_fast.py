@@ -24,7 +24,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kvruntime.kernels import merge
 from kvruntime.methods.kivi import fast, fast_plan
 from kvsim.layout import LayerShape
-from kvsim.methods import Kivi
+from kvsim.methods import Kivi, kivi_boost
 
 METHODS = {  # method, head_dim, q_per_kv, dtype of query and exact tokens
     "2-bit g32 d128": (Kivi(), 128, 4, "fp16"),
@@ -57,8 +57,13 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
     "k4v2 g64 d256": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 256, 4, "fp16"),
     "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
 }
+BOOST = {
+    "boost d128": (kivi_boost(), 128, 4, "fp16"),
+    "boost d64": (kivi_boost(), 64, 3, "bf16"),
+}
+BOOST_IN = ("attend_drawn", "attend_queries_table_shares", "combine")
 HEADS_256_IN = ("attend", "attend_table", "combine", "combine_few")
-METHODS |= TWO_CHUNKS | HEADS_256
+METHODS |= TWO_CHUNKS | HEADS_256 | BOOST
 POOLED = ("2-bit g64 d128", "2-bit g32 d128", "4-bit g64 d128")
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80")
 QUERIES = (
@@ -69,10 +74,12 @@ TABLE = ("table_ptr",)
 PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for axis in "bht"))
 MERGED = ("arrivals_ptr",)
 DRAWN = ("draws_ptr",)
-OPTIONAL = {*QUERIES, *TABLE, *PAGES, *MERGED, *DRAWN}
+ORDER = ("order_ptr",)
+OPTIONAL = {*QUERIES, *TABLE, *PAGES, *MERGED, *DRAWN, *ORDER}
 POINTERS = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(
     ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", "exact_table_ptr", *MERGED, *DRAWN), "*i32"
 )
+POINTERS |= {"order_ptr": "*u8"}
 
 
 def arguments(kernel, dtype: str, given: tuple[str, ...] = ()) -> dict[str, str]:
@@ -130,7 +137,10 @@ def attend(
     }  # fmt: skip
     if constants["PAGE"]:
         constants["AT_ONCE"] = False
-    types = arguments(fast.attend_kernel, dtype, given if shares or queries or whole else given + MERGED)
+    if method.boost_nbits:
+        types = arguments(fast.attend_kernel, dtype, given + ORDER)
+    else:
+        types = arguments(fast.attend_kernel, dtype, given if shares or queries or whole else given + MERGED)
     registers = fast_plan.REGISTERS if queries else fast_plan.MAX_REGISTERS[dim]
     used = build(fast.attend_kernel, GluonASTSource, types, constants, sm, num_warps=1, maxnreg=registers)
     return used | {"elements": 2 * 64 * dim // 32}
@@ -173,11 +183,12 @@ def attend_queries_pool(name: str, sm: int) -> dict[str, int]:
 
 
 def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True) -> dict[str, int]:
-    _, dim, q_per_kv, dtype = METHODS[name]
+    method, dim, q_per_kv, dtype = METHODS[name]
     block_d = dim & -dim
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32 if shares else 0,
         "BLOCK_D": block_d, "BLOCK_S": parts, "EARLY": sm >= 90,
+        "ROTATION": block_d if method.rotate_values else 0,
     }  # fmt: skip
     options = {"num_warps": 4 if parts * block_d >= 1024 else 1, "enable_fp_fusion": merge.FUSED_MERGE}
     return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, **options)
@@ -224,7 +235,9 @@ def tasks(in_pairs: bool) -> list[Task]:
         names = [
             name
             for name in names
-            if (name not in HEADS_256 or kernel in HEADS_256_IN) and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
+            if (name not in HEADS_256 or kernel in HEADS_256_IN)
+            and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
+            and (name not in BOOST or kernel in BOOST_IN)
         ]
         if in_pairs and kernel in HALVED:
             second = names[HALVED.index(kernel) % 2 :: 2]

@@ -33,7 +33,7 @@ from kvruntime.methods.full import decode
 from kvruntime.methods.kivi import append, attention, step, words
 from kvruntime.methods.kivi import pack as quantize
 from kvsim.layout import LayerShape
-from kvsim.methods import Kivi, kivi_seed
+from kvsim.methods import Kivi, kivi_boost, kivi_seed
 
 TARGETS = (80, 89, 90, 100)
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
@@ -50,6 +50,8 @@ METHODS = {
     "2-bit gv80 d80": (Kivi(value_group_size=80), 80),
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
+    "boost d128": (kivi_boost(), 128),
+    "boost-4 d96": (kivi_boost(4), 96),
 }
 LAYERS = {  # rows, N, K, norm, bias, activation, dtype
     "gpt2 qkv": (1, 2304, 768, "layer", True, None, "fp16"),
@@ -101,7 +103,7 @@ INTEGERS = dict.fromkeys(
     ("records_ptr", "lengths_ptr", "packed_ptr", "held_ptr", "counts_ptr", "positions_ptr"), "*i32"
 )
 INTEGERS |= dict.fromkeys(("table_ptr", "starts_ptr", "block_table_ptr", "exact_table_ptr"), "*i32")
-INTEGERS |= {"layers_ptr": "*i64"}
+INTEGERS |= {"layers_ptr": "*i64", "order_ptr": "*u8"}
 
 
 def compiled(
@@ -169,6 +171,11 @@ def own_rows(types: dict[str, str]) -> dict[str, str]:
     return {name: type_ for name, type_ in types.items() if name not in POOL}
 
 
+def ordered(types: dict[str, str], record) -> dict[str, str]:
+    """Argument types of a kernel, without the order of channels where none are boosted."""
+    return {name: type_ for name, type_ in types.items() if name != "order_ptr" or record.boosted}
+
+
 def one_layer(types: dict[str, str]) -> dict[str, str]:
     """Argument types of a kernel that stores one layer, without the table of layers."""
     return {name: type_ for name, type_ in types.items() if name != "layers_ptr"}
@@ -182,7 +189,7 @@ def pack(name: str, sm: int, layers: bool = False, pool: bool = False) -> dict[s
         "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
     }  # fmt: skip
     types = arguments(quantize.pack_kernel, "fp16", params_ptr="*fp16")
-    types = types if pool else own_rows(types)
+    types = ordered(types if pool else own_rows(types), record)
     launch = dict(quantize.pack_launch(record))
     num_warps = launch.pop("num_warps")
     types = types if layers else one_layer(types)
@@ -203,7 +210,7 @@ def store(name: str, sm: int, layers: bool = False, pool: bool = False) -> dict[
     constants = {
         "NUM_HEADS": 8, "KEY_DIM": dim, "VALUE_DIM": dim, "RECORD": method.record_length, "BLOCK_T": 16,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "BLOCK_D": triton.next_power_of_2(dim),
-        "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
+        "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0, "ROTATION": dim & -dim if method.rotate_values else 0,
     }  # fmt: skip
     types = arguments(append.store_kernel, "bf16")
     types = types if pool else own_rows(types)
@@ -229,6 +236,7 @@ def attend(
         del types[absent]
     if not pool:
         types = own_rows(types) | ({"table_ptr": "*i32"} if table else {})
+    types = ordered(types, record)
     block_m = attention.block_rows(rows, dim)
     options = attention.launch(record, block_m)
     constants = words.record_constants(record) | {
@@ -279,7 +287,7 @@ def advance(name: str, sm: int, spread: bool = False, pool: bool = False) -> dic
         "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 16 if pool else 0,
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
-    types = types if pool else own_rows(types)
+    types = ordered(types if pool else own_rows(types), record)
     own = {} if spread else quantize.permuting(record)
     return resources(step.step_kernel, types, constants, sm, warps, enable_fp_fusion=False, **own)
 

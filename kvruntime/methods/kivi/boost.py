@@ -124,11 +124,11 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
             x = tl.reshape(x, (GROUPS, TILE // GROUPS, W))
             is_nan = tl.reshape(is_nan, (GROUPS, TILE // GROUPS, W))
             codes = tl.reshape(long_codes(x, is_nan, inverse[:, None, :], zero[:, None, :], top[:, None, :]), (TILE, W))
-            at = words_ptr + (span * (SPAN // TILE) + tile) * TILE_WORDS
+            tile_ptr = words_ptr + (span * (SPAN // TILE) + tile) * TILE_WORDS
             if LOWER:
-                store_codes(at, codes & ((1 << BOOST) - 1), "key", TILE, 0, W, BOOST)
+                store_codes(tile_ptr, codes & ((1 << BOOST) - 1), "key", TILE, 0, W, BOOST)
             else:
-                store_codes(at, codes >> shift[None, :], "key", TILE, C0, W, NBITS)
+                store_codes(tile_ptr, codes >> shift[None, :], "key", TILE, C0, W, NBITS)
 
 
 @triton.jit
@@ -140,8 +140,8 @@ def load_rotated(exact_ptr, new_ptr, token, channel, length, stride_new_t, pages
     at = exact_at(token, stored, pages, DIM, SINK, RESIDUAL, PAGE)
     x = tl.load(exact_ptr + at[:, None] + channel[None, :], mask=stored[:, None], other=0.0).to(tl.float32)
     if NEW:
-        at = (token - length)[:, None] * stride_new_t + channel[None, :]
-        y = tl.load(new_ptr + at, mask=~stored[:, None], other=0.0).to(tl.float32)
+        new_at = (token - length)[:, None] * stride_new_t + channel[None, :]
+        y = tl.load(new_ptr + new_at, mask=~stored[:, None], other=0.0).to(tl.float32)
         y = rotated_tokens(y, exact_ptr.dtype.element_ty, N, WIDTH, SIZE, LIMIT)
         x = tl.where(stored[:, None], x, y.to(tl.float32))
     return x

@@ -22,7 +22,9 @@ scale below about 2**-8 leaves ``query * scale`` fewer than 11 bits.
 
 A head of 96 channels is two chunks, of 64 and 32 channels, one of 80 is 64 and 16, each with a word order of its own
 (:func:`spans`): whatever has channels is a tuple of two, in shared memory and in registers.  Scores are one chain of products,
-and one softmax.  Of 16 channels at 2 bits the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
+and one softmax.  With boosted key channels (``BOOST_CODES``, the first word of their lower bits in a record; values are rotated
+then) packed channels are in the order of ``order_ptr``, the lower bits are a product of their own over the first of them, and a
+value's zero is its scale times a constant, taken at the end.  Of 16 channels at 2 bits the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
 
 Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
 """
@@ -42,7 +44,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kernels import merge
+from kvruntime.kernels.hadamard import rotate_rows
 from kvruntime.methods.kivi import reference
+from kvruntime.methods.kivi.attention import rotated
 from kvruntime.methods.kivi.fast_plan import (
     MAX_PARTS,
     MAX_REGISTERS,
@@ -78,6 +82,9 @@ ROWS = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 COLUMNS = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
 channel_chunks = gluon.constexpr_function(packing.channel_chunks)
 tile_order = gluon.constexpr_function(packing.tile_order)
+boosted_channels = gluon.constexpr_function(packing.boosted_channels)
+BOOST = gl.constexpr(2)
+"""Lower bits of boosted key channels, as many as their upper ones."""
 
 
 @gluon.constexpr_function
@@ -365,7 +372,7 @@ def copy_key_params(key_params, half_ptr, wanted, FIRST: gl.constexpr, SPAN: gl.
 @gluon.jit
 def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
               VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
-              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr):  # fmt: skip
+              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, BOOST_CODES: gl.constexpr):  # fmt: skip
     """Start copying a tile: key and value codes and key scales and zeros, each span of channels to its own memory; value
     zeros and scales, groups to a power of two."""
     SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
@@ -374,6 +381,10 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
         copy_codes(codes[i], record_ptr, tile, wanted, SPANS[i][0], SPANS[i][1], DIM, KEY_NBITS, VALUE_NBITS, RECORD)
     for i in gl.static_range(len(SPANS)):
         copy_key_params(key_params[i], half_ptr, wanted, SPANS[i][0], SPANS[i][1], DIM, KEY_GROUPS, KEY_PARAMS)
+    if BOOST_CODES > 0:
+        WORDS: gl.constexpr = TILE * boosted_channels(DIM) * BOOST // 32
+        i = gl.arange(0, WORDS, layout=gl.BlockedLayout([WORDS // 32], [32], [1], [0]))
+        copy_async(codes[len(SPANS)], record_ptr + tile * WORDS + (BOOST_CODES + i), mask=wanted)
 
     GROUPS: gl.constexpr = padded(VALUE_GROUPS)
     VALUE_SIZE: gl.constexpr = 2 * GROUPS * TILE
@@ -381,6 +392,8 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
     line = gl.arange(0, VALUE_SIZE // 16, layout=gl.SliceLayout(1, LINES)) ^ (4 * GROUPS)  # zeros first
     if GROUPS > VALUE_GROUPS:  # the last line stands for those of groups that are none: what they make is not used
         line = line // (4 * GROUPS) * (4 * VALUE_GROUPS) + gl.minimum(line % (4 * GROUPS), 4 * VALUE_GROUPS - 1)
+    if BOOST_CODES > 0:  # no zeros: the scales stand for them
+        line = line % 4
     halves = gl.arange(0, 16, layout=gl.SliceLayout(0, LINES))
     at = line[:, None] * (RECORD // 4) + halves[None, :] + 2 * VALUE_PARAMS
     copy_async(value_params.reshape([VALUE_SIZE // 16, 16]), half_ptr + tile * 16 + at, mask=wanted)
@@ -450,7 +463,8 @@ def record_of(base_ptr, table_ptr, tile, wanted, TILES: gl.constexpr, RECORD_STR
 @gluon.jit
 def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, least, certain, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
                VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
-               KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+               KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr, STAGES: gl.constexpr,
+               BOOST_CODES: gl.constexpr):  # fmt: skip
     """Start copying the first tiles of a split, ``least`` and above: fewer than ``certain`` may be read."""
     TILES: gl.constexpr = RECORD // TILE
     for index in gl.static_range(STAGES - 1):
@@ -458,7 +472,7 @@ def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step
         if tile >= least:
             copy_tile(at_stage(codes, index), at_stage(key_params, index), value_params.index(index),
                       record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES, tile < certain,
-                      DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                      DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, BOOST_CODES)  # fmt: skip
 
 
 @triton.jit
@@ -699,13 +713,38 @@ def largest_scale_of(scales):
 
 
 @gluon.jit
+def load_ordered(query_ptr, order_ptr, column, real, SPAN: gl.constexpr):
+    """The query at the first ``SPAN`` channels of a row's order, as an operand."""
+    k = gl.arange(0, SPAN, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
+    place = ((k >> 1) & 3) * (SPAN // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1)
+    channel = gl.load(order_ptr + place).to(gl.int32)[None, :, None]
+    at, mask = gl.broadcast(column + channel, real)
+    return gl.load(query_ptr + at, mask=mask, other=0.0)
+
+
+@gluon.jit
+def scaled_down(query, exponent):
+    """A query in float32, a column's largest element within [1, 2)."""
+    query, down = gl.broadcast(query.to(gl.float32), power_of_two(-exponent)[:, None, :])
+    return query * down
+
+
+@gluon.jit
+def packed_up(SPAN: gl.constexpr, NBITS: gl.constexpr, LESS: gl.constexpr):
+    """What a query's channels are multiplied by so that their codes' places in a byte are undone, and ``2**-LESS``."""
+    ROOM: gl.constexpr = room(NBITS)
+    k = gl.arange(0, SPAN, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
+    return power_of_two(ROOM - 1 - LESS - NBITS * ((k >> 3) & (8 // NBITS - 1)))[None, :, None]
+
+
+@gluon.jit
 def attend_split(
     query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk, step_chunk,
-    end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr, pages,
+    end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr, pages, order_ptr,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
-    EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
 ):  # fmt: skip
     """``(acc, sums, peak)`` of every ``step``-th tile from ``first`` to ``end`` and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
     output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and
@@ -732,16 +771,21 @@ def attend_split(
         at, mask = gl.broadcast(column + channel, real)
         loaded = loaded + (gl.load(query_ptr + at, mask=mask, other=0.0),)
 
+    if BOOST_CODES > 0:
+        BOOSTED: gl.constexpr = boosted_channels(DIM)
+        ordered_query = load_ordered(query_ptr, order_ptr, column, real, DIM)
+        boosted_query = load_ordered(query_ptr, order_ptr, column, real, BOOSTED)
+
     # ---- the first tiles, if they are not on their way; again those of a record that was packed since they were asked for
     if not BEGUN:
         copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
-                   VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
+                   VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES, BOOST_CODES)  # fmt: skip
     elif EARLY:
         if length - SINK - packed <= RESIDUAL - RECORD + 1:
             async_copy.wait_group(0)
             forget_cached()
             copy_first(codes, key_params, value_params, base_ptr, None, first, step, (packed - RECORD) // TILE, end, DIM, KEY_NBITS,
-                       VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES)  # fmt: skip
+                       VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES, BOOST_CODES)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     exponent = (largest_of_query(loaded).to(gl.int32, bitcast=True) >> 23) - 127
@@ -768,6 +812,21 @@ def attend_split(
         group_queries = group_queries + (
             gl.convert_layout(repeat(queries[i], KEY_GROUPS, 0), COLUMNS, assert_trivial=True),
         )
+    if BOOST_CODES > 0:  # packed channels are in another order, and the exact ones' query is not theirs
+        gl.static_assert(len(SPANS) == 1 and KEY_GROUPS == 1)
+        query = scaled_down(ordered_query, exponent)
+        query, up = gl.broadcast(query, packed_up(DIM, KEY_NBITS, 0))
+        scaled = ((query * up).to(gl.float16),)
+        if SHARED:
+            n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
+            query = gl.where(gl.broadcast(n >= 4, query)[0], 0.0, query)
+        group_queries = (query.to(gl.float16),)
+        query = scaled_down(boosted_query, exponent)
+        query, up = gl.broadcast(query, packed_up(BOOSTED, KEY_NBITS, BOOST))
+        boosted_query = (query * up).to(gl.float16)
+        if SHARED:
+            n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, COLUMNS)))[None, None, :]
+            boosted_part = gl.where(gl.broadcast(n >= 4, query)[0], -1.0, 0.0).to(gl.float16)
     factor = gl.convert_layout(power_of_two(exponent), PER_HEAD) * scale_log2  # of exact scores; of packed ones:
     packed_factor = factor * 2.0 ** (25 - KEY_ROOM)
     acc = ()
@@ -822,7 +881,8 @@ def attend_split(
             next_ptr = record_of(base_ptr, table_ptr, ahead + step, ahead + step < end, TILES, RECORD_STRIDE)
         copy_tile(at_stage(codes, free), at_stage(key_params, free), value_params.index(free),
                   record_of(base_ptr, None, ahead, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, ahead % TILES,
-                  ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS)  # fmt: skip
+                  ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
+                  BOOST_CODES)  # fmt: skip
         if draws_ptr is not None:
             drawn = gl.max(asked, axis=0)  # before the next is asked for: it may take the register
             asked = draw(draws_ptr, (turn + 1 >= own) & (ahead < end))
@@ -837,6 +897,11 @@ def attend_split(
         for i in gl.static_range(len(SPANS)):
             share = lines.slice(GROUPS + SPANS[i][2], SPANS[i][3])
             value_scales = value_scales + (share.load(ONCE if WIDE else share_layout(SPANS[i][3], TILE // 4)),)
+        if BOOST_CODES > 0:
+            BOOST_SHAPE: gl.constexpr = words_shape(BOOSTED, BOOST)
+            boost_words = codes[len(SPANS)].index(stage).reshape(BOOST_SHAPE).load(words_layout(BOOST_SHAPE))
+            boost_scale = key_params[0].index(stage).reshape([2 * DIM // BOOSTED, 4, BOOSTED // 4])
+            boost_scale = boost_scale.slice(0, 1).load(share_layout(1, BOOSTED // 4))
         largest = largest_scale_of(value_scales)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         margin = gl.maximum((largest.to(gl.int32, bitcast=True) >> 23) - 134, 0).to(gl.float32)  # scales from 2**8 on
@@ -848,6 +913,17 @@ def attend_split(
         start = start * 2.0 ** (KEY_ROOM - 25)
         start = gl.convert_layout(repeat(start, TILE // KEY_GROUPS // 16, 1), MMA, assert_trivial=True)
         score = gl.zeros([KEY_GROUPS, TILE // KEY_GROUPS, 8], gl.float32, MMA)
+        if BOOST_CODES > 0:
+            key_scale = gl.convert_layout(operand_order(boost_scale), gl.SliceLayout(2, COLUMNS), assert_trivial=True)
+            wide, key_scale = gl.broadcast(boosted_query, key_scale[:, :, None])
+            rows = code_rows(boost_words, "key", 1, BOOSTED, BOOST)
+            if SHARED:
+                score = mma_v2(rows, product_or_rest(wide, key_scale, gl.broadcast(boosted_part, wide)[0]), score)
+            else:
+                rest = product_or_rest(wide, key_scale, gl.full(wide.shape, -1.0, gl.float16, COLUMNS))
+                score = mma_v2(rows, wide * key_scale, mma_v2(rows, rest, score))
+            if token_in_byte(BOOSTED, BOOST):
+                score = undo_token(score, BOOST)
         if WIDE:
             scaled = ()
             for i in gl.static_range(len(SPANS)):
@@ -908,7 +984,9 @@ def attend_split(
 
 
 @gluon.jit
-def span_output(acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE_NBITS: gl.constexpr):
+def span_output(
+    acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE_NBITS: gl.constexpr, BOOST_CODES: gl.constexpr
+):
     """What a span's ``acc`` and the sums of p * zero make of the output; the channels before a group, and in it."""
     GROUPS: gl.constexpr = acc.shape[0]
     WIDTH: gl.constexpr = acc.shape[1]
@@ -921,6 +999,8 @@ def span_output(acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE
         zeros = gl.convert_layout(gl.sum(gl.where(sums_row == FIRST_GROUP + g, sums, 0.0), axis=1), PER_HEAD)[
             :, None, :
         ]
+        if BOOST_CODES > 0:  # they are sums of p * scale
+            zeros = zeros * (-0.5 * ((1 << VALUE_NBITS) - 1))
         out += gl.where(group == g, zeros, 0.0)
     return out, group * WIDTH, channel + FIRST
 
@@ -929,12 +1009,12 @@ def span_output(acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE
 def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
     first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages,
+    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages, order_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
-    PAGE: gl.constexpr,
+    PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
 ):  # fmt: skip
     """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where ``out_ptr`` is given, and
     the result to there.
@@ -952,6 +1032,8 @@ def attend_part(
     else:
         base_ptr = records_ptr + head * RECORD_WORDS
         table_ptr += row * num_records
+    if BOOST_CODES > 0:
+        order_ptr += (row * NUM_HEADS + head) * DIM
     if PAGE == 0:
         slots = (row * NUM_HEADS + head) * num_slots * DIM
         exact_key_ptr += slots
@@ -979,8 +1061,8 @@ def attend_part(
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first,
         step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr,
-        pages, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED,
-        BEGUN, EARLY, AT_ONCE, STAGES, PAGE,
+        pages, order_ptr, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
+        NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED, BEGUN, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
     )  # fmt: skip
 
     # ---- (out, lse); where no token was seen, zero and HIDDEN
@@ -992,7 +1074,7 @@ def attend_part(
         saw = saw & ((first_head + (n & 3 if SHARED else n)) // Q_PER_KV >= num_queries - gl.load(new[2] + row))
     inverse = gl.where(saw, 1.0 / gl.where(saw, total, 1.0), 0.0)
     for i in gl.static_range(len(SPANS)):
-        out, first_channel, channel = span_output(acc[i], sums, SPANS[i][0], SPANS[i][2], VALUE_NBITS)
+        out, first_channel, channel = span_output(acc[i], sums, SPANS[i][0], SPANS[i][2], VALUE_NBITS, BOOST_CODES)
         out = out * inverse[:, None, :]
         if new is not None:
             out = gl.where(gl.broadcast(saw[:, None, :], out)[0], out, 0.0)
@@ -1079,7 +1161,7 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
 
 @gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits", "num_queries"])
 def attend_kernel(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, draws_ptr,
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, order_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, draws_ptr,
     out_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr, exact_table_ptr, num_pages, stride_xb, stride_xh,
     stride_xt, stride_yb, stride_yh, stride_yt,
@@ -1087,7 +1169,7 @@ def attend_kernel(
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
-    EARLY: gl.constexpr, WHOLE: gl.constexpr, PAGE: gl.constexpr,
+    EARLY: gl.constexpr, WHOLE: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
     where ``arrivals_ptr`` has a count for each; ``WHOLE``: there is one, and nothing to merge; where ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line (:func:`units_of`), and each of the
@@ -1108,6 +1190,9 @@ def attend_kernel(
     codes, key_params = (), ()
     for i in gl.static_range(len(SPANS)):
         codes = codes + (gl.allocate_shared_memory(gl.int32, [STAGES, STAGE_BITS * SPANS[i][1] // 32], FLAT),)
+    if BOOST_CODES > 0:
+        BOOST_WORDS: gl.constexpr = TILE * boosted_channels(DIM) * BOOST // 32
+        codes = codes + (gl.allocate_shared_memory(gl.int32, [STAGES, BOOST_WORDS], FLAT),)
     for i in gl.static_range(len(SPANS)):
         key_params = key_params + (
             gl.allocate_shared_memory(gl.float16, [STAGES + SPARE, 2 * KEY_GROUPS * SPANS[i][1]], FLAT),
@@ -1128,7 +1213,8 @@ def attend_kernel(
         base_ptr = row_ptr + block // of_head % NUM_HEADS * RECORD_WORDS
         if table_ptr is None:
             copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS,
-                       KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES)  # fmt: skip
+                       KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES,
+                       BOOST_CODES)  # fmt: skip
         if EARLY:
             if num_queries is None and PAGE == 0 and num_splits - 1 - split < chunks:
                 lines = gl.minimum(gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * 64, CHUNK * DIM - 1)
@@ -1152,8 +1238,8 @@ def attend_kernel(
             query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
             block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split, num_splits, chunks, length, packed,
             num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr,
-            None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None, pages, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
-            RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES, PAGE,
+            None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None, pages, order_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
+            RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
         )  # fmt: skip
         if arrivals_ptr is not None:
             member = block % of_head * HEADS
@@ -1190,9 +1276,9 @@ def attend_kernel(
                 query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
                 gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
                 (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, order_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
                 KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES,
-                PAGE,
+                PAGE, BOOST_CODES,
             )  # fmt: skip
             unit += stop - start
 
@@ -1200,8 +1286,9 @@ def attend_kernel(
 @triton.jit(do_not_specialize=["chunks", "batch_size", "num_splits", "num_queries"])
 def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks, batch_size, num_splits, num_queries, NUM_HEADS: tl.constexpr,
                    Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``."""
+                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr, ROTATION: tl.constexpr):  # fmt: skip
+    """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``; with ``ROTATION``, which
+    ``BLOCK_D`` then is, rotated."""
     blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     query_head = tl.program_id(0)
     if num_queries is None:
@@ -1247,6 +1334,8 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks,
         total = total * alpha + tl.sum(weight, 0)
         out = out * alpha + tl.sum(part * weight[:, None], 0)
     out = out / tl.where(total > 0, total, 1.0)
+    if ROTATION > 0:
+        out = rotate_rows(out.reshape((1, BLOCK_D)), 1, BLOCK_D, ROTATION).reshape((BLOCK_D,))
     tl.store(out_ptr + query_head * DIM + d, out.to(out_ptr.dtype.element_ty))
 
 
@@ -1296,6 +1385,8 @@ def attend(
     new: tuple[Any, ...] = (None,) * 9
     if fresh is not None:
         key, value = (x if x.stride(3) == 1 else x.contiguous() for x in fresh[:2])
+        if record.rotation:
+            value = rotated(value, record.rotation)
         new = (key, value, fresh[2], *key.stride()[:3], *value.stride()[:3])
         chunks += -(-length // CHUNK.value)
     if not chunks:  # nothing is provided for, nothing is held
@@ -1315,20 +1406,22 @@ def attend(
         splits = plan_splits(batch_size * blocks, longest // TILE.value + chunks, programs_per_sm(fixed), sms)
     early = early and properties.major >= 9
     draws, count = None, batch_size * blocks
-    whole = splits == 1 and fresh is None and not block_b
+    whole = splits == 1 and fresh is None and not block_b and not record.rotation
     if fresh is not None or block_b or whole or (arrivals is not None and arrivals.numel() < 2 * count):
         arrivals = None
     if arrivals is not None:
         if block_table is None and dim <= 128 and longest // TILE.value // splits > DRAWN.value:
             draws = arrivals[count : 2 * count]
-        arrivals = arrivals[:count] if merges(splits, count, fixed["HEADS"] * dim, sms) else None
+        own = merges(splits, count, fixed["HEADS"] * dim, sms) and not record.rotation  # combine_kernel rotates
+        arrivals = arrivals[:count] if own else None
     slots = batch_size * blocks + splits if block_b else 0 if whole else batch_size * blocks * splits
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
     out = query.new_empty(batch_size, q_heads, length, dim)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
-        query, stored.records, stored.exact_key, stored.exact_value, stored.lengths, stored.packed, partial, lse, arrivals, draws, out, scale * merge.LOG2E,
+        query, stored.records, stored.exact_key, stored.exact_value, stored.key_order, stored.lengths, stored.packed, partial, lse,
+        arrivals, draws, out, scale * merge.LOG2E,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, block_table, where.exact_table, where.num_pages,
         *where.strides,
@@ -1341,10 +1434,11 @@ def attend(
         return out
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
-    block_d = min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
+    block_d = record.rotation or min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
     combine_kernel[(batch_size * q_heads * length, dim // block_d)](
         partial, lse, stored.packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
         HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
+        ROTATION=record.rotation,
         enable_fp_fusion=merge.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

@@ -54,7 +54,7 @@ def constants(
     most = 4 if record.key_dim > 128 else 8
     columns = q_per_kv if num_queries is None else 4 if num_queries * q_per_kv <= 4 else most
     blocks = -(-columns // most)
-    return {name: own[name] for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS")} | {
+    return {name: own[name] for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS", "BOOST_CODES")} | {
         "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-columns // blocks), "DIM": record.key_dim,
         "KEY_GROUPS": max(1, record.tile // record.key_group), "VALUE_GROUPS": record.num_value_groups,
         "SINK": sink, "RESIDUAL": residual,
@@ -94,6 +94,8 @@ def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
     stage = 4 * fixed["KEY_GROUPS"] * dim
     codes = tile * dim * max(fixed["KEY_NBITS"], fixed["VALUE_NBITS"]) // 4
     own = STAGES * (codes + stage + 4 * padded(fixed["VALUE_GROUPS"]) * tile) + RESERVED_BYTES
+    if fixed["BOOST_CODES"]:
+        own += STAGES * tile * layout.boosted_channels(dim) // 4
     least = sm_nbytes // (PROGRAMS_PER_SM[dim] + 1) + 1
     return max(0, -(-(least - own) // stage))
 
@@ -115,6 +117,7 @@ def holds(record: Record) -> bool:
     """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 80, 96, 128 or 256 channels, 2, 4 or 8 bits.
 
     Of 80 channels with value groups of 16 or the head, of 96 with 32 or the head: each of their chunks has whole groups or one.
+    Boosted keys and rotated values only together: of 64 and 128 channels, 2 bits and 2 more, groups of 64 and more.
     Of 256 channels only with groups of 64 and more: others take more registers than there are."""
     return (
         record.tile == layout.MAX_TILE
@@ -124,4 +127,13 @@ def holds(record: Record) -> bool:
         and record.value_group in {80: (16, 80), 96: (32, 96)}.get(record.key_dim, (32, 64, 128))
         and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
         and (record.key_dim <= 128 or min(record.key_group, record.value_group) >= 64)
+        and (not (record.boosted or record.rotation) or holds_boosted(record))
+    )
+
+
+def holds_boosted(record: Record) -> bool:
+    """Whether the kernel reads these boosted keys and rotated values."""
+    both = record.boosted > 0 and record.rotation > 0
+    return (
+        both and record.key_nbits == record.boost_nbits == 2 and record.key_dim in (64, 128) and record.key_group >= 64
     )

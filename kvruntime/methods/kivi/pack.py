@@ -723,8 +723,8 @@ def in_word_order(record: Record) -> bool:
 
 def permuting(record: Record) -> dict[str, int]:
     """Of a launch that packs a whole record besides other work: codes that are permuted take more than 80 registers, and
-    ptxas, left to choose, spills instead (:func:`pack_kernel` over a pool on sm_89, a step on sm_80)."""
-    return {} if in_word_order(record) else {"maxnreg": 128}
+    ptxas, left to choose, spills instead; boosted keys and rotated values take more than 128 (:func:`pack_kernel` over a pool on sm_89, a step on sm_80)."""
+    return {} if in_word_order(record) else {"maxnreg": 255 if record.boosted or record.rotation else 128}
 
 
 @cache
