@@ -51,7 +51,6 @@ METHODS = {
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
     "boost d128": (kivi_boost(), 128),
-    "boost-4 d96": (kivi_boost(4), 96),
 }
 LAYERS = {  # rows, N, K, norm, bias, activation, dtype
     "gpt2 qkv": (1, 2304, 768, "layer", True, None, "fp16"),
@@ -271,6 +270,16 @@ def freeze(name: str, sm: int, layers: bool = False) -> dict[str, int]:
     return resources(quantize.freeze_kernel, types if layers else one_layer(types), constants, sm, 4)
 
 
+def choose(name: str, sm: int) -> dict[str, int]:
+    """The order of a prompt's boosted channels."""
+    method, dim = METHODS[name]
+    constants = {
+        "NUM_HEADS": 8, "KEY_DIM": dim, "RECORD": method.record_length, "SINK": method.sink_length,
+        "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_D": triton.next_power_of_2(dim),
+    }  # fmt: skip
+    return resources(quantize.order_kernel, own_rows(arguments(quantize.order_kernel, "bf16")), constants, sm, 4)
+
+
 def freeze_layers(name: str, sm: int) -> dict[str, int]:
     return freeze(name, sm, layers=True)
 
@@ -354,9 +363,11 @@ def append_full_pool(name: str, sm: int) -> dict[str, int]:
 def combine(name: str, sm: int, parts: int = attention.MAX_SPLITS) -> dict[str, int]:
     dim = METHODS[name][1]
     types = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "num_splits": "i32"}
-    constants = {"VALUE_DIM": dim, "BLOCK_D": merge.COMBINE_D, "BLOCK_S": parts, "EARLY": sm >= 90}
-    fused = merge.FUSED_MERGE
-    return resources(merge.combine_kernel, types, constants, sm, 4, enable_fp_fusion=fused)
+    rotation = dim & -dim if METHODS[name][0].rotate_values else 0
+    constants = {"VALUE_DIM": dim, "BLOCK_S": parts, "EARLY": sm >= 90, "ROTATION": rotation}
+    constants["BLOCK_D"] = rotation or merge.COMBINE_D
+    warps = 8 if constants["BLOCK_D"] > 64 else 4
+    return resources(merge.combine_kernel, types, constants, sm, warps, enable_fp_fusion=merge.FUSED_MERGE)
 
 
 def combine_few(name: str, sm: int) -> dict[str, int]:
@@ -443,6 +454,9 @@ KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
+BOOSTED = {"boost d128": (pack, store, choose, attend, attend_fresh, combine, advance, advance_spread)}
+"""Layouts whose kernels are compiled where they differ from others'."""
+KERNELS["choose"] = choose
 IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
 POOLED = ("2-bit g32 d128", "3-bit g32 d96")
 """Layouts whose kernels over pools are compiled: word order, and not."""
@@ -512,6 +526,7 @@ if __name__ == "__main__":
         for kernel in KERNELS
         for name in names.get(kernel, POOLED if kernel in IN_POOLS else METHODS)
         for sm in targets.get(kernel, TARGETS)
+        if (KERNELS[kernel] in BOOSTED[name] if name in BOOSTED else kernel != "choose")
     ]
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
