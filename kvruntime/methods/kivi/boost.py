@@ -163,7 +163,7 @@ def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, 
             x = load_rotated(exact_ptr, new_ptr, token, d, length, stride_new_t, pages, NEW, TILE, CHUNKS[i][1], SIZE, DIM, SINK,
                              RESIDUAL, PAGE)  # fmt: skip
             squares += sum_of_squares(x, TILE, CHUNKS[i][1])
-            tiles = tiles + (x,)
+            tiles = tiles + (x,)  # type: ignore[assignment]
         scale = (tl.sqrt_rn(squares * (1 / DIM)) * step_of(NBITS)).to(tl.float16)
         scale = tl.where(squares == squares, scale, tl.full(scale.shape, float("nan"), tl.float16))
         tl.store(half_ptr + value_param_offset(0, tile * TILE + t, RECORD), scale)

@@ -161,7 +161,9 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def pack_symmetric(value: Tensor, nbits: int) -> tuple[Tensor, Tensor]:
     """``(codes, scale [...])`` of rotated values ``[..., channels]``."""
     value = value.float()
-    scale = ((sum_of_squares(value) * (1 / value.shape[-1])).sqrt() * STEPS[nbits]).half()
+    square = sum_of_squares(value) * (1 / value.shape[-1])
+    rms = square.double().sqrt().float()  # correctly rounded, which PyTorch's float32 root on a CPU is not
+    scale = (rms * STEPS[nbits]).half()
     scale = scale.masked_fill(scale.isnan(), torch.nan)
     inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
     level = (value * inverse.unsqueeze(-1)).floor() + 2 ** (nbits - 1)
