@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvruntime.methods.kivi import cache, reference
 from kvruntime.methods.kivi.cache import KiviLayer
-from kvsim.methods.kivi import Kivi
+from kvsim.methods.kivi import Kivi, kivi_boost
 
 
 def kivi(nbits: int, group: int, residual: int, **options: Any) -> Kivi:
@@ -38,7 +38,7 @@ BFLOAT16 = kivi(2, 64, 64, dtype="bfloat16")
 MORE: tuple[tuple[str, tuple[Kivi, ...]], ...] = (
     *((spec, (kivi(2, 64, 64), kivi(2, 32, 128), kivi(4, 64, 64))) for spec in SMALL),
     *((spec, (kivi(2, 64, 64), kivi(4, 64, 64))) for spec in SHORT),
-    ("llama-3-8b:8x32k", (kivi(8, 64, 64), MIXED, BFLOAT16)),
+    ("llama-3-8b:8x32k", (kivi(8, 64, 64), MIXED, BFLOAT16, kivi_boost(), kivi_boost(3))),
     ("llama-3-8b:ragged", (kivi(2, 64, 64), kivi(2, 32, 128))),
     ("gemma-7b:8x4k", (kivi(2, 64, 64), kivi(4, 64, 64))),
     ("phi-3-mini-4k-instruct:8x4k", (kivi(2, 32, 64), kivi(4, 32, 64))),
