@@ -138,7 +138,9 @@ class SteppedCache(Cache):
     def hold(self) -> None:
         """A first prompt's keys and values are stored together: a launch of each layer's own costs the host more."""
         self.let_go()  # what an interrupt left
-        if torch.compiler.is_compiling() or self.get_seq_length() or any(layer.pending for layer in self.layers):
+        if torch.compiler.is_compiling() or self.counts.tracing or self.counts.started:
+            return
+        if any(layer.num_columns or layer.pending for layer in self.layers):
             return
         held = Held()
         for layer in self.layers:

@@ -160,6 +160,25 @@ def test_a_model_is_given_back(stepping):
     assert set(vars(model)) | set(vars(model.model)) == before
 
 
+def test_nothing_waits_for_the_device_while_a_graph_is_captured(stepping, monkeypatch):
+    """What a capture runs on the host reads no number of the device."""
+    model, inputs = tiny("Llama"), prompt(2, 20, (0, 5))
+    cache = make_cache(model, "fp32")
+    with torch.no_grad():
+        model(**inputs, **argument(cache))
+        cache.counts.tracing = True
+
+        def read(self):
+            raise AssertionError("a capture would wait for the device here")
+
+        for name in ("__bool__", "__int__", "__index__", "item", "tolist"):
+            monkeypatch.setattr(torch.Tensor, name, read)
+        place = {"position_ids": torch.full((2, 1), 20, device=DEVICE)}
+        model(inputs["input_ids"][:, :1], attention_mask=None, **place, **argument(cache))
+    monkeypatch.undo()
+    assert cache.counts.ahead == 0
+
+
 def test_a_wrong_mask_is_refused(stepping):
     model, inputs = tiny("Llama"), prompt(2, 20, (0, 5))
     cache = make_cache(model, "kivi")
