@@ -34,7 +34,7 @@ from kvsim.finite_json import json_text
 from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.calibrate import DAY
 from kvsim.latency.profile import SCHEMA
-from kvsim.latency.roofline import constants
+from kvsim.latency.constants import constants
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIN_REPEATS, MAX_REPEATS = 3, 50

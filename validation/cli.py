@@ -179,21 +179,32 @@ def report(folder: Path, files: tuple[Path, ...]) -> None:
 
 
 @cli.command("time")
-@click.option("--decode", type=click.Path(path_type=Path), help="Published loads, CSV.  [default: shared/measured]")
+@click.option(
+    "--decode",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Published loads, CSV; repeatable.  [default: shared/measured]",
+)
 @click.option("--attention", type=click.Path(path_type=Path), help="Measured attention, CSV.  [default: likewise]")
 @click.option("--record", "recording_", is_flag=True, help="Write the constants and the errors into the checkout.")
 @click.option("--try", "tried", is_flag=True, help="No refit: kvsim's constants as they are on the files given.")
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
-def time_(decode: Path | None, attention: Path | None, recording_: bool, tried: bool, as_json: bool) -> int:
+def time_(decode: tuple[Path, ...], attention: Path | None, recording_: bool, tried: bool, as_json: bool) -> int:
     """The model of time: refits it, holds groups out, prints the errors; 1 where one is above its bar."""
     from validation.latency import study
 
     if tried:
-        if recording_ or (decode is None and attention is None):
+        if recording_ or not (decode or attention):
             raise ValueError("--try takes --decode or --attention or both, and records nothing")
         print(json_text(study.tried(decode, attention), indent=1))
         return 0
-    fixed, found = study.study(decode or study.DECODE, attention or study.ATTENTION)
+    files = decode or study.DECODE, attention or study.ATTENTION
+    absent = study.absent(*files)
+    for line in absent:
+        _say(line)
+    if absent and recording_:
+        raise ValueError("--record takes all three files: what is not there would be lost")
+    fixed, found = study.study(*files)
     print(json_text(found, indent=1) if as_json else study.text(found))
     if recording_:
         for path in study.record(fixed, found):

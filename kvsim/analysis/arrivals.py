@@ -71,10 +71,11 @@ class Server:
         compute = flow.products(num_decoding, num_decoding) + sum(
             flow.prompt(1, before + count, count)[0] for before, count in pieces
         )
-        fixed = flow.layer_seconds * flow.model.num_blocks if not num_decoding else parts["overhead"]
+        fixed = flow.block_seconds if not num_decoding else parts["overhead"]
         sending = flow.all_reduces(tokens) + flow.exchanges(new, prompt=True)
         sending += flow.exchanges(num_decoding) if num_decoding else 0.0
-        return float(max(sum(flow.weights(tokens)), compute) + parts["kv"] + fixed + sending)
+        stream = sum(flow.weights(tokens))
+        return float(stream + flow.beside(stream, compute) + parts["kv"] + fixed + sending)
 
     def _decoding(self, count: int, context: float) -> dict[str, float]:
         if not count:

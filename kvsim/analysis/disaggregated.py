@@ -22,8 +22,9 @@ from kvsim.analysis.memory_risk import MemoryRisk
 from kvsim.analysis.plan import INPUT_SHARE, MAX_BATCH, RANKS, Demand, NoRoomError, Site, layouts, site
 from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware, Price
+from kvsim.latency.constants import constants
 from kvsim.latency.exchange import NETWORK_BANDWIDTH, NETWORK_EFFICIENCY
-from kvsim.latency.roofline import Serving, constants
+from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import Band, decode_step, prefill
 from kvsim.layout import Method
 from kvsim.memory.sharding import Deployment, Sharding

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware
+from kvsim.latency.constants import constants
 from kvsim.latency.exchange import NETWORK_BANDWIDTH, NETWORK_EFFICIENCY
-from kvsim.latency.roofline import Roofline, Serving, constants
+from kvsim.latency.roofline import Roofline, Serving
 from kvsim.latency.steps import Band, prefill
 from kvsim.layout import Method, mean_read_nbytes
 from kvsim.memory.sharding import Deployment, Sharding

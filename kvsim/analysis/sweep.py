@@ -21,7 +21,8 @@ import kvsim
 from kvsim.analysis.plan import NoRoomError, site
 from kvsim.engines import Engine, EngineChoice
 from kvsim.hardware import Hardware
-from kvsim.latency.roofline import Serving, constants
+from kvsim.latency.constants import constants
+from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import decode_seconds, decode_step
 from kvsim.layout import Method
 from kvsim.memory.estimate import estimate

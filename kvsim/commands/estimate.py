@@ -46,7 +46,7 @@ from kvsim.specs import parse_prefix_hits, parse_reserve, parse_size, parse_spec
 
 if TYPE_CHECKING:
     from kvsim.analysis.prefix_hits import Prompt
-    from kvsim.latency.roofline import Constants
+    from kvsim.latency.constants import Constants
     from kvsim.latency.speculation import Speculation
 
 

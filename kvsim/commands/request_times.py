@@ -15,7 +15,8 @@ from kvsim.output.text import Times
 
 if TYPE_CHECKING:
     from kvsim.analysis.prefix_hits import Prompt
-    from kvsim.latency.roofline import Constants, Serving
+    from kvsim.latency.constants import Constants
+    from kvsim.latency.roofline import Serving
     from kvsim.latency.speculation import Speculation
     from kvsim.latency.steps import Step
 

@@ -17,7 +17,7 @@ from typing import Any
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware
 from kvsim.latency.attention_curve import Kernel
-from kvsim.latency.roofline import Constants, constants
+from kvsim.latency.constants import Constants, constants
 from kvsim.regular_files import read_text
 
 SCHEMA = "kvsim.profile/1"
@@ -111,6 +111,8 @@ class Profile:
                 if name in engines_of(self.runtime)
             },
             engine_wide={},
+            overlapped={},
+            expert_efficiency=self.weight_bandwidth / peak,
             prefill_efficiency=self.flops / (card.fp16_flops or self.flops),
             kernels={**kernels, "fp16": kernel},
             engines=engines_of(self.runtime),

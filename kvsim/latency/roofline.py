@@ -5,18 +5,16 @@ Every function takes numbers, or numpy arrays that broadcast together with ``max
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import log2
-from pathlib import Path
 from typing import Any
 
 from kvsim.engines import ENGINES, IDEAL, Engine, make_engine
 from kvsim.hardware import Hardware
-from kvsim.latency.attention_curve import DEFAULT_SMS, Curve, Kernel
+from kvsim.latency.attention_curve import DEFAULT_SMS, Kernel
+from kvsim.latency.constants import Constants, constants
 from kvsim.latency.exchange import (
     NETWORK_BANDWIDTH,
     NETWORK_EFFICIENCY,
@@ -40,63 +38,9 @@ their own: qk_nope_head_dim + qk_rope_head_dim + v_head_dim of DeepSeek and Kimi
 LANE_OPS = 128 * 1.7e9
 """Vector operations a second of one multiprocessor: 128 lanes at 1.7 GHz (an H100 SXM's)."""
 
-
-@dataclass(frozen=True)
-class Constants:
-    """What the model of time rests on.  Efficiencies are shares of the card's stated peaks, times are seconds.
-
-    ``weight_efficiency``: the weight stream.  ``layer_seconds``: what a layer costs a step besides, in an engine of
-    ``engine_layer_seconds`` what stands there; ``engine_wide``: by engine, above how many ``rows`` a step takes
-    ``layer_seconds`` a layer more; ``quantize_seconds`` more where its cache is quantized, by width or engine and
-    width as ``kernels``. ``prefill_efficiency``: arithmetic. ``prefill_seconds``, ``prefill_queue``: what a first
-    token waits besides its prefill, and the share of a prefill that each further request in flight adds.
-    ``vector_ops``: operations to unpack a code.  ``link_efficiency``, ``link_seconds``: all-reduces.
-    ``chunk_tokens``: prompt tokens a step.
-    ``memory_share``: share of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor
-    cache.  ``decode_band``, ``prefill_band``: factors (low, high) on a prediction.  ``kernels``, ``curve``:
-    :mod:`kvsim.latency.attention_curve`.  ``engines``: the only ones that these were measured for (``None``:
-    any).
-    """
-
-    weight_efficiency: float
-    layer_seconds: float
-    engine_layer_seconds: Mapping[str, float]
-    engine_wide: Mapping[str, Mapping[str, float]]
-    quantize_seconds: Mapping[str, float]
-    prefill_efficiency: float
-    prefill_seconds: float
-    prefill_queue: float
-    vector_ops: float
-    link_efficiency: float
-    link_seconds: float
-    chunk_tokens: int
-    reserve_nbytes: float
-    memory_share: Mapping[str, float]
-    decode_band: tuple[float, float]
-    prefill_band: tuple[float, float]
-    kernels: Mapping[str, Kernel]
-    curve: Curve
-    engines: tuple[str, ...] | None = None
-
-    def check_engine(self, engine: str) -> None:
-        """Raises ``ValueError`` for an engine that these constants were not measured for."""
-        if self.engines is not None and engine not in self.engines:
-            raise ValueError(
-                f"engine {engine}: the profile was not measured with its kernels; allowed with this profile are "
-                f"{', '.join(self.engines)}, without one every engine"
-            )
-
-
-@cache
-def constants() -> Constants:
-    """The fitted and stated constants of ``kvsim/catalog/timing.json``."""
-    path = Path(__file__).parents[1] / "catalog" / "timing.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    values: dict[str, Any] = {name: entry["value"] for name, entry in table["constants"].items()}
-    for name in ("decode_band", "prefill_band"):
-        values[name] = tuple(values[name])
-    kernels = {name: Kernel(**entry) for name, entry in table["kernels"].items()}
-    return Constants(**values, kernels=kernels, curve=Curve(**table["curve"]["value"]))
+FLOAT4_BITS = 4.25
+"""Bits a weight from which 4-bit ones are floats, with a scale for 32 or 16 of them, that some cards multiply; below
+are integers (AWQ, GPTQ, int4: a scale for 128), which every card unpacks."""
 
 
 @dataclass(frozen=True)
@@ -178,20 +122,40 @@ class Roofline:
         return (self.hardware.num_sms or DEFAULT_SMS) * LANE_OPS
 
     @property
-    def layer_seconds(self) -> float:
-        """Seconds that a layer costs a step besides bytes and arithmetic."""
-        return self.fixed.engine_layer_seconds.get(self.engine, self.fixed.layer_seconds)
+    def block_seconds(self) -> float:
+        """Seconds of a step that its blocks cost besides bytes and arithmetic."""
+        fixed, model = self.fixed, self.model
+        if self.engine in fixed.engine_layer_seconds:
+            return fixed.engine_layer_seconds[self.engine] * model.num_blocks
+        each = fixed.layer_seconds
+        each += fixed.expert_layer_seconds if known_weights(model).routed else 0.0
+        each += fixed.narrow_layer_seconds if weight_storage(model, self.weight_bits).dense <= 8.5 else 0.0
+        latent = sum(layer.kind == "mla" for layer in model.cache_layers)
+        total = each * model.num_blocks + fixed.latent_layer_seconds * latent
+        total += fixed.state_layer_seconds * len(model.state_layers)
+        return total + fixed.index_layer_seconds * len(model.index_layers)
+
+    @property
+    def weight_efficiency(self) -> float:
+        """Share of the bandwidth at which the weights stream that every step reads."""
+        own = self.fixed.overlapped.get(self.engine)
+        return own["weight_efficiency"] if own else self.fixed.weight_efficiency
 
     def weights(self, num_tokens: Any) -> tuple[Any, Any]:
         """Seconds of the weight stream of a step over ``num_tokens`` tokens, and of unpacking what a card cannot
         multiply as stored."""
         weights, bits = known_weights(self.model), weight_storage(self.model, self.weight_bits)
         head = weights.head or weights.embedding
-        share = hit_share(weights, num_tokens * self.sharing) / self.sharing
-        nbytes = (weights.dense * bits.dense + head * bits.head + weights.routed * share * bits.routed) / 8
+        own = self.engine in self.fixed.overlapped
+        spread = 1.0 if own else self.fixed.routing_spread
+        share = hit_share(weights, num_tokens * self.sharing, spread) / self.sharing
+        nbytes = (weights.dense * bits.dense + head * bits.head) / 8
+        routed = weights.routed * share * bits.routed / 8
         codes = weights.dense * self._unpacked(bits.dense) + weights.routed * share * self._unpacked(bits.routed)
-        stream = nbytes / (self.fixed.weight_efficiency * self.bandwidth)
-        return stream / self.ranks, self.fixed.vector_ops * codes / self.lanes / self.ranks
+        stream = nbytes / self.weight_efficiency + routed / (
+            self.weight_efficiency if own else self.fixed.expert_efficiency
+        )
+        return stream / self.bandwidth / self.ranks, self.fixed.vector_ops * codes / self.lanes / self.ranks
 
     def products(self, num_tokens: Any, num_logits: Any) -> Any:
         """Seconds of the matrix products of ``num_tokens`` tokens, the head for ``num_logits`` of them; 0 where the
@@ -203,9 +167,24 @@ class Roofline:
         chosen: float = weights.routed
         if weights.num_experts:
             chosen = chosen * min(1.0, weights.experts_per_token / weights.num_experts)
-        each_token = 2 * (weights.dense / dense + chosen / routed)
-        head = 2 * (weights.head or weights.embedding) / half
-        return (each_token * num_tokens + head * num_logits) / self.fixed.prefill_efficiency / self.ranks
+        own, shares = self.fixed.overlapped.get(self.engine), self.fixed.routed_efficiency
+        efficiency = own["prefill_efficiency"] if own else self.fixed.prefill_efficiency
+        experts = efficiency if own else shares.get(self.engine, shares[IDEAL.name])
+        each_token = 2 * (weights.dense / dense / efficiency + chosen / routed / experts)
+        head = 2 * (weights.head or weights.embedding) / half / efficiency
+        return (each_token * num_tokens + head * num_logits) / self.ranks
+
+    def work(self, num_tokens: Any, num_logits: Any, maximum: Any = max) -> tuple[Any, Any, Any]:
+        """Seconds of a step's matrix products: the weight stream, unpacking, and the arithmetic beside both.
+
+        Engines of ``overlapped`` hide the arithmetic behind the stream; with the others' kernels, whose tiles a
+        decode step does not fill, it was found to add up."""
+        stream, widen = self.weights(num_tokens)
+        return stream, widen, self.beside(stream + widen, self.products(num_tokens, num_logits), maximum)
+
+    def beside(self, stream: Any, compute: Any, maximum: Any = max) -> Any:
+        """Of the seconds of arithmetic those that a step takes beside its stream."""
+        return maximum(0.0, compute - stream) if self.engine in self.fixed.overlapped else compute
 
     def attention(self, method: Method, batch_size: Any, num_tokens: Any, maximum: Any = max) -> tuple[Any, Any]:
         """Seconds of a decode step's attention over all layers, and of unpacking codes beyond it."""
@@ -230,7 +209,7 @@ class Roofline:
             if layer.kind != "indexer"
         )
         rank = self.model.num_q_heads / self.ranks / self.sharding.prefill_context_parallel_size
-        return 2 * num_queries * seen * rank / (self.fixed.prefill_efficiency * half)
+        return 2 * num_queries * seen * rank / (self.fixed.attention_efficiency * half)
 
     def layer_attention(
         self,
@@ -256,7 +235,7 @@ class Roofline:
         if half is not None and layer.kind != "indexer":
             pairs = held * batch_size * (self.model.num_q_heads / self.ranks)
             pairs = pairs * self.sharding.decode_context_parallel_size  # for the queries of all that share the tokens
-            stream = maximum(stream, 2 * pairs * _width(layer) / (self.fixed.prefill_efficiency * half))
+            stream = maximum(stream, 2 * pairs * _width(layer) / (self.fixed.attention_efficiency * half))
         values = layer.value_dim * (1 if kernel.item_is == "query_head" else q_per_kv)
         seconds = self.fixed.curve.seconds(kernel, items, held, stream, self.hardware.num_sms, maximum, values)
         if not packed:
@@ -272,9 +251,9 @@ class Roofline:
         return (batch_size > more["rows"]) * (more["layer_seconds"] * self.model.num_blocks)  # of a bool, or an array
 
     def overhead(self, method: Method) -> float:
-        """Seconds of a decode step that neither bytes nor arithmetic explain: a constant a layer, and another where
-        the layer's new keys and values and its query are quantized."""
-        total = self.layer_seconds * self.model.num_blocks
+        """Seconds of a decode step that neither bytes nor arithmetic explain: those of its blocks, and more where
+        a layer's new keys and values and its query are quantized."""
+        total = self.block_seconds
         for (layer, chosen), count in placed(self.serving.stored(self.model, method), self.model.cache_layers).items():
             names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
             total += count * next(
@@ -282,10 +261,15 @@ class Roofline:
             )
         return total
 
+    def sequences(self, batch_size: Any) -> Any:
+        """Seconds that the engine's host takes for the sequences of a step: scheduling, sampling, detokenizing."""
+        own = self.engine in self.fixed.engine_layer_seconds
+        return 0.0 if own else self.fixed.sequence_seconds * batch_size
+
     def states(self, batch_size: Any) -> Any:
         """Seconds to read and write the constant states of the layers that have one."""
         nbytes = sum(buffer.nbytes for layer in self.model.state_layers for buffer in layer.buffers(1))
-        return 2 * nbytes * batch_size / self.ranks / (self.fixed.weight_efficiency * self.bandwidth)
+        return 2 * nbytes * batch_size / self.ranks / (self.weight_efficiency * self.bandwidth)
 
     def communication(self, num_tokens: Any, prompt: bool = False) -> Any:
         """Two all-reduces a layer of the 16-bit hidden states: a ring over each link's one direction, or over the
@@ -322,8 +306,8 @@ class Roofline:
             total += pipeline_sends(self.wires, sizes.pipeline_parallel_size, self.ranks, num_tokens, hidden)
         return total
 
-    def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
-        """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
+    def prompt_attention(self, num_tokens: int, new: int) -> float:
+        """Seconds of the attention of a prompt's last ``new`` tokens."""
         half = self._flops(16)
         if half is None:
             raise ValueError(f"{self.hardware.id}: its arithmetic (FLOP/s) is not known, no prefill time")
@@ -331,15 +315,24 @@ class Roofline:
             count * (PROMPT_WIDTH if layer.kind == "mla" else _width(layer)) * seen(layer, num_tokens, new)
             for layer, count in Counter(self.model.cache_layers).items()
         )
-        attention = 2 * pairs * self.model.num_q_heads / (self.fixed.prefill_efficiency * half) / self.ranks
-        compute = self.products(num_prompts * new, num_prompts) + num_prompts * attention
+        return 2 * pairs * self.model.num_q_heads / (self.fixed.attention_efficiency * half) / self.ranks
+
+    def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
+        """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
+        compute = self.products(num_prompts * new, num_prompts) + num_prompts * self.prompt_attention(num_tokens, new)
         compute = compute / self.sharding.prefill_context_parallel_size
         stream, unpack = self.weights(num_prompts * new)
         return float(compute), float(self.chunks(num_prompts * new) * (stream + unpack))
 
-    def chunks(self, num_tokens: float) -> float:
+    def chunks(self, num_tokens: Any, maximum: Any = max) -> Any:
         """Steps that so many prompt tokens take."""
-        return max(1.0, num_tokens / self.fixed.chunk_tokens)
+        return maximum(1.0, num_tokens / self.fixed.chunk_tokens)
+
+    @property
+    def decode_band(self) -> tuple[float, float]:
+        """Factors (low, high) on the seconds of a token."""
+        several = self.ranks > 1 or self.sharding.replica_ranks > 1 or self.sharing > 1
+        return self.fixed.parallel_band if several else self.fixed.decode_band
 
     def pipelined(self, chunks: float) -> float:
         """The share of a prompt's seconds over all layers that it takes in a pipeline, whose stages work on its chunks
@@ -351,21 +344,22 @@ class Roofline:
         """FLOP/s for weights of so many bits: narrower ones than a card multiplies are widened to 16."""
         card = self.hardware
         if bits < 6:
-            return card.fp4_flops or card.fp16_flops
+            return (card.fp4_flops if bits >= FLOAT4_BITS else None) or card.fp16_flops
         return (card.fp8_flops or card.fp16_flops) if bits <= 8.5 else card.fp16_flops
 
     def _unpacked(self, bits: float) -> bool:
         """Whether weights of so many bits are unpacked before they are multiplied."""
         if bits < 6:
-            return not self.hardware.fp4_flops
+            return bits < FLOAT4_BITS or not self.hardware.fp4_flops
         return bits <= 8.5 and not self.hardware.fp8_flops
 
 
-def hit_share(weights: Weights, num_tokens: Any) -> Any:
-    """Share of the routed experts that ``num_tokens`` tokens hit, routing taken as uniform."""
+def hit_share(weights: Weights, num_tokens: Any, spread: float = 1.0) -> Any:
+    """Share of the routed experts that ``num_tokens`` tokens hit: as many as ``num_tokens ** spread`` tokens routed
+    uniformly."""
     if not weights.num_experts:
         return 1.0
-    return 1 - (1 - min(1.0, weights.experts_per_token / weights.num_experts)) ** num_tokens
+    return 1 - (1 - min(1.0, weights.experts_per_token / weights.num_experts)) ** num_tokens**spread
 
 
 def find_kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str, q_per_kv: int) -> tuple[Kernel, bool]:

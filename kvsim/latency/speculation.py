@@ -112,14 +112,14 @@ def verify_parts(
 ) -> dict[str, float]:
     """Seconds of a step over ``batch_size`` sequences with ``queries`` tokens each, by part."""
     tokens = batch_size * queries
-    weights, widen = roofline.weights(tokens)
+    weights, widen, compute = roofline.work(tokens, tokens)
     stream, unpack = roofline.attention(method, batch_size, num_tokens)
     return {
         "weights": weights,
-        "compute": max(0.0, roofline.products(tokens, tokens) - weights - widen),
+        "compute": compute,
         "kv": max(stream, roofline.pairs(tokens, num_tokens)) + roofline.states(batch_size),
         "dequantize": widen + unpack,
-        "overhead": roofline.overhead(method) + roofline.wide(tokens),
+        "overhead": roofline.overhead(method) + roofline.wide(tokens) + roofline.sequences(batch_size),
         "communication": roofline.communication(tokens),
     }
 
@@ -150,6 +150,6 @@ def speculative_step(
             spec.num_tokens * decode_step(drafter, method, hardware, batch_size, num_tokens, own).seconds[0]
         )
     each = {name: seconds / spec.tokens_a_step for name, seconds in parts.items()}
-    step = as_step(each, roofline.fixed.decode_band)
+    step = as_step(each, roofline.decode_band)
     host = 0.0 if drafter is None else spec.num_tokens * HOST_SECONDS / spec.tokens_a_step
     return replace(step, seconds=step.seconds._replace(high=step.seconds.high + host))

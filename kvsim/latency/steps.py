@@ -3,11 +3,11 @@
 A decode step over ``batch_size`` sequences of ``num_tokens`` tokens is the sum of
 
     weights        bytes of the weights that the step reads / (efficiency * bandwidth)
-    compute        what the matrix products take beyond the weight stream
+    compute        the arithmetic of the matrix products, beside the weight stream
     kv             the attention of every layer (:mod:`kvsim.latency.attention_curve`); constant states read and written
     dequantize     unpacking weights that the card cannot multiply as stored, and cache codes beyond the stream
-    overhead       a constant a layer, and one more where its cache is quantized
-    communication  two all-reduces a layer, where several cards share every layer
+    overhead       constants a layer by what it is, one more where its cache is quantized, one a sequence
+    communication  two all-reduces a block, where several cards share every layer
     prefill        on a server: what the other requests' prompts add to a step
 
 The constants are in ``kvsim/catalog/timing.json``, each with its source; a measured profile of a card
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from kvsim.engines import IDEAL
 from kvsim.hardware import Hardware
-from kvsim.latency.roofline import Roofline, Serving, constants
+from kvsim.latency.constants import constants
+from kvsim.latency.roofline import Roofline, Serving
 from kvsim.layout import Method
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.models.model import Model
@@ -31,6 +32,8 @@ DEFAULT = Serving()
 PARTS = ("weights", "compute", "kv", "dequantize", "overhead", "communication", "prefill")
 
 
+MOST_SHARE = 0.95
+"""Share of the memory that an engine is given where its weights do not fit its default one (an estimate)."""
 MOST = 10**15
 """The largest batch, length or number of cards that is timed; products of them stay finite."""
 
@@ -66,7 +69,7 @@ def decode_step(
     """
     _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=serving.tensor_parallel)
     roofline = Roofline(model, hardware, serving)
-    return as_step(_decode_parts(roofline, method, batch_size, num_tokens), roofline.fixed.decode_band)
+    return as_step(_decode_parts(roofline, method, batch_size, num_tokens), roofline.decode_band)
 
 
 def decode_seconds(
@@ -90,7 +93,7 @@ def decode_seconds(
     roofline = Roofline(model, hardware, serving)
     parts = _decode_parts(roofline, method, batch, tokens, numpy.maximum)
     value = sum(parts.values(), numpy.zeros(numpy.broadcast_shapes(batch.shape, tokens.shape)))
-    return value, value * roofline.fixed.decode_band[0], value * roofline.fixed.decode_band[1]
+    return value, value * roofline.decode_band[0], value * roofline.decode_band[1]
 
 
 def prefill(
@@ -130,10 +133,11 @@ def running(
     if hardware.memory_nbytes is None:
         return float(batch_size)
     fixed, model = serving.constants, serving.held(model)
-    share = fixed.memory_share.get(serving.engine_name, fixed.memory_share[IDEAL.name])
-    context = _mean_context(input_len, output_len)
-    room = serving.tensor_parallel * (share * hardware.memory_nbytes - fixed.reserve_nbytes)
-    room -= weight_nbytes(model, serving.weight_bits)
+    context, weights = _mean_context(input_len, output_len), weight_nbytes(model, serving.weight_bits)
+    for share in (fixed.memory_share.get(serving.engine_name, fixed.memory_share[IDEAL.name]), MOST_SHARE):
+        room = serving.tensor_parallel * (share * hardware.memory_nbytes - fixed.reserve_nbytes) - weights
+        if room > 0:
+            break
     states = sum(buffer.nbytes for layer in model.state_layers for buffer in layer.buffers(1))
     each = cache_nbytes(model, method, 1, context) + states
     return min(float(batch_size), max(1.0, room / each)) if each else float(batch_size)
@@ -154,10 +158,8 @@ def token_step(
     """Time per output token of a server that keeps ``batch_size`` requests of these lengths in flight.
 
     The decode step of the requests that are :func:`running` at the mean context, ``input_len + output_len / 2``, and
-    the prompts that arrive meanwhile: while a request writes ``output_len`` tokens, each of the others is replaced
-    once, so a step carries ``(running - 1) / output_len`` prompts, which cost what their arithmetic takes beyond the
-    weight stream that the step pays anyhow (once, however many prompts it carries).  ``num_running``: how many run
-    at once, where that is known.
+    the prompts that arrive meanwhile, ``(running - 1) / output_len`` a step.  ``num_running``: how many run at once,
+    where that is known.
     """
     _positive(
         batch_size=batch_size, input_len=input_len, output_len=output_len, tensor_parallel=serving.tensor_parallel
@@ -165,16 +167,57 @@ def token_step(
     _check_cached(cached_tokens, input_len)
     roofline = Roofline(model, hardware, serving)
     held = num_running or running(model, method, hardware, batch_size, input_len, output_len, serving)
-    parts = _decode_parts(roofline, method, held, _mean_context(input_len, output_len))
-    new = input_len - cached_tokens
-    if hardware.fp16_flops:
-        compute, stream = roofline.prompt(1, input_len, new)
-        prompts, chunks = max(0.0, held - 1) / output_len, roofline.chunks(new)
-        parts["communication"] += prompts * roofline.exchanges(new, prompt=True)
-        carrying = min(1.0, prompts * chunks)  # share of the steps with a prompt in them
-        paid = carrying * sum(roofline.weights(held))
-        parts["prefill"] = max(0.0, max(prompts * compute, carrying / chunks * stream) - paid)
-    return as_step(parts, roofline.fixed.decode_band)
+    parts = token_parts(roofline, method, held, input_len, output_len, input_len - cached_tokens)
+    return as_step(parts, roofline.decode_band)
+
+
+def token_parts(
+    roofline: Roofline,
+    method: Method,
+    held: Any,
+    input_len: Any,
+    output_len: Any,
+    new: Any,
+    maximum: Any = max,
+    attention: tuple[Any, Any] | None = None,
+    prompt_attention: Any = None,
+) -> dict[str, Any]:
+    """Seconds by part of :func:`token_step` with ``held`` requests running, ``new`` tokens of a prompt not at hand.
+
+    Numbers, or arrays that broadcast together with ``maximum`` as ``numpy.maximum`` and both attentions given.
+    """
+    context = _mean_context(input_len, output_len)
+    parts = _decode_parts(roofline, method, held, context, maximum, attention)
+    if roofline.hardware.fp16_flops:
+        if prompt_attention is None:
+            prompt_attention = roofline.prompt_attention(input_len, new)
+        parts["prefill"] = _arrivals(roofline, held, output_len, new, prompt_attention, maximum)
+    return parts
+
+
+def _arrivals(
+    roofline: Roofline, held: Any, output_len: Any, new: Any, prompt_attention: Any, maximum: Any = max
+) -> Any:
+    """Seconds that the prompts of other requests add to a step, in the mean over the steps.
+
+    While a request writes ``output_len`` tokens, each of the others is replaced once: ``(held - 1) / output_len``
+    prompts a step.  A step that carries some of them takes what their tokens add to its stream, products and
+    all-reduces; an engine of ``prompt_steps`` runs them in a step of their own.
+    """
+    fixed = roofline.fixed
+    prompts, chunks = maximum(0.0, held - 1) / output_len, roofline.chunks(new, maximum)
+    carrying = -maximum(-1.0, -(prompts * chunks))  # share of the steps that carry a prompt, or a piece of one
+    share = maximum(prompts, 1 / chunks)  # of a prompt, in such a step
+    tokens = share * new
+    waits = fixed.prompt_steps.get(roofline.engine)
+    beside = held if waits is None else 0.0 * held
+    seconds = sum(roofline.work(beside + tokens, beside + share, maximum)) + share * prompt_attention
+    seconds = seconds + roofline.all_reduces(beside + tokens) + roofline.exchanges(tokens, prompt=True)
+    if waits is None:
+        seconds = seconds - sum(roofline.work(held, held, maximum)) - roofline.all_reduces(held)
+    else:
+        seconds = waits * (seconds + roofline.block_seconds)
+    return carrying * maximum(0.0, seconds)
 
 
 def first_token(
@@ -209,6 +252,8 @@ def first_token(
 def was_timed(engine: str) -> bool:
     """Whether anything of this engine was measured; the times of another are those of the engines that were."""
     fixed = constants()
+    if engine in fixed.estimated:
+        return False
     return engine == IDEAL.name or engine in {
         name.partition("/")[0] for name in (*fixed.kernels, *fixed.engine_layer_seconds)
     }
@@ -222,29 +267,34 @@ def as_step(parts: dict[str, Any], band: tuple[float, float]) -> Step:
 
 
 def _decode_parts(
-    roofline: Roofline, method: Method, batch_size: Any, num_tokens: Any, maximum: Any = max
+    roofline: Roofline,
+    method: Method,
+    batch_size: Any,
+    num_tokens: Any,
+    maximum: Any = max,
+    attention: tuple[Any, Any] | None = None,
 ) -> dict[str, Any]:
-    weights, widen = roofline.weights(batch_size)
-    stream, unpack = roofline.attention(method, batch_size, num_tokens, maximum)
+    weights, widen, compute = roofline.work(batch_size, batch_size, maximum)
+    stream, unpack = attention or roofline.attention(method, batch_size, num_tokens, maximum)
     return {
         "weights": weights,
-        "compute": maximum(0.0, roofline.products(batch_size, batch_size) - weights - widen),
+        "compute": compute,
         "kv": stream + roofline.states(batch_size),
         "dequantize": widen + unpack,
-        "overhead": roofline.overhead(method) + roofline.wide(batch_size),
+        "overhead": roofline.overhead(method) + roofline.wide(batch_size) + roofline.sequences(batch_size),
         "communication": roofline.communication(batch_size),
     }
 
 
 def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: int) -> dict[str, Any]:
-    compute, stream = roofline.prompt(batch_size, num_tokens, new)
     chunks = roofline.chunks(batch_size * new)
     share = roofline.pipelined(chunks)
+    compute, stream = roofline.prompt(batch_size, num_tokens, new)
     compute, stream, fixed = compute * share, stream * share, roofline.fixed
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
-        "overhead": fixed.prefill_seconds + chunks * roofline.layer_seconds * roofline.model.num_blocks,
+        "overhead": fixed.prefill_seconds + chunks * roofline.block_seconds,
         "communication": roofline.communication(batch_size * new, prompt=True),
     }
 

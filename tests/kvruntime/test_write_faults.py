@@ -19,7 +19,7 @@ from kvruntime import calibrate, cli, commands
 from kvruntime.bench.harness.results import Results
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.checkpoints.pull import pulled
-from kvsim.latency.roofline import constants
+from kvsim.latency.constants import constants
 from validation import cli as validation_cli
 from validation.claims import speed
 from validation.claims import tasks as validation_tasks

@@ -19,7 +19,8 @@ from kvsim import catalog
 from kvsim.cli import run
 from kvsim.hardware import find_hardware
 from kvsim.latency.attention_curve import Kernel
-from kvsim.latency.roofline import Roofline, Serving, constants, find_kernel, hit_share, seen
+from kvsim.latency.constants import constants
+from kvsim.latency.roofline import Roofline, Serving, find_kernel, hit_share, seen
 from kvsim.latency.steps import (
     MOST,
     PARTS,

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from kvsim.hardware import find_hardware
-from kvsim.latency.roofline import Constants, Serving
+from kvsim.latency.constants import Constants
+from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import decode_step
 from kvsim.layout import Method
 from kvsim.methods import method_named

@@ -1,7 +1,8 @@
 """``python -m validation time``: refits the constants of kvsim's model of time and says what they are worth.
 
-The measured rows are not part of this repository: two CSV files (:mod:`validation.latency.serving`,
+The measured rows are not part of this repository: three CSV files (:mod:`validation.latency.serving`,
 :mod:`validation.latency.attention` say which columns), by default in a folder ``shared/measured`` beside the checkout.
+Each is optional: what is not there is named, and not fitted or judged on.
 What is recorded are the constants (``kvsim/catalog/timing.json``), the errors on rows held out, and the SHA-256 of
 the files.
 """
@@ -9,6 +10,7 @@ the files.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,19 @@ import kvsim.catalog
 from kvsim.atomic import replace_file
 from kvsim.finite_json import json_text
 from kvsim.latency.attention_curve import Curve, Kernel
-from kvsim.latency.roofline import Constants, constants
+from kvsim.latency.constants import Constants, constants
 from kvsim.output.tables import compact, plain
 from validation.latency import attention as attention_time
 from validation.latency import engine_steps, serving
 from validation.latency.held_out import digest
 
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "measured"
-DECODE, ATTENTION = MEASURED / "single_gpu_decode.csv", MEASURED / "decode_attention_h100.csv"
+DECODE = (MEASURED / "single_gpu_decode.csv", MEASURED / "multi_gpu_serving.csv")
+ATTENTION = MEASURED / "decode_attention_h100.csv"
 RECORDED = Path(__file__).parents[1] / "results" / "time" / "errors.json"
 CONSTANTS = Path(kvsim.catalog.__file__).with_name("timing.json")
 SCHEMA = "validation.time/1"
-FITTED_ON = "fitted on published single-card rows, python -m validation time"
+FITTED_ON = "fitted on published rows of one card and of several, python -m validation time"
 PUBLISHED = (
     ("peak roofline, published rows", 0.36),
     ("three global constants, published rows (not held out)", 0.193),
@@ -36,27 +39,29 @@ PUBLISHED = (
 """Mean errors that others found on a larger set of such rows, beside those found here on the same rows."""
 
 
-def study(decode: Path = DECODE, attention: Path = ATTENTION) -> tuple[Constants, dict[str, Any]]:
-    """All fits and errors: the attention curve first, which stays, then the loads, then this engine's steps."""
-    curves = attention_time.study(attention)
-    kernels = {name: Kernel(**entry) for name, entry in curves.pop("kernels").items()}
-    fixed = replace(constants(), kernels=kernels, curve=Curve(**curves.pop("curve")))
-    fixed, loads = serving.study(decode, fixed)
-    fixed = shortened(fixed)
-    fixed, steps = engine_steps.study(fixed)
-    hashes = {path.name: digest(path) for path in (decode, attention)}
-    return fixed, {"schema": SCHEMA, "attention": curves, "loads": loads, "steps": steps, "sha256": hashes}
-
-
-def tried(decode: Path | None, attention: Path | None) -> dict[str, Any]:
-    """The errors of kvsim's constants as they are on files that they need not have been fitted on."""
+def study(decode: Sequence[Path] = DECODE, attention: Path = ATTENTION) -> tuple[Constants, dict[str, Any]]:
+    """All fits and errors of the files that are there: the attention curve first, which stays, then the loads, then
+    this engine's steps.  Raises ``ValueError`` where no file of loads is there."""
+    there = [path for path in decode if path.is_file()]
+    if not there:
+        raise ValueError(f"no measured loads: {', '.join(str(path) for path in decode)} are not there")
     fixed, found = constants(), {"schema": SCHEMA}
     more: dict[str, Any] = {}
-    if decode is not None:
-        more["loads"] = serving.tried(decode, fixed)
-    if attention is not None:
-        more["attention"] = attention_time.tried(attention, dict(fixed.kernels), fixed.curve)
-    return found | more
+    if attention.is_file():
+        more["attention"] = curves = attention_time.study(attention)
+        kernels = {name: Kernel(**entry) for name, entry in curves.pop("kernels").items()}
+        fixed = replace(fixed, kernels=kernels, curve=Curve(**curves.pop("curve")))
+        there.append(attention)
+    fixed, more["loads"] = serving.study([path for path in there if path != attention], fixed)
+    fixed = shortened(fixed)
+    fixed, more["steps"] = engine_steps.study(fixed)
+    return fixed, found | more | {"sha256": {path.name: digest(path) for path in there}}
+
+
+def absent(decode: Sequence[Path], attention: Path) -> list[str]:
+    """What is not there, one line each."""
+    missing = [path for path in (*decode, attention) if not path.is_file()]
+    return [f"{path} is not there: nothing is fitted or judged on it" for path in missing]
 
 
 def shortened(fixed: Constants) -> Constants:
@@ -67,20 +72,27 @@ def shortened(fixed: Constants) -> Constants:
             entry, **{name: _short(value) for name, value in asdict(entry).items() if isinstance(value, float)}
         )
 
-    names = (*serving.FITTED, *serving.FITTED_FIRST)
-    constants: dict[str, Any] = {name: _short(getattr(fixed, name)) for name in names}
+    constants: dict[str, Any] = {}
+    for name in fitted_names():
+        value = getattr(fixed, name)
+        constants[name] = {key: _short(each) for key, each in value.items()} if isinstance(value, dict) else _short(value)
     kernels = {name: short(kernel) for name, kernel in fixed.kernels.items()}
     return replace(fixed, curve=short(fixed.curve), kernels=kernels, **constants)
+
+
+def fitted_names() -> tuple[str, ...]:
+    """The constants that are fitted on loads."""
+    return tuple(dict.fromkeys(name.partition("/")[0] for name in (*serving.FITTED, *serving.FITTED_FIRST)))
 
 
 def table_of(fixed: Constants) -> dict[str, Any]:
     """``timing.json`` with the fitted constants in it; stated ones and sources stay."""
     table: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))
-    for name in (*serving.FITTED, *serving.FITTED_FIRST):
+    for name in fitted_names():
         table["constants"][name] = {"value": getattr(fixed, name), "source": FITTED_ON}
     for name in ("engine_layer_seconds", "engine_wide"):
         table["constants"][name]["value"] = dict(getattr(fixed, name))
-    for name in ("decode_band", "prefill_band"):
+    for name in ("decode_band", "parallel_band", "prefill_band"):
         source = f"what {serving.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
         table["constants"][name] = {"value": list(getattr(fixed, name)), "source": source}
     table["curve"] = {"value": asdict(fixed.curve), "source": attention_time.FITTED_ON}
@@ -110,15 +122,24 @@ def recorded() -> dict[str, Any]:
 
 
 def token_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and body: time per output token by group, held out, and what others reach."""
+    """Head and body: time per output token of one card by group, held out, and what others reach."""
     loads = found["loads"]
-    body = [_line(name, each) for name, each in loads["token"]["by_group"].items()]
-    body.append(_line("all, held out", loads["token"]["held_out"]))
-    body.append(_line("all, one share of memory for every engine", loads["token"]["held_out_one_memory_share"]))
-    body.append(_line("all, in sample", loads["token"]["in_sample"]))
-    body += [_line(name, each) for name, each in loads["baselines"].items()]
+    body = _judged(loads["token"], loads["baselines"])
     body += [[name, "329", f"{mean:.1%}", "", "", ""] for name, mean in PUBLISHED]
-    return ["time per output token", "rows", "mean", "median", "bias", "worst"], body
+    return ["time per output token, one card", "rows", "mean", "median", "bias", "worst"], body
+
+
+def parallel_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: the same of several cards."""
+    loads = found["loads"]
+    body = _judged(loads["parallel"], loads["parallel_baselines"])
+    return ["time per output token, 2 to 8 cards", "rows", "mean", "median", "bias", "worst"], body
+
+
+def _judged(part: dict[str, Any], baselines: dict[str, Any]) -> list[list[str]]:
+    body = [_line(name, each) for name, each in part["by_group"].items()]
+    body += [_line("all, held out", part["held_out"]), _line("all, in sample", part["in_sample"])]
+    return body + [_line(name, each) for name, each in baselines.items()]
 
 
 def first_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -149,13 +170,18 @@ def step_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def bands(found: dict[str, Any]) -> str:
     """One sentence a band."""
-    token, first = found["loads"]["token"], found["loads"]["first"]
-    return (
-        f"Band of the time per output token: {token['band'][0]} to {token['band'][1]} times the prediction; "
-        f"{token['in_band']:.1%} of the held-out rows lie in it, {token['in_band_of_other_groups']:.1%} in the band "
-        f"that the other groups' residuals give. Time to the first token: {first['band'][0]} to {first['band'][1]} "
-        f"times, {first['in_band']:.1%}."
-    )
+    lines = []
+    for name, cards in (("token", "one card"), ("parallel", "several cards")):
+        if name in found["loads"]:
+            part = found["loads"][name]
+            lines.append(
+                f"Band of the time per output token, {cards}: {part['band'][0]} to {part['band'][1]} times the "
+                f"prediction; {part['in_band']:.1%} of the held-out rows lie in it, "
+                f"{part['in_band_of_other_groups']:.1%} in the band that the other groups' residuals give."
+            )
+    first = found["loads"]["first"]
+    low, high = first["band"]
+    return " ".join([*lines, f"Time to the first token: {low} to {high} times, {first['in_band']:.1%}."])
 
 
 def text(found: dict[str, Any]) -> str:
@@ -164,12 +190,15 @@ def text(found: dict[str, Any]) -> str:
 
 
 def every_table(found: dict[str, Any]) -> tuple[tuple[list[str], list[list[str]]], ...]:
-    return token_table(found), first_table(found), attention_table(found), step_table(found)
+    tables = [token_table(found)] if "token" in found["loads"] else []
+    tables += [parallel_table(found)] if "parallel" in found["loads"] else []
+    tables += [first_table(found)] + ([attention_table(found)] if "attention" in found else [])
+    return (*tables, step_table(found))
 
 
 def markdown(found: dict[str, Any], short: bool = False) -> str:
     """The tables for a document; ``short``: per output token only."""
-    tables = (token_table(found),) if short else every_table(found)
+    tables = (token_table(found), parallel_table(found)) if short else every_table(found)
     return "\n\n".join([*(compact(*table, left=(0,)) for table in tables), bands(found)])
 
 
@@ -191,14 +220,22 @@ def constants_table() -> str:
 
 def fails(found: dict[str, Any]) -> list[str]:
     """What of the errors is above its bar, one line each."""
-    token, attention = found["loads"]["token"], found["attention"]["held_out"]
-    bars = [
-        ("time per output token, mean", token["held_out"]["mean"], serving.MEAN_BAR),
-        ("time per output token, median", token["held_out"]["median"], serving.MEDIAN_BAR),
-        ("outside the band", round(1 - token["in_band"], 4), 1 - serving.BAND_BAR),
-        ("rows not covered", round(1 - found["loads"]["covered"], 4), 0.0),
-    ]
-    bars += [(f"attention, {name} held out", attention[name]["mean"], attention_time.BAR) for name in JUDGED_FOLDS]
+    loads, bars = found["loads"], []
+    judged = (
+        ("token", "one card", serving.MEAN_BAR, serving.MEDIAN_BAR),
+        ("parallel", "several cards", serving.PARALLEL_MEAN_BAR, serving.PARALLEL_MEDIAN_BAR),
+    )
+    for part, cards, mean, median in judged:
+        if part in loads:
+            held_out = loads[part]["held_out"]
+            bars.append((f"time per output token, {cards}, mean", held_out["mean"], mean))
+            bars.append((f"time per output token, {cards}, median", held_out["median"], median))
+            outside = round(1 - loads[part]["in_band_of_other_groups"], 4)
+            bars.append((f"outside the band of the other groups, {cards}", outside, 1 - serving.BAND_BAR))
+    bars.append(("rows not covered", round(1 - loads["covered"], 4), 0.0))
+    if "attention" in found:
+        attention = found["attention"]["held_out"]
+        bars += [(f"attention, {name} held out", attention[name]["mean"], attention_time.BAR) for name in JUDGED_FOLDS]
     return [f"{name}: {value:.1%}, at most {bar:.1%}" for name, value, bar in bars if value > bar + 1e-9]
 
 

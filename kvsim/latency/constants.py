@@ -1,0 +1,104 @@
+"""What the model of time rests on: the fitted and stated constants of ``kvsim/catalog/timing.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kvsim.latency.attention_curve import Curve, Kernel
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Efficiencies are shares of the card's stated peaks, times are seconds.  Each has its source in ``timing.json``.
+
+    Weights: ``weight_efficiency``, ``expert_efficiency``: the stream of those that every step reads, and of the routed
+    experts.  ``routing_spread``: ``n`` tokens hit as many experts as ``n ** routing_spread`` tokens would that are
+    routed independently and uniformly (1: they are).
+
+    Layers: ``layer_seconds``: what a block costs a step besides bytes and arithmetic, and more
+    ``expert_layer_seconds`` in a mixture of experts (routing, sorting, gathering), ``latent_layer_seconds`` with latent
+    attention, ``state_layer_seconds`` with a constant state (a gated-delta or Mamba mixer in place of attention),
+    ``index_layer_seconds`` with an indexer, ``narrow_layer_seconds`` where its dense weights have 8 bits or fewer
+    (activations are quantized).  ``sequence_seconds``: a sequence of a step (scheduling, sampling, detokenizing).
+    ``engine_layer_seconds``: in place of all of these, by engine; ``engine_wide``: by engine, above how many ``rows`` a
+    step takes ``layer_seconds`` a layer more; ``overlapped``: by engine, own efficiencies where arithmetic hides behind
+    the weight stream.  ``quantize_seconds``: more a layer whose cache is quantized, by width or engine and width as
+    ``kernels``.
+
+    Arithmetic: ``prefill_efficiency`` of dense products, ``routed_efficiency`` of the experts', by engine;
+    ``attention_efficiency`` of attention's.  ``vector_ops``: operations to unpack a code.
+
+    Cards: ``link_seconds``: an all-reduce however short, times log2(2 x cards); ``link_efficiency``: share of a link's
+    one direction.
+
+    Servers: ``chunk_tokens``: prompt tokens a step.  ``prompt_steps``: by engine that runs prompts in steps of their
+    own, the share of them that a request waits for.  ``prefill_seconds``, ``prefill_queue``: what a first token waits
+    besides its prefill, and the share of a prefill that each further request in flight adds.  ``memory_share``: share
+    of the card's memory that an engine uses, ``reserve_nbytes`` of it for neither weights nor cache.
+
+    ``decode_band``, ``parallel_band``, ``prefill_band``: factors (low, high) on a prediction: a token's time on one
+    card and on several, a first token's.  ``kernels``, ``curve``: :mod:`kvsim.latency.attention_curve`.  ``engines``:
+    the only ones that these were measured for (``None``: any); ``estimated``: engines of which nothing was measured.
+    """
+
+    weight_efficiency: float
+    expert_efficiency: float
+    routing_spread: float
+    layer_seconds: float
+    expert_layer_seconds: float
+    latent_layer_seconds: float
+    state_layer_seconds: float
+    index_layer_seconds: float
+    narrow_layer_seconds: float
+    sequence_seconds: float
+    engine_layer_seconds: Mapping[str, float]
+    engine_wide: Mapping[str, Mapping[str, float]]
+    overlapped: Mapping[str, Mapping[str, float]]
+    quantize_seconds: Mapping[str, float]
+    prefill_efficiency: float
+    routed_efficiency: Mapping[str, float]
+    attention_efficiency: float
+    vector_ops: float
+    link_efficiency: float
+    link_seconds: float
+    chunk_tokens: int
+    prompt_steps: Mapping[str, float]
+    prefill_seconds: float
+    prefill_queue: float
+    reserve_nbytes: float
+    memory_share: Mapping[str, float]
+    decode_band: tuple[float, float]
+    parallel_band: tuple[float, float]
+    prefill_band: tuple[float, float]
+    kernels: Mapping[str, Kernel]
+    curve: Curve
+    engines: tuple[str, ...] | None = None
+    estimated: tuple[str, ...] = ()
+
+    def check_engine(self, engine: str) -> None:
+        """Raises ``ValueError`` for an engine that these constants were not measured for."""
+        if self.engines is not None and engine not in self.engines:
+            raise ValueError(
+                f"engine {engine}: the profile was not measured with its kernels; allowed with this profile are "
+                f"{', '.join(self.engines)}, without one every engine"
+            )
+
+
+TUPLES = ("decode_band", "parallel_band", "prefill_band", "estimated")
+
+
+@cache
+def constants() -> Constants:
+    """The constants of ``kvsim/catalog/timing.json``."""
+    path = Path(__file__).parents[1] / "catalog" / "timing.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = {name: entry["value"] for name, entry in table["constants"].items()}
+    for name in TUPLES:
+        values[name] = tuple(values[name])
+    kernels = {name: Kernel(**entry) for name, entry in table["kernels"].items()}
+    return Constants(**values, kernels=kernels, curve=Curve(**table["curve"]["value"]))
