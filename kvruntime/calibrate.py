@@ -33,8 +33,8 @@ from kvsim.atomic import replace_file
 from kvsim.finite_json import json_text
 from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.calibrate import DAY
-from kvsim.latency.profile import SCHEMA
 from kvsim.latency.constants import constants
+from kvsim.latency.profile import SCHEMA
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIN_REPEATS, MAX_REPEATS = 3, 50

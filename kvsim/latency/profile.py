@@ -112,6 +112,7 @@ class Profile:
             },
             engine_wide={},
             overlapped={},
+            sequence_seconds=0.0,  # no server's host
             expert_efficiency=self.weight_bandwidth / peak,
             prefill_efficiency=self.flops / (card.fp16_flops or self.flops),
             kernels={**kernels, "fp16": kernel},

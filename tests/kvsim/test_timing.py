@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -190,13 +191,18 @@ def test_every_block_takes_its_time(name: str, blocks: int) -> None:
     fixed, card = constants(), find_hardware("b200")
     assert model.num_blocks == blocks
     step = decode_step(model, FP16, card, 1, 1024, Serving(engine="sglang"))
-    assert step.parts["overhead"] == pytest.approx(blocks * fixed.layer_seconds)
+    more = Counter(layer.kind for layer in model.layers)
+    each = fixed.layer_seconds + (fixed.expert_layer_seconds if known_weights(model).routed else 0.0)
+    each += fixed.narrow_layer_seconds if (model.weight_bits or 16) <= 8 else 0.0
+    wanted = blocks * each + fixed.latent_layer_seconds * more["mla"] + fixed.index_layer_seconds * more["indexer"]
+    wanted += fixed.state_layer_seconds * len(model.state_layers)
+    assert step.parts["overhead"] == pytest.approx(wanted + fixed.sequence_seconds)
     shared = Roofline(model, card, Serving(tensor_parallel=2)).communication(1)
     assert shared == pytest.approx(
         blocks / 32 * Roofline(wide_as(model), card, Serving(tensor_parallel=2)).communication(1)
     )
     own = prefill(model, card, 1, 1024).parts["overhead"] - fixed.prefill_seconds
-    assert own == pytest.approx(blocks * fixed.layer_seconds)
+    assert own == pytest.approx(wanted)
 
 
 def wide_as(model: Model) -> Model:
@@ -206,7 +212,7 @@ def wide_as(model: Model) -> Model:
 
 @needs_rows
 def test_published_rows_of_a_hybrid() -> None:
-    """Qwen3.5-397B on 4 and 8 cards, 162 loads: a mean error of 53 % with 15 of its 60 blocks, 24 % with all."""
+    """Qwen3.5-397B on 4 and 8 cards, 162 loads: 53 % with 15 of its 60 blocks, 24 % with one card's constants."""
     path = MEASURED / "multi_gpu_serving.csv"
     if not path.is_file():
         pytest.skip("the rows of several cards (shared/measured/multi_gpu_serving.csv) do not lie beside this checkout")
@@ -222,7 +228,7 @@ def test_published_rows_of_a_hybrid() -> None:
             step = token_step(model, FP8 if wide <= 8 else FP16, card, *loads, serving)
             found.append(abs(step.seconds.value / (float(row["silicon_tpot_ms"]) / 1e3) - 1))
     assert len(found) == 162
-    assert mean(found) < 0.25
+    assert mean(found) < 0.17
 
 
 # Llama-3-8B's shape on an H200, this project's engine, one sequence: milliseconds a step as measured, and as they were
@@ -389,7 +395,7 @@ def test_an_engines_wide_steps_take_more() -> None:
     for engine, rows, seconds in (("kvruntime", 1, 0), ("kvruntime", 2, 1), ("vllm", 64, 0)):
         roofline = Roofline(LLAMA, H100, Serving(engine=engine))
         parts = decode_step(LLAMA, FP16, H100, rows, 512, Serving(engine=engine)).parts
-        wanted = roofline.overhead(FP16) + seconds * more["layer_seconds"] * LLAMA.num_blocks
+        wanted = roofline.overhead(FP16) + roofline.sequences(rows) + seconds * more["layer_seconds"] * LLAMA.num_blocks
         assert parts["overhead"] == pytest.approx(wanted)
         assert parts["weights"] == pytest.approx(roofline.weights(rows)[0])
 
@@ -483,15 +489,19 @@ def test_the_recorded_errors_meet_their_bars() -> None:
     timing = pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
     found = timing.recorded()
     assert timing.fails(found) == []
-    assert found["loads"]["num_constants"] <= 6
+    assert found["loads"]["num_constants"] <= 19
     assert found["loads"]["covered"] == 1
-    token = found["loads"]["token"]
-    assert token["in_band_of_other_groups"] >= 0.9
-    for baseline in found["loads"]["baselines"].values():
-        assert token["held_out"]["mean"] < baseline["mean"]
-    assert sum(group["num_rows"] for group in token["by_group"].values()) == found["loads"]["num_rows"] == 141
-    broken = {**found, "loads": {**found["loads"], "token": {**token, "held_out": {**token["held_out"], "mean": 0.2}}}}
-    assert timing.fails(broken) == ["time per output token, mean: 20.0%, at most 15.0%"]
+    loads = found["loads"]
+    for name, baselines, rows in (("token", "baselines", 141), ("parallel", "parallel_baselines", 1295)):
+        part = loads[name]
+        assert part["in_band_of_other_groups"] >= 0.9
+        assert part["held_out"]["mean"] < 1.3 * part["in_sample"]["mean"]  # few constants: no group is learnt by heart
+        assert all(part["held_out"]["mean"] < baseline["mean"] for baseline in loads[baselines].values())
+        assert sum(group["num_rows"] for group in part["by_group"].values()) == part["held_out"]["num_rows"] == rows
+    for name, cards, bar in (("token", "one card", "12.0%"), ("parallel", "several cards", "15.0%")):
+        part = loads[name]
+        broken = {**found, "loads": {**loads, name: {**part, "held_out": {**part["held_out"], "mean": 0.2}}}}
+        assert timing.fails(broken) == [f"time per output token, {cards}, mean: 20.0%, at most {bar}"]
 
 
 def test_the_recorded_constants_are_those_in_use() -> None:
@@ -545,7 +555,7 @@ def test_a_refit_gives_the_constants_in_use() -> None:
     from validation.latency import attention, serving
     from validation.latency.held_out import digest
 
-    for path in (timing.DECODE, timing.ATTENTION):
+    for path in (*timing.DECODE, timing.ATTENTION):
         assert digest(path) == timing.recorded()["sha256"][path.name]
     fixed, rows = constants(), attention.load(timing.ATTENTION)
     kernels, curve = attention.fit(rows, np.ones(len(rows), dtype=bool))
@@ -560,11 +570,11 @@ def test_a_refit_gives_the_constants_in_use() -> None:
     assert set(recorded) == {"packed", "kvruntime/packed", "kvruntime/fp16"}
     for name, kernel in recorded.items():
         assert kernel.efficiency == pytest.approx(fixed.kernels[name].efficiency, rel=2e-3), name
-    loads = serving.load(timing.DECODE)
-    assert len(loads) == 141
+    loads = [row for path in timing.DECODE for row in serving.load(path)]
+    assert len(loads) == 1436
     again = serving.fit_first(loads, serving.fit_tokens(loads, fixed))
-    for name in (*serving.FITTED, *serving.FITTED_FIRST):
-        assert getattr(again, name) == pytest.approx(getattr(fixed, name), rel=2e-3), name
+    for name in timing.fitted_names():
+        assert getattr(again, name) == pytest.approx(getattr(fixed, name), rel=5e-3), name
 
 
 @needs_rows

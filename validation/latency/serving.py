@@ -272,9 +272,7 @@ def fit_first(rows: Sequence[Row], fixed: Constants, given: Waits | None = None)
         return np.asarray(missed * weights)
 
     bounds = np.array(FIRST_LOW) / scale, np.array(FIRST_HIGH) / scale
-    found = least_squares(
-        residuals, np.ones(2), bounds=bounds, loss="soft_l1", f_scale=0.1, xtol=1e-6, ftol=1e-6
-    )
+    found = least_squares(residuals, np.ones(2), bounds=bounds, loss="soft_l1", f_scale=0.1, xtol=1e-6, ftol=1e-6)
     return with_values(fixed, FITTED_FIRST, found.x * scale)
 
 
@@ -332,7 +330,8 @@ def study(paths: Sequence[Path], fixed: Constants | None = None) -> tuple[Consta
     for name, chosen, field in (("token", single, "decode_band"), ("parallel", ~single, "parallel_band")):
         if not chosen.any():
             continue
-        final = replace(final, **{field: quantiles(ratios[chosen])})
+        band: dict[str, Any] = {field: quantiles(ratios[chosen])}
+        final = replace(final, **band)
         parts[name] = judged(labels[chosen], predicted[chosen], refit[chosen], each[chosen], getattr(final, field))
     peaks = traffic(rows)
     return final, {

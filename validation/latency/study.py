@@ -58,6 +58,17 @@ def study(decode: Sequence[Path] = DECODE, attention: Path = ATTENTION) -> tuple
     return fixed, found | more | {"sha256": {path.name: digest(path) for path in there}}
 
 
+def tried(decode: Sequence[Path], attention: Path | None) -> dict[str, Any]:
+    """The errors of kvsim's constants as they are on files that they need not have been fitted on."""
+    fixed, found = constants(), {"schema": SCHEMA}
+    more: dict[str, Any] = {}
+    for path in decode:
+        more.setdefault("loads", {})[path.name] = serving.tried(path, fixed)
+    if attention is not None:
+        more["attention"] = attention_time.tried(attention, dict(fixed.kernels), fixed.curve)
+    return found | more
+
+
 def absent(decode: Sequence[Path], attention: Path) -> list[str]:
     """What is not there, one line each."""
     missing = [path for path in (*decode, attention) if not path.is_file()]
@@ -75,7 +86,9 @@ def shortened(fixed: Constants) -> Constants:
     constants: dict[str, Any] = {}
     for name in fitted_names():
         value = getattr(fixed, name)
-        constants[name] = {key: _short(each) for key, each in value.items()} if isinstance(value, dict) else _short(value)
+        constants[name] = (
+            {key: _short(each) for key, each in value.items()} if isinstance(value, dict) else _short(value)
+        )
     kernels = {name: short(kernel) for name, kernel in fixed.kernels.items()}
     return replace(fixed, curve=short(fixed.curve), kernels=kernels, **constants)
 
@@ -134,6 +147,16 @@ def parallel_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     loads = found["loads"]
     body = _judged(loads["parallel"], loads["parallel_baselines"])
     return ["time per output token, 2 to 8 cards", "rows", "mean", "median", "bias", "worst"], body
+
+
+def totals_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and body: time per output token over all groups, held out, beside what others reach."""
+    loads = found["loads"]
+    body = []
+    for part, others, cards in (("token", "baselines", "1"), ("parallel", "parallel_baselines", "2 to 8")):
+        body.append([cards, *_line("groups held out", loads[part]["held_out"])])
+        body += [[cards, *_line(name, each)] for name, each in loads[others].items()]
+    return ["cards", "time per output token", "rows", "mean", "median", "bias", "worst"], body
 
 
 def _judged(part: dict[str, Any], baselines: dict[str, Any]) -> list[list[str]]:
@@ -197,9 +220,9 @@ def every_table(found: dict[str, Any]) -> tuple[tuple[list[str], list[list[str]]
 
 
 def markdown(found: dict[str, Any], short: bool = False) -> str:
-    """The tables for a document; ``short``: per output token only."""
-    tables = (token_table(found), parallel_table(found)) if short else every_table(found)
-    return "\n\n".join([*(compact(*table, left=(0,)) for table in tables), bands(found)])
+    """The tables for a document; ``short``: per output token over all groups only."""
+    tables = (totals_table(found),) if short else every_table(found)
+    return "\n\n".join([*(compact(*table, left=(0, 1) if short else (0,)) for table in tables), bands(found)])
 
 
 def constants_table() -> str:
