@@ -139,6 +139,7 @@ def site(
         quantized=quantized,
         overhead=engine.overhead(model, card),
         sharding=sharding,
+        kept_free=engine.kept_free,
     )
     if space.cache_nbytes <= 0:
         cards = f"{num_cards} cards" if num_cards > 1 else "one card"

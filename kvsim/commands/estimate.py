@@ -196,6 +196,7 @@ def _answer(
             quantized=load.weights.quantized,
             overhead=serving.overhead(model, card) | draft_weights(model, card, load),
             overhead_band=serving.overhead_band,
+            kept_free=serving.kept_free,
             sharding=sharding,
         )
         notes += space.notes

@@ -13,7 +13,9 @@ from kvsim.engines.engine import Engine, Pool
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.kvruntime import Kvruntime
 from kvsim.engines.llama_cpp import LlamaCpp
+from kvsim.engines.sglang import Sglang
 from kvsim.engines.transformers import Transformers
+from kvsim.engines.trtllm import Trtllm
 from kvsim.engines.vllm import Vllm
 from kvsim.nearest import hint
 
@@ -24,6 +26,8 @@ ENGINES: dict[str, type[Engine]] = {
     "ideal": Ideal,
     "transformers": Transformers,
     "vllm": Vllm,
+    "sglang": Sglang,
+    "trtllm": Trtllm,
     "llama.cpp": LlamaCpp,
     "kvruntime": Kvruntime,
 }
@@ -104,7 +108,9 @@ __all__ = [
     "Kvruntime",
     "LlamaCpp",
     "Pool",
+    "Sglang",
     "Transformers",
+    "Trtllm",
     "Vllm",
     "check_engine",
     "engine_fields",

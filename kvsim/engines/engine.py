@@ -119,6 +119,11 @@ class Engine(ABC):
         return None
 
     @property
+    def kept_free(self) -> float:
+        """Share that stays free of what weights and overhead leave of a card's memory."""
+        return 0.0
+
+    @property
     def max_seq_len(self) -> int:
         """Tokens a row that it allocates for at once; 0: it grows."""
         return 0

@@ -49,10 +49,9 @@ class Serving:
 
     ``weight_bits``: bits a weight (``None``: the model's own, else 16).  ``tensor_parallel``: cards that share every
     layer.  ``engine``: whose windows and attention kernel are taken; ``ideal``, or one that was not measured, takes the
-    mean of those that were.  It may be given by name, with its defaults; ``timing.json`` has names (``sglang``) that
-    have no other figures here.  ``profile``: constants in place of the stated ones.  ``sharding``: every size, where
-    cards share more than layers (``tensor_parallel`` is then its own).  Raises ``ValueError`` for bits that cannot be
-    and for an engine that the profile was not measured with.
+    mean of those that were.  It may be given by name, with its defaults.  ``profile``: constants in place of the stated
+    ones.  ``sharding``: every size, where cards share more than layers (``tensor_parallel`` is then its own).  Raises
+    ``ValueError`` for bits that cannot be and for an engine that the profile was not measured with.
     """
 
     weight_bits: float | None = None

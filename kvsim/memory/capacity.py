@@ -88,13 +88,14 @@ def room(
     overhead: Mapping[str, int] | None = None,
     overhead_band: Mapping[str, tuple[float, float]] | None = None,
     sharding: Sharding = SINGLE,
+    kept_free: float = 0.0,
 ) -> Room:
     """The memory that ``model`` leaves on one card.
 
     ``weight_bits``: bits a parameter (``None``: as the config says, else 16).  ``reserve``: share of the memory
     held back, from 0 to below 1.  ``quantized``: ``weight_bits`` are those of the layers, embedding and head keep
     16.  ``overhead``, ``overhead_band``: bytes of the engine by name, low and high over them.  ``sharding``: the
-    fullest rank's share of the weights.
+    fullest rank's share of the weights.  ``kept_free``: the share that the engine leaves of what is left.
     Raises ``ValueError`` where the memory or the number of weights is not known.
     """
     if hardware.memory_nbytes is None:
@@ -123,6 +124,10 @@ def room(
     weight_nbytes = _rank_weights(model, weight_storage(model, weight_bits, quantized), sharding)
     if reserve_nbytes + weight_nbytes >= hardware.memory_nbytes:
         notes.append(f"the weights leave no room for a cache on one {hardware.id}")
+    overhead = dict(overhead or {})
+    if kept_free:
+        left = hardware.memory_nbytes - reserve_nbytes - weight_nbytes - sum(overhead.values())
+        overhead["kept_free"] = max(0, int(kept_free * left))
     return Room(
         hardware=hardware,
         memory_nbytes=hardware.memory_nbytes,
@@ -130,7 +135,7 @@ def room(
         weight_nbytes=weight_nbytes,
         weight_bits=weight_bits,
         notes=tuple(notes),
-        overhead=dict(overhead or {}),
+        overhead=overhead,
         overhead_band=dict(overhead_band or {}),
     )
 

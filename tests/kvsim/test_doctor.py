@@ -223,8 +223,8 @@ def test_llama_cpp_states() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no line of a vLLM or llama.cpp boot log"),
-        ("Traceback (most recent call last):", "no line of a vLLM or llama.cpp boot log"),
+        ("", "no line of a vLLM, SGLang, TensorRT-LLM or llama.cpp boot log"),
+        ("Traceback (most recent call last):", "no line of a vLLM, SGLang, TensorRT-LLM or llama.cpp boot log"),
         ("GPU KV cache size: 1,000 tokens", "does not name its model"),
         ("llama_context: n_ctx         = 2048", "none with a size of its cache"),
     ],
@@ -257,7 +257,7 @@ def test_a_tuned_name_is_taken_for_its_base(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hello", "no line of a vLLM or llama.cpp boot log in it"),
+        ("hello", "no line of a vLLM, SGLang, TensorRT-LLM or llama.cpp boot log in it"),
         ("GPU KV cache size: 1,000 tokens", "does not name its model: give --model"),
         (None, "cannot be read"),
     ],
@@ -779,7 +779,7 @@ def test_a_type_that_llama_cpp_does_not_have() -> None:
         (b"", "is empty"),
         (b" \n\r\n", "is empty"),
         (b"\x7fELF\x02\x01\x00\x00GPU KV cache size: 1,000 tokens", "is no text: it has a byte 0 at 6"),
-        (b"\x1f\x8b\x08\xff\xfe", "no line of a vLLM or llama.cpp boot log"),
+        (b"\x1f\x8b\x08\xff\xfe", "no line of a vLLM, SGLang, TensorRT-LLM or llama.cpp boot log"),
     ],
     ids=["empty", "blank", "binary", "gzip"],
 )

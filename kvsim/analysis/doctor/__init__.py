@@ -7,20 +7,26 @@ out; else the figure is said to be not explained.  A boot that failed is reconci
 
 from __future__ import annotations
 
-from kvsim.analysis.doctor import llama_cpp, vllm
+from kvsim.analysis.doctor import llama_cpp, sglang, trtllm, vllm
 from kvsim.analysis.doctor.log import Diagnosis, Finding, Log, Reader
 from kvsim.hardware import Hardware
 from kvsim.models.model import Model
 
 __all__ = ["READERS", "Diagnosis", "Finding", "Log", "diagnose", "draft_of", "engine_of", "labels", "model_of"]
 
-READERS: dict[str, Reader] = {"vllm": vllm.READER, "llama.cpp": llama_cpp.READER}
+READERS: dict[str, Reader] = {
+    "vllm": vllm.READER,
+    "sglang": sglang.READER,
+    "trtllm": trtllm.READER,
+    "llama.cpp": llama_cpp.READER,
+}
 """Engine -> who reads its boot logs; a log is of the first whose signs it has."""
 
 
 def labels() -> str:
-    """The engines whose logs are read: ``vLLM or llama.cpp``."""
-    return " or ".join(reader.label for reader in READERS.values())
+    """The engines whose logs are read: ``vLLM, SGLang or llama.cpp``."""
+    *others, last = (reader.label for reader in READERS.values())
+    return f"{', '.join(others)} or {last}"
 
 
 def engine_of(text: str | Log) -> str | None:
