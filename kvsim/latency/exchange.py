@@ -5,7 +5,7 @@
 * **Pipeline** stages hand the hidden states on.
 * **Context parallel** gathers the queries of the cards that share tokens, and merges their partial outputs.
 
-Within a host the links carry it, between hosts the network; the two overlap.  The three constants are stated, not
+Within a host the links carry it, between hosts the network; the two overlap.  The four constants are stated, not
 fitted: they reproduce DeepEP's published low-latency times on 8 to 256 cards (deepseek-ai/DeepEP@dd758ca
 docs/legacy.md: H800, 400 Gb/s a card, 128 tokens of 7,168 channels, 8 experts a token) to 15 %: a test.
 """
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 NETWORK_BANDWIDTH = 50e9
 """Bytes a second and direction of a card's network: one 400 Gb/s adapter a card, as in hosts of 8 H100 to B300."""
 NETWORK_EFFICIENCY = 0.8
+LINK_EFFICIENCY = 0.7
+"""Share of a link's one direction that an exchange reaches within a host; an all-reduce has a share of its own."""
 EXCHANGE_SECONDS = 20e-6
 """What an exchange takes besides its bytes."""
 

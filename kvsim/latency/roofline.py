@@ -16,6 +16,7 @@ from kvsim.hardware import Hardware
 from kvsim.latency.attention_curve import DEFAULT_SMS, Kernel
 from kvsim.latency.constants import Constants, constants
 from kvsim.latency.exchange import (
+    LINK_EFFICIENCY,
     NETWORK_BANDWIDTH,
     NETWORK_EFFICIENCY,
     Wires,
@@ -99,7 +100,7 @@ class Roofline:
         self.fixed, self.engine = serving.constants, serving.engine_name
         self.weight_bits, self.ranks = serving.weight_bits, serving.tensor_parallel
         self.sharding = serving.sharding
-        link = hardware.link_bandwidth and self.fixed.link_efficiency * hardware.link_bandwidth / 2
+        link = hardware.link_bandwidth and LINK_EFFICIENCY * hardware.link_bandwidth / 2
         self.wires = Wires(link, hardware.host_cards)
 
     @property
@@ -168,7 +169,8 @@ class Roofline:
             chosen = chosen * min(1.0, weights.experts_per_token / weights.num_experts)
         own, shares = self.fixed.overlapped.get(self.engine), self.fixed.routed_efficiency
         efficiency = own["prefill_efficiency"] if own else self.fixed.prefill_efficiency
-        experts = efficiency if own else shares.get(self.engine, shares[IDEAL.name])
+        alike = own or self.sharing > 1  # whole experts, all replicas' tokens: as dense products
+        experts = efficiency if alike else shares.get(self.engine, shares[IDEAL.name])
         each_token = 2 * (weights.dense / dense / efficiency + chosen / routed / experts)
         head = 2 * (weights.head or weights.embedding) / half / efficiency
         return (each_token * num_tokens + head * num_logits) / self.ranks
@@ -279,12 +281,13 @@ class Roofline:
         """Seconds of tensor parallel's all-reduces."""
         if self.ranks == 1:
             return 0.0
-        if not self.wires.link:
+        if not self.hardware.link_bandwidth:
             raise ValueError(f"{self.hardware.id}: the bandwidth between cards is not known, no tensor parallelism")
         nbytes = 2 * num_tokens * self.model.hidden_size
         ring = 2 * (self.ranks - 1) / self.ranks * nbytes
         far = self.ranks > self.wires.host_cards
-        ring = ring / (NETWORK_EFFICIENCY * NETWORK_BANDWIDTH if far else self.wires.link)
+        near = self.fixed.link_efficiency * self.hardware.link_bandwidth / 2
+        ring = ring / (NETWORK_EFFICIENCY * NETWORK_BANDWIDTH if far else near)
         return 2 * self.model.num_blocks * (self.fixed.link_seconds * log2(2 * self.ranks) + ring)
 
     def exchanges(self, num_tokens: Any, prompt: bool = False) -> Any:
