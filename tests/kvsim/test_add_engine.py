@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvsim.commands
 from kvsim.cli import run
 from kvsim.engines import ENGINES, Engine, EngineChoice, Ideal, make_engine
 from kvsim.engines.engine import Group, Pool
@@ -20,6 +23,9 @@ from kvsim.memory.estimate import estimate
 from kvsim.methods import Full, Kivi, make_method
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
+
+for module in pkgutil.iter_modules(kvsim.commands.__path__):
+    import_module(f"kvsim.commands.{module.name}")  # help names the engines there are when it is written: not the toy
 
 PAGE = 48
 LLAMA = load_model("llama-3.1-8b")
