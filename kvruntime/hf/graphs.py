@@ -54,22 +54,27 @@ class Weights:
 
     def __init__(self, model: torch.nn.Module, own: Callable[[Any], bool]) -> None:
         modules = list(model.modules())
-        tensors = [*model.parameters(), *model.buffers()]
+        parameters = list(model.parameters())
+        tensors = [*parameters, *model.buffers()]
         self.model_id = id(model)
-        self.first, self.last = tensors[0], tensors[-1]
+        self.first, self.last = parameters[0], parameters[-1]
         self.ends = self.first.data_ptr(), self.last.data_ptr()
         self.addresses = (*map(id, modules), *(tensor.data_ptr() for tensor in tensors))
         hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.hooks = [found for found in hooks if not any(map(own, found.values()))]
         self.own = [(found, len(found)) for found in hooks if any(map(own, found.values()))]
 
-    def unmoved(self) -> bool:
-        """A quick look: no other weights, no hooks."""
+    @property
+    def moved(self) -> bool:
+        """A quick look: other weights than these."""
+        return self.ends != (self.first.data_ptr(), self.last.data_ptr())
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a module has a hook that a graph would not run."""
         if any(self.hooks) or any(len(found) != length for found, length in self.own):
-            return False
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return False
-        return self.ends == (self.first.data_ptr(), self.last.data_ptr())
+            return True
+        return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 class Graphs:
@@ -113,10 +118,10 @@ class Graphs:
                 self._check_weights(model, own)
                 return forward(*args, **kwargs)
             counts = self.counts
-            if self.weights is None or self.weights.model_id != id(model):
-                self.weights = Weights(model, own)
-            if not self.weights.unmoved():
-                self.held, self.weights = None, None
+            if self.weights is None or self.weights.model_id != id(model) or self.weights.moved:
+                self.held, self.weights = None, Weights(model, own)
+            if self.weights.hooked:
+                self.held = None
                 return forward(*args, **kwargs)
             counts.make_room()
             graph = self.held
