@@ -17,7 +17,7 @@ from kvsim.methods import METHODS, make_method
 from kvsim.models.load import load_model
 from kvsim.specs import parse_engine, parse_method
 
-FROM_ZERO = {"max_seq_len", "sink_length", "first", "last", "windows"}
+FROM_ZERO = {"max_seq_len", "sink_length", "first", "last", "windows", "boost_nbits"}
 
 
 def _fields(factory: Any, kinds: set[Any]) -> list[str]:

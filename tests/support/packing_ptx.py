@@ -114,6 +114,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
     num_warps = constants.pop("num_warps")
     kernel = pack.pack_kernel
     types = compile_kernels.own_rows(compile_kernels.arguments(kernel, "fp16", params_ptr="*fp16"))
+    types = compile_kernels.ordered(types, record)
     start = values["records_ptr"]
     if layers == 1:
         types = compile_kernels.one_layer(types)
