@@ -131,7 +131,10 @@ def _quality(axes: Axes, group: list[Row]) -> None:
     labels = []
     for row in group:
         base = baseline(row, group)
-        labels.append(f"{row['ppl']:.3f}" + ("" if base in (None, row) else f" ({row['ppl'] / base['ppl'] - 1:+.2%})"))  # type: ignore[index]
+        labels.append(
+            f"{row['ppl']:.3f}"  # and how far from the baseline's
+            + ("" if base in (None, row) else f" ({row['ppl'] / base['ppl'] - 1:+.2%})")  # type: ignore[index]
+        )
     axes.bar_label(bars, labels, fontsize=8, padding=3)
     axes.margins(x=0.25)
     axes.invert_yaxis()

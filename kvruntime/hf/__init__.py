@@ -62,7 +62,13 @@ def make_cache(
     refuse_scores(model, method)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     without, layer = _without_steps(model, method, kinds), room_of(method).layer
-    steps = compiled is None and not without and len(devices) == 1 and _steps_on(devices[0]) and layer.has_steps  # type: ignore[attr-defined]
+    steps = (
+        compiled is None
+        and not without
+        and len(devices) == 1  # a graph is of one device
+        and _steps_on(devices[0])
+        and layer.has_steps  # type: ignore[attr-defined]
+    )
     attach(model, replays=steps)
     if steps:
         return SteppedCache(method, len(shapes), max_seq_len)

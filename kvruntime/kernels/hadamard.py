@@ -54,7 +54,8 @@ def rotated_tokens(
 @triton.jit
 def rotate_kernel(x_ptr, out_ptr, stride_b, stride_h, stride_t, num_tokens, NUM_HEADS: tl.constexpr, DIM: tl.constexpr,
                   SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr):  # fmt: skip
-    """``BLOCK_T`` tokens of one row and head, in ``out_ptr``'s type and clamped, contiguous ``[rows, NUM_HEADS, num_tokens, DIM]``."""
+    """``BLOCK_T`` tokens of one row and head, in ``out_ptr``'s type and clamped, contiguous
+    ``[rows, NUM_HEADS, num_tokens, DIM]``."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row = (tl.program_id(1) // NUM_HEADS).to(tl.int64)
     head = (tl.program_id(1) % NUM_HEADS).to(tl.int64)

@@ -7,8 +7,8 @@ import triton.language as tl
 
 
 def num_blocks(tokens: int, batch_size: int, size: int, each: int = 1) -> int:
-    """Blocks of ``size`` that hold any ``batch_size`` rows of ``tokens`` tokens in all, ``each`` places a token: none holds two
-    rows' (:func:`row_of` says whose)."""
+    """Blocks of ``size`` that hold any ``batch_size`` rows of ``tokens`` tokens in all, ``each`` places a token: none
+    holds two rows' (:func:`row_of` says whose)."""
     return tokens * each // size + batch_size
 
 
@@ -19,7 +19,8 @@ def block_b(batch_size: int) -> int:
 
 @triton.jit
 def row_of(block, starts_ptr, batch_size, SIZE: tl.constexpr, EACH: tl.constexpr, BLOCK_B: tl.constexpr):
-    """``(row, which of its blocks, where it begins, its tokens)``; a row may have fewer blocks than are set aside for it."""
+    """``(row, which of its blocks, where it begins, its tokens)``;
+    a row may have fewer blocks than are set aside for it."""
     b = tl.arange(0, BLOCK_B)
     start = tl.load(starts_ptr + b, mask=b < batch_size, other=0)
     first = tl.where(b < batch_size, start * EACH // SIZE + b, 2147483647)

@@ -14,8 +14,8 @@ LOG2E = 1.4426950408889634
 HIDDEN = tl.constexpr(-1.0e30)
 COMBINE_D = 32
 FUSED_MERGE = False
-"""Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own as it
-is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
+"""Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own
+as it is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
 
 
 @triton.jit
@@ -29,10 +29,10 @@ def softmax_step(score, visible, peak, total):
 
 
 @triton.jit
-def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-                   EARLY: tl.constexpr = False, ROTATION: tl.constexpr = 0):  # fmt: skip
-    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``.  With ``ROTATION``,
-    which ``BLOCK_D`` then is, that is rotated (:func:`kvruntime.kernels.hadamard.rotate_rows`)."""
+def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr = False, ROTATION: tl.constexpr = 0):  # fmt: skip
+    """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``.  With
+    ``ROTATION``, which ``BLOCK_D`` then is, that is rotated (:func:`kvruntime.kernels.hadamard.rotate_rows`)."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()

@@ -97,7 +97,8 @@ def row_counts(counts: Sequence[int] | Tensor | None, starts: Tensor | None, bat
 
 
 def padded(line: Tensor, counts: Sequence[int]) -> Tensor:
-    """A line ``[tokens, heads, dim]`` as ``[batch_size, heads, L, dim]``: each row's tokens are its last, before them zeros."""
+    """A line ``[tokens, heads, dim]`` as ``[batch_size, heads, L, dim]``: each row's tokens are its last,
+    before them zeros."""
     most = max(counts, default=0)
     out = line.new_zeros(len(counts), line.shape[1], most, line.shape[2])
     for row, part in zip(out, line.split(list(counts)), strict=True):

@@ -32,8 +32,8 @@ def num_warps(block: int) -> int:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, from_one: bool = False) -> Tensor:
     """``x [..., K]`` over the root mean square of its last axis, times ``weight [K]`` of the same type.
 
-    The mean and the quotient are float32.  The quotient is rounded to the type of ``x`` before ``weight`` multiplies it,
-    as Llama does it; with ``from_one`` it is multiplied by ``1 + weight`` in float32, as Gemma does it.
+    The mean and the quotient are float32.  The quotient is rounded to the type of ``x`` before ``weight`` multiplies
+    it, as Llama does it; with ``from_one`` it is multiplied by ``1 + weight`` in float32, as Gemma does it.
     """
     x = x.contiguous()
     out = x.new_empty(x.shape)

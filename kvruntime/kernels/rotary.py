@@ -9,8 +9,9 @@ from torch import Tensor
 
 @triton.jit
 def rotated(x_ptr, d, mask, cos, sin, DIM: tl.constexpr):
-    """``x * cos + rotate_half(x) * sin``, each product rounded to the type of ``x`` as PyTorch does it: kernels that call this
-    are compiled without ``enable_fp_fusion``, which makes one rounding of a product and the sum, in float16 too."""
+    """``x * cos + rotate_half(x) * sin``, each product rounded to the type of ``x`` as PyTorch does it: kernels that
+    call this are compiled without ``enable_fp_fusion``, which makes one rounding of a product and the sum,
+    in float16 too."""
     half: tl.constexpr = DIM // 2
     other = tl.where(d < half, d + half, d - half)
     x = tl.load(x_ptr + d, mask=mask, other=0.0)
@@ -23,8 +24,9 @@ def rotated(x_ptr, d, mask, cos, sin, DIM: tl.constexpr):
 @triton.jit
 def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, own_key, own_query, d,
                    ROTARY: tl.constexpr, DIM: tl.constexpr, Q_PER_KV: tl.constexpr, BLOCK_Q: tl.constexpr):  # fmt: skip
-    """``(key, query, where the query lies, which of it is real)`` at the channels ``d`` that are wanted of each: ``key_ptr`` is the
-    head's, ``query_ptr`` the row's.  Without ``ROTARY`` the query is left alone, and nothing of it real."""
+    """``(key, query, where the query lies, which of it is real)`` at the channels ``d`` that are wanted of each:
+    ``key_ptr`` is the head's, ``query_ptr`` the row's.  Without ``ROTARY`` the query is left alone,
+    and nothing of it real."""
     m = tl.arange(0, BLOCK_Q)
     heads_ptr = query_ptr + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh
     real = (m < (Q_PER_KV if ROTARY else 0))[:, None] & own_query[None, :]
@@ -41,7 +43,8 @@ def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_
 
 @triton.jit
 def rotate_kernel(
-    query_ptr, key_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_cb,
+    query_ptr, key_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_cb,
     NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)

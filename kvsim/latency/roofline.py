@@ -256,7 +256,8 @@ class Roofline:
         a layer's new keys and values and its query are quantized."""
         total = self.block_seconds
         for (layer, chosen), count in placed(self.serving.stored(self.model, method), self.model.cache_layers).items():
-            names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]  # every method is frozen
+            # every method is frozen
+            names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]
             total += count * next(
                 (self.fixed.quantize_seconds[n] for n in names if n in self.fixed.quantize_seconds), 0.0
             )
@@ -399,7 +400,8 @@ def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
     import numpy
 
     tokens = num_tokens.astype(numpy.int64).reshape(-1, 1)
-    read = _read_formula(method, layer)(numpy.ones((1, 1), numpy.int64), tokens)  # type: ignore[arg-type]  # every method is frozen
+    # every method is frozen
+    read = _read_formula(method, layer)(numpy.ones((1, 1), numpy.int64), tokens)  # type: ignore[arg-type]
     return read.reshape(num_tokens.shape).astype(numpy.float64)
 
 

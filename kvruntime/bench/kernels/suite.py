@@ -103,7 +103,10 @@ def ceiling_tasks(bench: Bench) -> list[Task]:
     from kvruntime.bench.harness.ceilings import CEILINGS
 
     return [
-        task({"kind": "ceiling", "what": what, "seed": bench.seed}, lambda ceiling=ceiling: ceiling(bench))  # type: ignore[misc]
+        task(
+            {"kind": "ceiling", "what": what, "seed": bench.seed},
+            lambda ceiling=ceiling: ceiling(bench),  # type: ignore[misc]
+        )
         for what, ceiling in CEILINGS.items()
     ]
 
@@ -140,7 +143,9 @@ def attend_tasks(
                 portable=portable,
                 tries_splits=splits,
             ),
-            lambda method=method: measure_attend(bench, shape, method, splits=splits, portable=portable),  # type: ignore[misc]
+            lambda method=method: measure_attend(  # type: ignore[misc]
+                bench, shape, method, splits=splits, portable=portable
+            ),
             cost=3.0,
         )
         for method in methods
@@ -157,10 +162,22 @@ def packing_tasks(bench: Bench, prompt: Shape, steps: Iterable[Shape], methods: 
     for method in methods:
         for shape in steps:
             key = key_of("append", bench, shape, dtype=dtype_name(method), method=method.name)
-            out.append(task(key, lambda method=method, shape=shape: measure_append(bench, shape, method), cost=4.0))  # type: ignore[misc]
+            out.append(
+                task(
+                    key,
+                    lambda method=method, shape=shape: measure_append(bench, shape, method),  # type: ignore[misc]
+                    cost=4.0,
+                )
+            )
     for method in methods:
         key = key_of("pack", bench, prompt, dtype=dtype_name(method), method=method.name)
-        out.append(task(key, lambda method=method: measure_pack(bench, prompt, method, compiled=compiled), cost=10.0))  # type: ignore[misc]
+        out.append(
+            task(
+                key,
+                lambda method=method: measure_pack(bench, prompt, method, compiled=compiled),  # type: ignore[misc]
+                cost=10.0,
+            )
+        )
     return out
 
 

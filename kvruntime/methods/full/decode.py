@@ -1,9 +1,11 @@
-"""Triton: an uncompressed cache whose lengths lie on the device (the kernels of :meth:`FullLayer.step`, and of an engine's pool).
+"""Triton: an uncompressed cache whose lengths lie on the device (the kernels of :meth:`FullLayer.step`,
+and of an engine's pool).
 
-``store_kernel``: the new token to its slot, rotary embedding on the way; one program a row and head.  ``append_kernel``: many new
-tokens.  ``attend_kernel``: ``out = softmax(scale q k^T) v`` of one row and key/value head over one split of its tokens, the query
-heads that share the head as one block of rows, of several queries as many blocks as those take; the splits are merged by
-:func:`kvruntime.kernels.merge.combine_kernel`.  Nothing is planned by length, so a CUDA graph of a step holds for any.
+``store_kernel``: the new token to its slot, rotary embedding on the way; one program a row and head.
+``append_kernel``: many new tokens.  ``attend_kernel``: ``out = softmax(scale q k^T) v`` of one row and key/value head
+over one split of its tokens, the query heads that share the head as one block of rows, of several queries as many
+blocks as those take; the splits are merged by :func:`kvruntime.kernels.merge.combine_kernel`.  Nothing is planned by
+length, so a CUDA graph of a step holds for any.
 Tokens lie in their rows' own slots, or by a block table in a pool.
 """
 
@@ -33,18 +35,20 @@ SHARED_BYTES = 99 << 10
 BESIDE_BYTES = 10 << 10
 """Of it beside the tiles: queries, weights and what a program reserves."""
 POOL_TILE = 64
-"""Tokens a step of the loop at most where a block holds fewer: each looks up its place, and more take all registers of sm_80."""
+"""Tokens a step of the loop at most where a block holds fewer: each looks up its place,
+and more take all registers of sm_80."""
 MAX_SPLITS = 128
 MAX_Q_PER_KV = 16
 
 
 @triton.jit
 def store_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, stored_key_ptr, stored_value_ptr, lengths_ptr, positions_ptr, table_ptr,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh,
-    stride_yt, num_slots, num_blocks,
-    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, stored_key_ptr, stored_value_ptr, lengths_ptr, positions_ptr,
+    table_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_xb, stride_xh, stride_xt,
+    stride_yb, stride_yh, stride_yt, num_slots, num_blocks,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -67,8 +71,8 @@ def store_kernel(
     inside = d < KEY_DIM
     query_ptr += row.to(tl.int64) * stride_qb
     key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
-    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, inside, inside, d,
-                                                ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
+    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, inside,
+                                                inside, d, ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
     value_at = row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
     v = tl.arange(0, BLOCK_V)
     value = tl.load(value_ptr + value_at + v, mask=v < VALUE_DIM, other=0.0)
@@ -80,10 +84,10 @@ def store_kernel(
 
 @triton.jit
 def append_kernel(
-    key_ptr, value_ptr, stored_key_ptr, stored_value_ptr, lengths_ptr, counts_ptr, starts_ptr, table_ptr, stride_kb, stride_kh,
-    stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, new_length,
-    num_blocks, batch_size, NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
+    key_ptr, value_ptr, stored_key_ptr, stored_value_ptr, lengths_ptr, counts_ptr, starts_ptr, table_ptr, stride_kb,
+    stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh,
+    stride_yt, new_length, num_blocks, batch_size, NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """New tokens of one row and head, or of a line with ``starts_ptr`` of one head, tokens of any rows."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -136,16 +140,18 @@ def attend_block(query, key, value, visible, peak, total, acc, scale_log2, DOT: 
 
 @triton.jit
 def attend_kernel(
-    query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr, partial_ptr, lse_ptr,
-    scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb,
-    stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots, num_blocks, batch_size, num_splits,
-    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr, NUM_STAGES: tl.constexpr,
-    EARLY: tl.constexpr, MORE: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr,
+    partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb,
+    stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots,
+    num_blocks, batch_size, num_splits,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
+    NUM_STAGES: tl.constexpr, EARLY: tl.constexpr, MORE: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """``num_queries``: None where each row has one.  ``MORE``: tokens that a row holds besides those that its length counts.
-    Optional: ``table_ptr``, for each row ``num_blocks`` places of ``PAGE`` tokens; ``new_key_ptr`` and what belongs to it, fresh
-    tokens; ``starts_ptr``, where each row begins in the line that queries and fresh tokens are."""
+    """``num_queries``: None where each row has one.
+    ``MORE``: tokens that a row holds besides those that its length counts.
+    Optional: ``table_ptr``, for each row ``num_blocks`` places of ``PAGE`` tokens; ``new_key_ptr`` and what belongs to
+    it, fresh tokens; ``starts_ptr``, where each row begins in the line that queries and fresh tokens are."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -254,7 +260,8 @@ def attend_kernel(
 
 
 def strides_of(stored: Stored) -> tuple[int | None, ...]:
-    """Of a pool, from block to block, head to head, token to token: keys', then values'; None where rows have their own slots."""
+    """Of a pool, from block to block, head to head, token to token: keys', then values';
+    None where rows have their own slots."""
     check(stored)
     if stored.block_table is None:
         return (None,) * 6
@@ -273,7 +280,8 @@ def append(
     stored: Stored,
     starts: Tensor | None = None,
 ) -> None:
-    """Store new tokens behind what each row holds: the tensors are :func:`kvruntime.methods.full.reference.append`'s."""
+    """Store new tokens behind what each row holds: the tensors are
+    :func:`kvruntime.methods.full.reference.append`'s."""
     check(stored)
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     if counts is not None and not isinstance(counts, Tensor):
@@ -284,9 +292,11 @@ def append(
     append_kernel[(triton.cdiv(length, 16), heads * (batch_size if starts is None else 1))](
         key, value, stored.key, stored.value, stored.lengths, None if starts is not None else counts, starts,
         None if table is None else table.contiguous(), *line_strides(key, starts), *line_strides(value, starts),
-        *stored.key.stride()[:3], *stored.value.stride()[:3], length, None if table is None else table.shape[1], batch_size,
-        NUM_HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_T=16, BLOCK_D=triton.next_power_of_2(max(key_dim, value_dim)),
-        PAGE=0 if table is None else stored.key.shape[2], BLOCK_B=0 if starts is None else lines.block_b(batch_size),
+        *stored.key.stride()[:3], *stored.value.stride()[:3], length,
+        None if table is None else table.shape[1], batch_size,
+        NUM_HEADS=heads, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_T=16,
+        BLOCK_D=triton.next_power_of_2(max(key_dim, value_dim)), PAGE=0 if table is None else stored.key.shape[2],
+        BLOCK_B=0 if starts is None else lines.block_b(batch_size),
         enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -312,8 +322,9 @@ def step(
         *strides_of(stored), stored.key.shape[2], None if table is None else table.shape[1],
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(key_dim),
-        BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None, PAGE=0 if table is None else stored.key.shape[2],
-        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=1, **({"launch_pdl": True} if early else {}),
+        BLOCK_V=triton.next_power_of_2(value_dim), ROTARY=rotary is not None,
+        PAGE=0 if table is None else stored.key.shape[2], EARLY=(early := overlaps(key)), enable_fp_fusion=False,
+        num_warps=1, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
@@ -363,8 +374,9 @@ def attend(
 ) -> Tensor:
     """Attention over everything a layer stores: the tensors are :func:`kvruntime.methods.full.reference.attend`'s.
 
-    ``num_tokens``: the most that a row will hold; it plans the splits (default: what is provided for).  Raises ``ValueError`` for
-    more than ``MAX_Q_PER_KV`` query heads that share one key/value head, where each row has one query.
+    ``num_tokens``: the most that a row will hold; it plans the splits (default: what is provided for).  Raises
+    ``ValueError`` for more than ``MAX_Q_PER_KV`` query heads that share one key/value head,
+    where each row has one query.
     """
     key, value, lengths, table = stored
     batch_size, q_heads = len(lengths), query.shape[1]
@@ -400,12 +412,13 @@ def attend(
         partial = query.new_empty(*out.shape[:-1], splits, value_dim, dtype=torch.float32)
     dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float16)
     attend_kernel[(splits, rows, blocks)](
-        query, key, value, lengths, None if table is None else table.contiguous(), new_key, new_value, counts, starts, partial, lse,
-        scale * LOG2E, *line_strides(query, starts), *strides, *strides_of(stored), None if alone else length, page, num_blocks,
-        batch_size, splits, NUM_HEADS=heads, Q_PER_KV=q_per_kv, KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=block_m,
-        BLOCK_N=tile, BLOCK_K=block_k, BLOCK_V=block_v, DOT=dot, NUM_STAGES=NUM_STAGES, enable_fp_fusion=True, num_warps=4,
-        MORE=int(stepped), PAGE=0 if table is None else page, BLOCK_B=0 if starts is None else lines.block_b(batch_size),
-        EARLY=(early := overlaps(query)), **({"launch_pdl": True} if early else {}),
+        query, key, value, lengths, None if table is None else table.contiguous(), new_key, new_value, counts, starts,
+        partial, lse, scale * LOG2E, *line_strides(query, starts), *strides, *strides_of(stored),
+        None if alone else length, page, num_blocks, batch_size, splits, NUM_HEADS=heads, Q_PER_KV=q_per_kv,
+        KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=block_m, BLOCK_N=tile, BLOCK_K=block_k, BLOCK_V=block_v, DOT=dot,
+        NUM_STAGES=NUM_STAGES, enable_fp_fusion=True, num_warps=4, MORE=int(stepped), PAGE=0 if table is None else page,
+        BLOCK_B=0 if starts is None else lines.block_b(batch_size), EARLY=(early := overlaps(query)),
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(out.numel() // value_dim, triton.cdiv(value_dim, COMBINE_D))](

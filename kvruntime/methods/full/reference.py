@@ -1,6 +1,7 @@
 """The uncompressed cache in plain PyTorch, over rows' own slots or a pool of blocks: the meaning of the kernels.
 
-Lengths: ``Stored.lengths`` counts what lies in its tensors when a call begins, without what the call brings; the caller counts.
+Lengths: ``Stored.lengths`` counts what lies in its tensors when a call begins, without what the call brings;
+the caller counts.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Stored(NamedTuple):
     | lengths | [batch_size] int32: tokens stored |
     | block_table | [batch_size, num_blocks] int32, or None |
 
-    With a block table, key and value are pools [pool_size, num_kv_heads, n, dim] of any strides but the last, 1: token t of
-    row b lies in slot ``t % n`` of block ``block_table[b, t // n]``.  Rows may share blocks.  Entries for tokens that a row
-    does not have are not looked at.
+    With a block table, key and value are pools [pool_size, num_kv_heads, n, dim] of any strides but the last, 1: token
+    t of row b lies in slot ``t % n`` of block ``block_table[b, t // n]``.  Rows may share blocks.  Entries for tokens
+    that a row does not have are not looked at.
     """
 
     key: Tensor
@@ -73,7 +74,7 @@ def append(
     |---|---|
     | key, value | [batch_size, num_kv_heads, L, dim]; row b's tokens are the last counts[b] of the L |
     | counts | a number a row; None: all are |
-    | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], in which row b's begin at starts[b] |
+    | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], row b's from starts[b] |
     """
     check(stored)
     counts = row_counts(counts, starts, len(stored.lengths), key.shape[2])
@@ -129,9 +130,9 @@ def attend(
     | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
     | starts | [batch_size + 1] int32, or None |
 
-    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at ``starts[b]``, the
-    fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes the output.  ``stepped``:
-    each row holds one token more than its length says, which :func:`step` has just stored.
+    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at
+    ``starts[b]``, the fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes
+    the output.  ``stepped``: each row holds one token more than its length says, which :func:`step` has just stored.
     """
     if starts is not None:
         counts = row_counts(None, starts, len(stored.lengths), 0)

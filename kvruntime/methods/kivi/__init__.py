@@ -49,7 +49,8 @@ def read_back(method: Kivi, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
 
 
 def turned(x: Tensor) -> Tensor:
-    """``x [..., channels]`` times a normalised Hadamard matrix by Sylvester's construction, one a power of two of channels."""
+    """``x [..., channels]`` times a normalised Hadamard matrix by Sylvester's construction,
+    one a power of two of channels."""
     block = x.shape[-1] & -x.shape[-1]
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < block:
@@ -59,7 +60,8 @@ def turned(x: Tensor) -> Tensor:
 
 
 def midrise(x: Tensor, nbits: int) -> Tensor:
-    """``x [..., channels]`` to the nearest of ``2**nbits`` levels around zero (of two the upper), a normal variable's best step apart."""
+    """``x [..., channels]`` to the nearest of ``2**nbits`` levels around zero (of two the upper),
+    a normal variable's best step apart."""
     step = (x.square().mean(-1, keepdim=True).sqrt() * STEPS[nbits]).half().float()
     most = (2**nbits - 1) / 2
     level = torch.where(step > 0, x * (1 / step), 0.0)  # as the layer has it: multiples of a step are no rare values

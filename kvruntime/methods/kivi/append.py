@@ -32,8 +32,8 @@ from kvruntime.methods.kivi.words import record_constants
 @triton.jit
 def store_kernel(
     key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr, layers_ptr,
-    exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb,
-    stride_yh, stride_yt, new_length, num_slots, num_pages, batch_size, skip,
+    exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt,
+    stride_yb, stride_yh, stride_yt, new_length, num_slots, num_pages, batch_size, skip,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, RECORD: tl.constexpr,
     SINK: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, ROTATION: tl.constexpr,
@@ -105,10 +105,10 @@ def append(
 ) -> None:
     """Store new tokens: the tensors and their meaning are :func:`kvruntime.methods.kivi.reference.append`'s.
 
-    Without ``books``, or with a line, nothing is read back: as many programs start as any lengths may need, whatever the rows
-    hold, so that a CUDA graph of it holds too (``counts`` then None or int32 on the device).  With them, an append that packs
-    nothing is one launch.  ``layers``: :func:`addresses` of many layers, the tensors being the first's; they share everything
-    else, tables too.
+    Without ``books``, or with a line, nothing is read back: as many programs start as any lengths may need, whatever
+    the rows hold, so that a CUDA graph of it holds too (``counts`` then None or int32 on the device).  With them, an
+    append that packs nothing is one launch.  ``layers``: :func:`addresses` of many layers, the tensors being the
+    first's; they share everything else, tables too.
     """
     record, sink, residual = layout
     if layers is not None and record.boosted:
@@ -146,11 +146,12 @@ def append(
             most // record.num_tokens if starts is None else lines.num_blocks(new_length, batch_size, record.num_tokens)
         )
         pack_kernel[(blocks * launch["PARTS"], rows, num_layers)](
-            key, value, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.key_order, stored.lengths,
-            stored.packed, ragged, starts, layers, where.block_table, where.exact_table, *strides, *where.strides, new_length, where.num_slots,
-            where.num_records, where.num_pages, batch_size,
-            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual, SINK=sink, RESIDUAL=residual, PAGE=where.page,
-            BLOCK_B=block_b, **record_constants(record), enable_fp_fusion=True, **launch, **(permuting(record) if where.page else {}),
+            key, value, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.key_order,
+            stored.lengths, stored.packed, ragged, starts, layers, where.block_table, where.exact_table, *strides,
+            *where.strides, new_length, where.num_slots, where.num_records, where.num_pages, batch_size,
+            NUM_HEADS=heads, NEW=new_length > 1 or record.num_tokens > residual, SINK=sink, RESIDUAL=residual,
+            PAGE=where.page, BLOCK_B=block_b, **record_constants(record), enable_fp_fusion=True, **launch,
+            **(permuting(record) if where.page else {}),
         )  # fmt: skip
     dim = max(record.key_dim, record.value_dim)
     block = 1 if new_length == 1 else 16
@@ -164,8 +165,8 @@ def append(
         key, value, stored.exact_key, stored.exact_value, stored.lengths, stored.packed, ragged, starts, layers,
         where.exact_table, *strides, *where.strides, new_length, where.num_slots, where.num_pages, batch_size, skip,
         NUM_HEADS=heads, KEY_DIM=record.key_dim, VALUE_DIM=record.value_dim, RECORD=record.num_tokens,
-        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), PAGE=where.page, BLOCK_B=block_b,
-        ROTATION=record.rotation,
+        SINK=sink, RESIDUAL=residual, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(dim), PAGE=where.page,
+        BLOCK_B=block_b, ROTATION=record.rotation,
         enable_fp_fusion=True, num_warps=1 if block == 1 else 4,
     )  # fmt: skip
 

@@ -7,8 +7,9 @@ flash-decoding)::
     S = scale * query . key                 m' = max(m, max S)      p = exp(S - m')
     l = l * exp(m - m') + sum p             out = out * exp(m - m') + p . value
 
-Parallel over splits of the tokens, key/value heads (whose query heads share every load) and blocks of query rows.  Where all
-rows' queries are one line, there are as many blocks as any lengths may need, and each finds its row among the starts.
+Parallel over splits of the tokens, key/value heads (whose query heads share every load) and blocks of query rows.
+Where all rows' queries are one line, there are as many blocks as any lengths may need, and each finds its
+row among the starts.
 Splits leave ``(out, lse)`` in float32, and ``combine_kernel`` merges them.  float16 and bfloat16 models multiply in
 float16 (bfloat16 data is exact there up to 65,504; the packed part is bounded by ``reference.LIMIT``) and
 accumulate in float32; float32 models multiply in float32.
@@ -51,9 +52,9 @@ REGISTERS = 255
 @triton.jit
 def load_plane(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
                NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """One plane of a tile's codes as numbers ``[TILE, WIDTH]``: they become ``DOT`` while still in memory order, so that
-    whatever moves between threads is two bytes an element.  In float16 by way of ``1024 + code``, whose last bits are the
-    code."""
+    """One plane of a tile's codes as numbers ``[TILE, WIDTH]``: they become ``DOT`` while still in memory order, so
+    that whatever moves between threads is two bytes an element.  In float16 by way of ``1024 + code``, whose last bits
+    are the code."""
     AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 1)
     WORDS: tl.constexpr = TILE * WIDTH * BITS // 32
     at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, WORDS)
@@ -80,9 +81,9 @@ def load_levels(words_ptr, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl
 
 
 @triton.jit
-def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr,
-                  KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, RECORD: tl.constexpr,
-                  TILE: tl.constexpr, KEY_PARAMS: tl.constexpr):  # fmt: skip
+def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.constexpr, W: tl.constexpr,
+                  DOT: tl.constexpr, KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr,
+                  RECORD: tl.constexpr, TILE: tl.constexpr, KEY_PARAMS: tl.constexpr):  # fmt: skip
     """Keys ``[TILE, W]`` of tile ``tile`` of a record."""
     d = C0 + tl.arange(0, W)
     x = load_levels(record_ptr + tile * (TILE * KEY_DIM * KEY_NBITS // 32), "key", TILE, C0, W, KEY_NBITS, DOT)
@@ -104,8 +105,8 @@ def load_key_tile(record_ptr, half_ptr, params_ptr, zero_offset, tile, C0: tl.co
 
 @triton.jit
 def load_boost_tile(record_ptr, half_ptr, tile, BOOSTED: tl.constexpr, DOT: tl.constexpr, KEY_DIM: tl.constexpr,
-                    KEY_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, KEY_PARAMS: tl.constexpr, BOOST: tl.constexpr,
-                    BOOST_CODES: tl.constexpr):  # fmt: skip
+                    KEY_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, KEY_PARAMS: tl.constexpr,
+                    BOOST: tl.constexpr, BOOST_CODES: tl.constexpr):  # fmt: skip
     """What the lower bits of the boosted channels add to keys, ``[TILE, BOOSTED]`` of tile ``tile`` of a record."""
     d = tl.arange(0, BOOSTED)
     words_ptr = record_ptr + BOOST_CODES + tile * (TILE * BOOSTED * BOOST // 32)
@@ -121,9 +122,10 @@ def load_boost_tile(record_ptr, half_ptr, tile, BOOSTED: tl.constexpr, DOT: tl.c
 
 
 @triton.jit
-def load_value_tile(record_ptr, half_ptr, tile, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr, VALUE_DIM: tl.constexpr,
-                    VALUE_NBITS: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
-                    VALUE_CODES: tl.constexpr, VALUE_PARAMS: tl.constexpr, ROTATION: tl.constexpr):  # fmt: skip
+def load_value_tile(record_ptr, half_ptr, tile, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constexpr,
+                    VALUE_DIM: tl.constexpr, VALUE_NBITS: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+                    TILE: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_PARAMS: tl.constexpr,
+                    ROTATION: tl.constexpr):  # fmt: skip
     """Values ``[TILE, W]`` of tile ``tile`` of a record."""
     GROUPS: tl.constexpr = groups_in(C0, W, VALUE_GROUP)
     ZEROS: tl.constexpr = RECORD * (VALUE_DIM // VALUE_GROUP)
@@ -183,19 +185,20 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
 @triton.jit
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr, new_key_ptr,
-    new_value_ptr, counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb,
-    stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
-    num_queries, num_slots, num_records, num_pages, batch_size, num_splits,
+    new_value_ptr, counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb,
+    stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh,
+    stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots, num_records, num_pages, batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
-    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr,
-    ROTATION: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr, NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr, BOOST: tl.constexpr,
+    BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row begins in the line that queries and fresh tokens
-    are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``, for each row ``num_records`` places of records;
-    ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
+    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row
+    begins in the line that queries and fresh tokens are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``,
+    for each row ``num_records`` places of records; ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE``
+    exact tokens, keys and values by strides of their own."""
     split = tl.program_id(0)
     if BLOCK_B == 0:
         row = tl.program_id(1) // NUM_HEADS
@@ -262,14 +265,15 @@ def attend_kernel(
         tile = index % TILES
         score = tl.zeros([BLOCK_M, TILE], tl.float32)
         if BOOST > 0:
-            key = load_boost_tile(record_ptr, half_ptr, tile, BOOSTED, DOT, KEY_DIM, KEY_GROUP, RECORD, TILE, KEY_PARAMS, BOOST,
-                                  BOOST_CODES)  # fmt: skip
+            key = load_boost_tile(record_ptr, half_ptr, tile, BOOSTED, DOT, KEY_DIM, KEY_GROUP, RECORD, TILE,
+                                  KEY_PARAMS, BOOST, BOOST_CODES)  # fmt: skip
             score = tl.dot(boost_query, tl.trans(key), score, input_precision="ieee")
         # Narrow chunks first, here and below: Triton deals the warps out by the last product of a chain, and where that
         # has no more columns than rows (16) every warp does all of every product.
         for i in tl.static_range(len(KEY_CHUNKS) - 1, -1, -1):
-            key = load_key_tile(record_ptr, half_ptr, seq_params_ptr, batch_size * NUM_HEADS * KEY_DIM, tile, KEY_CHUNKS[i][0],
-                                KEY_CHUNKS[i][1], DOT, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, KEY_PARAMS)  # fmt: skip
+            key = load_key_tile(record_ptr, half_ptr, seq_params_ptr, batch_size * NUM_HEADS * KEY_DIM, tile,
+                                KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], DOT, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD,
+                                TILE, KEY_PARAMS)  # fmt: skip
             score = tl.dot(packed_query[i], tl.trans(key), score, input_precision="ieee")
         score = score * scale_log2
         new_peak = tl.maximum(peak, tl.max(score, 1))
@@ -280,7 +284,8 @@ def attend_kernel(
         new_acc = ()
         for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
             value = load_value_tile(record_ptr, half_ptr, tile, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT, VALUE_DIM,
-                                    VALUE_NBITS, VALUE_GROUP, RECORD, TILE, VALUE_CODES, VALUE_PARAMS, ROTATION)  # fmt: skip
+                                    VALUE_NBITS, VALUE_GROUP, RECORD, TILE, VALUE_CODES,
+                                    VALUE_PARAMS, ROTATION)  # fmt: skip
             new_acc = (tl.dot(weight.to(DOT), value, acc[i] * alpha[:, None], input_precision="ieee"),) + new_acc
         acc = new_acc
 
@@ -310,8 +315,8 @@ def attend_kernel(
             key_at = page * stride_xb + token % PAGE * stride_xt
             value_at = page * stride_yb + token % PAGE * stride_yt
         acc, peak, total = attend_plain(
-            query, acc, peak, total, own_key_ptr, own_value_ptr, key_at, value_at, held[None, :] & real[:, None], held, scale_log2,
-            KEY_DIM, VALUE_DIM, DOT,
+            query, acc, peak, total, own_key_ptr, own_value_ptr, key_at, value_at, held[None, :] & real[:, None], held,
+            scale_log2, KEY_DIM, VALUE_DIM, DOT,
         )  # fmt: skip
 
     # ---- fresh tokens, causal
@@ -330,9 +335,10 @@ def attend_kernel(
             t = block * BLOCK_N + n
             held = (t >= first) & (t < num_queries)
             acc, peak, total = attend_plain(
-                query, acc, peak, total, new_key_ptr + head.to(tl.int64) * stride_kh, new_value_ptr + head.to(tl.int64) * stride_vh,
-                t.to(tl.int64) * stride_kt, t.to(tl.int64) * stride_vt,
-                held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, KEY_DIM, VALUE_DIM, DOT,
+                query, acc, peak, total, new_key_ptr + head.to(tl.int64) * stride_kh,
+                new_value_ptr + head.to(tl.int64) * stride_vh, t.to(tl.int64) * stride_kt, t.to(tl.int64) * stride_vt,
+                held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, KEY_DIM,
+                VALUE_DIM, DOT,
             )  # fmt: skip
 
     # ---- (out, lse) of this split; a query that saw nothing, or is padding, is zero
@@ -363,8 +369,8 @@ def plan_splits(programs: int, num_tokens: int, num_sms: int) -> int:
 def block_rows(rows: int, dim: int) -> int:
     """Query rows a program: 16 (the matrix unit's least), or 32 where the registers allow.
 
-    Not 64: there Triton 3.6 goes over to Hopper's warp-group instructions, and heads of 96 channels came out wrong (up to
-    0.4 of the norm).
+    Not 64: there Triton 3.6 goes over to Hopper's warp-group instructions, and heads of 96 channels came out wrong (up
+    to 0.4 of the norm).
     """
     return 16 if rows <= 16 or dim & (dim - 1) else 32
 
@@ -381,8 +387,8 @@ def attend(
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
-    Lengths, counts, starts and tables are int32 and stay on the device.  ``num_splits`` overrides the plan, which is made for
-    rows of ``num_tokens``, or of what the buffers provide for.
+    Lengths, counts, starts and tables are int32 and stay on the device.  ``num_splits`` overrides the plan, which is
+    made for rows of ``num_tokens``, or of what the buffers provide for.
     """
     record, sink, residual = layout
     batch_size, heads = len(stored.lengths), stored.exact_key.shape[1]
@@ -420,9 +426,10 @@ def attend(
         lse = out.new_empty(*out.shape[:-1], num_splits, dtype=torch.float32)
     looked_up = where.block_table is not None or where.exact_table is not None or starts is not None
     attend_kernel[(num_splits, rows, blocks)](
-        query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.key_order, stored.lengths,
-        stored.packed, new_key, new_value, counts, starts, where.block_table, where.exact_table, partial, lse, scale * LOG2E, *query_strides, *strides,
-        *where.strides, num_queries, where.num_slots, where.num_records, where.num_pages, batch_size, num_splits,
+        query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.key_order,
+        stored.lengths, stored.packed, new_key, new_value, counts, starts, where.block_table, where.exact_table,
+        partial, lse, scale * LOG2E, *query_strides, *strides, *where.strides, num_queries, where.num_slots,
+        where.num_records, where.num_pages, batch_size, num_splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, PAGE=where.page,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size),
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),
@@ -432,7 +439,8 @@ def attend(
         block_d = record.rotation or COMBINE_D
         combine_kernel[(out.numel() // record.value_dim, triton.cdiv(record.value_dim, block_d))](
             partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=block_d, ROTATION=record.rotation,
-            BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE, num_warps=8 if block_d > 64 else 4,
+            BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE,
+            num_warps=8 if block_d > 64 else 4,
         )  # fmt: skip
     return out
 
@@ -445,8 +453,8 @@ def rotated(value: Tensor, size: int) -> Tensor:
     batch_size, heads, tokens, dim = x.shape
     out = torch.empty((batch_size, heads, tokens, dim), dtype=fresh_type(x.dtype), device=x.device)
     rotate_kernel[(triton.cdiv(tokens, 16), batch_size * heads)](
-        x, out, *x.stride()[:3], tokens, NUM_HEADS=heads, DIM=dim, SIZE=size, BLOCK_T=16, BLOCK_D=triton.next_power_of_2(dim),
-        LIMIT=LIMIT, enable_fp_fusion=True, num_warps=4,
+        x, out, *x.stride()[:3], tokens, NUM_HEADS=heads, DIM=dim, SIZE=size, BLOCK_T=16,
+        BLOCK_D=triton.next_power_of_2(dim), LIMIT=LIMIT, enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
     return out[0].transpose(0, 1) if line else out
 

@@ -84,7 +84,8 @@ def portable(layer: KiviLayer, query: Tensor, scale: float, scratch: Tensor) -> 
 
 
 def about(layer: KiviLayer, query: Tensor, plain: bool) -> dict[str, Any]:
-    """How many of the first row's tokens are exact, which kernel attends (``plain``: the portable one), how launched."""
+    """How many of the first row's tokens are exact, which kernel attends (``plain``: the portable one),
+    how launched."""
     fast = None if plain else fast_kernel(layer, query)
     row: dict[str, Any] = {"exact_tokens": layer.row_lengths[0] - layer.row_packed[0]}
     row["kernel"] = "reference" if layer.device.type == "cpu" else "portable" if fast is None else "fast"
@@ -147,8 +148,8 @@ def planned(kernels: Any) -> Iterator[list[int]]:
 def packers(layer: KiviLayer, key: Tensor, value: Tensor) -> dict[str, Callable[[], Any]]:
     """Other code that quantizes the tokens of ``key`` and ``value`` that ``layer`` packed.
 
-    ``eager``: the PyTorch reference.  ``compiled``: :func:`lean_pack` under ``torch.compile``, which writes as many words
-    in an order that asks for no shuffling.
+    ``eager``: the PyTorch reference.  ``compiled``: :func:`lean_pack` under ``torch.compile``, which writes as many
+    words in an order that asks for no shuffling.
     """
     old = [x[:, :, : layer.row_packed[0]] for x in (key, value)]
     method = layer.method

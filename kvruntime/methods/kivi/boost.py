@@ -1,8 +1,8 @@
 """Triton: packing of boosted key channels and of rotated values, and the choice of the channels that are boosted.
 
-The arithmetic is ``pack_boosted``'s and ``pack_symmetric``'s of :mod:`kvruntime.methods.kivi.reference`.  A prompt's records
-are packed by programs that share nothing, so ``kvruntime.methods.kivi.pack.order_kernel`` chooses before them.  A step
-packs one record, by the program that chooses first where it is the row's first.
+The arithmetic is ``pack_boosted``'s and ``pack_symmetric``'s of :mod:`kvruntime.methods.kivi.reference`.  A prompt's
+records are packed by programs that share nothing, so ``kvruntime.methods.kivi.pack.order_kernel`` chooses before them.
+A step packs one record, by the program that chooses first where it is the row's first.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def step_of(nbits):
 
 
 @triton.jit
-def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new_t, pages, NEW: tl.constexpr, DIM: tl.constexpr,
-                 WIDTH: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """``order_ptr [DIM]`` of a head from its record that begins with token ``first``; ``WIDTH`` is ``DIM`` to a power of two.
+def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new_t, pages, NEW: tl.constexpr,
+                 DIM: tl.constexpr, WIDTH: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
+                 RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """``order_ptr [DIM]`` of a head from its record that begins with token ``first``;
+    ``WIDTH`` is ``DIM`` to a power of two.
 
-    The range that as many channels reach as are boosted is found bit by bit: ranges are not negative, so that their bits
-    are in their order."""
+    The range that as many channels reach as are boosted is found bit by bit: ranges are not negative, so that their
+    bits are in their order."""
     BOOSTED: tl.constexpr = boosted_channels(DIM)
     d = tl.arange(0, WIDTH)
     real = d < DIM
@@ -45,8 +47,8 @@ def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new
     high = tl.full([WIDTH], -LIMIT, tl.float32)
     for begin in range(0, RECORD, 16):
         token = first + begin + tl.arange(0, 16)
-        x = load_tokens(exact_ptr, new_ptr, token, d, real[None, :], length, count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL,
-                        PAGE)  # fmt: skip
+        x = load_tokens(exact_ptr, new_ptr, token, d, real[None, :], length, count, stride_new_t, pages, NEW, DIM, SINK,
+                        RESIDUAL, PAGE)  # fmt: skip
         x = finite(x)[0]
         low = tl.minimum(low, tl.min(x, 0))
         high = tl.maximum(high, tl.max(x, 0))
@@ -83,12 +85,13 @@ def long_codes(x, is_nan, inverse, zero, top):
 
 
 @triton.jit
-def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, count, stride_new_t, pages, NEW: tl.constexpr,
-                      C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr, BOOST: tl.constexpr,
-                      LOWER: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
-                      RESIDUAL: tl.constexpr, PAGE: tl.constexpr, PARAMS: tl.constexpr, BOOST_CODES: tl.constexpr):  # fmt: skip
-    """One chunk of a record's key channels in the row's order: upper bits, scales and zeros, or with ``LOWER`` the lower bits of
-    the boosted channels, which the chunk then is."""
+def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, count, stride_new_t, pages,
+                      NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
+                      BOOST: tl.constexpr, LOWER: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
+                      TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr,
+                      PARAMS: tl.constexpr, BOOST_CODES: tl.constexpr):  # fmt: skip
+    """One chunk of a record's key channels in the row's order: upper bits, scales and zeros, or with ``LOWER`` the
+    lower bits of the boosted channels, which the chunk then is."""
     TILE_WORDS: tl.constexpr = TILE * W * BOOST // 32 if LOWER else TILE * DIM * NBITS // 32
     words_ptr = record_ptr + (BOOST_CODES if LOWER else 0)
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
@@ -105,8 +108,8 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
         high = tl.full([GROUPS, W], -LIMIT, tl.float32)
         nans = tl.zeros([GROUPS, W], tl.int32)
         for tile in range(SPAN // TILE):
-            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + tile * TILE + t, channel, everything, length, count,
-                            stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + tile * TILE + t, channel, everything, length,
+                            count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             x, is_nan = finite(x)
             x = tl.reshape(x, (GROUPS, TILE // GROUPS, W))
             low = tl.minimum(low, tl.min(x, 1))
@@ -118,8 +121,8 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
             tl.store(half_ptr + at, scale)
             tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
         for tile in range(SPAN // TILE):
-            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + tile * TILE + t, channel, everything, length, count,
-                            stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + tile * TILE + t, channel, everything, length,
+                            count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             x, is_nan = finite(x)
             x = tl.reshape(x, (GROUPS, TILE // GROUPS, W))
             is_nan = tl.reshape(is_nan, (GROUPS, TILE // GROUPS, W))
@@ -135,7 +138,8 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
 def load_rotated(exact_ptr, new_ptr, token, channel, length, stride_new_t, pages, NEW: tl.constexpr, N: tl.constexpr,
                  WIDTH: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
                  PAGE: tl.constexpr):  # fmt: skip
-    """Tokens at whole rotations of channels, float32 ``[N, WIDTH]`` as exact slots hold them: new ones are rotated here."""
+    """Tokens at whole rotations of channels, float32 ``[N, WIDTH]`` as exact slots hold them:
+    new ones are rotated here."""
     stored = token < length
     at = exact_at(token, stored, pages, DIM, SINK, RESIDUAL, PAGE)
     x = tl.load(exact_ptr + at[:, None] + channel[None, :], mask=stored[:, None], other=0.0).to(tl.float32)
@@ -149,8 +153,9 @@ def load_rotated(exact_ptr, new_ptr, token, channel, length, stride_new_t, pages
 
 @triton.jit
 def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, stride_new_t, pages, NEW: tl.constexpr,
-                        DIM: tl.constexpr, NBITS: tl.constexpr, SIZE: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
-                        SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+                        DIM: tl.constexpr, NBITS: tl.constexpr, SIZE: tl.constexpr, RECORD: tl.constexpr,
+                        TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
+                        PAGE: tl.constexpr):  # fmt: skip
     """A record's values, tile after tile: a scale a token, codes around zero."""
     CHUNKS: tl.constexpr = chunks(DIM)
     t = tl.arange(0, TILE)
@@ -160,8 +165,8 @@ def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, 
         squares = tl.zeros([TILE], tl.float32)
         for i in tl.static_range(len(CHUNKS)):
             d = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
-            x = load_rotated(exact_ptr, new_ptr, token, d, length, stride_new_t, pages, NEW, TILE, CHUNKS[i][1], SIZE, DIM, SINK,
-                             RESIDUAL, PAGE)  # fmt: skip
+            x = load_rotated(exact_ptr, new_ptr, token, d, length, stride_new_t, pages, NEW, TILE, CHUNKS[i][1], SIZE,
+                             DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             squares += sum_of_squares(x, TILE, CHUNKS[i][1])
             tiles = tiles + (x,)  # type: ignore[assignment]
         scale = (tl.sqrt_rn(squares * (1 / DIM)) * step_of(NBITS)).to(tl.float16)

@@ -41,7 +41,8 @@ class KiviLayer(Rows):
 
     @property
     def kernel(self) -> str:
-        """What attends to one query a row: the PyTorch reference, the portable Triton kernel, or the tensor-core one."""
+        """What attends to one query a row: the PyTorch reference, the portable Triton kernel,
+        or the tensor-core one."""
         if self.device.type != "cuda":
             return "PyTorch reference"
         takes = _fast() is not None and _kernels("fast_plan").holds(self.record)

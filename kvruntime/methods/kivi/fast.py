@@ -8,8 +8,9 @@ The dequantized key is ``code * scale + zero``, so with one scale a channel ``d`
 
 The scales go to the small operand (query, p) and the codes to the matrix unit as they lie: masked where they stand in
 their word, a code is the float16 subnormal ``code * 2**(nbits * j - 24)``, exactly; ``2**(nbits * j)`` is
-undone in the query and, for values, after the last record.  The records' word order (kvsim/methods/packing.py) is the matrix
-operand's, so a program of one warp copies a tile of 64 tokens ahead (cp.async), and masks, multiplies, and is done.
+undone in the query and, for values, after the last record.  The records' word order (kvsim/methods/packing.py) is the
+matrix operand's, so a program of one warp copies a tile of 64 tokens ahead (cp.async), and masks, multiplies,
+and is done.
 
 Matrices are ``[tokens or channels, heads]``: 8 columns hold the query heads that share a key/value head.  Rounding: the
 query is exact (scaled by a power of two); ``query * scale`` is held as the sum of two float16 (the second in columns
@@ -21,10 +22,11 @@ Range, whatever the cache holds: the query is scaled so that ``query * scale`` c
 scale below about 2**-8 leaves ``query * scale`` fewer than 11 bits.
 
 A head of 96 channels is two chunks, of 64 and 32 channels, one of 80 is 64 and 16, each with a word order of its own
-(:func:`spans`): whatever has channels is a tuple of two, in shared memory and in registers.  Scores are one chain of products,
-and one softmax.  With boosted key channels (``BOOST_CODES``, the first word of their lower bits in a record; values are rotated
-then) packed channels are in the order of ``order_ptr``, the lower bits are a product of their own over the first of them, and a
-value's zero is its scale times a constant, taken at the end.  Of 16 channels at 2 bits the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
+(:func:`spans`): whatever has channels is a tuple of two, in shared memory and in registers.  Scores are one chain of
+products, and one softmax.  With boosted key channels (``BOOST_CODES``, the first word of their lower bits in a record;
+values are rotated then) packed channels are in the order of ``order_ptr``, the lower bits are a product of their own
+over the first of them, and a value's zero is its scale times a constant, taken at the end.  Of 16 channels at 2 bits
+the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
 
 Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
 """
@@ -89,8 +91,8 @@ BOOST = gl.constexpr(2)
 
 @gluon.constexpr_function
 def spans(dim, groups):
-    """``((first channel, width, first value group, value groups), ...)`` of a head's chunks of channels, which are spans here: a
-    chunk is of exact slots."""
+    """``((first channel, width, first value group, value groups), ...)`` of a head's chunks of channels, which are
+    spans here: a chunk is of exact slots."""
     out, first = [], 0
     for width in channel_chunks(dim):
         out.append((first, width, first * groups // dim, max(1, width * groups // dim)))
@@ -106,8 +108,8 @@ def channels_shape(width, groups):
 
 @gluon.constexpr_function
 def token_in_byte(width, nbits):
-    """Whether a code's place in its byte has a bit of the token above those of the channel, which are ``width // 8`` places: ``hi``
-    of keys, ``kk`` of values."""
+    """Whether a code's place in its byte has a bit of the token above those of the channel, which are ``width // 8``
+    places: ``hi`` of keys, ``kk`` of values."""
     return 8 // nbits > width // 8
 
 
@@ -115,8 +117,9 @@ def token_in_byte(width, nbits):
 def operand_axes(stream, width, nbits):
     """``(shape, permutation)`` from a tile's unpacked words to ``[rows, k]`` of the matrix operand.
 
-    :func:`unpack` leaves ``memory_shape`` with its last axes reversed (half word, then field bits from the lowest).  Keys
-    are ``[token, channel]`` with the channel bits in the operand's order (ks, kk, c, e), values ``[channel, token]``.
+    :func:`unpack` leaves ``memory_shape`` with its last axes reversed (half word, then field bits from the lowest).
+    Keys are ``[token, channel]`` with the channel bits in the operand's order (ks, kk, c, e), values
+    ``[channel, token]``.
     """
     order = tile_order(stream, packing.MAX_TILE, width, nbits)
     last = len(order.memory_shape) - 1
@@ -131,7 +134,8 @@ def operand_axes(stream, width, nbits):
 
 @gluon.constexpr_function
 def unpack_asm(nbits):
-    """PTX: one word to its codes, each masked in place in either half of a register; the upper byte moved down first."""
+    """PTX: one word to its codes, each masked in place in either half of a register;
+    the upper byte moved down first."""
     fields, step = 16 // nbits, 8 // nbits
     word, lines = f"${2 * fields}", []
     for field in range(fields):
@@ -159,7 +163,8 @@ def room(nbits):
 
 @gluon.constexpr_function
 def words_shape(width, nbits):
-    """``[vectors, 32, 4]`` words of a tile: 16-byte vectors, lane after lane; of 16 channels at 2 bits 8-byte vectors."""
+    """``[vectors, 32, 4]`` words of a tile: 16-byte vectors, lane after lane;
+    of 16 channels at 2 bits 8-byte vectors."""
     words = packing.MAX_TILE * width * nbits // 32
     each = min(4, words // 32)
     return [words // 32 // each, 32, each]
@@ -172,7 +177,8 @@ def words_layout(shape):
 
 @gluon.constexpr_function
 def line_layout(size, width):
-    """``[size / width, width]`` halves, copied in vectors of 16 bytes where there are enough of them, and of 4 at least."""
+    """``[size / width, width]`` halves, copied in vectors of 16 bytes where there are enough of them,
+    and of 4 at least."""
     vector = max(2, min(8, size // 32))
     return gl.BlockedLayout([1, vector], [32 * vector // width, width // vector], [1, 1], [1, 0])
 
@@ -290,7 +296,8 @@ def product_or_rest(a, b, part):
 
 @gluon.jit
 def softmax_step(score, factor, peak, margin):
-    """``(p as an operand, rescale, peak)`` for raw scores ``[1, tokens, 8]``; p is at most ``2**(HEADROOM - margin)``."""
+    """``(p as an operand, rescale, peak)`` for raw scores ``[1, tokens, 8]``; p is at most
+    ``2**(HEADROOM - margin)``."""
     TOKENS: gl.constexpr = score.shape[1]
     PER_HEAD: gl.constexpr = gl.SliceLayout(1, MMA)
     new_peak = gl.maximum(peak, gl.convert_layout(gl.max(score, axis=1), PER_HEAD) * factor + margin)
@@ -327,8 +334,8 @@ def power_of_two(exponent):
 
 
 @gluon.jit
-def copy_codes(codes, record_ptr, tile, wanted, FIRST: gl.constexpr, SPAN: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
-               VALUE_NBITS: gl.constexpr, RECORD: gl.constexpr):  # fmt: skip
+def copy_codes(codes, record_ptr, tile, wanted, FIRST: gl.constexpr, SPAN: gl.constexpr, DIM: gl.constexpr,
+               KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, RECORD: gl.constexpr):  # fmt: skip
     """Start copying a tile's key and value codes, ``SPAN`` channels from ``FIRST`` on."""
     KEY_WORDS: gl.constexpr = TILE * SPAN * KEY_NBITS // 32
     VALUE_WORDS: gl.constexpr = TILE * SPAN * VALUE_NBITS // 32
@@ -354,8 +361,8 @@ def copy_codes(codes, record_ptr, tile, wanted, FIRST: gl.constexpr, SPAN: gl.co
 
 
 @gluon.jit
-def copy_key_params(key_params, half_ptr, wanted, FIRST: gl.constexpr, SPAN: gl.constexpr, DIM: gl.constexpr, KEY_GROUPS: gl.constexpr,
-                    KEY_PARAMS: gl.constexpr):  # fmt: skip
+def copy_key_params(key_params, half_ptr, wanted, FIRST: gl.constexpr, SPAN: gl.constexpr, DIM: gl.constexpr,
+                    KEY_GROUPS: gl.constexpr, KEY_PARAMS: gl.constexpr):  # fmt: skip
     """Start copying a tile's key scales and zeros, of ``SPAN`` channels from ``FIRST`` on."""
     KEY_SIZE: gl.constexpr = 2 * KEY_GROUPS * SPAN
     if SPAN == DIM:
@@ -373,8 +380,8 @@ def copy_key_params(key_params, half_ptr, wanted, FIRST: gl.constexpr, SPAN: gl.
 def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
               VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
               KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, BOOST_CODES: gl.constexpr):  # fmt: skip
-    """Start copying a tile: key and value codes and key scales and zeros, each span of channels to its own memory; value
-    zeros and scales, groups to a power of two."""
+    """Start copying a tile: key and value codes and key scales and zeros, each span of channels to its own memory;
+    value zeros and scales, groups to a power of two."""
     SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
     half_ptr = record_ptr.to(gl.pointer_type(gl.float16), bitcast=True)
     for i in gl.static_range(len(SPANS)):
@@ -432,7 +439,8 @@ def ask_for(at):
 
 @gluon.jit
 def forget_cached():
-    """What this multiprocessor's L1 cache holds is asked for again: copies of fewer than 16 bytes a lane go through it."""
+    """What this multiprocessor's L1 cache holds is asked for again:
+    copies of fewer than 16 bytes a lane go through it."""
     lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     gl.inline_asm_elementwise(
         "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
@@ -441,8 +449,8 @@ def forget_cached():
 
 @gluon.jit
 def draw(counter_ptr, wanted):
-    """Count one on where ``wanted`` (a scalar): ``[32]`` of which the largest is the count before.  Nothing waits for it here:
-    to lanes of one address the assembler would hand out the sum at once."""
+    """Count one on where ``wanted`` (a scalar): ``[32]`` of which the largest is the count before.  Nothing waits for
+    it here: to lanes of one address the assembler would hand out the sum at once."""
     lanes = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
     wanted = gl.where((lanes == 0) & wanted, 1, 0)
     return gl.inline_asm_elementwise(
@@ -461,18 +469,19 @@ def record_of(base_ptr, table_ptr, tile, wanted, TILES: gl.constexpr, RECORD_STR
 
 
 @gluon.jit
-def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, least, certain, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
-               VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
-               KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr, STAGES: gl.constexpr,
-               BOOST_CODES: gl.constexpr):  # fmt: skip
+def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, least, certain, DIM: gl.constexpr,
+               KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr,
+               RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr,
+               STAGES: gl.constexpr, BOOST_CODES: gl.constexpr):  # fmt: skip
     """Start copying the first tiles of a split, ``least`` and above: fewer than ``certain`` may be read."""
     TILES: gl.constexpr = RECORD // TILE
     for index in gl.static_range(STAGES - 1):
         tile = first + index * step
         if tile >= least:
             copy_tile(at_stage(codes, index), at_stage(key_params, index), value_params.index(index),
-                      record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES, tile < certain,
-                      DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, BOOST_CODES)  # fmt: skip
+                      record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES,
+                      tile < certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS,
+                      VALUE_PARAMS, BOOST_CODES)  # fmt: skip
 
 
 @triton.jit
@@ -536,7 +545,8 @@ def places_of(slot, wanted, packed, stride, table_ptr, stride_page, PAGE: gl.con
 
 @gluon.jit
 def load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, table_ptr, stride_page, FIRST: gl.constexpr,
-              SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+              SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr,
+              PAGE: gl.constexpr):  # fmt: skip
     """Keys of 16 exact slots ``[2 (hi), 8 (r), 4 (c), SPAN / 4]``."""
     KEYS: gl.constexpr = rows_layout(2, SPAN // 4)
     hi = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, KEYS))))[:, None, None, None]
@@ -553,8 +563,9 @@ def load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, table_
 
 
 @gluon.jit
-def load_values(value_ptr, stride_v, first, length, packed, num_slots, since, table_ptr, stride_page, FIRST: gl.constexpr,
-                SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+def load_values(value_ptr, stride_v, first, length, packed, num_slots, since, table_ptr, stride_page,
+                FIRST: gl.constexpr, SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr,
+                AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Values of 16 exact slots ``[slots, SPAN]``, zeros where there is no token."""
     VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SPAN, SPAN // 8], [1, 1], [1, 0])
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
@@ -607,21 +618,23 @@ def add_values(acc, weight, alpha, staged, VALUE_NBITS: gl.constexpr):
 
 @gluon.jit
 def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, stride_k, stride_v, first, length, packed,
-               num_slots, since, position, table_ptr, stride_pk, stride_pv, VALUE_NBITS: gl.constexpr, SHARED: gl.constexpr,
-               DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr,
-               PAGE: gl.constexpr):  # fmt: skip
+               num_slots, since, position, table_ptr, stride_pk, stride_pv, VALUE_NBITS: gl.constexpr,
+               SHARED: gl.constexpr, DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr,
+               RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values.
 
     ``AT_ONCE``: empty slots are read too, so that nothing waits for ``length`` and ``packed``.  Fresh tokens are slots
-    from ``since`` on, and a column sees those up to its ``position``.  With ``PAGE`` the slots are a pool's (:func:`places_of`)."""
+    from ``since`` on, and a column sees those up to its ``position``.  With ``PAGE`` the slots are a pool's
+    (:func:`places_of`)."""
     SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
     keys, values = (), ()
     for i in gl.static_range(len(SPANS)):
-        keys = keys + (load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, table_ptr, stride_pk, SPANS[i][0],
-                                 SPANS[i][1], SINK, RESIDUAL, AT_ONCE, PAGE),)  # fmt: skip
+        keys = keys + (load_keys(key_ptr, stride_k, first, length, packed, num_slots, since, table_ptr, stride_pk,
+                                 SPANS[i][0], SPANS[i][1], SINK, RESIDUAL, AT_ONCE, PAGE),)  # fmt: skip
     for i in gl.static_range(len(SPANS)):
-        values = values + (load_values(value_ptr, stride_v, first, length, packed, num_slots, since, table_ptr, stride_pv, SPANS[i][0],
-                                       SPANS[i][1], SINK, RESIDUAL, AT_ONCE, PAGE),)  # fmt: skip
+        values = values + (load_values(value_ptr, stride_v, first, length, packed, num_slots, since, table_ptr,
+                                       stride_pv, SPANS[i][0], SPANS[i][1], SINK, RESIDUAL,
+                                       AT_ONCE, PAGE),)  # fmt: skip
     score = gl.zeros([1, CHUNK, 8], gl.float32, MMA)
     for i in gl.static_range(len(SPANS)):
         score = mma_v2(key_rows(keys[i], SPANS[i][1]), query[i], score)
@@ -661,7 +674,8 @@ def load_words(codes, SPAN: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: 
 
 @gluon.jit
 def undo_token(score, KEY_NBITS: gl.constexpr):
-    """Scores ``[groups, tokens, 8]`` of keys whose places in a byte have the bit ``hi`` of the token, which is undone."""
+    """Scores ``[groups, tokens, 8]`` of keys whose places in a byte have the bit ``hi`` of the token,
+    which is undone."""
     token = gl.arange(0, score.shape[1], layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     score, down = gl.broadcast(score, power_of_two(-2 * KEY_NBITS * ((token >> 3) & 1)))
     return score * down
@@ -669,8 +683,8 @@ def undo_token(score, KEY_NBITS: gl.constexpr):
 
 @gluon.jit
 def narrow_values(rows, weight, VALUE_NBITS: gl.constexpr):
-    """The product of ``rows`` whose places in a byte have the bit ``kk`` of the token, and ``weight``: in two, because a weight
-    that is made smaller may lose bits."""
+    """The product of ``rows`` whose places in a byte have the bit ``kk`` of the token, and ``weight``: in two, because
+    a weight that is made smaller may lose bits."""
     SHAPE: gl.constexpr = [rows.shape[0], rows.shape[1], 8]
     token = gl.arange(0, TILE, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))[None, :, None]
     upper = gl.broadcast((token & 8) != 0, weight)[0]
@@ -739,16 +753,18 @@ def packed_up(SPAN: gl.constexpr, NBITS: gl.constexpr, LESS: gl.constexpr):
 
 @gluon.jit
 def attend_split(
-    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk, step_chunk,
-    end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr, pages, order_ptr,
+    query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk,
+    step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr,
+    draws_ptr, pages, order_ptr,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
     EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
 ):  # fmt: skip
-    """``(acc, sums, peak)`` of every ``step``-th tile from ``first`` to ``end`` and some chunks of exact slots.  ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the
-    output, rows 8..15 (p) its divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and
-    values, their strides between tokens, how many, the first real one, each column's position, and the last column's."""
+    """``(acc, sums, peak)`` of every ``step``-th tile from ``first`` to ``end`` and some chunks of exact slots.
+    ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the output, rows 8..15 (p) its
+    divisor; p is ``2**(HEADROOM + S - peak)``.  ``newest``: None, or the fresh tokens' keys and values, their strides
+    between tokens, how many, the first real one, each column's position, and the last column's."""
     TILES: gl.constexpr = RECORD // TILE
     SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
     GROUPS: gl.constexpr = padded(VALUE_GROUPS)
@@ -776,16 +792,19 @@ def attend_split(
         ordered_query = load_ordered(query_ptr, order_ptr, column, real, DIM)
         boosted_query = load_ordered(query_ptr, order_ptr, column, real, BOOSTED)
 
-    # ---- the first tiles, if they are not on their way; again those of a record that was packed since they were asked for
+    # ---- the first tiles, if they are not on their way; again those of a record that was packed since
+    # they were asked for
     if not BEGUN:
-        copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
-                   VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES, BOOST_CODES)  # fmt: skip
+        copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, end, DIM, KEY_NBITS,
+                   VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE,
+                   STAGES, BOOST_CODES)  # fmt: skip
     elif EARLY:
         if length - SINK - packed <= RESIDUAL - RECORD + 1:
             async_copy.wait_group(0)
             forget_cached()
-            copy_first(codes, key_params, value_params, base_ptr, None, first, step, (packed - RECORD) // TILE, end, DIM, KEY_NBITS,
-                       VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE, STAGES, BOOST_CODES)  # fmt: skip
+            copy_first(codes, key_params, value_params, base_ptr, None, first, step, (packed - RECORD) // TILE, end,
+                       DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
+                       RECORD_STRIDE, STAGES, BOOST_CODES)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     exponent = (largest_of_query(loaded).to(gl.int32, bitcast=True) >> 23) - 127
@@ -845,22 +864,25 @@ def attend_split(
         end_exact = gl.minimum(end_chunk, chunks)
     for chunk in range(first_chunk, end_exact, step_chunk):
         if PAGE == 0:
-            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, DIM, DIM,
-                                         chunk * CHUNK, length, packed, num_slots, None, None, None, None, None, VALUE_NBITS, SHARED,
-                                         DIM, VALUE_GROUPS, SINK, RESIDUAL, AT_ONCE, 0)  # fmt: skip
+            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, DIM,
+                                         DIM, chunk * CHUNK, length, packed, num_slots, None, None, None, None, None,
+                                         VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL,
+                                         AT_ONCE, 0)  # fmt: skip
         else:
-            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, pages[3], pages[6],
-                                         chunk * CHUNK, length, packed, length - packed, 0, None, pages[0], pages[1], pages[4],
-                                         VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL, False, PAGE)  # fmt: skip
+            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr,
+                                         pages[3], pages[6], chunk * CHUNK, length, packed, length - packed, 0, None,
+                                         pages[0], pages[1], pages[4], VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK,
+                                         RESIDUAL, False, PAGE)  # fmt: skip
 
     # ---- fresh tokens, whose chunks are counted after the exact ones; none beyond the last column's position
     if newest is not None:
         done = (gl.maximum(end_exact - first_chunk, 0) + step_chunk - 1) // step_chunk
         end_fresh = gl.minimum(end_chunk, chunks + newest[7] // CHUNK + 1)
         for chunk in range(first_chunk + done * step_chunk, end_fresh, step_chunk):
-            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, newest[0], newest[1], newest[2], newest[3],
-                                         (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5], newest[6], None, None, None,
-                                         VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL, False, 0)  # fmt: skip
+            acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, newest[0], newest[1], newest[2],
+                                         newest[3], (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5],
+                                         newest[6], None, None, None, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK,
+                                         RESIDUAL, False, 0)  # fmt: skip
 
     # ---- packed tokens, tile after tile, the next ones on their way
     stage = 0
@@ -871,7 +893,8 @@ def attend_split(
     if draws_ptr is not None:
         gl.static_assert(STAGES == 2)
         own = owned(end, step)
-        turn = STAGES  # of the tile after ``ahead``, which is known when this step ends: its number was asked for a step before
+        # of the tile after ``ahead``, which is known when this step ends: its number was asked for a step before
+        turn = STAGES
         asked = gl.full([32], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     while tile < end:
         async_copy.wait_group(STAGES - 2)
@@ -880,9 +903,9 @@ def attend_split(
             record_ptr = next_ptr
             next_ptr = record_of(base_ptr, table_ptr, ahead + step, ahead + step < end, TILES, RECORD_STRIDE)
         copy_tile(at_stage(codes, free), at_stage(key_params, free), value_params.index(free),
-                  record_of(base_ptr, None, ahead, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr, ahead % TILES,
-                  ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
-                  BOOST_CODES)  # fmt: skip
+                  record_of(base_ptr, None, ahead, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr,
+                  ahead % TILES, ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS,
+                  VALUE_PARAMS, BOOST_CODES)  # fmt: skip
         if draws_ptr is not None:
             drawn = gl.max(asked, axis=0)  # before the next is asked for: it may take the register
             asked = draw(draws_ptr, (turn + 1 >= own) & (ahead < end))
@@ -1007,17 +1030,17 @@ def span_output(
 
 @gluon.jit
 def attend_part(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block, slot,
-    first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records, scale_log2, stride_qb,
-    stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages, order_ptr,
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params,
+    block, slot, first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records,
+    scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages, order_ptr,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
     PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
 ):  # fmt: skip
-    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where ``out_ptr`` is given, and
-    the result to there.
+    """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where
+    ``out_ptr`` is given, and the result to there.
 
     Several queries a row: a block's columns are some of its ``num_queries * Q_PER_KV`` (query, head)s."""
     blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
@@ -1056,13 +1079,14 @@ def attend_part(
         n = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
         position = (first_head + (n & 3 if SHARED else n)) // Q_PER_KV
         since = num_queries - gl.load(new[2] + row)
-        newest = (new[0] + row * new[3] + head * new[4], new[1] + row * new[6] + head * new[7], new[5], new[8], num_queries, since,
-                 position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
+        newest = (new[0] + row * new[3] + head * new[4], new[1] + row * new[6] + head * new[7], new[5], new[8],
+                 num_queries, since, position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first,
-        step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr, draws_ptr,
-        pages, order_ptr, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
-        NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED, BEGUN, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
+        step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest,
+        table_ptr, draws_ptr, pages, order_ptr, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD,
+        KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED, BEGUN, EARLY, AT_ONCE, STAGES,
+        PAGE, BOOST_CODES,
     )  # fmt: skip
 
     # ---- (out, lse); where no token was seen, zero and HIDDEN
@@ -1108,8 +1132,8 @@ def parts_layout(heads, dim):
 
 
 @gluon.jit
-def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, first_query_head, num_heads, num_parts, HEADS: gl.constexpr,
-                DIM: gl.constexpr):  # fmt: skip
+def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, first_query_head, num_heads, num_parts,
+                HEADS: gl.constexpr, DIM: gl.constexpr):  # fmt: skip
     """What :func:`combine_kernel` does, by the last program of a block to come; it leaves the block's count at zero."""
     barrier()  # every lane's part is written before one counts it
     if gl.atomic_add(arrivals_ptr + block, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
@@ -1161,24 +1185,28 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
 
 @gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits", "num_queries"])
 def attend_kernel(
-    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, order_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr, arrivals_ptr, draws_ptr,
-    out_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits, num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr,
-    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, table_ptr, exact_table_ptr, num_pages, stride_xb, stride_xh,
-    stride_xt, stride_yb, stride_yh, stride_yt,
+    query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, order_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr,
+    arrivals_ptr, draws_ptr, out_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits,
+    num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, stride_vb,
+    stride_vh, stride_vt, table_ptr, exact_table_ptr, num_pages,
+    stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
     EARLY: gl.constexpr, WHOLE: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges its parts
-    where ``arrivals_ptr`` has a count for each; ``WHOLE``: there is one, and nothing to merge; where ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line (:func:`units_of`), and each of the
-    programs has an equal share of it, which may span blocks.  ``SPARE``: :func:`spare`.
+    """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges
+    its parts where ``arrivals_ptr`` has a count for each; ``WHOLE``: there is one, and nothing to merge; where
+    ``draws_ptr`` has one, the last tiles are drawn (:func:`owned`).  Else all blocks' units lie in one line
+    (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks.  ``SPARE``:
+    :func:`spare`.
 
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
     ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row.
-    ``exact_table_ptr``: for each row ``num_pages`` pages of ``PAGE`` exact tokens, ``num_slots`` of which a row has at most; keys
-    (``stride_x``) and values (``stride_y``) lie by strides from page to page, head to head, token to token."""
+    ``exact_table_ptr``: for each row ``num_pages`` pages of ``PAGE`` exact tokens, ``num_slots`` of which a row has at
+    most; keys (``stride_x``) and values (``stride_y``) lie by strides from page to page, head to head,
+    token to token."""
     pages = None
     if PAGE > 0:
         pages = (exact_table_ptr, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_pages)
@@ -1212,9 +1240,9 @@ def attend_kernel(
         row_ptr = records_ptr + (block // blocks).to(gl.int64) * num_records * (NUM_HEADS * RECORD_WORDS)
         base_ptr = row_ptr + block // of_head % NUM_HEADS * RECORD_WORDS
         if table_ptr is None:
-            copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS, VALUE_NBITS,
-                       KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, STAGES,
-                       BOOST_CODES)  # fmt: skip
+            copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS,
+                       VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
+                       NUM_HEADS * RECORD_WORDS, STAGES, BOOST_CODES)  # fmt: skip
         if EARLY:
             if num_queries is None and PAGE == 0 and num_splits - 1 - split < chunks:
                 lines = gl.minimum(gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * 64, CHUNK * DIM - 1)
@@ -1231,21 +1259,24 @@ def attend_kernel(
                         base_ptr + (tile // (RECORD // TILE)).to(gl.int64) * (NUM_HEADS * RECORD_WORDS), RECORD_WORDS
                     )
             gdc_wait()  # for the step that stored the newest token, where this was launched while it ran
-            gdc_launch_dependents()  # combine_kernel may take its places on the device while this one runs, and waits there
+            # combine_kernel may take its places on the device while this one runs, and waits there
+            gdc_launch_dependents()
         length = gl.load(lengths_ptr + block // blocks)
         packed = gl.load(packed_ptr + block // blocks)
         attend_part(
-            query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-            block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split, num_splits, chunks, length, packed,
-            num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr,
-            None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None, pages, order_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS,
-            RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
+            query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params,
+            value_params, block, block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split,
+            num_splits, chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries,
+            stride_ql, new, table_ptr, None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None,
+            pages, order_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD,
+            SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
+            PAGE, BOOST_CODES,
         )  # fmt: skip
         if arrivals_ptr is not None:
             member = block % of_head * HEADS
             merge_parts(
-                partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, block // of_head * Q_PER_KV + member, Q_PER_KV - member,
-                num_splits, HEADS, DIM,
+                partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, block // of_head * Q_PER_KV + member,
+                Q_PER_KV - member, num_splits, HEADS, DIM,
             )  # fmt: skip
     else:
         if EARLY:
@@ -1273,22 +1304,23 @@ def attend_kernel(
             first = gl.maximum(start - exact, 0)
             last = gl.maximum(stop - exact, 0)
             attend_part(
-                query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params, block,
-                gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS, 1,
-                (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records, scale_log2,
-                stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, order_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
-                KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES,
-                PAGE, BOOST_CODES,
+                query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params,
+                value_params, block, gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS,
+                1, (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records,
+                scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, order_ptr,
+                NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
+                RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
             )  # fmt: skip
             unit += stop - start
 
 
 @triton.jit(do_not_specialize=["chunks", "batch_size", "num_splits", "num_queries"])
-def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks, batch_size, num_splits, num_queries, NUM_HEADS: tl.constexpr,
-                   Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr, ROTATION: tl.constexpr):  # fmt: skip
-    """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``; with ``ROTATION``, which
-    ``BLOCK_D`` then is, rotated."""
+def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks, batch_size, num_splits, num_queries,
+                   NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+                   BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
+                   ROTATION: tl.constexpr):  # fmt: skip
+    """Merge one query head's parts: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``; with ``ROTATION``,
+    which ``BLOCK_D`` then is, rotated."""
     blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     query_head = tl.program_id(0)
     if num_queries is None:
@@ -1355,20 +1387,20 @@ def attend(
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
-    For what :func:`supports` allows: one query a row, or up to ``MAX_QUERIES`` that bring ``fresh`` tokens.  ``lengths``,
-    ``packed`` and the counts are int32 and stay on the device.  Every row is cut into ``num_splits`` splits (default: the
-    plan's, for rows of ``num_tokens`` or of what the buffers provide for).  ``equal_shares``: all rows' tokens lie in one line
-    instead, and each of ``num_splits`` programs has an equal share of it, for heads of up to 128 channels and up to ``MAX_ROWS``
-    rows of very different lengths.  ``arrivals``: int32 zeros, two a query head of a row at least, which no other call uses at
-    the same time: then, where a row has one query, programs share out the end of long rows as they come to it, and one launch does
-    it all where splits are few.
+    For what :func:`supports` allows: one query a row, or up to ``MAX_QUERIES`` that bring ``fresh`` tokens.
+    ``lengths``, ``packed`` and the counts are int32 and stay on the device.  Every row is cut into ``num_splits``
+    splits (default: the plan's, for rows of ``num_tokens`` or of what the buffers provide for).  ``equal_shares``: all
+    rows' tokens lie in one line instead, and each of ``num_splits`` programs has an equal share of it, for heads of up
+    to 128 channels and up to ``MAX_ROWS`` rows of very different lengths.  ``arrivals``: int32 zeros, two a query head
+    of a row at least, which no other call uses at the same time: then, where a row has one query, programs share out
+    the end of long rows as they come to it, and one launch does it all where splits are few.
 
-    ``early``: from compute capability 9.0 on this is launched while what runs before it on the stream still ends, and waits for
-    that before it reads what that may have written, but for one thing: without a block table a program asks for its first tiles
-    at once, and asks again for those of the record that ``step`` packs last.  Hence the precondition: a kernel before it
-    that lets its dependents start before it ends (``griddepcontrol.launch_dependents``) packs into the rows' own records
-    nothing but each row's newest one, as ``step`` does.  Kernels that never do, and those over a pool, are always safe; for others
-    give ``early=False``.
+    ``early``: from compute capability 9.0 on this is launched while what runs before it on the stream still ends, and
+    waits for that before it reads what that may have written, but for one thing: without a block table a program asks
+    for its first tiles at once, and asks again for those of the record that ``step`` packs last.  Hence the
+    precondition: a kernel before it that lets its dependents start before it ends
+    (``griddepcontrol.launch_dependents``) packs into the rows' own records nothing but each row's newest one, as
+    ``step`` does.  Kernels that never do, and those over a pool, are always safe; for others give ``early=False``.
     """
     record, sink, residual = layout
     if not supports(record, query, fresh, starts):
@@ -1420,8 +1452,8 @@ def attend(
     out = query.new_empty(batch_size, q_heads, length, dim)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
-        query, stored.records, stored.exact_key, stored.exact_value, stored.key_order, stored.lengths, stored.packed, partial, lse,
-        arrivals, draws, out, scale * merge.LOG2E,
+        query, stored.records, stored.exact_key, stored.exact_value, stored.key_order, stored.lengths, stored.packed,
+        partial, lse, arrivals, draws, out, scale * merge.LOG2E,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, block_table, where.exact_table, where.num_pages,
         *where.strides,
@@ -1436,9 +1468,10 @@ def attend(
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
     block_d = record.rotation or min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
     combine_kernel[(batch_size * q_heads * length, dim // block_d)](
-        partial, lse, stored.packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads, Q_PER_KV=fixed["Q_PER_KV"],
-        HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s, EARLY=early,
-        ROTATION=record.rotation,
-        enable_fp_fusion=merge.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1, **({"launch_pdl": True} if early else {}),
+        partial, lse, stored.packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads,
+        Q_PER_KV=fixed["Q_PER_KV"], HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s,
+        EARLY=early, ROTATION=record.rotation,
+        enable_fp_fusion=merge.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

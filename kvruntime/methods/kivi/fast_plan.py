@@ -16,7 +16,8 @@ TILE = gl.constexpr(layout.MAX_TILE)
 STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
 PROGRAMS_PER_SM = {64: 12, 80: 8, 96: 8, 128: 8, 256: 8}
-"""Programs at once on a multiprocessor, by head dimension: as measured on an H100 (80 and 96: as 128), not as many as would fit."""
+"""Programs at once on a multiprocessor, by head dimension: as measured on an H100 (80 and 96: as 128),
+not as many as would fit."""
 LARGE_TILE = 16 << 10
 """Bytes of codes."""
 MAX_REGISTERS = {64: 168, 80: 248, 96: 248, 128: 248, 256: 255}
@@ -54,7 +55,10 @@ def constants(
     most = 4 if record.key_dim > 128 else 8
     columns = q_per_kv if num_queries is None else 4 if num_queries * q_per_kv <= 4 else most
     blocks = -(-columns // most)
-    return {name: own[name] for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS", "BOOST_CODES")} | {
+    return {
+        name: own[name]
+        for name in ("KEY_NBITS", "VALUE_NBITS", "RECORD", "KEY_PARAMS", "VALUE_PARAMS", "RECORD_WORDS", "BOOST_CODES")
+    } | {
         "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-columns // blocks), "DIM": record.key_dim,
         "KEY_GROUPS": max(1, record.tile // record.key_group), "VALUE_GROUPS": record.num_value_groups,
         "SINK": sink, "RESIDUAL": residual,
@@ -62,10 +66,12 @@ def constants(
 
 
 def plan_splits(programs: int, units: int, per_sm: int, num_sms: int) -> int:
-    """Splits of a row of ``units`` (tiles, and chunks of exact slots) where there are ``programs`` blocks of heads and rows.
+    """Splits of a row of ``units`` (tiles, and chunks of exact slots) where there are ``programs`` blocks
+    of heads and rows.
 
-    At most one a scheduler of ``num_sms`` multiprocessors where that is three units each, or hardly more than four, because two that
-    share a scheduler take as long as one after the other; as few as have no more units.  Else ``per_sm`` on each."""
+    At most one a scheduler of ``num_sms`` multiprocessors where that is three units each, or hardly more than four,
+    because two that share a scheduler take as long as one after the other; as few as have no more units.  Else
+    ``per_sm`` on each."""
     most = max(1, min(units, SCHEDULERS * num_sms // max(1, programs)))
     each = -(-units // most)
     if each <= 3:
@@ -76,7 +82,8 @@ def plan_splits(programs: int, units: int, per_sm: int, num_sms: int) -> int:
 
 
 def programs_per_sm(fixed: dict[str, int]) -> int:
-    """``PROGRAMS_PER_SM``, and half of them where the codes of a tile are 16 KiB and more: fewer then have as much under way."""
+    """``PROGRAMS_PER_SM``, and half of them where the codes of a tile are 16 KiB and more:
+    fewer then have as much under way."""
     large = TILE.value * fixed["DIM"] * (fixed["KEY_NBITS"] + fixed["VALUE_NBITS"]) // 8 >= LARGE_TILE
     return PROGRAMS_PER_SM[fixed["DIM"]] // (2 if large else 1)
 
@@ -88,8 +95,9 @@ def merges(splits: int, programs: int, values: int, num_sms: int) -> bool:
 
 
 def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
-    """Stages of key scales and zeros that a program takes besides, so that no more than ``PROGRAMS_PER_SM`` of them share a
-    multiprocessor's ``sm_nbytes`` of shared memory: launched while another kernel ends, they would crowd where it ended first."""
+    """Stages of key scales and zeros that a program takes besides, so that no more than ``PROGRAMS_PER_SM`` of them
+    share a multiprocessor's ``sm_nbytes`` of shared memory: launched while another kernel ends, they would crowd where
+    it ended first."""
     dim, tile = fixed["DIM"], TILE.value
     stage = 4 * fixed["KEY_GROUPS"] * dim
     codes = tile * dim * max(fixed["KEY_NBITS"], fixed["VALUE_NBITS"]) // 4
@@ -101,8 +109,8 @@ def spare(fixed: dict[str, int], sm_nbytes: int) -> int:
 
 
 def supports(record: Record, query: Tensor, fresh: Fresh | None = None, starts: Tensor | None = None) -> bool:
-    """Whether :func:`kvruntime.methods.kivi.fast.attend` takes this record and query, else ``attention.attend`` does: a line of
-    queries always."""
+    """Whether :func:`kvruntime.methods.kivi.fast.attend` takes this record and query, else ``attention.attend`` does: a
+    line of queries always."""
     return (
         query.is_cuda
         and starts is None
@@ -114,9 +122,11 @@ def supports(record: Record, query: Tensor, fresh: Fresh | None = None, starts: 
 
 
 def holds(record: Record) -> bool:
-    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 80, 96, 128 or 256 channels, 2, 4 or 8 bits.
+    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 80, 96, 128 or 256 channels,
+    2, 4 or 8 bits.
 
-    Of 80 channels with value groups of 16 or the head, of 96 with 32 or the head: each of their chunks has whole groups or one.
+    Of 80 channels with value groups of 16 or the head, of 96 with 32 or the head:
+    each of their chunks has whole groups or one.
     Boosted keys and rotated values only together: of 64 and 128 channels, 2 bits and 2 more, groups of 64 and more.
     Of 256 channels only with groups of 64 and more: others take more registers than there are."""
     return (

@@ -1,11 +1,14 @@
 """Triton: quantize whole records and store new tokens (the kernels of :func:`kvruntime.methods.kivi.reference.append`).
 
-``pack_kernel``: one warp a part of a record of one head, keys or values; of layouts that are not :func:`direct`, one program
-a record.  It takes the record's tokens from the ring of exact slots (those stored before) and from the new tokens (the rest),
-and quantizes and writes them in one pass.  Elements are loaded in the order of their words: nothing is permuted.
+``pack_kernel``: one warp a part of a record of one head, keys or values; of layouts that are not :func:`direct`, one
+program a record.  It takes the record's tokens from the ring of exact slots (those stored before) and from the new
+tokens (the rest), and quantizes and writes them in one pass.  Elements are loaded in the order of their words:
+nothing is permuted.
 ``store_kernel``: new tokens that stay exact, to their slots.  Most appended tokens need only the second launch.
-``freeze_kernel``: where a whole sequence shares its key scales, those of rows that pack for the first time, before packing.
-Each may run for many layers at once, axis 2 of its grid: a launch costs the host more than a short prompt's packing the GPU.
+``freeze_kernel``: where a whole sequence shares its key scales, those of rows that pack for the first time,
+before packing.
+Each may run for many layers at once, axis 2 of its grid: a launch costs the host more than a short
+prompt's packing the GPU.
 
 Parallel over parts, records, heads, rows and layers; a part's groups lie inside it, so programs share nothing.
 """
@@ -52,11 +55,13 @@ from kvsim.methods.kivi import Record
 from kvsim.methods.packing import PLANES
 
 PART = 2048
-"""Elements a warp packs at once, 64 a thread: twice as many take 200 registers, and two warps a scheduler hide nothing."""
+"""Elements a warp packs at once, 64 a thread: twice as many take 200 registers,
+and two warps a scheduler hide nothing."""
 COLUMNS = tl.constexpr(6)
 """Addresses a layer: keys, values, their exact slots, records, key scales."""
 ALIGNMENT = tl.constexpr(16)
-"""Bytes that a thread loads at once: the tensors of :func:`kvruntime.methods.kivi.append.addresses` begin at a multiple."""
+"""Bytes that a thread loads at once: the tensors of :func:`kvruntime.methods.kivi.append.addresses`
+begin at a multiple."""
 
 
 @triton.constexpr_function
@@ -66,8 +71,8 @@ def next_power_of_2(n):
 
 @triton.constexpr_function
 def direct(dim, nbits, group, other=0):
-    """Whether codes are made in the order of their words, as :func:`pack_key_part` and :func:`pack_value_part` do: of no
-    ``other`` keys or values, boosted or rotated, are they."""
+    """Whether codes are made in the order of their words, as :func:`pack_key_part` and :func:`pack_value_part` do: of
+    no ``other`` keys or values, boosted or rotated, are they."""
     if other:
         return False
     powers = dim & (dim - 1) == 0 and group & (group - 1) == 0
@@ -76,7 +81,8 @@ def direct(dim, nbits, group, other=0):
 
 @triton.constexpr_function
 def key_part(record_length, dim, group, size):
-    """``(tokens, channels)`` of a part of ``size`` keys: whole groups of ``group`` tokens, whole rows where they fit."""
+    """``(tokens, channels)`` of a part of ``size`` keys: whole groups of ``group`` tokens,
+    whole rows where they fit."""
     tokens = max(group, value_part(record_length, dim, size))
     return tokens, min(dim, size // tokens)
 
@@ -100,7 +106,8 @@ def num_value_parts(record_length, dim, nbits, group, size, other=0):
 
 @triton.constexpr_function
 def word_runs(stream, tile, width, bits, channels):
-    """How a channel's index (``channels``) or a token's moves its code's word: ``((lowest index bit, mask, words a step), ...)``.
+    """How a channel's index (``channels``) or a token's moves its code's word:
+    ``((lowest index bit, mask, words a step), ...)``.
 
     Index bits that choose the code inside the word are left out.
     """
@@ -284,8 +291,8 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
         FIRST: tl.constexpr = GROUPS[0]
         LAST: tl.constexpr = GROUPS[1]
         for g in tl.static_range(FIRST, LAST):
-            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t, pages, NEW,
-                            DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t,
+                            pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             y, y_nan = finite(y)
             low = tl.min(tl.where(inside, y, LIMIT), 1)
             high = tl.max(tl.where(inside, y, -LIMIT), 1)
@@ -300,10 +307,10 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
 
 
 @triton.jit
-def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, pages, NEW: tl.constexpr, DIM: tl.constexpr,
-                SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """Tokens ``first + token`` of the row at ``channel``, ``[N, 1]`` and ``[N or 1, C]``, as they are held (float32, where the
-    ring and the new tokens are not alike)."""
+def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, pages, NEW: tl.constexpr,
+                DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """Tokens ``first + token`` of the row at ``channel``, ``[N, 1]`` and ``[N or 1, C]``, as they are held (float32,
+    where the ring and the new tokens are not alike)."""
     position = first + token
     ring_ptr = exact_ptr + exact_at(position, position < length, pages, DIM, SINK, RESIDUAL, PAGE)
     if not NEW:
@@ -322,8 +329,8 @@ def load_direct(exact_ptr, new_ptr, first, token, channel, length, stride_new_t,
 @triton.jit
 def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, length, stride_new_t, zero_offset, pages,
                   NEW: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
-                  TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, PARAMS: tl.constexpr,
-                  SIZE: tl.constexpr):  # fmt: skip
+                  TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr,
+                  PARAMS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """Some of a record's tokens, some of their channels: a word holds consecutive channels of one token."""
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     SHAPE: tl.constexpr = key_part(RECORD, DIM, GROUP, SIZE)
@@ -334,8 +341,8 @@ def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, lengt
     t = part // (DIM // WIDTH) * TOKENS
     c = part % (DIM // WIDTH) * WIDTH
     d = c + tl.arange(0, WIDTH)
-    x = load_direct(exact_ptr, new_ptr, first + t, tl.arange(0, TOKENS)[:, None], d[None, :], length, stride_new_t, pages,
-                    NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+    x = load_direct(exact_ptr, new_ptr, first + t, tl.arange(0, TOKENS)[:, None], d[None, :], length, stride_new_t,
+                    pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
     if GROUP == 0:
         scale = tl.load(params_ptr + d)[None, :]
         zero = tl.load(params_ptr + zero_offset + d)[None, :]
@@ -361,12 +368,14 @@ def pack_key_part(exact_ptr, new_ptr, record_ptr, params_ptr, part, first, lengt
 
 
 @triton.jit
-def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length, stride_new_t, pages, NEW: tl.constexpr,
-                    DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr,
-                    SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length, stride_new_t, pages,
+                    NEW: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr,
+                    RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
+                    PAGE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """Some of a record's tokens: a word holds channels 8 apart of two tokens.
 
-    Channels are ``[block][high field][low field, one of 8]``; low fields lie in neighbouring lanes, which read them in one piece.
+    Channels are ``[block][high field][low field, one of 8]``; low fields lie in neighbouring lanes,
+    which read them in one piece.
     """
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     PAIRS: tl.constexpr = value_part(RECORD, DIM, SIZE) // 2
@@ -430,50 +439,54 @@ def pack_value_part(exact_ptr, new_ptr, words_ptr, half_ptr, part, first, length
 
 
 @triton.jit
-def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, order_ptr, first, length, count,
-              stride_kt, stride_vt, zero_offset, key_pages, value_pages, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
-              VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
-              TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr, NEW: tl.constexpr,
-              KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr, BOOST: tl.constexpr,
-              BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr):  # fmt: skip
-    """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's own, but
-    ``zero_offset`` from scale to zero."""
+def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, params_ptr, order_ptr, first,
+              length, count, stride_kt, stride_vt, zero_offset, key_pages, value_pages, KEY_DIM: tl.constexpr,
+              VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr,
+              VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
+              RESIDUAL: tl.constexpr, PAGE: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
+              VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr,
+              ROTATION: tl.constexpr):  # fmt: skip
+    """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's
+    own, but ``zero_offset`` from scale to zero."""
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
     if part < KEY_PARTS:
         if BOOST > 0:
             CHANNELS: tl.constexpr = chunks(KEY_DIM)
             for i in tl.static_range(len(CHANNELS)):
-                pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages, NEW,
-                                  CHANNELS[i][0], CHANNELS[i][1], KEY_DIM, KEY_NBITS, BOOST, False, KEY_GROUP, RECORD, TILE, SINK,
-                                  RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
-            pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages, NEW, 0,
-                              boosted_channels(KEY_DIM), KEY_DIM, KEY_NBITS, BOOST, True, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
-                              PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
+                pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt,
+                                  key_pages, NEW, CHANNELS[i][0], CHANNELS[i][1], KEY_DIM, KEY_NBITS, BOOST, False,
+                                  KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
+            pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages,
+                              NEW, 0, boosted_channels(KEY_DIM), KEY_DIM, KEY_NBITS, BOOST, True, KEY_GROUP, RECORD,
+                              TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
         elif direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
             pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset,
-                          key_pages, NEW, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, SIZE)  # fmt: skip
+                          key_pages, NEW, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE,
+                          KEY_PARAMS, SIZE)  # fmt: skip
         else:
             KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
             for i in tl.static_range(len(KEY_CHUNKS)):
-                pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset, key_pages,
-                          NEW, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL,
-                          PAGE, KEY_PARAMS)  # fmt: skip
+                pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset,
+                          key_pages, NEW, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD,
+                          TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS)  # fmt: skip
     else:
         words_ptr = record_ptr + RECORD * KEY_DIM * KEY_NBITS // 32
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * VALUE_PARAMS
         if ROTATION > 0:
-            pack_rotated_values(exact_value_ptr, value_ptr, words_ptr, half_ptr, first, length, stride_vt, value_pages, NEW, VALUE_DIM,
-                                VALUE_NBITS, ROTATION, RECORD, TILE, SINK, RESIDUAL, PAGE)  # fmt: skip
+            pack_rotated_values(exact_value_ptr, value_ptr, words_ptr, half_ptr, first, length, stride_vt, value_pages,
+                                NEW, VALUE_DIM, VALUE_NBITS, ROTATION, RECORD, TILE, SINK, RESIDUAL, PAGE)  # fmt: skip
         elif direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
             pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt,
-                            value_pages, NEW, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, SIZE)  # fmt: skip
+                            value_pages, NEW, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL,
+                            PAGE, SIZE)  # fmt: skip
         else:
             VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
             for tile in range(RECORD // TILE):
                 for i in tl.static_range(len(VALUE_CHUNKS)):
-                    pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32), half_ptr,
-                                tile, first, length, count, stride_vt, value_pages, NEW, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1],
-                                VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE)  # fmt: skip
+                    pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32),
+                                half_ptr, tile, first, length, count, stride_vt, value_pages, NEW, VALUE_CHUNKS[i][0],
+                                VALUE_CHUNKS[i][1], VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK,
+                                RESIDUAL, PAGE)  # fmt: skip
 
 
 @triton.jit
@@ -489,18 +502,20 @@ def of_layer(x_ptr, layers_ptr, COLUMN: tl.constexpr):
 
 @triton.jit
 def pack_kernel(
-    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr, counts_ptr, starts_ptr,
-    layers_ptr, block_table_ptr, exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb,
-    stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, new_length, num_slots, num_records, num_pages, batch_size,
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr,
+    counts_ptr, starts_ptr, layers_ptr, block_table_ptr, exact_table_ptr, stride_kb, stride_kh, stride_kt, stride_vb,
+    stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, new_length, num_slots,
+    num_records, num_pages, batch_size,
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
     VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where in the line of new tokens each row's begin;
-    ``layers_ptr`` (:func:`kvruntime.methods.kivi.append.addresses`); ``block_table_ptr``, for each row ``num_records`` places of records; ``exact_table_ptr``, for
-    each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
+    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where
+    in the line of new tokens each row's begin; ``layers_ptr`` (:func:`kvruntime.methods.kivi.append.addresses`);
+    ``block_table_ptr``, for each row ``num_records`` places of records; ``exact_table_ptr``, for each row ``num_pages``
+    pages of ``PAGE`` exact tokens, keys and values by strides of their own."""
     ahead = tl.program_id(0) // PARTS
     if BLOCK_B == 0:
         row = tl.program_id(1) // NUM_HEADS
@@ -546,10 +561,10 @@ def pack_kernel(
         row_params_ptr = of_layer(params_ptr, layers_ptr, 5) + rows * KEY_DIM
     if BOOST > 0:
         order_ptr += rows * KEY_DIM
-    pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, order_ptr,
-              first, length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM,
-              KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, NEW, KEY_PARAMS, VALUE_PARAMS,
-              SIZE, BOOST, BOOST_CODES, ROTATION)  # fmt: skip
+    pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr,
+              order_ptr, first, length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, key_pages,
+              value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK,
+              RESIDUAL, PAGE, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST, BOOST_CODES, ROTATION)  # fmt: skip
 
 
 @triton.jit
@@ -577,8 +592,8 @@ def order_kernel(
     if starts_ptr is None:
         key_ptr += row.to(tl.int64) * stride_kb
     key_ptr += head.to(tl.int64) * stride_kh + tl.cast(start, tl.int64) * stride_kt
-    choose_order(exact_key_ptr, key_ptr, order_ptr + rows * KEY_DIM, SINK, length, count, stride_kt, None, NEW, KEY_DIM, BLOCK_D,
-                 RECORD, SINK, RESIDUAL, 0)  # fmt: skip
+    choose_order(exact_key_ptr, key_ptr, order_ptr + rows * KEY_DIM, SINK, length, count, stride_kt, None, NEW, KEY_DIM,
+                 BLOCK_D, RECORD, SINK, RESIDUAL, 0)  # fmt: skip
 
 
 @triton.jit
@@ -588,7 +603,8 @@ def freeze_kernel(
     NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, KEY_NBITS: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
     RESIDUAL: tl.constexpr, NEW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scales of rows that pack for the first time, over all that they pack then: ``BLOCK_D`` channels of one head a program."""
+    """Scales of rows that pack for the first time, over all that they pack then:
+    ``BLOCK_D`` channels of one head a program."""
     row = tl.program_id(1) // NUM_HEADS
     head = tl.program_id(1) % NUM_HEADS
     length = tl.load(lengths_ptr + row)
@@ -660,8 +676,8 @@ def freeze(new: New, stored: reference.Stored, layout: reference.Layout, layers:
     freeze_kernel[(triton.cdiv(dim, block), batch_size * new.num_heads, 1 if layers is None else len(layers))](
         new.key, stored.exact_key, stored.key_params, stored.lengths, stored.packed, new.counts, new.starts, layers,
         *new.strides()[:3], new.length, stored.exact_key.shape[2], batch_size,
-        NUM_HEADS=new.num_heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
-        NEW=new.length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block,
+        NUM_HEADS=new.num_heads, KEY_DIM=dim, KEY_NBITS=record.key_nbits, RECORD=record.num_tokens, SINK=sink,
+        RESIDUAL=residual, NEW=new.length > 1 or record.num_tokens > residual, BLOCK_T=64, BLOCK_D=block,
         enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
 
@@ -670,8 +686,8 @@ def order(new: New, stored: reference.Stored, layout: reference.Layout) -> None:
     """Write ``key_order`` of every row that is about to pack for the first time; other rows are left alone."""
     record, sink, residual = layout
     order_kernel[(len(stored.lengths) * new.num_heads,)](
-        new.key, stored.exact_key, stored.key_order, stored.lengths, stored.packed, new.counts, new.starts, *new.strides()[:3],
-        new.length, stored.exact_key.shape[2],
+        new.key, stored.exact_key, stored.key_order, stored.lengths, stored.packed, new.counts, new.starts,
+        *new.strides()[:3], new.length, stored.exact_key.shape[2],
         NUM_HEADS=new.num_heads, KEY_DIM=record.key_dim, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
         NEW=new.length > 1 or record.num_tokens > residual, BLOCK_D=triton.next_power_of_2(record.key_dim),
         enable_fp_fusion=True, num_warps=4,
@@ -679,7 +695,8 @@ def order(new: New, stored: reference.Stored, layout: reference.Layout) -> None:
 
 
 class Places(NamedTuple):
-    """Where records and exact tokens lie, as the kernels take it: tables and strides, None where rows have their own."""
+    """Where records and exact tokens lie, as the kernels take it: tables and strides,
+    None where rows have their own."""
 
     block_table: Tensor | None
     exact_table: Tensor | None
@@ -722,8 +739,9 @@ def in_word_order(record: Record) -> bool:
 
 
 def permuting(record: Record) -> dict[str, int]:
-    """Of a launch that packs a whole record besides other work: codes that are permuted take more than 80 registers, and
-    ptxas, left to choose, spills instead; boosted keys and rotated values take more than 128 (:func:`pack_kernel` over a pool on sm_89, a step on sm_80)."""
+    """Of a launch that packs a whole record besides other work: codes that are permuted take more than 80 registers,
+    and ptxas, left to choose, spills instead; boosted keys and rotated values take more than 128 (:func:`pack_kernel`
+    over a pool on sm_89, a step on sm_80)."""
     return {} if in_word_order(record) else {"maxnreg": 255 if record.boosted or record.rotation else 128}
 
 

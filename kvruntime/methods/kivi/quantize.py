@@ -12,7 +12,8 @@ LIMIT = tl.constexpr(reference.LIMIT)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose float32 bits are
 ROUND_BITS = tl.constexpr(0x4B400000)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter's tl.maximum keeps a NaN that a device's drops, its reductions are quick for tl.min and tl.max alone."""
+"""The interpreter's tl.maximum keeps a NaN that a device's drops,
+its reductions are quick for tl.min and tl.max alone."""
 
 
 @triton.jit
@@ -45,7 +46,8 @@ def inverse_of(scale):
 
 @triton.jit
 def rounded(x, inverse, zero, LEVELS: tl.constexpr):
-    """``ROUND_BITS`` + the codes of ``x`` (int32), rounding half to even: adding 1.5 * 2**23 leaves no fraction bits."""
+    """``ROUND_BITS`` + the codes of ``x`` (int32), rounding half to even:
+    adding 1.5 * 2**23 leaves no fraction bits."""
     level = (x.to(tl.float32) - zero.to(tl.float32)) * inverse
     if INTERPRETED:
         level = tl.where(level == level, level, 0.0)
@@ -99,8 +101,8 @@ def range_params(low, high, LEVELS: tl.constexpr):
 
 @triton.jit
 def within(x):
-    """float32 values clamped as :func:`finite` does.  16-bit ones need not be: beyond LIMIT their code is 0 or the highest,
-    because a group that reaches LIMIT spans 16 at least, and its scale is no coarser than its codes."""
+    """float32 values clamped as :func:`finite` does.  16-bit ones need not be: beyond LIMIT their code is 0 or the
+    highest, because a group that reaches LIMIT spans 16 at least, and its scale is no coarser than its codes."""
     if x.dtype == tl.float32:
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -LIMIT), LIMIT), x)
     return x
@@ -115,8 +117,8 @@ def finite(x):
 
 @triton.jit
 def exact_at(token, wanted, pages, DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):
-    """Where a head's exact tokens lie, in elements: in a ring, or where there are ``pages`` (the row's table, strides from page
-    to page and token to token) in a pool's, which are looked up where ``wanted``."""
+    """Where a head's exact tokens lie, in elements: in a ring, or where there are ``pages`` (the row's table, strides
+    from page to page and token to token) in a pool's, which are looked up where ``wanted``."""
     if PAGE == 0:
         at = (SINK + (token - SINK) % RESIDUAL) * DIM
     else:
@@ -137,7 +139,8 @@ def new_tokens(row, counts_ptr, new_length):
 @triton.jit
 def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_new_t, pages, NEW: tl.constexpr,
                 DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``: stored ones from the ring or the pool."""
+    """Tokens ``token`` (of the row) at ``channel``, float32 ``[tokens, channels]``:
+    stored ones from the ring or the pool."""
     stored = token < length
     at = exact_at(token, stored, pages, DIM, SINK, RESIDUAL, PAGE)
     x = tl.load(exact_ptr + at[:, None] + channel[None, :], mask=mask & stored[:, None], other=0.0).to(tl.float32)

@@ -12,24 +12,26 @@ inside float16; a group without range has scale 0 and codes 0 and reads back as 
 NaN has scale and zero NaN and reads back as NaN throughout, as 16-bit attention would.  With scales given (frozen
 over a sequence) a NaN reads back as the group's zero.
 
-Boosted key channels: a row's key channels are packed in the order of ``key_order``, the ``record.boosted`` of the widest
-range in its first record first.  Those have codes of ``boost_nbits`` more bits, whose lower bits lie in a plane of their own::
+Boosted key channels: a row's key channels are packed in the order of ``key_order``, the ``record.boosted`` of the
+widest range in its first record first.  Those have codes of ``boost_nbits`` more bits, whose lower bits lie in a plane
+of their own::
 
     scale = float16((max x - min x) * 2**boost / (2**(nbits + boost) - 1))
     long code = clamp(round_half_even((x - zero) / scale * 2**boost), 0, 2**(nbits + boost) - 1)
 
-Rotated values: everything of the value side that is stored is rotated (:func:`rotated`), exact tokens too, and attention's
-output is rotated back.  A token and head has one scale, and no zero::
+Rotated values: everything of the value side that is stored is rotated (:func:`rotated`), exact tokens too, and
+attention's output is rotated back.  A token and head has one scale, and no zero::
 
     scale = float16(STEPS[nbits] * rms x)         code = clamp(floor(x / scale) + 2**(nbits - 1), 0, 2**nbits - 1)
     x ~ (code - (2**nbits - 1) / 2) * scale
 
 A rotated element is clamped to +-``LIMIT``; a value vector with a NaN reads back as NaN throughout.
 
-Lengths, everywhere: :class:`Stored` counts what lies in its tensors when a call begins.  What a call brings (``append``'s and
-``step``'s tokens, ``attend``'s ``fresh`` ones) is not among them.  ``step`` counts its tokens there itself, ``append`` leaves that
-to the caller (:func:`flush_plan` says how many are packed then), and ``attend`` changes nothing.  An engine whose lengths
-count this step's tokens already takes those off; what was packed is a function of the length without them.
+Lengths, everywhere: :class:`Stored` counts what lies in its tensors when a call begins.  What a call brings
+(``append``'s and ``step``'s tokens, ``attend``'s ``fresh`` ones) is not among them.  ``step`` counts its tokens there
+itself, ``append`` leaves that to the caller (:func:`flush_plan` says how many are packed then), and ``attend`` changes
+nothing.  An engine whose lengths count this step's tokens already takes those off; what was packed is a function of the
+length without them.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, nbits: int) -> Tensor:
 
 
 def rotated(x: Tensor, size: int) -> Tensor:
-    """``x [..., channels]``, every ``size`` channels times the normalised Hadamard matrix, which is its own inverse; float32.
+    """``x [..., channels]``, every ``size`` channels times the normalised Hadamard matrix, which is its own inverse;
+    float32.
 
     Sums and differences in pairs 1, 2, 4, ... channels apart: what the kernels that do so get, to the bit.
     """
@@ -107,7 +110,8 @@ def fresh_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def channel_order(key: Tensor, boosted: int) -> Tensor:
-    """The channels ``[..., key_dim]`` (uint8) in which a row's keys are packed, from its first record's ``[..., tokens, key_dim]``.
+    """The channels ``[..., key_dim]`` (uint8) in which a row's keys are packed,
+    from its first record's ``[..., tokens, key_dim]``.
 
     The ``boosted`` of the widest range come first (of equals the lower channel), else channels are in their own order.
     A NaN counts as 0.
@@ -148,7 +152,8 @@ def pack_boosted(key: Tensor, record: Record) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Of ``x [..., channels]``, each power-of-two chunk of channels halved and added until one is left: as the kernels add."""
+    """Of ``x [..., channels]``, each power-of-two chunk of channels halved and added until one is left:
+    as the kernels add."""
     total = torch.zeros_like(x[..., 0])
     for part in x.square().split(channel_chunks(x.shape[-1]), -1):
         while part.shape[-1] > 1:
@@ -273,7 +278,8 @@ def unpack_records(
     key_order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read records back: words ``[..., n, record.num_words]`` to ``(key, value)``, each ``[..., n * num_tokens, dim]``
-    in float32, exactly ``code * scale + zero``.  Rotated values stay rotated; key channels are in the head's own order."""
+    in float32, exactly ``code * scale + zero``.  Rotated values stay rotated; key channels are
+    in the head's own order."""
 
     def section(name: str) -> Tensor:
         start = record.offset(name)
@@ -325,7 +331,8 @@ def flush_plan(length: int, packed: int, count: int, record_length: int, sink: i
 
 
 class Layout(NamedTuple):
-    """How a layer's tokens are divided: records of packed ones, and the exact ones before (sink) and after (residual)."""
+    """How a layer's tokens are divided: records of packed ones,
+    and the exact ones before (sink) and after (residual)."""
 
     record: Record
     sink: int
@@ -341,15 +348,15 @@ class Stored(NamedTuple):
     | exact_key, exact_value | [batch_size, num_kv_heads, slots, dim]: sink, then a ring of residual slots |
     | lengths, packed | [batch_size] int32: tokens stored, and those of them in records |
     | key_params | [2, batch_size, num_kv_heads, key_dim] float16, or None; written at a row's first flush |
-    | key_order | [batch_size, num_kv_heads, key_dim] uint8, or None; of boosted channels, written at a row's first flush |
-    | block_table | [batch_size, num_blocks] int32, or None: which record of the pool each block of a row's packed tokens is |
+    | key_order | [batch_size, num_kv_heads, key_dim] uint8, or None; of boosted channels, from a row's first flush on |
+    | block_table | [batch_size, num_blocks] int32, or None: which record of the pool each packed block of a row is |
     | exact_table | [batch_size, num_pages] int32, or None: which page of the pool each n of a row's tokens lie in |
 
     With a block table, records are a pool [pool_size, num_kv_heads, record.num_words]: record i of row b is
-    ``block_table[b, i]``.  With an exact table, exact tokens are pools [pool_size, num_kv_heads, n, dim] of any strides but
-    the last, 1: token t of row b lies in slot ``t % n`` of page ``exact_table[b, t // n]`` while packed <= t < length; then
-    there is no sink, no ``key_params`` and no ``key_order``.  Rows may share what lies in a pool.  Entries for tokens that a row does not
-    have there are not looked at.
+    ``block_table[b, i]``.  With an exact table, exact tokens are pools [pool_size, num_kv_heads, n, dim] of any strides
+    but the last, 1: token t of row b lies in slot ``t % n`` of page ``exact_table[b, t // n]`` while packed <= t <
+    length; then there is no sink, no ``key_params`` and no ``key_order``.  Rows may share what lies in a pool.  Entries
+    for tokens that a row does not have there are not looked at.
     """
 
     records: Tensor
@@ -403,8 +410,8 @@ def records_a_row(stored: Stored) -> int:
 
 
 def exact_tokens(exact: Tensor, token: Tensor, layout: Layout, table: Tensor | None) -> Tensor:
-    """Tokens ``token [n]`` of rows, ``[rows, num_kv_heads, n, dim]``: ``exact`` are the rows' slots, or the pool where there is
-    a ``table`` of the rows."""
+    """Tokens ``token [n]`` of rows, ``[rows, num_kv_heads, n, dim]``: ``exact`` are the rows' slots, or the pool where
+    there is a ``table`` of the rows."""
     if table is None:
         sink = layout.sink
         return exact[:, :, torch.where(token < sink, token, sink + (token - sink) % layout.residual)]
@@ -428,7 +435,7 @@ def append(
     | key, value | [batch_size, num_kv_heads, L, dim]; row b's tokens are the last counts[b] of the L |
     | counts | a number a row; None: all are |
     | books | (lengths, packed) of ``stored`` as the host knows them; None: they are read |
-    | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], in which row b's begin at starts[b] |
+    | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], row b's from starts[b] |
 
     ``stored.lengths`` and ``packed`` stay as they are.  What is written is a function of the tokens alone: rows that
     share a record or a page write the same words to it.
@@ -554,9 +561,10 @@ def attend(
     | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
     | starts | [batch_size + 1] int32, or None |
 
-    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at ``starts[b]``, the
-    fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes the output: chunks of
-    prompts, single tokens and drafts beside each other.  Raises ``ValueError`` where :func:`check` does.
+    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at
+    ``starts[b]``, the fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes
+    the output: chunks of prompts, single tokens and drafts beside each other.  Raises ``ValueError`` where
+    :func:`check` does.
     """
     if starts is not None:
         counts = row_counts(None, starts, len(stored.lengths), 0)

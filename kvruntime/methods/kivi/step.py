@@ -60,23 +60,25 @@ def key_columns(record_length, dim, nbits, group, size, other):
 
 @triton.jit
 def step_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, order_ptr, lengths_ptr,
-    positions_ptr, held_ptr, packed_ptr, ticket_ptr, block_table_ptr, exact_table_ptr, stride_qb, stride_qh, stride_kb, stride_kh,
-    stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_slots, num_records, num_pages,
-    batch_size,
-    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
-    VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
-    TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
-    RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SIZE: tl.constexpr,
-    SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr, BOOST: tl.constexpr,
-    BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, exact_key_ptr, exact_value_ptr, records_ptr, params_ptr, order_ptr,
+    lengths_ptr, positions_ptr, held_ptr, packed_ptr, ticket_ptr, block_table_ptr, exact_table_ptr, stride_qb,
+    stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh,
+    stride_yt, num_slots, num_records, num_pages, batch_size,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
+    RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
+    VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, SIZE: tl.constexpr, SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+    PAGE: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own.  ``lengths_ptr`` is read, ``held_ptr``
-    and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as
+    """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own.  ``lengths_ptr`` is read,
+    ``held_ptr`` and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as
     :func:`kvruntime.methods.kivi.pack.pack_kernel`."""
     if EARLY:
-        gdc_launch_dependents()  # the attention that may start now reads records of earlier steps: all written, because the
-        gdc_wait()  # attention of the step before waited for them before it let anything start
+        # the attention that may start now reads records of earlier steps: all written, because the attention of the
+        # step before waited for them before it let anything start
+        gdc_launch_dependents()
+        gdc_wait()
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
     PARTS: tl.constexpr = KEY_PARTS + num_value_parts(RECORD, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, SIZE, ROTATION)
     PROGRAMS: tl.constexpr = PARTS if SPREAD else 1  # of a row and head
@@ -100,8 +102,8 @@ def step_kernel(
     query_ptr += row.to(tl.int64) * stride_qb
     key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
     value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
-    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, own_key, own_query, d,
-                                                ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
+    key, query, query_at, real = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh,
+                                                own_key, own_query, d, ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
     value = tl.load(value_ptr + v, mask=own_value, other=0.0)
     if ROTATION > 0:
         value = tl.reshape(value.to(tl.float32), (1, BLOCK_V))
@@ -133,17 +135,18 @@ def step_kernel(
             order_ptr += rows * KEY_DIM
             if packed == 0:
                 if not SPREAD or program < KEY_PARTS:
-                    choose_order(exact_key_ptr, exact_key_ptr, order_ptr, SINK, length, 0, 0, key_pages, False, KEY_DIM, BLOCK_K,
-                                 RECORD, SINK, RESIDUAL, PAGE)  # fmt: skip
+                    choose_order(exact_key_ptr, exact_key_ptr, order_ptr, SINK, length, 0, 0, key_pages, False, KEY_DIM,
+                                 BLOCK_K, RECORD, SINK, RESIDUAL, PAGE)  # fmt: skip
                     tl.debug_barrier()  # threads read what others wrote
         for turn in tl.static_range(1 if SPREAD else PARTS):
             part = turn
             if SPREAD:
                 part = program
-            pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr, order_ptr, SINK + packed,
-                      length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, key_pages, value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS,
-                      VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS,
-                      SIZE, BOOST, BOOST_CODES, ROTATION)  # fmt: skip
+            pack_part(part, exact_key_ptr, exact_value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr,
+                      order_ptr, SINK + packed, length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, key_pages,
+                      value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE,
+                      SINK, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST,
+                      BOOST_CODES, ROTATION)  # fmt: skip
         tl.debug_barrier()  # the token takes the slot of the oldest one packed
     if PAGE == 0:
         slot = length
@@ -194,8 +197,8 @@ def step(
 
     The tensors are :func:`kvruntime.methods.kivi.reference.step`'s.
 
-    ``ticket [batch_size]``: int32 zeros, and zeros again afterwards.  Key and value lie channel by channel.  The caller has
-    provided for the token.  Raises ``ValueError`` for what :func:`supports` does not allow.
+    ``ticket [batch_size]``: int32 zeros, and zeros again afterwards.  Key and value lie channel by channel.  The caller
+    has provided for the token.  Raises ``ValueError`` for what :func:`supports` does not allow.
     """
     record, sink, residual = layout
     if not supports(record, residual):
@@ -212,12 +215,13 @@ def step(
         programs, size, warps = 1, WHOLE, pack_warps(record)
     own = {} if spread else permuting(record)
     step_kernel[(batch_size * heads * programs,)](
-        query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params, stored.key_order, lengths,
-        positions, stored.lengths, stored.packed, ticket, where.block_table, where.exact_table, *query.stride()[:2], *key.stride()[:2],
-        *value.stride()[:2], *where.strides, where.num_slots, where.num_records, where.num_pages, batch_size,
+        query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params,
+        stored.key_order, lengths, positions, stored.lengths, stored.packed, ticket, where.block_table,
+        where.exact_table, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *where.strides, where.num_slots,
+        where.num_records, where.num_pages, batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
-        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None, PAGE=where.page,
-        EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **own,
+        BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None,
+        PAGE=where.page, EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **own,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
