@@ -251,6 +251,27 @@ def conflict_markers(text: str) -> list[int]:
     return [number for number, line in enumerate(text.splitlines(), 1) if marker.fullmatch(line)]
 
 
+MAX_LINE = 120
+"""Characters of a line, as ``line-length`` in pyproject.toml; ruff lets a line pass whose end is ``# type: ignore``."""
+
+
+def test_no_line_is_too_long() -> None:
+    files = [path for folder in (*ALLOWED, "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 300
+    long = {str(path.relative_to(ROOT)): long_lines(path.read_text(encoding="utf-8")) for path in files}
+    assert not {name: numbers for name, numbers in long.items() if numbers}
+
+
+@pytest.mark.parametrize("tail", ["", "  # type: ignore", "  # noqa: E501", "é"])
+def test_a_line_that_is_too_long_is_found(tail: str) -> None:
+    assert long_lines(f"{'x' * (MAX_LINE - len(tail))}{tail}\n{'x' * (MAX_LINE + 1 - len(tail))}{tail}\n") == [2]
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines of more than ``MAX_LINE`` characters."""
+    return [number for number, line in enumerate(text.splitlines(), 1) if len(line) > MAX_LINE]
+
+
 def test_one_test_command() -> None:
     command = "python -m pip install -q -e '.[test]' && python -m pytest -n auto"
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
