@@ -8,6 +8,8 @@ fast one finds.
 import inspect
 import os
 
+import pytest
+
 
 def remember_builtins() -> None:
     """``_patch_builtin`` of Triton 3.6 to 3.9 without ``inspect.getmembers`` at every call: the first look at a module,
@@ -44,3 +46,8 @@ try:
     settings.load_profile("kvsim")
 except ImportError:
     pass
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

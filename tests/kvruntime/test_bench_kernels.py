@@ -309,6 +309,7 @@ def pretended(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_the_whole_command(pretended, monkeypatch, capsys) -> None:
     monkeypatch.setattr(suite, "RAGGED_BLOCKS", (3, 6))
     more = (("llama-3-8b:1x256", (benched.MIXED, benched.BFLOAT16)), ("llama-3-8b:ragged", METHODS))

@@ -24,6 +24,7 @@ GROWN = 1.05
 """Of the recorded instructions, the most of Triton 3.6, 3.7 and 3.9 (``compile_kernels.py --record`` with each)."""
 
 
+@pytest.mark.long
 def test_all_compile_without_spills() -> None:
     here = Path(__file__).parents[1] / "support"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -18,6 +18,7 @@ pytest.importorskip("torch", reason="the runtime extra (torch) is not installed"
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
 
+@pytest.mark.long
 def test_compiled_packing_writes_the_words_of_the_reference() -> None:
     here = Path(__file__).parents[1] / "support"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

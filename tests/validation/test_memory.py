@@ -164,9 +164,8 @@ def test_the_peaks_of_a_model_that_shares_heads(tmp_path):
     for task in generate_tasks(grid, CPU):
         rows = judged(task)
         assert all(set(compare.deviations(row)) == {0} for row in rows if row["kind"] == "memory")
-        assert all(abs(row["error"]) < 0.02 for row in rows), [
-            (row["task"], row.get("phase"), row["error"]) for row in rows
-        ]
+        found = {(row["task"].rpartition("/")[2], row.get("phase")): round(row["error"], 4) for row in rows}
+        assert {name: error for name, error in found.items() if abs(error) >= 0.02} == {}
 
 
 def test_resuming_leaves_out_what_is_there(quick, capsys):

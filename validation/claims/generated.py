@@ -93,7 +93,7 @@ class Observer:
 def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: torch.device) -> list[Row]:
     from transformers import StoppingCriteriaList
 
-    from kvruntime import make_cache
+    from kvruntime import make_cache, restore
     from kvruntime.hf.cache import argument
 
     generator = torch.Generator().manual_seed(SEED)
@@ -113,6 +113,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([observer]),
             )
+        restore(model)  # it keeps the ids of its last prompt, by which the next one is judged: no part of the cache
         left = held.now
     row = base_row("memory", "generate", name, method, len(cache.layers), device)
     row |= {"weights": f"random (seed {SEED})", "provided": "known", "max_seq_len": known}
