@@ -228,7 +228,8 @@ and ``attend_queries_table_shares`` with all of it for every layout."""
 
 
 def tasks(in_pairs: bool) -> list[Task]:
-    """What is compiled: for sm_90 everything, for the other targets some layouts."""
+    """What is compiled: for sm_90 everything, for the other targets some layouts, ``in_pairs`` the one of
+    them that came least."""
     out: list[Task] = []
     for kernel in KERNELS:
         names = POOLED if kernel.endswith("pool") else METHODS
@@ -242,8 +243,12 @@ def tasks(in_pairs: bool) -> list[Task]:
         if in_pairs and kernel in HALVED:
             second = names[HALVED.index(kernel) % 2 :: 2]
             names = [name for name in names if name in second or name in EVERYWHERE]
-        targets = (80, 89, 90, 100)
-        out += [(kernel, name, sm) for name in names for sm in targets if sm == 90 or name in EVERYWHERE]
+        out += [(kernel, name, 90) for name in names]
+        others = [name for name in names if name in EVERYWHERE]
+        for sm in (80, 89, 100):
+            seen = [name for _, name, target in out if target == sm]
+            taken = [min(others, key=seen.count)] if in_pairs else others
+            out += [(kernel, name, sm) for name in taken]
     return out
 
 
