@@ -112,8 +112,9 @@ class Price:
 
     @property
     def label(self) -> str:
-        machine = f", {self.min_cards} cards a machine" if self.min_cards > 1 else ""
-        return f"${self.usd_per_hour:g} a card-hour ({self.provider}, {self.terms}{machine}, {self.date})"
+        machine = f"{self.min_cards} cards a machine" if self.min_cards > 1 else ""
+        said = ", ".join(filter(None, (self.provider, self.terms, machine, self.date)))
+        return f"${self.usd_per_hour:g} a card-hour ({said})"
 
 
 @cache
