@@ -61,8 +61,10 @@ class Weights:
         self.ends = self.first.data_ptr(), self.last.data_ptr()
         self.addresses = (*map(id, modules), *(tensor.data_ptr() for tensor in tensors))
         hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.hooks = [found for found in hooks if not any(map(own, found.values()))]
-        self.own = [(found, len(found)) for found in hooks if any(map(own, found.values()))]
+        counts = [(found, sum(map(own, found.values()))) for found in hooks]
+        self.hooks = [found for found, count in counts if not count]
+        self.own = [(found, count) for found, count in counts if count]
+        """Of the modules that have the cache's own hooks, how many of these."""
 
     @property
     def moved(self) -> bool:
@@ -72,7 +74,7 @@ class Weights:
     @property
     def hooked(self) -> bool:
         """Whether a module has a hook that a graph would not run."""
-        if any(self.hooks) or any(len(found) != length for found, length in self.own):
+        if any(self.hooks) or any(len(found) != count for found, count in self.own):
             return True
         return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 

@@ -245,9 +245,10 @@ def test_what_a_graph_would_not_see_is_looked_for(stepping):
     seen = Weights(model, _is_own)
     assert not seen.moved
     assert not seen.hooked
-    for module in (model, model.model.layers[1].mlp):
+    for module in (model, model.model, model.model.layers[1].mlp):
         hook = module.register_forward_hook(lambda *_: None)
         assert seen.hooked
+        assert Weights(model, _is_own).hooked  # one that was there before, too
         hook.remove()
     assert not seen.hooked
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
