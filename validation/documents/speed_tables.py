@@ -12,7 +12,7 @@ from kvruntime.bench.harness.results import Row, read
 from kvruntime.bench.harness.tables import BASE, ratio
 from kvruntime.bench.kernels import report as kernel_report
 from kvsim.output.tables import compact
-from validation.documents.memory_tables import circumstances
+from validation.documents.memory_tables import circumstances, commit
 from validation.recorded import FOLDER
 
 
@@ -32,9 +32,17 @@ def block(arguments: str, folder: Path = FOLDER) -> str:
         file = read(path)
         body = (SHORT if words[1:] else FULL)[what](file["rows"])
         if body:
-            parts.append(f"{circumstances(file)} ([{path.name}]({link(path, short=bool(words[1:]))})):\n\n{body}")
+            about = summary(file) if words == ["generate", "short"] else circumstances(file)
+            parts.append(f"{about} ([{path.name}]({link(path, short=bool(words[1:]))})):\n\n{body}")
     name = "validation/record.sh"
     return "\n\n".join(parts) or f"Nothing is recorded yet: `{name}` does it on a machine with a GPU."
+
+
+def summary(file: dict[str, Any]) -> str:
+    """Device, versions and commits of a results file; the commands stand beside the full table."""
+    versions = ", ".join(f"{name} {file['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    commits = ", ".join(dict.fromkeys(commit(row, file) for row in file["rows"]))
+    return f"{file['device']['name']}, {versions}, commit {commits}"
 
 
 def link(path: Path, short: bool) -> str:
@@ -132,19 +140,23 @@ def short_engine(rows: Sequence[Row]) -> str:
 
 
 def short_generate(rows: Sequence[Row]) -> str:
-    """One line a size: milliseconds a step of stock caches, of each of ours with the ratio to the faster stock one."""
-    parts = []
-    for group in engine_report.groups(rows, "generate"):
-        names = dict.fromkeys(generate_report.label(row) for row in group)
-        sizes = dict.fromkeys((row["batch_size"], row["num_tokens"]) for row in group)
-        body = [
-            [f"{batch_size} x {kernel_report.size(num_tokens)}"]
-            + [generate_cell(name, batch_size, num_tokens, group) for name in names]
-            for batch_size, num_tokens in sizes
-        ]
-        parts.append(f"{group[0]['model']}, {group[0]['dtype']}, weights: {group[0]['weights']}; ms/step, ratio")
-        parts.append(compact(["batch x prompt", *names], body, left=(0,)))
-    return "\n\n".join(parts)
+    """One line a size: milliseconds a step of stock caches, of each of ours with the ratio to the faster stock one.
+
+    What was compiled by hand stands in the full table alone.
+    """
+    found = [row for row in kernel_report.done(rows, "generate") if not (row["runs"] and is_ours(row))]
+    names = dict.fromkeys(generate_report.label(row) for row in found)
+    body = []
+    for group in engine_report.groups(found, "generate"):
+        for batch_size, num_tokens in dict.fromkeys((row["batch_size"], row["num_tokens"]) for row in group):
+            size = f"{group[0]['model']} {batch_size} x {kernel_report.size(num_tokens)}"
+            body.append([size, *(generate_cell(name, batch_size, num_tokens, group) for name in names)])
+    return compact(["ms a step, batch x prompt", *names], body, left=(0,)) if body else ""
+
+
+def is_ours(row: Row) -> bool:
+    """Whether a row of ``generate`` is of one of this package's caches."""
+    return row["method"] not in generate_report.STOCK
 
 
 def generate_cell(name: str, batch_size: int, num_tokens: int, group: Sequence[Row]) -> str:
@@ -153,7 +165,7 @@ def generate_cell(name: str, batch_size: int, num_tokens: int, group: Sequence[R
     if row is None:
         return "–"
     best, seconds = generate_report.best_stock(row, group), generate_report.seconds(row)
-    beside = best is not None and row["method"] not in generate_report.STOCK
+    beside = best is not None and is_ours(row)
     return f"{1e3 * seconds:.2f}" + (f" ({ratio(generate_report.seconds(best) / seconds)})" if beside and best else "")
 
 

@@ -104,7 +104,8 @@ class Models:
         config = load_config(subject.model)[1]
         config = dict(config.get("text_config", config))
         if subject.positions is not None:
-            config["max_position_embeddings"] = max(subject.positions, config["max_position_embeddings"])
+            name = "max_position_embeddings" if "max_position_embeddings" in config else "n_positions"
+            config[name] = max(subject.positions, config[name])
         return config
 
     def loaded(self, subject: Subject) -> Loaded:

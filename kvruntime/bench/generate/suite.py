@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.engine.suite import Models, chosen, key_of
 from kvruntime.bench.engine.suite import Subject as Shape
-from kvruntime.bench.generate.report import STOCK, line, tables
+from kvruntime.bench.generate.report import FIRST_CALL, STOCK, line, tables
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, task
 from kvsim.engines.kvruntime import MOST
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kvruntime.bench.harness.tasks import Task
 
-SHORT, LONG = 8, 72
+SHORT, LONG = FIRST_CALL, 72
 """The new tokens between which steps are timed."""
 TURNS, TURN = 10, 32
 """Turns of a conversation, and tokens of each: as many are said as are answered."""
