@@ -558,6 +558,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 
     @property
+    def step_nbytes(self) -> int:
+        """Bytes, beside ``nbytes``, of what steps on the device count and work in: none where the host plans."""
+        counts = getattr(self, "counts", None)
+        return 0 if counts is None else int(counts.nbytes)
+
+    @property
     def num_provided(self) -> int:
         """Tokens a row that the buffers provide for now."""
         return max((store.num_provided for store in self.stores), default=0)

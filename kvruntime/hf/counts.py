@@ -63,6 +63,12 @@ class Counts:
             self.columns = num_columns + self.max_seq_len - max(lengths)
             self.tokens = columns.tokens(self.columns, device) if self.padded else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all this."""
+        held = [getattr(self, name, None) for name in ("positions", "scratch", "num_columns", "visible", "tokens")]
+        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
     def mask(self, given: Tensor | None) -> Tensor:
         """The mask of a step, for ``given`` ``[batch_size, columns]`` bool, which says the same or is refused."""
         if given is None:

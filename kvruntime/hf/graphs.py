@@ -44,6 +44,8 @@ class Graph(NamedTuple):
     addresses: tuple[int, ...]
     tensors: list[Tensor]
     """Where its arguments are read."""
+    mask: Tensor | None
+    """The attention mask that it was captured with: one column that all see."""
     leaves: list[Any]
     """Its outputs, one by one."""
     spec: Any
@@ -205,7 +207,10 @@ class Graphs:
             name: value if name == "attention_mask" or not isinstance(value, Tensor) else next(there)
             for name, value in kwargs.items()
         }
-        kwargs["attention_mask"] = None
+        mask = None
+        if inputs.mask is not None and kwargs.get("position_ids") is not None:  # without one, OPT asks for a length
+            mask = torch.ones(len(inputs.mask), 1, dtype=inputs.mask.dtype, device=device)
+        kwargs["attention_mask"] = mask
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             self.stream = self.stream or torch.cuda.Stream()
@@ -226,7 +231,7 @@ class Graphs:
                 counts.tracing = False
             torch.cuda.current_stream().wait_stream(self.stream)
         leaves, spec = pytree.tree_flatten(out, is_leaf=lambda value: isinstance(value, Cache))
-        self.held = Graph(graph, inputs.like, counts.addresses, static, leaves, spec)
+        self.held = Graph(graph, inputs.like, counts.addresses, static, mask, leaves, spec)
         return self.held
 
     def _fail(self, error: Exception) -> None:

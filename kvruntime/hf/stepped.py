@@ -18,6 +18,7 @@ from torch import Tensor
 from kvruntime.hf.cache import UNCOMPILED, Books, Cache, CacheLayer, Held, Length, Pending
 from kvruntime.hf.counts import StepLength, Stepping
 from kvruntime.hf.graphs import Graphs
+from kvruntime.methods import Layer
 from kvsim.layout import LayerShape, Method
 
 
@@ -161,6 +162,12 @@ class SteppedCache(Cache):
     def expect(self, num_columns: int) -> None:
         """Columns that the next tokens will need at the most, as ``generate()`` knows."""
         self.counts.expected = int(num_columns)
+
+    @property
+    def stores(self) -> list[Layer]:
+        """The layers' kvruntime objects, those that have been used, their books up to date."""
+        self.counts.settle()
+        return super().stores
 
     @property
     def steps(self) -> str:

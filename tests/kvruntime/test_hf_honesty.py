@@ -10,7 +10,7 @@ import torch
 from hf_models import prompt, tiny
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kvruntime import make_cache
+from kvruntime import hf, make_cache
 from kvruntime.hf.cache import CacheLayer, argument
 from kvsim.layout import LayerShape, nbytes
 
@@ -74,7 +74,7 @@ def test_every_step_weighs_what_is_predicted(family, name, batch_size, max_seq_l
     """A ragged prompt, 150 single tokens (many flushes, one growth) and a chunk of several."""
     model, shape = tiny(family), SHAPES[family]
     method, options = METHODS[name]
-    cache = make_cache(model, method, **options, max_seq_len=max_seq_len)
+    cache = make_cache(model, method, **options, max_seq_len=max_seq_len, compiled=False)
     steps = [130, *[1] * 150, 20]
     ids, mask = prompt(batch_size, sum(steps), (0, 7, 40)[:batch_size]).values()
     stop = 0
@@ -92,6 +92,23 @@ def test_every_step_weighs_what_is_predicted(family, name, batch_size, max_seq_l
     assert weigh(cache) == cache.nbytes == predicted
 
 
+def test_steps_on_the_device_weigh_what_they_say(monkeypatch):
+    """What they count and work in lies beside the cache's bytes, which are those of the tokens provided for."""
+    monkeypatch.setattr(hf, "_steps_on", lambda device: True)
+    model = tiny("Llama")
+    cache = make_cache(model, "kivi", nbits=2)
+    ids, mask = prompt(2, 300, (0, 7)).values()
+    with torch.no_grad():
+        model(ids[:, :250], attention_mask=mask[:, :250], **argument(cache))
+        for stop in range(251, 301):
+            model(ids[:, stop - 1 : stop], attention_mask=mask[:, :stop], **argument(cache))
+    assert cache.step_nbytes > 0
+    assert cache.num_provided >= 300
+    predicted = model.config.num_hidden_layers * nbytes(cache.method.buffers(SHAPES["Llama"], 2, cache.num_provided))
+    assert weigh(cache) - cache.step_nbytes == cache.nbytes == predicted
+    assert make_cache(model, "kivi", compiled=False).step_nbytes == 0
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_no_token_survives_outside_the_buffers(name, monkeypatch):
     """What a forward brings to the cache is gone when it returns, and the buffers with the cache's last name."""
@@ -102,7 +119,7 @@ def test_no_token_survives_outside_the_buffers(name, monkeypatch):
         append(layer, key, value, lengths)
 
     monkeypatch.setattr(CacheLayer, "append", spy)
-    cache = make_cache(model, METHODS[name][0], **METHODS[name][1])
+    cache = make_cache(model, METHODS[name][0], **METHODS[name][1], compiled=False)
     gc.disable()
     try:
         with torch.no_grad():

@@ -18,6 +18,7 @@ from kvruntime import make_cache
 from kvruntime.hf.attention import NAME, Switch
 from kvruntime.hf.cache import STATE_VERSION, Cache, argument
 from kvruntime.hf.compiled import NAMED_METHODS
+from kvruntime.hf.stepped import SteppedCache
 
 CACHES = {
     "fp32": ("fp32", {}),
@@ -180,7 +181,8 @@ def test_with_other_caches_the_model_is_as_it_was(model, before):
     kvruntime.restore(model)
     kvruntime.restore(model)
     assert not switches(model)
-    assert (states(model), set(vars(model))) == (was, names)
+    of_transformers = {"_compiled_call", "_last_compile_config"}  # where its generate() compiles
+    assert (states(model), set(vars(model)) - of_transformers) == (was, names)
     assert torch.equal(
         ours, other.generate(**inputs, max_new_tokens=4, do_sample=False, **argument(make_cache(other, "kivi")))
     )
@@ -290,7 +292,7 @@ def test_a_forward_that_ended_between_layers_is_noticed(model, name, held, lengt
         with pytest.raises(error):
             model(now, **argument(cache))
         del layer.forward
-        if "compiled" in name and held and length == 1:
+        if ("compiled" in name or isinstance(cache, SteppedCache)) and held and length == 1:
             got, want = (model(now, **argument(one)).logits for one in (cache, whole))
             assert torch.equal(got, want)
         else:

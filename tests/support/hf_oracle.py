@@ -36,8 +36,8 @@ def stored(store) -> tuple[torch.Tensor, torch.Tensor]:
 def stock_past(cache, dtype: torch.dtype, num_tokens: int | None = None) -> DynamicCache:
     """A stock cache with what ``cache`` holds, read back; the first ``num_tokens`` of it."""
     past = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        key, value = stored(layer.store)
+    for index, store in enumerate(cache.stores):
+        key, value = stored(store)
         past.update(key[:, :, :num_tokens].to(dtype), value[:, :, :num_tokens].to(dtype), index)
     return past
 

@@ -44,6 +44,8 @@ from kvruntime.methods.kivi.words import (
 )
 from kvsim.methods.kivi import Record
 
+WIDE = 512
+"""Bytes of a head's channels above which a step takes fewer tokens and rows, so that it fits shared memory."""
 MAX_SPLITS = 128
 REGISTERS = 255
 """Of a thread that looks up a table: left to choose, ptxas takes 168 on sm_80 and spills."""
@@ -405,7 +407,9 @@ def attend(
         counts = fresh[2] if starts is None else None
         strides = New(new_key, new_value, heads, 0, counts, starts).strides()
     num_queries = query.shape[2 if starts is None else 0]
-    block_m = block_rows(num_queries * q_per_kv, max(record.key_dim, record.value_dim))
+    dim = max(record.key_dim, record.value_dim)
+    wide = dim * query.element_size() > WIDE
+    block_m = 16 if wide else block_rows(num_queries * q_per_kv, dim)
     if starts is None:
         blocks, rows = -(-num_queries * q_per_kv // block_m), batch_size * heads
         query_strides = query.stride()[:3]
@@ -433,7 +437,7 @@ def attend(
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, PAGE=where.page,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size),
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),
-        enable_fp_fusion=True, **launch(record, block_m), **({"maxnreg": REGISTERS} if looked_up else {}),
+        enable_fp_fusion=True, **launch(record, block_m, wide), **({"maxnreg": REGISTERS} if looked_up else {}),
     )  # fmt: skip
     if merged:
         block_d = record.rotation or COMBINE_D
@@ -460,14 +464,14 @@ def rotated(value: Tensor, size: int) -> Tensor:
 
 
 @cache
-def launch(record: Record, block_m: int) -> dict[str, int]:
+def launch(record: Record, block_m: int, wide: bool = False) -> dict[str, int]:
     """Warps, pipeline stages and exact tokens a step.
 
     Two warps are the fastest that was measured for decoding on an H100 (of 2, 4, 8); where a tile and its scales would
-    not fit the registers of two on some card, and for many queries, more.
+    not fit the registers of two on some card, and for many queries, more.  ``wide``: fewer exact tokens a step.
     """
     dim = max(record.key_dim, record.value_dim)
     odd = dim & (dim - 1) != 0
     light = not odd and (dim <= 64 or (dim == 128 and 0 < record.key_group <= 32))
     warps = 8 if dim > 128 or block_m > 16 else 2 if light else 4
-    return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1, "BLOCK_N": 16 if odd else 32}
+    return {"num_warps": warps, "NUM_STAGES": 2 if warps == 2 else 1, "BLOCK_N": 16 if odd or wide else 32}
