@@ -113,9 +113,7 @@ def longrope() -> torch.nn.Module:
     return model
 
 
-@pytest.mark.filterwarnings(
-    "ignore:kvruntime. every decode step"
-)  # before 5.24
+@pytest.mark.filterwarnings("ignore:kvruntime. every decode step")  # before 5.24
 def test_rotary_scaling_that_switches_computes_into_the_same_cache():
     """transformers drops the cache there and goes on with one of its own."""
     model, inputs = longrope(), prompt(2, 20, (0, 6))
