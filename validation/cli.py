@@ -107,7 +107,7 @@ def speed(
     cpu = device == "cpu"
     from kvruntime.checkpoints.load import resolve
     from validation.claims.speed import speed_tasks
-    from validation.claims.subjects import judged
+    from validation.claims.subjects import claims
 
     resolve(model, offline=True, say=_say)  # refuses an unknown name before anything else
     settings = {
@@ -117,7 +117,7 @@ def speed(
         "repeats": repeats,
     }
     batches = parse_sizes(batch or ("1,4" if cpu else "1,8,64"), "batch")
-    return _run(speed_tasks(model, judged(), batches, device, settings, _say), device, given)
+    return _run(speed_tasks(model, claims().judged, batches, device, settings, _say), device, given)
 
 
 @cli.command()
@@ -149,7 +149,7 @@ def quality(
     cpu = device == "cpu"
     from kvruntime.checkpoints.load import resolve
     from validation.claims.quality import quality_tasks
-    from validation.claims.subjects import judged
+    from validation.claims.subjects import claims
 
     source = resolve(model, offline=offline, say=_say)
     if not source.real:
@@ -158,7 +158,7 @@ def quality(
         )
     settings = {"window": window, "chunk": chunk or (16 if cpu else 1), "batch": batch}
     settings["max_tokens"] = (4096 if cpu else 32768) if max_tokens is None else max_tokens
-    return _run(quality_tasks(source, text, judged(), device, settings), device, given)
+    return _run(quality_tasks(source, text, claims().judged, device, settings), device, given)
 
 
 @cli.command()

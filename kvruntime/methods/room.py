@@ -71,6 +71,23 @@ class Layer(Protocol):
     def crop(self, num_tokens: int) -> None: ...
 
 
+class Claims(NamedTuple):
+    """The layouts of a method whose figures ``python -m validation`` records."""
+
+    core: tuple[Method, ...]
+    """Weighed on every model."""
+    variants: tuple[Method, ...] = ()
+    """Weighed besides on the first model."""
+    judged: tuple[Method, ...] = ()
+    """Timed, and scored on a text."""
+    few: tuple[Method, ...] = ()
+    """Fed token by token in a quick run; on a CPU run through ``generate()`` with the first model."""
+    one: tuple[Method, ...] = ()
+    """A quick run's ``core``; on CUDA run through ``generate()`` with every model after the first."""
+    other: tuple[Method, ...] = ()
+    """On a CPU run through ``generate()`` with further models."""
+
+
 class Room(NamedTuple):
     """What the rest of the house asks of a method; what a room lacks is refused by name where it is asked."""
 
@@ -92,3 +109,5 @@ class Room(NamedTuple):
     """What the benchmarks measure besides (:mod:`kvruntime.methods.kivi.benched` has all of it)."""
     splits: Callable[[Any, Tensor], int] | None = None
     """``(layer, query)``: how many ways the kernel splits the tokens."""
+    claims: Claims | None = None
+    """The layouts whose figures are recorded; ``None``: the examples, in every run."""

@@ -18,7 +18,8 @@ class Toy(Full):
 
 def move_in(monkeypatch: Any, **offers: Any) -> Toy:
     """Gives the method a row on each side, with what its room ``offers`` besides a layer and an example."""
-    room = full.ROOM._replace(examples=(Toy(),), transients=None, measures=None, benched=(), **offers)
+    without: dict[str, Any] = {"transients": None, "measures": None, "benched": (), "claims": None}
+    room = full.ROOM._replace(examples=(Toy(),), **without | offers)
     monkeypatch.setitem(LAYERS, Toy, room)
     monkeypatch.setitem(METHODS, "toy", Toy)
     return Toy()

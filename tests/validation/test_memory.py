@@ -12,7 +12,8 @@ import torch
 from toy_room import move_in
 
 from kvruntime.bench.harness.weigh import weigh
-from kvruntime.methods import make_layer
+from kvruntime.methods import LAYERS, make_layer
+from kvruntime.methods.room import Claims
 from kvruntime.methods.rows import GROW_TOKENS
 from kvsim.install import install_hint
 from kvsim.layout import LayerShape
@@ -21,23 +22,15 @@ from validation import cli
 from validation.claims import compare, predict
 from validation.claims.memory import fits, layer_tasks
 from validation.claims.peak import peak_tasks
-from validation.claims.subjects import (
-    CORE,
-    GRID,
-    MODELS,
-    describe_method,
-    grid_for,
-    judged,
-    lengths,
-    others,
-    rebuild_method,
-)
+from validation.claims.subjects import MODELS, claims, describe_method, grid_for, lengths, rebuild_method
 from validation.claims.tasks import judged as judge
 from validation.recorded import read
 from validation.scales.allocator import Allocator
 from validation.scales.live import LiveBytes
 
 CPU = torch.device("cpu")
+CLAIMS = claims()
+GRID = (*CLAIMS.core, *CLAIMS.variants)
 
 
 def test_the_scale_finds_what_is_hidden_and_counts_it_once():
@@ -92,7 +85,7 @@ def test_a_method_is_rebuilt_from_its_description(method):
 def test_the_grid_covers_what_it_claims():
     assert len(set(GRID)) == len(GRID)
     assert {method.nbits for method in GRID if isinstance(method, Kivi)} >= {2, 4, 8}
-    assert all(fits(name, method) for name in MODELS for method in CORE)
+    assert all(fits(name, method) for name in MODELS for method in CLAIMS.core)
     assert all(fits(MODELS[0], method) for method in GRID)
     assert {1, 127, 128, 129, 191, 192, 193, 255, 256, 257, 1024, 2048} <= set(lengths(Kivi(2)))
     assert {19, 20, 21} <= set(lengths(Kivi(2, group_size=16, residual_length=16, sink_length=4)))
@@ -100,9 +93,21 @@ def test_the_grid_covers_what_it_claims():
     assert predict.GROW_TOKENS == GROW_TOKENS
 
 
+def test_a_room_brings_its_own_claims(monkeypatch):
+    """What a room says is weighed, and no more of it: its other examples are not."""
+    toy = move_in(monkeypatch)
+    monkeypatch.setitem(LAYERS, type(toy), LAYERS[type(toy)]._replace(claims=Claims(core=(toy,), other=(toy,))))
+    assert toy in claims().core
+    assert toy not in {*claims().judged, *claims().few, *claims().one}
+    grid = grid_for("cpu", quick=False)
+    assert [run[0] for run in grid.generated if toy in run[3]] == ["gpt2-medium", "smollm2-135m"]
+    assert toy not in grid_for("cpu", quick=True).grid
+
+
 def test_every_room_is_weighed_and_no_method_is_taken_for_another(monkeypatch):
     toy = move_in(monkeypatch)
-    assert toy in judged()
+    assert toy in claims().judged
+    assert toy not in claims().variants
     for quick, device in ((True, "cpu"), (False, "cpu"), (False, "cuda")):
         grid = grid_for(device, quick=quick)
         assert toy in {*grid.grid} & {*grid.core} & {*grid.step_methods}
@@ -138,7 +143,7 @@ def test_a_quick_run_weighs_exactly_what_is_predicted(quick):
     assert all(set(compare.deviations(row)) == {0} for row in rows if row["kind"] == "memory")
     stepped = [row for row in rows if row.get("every_step") and row["way"] == "layers"]
     assert all(len(compare.deviations(row)) == 100 for row in stepped)
-    assert len(stepped) == 3 + len(others())
+    assert len(stepped) == len(CLAIMS.few)
 
 
 def test_a_quick_run_predicts_the_peaks_within_two_per_cent(quick):

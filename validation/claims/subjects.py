@@ -3,52 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsim.layout import Method, edges
-from kvsim.methods import METHODS, Full, Kivi, kivi_seed
+from kvsim.methods import METHODS
+
+if TYPE_CHECKING:
+    from kvruntime.methods.room import Claims
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "smollm2-135m", "llama-3.2-1b")
 """GPT-2 in three sizes, and two models whose query heads share key/value heads (3 and 4 each)."""
-
-CORE: tuple[Method, ...] = (Full(), Kivi(2), Kivi(4), Kivi(8), kivi_seed())
-"""The methods that every model is weighed with, and :func:`others`."""
-
-JUDGED: tuple[Method, ...] = (Full(), Kivi(8), Kivi(4), Kivi(2))
-"""The methods whose speed and quality are recorded, and :func:`others`."""
-
-GROUPS = ((32, 32, 32), (32, 32, 256), (64, 64, 128), (128, 64, 256))
-"""(tokens a key scale, channels a value scale, residual) beside the default 32, 32, 128."""
-
-GRID: tuple[Method, ...] = (
-    *CORE,
-    *(
-        Kivi(nbits, key_group_size=key, value_group_size=value, residual_length=residual)
-        for nbits in (2, 4, 8)
-        for key, value, residual in GROUPS
-    ),
-    Kivi(2, sink_length=4),
-    Kivi(key_nbits=4, value_nbits=2),
-    Kivi(key_nbits=2, value_nbits=4, key_group_size=64, value_group_size=16),
-    Kivi(2, dtype="float32"),
-)
-"""The methods that the first model is weighed with, and :func:`others`."""
 
 BLOCK_EDGES = (255, 256, 257)
 LONG = (1024, 2048)
 
 
-def others() -> tuple[Method, ...]:
-    """The examples of every method that kvruntime has a room for and the lists here do not name."""
+def claims() -> Claims:
+    """What the rooms of all methods have recorded, one after the other; a room without claims gives its examples."""
     from kvruntime.methods import LAYERS
+    from kvruntime.methods.room import Claims, Room
 
-    named = {type(method) for method in (*GRID, *JUDGED)}
-    return tuple(example for kind, room in LAYERS.items() if kind not in named for example in room.examples)
+    def own(room: Room) -> Claims:
+        return room.claims or Claims(**{name: room.examples for name in Claims._fields if name != "variants"})
 
-
-def judged() -> tuple[Method, ...]:
-    """The methods whose speed and quality are recorded."""
-    return (*JUDGED, *others())
+    return Claims(*(sum(each, ()) for each in zip(*map(own, LAYERS.values()), strict=True)))
 
 
 def lengths(method: Method, longest: int = LONG[-1]) -> list[int]:
@@ -105,21 +83,18 @@ def grid_for(device: str, *, quick: bool, models: tuple[str, ...] = ()) -> Grid:
 
     ``models`` replaces the default models.
     """
-    chosen, more = models or MODELS, others()
-    base, grid, core = chosen[0], (*GRID, *more), (*CORE, *more)
+    chosen, own = models or MODELS, claims()
+    base, grid = chosen[0], (*own.core, *own.variants)
     if quick:
-        few: tuple[Method, ...] = (Full(), Kivi(2), kivi_seed(), *more)
         small = "gpt2" if not models else base
-        one: tuple[Method, ...] = (Kivi(2), *more)
-        return Grid(
-            chosen, 1, (*GRID[::5], *more), one, 257, 100, few, ((small, 120, 16, one),), (base,), (512,)
-        )  # fmt: skip
+        few, run = (*own.few, *own.variants[::5]), (small, 120, 16, own.one)
+        return Grid(chosen, 1, few, own.one, 257, 100, own.few, (run,), (base,), (512,))
     if device == "cpu":
-        runs: list[Run] = [(base, 120, 60, (Full(), Kivi(2), kivi_seed(), *more))]
-        runs += [(name, 96, 8, (Kivi(4), *more)) for name in chosen[1:] if name in ("gpt2-medium", "smollm2-135m")]
+        runs: list[Run] = [(base, 120, 60, own.few)]
+        runs += [(name, 96, 8, own.other) for name in chosen[1:] if name in ("gpt2-medium", "smollm2-135m")]
         peaks = tuple(dict.fromkeys((base, chosen[-1])))
-        return Grid(chosen, 2, grid, core, LONG[-1], 300, core, tuple(runs), peaks, LONG)
-    runs = [(base, 120, 300, core), (base, 1000, 20, core)]
-    runs += [(name, 1000, 20, (Full(), Kivi(2), *more)) for name in chosen[1:]]
+        return Grid(chosen, 2, grid, own.core, LONG[-1], 300, own.core, tuple(runs), peaks, LONG)
+    runs = [(base, 120, 300, own.core), (base, 1000, 20, own.core)]
+    runs += [(name, 1000, 20, own.one) for name in chosen[1:]]
     peaks = tuple(dict.fromkeys((base, chosen[len(chosen) // 2], chosen[-1])))
-    return Grid(chosen, None, grid, core, LONG[-1], 300, core, tuple(runs), peaks, LONG)
+    return Grid(chosen, None, grid, own.core, LONG[-1], 300, own.core, tuple(runs), peaks, LONG)

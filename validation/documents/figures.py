@@ -56,22 +56,19 @@ def agreement(axes: Any, rows: Sequence[Row]) -> bool:
 
 
 def lengths(axes: Any, rows: Sequence[Row]) -> bool:
-    """Measured bytes a layer over the tokens held, beside the prediction."""
+    """Measured bytes a layer over the tokens held, beside the prediction.
+
+    Of the methods that were weighed after every token too, where there are such: variants of them lie close by.
+    """
     chosen = [
         row for row in rows if row["kind"] == "memory" and row["way"] == "layers" and row["provided"] == "exactly"
     ]
     if not chosen:
         return False
     model, device = chosen[0]["model"], chosen[0]["device"]
+    core = [row["method"] for row in rows if row["way"] == "layers" and row.get("every_step")]
     for row in chosen:
-        short = row["method"]["name"] in (
-            "fp16",
-            "kivi-8bit-g32-r128",
-            "kivi-4bit-g32-r128",
-            "kivi-2bit-g32-r128",
-            "kivi-seed",
-        )
-        if row["model"] != model or row["device"] != device or not short or row["method"].get("dtype") == "float32":
+        if row["model"] != model or row["device"] != device or (core and row["method"] not in core):
             continue
         tokens, sizes = zip(*row["trace"], strict=True)
         predicted = [size / row["num_layers"] / MIB for _, size in predicted_trace(row)]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kvruntime.methods.full import benched, transients
 from kvruntime.methods.full.cache import FullLayer
-from kvruntime.methods.room import Room
+from kvruntime.methods.room import Claims, Room
 from kvsim.methods.full import Full
 
 
@@ -18,4 +18,12 @@ def read_back(method: Full, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return key.to(dtype).float(), value.to(dtype).float()
 
 
-ROOM = Room(layer=FullLayer, read_back=read_back, examples=(Full(),), transients=transients, measures=benched)
+CLAIMS = Claims(core=(Full(),), judged=(Full(),), few=(Full(),), one=(Full(),))
+ROOM = Room(
+    layer=FullLayer,
+    read_back=read_back,
+    examples=(Full(),),
+    transients=transients,
+    measures=benched,
+    claims=CLAIMS,
+)

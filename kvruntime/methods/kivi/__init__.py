@@ -8,6 +8,7 @@ from torch import Tensor
 from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
 from kvruntime.methods.kivi import benched, transients
 from kvruntime.methods.kivi.cache import KiviLayer
+from kvruntime.methods.kivi.claims import CLAIMS
 from kvruntime.methods.kivi.reference import STEPS
 from kvruntime.methods.room import Room
 from kvsim.methods.kivi import SEQUENCE, Kivi, kivi_boost
@@ -79,4 +80,5 @@ ROOM = Room(
     benched=benched.LAYOUTS,
     measures=benched,
     splits=benched.splits,
+    claims=CLAIMS,
 )
