@@ -19,6 +19,7 @@ from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options,
 from kvsim import __version__
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
+from kvsim.methods.defaults import EXAMPLE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -119,7 +120,7 @@ def bench_command(context: click.Context, **given: Any) -> int:
 
 @bench_command.command("kernels")
 @click.option("--shape", "shapes", multiple=True, help="MODEL:BATCHxTOKENS or MODEL:ragged. Repeatable.")
-@click.option("--method", "specs", multiple=True, help="kivi:nbits=2,group_size=64,residual_length=64. Repeatable.")
+@click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}. Repeatable.")
 @click.option("--part", "parts", type=click.Choice(["attend", "pack", "more"]), multiple=True, help="Not everything.")
 @click.option("--more", is_flag=True, help="Other bits, types, head dimensions, ragged rows and small batches too.")
 @click.option("--splits", is_flag=True, help="Try other numbers of splits beside the plan's.")
@@ -137,7 +138,7 @@ def kernels_command(**given: Any) -> int:
 
 @bench_command.command("engine")
 @click.option("--model", "models", multiple=True, help="gpt2, gpt2-large, llama-3-8b. Repeatable.")
-@click.option("--method", "specs", multiple=True, help="kivi:nbits=2,group_size=64; fp16 always takes part.")
+@click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}; fp16 always takes part.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Fillings of the cache, each timed.")
 @click.option("--quick", is_flag=True, help="Few contexts, no largest batch.")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
@@ -154,7 +155,7 @@ def engine_command(**given: Any) -> int:
 
 @bench_command.command("generate")
 @click.option("--model", "models", multiple=True, help="llama-3.2-1b, llama-3-8b, gpt2, smollm2-135m. Repeatable.")
-@click.option("--method", "specs", multiple=True, help="kivi:nbits=2,group_size=64. Repeatable.")
+@click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}. Repeatable.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each size, after a first one.")
 @click.option("--quick", is_flag=True, help="Two sizes a model, no conversation.")
 @click.option("--compiled", is_flag=True, help="make_cache(..., compiled=True) too: half a minute a size.")

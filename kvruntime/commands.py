@@ -27,6 +27,7 @@ from kvruntime.eval.text import load_text, token_windows
 from kvsim.engines.kvruntime import MOST
 from kvsim.install import install_hint
 from kvsim.layout import Method
+from kvsim.methods.defaults import COMPRESSED
 from kvsim.specs import parse_dtype, parse_sizes
 
 MOST_TEMPERATURE = 100.0
@@ -108,7 +109,7 @@ def axes(method: Method, **given: Any) -> int:
     from kvruntime.eval.axes import LADDER, Axes, GroupQuantizer, simulated_cache
 
     if not isinstance(method, GroupQuantizer):
-        raise ValueError(f"method {method.name}: the study of axes takes kivi only")
+        raise ValueError(f"method {method.name}: the study of axes takes {COMPRESSED} only")
     _check(given)
     text = load_text(given["text_path"])
     device = pick_device(given["device"])

@@ -10,12 +10,13 @@ import click
 
 from kvsim.engines.kvruntime import check_runs, names
 from kvsim.layout import Method
+from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS, EXAMPLE
 from kvsim.methods.full import Full
 from kvsim.specs import Value, choose_methods, parse_dtype, parse_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DEFAULT = "kivi:nbits=2"
+DEFAULT = DEFAULT_SPECS["kvruntime"]
 SEED = click.IntRange(0, (1 << 63) - 1)
 SWEPT = ("nbits", "group_size", "residual_length")
 """Options that may be given more than once: every combination is one method."""
@@ -37,7 +38,7 @@ method_options = options(
         "--method",
         "specs",
         multiple=True,
-        help=f"{', '.join(names())}; or with options, kivi:nbits=4,group_size=64. Repeatable.  [default: {DEFAULT}]",
+        help=f"{', '.join(names())}; or with options, {EXAMPLE}. Repeatable.  [default: {DEFAULT[0]}]",
     ),
     click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
     click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),
@@ -64,7 +65,7 @@ def chosen_methods(
     out: list[Method] = [Full(kind or "float16")] if baseline else []
     for combination in product(*swept):
         shared: dict[str, Value] = {**named, **dict(combination)}
-        chosen = specs or ([DEFAULT] if "nbits" not in shared else ["kivi"])
+        chosen = specs or (DEFAULT if "nbits" not in shared else (COMPRESSED,))
         out += choose_methods(chosen, shared, kind)[0]
     for method in out:
         check_runs(method)

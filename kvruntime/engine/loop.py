@@ -22,6 +22,7 @@ from kvruntime.hf.models import layer_shapes
 from kvruntime.methods import Steps, room_of
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
+from kvsim.methods.defaults import COMPRESSED
 
 SMALLEST_BUCKET = 512
 FILL_TOKENS = 8192
@@ -43,7 +44,7 @@ class Engine:
     def __init__(
         self,
         model: Any,
-        method: str | Method = "kivi",
+        method: str | Method = COMPRESSED,
         *,
         batch_size: int,
         max_seq_len: int,

@@ -17,13 +17,14 @@ from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
+from kvsim.methods.defaults import COMPRESSED
 
 __all__ = ["Cache", "compress", "load_cache", "make_cache", "restore", "save_cache"]
 
 
 def make_cache(
     model: Any,
-    method: str | Method = "kivi",
+    method: str | Method = COMPRESSED,
     *,
     max_seq_len: int | None = None,
     compiled: bool | None = None,

@@ -17,11 +17,12 @@ from kvruntime.hf.padding import padding_spans
 from kvruntime.methods import check_runs
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import METHODS, make_method
+from kvsim.methods.defaults import COMPRESSED
 
 
 def compress(
     cache: Any,
-    method: str | Method = "kivi",
+    method: str | Method = COMPRESSED,
     *,
     model: Any = None,
     attention_mask: Tensor | None = None,

@@ -15,6 +15,7 @@ from kvsim.hardware import Hardware
 from kvsim.memory.estimate import Estimate, estimate
 from kvsim.memory.sharding import Sharding
 from kvsim.methods import METHODS
+from kvsim.methods.defaults import EXAMPLE, NESTED
 from kvsim.models.model import Model
 from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
 from kvsim.models.weight_storage import check_weight_bits
@@ -85,8 +86,8 @@ method_options = options(
         "--method",
         "specs",
         multiple=True,
-        help=f"{', '.join(METHODS)}; or with its options, kivi:nbits=4,group_size=64; one inside another in "
-        "parentheses, paged:block_size=16,inner=(kivi:nbits=4). Repeatable.",
+        help=f"{', '.join(METHODS)}; or with its options, {EXAMPLE}; one inside another in "
+        f"parentheses, {NESTED}. Repeatable.",
     ),
     click.option("--nbits", type=int, help="Bits a code: 1, 2, 3, 4 or 8."),
     click.option("--group-size", type=int, help="Elements that share a scale."),
@@ -114,7 +115,7 @@ PAGED = owner("block_size")
 """The engine that a flag of blocks chooses."""
 engine_option = click.option(
     "--engine",
-    help=f"Whose bytes: {', '.join(ENGINES)}; or with its options, vllm:concurrent_batches=2.  [default: ideal, or "
+    help=f"Whose bytes: {', '.join(ENGINES)}; or with its options, {PAGED}:block_size=32.  [default: ideal, or "
     f"{PAGED} where a flag is {label(PAGED)}'s alone]",
 )
 engine_options = options(

@@ -102,7 +102,7 @@ def request_times(model: Model, deployment: Deployment, space: Room, load: Load,
     Without an output length those of one step at the context, and of one prompt alone; else a busy server's.
     """
     from kvsim.latency.roofline import Serving
-    from kvsim.latency.steps import decode_step, first_token, prefill, running, token_step, was_timed
+    from kvsim.latency.steps import decode_step, first_token, prefill, running, timed_engines, token_step, was_timed
 
     sharding, (_, prompt, output, _) = deployment.sharding, load.tokens
     batch, replica = load.batch, sharding.rank_batch(load.batch)
@@ -138,7 +138,8 @@ def request_times(model: Model, deployment: Deployment, space: Room, load: Load,
     if sharding.ranks > card.host_cards:
         notes.append(f"{sharding.ranks} cards are more than the {card.host_cards} of a host: {NETWORK}")
     if not was_timed(deployment.engine.name):
-        notes.append(f"{deployment.engine.name} was not timed: the times are those of vllm, sglang and trtllm")
+        *others, last = timed_engines()
+        notes.append(f"{deployment.engine.name} was not timed: the times are those of {', '.join(others)} and {last}")
     if held < replica:
         notes.append(f"{method.name}: {held:,.0f} of {replica:,} requests run at once, the others wait")
     if first is None:

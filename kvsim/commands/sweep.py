@@ -18,6 +18,7 @@ from kvsim.commandline import Command
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
 from kvsim.install import install_hint
+from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.specs import choose_methods, parse_reserve
 
@@ -54,7 +55,12 @@ class Meter:
 
 @click.command("sweep", cls=Command)
 @click.option("--model", "names", multiple=True, required=True, help="Model; repeatable; 'all': the whole catalogue.")
-@click.option("--method", "specs", multiple=True, help="Method, as in estimate; repeatable.  [default: fp16 and kivi]")
+@click.option(
+    "--method",
+    "specs",
+    multiple=True,
+    help=f"Method, as in estimate; repeatable.  [default: fp16, {', '.join(DEFAULT_SPECS['estimate'])}]",
+)
 @click.option(
     "--ctx",
     default="1k:128k:*2",

@@ -249,6 +249,11 @@ def first_token(
     return as_step(parts, fixed.prefill_band)
 
 
+def timed_engines() -> tuple[str, ...]:
+    """The engines whose published loads the model of time was fitted on."""
+    return tuple(name for name in constants().routed_efficiency if name != IDEAL.name)
+
+
 def was_timed(engine: str) -> bool:
     """Whether anything of this engine was measured; the times of another are those of the engines that were."""
     fixed = constants()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvsim import catalog
 from kvsim.engines import ENGINES
 from kvsim.hardware import given
-from kvsim.methods.defaults import DEFAULT_SPECS
+from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLES
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.output.page import Answer, Question, answer, as_json, asset, document, link, question_price, sections
@@ -178,7 +178,7 @@ def form(asked: FormFields, own: Sequence[str]) -> str:
         + _typed("price", "Dollars a card-hour", asked.price, "decimal", "list price")
         + '<fieldset class="wide"><legend>Methods; the others are compared with the first</legend>'
         + f'<div class="checks">{checks}</div></fieldset>'
-        + _typed("more", "More methods", asked.more, "text", "kivi:nbits=3,group_size=64 evict:budget=4096")
+        + _typed("more", "More methods", asked.more, "text", " ".join(EXAMPLES))
         + "<button>Weigh</button></form>"
     )
 

@@ -24,8 +24,14 @@ def modules() -> dict[str, Path]:
 
 
 @cache
+def tree(path: Path) -> ast.Module:
+    """A source, parsed once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def defined(module: str) -> Names:
-    return dict(_bound(ast.parse(modules()[module].read_text(encoding="utf-8")).body))
+    return dict(_bound(tree(modules()[module]).body))
 
 
 def _bound(body: list[ast.stmt]) -> Iterator[tuple[str, Names]]:
