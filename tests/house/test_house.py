@@ -12,6 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+import source_names
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
@@ -97,7 +98,7 @@ def imported(path: Path, known: Collection[str] = ()) -> set[str]:
     """Dotted names of every module that a file imports, anywhere in it; of ``from a import b`` the module ``a.b`` where
     it is among ``known``."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(source_names.tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -177,7 +178,7 @@ def test_no_command_is_a_whole_program() -> None:
     lengths = {}
     for package in ALLOWED:
         for path in modules(package).values():
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(source_names.tree(path)):
                 if isinstance(node, ast.FunctionDef) and any(map(_is_command, node.decorator_list)):
                     assert node.end_lineno is not None
                     lengths[f"{path.relative_to(ROOT)}:{node.name}"] = node.end_lineno - node.lineno + 1
@@ -189,39 +190,25 @@ def _is_command(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Call) and ast.unparse(decorator.func).rpartition(".")[2] in ("command", "group")
 
 
-ENGINE_ROOMS = ("kvsim/engines/", "kvsim/analysis/doctor/", "kvsim/models/", "kvsim/catalog/")
-METHOD_ROOMS = ("kvsim/methods/", "kvsim/engines/", "kvsim/analysis/doctor/")
+MAX_POSITIONAL = 10
+"""Positional parameters of a function of kvruntime that launches kernels, or calls one that does; what travels together
+is a named tuple."""
 
 
-def test_no_one_engine_is_known_outside_its_room() -> None:
-    """Neither by its class nor, but for the one that stands for none, by its name."""
-    from kvsim.engines import ENGINES
-
-    names = ENGINES.keys() - {"ideal", "kvruntime", "transformers"}  # kvruntime and transformers are packages too
-    classes = {kind.__name__ for kind in ENGINES.values()} - {"Ideal"}
-    for name, path in modules("kvsim").items():
-        if path.relative_to(ROOT).as_posix().startswith(ENGINE_ROOMS):
-            continue
-        assert not {each for each in imported(path, modules("kvsim")) if each.startswith("kvsim.engines.")} - {
-            "kvsim.engines.engine"
-        }, name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.Constant) and node.value in names), (name, node.lineno)
-            assert not (isinstance(node, ast.Name) and node.id in classes), (name, node.lineno)
-
-
-def test_no_method_is_told_by_its_class_outside_its_room() -> None:
-    """``isinstance`` of a method stands in methods' and engines' rooms; others ask the method."""
-    from kvsim import methods
-
-    classes = {name for name in methods.__all__ if isinstance(getattr(methods, name), type)}
-    for name, path in modules("kvsim").items():
-        if path.relative_to(ROOT).as_posix().startswith(METHOD_ROOMS):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
-                told = {each.id for each in ast.walk(node.args[1]) if isinstance(each, ast.Name)}
-                assert not told & classes, (name, node.lineno)
+def test_no_kernel_wrapper_takes_a_row_of_parameters() -> None:
+    """Every function of kvruntime but the kernels themselves, whose parameters are pointers and strides."""
+    numbers, kernels = {}, 0
+    for path in modules("kvruntime").values():
+        for node in ast.walk(source_names.tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    kernels += 1
+                else:
+                    own = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+                    numbers[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = len(own) - (own[:1] == ["self"])
+    assert kernels > 20
+    assert max(numbers.values()) > 5
+    assert not {name: number for name, number in numbers.items() if number > MAX_POSITIONAL}
 
 
 def test_no_drawers() -> None:
@@ -289,7 +276,7 @@ def test_launches_say_whether_they_fuse() -> None:
     """Products with sums: Triton 3.9 warns where a launch leaves it open, and 3.10 will not where earlier ones do."""
     launches = 0
     for path in sorted((ROOT / "kvruntime").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(source_names.tree(path)):
             launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
             if launch and ast.unparse(node.func.value).endswith("_kernel"):
                 launches += 1
