@@ -539,10 +539,14 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             yield getattr(layer, "keys", None), getattr(layer, "values", None), window
 
     def __repr__(self) -> str:
-        kernels = sorted({store.kernel for store in self.stores})
-        runs = f", kernel={' and '.join(kernels)}" if kernels else ""
+        runs = f", kernel={self.kernel}" if self.stores else ""
         mixed = f", packed={len(self.packed)}" if len(self.packed) < len(self.layers) else ""
         return f"Cache({self.method.name}, num_layers={len(self.layers)}{mixed}, nbytes={self.nbytes}{runs})"
+
+    @property
+    def kernel(self) -> str:
+        """What attends to one query a row, in words; empty before the first forward."""
+        return " and ".join(sorted({store.kernel for store in self.stores}))
 
     @property
     def stores(self) -> list[Layer]:

@@ -67,11 +67,12 @@ def test_a_sitting_on_a_tiny_model(subject, tmp_path, capsys) -> None:
         provided = 320 if row["batch_size"] == 1 else 96
         assert row["nbytes"] == sum(nbytes(method.buffers(layer, row["batch_size"], provided)) for layer in layers)
         assert row["steps"] == suite.num_steps(row["num_tokens"])
+        assert row["kernel"].startswith("PyTorch")
         middle, low, high = row["seconds_per_step"]
         assert 0 < low <= middle <= high
         assert row["tokens_per_second"][0] == pytest.approx(row["batch_size"] / middle)
     shown = capsys.readouterr().out
-    for words in ("against 16-bit", "slope ms/token", "break-even", "first token"):
+    for words in ("against 16-bit", "kernels: ", "slope ms/token", "break-even", "first token"):
         assert words in shown
 
 

@@ -32,6 +32,8 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
         (name, batch) for batch in (1, 2) for name in (*report.STOCK, "kivi-2bit-g32-r32")
     ]
     assert all(row["first_token_seconds"][0] > 0 for row in steps)
+    ours = [row for row in steps if row["method"] not in report.STOCK]
+    assert [row["kernel"] for row in steps if "kernel" in row] == ["PyTorch reference"] * len(ours)
     talks = [row for row in results.rows if row["kind"] == "conversation"]
     assert [row["method"] for row in talks] == [report.STOCK[0], "kivi-2bit-g32-r32"]
     shown = capsys.readouterr().out

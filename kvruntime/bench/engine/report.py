@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import BASE, ratio
+from kvruntime.bench.harness.tables import BASE, kernels, ratio
 from kvruntime.bench.kernels.report import done, size
 from kvruntime.bench.model.report import heading, note
 from kvsim.output.tables import plain
@@ -116,7 +116,7 @@ def step_body(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def step_table(group: Sequence[Row]) -> str:
     head, body = step_body(group)
-    blocks = [heading("steps", group[0], "greedy, up to the context named") + "\n" + plain(head, body)]
+    blocks = [heading("steps", group[0], "greedy, up to the context named") + "\n" + plain(head, body) + kernels(group)]
     head, body = line_body(group)
     if body:
         blocks.append("batch 1 over context: ms/step = start + slope * tokens\n" + plain(head, body))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, release, say, task
+from kvruntime.bench.harness.tables import of_kernel
 from kvruntime.checkpoints.load import shape_sha256
 from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
@@ -191,7 +192,7 @@ def measure_steps(engine: Any, clock: Clock, context: int, repeats: int, vocab_s
         for _ in range(WARM):
             engine.step()
         runs.append(clock(engine.step, steps))
-    return {"steps": steps, "nbytes": engine.nbytes, **figures(runs, engine.batch_size)}
+    return {"steps": steps, "nbytes": engine.nbytes, **of_kernel(engine.cache), **figures(runs, engine.batch_size)}
 
 
 def figures(runs: Sequence[float], batch_size: int) -> Row:

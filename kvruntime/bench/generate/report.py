@@ -7,7 +7,7 @@ from math import ceil
 
 from kvruntime.bench.engine.report import groups
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import ratio
+from kvruntime.bench.harness.tables import kernels, ratio
 from kvruntime.bench.kernels.report import done, size
 from kvruntime.bench.model.report import heading, note
 from kvsim.output.tables import plain
@@ -78,7 +78,12 @@ def generate_table(group: Sequence[Row]) -> str:
         body.append([*cells, f"{row['first_call_seconds']:.1f}", peak, pays_from(row, group)])
     head = ["prompt", "cache", "ms/step", "of best stock", "tok/s", "first token ms", "first call s", "peak GiB"]
     head.append("pays from")
-    return heading("generate()", group[0], f"greedy, medians of {group[0]['repeats']}") + "\n" + plain(head, body)
+    return (
+        heading("generate()", group[0], f"greedy, medians of {group[0]['repeats']}")
+        + "\n"
+        + plain(head, body)
+        + kernels(group)
+    )
 
 
 def conversation_table(group: Sequence[Row]) -> str:

@@ -15,6 +15,7 @@ from kvruntime.bench.engine.suite import Subject as Shape
 from kvruntime.bench.generate.report import FIRST_CALL, STOCK, line, tables
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, task
+from kvruntime.bench.harness.tables import of_kernel
 from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
 
@@ -187,8 +188,13 @@ def measure(clock: Clock, model: Any, one: Contender, size: tuple[int, int], rep
     """
     import torch
 
+    kernel: Row = {}
+
     def run(num_new: int) -> list[float]:
-        return clock(model, ids, num_new, one.cache(model, size[1] + LONG))[0]
+        cache = one.cache(model, size[1] + LONG)
+        times = clock(model, ids, num_new, cache)[0]
+        kernel.update(of_kernel(cache))
+        return times
 
     ids = prompt(model, *size, seed)
     first = run(SHORT)[-1]
@@ -206,6 +212,7 @@ def measure(clock: Clock, model: Any, one: Contender, size: tuple[int, int], rep
         "first_token_seconds": [median(starts), min(starts), max(starts)],
         "seconds_per_step": [median(steps), min(steps), max(steps)],
         "tokens_per_second": size[0] / median(steps),
+        **kernel,
     }
     if cuda:
         row["peak_nbytes"] = torch.cuda.max_memory_allocated()

@@ -26,5 +26,17 @@ def baseline(row: Row, group: Iterable[Row], *same: str) -> Row | None:
     return next((b for b in group if b["method"] in BASE and all(b[name] == row[name] for name in same)), None)
 
 
+def of_kernel(cache: Any) -> Row:
+    """``{"kernel": words}`` where a cache says what attends to one query a row, as kvruntime's do."""
+    words = getattr(cache, "kernel", "")
+    return {"kernel": words} if words else {}
+
+
+def kernels(group: Iterable[Row]) -> str:
+    """A line on what attended under each method, where rows say it."""
+    said = dict.fromkeys(f"{row['method']}: {row['kernel']}" for row in group if "kernel" in row)
+    return f"\nkernels: {'; '.join(said)}" if said else ""
+
+
 def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import baseline, groups, ratio
+from kvruntime.bench.harness.tables import baseline, groups, kernels, ratio
 from kvsim.install import install_hint
 from kvsim.output.tables import plain
 
@@ -59,7 +59,7 @@ def speed_table(group: list[Row]) -> str:
     head = ["method", "batch", "prefill s", "decode tok/s", "min to max", "ms/step", "against fp16"]
     first = group[0]
     what = f"{first['prompt_tokens']} prompt + {first['decode_tokens']} decoded tokens, medians of {first['repeats']}"
-    return heading("speed", first, what) + "\n" + plain(head, body)
+    return heading("speed", first, what) + "\n" + plain(head, body) + kernels(group)
 
 
 def quality_table(group: list[Row]) -> str:

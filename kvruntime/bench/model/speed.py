@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvruntime.bench.harness.tables import of_kernel
 from kvruntime.bench.model.caches import Contender
 from kvruntime.checkpoints.load import Loaded
 
@@ -45,7 +46,7 @@ def measure_speed(
     decode: list[float] = []
     with torch.inference_mode(), contender.around(loaded.model):
         for turn in range(warmup + repeats):
-            seconds = _run(loaded, contender, ids, decode_tokens)
+            *seconds, kernel = _run(loaded, contender, ids, decode_tokens)
             if turn >= warmup:
                 prefill.append(seconds[0])
                 decode.append(seconds[1])
@@ -56,10 +57,13 @@ def measure_speed(
         "ms_per_token": _spread([1e3 * seconds / decode_tokens for seconds in decode]),
         "prefill_runs": prefill,
         "decode_runs": decode,
+        **kernel,
     }
 
 
-def _run(loaded: Loaded, contender: Contender, ids: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
+def _run(
+    loaded: Loaded, contender: Contender, ids: torch.Tensor, decode_tokens: int
+) -> tuple[float, float, dict[str, Any]]:
     from kvruntime.hf.cache import argument
 
     model, length = loaded.model, ids.shape[1] + decode_tokens
@@ -74,7 +78,7 @@ def _run(loaded: Loaded, contender: Contender, ids: torch.Tensor, decode_tokens:
         token = logits[:, -1:].argmax(-1)
         logits = model(token, **argument(cache), use_cache=True, logits_to_keep=1).logits
     wait()
-    return middle - start, perf_counter() - middle
+    return middle - start, perf_counter() - middle, of_kernel(cache)
 
 
 def _spread(values: list[float]) -> list[float]:
