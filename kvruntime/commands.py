@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
-from kvruntime.bench.harness.tasks import Interrupted, Task, run
+from kvruntime.bench.harness.tasks import Interruption, Task, run
 from kvruntime.bench.model.caches import Contender, ours, plain_attention, stock
 from kvruntime.bench.model.peers import find_peers, package_version
 from kvruntime.bench.model.report import tables
@@ -21,7 +21,7 @@ from kvruntime.bench.model.tasks import (
     subject,
     went_wrong,
 )
-from kvruntime.checkpoints.load import Loaded, Source, load, pick_device, resolve
+from kvruntime.checkpoints.load import LoadedModel, Source, load, pick_device, resolve
 from kvruntime.checkpoints.pull import pulled
 from kvruntime.eval.text import load_text, token_windows
 from kvsim.engines.kvruntime import MOST
@@ -60,7 +60,7 @@ def bench(methods: list[Method], **given: Any) -> int:
     contenders, missing = _contenders(methods, given["peers"])
     results.rows = [row for row in results.rows if row["kind"] not in ("missing", "skipped")] + missing
     tasks: list[Task] = []
-    loaded: Loaded | None = None
+    loaded: LoadedModel | None = None
     if "memory" in parts or "speed" in parts:
         loaded = _load(source, device, given, contenders)
         if "memory" in parts:
@@ -193,7 +193,7 @@ def _resolve(given: dict[str, Any]) -> Source:
     return resolve(given["model_name"], seed=given["seed"], offline=given["offline"], say=say)
 
 
-def _load(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> Loaded:
+def _load(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> LoadedModel:
     say(f"loading {source.name}, weights: {source.weights}")
     loaded = load(source, device, given["weights_dtype"], say)
     if contenders:
@@ -201,7 +201,7 @@ def _load(source: Source, device: str, given: dict[str, Any], contenders: list[C
     return loaded
 
 
-def _real(source: Source, loaded: Loaded | None, asked: str | None, where: dict[str, Any]) -> Source:
+def _real(source: Source, loaded: LoadedModel | None, asked: str | None, where: dict[str, Any]) -> Source:
     """The model that quality is measured on: the one asked for, the benchmark's own if it can be, else ``REAL``.
 
     Its own needs real weights and, once ``loaded``, a tokenizer.
@@ -233,7 +233,7 @@ def _contenders(methods: list[Method], peers: bool) -> tuple[list[Contender], li
     return contenders, list(missing)
 
 
-def _quality(loaded: Loaded, text: Any, given: dict[str, Any], batch: int) -> Quality:
+def _quality(loaded: LoadedModel, text: Any, given: dict[str, Any], batch: int) -> Quality:
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
     cpu = loaded.device.type == "cpu"
@@ -250,7 +250,7 @@ def _finish(tasks: list[Task], results: Results) -> int:
     """Measures, prints the tables; 1 where a measurement of our own failed otherwise than for want of memory."""
     try:
         rows = run(tasks, results)
-    except Interrupted as stop:
+    except Interruption as stop:
         words = [word for word in sys.argv[1:] if word != "--resume"]
         again = " ".join(["kvruntime", *words, *([] if results.anew else ["--resume"])])
         say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with: {again}")

@@ -165,7 +165,7 @@ def _evaluate(node: _Node | int, known: dict[int, Any]) -> Any:
     return found
 
 
-class Vectorized:
+class VectorFormula:
     """``function(batch_size, num_tokens) -> int`` over arrays, exactly.
 
     Call it with int64 ``batch_size [1, B]`` and ``num_tokens [C, 1]``: the answer is int64 ``[C, B]``.  Pieces are

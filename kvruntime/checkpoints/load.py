@@ -60,7 +60,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A causal language model in eval mode, its tokenizer (None where there is none) and where it came from."""
 
     source: Source
@@ -128,7 +128,7 @@ def load(
     device: str,
     dtype: str | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> Loaded:
+) -> LoadedModel:
     """The model on ``device``, weights in ``dtype`` (default: float16 on CUDA, float32 elsewhere).
 
     ``say`` is told what of the files is not used.  Raises ``ValueError`` for an architecture that transformers has no
@@ -145,10 +145,10 @@ def load(
     if source.path is None:
         model = _random(source, device, kind)
         folder = pulled("gpt2-tokenizer") if model.config.model_type == "gpt2" else None
-        return Loaded(source, model, *(_tokenizer(str(folder), False) if folder else (None,)))
+        return LoadedModel(source, model, *(_tokenizer(str(folder), False) if folder else (None,)))
     model = pretrained(source.name, source.path, say, dtype=kind, local_files_only=not source.download)
     tokenizer, why_not = _tokenizer(source.path, source.download)
-    return Loaded(source, model.to(device).eval(), tokenizer, why_not)
+    return LoadedModel(source, model.to(device).eval(), tokenizer, why_not)
 
 
 def sha256_of(source: Source) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvruntime.engine.decoders import lean as lean_decoder
 from kvruntime.engine.greedy import greedy
 from kvruntime.hf import make_cache
-from kvruntime.hf.cache import Held, argument
+from kvruntime.hf.cache import AppendQueue, argument
 from kvruntime.hf.models import layer_shapes
 from kvruntime.methods import Steps, room_of
 from kvsim.engines.kvruntime import stored_shape
@@ -111,7 +111,7 @@ class Engine:
         padding = longest - torch.tensor(lengths, device=self.device)[:, None]
         mask = (column >= padding).long() if min(lengths) < longest else None
         self.reset()
-        held = Held()
+        held = AppendQueue()
         for layer in self.cache.layers:
             layer.held = held
         try:

@@ -16,9 +16,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 
-from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, Pending
+from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, PendingUpdate
 from kvruntime.hf.counts import StepLength
-from kvruntime.hf.graphs import Replayed
+from kvruntime.hf.graphs import GraphForward
 from kvruntime.hf.models import window_applies
 from kvruntime.hf.prompts import let_go, watch
 from kvruntime.kernels.reference import PLAIN, Partial, Scores
@@ -144,8 +144,8 @@ def attach(model: Any, replays: bool = False) -> None:
     AttentionMaskInterface.register(NAME, mask)
     _attach(model)
     for module, _ in list(_attached(model)) if replays else ():
-        if not isinstance(module.__dict__.get("forward"), Replayed):
-            module.forward = Replayed(module, _is_own)
+        if not isinstance(module.__dict__.get("forward"), GraphForward):
+            module.forward = GraphForward(module, _is_own)
 
 
 def _attach(model: Any) -> None:
@@ -186,7 +186,7 @@ def restore(model: Any) -> None:
         for name in (MASKS, PREPARES):
             if getattr(module.__dict__.get(name), "__self__", None) is switch:
                 delattr(module, name)
-        if isinstance(replayed := module.__dict__.get("forward"), Replayed):
+        if isinstance(replayed := module.__dict__.get("forward"), GraphForward):
             replayed.take_back()
         let_go(module)
         switch._put_back()
@@ -209,8 +209,8 @@ def _is_own(hook: Any) -> bool:
 def attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | Pending,
-    value: Tensor | Pending,
+    key: Tensor | PendingUpdate,
+    value: Tensor | PendingUpdate,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -223,7 +223,7 @@ def attention(
     """
     scores = _scores(kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    if not (isinstance(key, Pending) and isinstance(value, Pending)):
+    if not (isinstance(key, PendingUpdate) and isinstance(value, PendingUpdate)):
         if not scores.is_plain:
             return _changed(query, key, value, attention_mask, scale, scores), None
         out, _ = sdpa_attention_forward(

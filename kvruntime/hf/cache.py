@@ -40,7 +40,7 @@ class Length(int):
     """A mask length that comes from this cache, so that the mask function can tell."""
 
 
-class Held:
+class AppendQueue:
     """What the layers of one forward were given, held back so that few launches store it all.
 
     A launch costs the host more than packing a short prompt costs the GPU.  Nothing is read from the layers before
@@ -135,7 +135,7 @@ def _columns(layer: Any) -> int | None:
     return layer.cumulative_length if isinstance(layer, exact.WindowLayer) else None
 
 
-class Shared:
+class SharedTensors:
     """The tensors that the layers of one cache share (a rotation, a codebook), made once a device."""
 
     def __init__(self, num_layers: int) -> None:
@@ -154,10 +154,10 @@ class Books(NamedTuple):
 
     columns: Columns
     forward: Forward
-    shared: Shared
+    shared: SharedTensors
 
 
-class Pending:
+class PendingUpdate:
     """New keys or values between ``update`` and the attention function: no tensor, and never the past.
 
     ``fresh`` ``[batch_size, num_kv_heads, L, dim]``; ``shape`` counts the stored columns too, as stock caches do;
@@ -197,7 +197,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     store: Layer
     steps: Steps | None = None
-    held: Held | None = None
+    held: AppendQueue | None = None
     """Where new tokens wait, during a forward that reads none of them back."""
 
     def __init__(self, method: Method, books: Books, max_seq_len: int | None) -> None:
@@ -273,7 +273,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self._accept(key_states, value_states)
         self.pending = True
         num_columns = self.num_columns + key_states.shape[2]
-        return Pending(self, key_states, num_columns, self.steps), Pending(self, value_states, num_columns, self.steps)
+        key, value = (PendingUpdate(self, fresh, num_columns, self.steps) for fresh in (key_states, value_states))
+        return key, value
 
     def _accept(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the store at first, and raises ``ValueError`` for tokens that are none of the sequence held."""
@@ -471,7 +472,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.method, self.max_seq_len = method, max_seq_len
         self.kinds = None if isinstance(layers, int) else list(layers)
         num_packed = layers if isinstance(layers, int) else sum(kind.shape is not None for kind in layers)
-        self.columns, self.forward, self.shared = Columns(), Forward(), Shared(num_packed)
+        self.columns, self.forward, self.shared = Columns(), Forward(), SharedTensors(num_packed)
         self.edits = 0
         """How often tokens were taken back or rows changed."""
         super().__init__(layers=self._make_layers(layers if isinstance(layers, int) else len(layers)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.hf.cache import Books, Cache, CacheLayer, Length, Pending
+from kvruntime.hf.cache import Books, Cache, CacheLayer, Length, PendingUpdate
 from kvruntime.hf.counts import FULL, Counts, StepLength
 from kvruntime.methods import Steps, make_layer
 from kvsim.layout import LayerShape, Method
@@ -87,7 +87,7 @@ class CompiledLayer(CacheLayer):
         if key_states.dtype != steps.dtype:
             return self._update(key_states, value_states)  # says what is wrong
         longest = steps.max_seq_len
-        return Pending(self, key_states, longest, steps), Pending(self, value_states, longest, steps)
+        return PendingUpdate(self, key_states, longest, steps), PendingUpdate(self, value_states, longest, steps)
 
     @torch.compiler.disable
     def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:

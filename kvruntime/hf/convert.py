@@ -11,7 +11,7 @@ from transformers import cache_utils
 from kvruntime.hf import exact
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache, CacheLayer, HybridLayer
-from kvruntime.hf.exact import EMPTY, Kept, Kind
+from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.hf.padding import padding_spans
 from kvruntime.methods import check_runs
@@ -79,11 +79,11 @@ def _kind(layer: Any) -> Kind:
     if kind in (cache_utils.DynamicLayer, cache_utils.StaticLayer):
         return Kind(shape=_shape(layer))
     if kind in (cache_utils.DynamicSlidingWindowLayer, exact.WindowLayer):
-        return Kind(keeps=Kept.WINDOW, window=int(layer.sliding_window))
+        return Kind(keeps=ExactPart.WINDOW, window=int(layer.sliding_window))
     if kind is cache_utils.LinearAttentionLayer:
-        return Kind(keeps=Kept.STATES, num_states=layer.number_of_states)
+        return Kind(keeps=ExactPart.STATES, num_states=layer.number_of_states)
     if kind is cache_utils.LinearAttentionAndFullAttentionLayer:
-        return Kind(shape=_shape(layer), keeps=Kept.STATES, num_states=layer.number_of_states)
+        return Kind(shape=_shape(layer), keeps=ExactPart.STATES, num_states=layer.number_of_states)
     if kind.__name__ == "DummyLayer":
         return EMPTY
     raise ValueError(f"compress: layers of kind {kind.__name__} are not read")

@@ -95,7 +95,7 @@ class StepLength(Length):
     counts: Counts
 
 
-class Stepping(Counts):
+class StepCounts(Counts):
     """What the steps of a cache count, on the device and on the host."""
 
     steps: Steps

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionC
 from kvsim.layout import LayerShape
 
 
-class Kept(StrEnum):
+class ExactPart(StrEnum):
     """What a layer keeps that is not packed."""
 
     NOTHING = ""
@@ -29,14 +29,14 @@ class Kind:
     """What one layer keeps: ``shape`` of packed full attention, and what stays as it is beside or in place of it."""
 
     shape: LayerShape | None = None
-    keeps: Kept = Kept.NOTHING
+    keeps: ExactPart = ExactPart.NOTHING
     window: int = 0
     num_states: int = 0
 
 
 PACKED = Kind()
 """Full attention of whatever shape comes."""
-EMPTY = Kind(keeps=Kept.EMPTY)
+EMPTY = Kind(keeps=ExactPart.EMPTY)
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
@@ -86,10 +86,12 @@ def roomed(kept: Tensor, window: int) -> Tensor:
 
 def made(kind: Kind) -> Any:
     """An empty layer of a kind that packs nothing."""
-    if kind.keeps is Kept.WINDOW:
+    if kind.keeps is ExactPart.WINDOW:
         return WindowLayer(kind.window)
     return (
-        cache_utils.DummyLayer() if kind.keeps is Kept.EMPTY else LinearAttentionLayer(number_of_states=kind.num_states)
+        cache_utils.DummyLayer()
+        if kind.keeps is ExactPart.EMPTY
+        else LinearAttentionLayer(number_of_states=kind.num_states)
     )
 
 

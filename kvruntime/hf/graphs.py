@@ -1,9 +1,9 @@
 """CUDA graphs of a model's own decode step, so that stock ``generate()`` costs the host one launch a token.
 
-:class:`Replayed` stands in a model's place of ``forward``.  The first steps with a cache run as they are; then one is
-captured, and all that are like it are replayed: the same modules, the same kernels, nothing compiled.  A step that is
-not like it (other arguments, a hook on a module, gradients, autocast changed) runs as it is.  A model whose step cannot
-be captured is named in one warning.
+:class:`GraphForward` stands in a model's place of ``forward``.  The first steps with a cache run as they are; then
+one is captured, and all that are like it are replayed: the same modules, the same kernels, nothing compiled.  A step
+that is not like it (other arguments, a hook on a module, gradients, autocast changed) runs as it is.  A model whose
+step cannot be captured is named in one warning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from kvruntime.hf.cache import Cache
-from kvruntime.hf.counts import Stepping
+from kvruntime.hf.counts import StepCounts
 from kvruntime.hf.fused import fused
 
 WARM = 2
@@ -84,7 +84,7 @@ class Weights:
 class Graphs:
     """The graphs of one cache."""
 
-    def __init__(self, counts: Stepping) -> None:
+    def __init__(self, counts: StepCounts) -> None:
         self.counts = counts
         self._forget()
 
@@ -265,7 +265,7 @@ def _mend() -> None:
         graph.capture_end()
 
 
-class Replayed:
+class GraphForward:
     """A model's ``forward``: what it was, or with a cache of steps the replay of a graph."""
 
     def __init__(self, model: torch.nn.Module, own: Callable[[Any], bool]) -> None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from kvruntime.hf.exact import EMPTY, Kept, Kind
+from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.methods import changes_scores
 from kvsim.layout import LayerShape, Method
 
@@ -118,13 +118,13 @@ def _kinds(name: str, config: Any) -> list[Kind]:
         elif type(layer) is DynamicSlidingWindowLayer:
             window = int(layer.sliding_window)
             if window_applies(window, config):
-                kinds.append(Kind(keeps=Kept.WINDOW, window=window))
+                kinds.append(Kind(keeps=ExactPart.WINDOW, window=window))
             else:
                 kinds.append(Kind(shape=_shape(config)))
         elif type(layer) is LinearAttentionLayer:
-            kinds.append(Kind(keeps=Kept.STATES, num_states=layer.number_of_states))
+            kinds.append(Kind(keeps=ExactPart.STATES, num_states=layer.number_of_states))
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
-            kinds.append(Kind(shape=_shape(config), keeps=Kept.STATES, num_states=layer.number_of_states))
+            kinds.append(Kind(shape=_shape(config), keeps=ExactPart.STATES, num_states=layer.number_of_states))
         elif type(layer).__name__ == "DummyLayer":
             kinds.append(EMPTY)
         else:

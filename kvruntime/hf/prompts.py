@@ -21,7 +21,7 @@ METHODS = ("prepare_inputs_for_generation", "_prefill")
 """The methods of ``generate()`` that are watched."""
 
 
-class Seen:
+class PromptIds:
     """The token ids that each cache was last generated with, which a cache of keys and values does not know."""
 
     def __init__(self) -> None:
@@ -63,10 +63,10 @@ class Seen:
             )
 
 
-class Watched:
-    """A method of a model's ``generate()`` that a :class:`Seen` watches."""
+class MethodWrapper:
+    """A method of a model's ``generate()`` that a :class:`PromptIds` watches."""
 
-    def __init__(self, name: str, original: Any, seen: Seen) -> None:
+    def __init__(self, name: str, original: Any, seen: PromptIds) -> None:
         self.name, self.original, self.seen = name, original, seen
         self.__signature__ = inspect.signature(original)
 
@@ -106,10 +106,10 @@ class Watched:
 
 def watch(model: Any) -> None:
     """Watches ``generate()`` of ``model``, where it has one."""
-    seen = Seen()
+    seen = PromptIds()
     for name in METHODS:
-        if hasattr(model, name) and not isinstance(model.__dict__.get(name), Watched):
-            setattr(model, name, Watched(name, getattr(model, name), seen))
+        if hasattr(model, name) and not isinstance(model.__dict__.get(name), MethodWrapper):
+            setattr(model, name, MethodWrapper(name, getattr(model, name), seen))
 
 
 def let_go(model: Any) -> None:
@@ -119,4 +119,4 @@ def let_go(model: Any) -> None:
 
 
 def _watched(model: Any) -> Iterator[str]:
-    yield from (name for name in METHODS if isinstance(model.__dict__.get(name), Watched))
+    yield from (name for name in METHODS if isinstance(model.__dict__.get(name), MethodWrapper))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.hf.cache import UNCOMPILED, Books, Cache, CacheLayer, Held, Length, Pending
-from kvruntime.hf.counts import StepLength, Stepping
+from kvruntime.hf.cache import UNCOMPILED, AppendQueue, Books, Cache, CacheLayer, Length, PendingUpdate
+from kvruntime.hf.counts import StepCounts, StepLength
 from kvruntime.hf.graphs import Graphs
 from kvruntime.methods import Layer
 from kvsim.layout import LayerShape, Method
@@ -28,7 +28,9 @@ class SteppedLayer(CacheLayer):
     heads = 0, 0, 0
     """Key and value heads, and the sizes of each."""
 
-    def __init__(self, method: Method, books: Books, max_seq_len: int | None, counts: Stepping, is_last: bool) -> None:
+    def __init__(
+        self, method: Method, books: Books, max_seq_len: int | None, counts: StepCounts, is_last: bool
+    ) -> None:
         super().__init__(method, books, max_seq_len)
         self.counts, self.is_last = counts, is_last
 
@@ -43,7 +45,7 @@ class SteppedLayer(CacheLayer):
             counts.make_room()
             self.pending = True
             columns = self.num_columns + counts.ahead + 1
-            return Pending(self, key_states, columns, counts), Pending(self, value_states, columns, counts)
+            return PendingUpdate(self, key_states, columns, counts), PendingUpdate(self, value_states, columns, counts)
         counts.settle()
         return super().update(key_states, value_states)
 
@@ -79,7 +81,7 @@ class SteppedLayer(CacheLayer):
         self.counts.settle()
         return False
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Stepping) -> Tensor:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: StepCounts) -> Tensor:
         out = self.store.step(query, key, value, scale, steps.steps)
         self.pending = False
         if self.is_last:
@@ -124,7 +126,7 @@ class SteppedCache(Cache):
     layers: list[SteppedLayer]  # type: ignore[assignment]
 
     def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
-        self.counts = Stepping(method, max_seq_len)
+        self.counts = StepCounts(method, max_seq_len)
         self.graphs = Graphs(self.counts)
         super().__init__(method, num_layers, max_seq_len)
         self.counts.layers = self.layers
@@ -143,7 +145,7 @@ class SteppedCache(Cache):
             return
         if any(layer.num_columns or layer.pending for layer in self.layers):
             return
-        held = Held()
+        held = AppendQueue()
         for layer in self.layers:
             layer.held = held
 

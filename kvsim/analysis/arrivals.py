@@ -139,7 +139,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServiceLevel:
     """At one rate: share of the requests within the limits; medians and 95th percentiles in seconds."""
 
     rate: float
@@ -264,7 +264,7 @@ def at_rate(
     rate: float,
     slo_ttft: float | None,
     slo_tpot: float | None,
-) -> Served:
+) -> ServiceLevel:
     """The drawn requests at ``rate`` a second, and how many keep the limits (seconds)."""
     run = simulate(server, [Request(at / rate, given, made) for at, given, made in draws])
     counted = run.counted
@@ -280,7 +280,7 @@ def at_rate(
         return values[len(values) // 2], values[min(len(values) - 1, int(0.95 * len(values)))]
 
     spread = max(request.end for request in counted) - counted[0].arrival
-    return Served(
+    return ServiceLevel(
         rate,
         kept / len(counted),
         middle_and_late(first),
@@ -297,7 +297,7 @@ def most_at(
     slo_ttft: float | None,
     slo_tpot: float | None,
     share: float = SHARE,
-) -> Served | None:
+) -> ServiceLevel | None:
     """The highest rate, to 2 %, at which ``share`` of the requests keep the limits; ``None`` where even a request alone
     is late.  The same draws at every rate, so that rates can be compared."""
     rate = 1e-3

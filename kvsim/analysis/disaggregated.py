@@ -37,7 +37,7 @@ ROUNDS = 60
 
 
 @dataclass(frozen=True)
-class Apart:
+class Disaggregation:
     """One way.  ``prefill``, ``decode``: how a replica's cards share the model, and the numbers of replicas.
     ``batch_size``: requests in a decode replica.  ``load``: share of the time that prefill works.
     """
@@ -111,7 +111,7 @@ def apart(
     reserve: float | None = None,
     quantized: bool = False,
     engine: Callable[[Hardware, int], Engine] = lambda card, num_cards: IDEAL,
-) -> list[Apart]:
+) -> list[Disaggregation]:
     """For each card and method the cheapest pair of layouts, cheapest first (by price, else by cards).
 
     ``cards``, ``price``, ``engine``, ``weight_bits``, ``reserve``, ``quantized``: as in
@@ -137,12 +137,12 @@ def apart(
     return sorted(found, key=_cost)
 
 
-def _cost(way: Apart) -> tuple[bool, float, int, float]:
+def _cost(way: Disaggregation) -> tuple[bool, float, int, float]:
     dollars = way.usd_per_mtok
     return dollars is None, dollars or 0.0, way.num_cards, way.ttft.value
 
 
-def _priced(way: Apart, price: Callable[[Hardware, int], Price | None]) -> Apart:
+def _priced(way: Disaggregation, price: Callable[[Hardware, int], Price | None]) -> Disaggregation:
     cost = price(way.card, way.num_cards)
     if cost is None:
         return way
@@ -186,7 +186,7 @@ def _decode_side(model: Model, method: Method, place: Site, demand: Demand, engi
     return _Decode(sharding, most, step)
 
 
-def _pair(method: Method, card: Hardware, one: _Prefill, other: _Decode, demand: Demand) -> Apart | None:
+def _pair(method: Method, card: Hardware, one: _Prefill, other: _Decode, demand: Demand) -> Disaggregation | None:
     """The fewest replicas of each side that serve the demand; ``None`` where the first token is late even alone."""
     output, transfer = max(1.0, demand.lengths.mean_output), one.transfer()
     num_decode = -(-demand.users // other.most)
@@ -208,7 +208,7 @@ def _pair(method: Method, card: Hardware, one: _Prefill, other: _Decode, demand:
     wait = first - one.mean.value
     ttft = Band(*(wait + long + transfer + token for long, token in zip(one.long, tpot, strict=True)))
     requests = each * num_prefill
-    return Apart(
+    return Disaggregation(
         method,
         card,
         one.sharding,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kvsim.analysis.request_lengths import Lengths
-from kvsim.vectorize import Vectorized
+from kvsim.vectorize import VectorFormula
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ class MemoryRisk:
         if occupancy not in OCCUPANCIES:
             raise ValueError(f"occupancy {occupancy!r}: allowed are {', '.join(OCCUPANCIES)}")
         tokens, weights = _tokens_held(lengths, occupancy)
-        nbytes = Vectorized(weigh)(np.ones((1, 1), np.int64), tokens[:, None])[:, 0]
+        nbytes = VectorFormula(weigh)(np.ones((1, 1), np.int64), tokens[:, None])[:, 0]
         self.available = available
         self.mean_nbytes = float(nbytes @ weights)
         self.largest_nbytes = int(nbytes.max())

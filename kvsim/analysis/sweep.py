@@ -28,7 +28,7 @@ from kvsim.layout import Method
 from kvsim.memory.estimate import estimate
 from kvsim.models.model import Model
 from kvsim.models.weight_storage import check_weight_bits
-from kvsim.vectorize import Vectorized
+from kvsim.vectorize import VectorFormula
 
 if TYPE_CHECKING:
     import numpy as np
@@ -239,11 +239,11 @@ QUANTITIES = ("nbytes", "state_nbytes", "index_nbytes", "read_nbytes")
 
 
 @lru_cache(maxsize=256)
-def _formulas(model: Model, method: Method, engine: Engine) -> tuple[Vectorized, ...]:
+def _formulas(model: Model, method: Method, engine: Engine) -> tuple[VectorFormula, ...]:
     """The :data:`QUANTITIES` of :func:`kvsim.memory.estimate.estimate`, over arrays."""
 
-    def formula(quantity: str) -> Vectorized:
-        return Vectorized(lambda batch, tokens: getattr(estimate(model, method, batch, tokens, engine), quantity))
+    def formula(quantity: str) -> VectorFormula:
+        return VectorFormula(lambda batch, tokens: getattr(estimate(model, method, batch, tokens, engine), quantity))
 
     return tuple(map(formula, QUANTITIES))
 

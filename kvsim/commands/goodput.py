@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kvsim.analysis.arrivals import MAX_SEQS, SHARE, WARM, Served, Server, at_rate, drawn, most_at
+from kvsim.analysis.arrivals import MAX_SEQS, SHARE, WARM, Server, ServiceLevel, at_rate, drawn, most_at
 from kvsim.analysis.plan import site
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.commandline import Command
@@ -158,7 +158,7 @@ def _served(
     least: float,
     asked: list[float],
     place: _Place,
-) -> list[tuple[Served, bool]]:
+) -> list[tuple[ServiceLevel, bool]]:
     """What a method serves at each rate, by rate, and whether that is the highest within the limits."""
     draws, replicas = drawn(lengths, *sample), place.sharding.data_parallel_size
     if asked:
@@ -205,12 +205,12 @@ def _asked(limits: tuple[float | None, float | None], least: float) -> str:
     return f"{' and '.join(words)} for {least:.0%}" if words else "no limits"
 
 
-def _dollars(served: Served, place: _Place, cost: Price | None) -> float | None:
+def _dollars(served: ServiceLevel, place: _Place, cost: Price | None) -> float | None:
     tokens = served.tokens_per_second * place.sharding.data_parallel_size
     return None if cost is None else cost.usd_per_hour * place.sharding.ranks / 3600 / tokens * 1e6
 
 
-def _row(method: Method, served: Served, highest: bool, place: _Place, cost: Price | None) -> dict[str, Any]:
+def _row(method: Method, served: ServiceLevel, highest: bool, place: _Place, cost: Price | None) -> dict[str, Any]:
     replicas = place.sharding.data_parallel_size
     return {
         "method": method.name,
@@ -228,11 +228,11 @@ def _row(method: Method, served: Served, highest: bool, place: _Place, cost: Pri
     }
 
 
-def _table(rows: list[tuple[Method, Served, bool]], place: _Place, cost: Price | None) -> str:
+def _table(rows: list[tuple[Method, ServiceLevel, bool]], place: _Place, cost: Price | None) -> str:
     heads = ["method", "requests/s", "kept", "first ms, median", "95%", "token ms, median", "95%", "decoding"]
     replicas = place.sharding.data_parallel_size
 
-    def line(method: Method, served: Served, highest: bool) -> tuple[str, ...]:
+    def line(method: Method, served: ServiceLevel, highest: bool) -> tuple[str, ...]:
         dollars = _dollars(served, place, cost)
         return (
             method.name,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvsim.analysis.disaggregated import Apart, apart
+from kvsim.analysis.disaggregated import Disaggregation, apart
 from kvsim.analysis.memory_risk import OCCUPANCIES
 from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, plan
 from kvsim.analysis.request_lengths import Lengths, constant
@@ -279,7 +279,7 @@ def _demand(demand: Demand) -> dict[str, Any]:
     }
 
 
-def _apart_row(way: Apart) -> dict[str, Any]:
+def _apart_row(way: Disaggregation) -> dict[str, Any]:
     return {
         "method": way.method.name,
         "gpu": way.card.id,

@@ -30,7 +30,7 @@ from kvsim.methods.by_layer import placed
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights
 from kvsim.models.weight_storage import check_weight_bits, known_weights, weight_storage
-from kvsim.vectorize import Vectorized
+from kvsim.vectorize import VectorFormula
 
 PROMPT_WIDTH = 128 + 64 + 128
 """Channels that a query head multiplies with an entry of a latent's prompt, for which engines make keys and values of
@@ -406,8 +406,8 @@ def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _read_formula(method: Method, layer: LayerShape) -> Vectorized:
-    return Vectorized(lambda batch_size, num_tokens: mean_read_nbytes(method, layer, batch_size, num_tokens))
+def _read_formula(method: Method, layer: LayerShape) -> VectorFormula:
+    return VectorFormula(lambda batch_size, num_tokens: mean_read_nbytes(method, layer, batch_size, num_tokens))
 
 
 def entries(layer: LayerShape, num_tokens: Any, maximum: Any = max) -> Any:

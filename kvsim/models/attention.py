@@ -2,7 +2,7 @@
 
 :class:`Attention` covers multi-head, grouped and multi-query attention, windowed or not; :class:`Latent` the
 multi-head latent attention of DeepSeek-V2 and after (a latent and a rotary key shared by all heads), with the
-index keys of V3.2; :class:`Compressed` the one shared vector of DeepSeek-V4, windowed, with blocks compressed
+index keys of V3.2; :class:`CompressedAttention` the one shared vector of DeepSeek-V4, windowed, with blocks compressed
 into one entry beside it.
 """
 
@@ -261,7 +261,7 @@ class Latent:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedAttention:
     """DeepSeek-V4: one vector a token that is key and value at once, the newest ``sliding_window`` of them, and
     beside it one entry a block of ``stride`` tokens (0: none), picked by index keys where ``indexer``."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvsim.analysis.disaggregated import Apart
+from kvsim.analysis.disaggregated import Disaggregation
 from kvsim.analysis.plan import INPUT_SHARE, Demand, Plan
 from kvsim.memory.sharding import Sharding
 from kvsim.output import text
@@ -14,7 +14,7 @@ NOT_APART = "Prefill and decode on cards of their own: nothing meets this demand
 
 
 def blocks(
-    name: str, demand: Demand, ways: list[Plan], notes: list[str], divided: list[Apart] | None = None
+    name: str, demand: Demand, ways: list[Plan], notes: list[str], divided: list[Disaggregation] | None = None
 ) -> list[str]:
     """The screen: what was asked, the headline, the cheapest ways, refusals, notes."""
     limits = [
@@ -125,7 +125,7 @@ def _layout_notes(good: list[Plan]) -> list[str]:
     return notes
 
 
-def _divided(ways: list[Apart]) -> str:
+def _divided(ways: list[Disaggregation]) -> str:
     heads = ["plan", "cards", "prefill", "load", "decode", "batch", "transfer ms", "ms a token", "first token ms"]
     return text.table(
         [*heads, "tok/s", "$/Mtok"],

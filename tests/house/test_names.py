@@ -50,3 +50,29 @@ def test_every_name_that_a_docstring_refers_to_is_there(package: str) -> None:
         for name in re.findall(r"\b((?:kvsim|kvruntime|validation|tests)/[\w/]+\.(?:py|sh|md|json))\b", text):
             assert (ROOT / name).exists(), (module, name)
     assert roles > 10
+
+
+NOUNS = {"Speed", "Timing", "Finding", "Sharding", "Serving", "Lightning", "Paged", "Stored"}
+"""Names of classes that end like participles: words of the field, a method's name, and what a kernel is handed."""
+
+
+def test_a_class_is_named_by_a_noun() -> None:
+    """Not by a participle alone: ``LoadedModel``, not ``Loaded``."""
+    classes = {name for module in source_names.modules() for name in source_names.classes(module)}
+    assert len(classes) > 200
+    alone = {name for name in classes if re.fullmatch(r"_?[A-Z][a-z]*(ed|ing)", name)}
+    irregular = {
+        "Chosen",
+        "Drawn",
+        "Found",
+        "Given",
+        "Held",
+        "Kept",
+        "Made",
+        "Seen",
+        "Shown",
+        "Taken",
+        "Told",
+        "Written",
+    }
+    assert alone | classes & irregular == NOUNS

@@ -22,7 +22,7 @@ from kvruntime import hf, make_cache, restore  # noqa: E402
 from kvruntime.hf import fused  # noqa: E402
 from kvruntime.hf.attention import _is_own  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
-from kvruntime.hf.counts import AHEAD, GROWTH, Stepping  # noqa: E402
+from kvruntime.hf.counts import AHEAD, GROWTH, StepCounts  # noqa: E402
 from kvruntime.hf.graphs import Weights  # noqa: E402
 from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.kernels.gated import silu_product  # noqa: E402
@@ -113,7 +113,7 @@ def test_books_that_advance_are_books_that_were_kept(name):
 
 
 def test_what_is_provided_for():
-    counts = Stepping(Full(), None)
+    counts = StepCounts(Full(), None)
     assert counts.capacity(300) == 300
     counts.started = True
     assert (counts.capacity(300), counts.capacity(40_000)) == (300 + GROWTH, 50_000)
@@ -121,7 +121,7 @@ def test_what_is_provided_for():
     assert (counts.capacity(300), counts.capacity(300, padding=50)) == (700, 650)
     counts.expected = 100_000
     assert (counts.capacity(300), counts.capacity(40_000)) == (300 + AHEAD, 60_000)
-    assert Stepping(Full(), 512).capacity(300) == 300
+    assert StepCounts(Full(), 512).capacity(300) == 300
 
 
 def test_growth_in_a_loop_of_ones_own(stepping):

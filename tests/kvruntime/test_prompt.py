@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 from kvruntime import Engine, make_cache  # noqa: E402
 from kvruntime.hf import cache as hf_cache  # noqa: E402
 from kvruntime.hf.attention import attention  # noqa: E402
-from kvruntime.hf.cache import Held, Pending  # noqa: E402
+from kvruntime.hf.cache import AppendQueue, PendingUpdate  # noqa: E402
 from kvruntime.methods.kivi import append, pack  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
@@ -213,13 +213,13 @@ def test_a_layer_that_runs_twice_in_a_forward_reads_what_it_stored() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 2, 100, 64, generator=generator).to(DEVICE) for _ in range(3))
     found = []
-    for held in (None, Held()):
+    for held in (None, AppendQueue()):
         layer = make_cache(model, "kivi", max_seq_len=200).layers[0]
         layer.held = held
         for part in (slice(70), slice(70, 100)):
             new = query[:, :, part], key[:, :, part], value[:, :, part]
             pending = layer.pend(*new[1:])
-            assert all(isinstance(x, Pending) for x in pending)
+            assert all(isinstance(x, PendingUpdate) for x in pending)
             found.append(attention(model, new[0], *pending, None)[0])
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])

@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 from kvruntime.bench.harness import results as results_module  # noqa: E402
 from kvruntime.bench.harness.results import SCHEMA, Results, read  # noqa: E402
 from kvruntime.bench.harness.store import Store  # noqa: E402
-from kvruntime.bench.harness.tasks import Interrupted, Task, run  # noqa: E402
+from kvruntime.bench.harness.tasks import Interruption, Task, run  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.bench.model.caches import ours, stock  # noqa: E402
 from kvruntime.bench.model.peers import package_version  # noqa: E402
@@ -48,7 +48,7 @@ def counted(count, fail=None):
 
 def test_resume_does_only_the_rest(tmp_path):
     path, count = tmp_path / "r.json", []
-    with pytest.raises(Interrupted) as stop:
+    with pytest.raises(Interruption) as stop:
         run(counted(count, (2, KeyboardInterrupt())), Results(path, HEADER))
     assert (stop.value.done, stop.value.total) == (2, 3)
     assert [row["value"] for row in read(path)["rows"]] == [0, 1]
@@ -62,7 +62,7 @@ def test_anew_keeps_what_this_commit_measured(tmp_path):
     """Rows of another commit stay until they are measured again, so that a run that stops loses nothing."""
     path, count = tmp_path / "r.json", []
     run(counted(count), Results(path, HEADER | {"commit": "one"}))
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interruption):
         run(counted(count, (1, KeyboardInterrupt())), Results(path, HEADER | {"commit": "two"}, anew=True))
     assert sorted((row["value"], row["commit"]) for row in read(path)["rows"]) == [(0, "two"), (1, "one"), (2, "one")]
     run(counted(count), Results(path, HEADER | {"commit": "two"}, anew=True))
@@ -90,7 +90,7 @@ def test_resume_is_of_the_same_versions_and_device(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         Results(path, HERE | changed, resume=True)
     if "card" in str(changed) or "versions" in changed:
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interruption):
             run(counted(count, (1, KeyboardInterrupt())), Results(path, HERE | changed, anew=True))
         name = next(iter(changed))
         assert [row.get(name, changed[name]) for row in read(path)["rows"]] == [HERE[name], HERE[name], changed[name]]

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from kvsim.models.attention import Attention, BlockSparse, Compressed, Latent, PooledIndex
+from kvsim.models.attention import Attention, BlockSparse, CompressedAttention, Latent, PooledIndex
 from kvsim.models.families import FAMILIES, WRAPPERS
 from kvsim.models.families.family import Family
 
@@ -45,7 +45,7 @@ def leaves(family: Family) -> str:
             elif isinstance(mixer, Latent):
                 out.append("sliding" if kind == "sliding" else "mla")
                 out += ["indexer"] if mixer.indexer else []
-            elif isinstance(mixer, Compressed):
+            elif isinstance(mixer, CompressedAttention):
                 out += ["sliding", "compressed", "indexer"] if mixer.indexer else ["sliding"]
             else:
                 out.append(STATES[type(mixer).__name__])

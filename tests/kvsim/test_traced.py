@@ -13,15 +13,15 @@ np = pytest.importorskip("numpy", reason="numpy is not installed")
 from kvsim.memory.estimate import estimate  # noqa: E402
 from kvsim.methods import METHODS, make_method  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
-from kvsim.vectorize import Vectorized  # noqa: E402
+from kvsim.vectorize import VectorFormula  # noqa: E402
 
 
 def grid(batches: list[int], tokens: list[int]) -> tuple:
     return np.array(batches, np.int64)[None, :], np.array(tokens, np.int64)[:, None]
 
 
-def check(function, batches: list[int], tokens: list[int]) -> Vectorized:
-    vectorized = Vectorized(function)
+def check(function, batches: list[int], tokens: list[int]) -> VectorFormula:
+    vectorized = VectorFormula(function)
     for _ in range(2):  # pieces found are kept
         found = vectorized(*grid(batches, tokens))
         assert found.tolist() == [[function(b, n) for b in batches] for n in tokens]
@@ -79,7 +79,7 @@ def test_errors_pass_through() -> None:
         return tokens
 
     with pytest.raises(ValueError, match="too long"):
-        Vectorized(refuse)(*grid([1], [1, 5]))
+        VectorFormula(refuse)(*grid([1], [1, 5]))
 
 
 @settings(max_examples=50, deadline=None)

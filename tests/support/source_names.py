@@ -34,6 +34,11 @@ def defined(module: str) -> Names:
     return dict(_bound(tree(modules()[module]).body))
 
 
+def classes(module: str) -> list[str]:
+    """Names of the classes that a module defines, at its top or within another."""
+    return [node.name for node in ast.walk(tree(modules()[module])) if isinstance(node, ast.ClassDef)]
+
+
 def _bound(body: list[ast.stmt]) -> Iterator[tuple[str, Names]]:
     """What statements bind, in every branch of theirs; a class binds what its methods give ``self``, too."""
     for node in body:

@@ -21,7 +21,7 @@ from kvsim.methods import Full
 if TYPE_CHECKING:
     from kvruntime.bench.harness.tasks import Task
     from kvruntime.bench.model.caches import Contender
-    from kvruntime.checkpoints.load import Loaded
+    from kvruntime.checkpoints.load import LoadedModel
 
 Clock = Callable[[Callable[[], Any], int], float]
 """``clock(step, count)``: seconds of one of ``count`` steps."""
@@ -95,7 +95,7 @@ class Models:
 
     def __init__(self, device: str, seed: int = 0) -> None:
         self.device, self.seed = device, seed
-        self._loaded: tuple[str, Loaded] | None = None
+        self._loaded: tuple[str, LoadedModel] | None = None
         self._engine: tuple[Any, Any] | None = None
         self._broken: dict[Any, str] = {}
 
@@ -109,7 +109,7 @@ class Models:
             config[name] = max(subject.positions, config[name])
         return config
 
-    def loaded(self, subject: Subject) -> Loaded:
+    def loaded(self, subject: Subject) -> LoadedModel:
         """The model with random weights, made on the device in its own type."""
         if self._loaded is None or self._loaded[0] != subject.model:
             from kvruntime.checkpoints.load import Source, load

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kvruntime.bench.harness.results import Results, Row
-from kvruntime.bench.harness.tasks import Interrupted, Task, run
+from kvruntime.bench.harness.tasks import Interruption, Task, run
 
 LOST = ("illegal memory access", "unspecified launch failure", "device-side assert", "misaligned address", "ECC error")
 """Errors after which nothing more runs in this process."""
@@ -76,7 +76,7 @@ def carry_out(
     code, again = 0, "--anew" if results.anew else "--resume"
     try:
         run(in_order(tasks, results), results, told=told)
-    except Interrupted as stop:
+    except Interruption as stop:
         say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with {again}")
         return 130
     except DeviceLost as error:

@@ -34,7 +34,7 @@ class Task:
         return " ".join(f"{self.key[name]}{units.get(name, '')}" for name in shown if name in self.key)
 
 
-class Interrupted(Exception):
+class Interruption(Exception):
     """Ctrl-C: ``done`` of ``total`` measurements are in the file."""
 
     def __init__(self, done: int, total: int) -> None:
@@ -45,7 +45,7 @@ class Interrupted(Exception):
 def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | None = None) -> list[Row]:
     """Does every task that ``results`` does not hold yet, recording each as it ends; returns the rows of all tasks.
 
-    ``told``: what to say of a row at once, failed or not.  Raises ``Interrupted`` on Ctrl-C, with the file in order.
+    ``told``: what to say of a row at once, failed or not.  Raises ``Interruption`` on Ctrl-C, with the file in order.
     """
     everything = list(tasks)
     todo = [task for task in everything if not results.done(task.key)]
@@ -68,7 +68,7 @@ def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | No
                 progress.end()
     except KeyboardInterrupt:
         done = sum(results.done(task.key) for task in everything)
-        raise Interrupted(done, len(everything)) from None
+        raise Interruption(done, len(everything)) from None
     return [row for task in everything for row in results.rows if _is(row, task.key)]
 
 

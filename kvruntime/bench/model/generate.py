@@ -12,7 +12,7 @@ import torch
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.memory import layer_shapes
-from kvruntime.checkpoints.load import Loaded, first_not_finite
+from kvruntime.checkpoints.load import LoadedModel, first_not_finite
 from kvsim.layout import nbytes
 from kvsim.methods import Full
 
@@ -33,7 +33,7 @@ class Generation:
 
 
 def generate(
-    loaded: Loaded,
+    loaded: LoadedModel,
     contender: Contender,
     prompt: str,
     *,
@@ -81,7 +81,7 @@ def generate(
     return Generation(held, length, out.shape[1] - ids.shape[1], seconds, weigh(own or cache), full)
 
 
-def _encode(loaded: Loaded, prompt: str) -> torch.Tensor:
+def _encode(loaded: LoadedModel, prompt: str) -> torch.Tensor:
     if not prompt:
         raise ValueError("the prompt is empty")
     if loaded.tokenizer is None and loaded.no_tokenizer.startswith("has"):

@@ -10,7 +10,7 @@ import torch
 
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.bench.model.caches import Contender
-from kvruntime.checkpoints.load import Loaded
+from kvruntime.checkpoints.load import LoadedModel
 from kvsim.layout import LayerShape, nbytes, parts, shared_buffers
 
 FORWARD, FILLED = "forward", "filled"
@@ -21,7 +21,9 @@ def how_weighed(max_positions: int | None, num_tokens: int) -> str:
     return FORWARD if max_positions is None or num_tokens <= max_positions else FILLED
 
 
-def measure_memory(loaded: Loaded, contender: Contender, num_tokens: int, batch_size: int, seed: int) -> dict[str, Any]:
+def measure_memory(
+    loaded: LoadedModel, contender: Contender, num_tokens: int, batch_size: int, seed: int
+) -> dict[str, Any]:
     """Bytes that ``contender``'s cache holds after ``num_tokens`` random tokens of ``batch_size`` sequences.
 
     All but the last token are prefilled at once (and weighed), the last is decoded (and weighed again).  On CUDA the
@@ -61,7 +63,7 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     return layer_shapes(model)
 
 
-def _forward(loaded: Loaded, cache: Any, ids: torch.Tensor) -> Callable[[int], None]:
+def _forward(loaded: LoadedModel, cache: Any, ids: torch.Tensor) -> Callable[[int], None]:
     from kvruntime.hf.cache import argument
 
     done = 0
@@ -74,7 +76,7 @@ def _forward(loaded: Loaded, cache: Any, ids: torch.Tensor) -> Callable[[int], N
     return step
 
 
-def _fill(loaded: Loaded, cache: Any, batch_size: int) -> Callable[[int], None]:
+def _fill(loaded: LoadedModel, cache: Any, batch_size: int) -> Callable[[int], None]:
     shapes = layer_shapes(loaded.model)
 
     def step(count: int) -> None:

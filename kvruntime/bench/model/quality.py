@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from kvruntime.bench.model.caches import Contender
-from kvruntime.checkpoints.load import Loaded
+from kvruntime.checkpoints.load import LoadedModel
 from kvruntime.eval.perplexity import perplexity
 
 
 def measure_quality(
-    loaded: Loaded,
+    loaded: LoadedModel,
     contender: Contender,
     windows: torch.Tensor,
     *,

@@ -11,13 +11,13 @@ import torch
 
 from kvruntime.bench.harness.tables import of_kernel
 from kvruntime.bench.model.caches import Contender
-from kvruntime.checkpoints.load import Loaded
+from kvruntime.checkpoints.load import LoadedModel
 
 Tick = Callable[[float], None]
 
 
 def measure_speed(
-    loaded: Loaded,
+    loaded: LoadedModel,
     contender: Contender,
     batch_size: int,
     *,
@@ -62,7 +62,7 @@ def measure_speed(
 
 
 def _run(
-    loaded: Loaded, contender: Contender, ids: torch.Tensor, decode_tokens: int
+    loaded: LoadedModel, contender: Contender, ids: torch.Tensor, decode_tokens: int
 ) -> tuple[float, float, dict[str, Any]]:
     from kvruntime.hf.cache import argument
 

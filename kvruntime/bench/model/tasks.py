@@ -10,7 +10,7 @@ from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tasks import OUT_OF_MEMORY, Task
 from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.peers import package_version
-from kvruntime.checkpoints.load import Loaded
+from kvruntime.checkpoints.load import LoadedModel
 
 
 def went_wrong(rows: Iterable[Row]) -> bool:
@@ -43,7 +43,7 @@ class Quality:
     batch: int
 
 
-def subject(loaded: Loaded, contender: Contender, seed: int) -> dict[str, Any]:
+def subject(loaded: LoadedModel, contender: Contender, seed: int) -> dict[str, Any]:
     """The part of every key that says what was measured: model and weights by name and content, dtype, method.
 
     ``cache_dtype`` is the type of the method's exact tokens, which its name leaves out; ``package_version`` that of
@@ -67,7 +67,7 @@ def subject(loaded: Loaded, contender: Contender, seed: int) -> dict[str, Any]:
     return key
 
 
-def memory_tasks(loaded: Loaded, contenders: list[Contender], contexts: list[int], seed: int) -> list[Task]:
+def memory_tasks(loaded: LoadedModel, contenders: list[Contender], contexts: list[int], seed: int) -> list[Task]:
     """One a context and contender, batch size 1."""
     from kvruntime.bench.model.memory import measure_memory
 
@@ -83,7 +83,7 @@ def memory_tasks(loaded: Loaded, contenders: list[Contender], contexts: list[int
     return [task(contender, num_tokens) for contender in contenders for num_tokens in contexts]
 
 
-def speed_tasks(loaded: Loaded, contenders: list[Contender], speed: Speed, seed: int) -> list[Task]:
+def speed_tasks(loaded: LoadedModel, contenders: list[Contender], speed: Speed, seed: int) -> list[Task]:
     """One a batch size and contender."""
     from kvruntime.bench.model.speed import measure_speed
 
@@ -102,7 +102,7 @@ def speed_tasks(loaded: Loaded, contenders: list[Contender], speed: Speed, seed:
     return [task(contender, batch_size) for contender in contenders for batch_size in speed.batches]
 
 
-def quality_tasks(loaded: Loaded, contenders: list[Contender], quality: Quality, seed: int) -> list[Task]:
+def quality_tasks(loaded: LoadedModel, contenders: list[Contender], quality: Quality, seed: int) -> list[Task]:
     """One a contender."""
     from kvruntime.bench.model.quality import measure_quality
 
@@ -133,7 +133,7 @@ BASELINES = ("fp16", "bf16", "fp32", "transformers-dynamic")
 """What the others are compared with: kvruntime's uncompressed cache, and transformers' own."""
 
 
-def check_methods(loaded: Loaded, contenders: list[Contender]) -> None:
+def check_methods(loaded: LoadedModel, contenders: list[Contender]) -> None:
     """Raises ``ValueError`` for a method or model that cannot be run, before anything is measured."""
     from kvruntime.bench.model.memory import layer_shapes
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvsim.models import layer_kinds
-from kvsim.models.attention import Compressed, Latent
+from kvsim.models.attention import CompressedAttention, Latent
 from kvsim.models.config import Body, ConfigReader
 from kvsim.models.families.family import (
     LENIENT,
@@ -325,9 +325,9 @@ LATENT: dict[str, Family] = {
     ),
     "deepseek_v4": Family(
         mixers={
-            "sliding": (Compressed(),),
-            "csa": (Compressed(4, indexer=True),),
-            "hca": (Compressed(128),),
+            "sliding": (CompressedAttention(),),
+            "csa": (CompressedAttention(4, indexer=True),),
+            "hca": (CompressedAttention(128),),
         },
         window="sliding_window",
         kinds=layer_kinds.deepseek_v4,

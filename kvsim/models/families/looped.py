@@ -80,7 +80,7 @@ def _hrm_passes(body: Body) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Relative(Attention):
+class RelativeAttention(Attention):
     """Inkling's attention: a bias by relative position, mixed from profiles as long as ``extent`` says."""
 
     extent: Keys = "rel_extent"
@@ -91,7 +91,7 @@ class Relative(Attention):
 
 
 @dataclass(frozen=True)
-class Gated(Relative):
+class GatedAttention(RelativeAttention):
     """Inkling 2's: an output gate, sinks from the input, scales of every head; in full layers the convolutions' weights
     are made from the input, and queries, keys and values are normalized apart."""
 
@@ -149,8 +149,8 @@ def _swa(mixer: Attention) -> Attention:
 
 WINDOW = ("sliding_window_size", "sliding_window")
 SWA_CONVOLUTIONS = Convolutions(("swa_num_key_value_heads", "num_key_value_heads"), ("swa_head_dim", "head_dim"))
-RELATIVE = Relative(head_dim_required=True, qk_norm="head")
-GATED = Gated(head_dim_required=True)
+RELATIVE = RelativeAttention(head_dim_required=True, qk_norm="head")
+GATED = GatedAttention(head_dim_required=True)
 
 
 def _first_layer(body: Body) -> int:
