@@ -137,8 +137,9 @@ def kernels_command(**given: Any) -> int:
 
 
 @bench_command.command("engine")
-@click.option("--model", "models", multiple=True, help="gpt2, gpt2-large, llama-3-8b. Repeatable.")
+@click.option("--model", "models", multiple=True, help="gpt2, gpt2-large, llama-3.2-1b, llama-3-8b. Repeatable.")
 @click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}; fp16 always takes part.")
+@click.option("--size", "sizes", multiple=True, help="BATCHxTOKENS, steps alone, such as 8x32k. Repeatable.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Fillings of the cache, each timed.")
 @click.option("--quick", is_flag=True, help="Few contexts, no largest batch.")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
@@ -156,6 +157,8 @@ def engine_command(**given: Any) -> int:
 @bench_command.command("generate")
 @click.option("--model", "models", multiple=True, help="llama-3.2-1b, llama-3-8b, gpt2, smollm2-135m. Repeatable.")
 @click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}. Repeatable.")
+@click.option("--size", "sizes", multiple=True, help="BATCHxTOKENS of the prompt, no conversation. Repeatable.")
+@click.option("--cache", "caches", type=click.Choice(["dynamic", "static", "ours"]), multiple=True, help="Not all.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each size, after a first one.")
 @click.option("--quick", is_flag=True, help="Two sizes a model, no conversation.")
 @click.option("--compiled", is_flag=True, help="make_cache(..., compiled=True) too: half a minute a size.")
@@ -246,7 +249,7 @@ def selfcheck_command(device: str | None) -> int:
 @click.option("--seconds", type=float, default=45.0, show_default=True, help="About how long to measure.")
 def calibrate_command(out: Path, device: str | None, seconds: float) -> None:
     """Measures this card for kvsim's model of time: bandwidths, products, attention, what a layer costs."""
-    from kvruntime.calibrate import calibrate
+    from kvruntime.calibrate.card import calibrate
 
     calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
     click.echo(f"wrote {out}")

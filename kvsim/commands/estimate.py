@@ -313,8 +313,8 @@ def _constants(profile: Path | None, card: Hardware | None, engine: Engine, note
 
     measured = load_profile(profile)
     fixed = measured.constants(card)
-    fixed.check_engine(engine.name)
-    notes.append(measured.note(engine.name))
+    fixed.check_engine(engine.timed_as)
+    notes.append(measured.note(engine.timed_as))
     return fixed
 
 

@@ -82,6 +82,12 @@ class Engine(ABC):
         not for such a model.
         """
 
+    @property
+    def timed_as(self) -> str:
+        """Whose constants of time it takes (:mod:`kvsim.latency.constants`): its name, and after a colon the way in
+        which its steps run where it has several."""
+        return self.name
+
     def overhead(self, model: Model, hardware: Hardware) -> dict[str, int]:
         """Estimated bytes beside weights and cache on one card, by name (workspaces, graphs, the runtime itself)."""
         return {}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 GROW_TOKENS = 256
 MOST = (1 << 31) - 1
 """The largest count that an option of a method takes here: kernels count in 32 bits."""
+STEPS = ("engine", "generate")
+"""How steps run: ``kvruntime.Engine``'s own decoder, or the model's own step under stock ``generate()``."""
 
 
 def stored(method: object) -> bool:
@@ -67,16 +69,24 @@ def names() -> list[str]:
 
 @dataclass(frozen=True)
 class Kvruntime(Engine):
-    """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256."""
+    """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256.  ``steps``: how a token is
+    computed, by ``kvruntime.Engine`` or under stock ``generate()``; it changes times, no bytes."""
 
     max_seq_len: int = 0
+    steps: str = STEPS[0]
 
     def __post_init__(self) -> None:
         check_whole("max_seq_len", self.max_seq_len, least=0)
+        if self.steps not in STEPS:
+            raise ValueError(f"kvruntime steps {self.steps!r}: allowed are {', '.join(STEPS)}")
 
     @property
     def name(self) -> str:
         return "kvruntime"
+
+    @property
+    def timed_as(self) -> str:
+        return self.name if self.steps == STEPS[0] else f"{self.name}:{self.steps}"
 
     def provided(self, num_tokens: int) -> int:
         """Tokens a row that the buffers provide for.  Raises ``ValueError`` beyond ``max_seq_len``."""

@@ -11,6 +11,8 @@ faster.  Few long sequences are split, and what the split computes is merged; fr
 nothing is split, and no more pieces take less time than those that just were.  ``miss`` is 1 where the cache comes
 from memory, as in a model, whose layers evict one another; a benchmark that reads one cache again and again
 finds it in L2 while it fits.  ``values`` are a piece's outputs, which every part of it leaves and the merge reads.
+A kernel of packed codes that says what its lanes do with a code and a scale has a ``stream`` of both, nearly the longer
+of the two (:func:`streamed`): a card with more bandwidth and as many multiprocessors does not unpack faster.
 ``fixed``, ``item`` and ``efficiency`` are an engine's kernel's, and ``value``, ``merge`` and ``half`` too
 where a kernel is fitted alone (this project's); the rest is shared.
 """
@@ -26,6 +28,9 @@ DEFAULT_SMS = 132
 STEEPNESS = 4.0
 """How suddenly a cache that outgrows L2 misses it."""
 
+HIDDEN = 8.0
+"""How well unpacking and reading hide behind one another: the exponent of their power mean (1: they add up)."""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -36,6 +41,8 @@ class Kernel:
     ``query_head`` of a sequence.  ``merges``: whether a split costs more than ``fixed`` holds (a kernel that always
     splits has it there).  ``low``, ``high``: factors that nine in ten measurements stay within.  ``value``: seconds for
     each value of a piece's output.  ``merge``, ``half``: seconds and tokens of a split, the curve's where None.
+    ``code_ops``, ``scale_ops``: operations of a lane to unpack a code and to apply a scale or a zero; 0 where the
+    stream of the bytes says it all.
     """
 
     fixed: float
@@ -49,6 +56,13 @@ class Kernel:
     value: float = 0.0
     merge: float | None = None
     half: float | None = None
+    code_ops: float = 0.0
+    scale_ops: float = 0.0
+
+
+def streamed(read: Any, unpacked: Any) -> Any:
+    """Seconds of bytes that are read while what was read is unpacked: nearly the longer of the two."""
+    return (read**HIDDEN + unpacked**HIDDEN) ** (1 / HIDDEN)
 
 
 @dataclass(frozen=True)

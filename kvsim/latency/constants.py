@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ class Constants:
     attention, ``state_layer_seconds`` with a constant state (a gated-delta or Mamba mixer in place of attention),
     ``index_layer_seconds`` with an indexer, ``narrow_layer_seconds`` where its dense weights have 8 bits or fewer
     (activations are quantized).  ``sequence_seconds``: a sequence of a step (scheduling, sampling, detokenizing).
-    ``engine_layer_seconds``: in place of all of these, by engine; ``engine_wide``: by engine, above how many ``rows`` a
-    step takes ``layer_seconds`` a layer more; ``overlapped``: by engine, own efficiencies where arithmetic hides behind
-    the weight stream.  ``quantize_seconds``: more a layer whose cache is quantized, by width or engine and width as
-    ``kernels``.
+    ``engine_layer_seconds``: in place of all of these, by engine, and ``engine_step_seconds`` a step besides;
+    ``engine_wide``: by engine, above how many ``rows`` a step takes ``layer_seconds`` a layer more, and
+    ``row_seconds`` a layer and row; ``host_launched``: engines whose layers' seconds are the host's launches, behind
+    which the card's work hides; ``overlapped``: by engine, own efficiencies where arithmetic hides behind the weight
+    stream, and ``weight_ops``, a lane's operations for a weight, where products multiply without matrix units.
+    ``quantize_seconds``: more a layer whose cache is quantized, by width or engine and width as ``kernels``.
 
     Arithmetic: ``prefill_efficiency`` of dense products, ``routed_efficiency`` of the experts', by engine;
     ``attention_efficiency`` of attention's.  ``vector_ops``: operations to unpack a code.
@@ -77,6 +79,8 @@ class Constants:
     prefill_band: tuple[float, float]
     kernels: Mapping[str, Kernel]
     curve: Curve
+    engine_step_seconds: Mapping[str, float] = field(default_factory=dict)
+    host_launched: tuple[str, ...] = ()
     engines: tuple[str, ...] | None = None
     estimated: tuple[str, ...] = ()
 
@@ -89,7 +93,7 @@ class Constants:
             )
 
 
-TUPLES = ("decode_band", "parallel_band", "prefill_band", "estimated")
+TUPLES = ("decode_band", "parallel_band", "prefill_band", "estimated", "host_launched")
 
 
 @cache
@@ -99,6 +103,6 @@ def constants() -> Constants:
     table = json.loads(path.read_text(encoding="utf-8"))
     values: dict[str, Any] = {name: entry["value"] for name, entry in table["constants"].items()}
     for name in TUPLES:
-        values[name] = tuple(values[name])
+        values[name] = tuple(values.get(name, ()))
     kernels = {name: Kernel(**entry) for name, entry in table["kernels"].items()}
     return Constants(**values, kernels=kernels, curve=Curve(**table["curve"]["value"]))

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvsim.engines import ENGINES, IDEAL, Engine, make_engine
 from kvsim.hardware import Hardware
-from kvsim.latency.attention_curve import DEFAULT_SMS, Kernel
+from kvsim.latency.attention_curve import DEFAULT_SMS, Kernel, streamed
 from kvsim.latency.constants import Constants, constants
 from kvsim.latency.exchange import (
     LINK_EFFICIENCY,
@@ -24,7 +24,7 @@ from kvsim.latency.exchange import (
     dispatch_combine,
     pipeline_sends,
 )
-from kvsim.layout import LayerShape, Method, mean_read_nbytes
+from kvsim.layout import LayerShape, Method, mean_read_nbytes, part_kind
 from kvsim.memory.sharding import SINGLE, Sharding
 from kvsim.methods.by_layer import placed
 from kvsim.models.model import Model
@@ -67,7 +67,7 @@ class Serving:
         check_weight_bits(self.weight_bits, "weight bits")
         if isinstance(self.engine, str) and self.engine in ENGINES:
             object.__setattr__(self, "engine", make_engine(self.engine))
-        self.constants.check_engine(self.engine_name)
+        self.constants.check_engine(self.timed_as)
 
     @property
     def constants(self) -> Constants:
@@ -77,6 +77,11 @@ class Serving:
     @property
     def engine_name(self) -> str:
         return self.engine if isinstance(self.engine, str) else self.engine.name
+
+    @property
+    def timed_as(self) -> str:
+        """The name under which the constants have this engine's times."""
+        return self.engine if isinstance(self.engine, str) else self.engine.timed_as
 
     def held(self, model: Model) -> Model:
         """``model`` with the windows that the engine applies."""
@@ -97,7 +102,7 @@ class Roofline:
     def __init__(self, model: Model, hardware: Hardware, serving: Serving | None = None) -> None:
         serving = serving or Serving()
         self.model, self.hardware, self.serving = serving.held(model), hardware, serving
-        self.fixed, self.engine = serving.constants, serving.engine_name
+        self.fixed, self.engine = serving.constants, serving.timed_as
         self.weight_bits, self.ranks = serving.weight_bits, serving.tensor_parallel
         self.sharding = serving.sharding
         link = hardware.link_bandwidth and LINK_EFFICIENCY * hardware.link_bandwidth / 2
@@ -126,7 +131,8 @@ class Roofline:
         """Seconds of a step that its blocks cost besides bytes and arithmetic."""
         fixed, model = self.fixed, self.model
         if self.engine in fixed.engine_layer_seconds:
-            return fixed.engine_layer_seconds[self.engine] * model.num_blocks
+            each = fixed.engine_layer_seconds[self.engine]
+            return each * model.num_blocks + fixed.engine_step_seconds.get(self.engine, 0.0)
         each = fixed.layer_seconds
         each += fixed.expert_layer_seconds if known_weights(model).routed else 0.0
         each += fixed.narrow_layer_seconds if weight_storage(model, self.weight_bits).dense <= 8.5 else 0.0
@@ -155,7 +161,12 @@ class Roofline:
         stream = nbytes / self.weight_efficiency + routed / (
             self.weight_efficiency if own else self.fixed.expert_efficiency
         )
-        return stream / self.bandwidth / self.ranks, self.fixed.vector_ops * codes / self.lanes / self.ranks
+        stream = stream / self.bandwidth / self.ranks
+        ops = self.fixed.overlapped[self.engine].get("weight_ops", 0.0) if own else 0.0
+        if ops:  # the lanes multiply what comes: a card with more bandwidth has no more of them
+            multiplied = (weights.dense + head + weights.routed * share) * ops / self.lanes / self.ranks
+            stream = streamed(stream, multiplied)
+        return stream, self.fixed.vector_ops * codes / self.lanes / self.ranks
 
     def products(self, num_tokens: Any, num_logits: Any) -> Any:
         """Seconds of the matrix products of ``num_tokens`` tokens, the head for ``num_logits`` of them; 0 where the
@@ -225,6 +236,7 @@ class Roofline:
         """One layer's attention, and its unpacking beyond that.  ``warm``: the same cache is read again and again."""
         q_per_kv = max(1, self.model.num_q_heads // layer.num_kv_heads)
         kernel, packed = find_kernel(self.fixed, method, layer, self.engine, q_per_kv)
+        own = packed and kernel.code_ops > 0
         kv_heads = max(1.0, layer.num_kv_heads / self.ranks)
         items = batch_size * kv_heads * (q_per_kv if kernel.item_is == "query_head" else 1)
         held = entries(layer, num_tokens, maximum)
@@ -232,6 +244,11 @@ class Roofline:
         stream = nbytes / (kernel.efficiency * self.bandwidth)
         if warm:
             stream = stream * self.fixed.curve.miss(nbytes, self.hardware.l2_nbytes)
+        codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
+        if own:
+            # every method is frozen
+            a_code = kernel.code_ops + kernel.scale_ops * scales_a_code(method, layer)  # type: ignore[arg-type]
+            stream = streamed(stream, codes * a_code / self.lanes)
         half = self._flops(16)
         if half is not None and layer.kind != "indexer":
             pairs = held * batch_size * (self.model.num_q_heads / self.ranks)
@@ -239,9 +256,8 @@ class Roofline:
             stream = maximum(stream, 2 * pairs * _width(layer) / (self.fixed.attention_efficiency * half))
         values = layer.value_dim * (1 if kernel.item_is == "query_head" else q_per_kv)
         seconds = self.fixed.curve.seconds(kernel, items, held, stream, self.hardware.num_sms, maximum, values)
-        if not packed:
+        if own or not packed:
             return seconds, 0.0
-        codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
         return seconds, maximum(0.0, codes * self.fixed.vector_ops / self.lanes - seconds)
 
     def wide(self, batch_size: Any) -> Any:
@@ -249,7 +265,8 @@ class Roofline:
         more = self.fixed.engine_wide.get(self.engine)
         if more is None:
             return 0.0
-        return (batch_size > more["rows"]) * (more["layer_seconds"] * self.model.num_blocks)  # of a bool, or an array
+        each = more["layer_seconds"] + more.get("row_seconds", 0.0) * batch_size
+        return (batch_size > more["rows"]) * (each * self.model.num_blocks)  # of a bool, or an array
 
     def overhead(self, method: Method) -> float:
         """Seconds of a decode step that neither bytes nor arithmetic explain: those of its blocks, and more where
@@ -257,7 +274,7 @@ class Roofline:
         total = self.block_seconds
         for (layer, chosen), count in placed(self.serving.stored(self.model, method), self.model.cache_layers).items():
             # every method is frozen
-            names = kernel_names(method_width(chosen, layer), self.engine)  # type: ignore[arg-type]
+            names = kernel_names(method_width(chosen, layer), self.engine.partition(":")[0])  # type: ignore[arg-type]
             total += count * next(
                 (self.fixed.quantize_seconds[n] for n in names if n in self.fixed.quantize_seconds), 0.0
             )
@@ -368,19 +385,31 @@ def hit_share(weights: Weights, num_tokens: Any, spread: float = 1.0) -> Any:
 def find_kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str, q_per_kv: int) -> tuple[Kernel, bool]:
     """The measured kernel nearest to what ``engine`` runs on ``method``, and whether it unpacks codes.
 
-    A kernel is looked up as ``engine/width-mha`` (one query head a kv head), ``engine/width``, then ``width``;
-    widths are ``fp16``, ``fp8`` (one byte an element and no scales) and ``packed``.
+    A kernel is looked up as ``engine/width-layout`` (:func:`packed_layout`), ``engine/width-mha`` (one query head a kv
+    head), ``engine/width``, then ``width``; widths are ``fp16``, ``fp8`` (one byte an element and no scales) and
+    ``packed``.
     """
     width = method_width(method, layer)  # type: ignore[arg-type]  # every method is frozen
-    for name in kernel_names(width, engine, mha=q_per_kv == 1):
+    layout = packed_layout(method, layer) if width == "packed" else ""  # type: ignore[arg-type]
+    for name in kernel_names(width, engine.partition(":")[0], q_per_kv == 1, layout):
         if name in fixed.kernels:
             return fixed.kernels[name], width == "packed"
     raise LookupError(f"no attention kernel for {width}: timing.json has {', '.join(fixed.kernels)}")
 
 
-def kernel_names(width: str, engine: str, mha: bool = False) -> list[str]:
+def kernel_names(width: str, engine: str, mha: bool = False, layout: str = "") -> list[str]:
     """Names of a kernel or constant, the most particular first."""
-    return [f"{engine}/{width}-mha"] * mha + [f"{engine}/{width}", width]
+    particular = [f"{engine}/{width}-{layout}"] * bool(layout) + [f"{engine}/{width}-mha"] * mha
+    return [*particular, f"{engine}/{width}", width]
+
+
+@lru_cache(maxsize=1024)
+def packed_layout(method: Method, layer: LayerShape) -> str:
+    """Bits a packed number and numbers a scale: ``2g64``; of keys and values that differ, the means."""
+    numbers = 65536 * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+    codes = sum(size for name, size in method.read_parts(layer, 1, 65536).items() if part_kind(method, name) == "codes")
+    scales = scales_a_code(method, layer)
+    return f"{round(8 * codes / numbers, 1):g}g{round(2 / scales) if scales else 0}"
 
 
 @lru_cache(maxsize=1024)
@@ -391,6 +420,14 @@ def method_width(method: Method, layer: LayerShape) -> str:
         sizes[buffer.dtype] += buffer.nbytes
     most = max(sizes, key=lambda dtype: sizes[dtype])
     return "fp16" if most in ("float16", "bfloat16", "float32") else "fp8" if most.startswith("float8") else "packed"
+
+
+@lru_cache(maxsize=1024)
+def scales_a_code(method: Method, layer: LayerShape) -> float:
+    """Scales and zeros, of 16 bits each, that a packed number has its share of: 2/64 in groups of 64 with both."""
+    numbers = 65536 * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+    read = method.read_parts(layer, 1, 65536)
+    return sum(size for name, size in read.items() if part_kind(method, name) in ("scales", "zeros")) / 2 / numbers
 
 
 def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:

@@ -32,6 +32,8 @@ def test_the_profile_is_of_this_machine(measured: Path) -> None:
     found = json.loads(measured.read_text(encoding="utf-8"))
     assert found["seconds"] < 60
     assert found["runtime"] == load_profile(measured).runtime == "pytorch"
+    assert found["parts"].keys() == {"kvruntime", "kvruntime:generate", "transformers"}
+    assert found["lacks"] == {}
     assert found["command"] == ["kvsim", "calibrate", "--device", "cpu", "--seconds", "1", "--out", measured.name]
     for name in ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds"):
         assert 0 < found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
@@ -65,6 +67,78 @@ def test_a_profile_takes_the_place_of_stated_constants(measured: Path) -> None:
     assert mine.parts["weights"] == pytest.approx(read / profile.weight_bandwidth)
     with pytest.raises(ValueError, match="not a profile of this card"):
         profile.constants(find_hardware("b200"))
+
+
+def test_a_part_predicts_the_steps_that_it_was_fitted_to(measured: Path) -> None:
+    """Each runtime's steps come out within what its part says, and a part's engine takes nothing of PyTorch's."""
+    found, profile = json.loads(measured.read_text(encoding="utf-8")), load_profile(measured)
+    for name, part in profile.parts.items():
+        ratios = [row["value"] / row["predicted"] for row in found["parts"][name]["rows"]]
+        assert part.low == pytest.approx(min(ratios))
+        assert part.high == pytest.approx(max(ratios))
+    assert profile.missing() == []
+    fixed, engine = profile.constants(), profile.parts["kvruntime"]
+    assert engine.layouts
+    assert fixed.engine_layer_seconds["kvruntime"] == engine.layer_seconds != profile.layer_seconds
+    assert fixed.kernels["kvruntime/fp16"].efficiency * profile.read_bandwidth == pytest.approx(
+        engine.kernels["fp16"].bandwidth
+    )
+    assert "whole steps of kvruntime measured" in profile.note("kvruntime")
+
+
+def test_a_fit_finds_the_constants_that_made_the_steps() -> None:
+    """Steps made by known constants, on a card of another bandwidth: what is fitted to some predicts the others."""
+    pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+    from kvruntime.calibrate import fit
+    from kvruntime.calibrate.steps import CUDA, ENGINE, Step
+    from kvsim.latency.constants import constants
+    from kvsim.latency.profile import Rates
+    from kvsim.models.model import Model
+
+    hardware, start = find_hardware("h200"), fit.first_guess(4.4e12)
+    made = replace(start, weight_bandwidth=3.3e12, layer_seconds=1.2e-5)
+    made = replace(made, wide={"rows": 1.0, "layer_seconds": 6e-6, "row_seconds": 2e-7})
+    packed = replace(start.kernels["packed"], bandwidth=4.0e12, fixed=4e-6, code_ops=3.0, scale_ops=10.0)
+    made = replace(made, kernels={"fp16": replace(start.kernels["fp16"], bandwidth=4.0e12), "packed": packed})
+    steps = []
+    for name, subject in CUDA.subjects.items():
+        model = Model.from_config(subject.shape.config(65536))
+        for method in (make_method("bf16"), *CUDA.packed):
+            for size in subject.plain if method == make_method("bf16") else subject.packed:
+                steps.append(Step(ENGINE, name, model, method, *size, 0.0, 0.0, 0.0))
+    seconds = fit.predicted(ENGINE, made, steps, constants(), hardware)
+    steps = [step._replace(seconds=float(each)) for step, each in zip(steps, seconds, strict=True)]
+    found = fit.fit(ENGINE, steps, constants(), hardware, start)
+    assert found.weight_bandwidth == pytest.approx(3.3e12, rel=0.01)
+    assert found.layer_seconds == pytest.approx(1.2e-5, rel=0.1)
+    assert 0.98 < found.low <= found.high < 1.02
+    assert isinstance(found.kernels["packed"], Rates)
+    llama = load_model("llama-3-8b")
+    for method in (make_method("bf16"), *CUDA.packed):
+        for size in ((1, 2048), (1, 32768), (8, 8192), (64, 4096)):
+            unseen = [Step(ENGINE, "", llama, method, *size, 0.0, 0.0, 0.0)]
+            one, other = (fit.predicted(ENGINE, part, unseen, constants(), hardware)[0] for part in (found, made))
+            assert one == pytest.approx(other, rel=0.03)
+    with pytest.raises(ValueError, match="3 steps were measured, 4 and more are needed"):
+        fit.fit(ENGINE, steps[:3], constants(), hardware, start)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"vllm": {}}, "part 'vllm', allowed are kvruntime"),
+        ({"kvruntime": 3}, "kvruntime is 3, not an object"),
+        ({"kvruntime": {"fitted": {"layer_seconds": 1.0}}}, "part kvruntime: missing 1 required"),
+        ({"kvruntime": {"fitted": {"layer_seconds": -1.0, "weight_bandwidth": 1.0}}}, "kvruntime.layer_seconds is -1.0"),
+        ({"kvruntime": {"fitted": {"layer_seconds": 1, "weight_bandwidth": 1, "x": 1}}}, "unexpected keyword"),
+    ],
+)
+def test_a_broken_part_names_the_field(tmp_path: Path, parts: dict[str, object], said: str) -> None:
+    path = tmp_path / "profile.json"
+    found = json.loads(PROFILE.read_text(encoding="utf-8")) | {"schema": "kvsim.profile/2", "parts": parts}
+    path.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        load_profile(path)
 
 
 def card() -> Profile:
@@ -105,11 +179,12 @@ def test_a_recorded_profile_is_of_its_runtime_on_the_command_line(capsys: pytest
     """A file that does not say its runtime was measured with PyTorch's."""
     assert "runtime" not in json.loads(PROFILE.read_text(encoding="utf-8"))
     ask = ["estimate", "--model", "llama-3-8b", "--gpu", "h100", "--method", "fp16", "--profile", str(PROFILE)]
-    for engine in ("kvruntime", "vllm", "llama.cpp"):
+    for engine in ("kvruntime", "vllm", "llama.cpp", "kvruntime:steps=generate"):
         assert run([*ask, "--engine", engine]) == 2
         said = capsys.readouterr()
         assert said.out == ""
-        assert said.err.startswith(f"kvsim: error: engine {engine}: the profile was not measured with its kernels")
+        name = engine.replace("steps=", "")
+        assert said.err.startswith(f"kvsim: error: engine {name}: the profile was not measured with its kernels")
         assert len(said.err.splitlines()) == 1
     for engine in ([], ["--engine", "transformers"]):
         assert run([*ask, *engine]) == 0
@@ -167,6 +242,17 @@ def test_the_answer_as_json(
     said = capsys.readouterr().out
     assert "measured with pytorch's own kernels: for --engine ideal and transformers" in said
     assert "Not modelled:\n" in said
+    assert "its steps within" in said
+    assert said.splitlines()[-1].startswith(load_profile(measured).device)  # a CPU has no data sheet
+
+
+def test_the_last_line_is_what_a_card_does_of_its_data_sheet() -> None:
+    from kvsim.commands.calibrate import of_data_sheet
+
+    assert of_data_sheet(load_profile(PROFILE)) == (
+        "this card does 91% of the bandwidth (3,046 of 3,350 GB/s) and 69% of the arithmetic (681 of 989 TFLOP/s) of "
+        "its data sheet (h100-sxm)"
+    )
 
 
 def test_estimate_takes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +297,7 @@ def test_a_card_is_timed_long_enough_and_not_longer(monkeypatch: pytest.MonkeyPa
     pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
     import torch
 
-    from kvruntime import calibrate
+    from kvruntime.calibrate import pytorch as calibrate
 
     counts: list[int] = []
 

@@ -17,6 +17,7 @@ from kvruntime.checkpoints.load import shape_sha256
 from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
 from kvsim.methods import Full
+from kvsim.specs import parse_size
 
 if TYPE_CHECKING:
     from kvruntime.bench.harness.tasks import Task
@@ -68,12 +69,14 @@ SUBJECTS = {
         peers=((1, 8 * K, 16),),
     ),
     "gpt2-large": Subject("gpt2-large", "float16", {1: (512, 1024), 64: (1024,)}),
+    "llama-3.2-1b": Subject("llama-3.2-1b", "bfloat16", {1: (2 * K, 32 * K), 8: (8 * K,), 64: (2 * K,)}),
 }
 DEFAULT = ("gpt2", "llama-3-8b")
 QUICK: dict[str, dict[int, tuple[int, ...]]] = {
     "gpt2": {1: (512,), 64: (1024,)},
     "llama-3-8b": {1: (2 * K, 32 * K)},
     "gpt2-large": {1: (512,)},
+    "llama-3.2-1b": {1: (2 * K,)},
 }
 
 
@@ -356,6 +359,8 @@ def engine(**given: Any) -> int:
     subjects = [SUBJECTS[name] for name in dict.fromkeys(names)]
     if given["quick"]:
         subjects = [replace(one, contexts=QUICK[one.model], prompts=(), largest=False) for one in subjects]
+    if given["sizes"]:
+        subjects = [replace(one, contexts=contexts_of(given["sizes"]), prompts=(), largest=False) for one in subjects]
     if not 1 <= given["repeats"] <= MOST:
         raise ValueError(f"repeats {given['repeats']}: allowed are 1 to {MOST:,}")
     methods = {one.model: chosen(given["specs"], one.dtype) for one in subjects}
@@ -381,6 +386,22 @@ def engine(**given: Any) -> int:
     if given["compile_ahead"]:
         ahead(subjects, methods, device)
     return carry_out(tasks, results, line, tables)
+
+
+def contexts_of(specs: Sequence[str]) -> dict[int, tuple[int, ...]]:
+    """``("1x2k", "8x32k", "1x4k")`` as contexts by batch size.  Raises ``ValueError`` for another spelling."""
+    out: dict[int, tuple[int, ...]] = {}
+    for batch_size, tokens in map(size_of, specs):
+        out[batch_size] = tuple(sorted({*out.get(batch_size, ()), tokens}))
+    return out
+
+
+def size_of(spec: str) -> tuple[int, int]:
+    """``8x32k`` as batch size and tokens.  Raises ``ValueError`` for another spelling."""
+    batch, found, tokens = spec.partition("x")
+    if not found or not batch.isdecimal() or not 1 <= int(batch) <= MOST:
+        raise ValueError(f"size {spec!r}: expected BATCHxTOKENS, such as 8x32k")
+    return int(batch), parse_size(tokens, "size")
 
 
 def free_memory() -> int:

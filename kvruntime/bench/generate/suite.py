@@ -10,7 +10,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from kvruntime.bench.engine.suite import Models, chosen, key_of
+from kvruntime.bench.engine.suite import Models, chosen, key_of, size_of
 from kvruntime.bench.engine.suite import Subject as Shape
 from kvruntime.bench.generate.report import FIRST_CALL, STOCK, line, tables
 from kvruntime.bench.harness.results import Results, Row, describe
@@ -91,6 +91,11 @@ def _dynamic(model: Any, num_tokens: int) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
+
+
+def kind_of(one: Contender) -> str:
+    """``dynamic`` or ``static``, transformers' own, or ``ours``, whoever else's."""
+    return {STOCK[0]: "dynamic", STOCK[1]: "static"}.get(one.name, "ours")
 
 
 class Static:
@@ -290,9 +295,11 @@ def generate(**given: Any) -> int:
         subject = SUBJECTS[name]
         if given["quick"]:
             subject = replace(subject, sizes=subject.sizes[:2], conversation=None)
+        if given["sizes"]:
+            subject = replace(subject, sizes=tuple(map(size_of, given["sizes"])), conversation=None)
         methods = chosen(given["specs"], subject.dtype)
         methods = methods[1:] if given["specs"] else methods[-2:]
-        tasks += subject_tasks(
-            models, subject, contenders(methods, given["compiled"], given["peers"]), clock, given["repeats"]
-        )
+        found = contenders(methods, given["compiled"], given["peers"])
+        parts = [one for one in found if not given["caches"] or kind_of(one) in given["caches"]]
+        tasks += subject_tasks(models, subject, parts, clock, given["repeats"])
     return carry_out(tasks, results, line, tables)

@@ -1,4 +1,4 @@
-"""Measures a card in under a minute for ``kvsim``'s model of time, and writes a profile (``kvsim.profile/1``).
+"""What PyTorch's own kernels reach on a card: the part of a profile for engines that run these.
 
     read, copy   one reduction and one copy over a buffer far larger than L2
     weights      y[1, N] = x[1, N] W[N, N]^T over matrices that together exceed L2: the weight stream of a decode step
@@ -6,7 +6,6 @@
     layer        what a decoder layer's kernels take when its matrices weigh nothing
     attention    one query a sequence over keys and values [batch, kv heads, tokens, 128], rotated past L2
 
-All of it with PyTorch's own kernels, which the profile says: it is not of an engine that runs others.
 On CUDA every figure is timed inside a CUDA graph, so that the host does not count.  Medians over repeats.
 """
 
@@ -14,27 +13,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import product
 from math import ceil, exp, log
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kvruntime.bench.harness.results import describe
-from kvruntime.bench.harness.store import check_writable
 from kvruntime.bench.harness.timing import timed_passes
-from kvsim.atomic import replace_file
-from kvsim.finite_json import json_text
 from kvsim.latency.attention_curve import Curve, Kernel
-from kvsim.latency.calibrate import DAY
 from kvsim.latency.constants import constants
-from kvsim.latency.profile import SCHEMA
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIN_REPEATS, MAX_REPEATS = 3, 50
@@ -42,8 +32,6 @@ CUDA_REPEATS, SETTLED = 2000, 1.0
 CUDA_SHAPES = ((1, 512), (1, 8192), (1, 65536), (16, 2048), (64, 4096), (256, 512))
 CPU_SHAPES = ((1, 128), (1, 2048), (4, 512), (4, 2048))
 NUM_LAYERS = 8
-RUNTIME = "pytorch"
-"""Whose kernels are measured: PyTorch's own products, norms and attention, none of this project's."""
 
 
 @dataclass(frozen=True)
@@ -72,50 +60,6 @@ def scale_of(device: torch.device) -> Scale:
 def kv_nbytes(batch_size: int, num_tokens: int, itemsize: int) -> int:
     """Bytes of the keys and values of one measured shape."""
     return 2 * batch_size * num_tokens * KV_HEADS * HEAD_DIM * itemsize
-
-
-def calibrate(
-    out: Path, device: str | None = None, seconds: float = 45.0, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
-    """Measures, writes the profile to ``out`` in one step and gives it back.
-
-    ``seconds`` is shared out between the figures (each is repeated at least three times however short it is).
-    Raises ``ValueError`` for a device that is not there, too little memory, or a path that cannot be written.
-    """
-    from kvruntime.checkpoints.load import pick_device
-
-    if not 0 < seconds <= DAY:
-        raise ValueError(f"seconds {seconds:g}: allowed are above 0 to {DAY:,}")
-    check_writable(out)
-    place = torch.device(pick_device(device))
-    started = time.perf_counter()
-    scale = scale_of(place)
-    share = seconds / (5 + len(scale.shapes)) * 0.8
-    torch.manual_seed(0)
-    clock = Clock(place, share)
-    figures: dict[str, Any] = {}
-    with (
-        torch.cuda.device(place) if place.type == "cuda" else nullcontext()
-    ):  # streams and events are the current one's
-        for name, measure in FIGURES.items():
-            figures[name] = measure(clock, place, scale)
-            say(f"{name}: {figures[name]['value']:.4g}")
-        rows = [attention(clock, place, scale, *shape) for shape in scale.shapes]
-    figures["attention"] = {**fit_kernel(rows, figures["read_bandwidth"]["value"], place), "rows": rows}
-    say(
-        f"attention: {figures['attention']['bandwidth']:.4g} B/s, {figures['attention']['fixed'] * 1e6:.1f} us a launch"
-    )
-    command = ["kvsim", "calibrate", "--device", str(place), "--seconds", f"{seconds:g}", "--out", str(out)]
-    profile = {
-        "schema": SCHEMA,
-        "runtime": RUNTIME,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **describe(str(place), command),
-        **figures,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    write(out, profile)
-    return profile
 
 
 class Clock:
@@ -237,6 +181,18 @@ def layer_seconds(clock: Clock, device: torch.device, scale: Scale) -> dict[str,
     return figure(clock(layers, NUM_LAYERS))
 
 
+def figures(clock: Clock, device: torch.device, scale: Scale, say: Callable[[str], None]) -> dict[str, Any]:
+    """Every figure of :data:`FIGURES` and ``attention``, the kernel that fits its rows."""
+    found: dict[str, Any] = {}
+    for name, measure in FIGURES.items():
+        found[name] = measure(clock, device, scale)
+        say(f"{name}: {found[name]['value']:.4g}")
+    rows = [attention(clock, device, scale, *shape) for shape in scale.shapes]
+    kernel = fit_kernel(rows, found["read_bandwidth"]["value"], device)
+    say(f"attention: {kernel['bandwidth']:.4g} B/s, {kernel['fixed'] * 1e6:.1f} us a launch")
+    return {**found, "attention": {**kernel, "rows": rows}}
+
+
 FIGURES: dict[str, Callable[[Clock, torch.device, Scale], dict[str, Any]]] = {
     "read_bandwidth": read_bandwidth,
     "copy_bandwidth": copy_bandwidth,
@@ -295,8 +251,3 @@ def fit_kernel(rows: Sequence[dict[str, Any]], read: float, device: torch.device
     names = ("fixed", "item", "bandwidth")
     found = {name: exp(at) for name, at in zip(names, best, strict=True)}
     return {**found, "low": min(spread), "high": max(spread)}
-
-
-def write(path: Path, profile: dict[str, Any]) -> None:
-    """Replaces the file in one step.  Raises ``ValueError`` where it cannot be written or a figure is not finite."""
-    replace_file(path, json_text(profile, indent=1) + "\n")

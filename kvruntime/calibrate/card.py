@@ -1,0 +1,145 @@
+"""Measures a card for kvsim's model of time and writes a profile: the card's own figures, and a part for each runtime.
+
+The figures are of PyTorch's kernels (:mod:`kvruntime.calibrate.pytorch`).  The parts are fitted to whole steps
+(:mod:`kvruntime.calibrate.steps`), so that nothing is charged to a runtime that it does not run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvruntime.bench.harness.results import describe
+from kvruntime.bench.harness.store import check_writable
+from kvruntime.bench.kernels.attention import Shape as Attention
+from kvruntime.bench.kernels.precompile import Case, compile_ahead
+from kvruntime.calibrate import fit
+from kvruntime.calibrate.pytorch import Clock, figures, scale_of
+from kvruntime.calibrate.steps import CPU, CUDA, ENGINE, Plan, Step, steps
+from kvsim.atomic import replace_file
+from kvsim.finite_json import json_text
+from kvsim.latency.calibrate import DAY
+from kvsim.latency.profile import PARTS, SCHEMA, Part, described, load_profile, with_part
+
+RUNTIME = "pytorch"
+"""Whose kernels the card's own figures are of."""
+
+
+def calibrate(
+    out: Path,
+    device: str | None = None,
+    seconds: float = 45.0,
+    say: Callable[[str], None] = lambda line: None,
+    plan: Plan | None = None,
+) -> dict[str, Any]:
+    """Measures, writes the profile to ``out`` in one step and gives it back.
+
+    ``seconds`` is shared out between the card's own figures (each is repeated at least three times however short it
+    is); the steps of the runtimes take about as long again.  ``plan``: which steps, by default the device's own.
+    Raises ``ValueError`` for a device that is not there, too little memory, or a path that cannot be written.
+    """
+    from kvruntime.checkpoints.load import pick_device
+
+    if not 0 < seconds <= DAY:
+        raise ValueError(f"seconds {seconds:g}: allowed are above 0 to {DAY:,}")
+    check_writable(out)
+    place = torch.device(pick_device(device))
+    cuda = place.type == "cuda"
+    plan = plan or (CUDA if cuda else CPU)
+    started = time.perf_counter()
+    scale = scale_of(place)
+    torch.manual_seed(0)
+    clock = Clock(place, seconds / (5 + len(scale.shapes)) * 0.8)
+    command = ["kvsim", "calibrate", "--device", str(place), "--seconds", f"{seconds:g}", "--out", str(out)]
+    profile: dict[str, Any] = {
+        "schema": SCHEMA,
+        "runtime": RUNTIME,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe(str(place), command),
+    }
+    profile["device"] = profile["device"] | {"num_sms": multiprocessors(place)}
+    with torch.cuda.device(place) if cuda else nullcontext():  # streams and events are the current one's
+        profile |= figures(clock, place, scale, say)
+        write(out, profile)  # what the parts are fitted beside
+        measured, lacks = measure(plan, place, say)
+    parts, failed = fitted(out, measured, say)
+    lacks = {name: why for name, why in (failed | lacks).items() if name not in parts}
+    profile |= {"parts": parts, "lacks": lacks, "seconds": round(time.perf_counter() - started, 2)}
+    write(out, profile)
+    return profile
+
+
+def measure(
+    plan: Plan, place: torch.device, say: Callable[[str], None]
+) -> tuple[dict[str, list[Step]], dict[str, str]]:
+    """The steps of every runtime, and why one has none or fewer."""
+    if place.type == "cuda":
+        compile_ahead(cases(plan), str(place), say)
+    found: dict[str, list[Step]] = {}
+    lacks: dict[str, str] = {}
+    for step in steps(plan, place, say):
+        if isinstance(step, Step):
+            found.setdefault(step.runtime, []).append(step)
+            size = f"{step.batch_size} x {step.num_tokens:,}"
+            say(f"{step.runtime}, {step.shape} {step.method.name} {size}: {step.seconds * 1e3:.3f} ms")
+        else:
+            lacks.setdefault(*step)
+            say("{}: not measured: {}".format(*step))
+    return found, lacks
+
+
+def fitted(
+    path: Path, measured: dict[str, list[Step]], say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parts as the profile has them, each fitted beside the profile of the card at ``path``, and why one was not
+    fitted."""
+    card = load_profile(path)
+    hardware = card.hardware
+    base = replace(card.constants(), engines=None)  # each runtime is fitted beside the others
+    start = fit.first_guess(card.read_bandwidth)
+    own = Part(card.weight_bandwidth, card.layer_seconds)
+    parts: dict[str, Any] = {}
+    lacks: dict[str, str] = {}
+    for name in PARTS:
+        rows = measured.get(name, [])
+        try:
+            part = fit.fit(name, rows, base, hardware, start if name == ENGINE else own)
+        except ValueError as error:
+            lacks[name] = str(error)
+            continue
+        base = with_part(base, name, part, hardware)
+        taken = fit.predicted(name, part, rows, base, hardware)
+        steps_of = [{**row.row, "predicted": each} for row, each in zip(rows, taken.tolist(), strict=True)]
+        parts[name] = described(part) | {"rows": steps_of}
+        say(f"{name}: {len(rows)} steps, predicted within {part.low - 1:+.1%} to {part.high - 1:+.1%}")
+    return parts, lacks
+
+
+def cases(plan: Plan) -> list[Case]:
+    """What is compiled beforehand: the kernels of every layout at every shape."""
+    out = []
+    for name, subject in plan.subjects.items():
+        shape = subject.shape
+        heads = (shape.q_heads, shape.kv_heads, shape.hidden // shape.q_heads)
+        for batch_size in {min(batch, 2) for batch, _ in subject.packed}:
+            out += [Case(Attention(name, *heads, batch_size, 1024), method, steps=True) for method in plan.packed]
+    return out
+
+
+def multiprocessors(place: torch.device) -> int | None:
+    """Of a CUDA device."""
+    if place.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(place).multi_processor_count)
+
+
+def write(path: Path, profile: dict[str, Any]) -> None:
+    """Replaces the file in one step.  Raises ``ValueError`` where it cannot be written or a figure is not finite."""
+    replace_file(path, json_text(profile, indent=1) + "\n")

@@ -1,0 +1,220 @@
+"""Whole decode steps of two small shapes under every runtime that is calibrated: what its constants are fitted to.
+
+The shapes are Llama's with few layers.  One has layers of 436 MB, whose weights and cache are streams; the other's are
+so narrow that what a layer costs besides shows.  Weights and cache are random: neither changes how long a step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from kvruntime.bench.engine.suite import (
+    RESERVE,
+    cuda_clock,
+    measure_steps,
+    methods_of,
+    wall_clock,
+)
+from kvruntime.bench.generate import suite as generate
+from kvruntime.bench.harness.session import release
+from kvruntime.checkpoints.load import Source, load
+from kvruntime.engine import Engine
+from kvsim.layout import Method
+from kvsim.memory.estimate import cache_nbytes
+from kvsim.methods import Full
+from kvsim.models.model import Model
+
+ENGINE, GENERATE, STOCK = "kvruntime", "kvruntime:generate", "transformers"
+"""The runtimes, by the names of their constants of time."""
+K = 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes."""
+
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    layers: int
+    vocab: int
+
+    def config(self, positions: int) -> dict[str, Any]:
+        """The config.json of such a model."""
+        return {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.q_heads,
+            "num_key_value_heads": self.kv_heads,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": positions,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        }
+
+
+Size = tuple[int, int]
+"""Batch size, and the context up to which steps are timed."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A shape, and the sizes that are timed of it: uncompressed, packed, and under ``generate()``."""
+
+    shape: Shape
+    plain: tuple[Size, ...]
+    packed: tuple[Size, ...]
+    generated: tuple[Size, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on a kind of device: ``positions`` of the models, in which type, how often; ``layouts``: how
+    many of the packed ones (None: all that the methods' rooms name)."""
+
+    dtype: str
+    positions: int
+    subjects: dict[str, Subject]
+    repeats: int = 3
+    turns: int = 2
+    """Calls of ``generate()``."""
+    layouts: int | None = None
+
+    @property
+    def packed(self) -> tuple[Method, ...]:
+        """The layouts that are timed beside the uncompressed cache."""
+        return methods_of(self.dtype)[1:][: self.layouts]
+
+
+CUDA = Plan(
+    "bfloat16",
+    64 * K,
+    {
+        "wide": Subject(
+            Shape(4096, 14336, 32, 8, 8, 32 * K),
+            ((1, K), (1, 12 * K), (1, 48 * K), (4, 3 * K), (16, 4 * K), (64, K)),
+            ((1, K), (1, 12 * K), (1, 48 * K), (16, 8 * K)),
+            ((1, 512), (16, K)),
+        ),
+        "narrow": Subject(
+            Shape(1024, 4096, 16, 4, 16, 32 * K),
+            ((1, K), (1, 12 * K), (16, 2 * K), (64, K)),
+            ((1, 4 * K), (16, 4 * K)),
+            ((1, 512), (16, K)),
+        ),
+    },
+)
+CPU = Plan(
+    "float32",
+    256,
+    {
+        "wide": Subject(Shape(256, 512, 4, 2, 2, K), ((1, 64), (2, 64)), ((1, 64),), ((1, 64),)),
+        "narrow": Subject(Shape(64, 128, 2, 1, 3, 256), ((1, 64),), ((1, 64),), ((1, 64),)),
+    },
+    repeats=1,
+    turns=1,
+    layouts=1,
+)
+"""On a CPU the reference runs, some steps of it: enough to say what it is."""
+
+
+class Step(NamedTuple):
+    """``seconds``, the median, of a step of ``batch_size`` rows up to ``num_tokens`` tokens under ``runtime``."""
+
+    runtime: str
+    shape: str
+    model: Model
+    method: Method
+    batch_size: int
+    num_tokens: int
+    seconds: float
+    low: float
+    high: float
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As a profile records it."""
+        return {
+            "shape": self.shape,
+            "method": self.method.name,
+            "batch_size": self.batch_size,
+            "num_tokens": self.num_tokens,
+            "value": self.seconds,
+            "low": self.low,
+            "high": self.high,
+        }
+
+
+def steps(plan: Plan, device: torch.device, say: Callable[[str], None]) -> Iterator[Step | tuple[str, str]]:
+    """Every step of the plan, or ``(runtime, reason)`` for what was not measured; one model lies on the device at a
+    time, and nothing after the last."""
+    for name, subject in plan.subjects.items():
+        config = subject.shape.config(plan.positions)
+        model = Model.from_config(config)
+        weights = 2 * sum(getattr(model.weights, part) for part in ("dense", "head", "embedding"))
+        if (there := free(device)) < weights + RESERVE:
+            for runtime in (ENGINE, GENERATE, STOCK):
+                yield runtime, f"{name}: {there >> 20:,} MiB are free, its weights take {weights >> 20:,}"
+            continue
+        source = Source(f"calibration-{name}", "random (seed 0)", config=config)
+        loaded = load(source, str(device), plan.dtype, say)
+        try:
+            yield from of_engine(plan, name, subject, model, loaded.model, device)
+            yield from of_generate(plan, name, subject, model, loaded.model, device)
+        finally:
+            del loaded
+            release()
+
+
+def of_engine(
+    plan: Plan, name: str, subject: Subject, model: Model, loaded: Any, device: torch.device
+) -> Iterator[Step | tuple[str, str]]:
+    """Steps of :class:`kvruntime.engine.Engine`, flushes included."""
+    clock = cuda_clock if device.type == "cuda" else wall_clock
+    for method in (Full(plan.dtype), *plan.packed):
+        sizes = subject.plain if isinstance(method, Full) else subject.packed
+        for batch_size in dict.fromkeys(batch for batch, _ in sizes):
+            contexts = [context for batch, context in sizes if batch == batch_size]
+            needed = 2 * cache_nbytes(model, method, batch_size, max(contexts)) + RESERVE // 2
+            if (there := free(device)) < needed:
+                yield ENGINE, f"{name}, {method.name}, batch {batch_size}: {there >> 20:,} MiB free of {needed >> 20:,}"
+                continue
+            engine = Engine(loaded, method, batch_size=batch_size, max_seq_len=max(contexts))
+            for context in contexts:
+                found = measure_steps(engine, clock, context, plan.repeats, subject.shape.vocab)["seconds_per_step"]
+                yield Step(ENGINE, name, model, method, batch_size, context, *found)
+            del engine
+            release()
+
+
+def of_generate(
+    plan: Plan, name: str, subject: Subject, model: Model, loaded: Any, device: torch.device
+) -> Iterator[Step]:
+    """Steps of stock ``generate()``: with a packed cache as it comes, then with transformers' own."""
+    clock = generate.Clock(str(device))
+    parts = generate.contenders(plan.packed[-1:], compiled=False, peers=False)
+    named = {GENERATE: (parts[-1], plan.packed[-1]), STOCK: (parts[0], Full(plan.dtype))}
+    for runtime, (contender, method) in named.items():
+        for batch_size, context in subject.generated:
+            prompt = context - generate.LONG if context > 2 * generate.LONG else context
+            row = generate.measure(clock, loaded, contender, (batch_size, prompt), plan.turns, 0)
+            tokens = prompt + (generate.LONG + generate.SHORT) // 2
+            yield Step(runtime, name, model, method, batch_size, tokens, *row["seconds_per_step"])
+        release()
+
+
+def free(device: torch.device) -> int:
+    """Bytes of the device that nothing holds; of a CPU's memory as much as is never asked for here."""
+    if device.type != "cuda":
+        return 1 << 50
+    release()
+    return torch.cuda.mem_get_info(device)[0]
