@@ -246,8 +246,7 @@ class Roofline:
             stream = stream * self.fixed.curve.miss(nbytes, self.hardware.l2_nbytes)
         codes = held * batch_size * kv_heads * (layer.key_dim + layer.value_dim)
         if own:
-            # every method is frozen
-            a_code = kernel.code_ops + kernel.scale_ops * scales_a_code(method, layer)  # type: ignore[arg-type]
+            a_code = kernel.code_ops + kernel.scale_ops * scales_a_code(method, layer)
             stream = streamed(stream, codes * a_code / self.lanes)
         half = self._flops(16)
         if half is not None and layer.kind != "indexer":
@@ -390,7 +389,7 @@ def find_kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str
     ``packed``.
     """
     width = method_width(method, layer)  # type: ignore[arg-type]  # every method is frozen
-    layout = packed_layout(method, layer) if width == "packed" else ""  # type: ignore[arg-type]
+    layout = packed_layout(method, layer) if width == "packed" else ""
     for name in kernel_names(width, engine.partition(":")[0], q_per_kv == 1, layout):
         if name in fixed.kernels:
             return fixed.kernels[name], width == "packed"
@@ -403,13 +402,10 @@ def kernel_names(width: str, engine: str, mha: bool = False, layout: str = "") -
     return [*particular, f"{engine}/{width}", width]
 
 
-@lru_cache(maxsize=1024)
 def packed_layout(method: Method, layer: LayerShape) -> str:
     """Bits a packed number and numbers a scale: ``2g64``; of keys and values that differ, the means."""
-    numbers = 65536 * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
-    codes = sum(size for name, size in method.read_parts(layer, 1, 65536).items() if part_kind(method, name) == "codes")
-    scales = scales_a_code(method, layer)
-    return f"{round(8 * codes / numbers, 1):g}g{round(2 / scales) if scales else 0}"
+    bits, scales = _packed(method, layer)  # type: ignore[arg-type]  # every method is frozen
+    return f"{round(bits, 1):g}g{round(2 / scales) if scales else 0}"
 
 
 @lru_cache(maxsize=1024)
@@ -422,12 +418,19 @@ def method_width(method: Method, layer: LayerShape) -> str:
     return "fp16" if most in ("float16", "bfloat16", "float32") else "fp8" if most.startswith("float8") else "packed"
 
 
-@lru_cache(maxsize=1024)
 def scales_a_code(method: Method, layer: LayerShape) -> float:
     """Scales and zeros, of 16 bits each, that a packed number has its share of: 2/64 in groups of 64 with both."""
+    return _packed(method, layer)[1]  # type: ignore[arg-type]  # every method is frozen
+
+
+@lru_cache(maxsize=1024)
+def _packed(method: Method, layer: LayerShape) -> tuple[float, float]:
+    """Bits of codes, and scales and zeros of 16 bits, for each number of a long sequence."""
     numbers = 65536 * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
-    read = method.read_parts(layer, 1, 65536)
-    return sum(size for name, size in read.items() if part_kind(method, name) in ("scales", "zeros")) / 2 / numbers
+    sizes: Counter[str] = Counter()
+    for name, size in method.read_parts(layer, 1, 65536).items():
+        sizes[part_kind(method, name)] += size
+    return 8 * sizes["codes"] / numbers, (sizes["scales"] + sizes["zeros"]) / 2 / numbers
 
 
 def read_nbytes(method: Method, layer: LayerShape, num_tokens: Any) -> Any:

@@ -129,8 +129,11 @@ def test_a_fit_finds_the_constants_that_made_the_steps() -> None:
         ({"vllm": {}}, "part 'vllm', allowed are kvruntime"),
         ({"kvruntime": 3}, "kvruntime is 3, not an object"),
         ({"kvruntime": {"fitted": {"layer_seconds": 1.0}}}, "part kvruntime: missing 1 required"),
-        ({"kvruntime": {"fitted": {"layer_seconds": -1.0, "weight_bandwidth": 1.0}}}, "kvruntime.layer_seconds is -1.0"),
-        ({"kvruntime": {"fitted": {"layer_seconds": 1, "weight_bandwidth": 1, "x": 1}}}, "unexpected keyword"),
+        (
+            {"kvruntime": {"fitted": {"layer_seconds": -1.0, "weight_bandwidth": 1.0}}},
+            "kvruntime.layer_seconds is -1.0",
+        ),
+        ({"kvruntime": {"fitted": {"layer_seconds": 1, "weight_bandwidth": 1, "x": 1}}}, "unexpected"),
     ],
 )
 def test_a_broken_part_names_the_field(tmp_path: Path, parts: dict[str, object], said: str) -> None:
