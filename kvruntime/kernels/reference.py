@@ -1,4 +1,4 @@
-"""Partial attention in plain PyTorch, the rotary embedding of one token, and rows that lie in one line."""
+"""Partial attention in plain PyTorch, the rotary embedding of one token, rows in one line, and a slot mapping."""
 
 from __future__ import annotations
 
@@ -104,3 +104,13 @@ def padded(line: Tensor, counts: Sequence[int]) -> Tensor:
     for row, part in zip(out, line.split(list(counts)), strict=True):
         row[:, most - len(part) :] = part.transpose(0, 1)
     return out
+
+
+def store_slots(key: Tensor, value: Tensor, pool_key: Tensor, pool_value: Tensor, slots: Tensor) -> None:
+    """``key`` and ``value`` ``[tokens, num_kv_heads, dim]`` to pools ``[pool_size, num_kv_heads, n, dim]``: token t to
+    place ``slots[t] % n`` of page ``slots[t] // n``, or nowhere where ``slots[t]`` is below 0."""
+    number = min(len(key), len(slots))
+    kept = slots[:number] >= 0
+    slot, size = slots[:number][kept].long(), pool_key.shape[2]
+    for pool, new in ((pool_key, key), (pool_value, value)):
+        pool[slot // size, :, slot % size] = new[:number][kept].to(pool.dtype)

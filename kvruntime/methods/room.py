@@ -88,6 +88,65 @@ class Claims(NamedTuple):
     """On a CPU run through ``generate()`` with further models."""
 
 
+class PageShape(NamedTuple):
+    """What one page of an engine's pool holds of one layer.
+
+    A page of records holds one record a head, and a page of exact tokens keys and values of all heads.  Both lie in
+    one pool, so the second has room for the most tokens, a power of two, that fit the first.
+    """
+
+    record_tokens: int
+    """Tokens a record; 0 of a method that packs nothing."""
+    record_nbytes: int
+    """Bytes of a page of records, all heads; 0 of a method that packs nothing."""
+    exact_tokens: int
+    """Tokens a page of exact ones."""
+    exact_nbytes: int
+    """Bytes of those, all heads."""
+    residual: int
+    """Newest tokens that are exact at most; 0 of a method that packs nothing, whose tokens all are."""
+
+
+class Pages(NamedTuple):
+    """The pools of one layer.
+
+    | tensor | shape |
+    |---|---|
+    | records | [pool_size, num_kv_heads, words] int32; None of a method that packs nothing |
+    | key, value | [pool_size, num_kv_heads, n, dim] of any strides but the last, 1: n exact tokens a page |
+    """
+
+    records: Tensor | None
+    key: Tensor
+    value: Tensor
+
+
+class Batch(NamedTuple):
+    """What one step of an engine brings, the same for every layer (:func:`kvruntime.paged.batch` makes it).
+
+    | tensor | shape |
+    |---|---|
+    | starts | [batch_size + 1] int32: row b's tokens begin at starts[b] of the line of all rows' tokens |
+    | lengths | [batch_size] int32: tokens of each row, those of this step among them |
+    | before | [batch_size] int32: tokens of each row without them |
+    | packed | [batch_size] int32: tokens in records while this step attends |
+    | block_table | [batch_size, num_blocks] int32, or None: which page holds each record of a row |
+    | exact_table | [batch_size, num_pages] int32: which page holds each n of a row's tokens |
+    | slots | [tokens] int64: where each token of the line goes, page * n + place in it; below 0: nowhere |
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    before: Tensor
+    packed: Tensor
+    block_table: Tensor | None
+    exact_table: Tensor
+    slots: Tensor
+    most: int
+    """The most tokens that a row brings, as the host knows it.  Where it is 1, token b of the line is row b's, and
+    rows that bring none come last."""
+
+
 class Room(NamedTuple):
     """What the rest of the house asks of a method; what a room lacks is refused by name where it is asked."""
 
@@ -111,3 +170,6 @@ class Room(NamedTuple):
     """``(layer, query)``: how many ways the kernel splits the tokens."""
     claims: Claims | None = None
     """The layouts whose figures are recorded; ``None``: the examples, in every run."""
+    paged: Any = None
+    """``page_shape``, ``packed_tokens`` and the reference and kernels of :mod:`kvruntime.paged`; None: it fits no pages
+    (:func:`kvruntime.paged.check` says why)."""

@@ -43,8 +43,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kvruntime": (
         ("kernels", "specs"),
         ("methods",),
-        ("hf",),
-        ("engine", "checkpoints", "eval"),
+        ("hf", "paged"),
+        ("engine", "checkpoints", "eval", "vllm"),
         ("kvruntime",),
         ("bench",),
         ("calibrate", "selfcheck", "commands"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvruntime.methods.full import benched, transients
+from kvruntime.methods.full import benched, paged, transients
 from kvruntime.methods.full.cache import FullLayer
 from kvruntime.methods.room import Claims, Room
 from kvsim.methods.full import Full
@@ -26,4 +26,5 @@ ROOM = Room(
     transients=transients,
     measures=benched,
     claims=CLAIMS,
+    paged=paged,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
-from kvruntime.methods.kivi import benched, transients
+from kvruntime.methods.kivi import benched, paged, transients
 from kvruntime.methods.kivi.cache import KiviLayer
 from kvruntime.methods.kivi.claims import CLAIMS
 from kvruntime.methods.kivi.reference import STEPS
@@ -81,4 +81,5 @@ ROOM = Room(
     measures=benched,
     splits=benched.splits,
     claims=CLAIMS,
+    paged=paged,
 )

@@ -1384,6 +1384,7 @@ def attend(
     num_tokens: int | None = None,
     arrivals: Tensor | None = None,
     early: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
@@ -1394,6 +1395,8 @@ def attend(
     to 128 channels and up to ``MAX_ROWS`` rows of very different lengths.  ``arrivals``: int32 zeros, two a query head
     of a row at least, which no other call uses at the same time: then, where a row has one query, programs share out
     the end of long rows as they come to it, and one launch does it all where splits are few.
+
+    ``out [batch_size, num_q_heads, L, value_dim]``: where the output goes, contiguous; None: to a tensor of its own.
 
     ``early``: from compute capability 9.0 on this is launched while what runs before it on the stream still ends, and
     waits for that before it reads what that may have written, but for one thing: without a block table a program asks
@@ -1422,7 +1425,7 @@ def attend(
         new = (key, value, fresh[2], *key.stride()[:3], *value.stride()[:3])
         chunks += -(-length // CHUNK.value)
     if not chunks:  # nothing is provided for, nothing is held
-        return query.new_zeros(batch_size, q_heads, length, dim)
+        return query.new_zeros(batch_size, q_heads, length, dim) if out is None else out.zero_()
     blocks = heads * -(-fixed["Q_PER_KV"] * length // fixed["HEADS"])
     properties = torch.cuda.get_device_properties(query.device)
     sms = properties.multi_processor_count
@@ -1449,7 +1452,8 @@ def attend(
     slots = batch_size * blocks + splits if block_b else 0 if whole else batch_size * blocks * splits
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
-    out = query.new_empty(batch_size, q_heads, length, dim)
+    if out is None:
+        out = query.new_empty(batch_size, q_heads, length, dim)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
         query, stored.records, stored.exact_key, stored.exact_value, stored.key_order, stored.lengths, stored.packed,

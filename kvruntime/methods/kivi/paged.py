@@ -1,0 +1,99 @@
+"""KIVI in an engine's pages: the reference of :mod:`kvruntime.paged`.
+
+How many tokens of a row are packed is a function of its length alone, so nothing is kept a request.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from kvruntime.kernels.reference import store_slots
+from kvruntime.methods.kivi import reference
+from kvruntime.methods.kivi.reference import Layout, Stored
+from kvruntime.methods.room import Batch, Pages, PageShape
+from kvsim.layout import LayerShape
+from kvsim.methods.kivi import SEQUENCE, Kivi, Record
+
+
+def check(method: Kivi) -> None:
+    """Raises ``ValueError`` for an option whose rows lie in no pages."""
+    if method.sink_length:
+        raise ValueError(f"{method.name} in pages: sink_length {method.sink_length}, allowed is 0")
+    if method.k_group == SEQUENCE:
+        raise ValueError(f"{method.name} in pages: key_group_size 'sequence', allowed is a number of tokens")
+    if method.boost_nbits or method.rotate_values:
+        raise ValueError(f"{method.name} in pages: boost_nbits and rotate_values, allowed is 0 of both")
+    if method.residual_length < method.record_length:
+        raise ValueError(f"{method.name} in pages: residual_length below a record's {method.record_length} tokens")
+
+
+def page_shape(method: Kivi, layer: LayerShape) -> PageShape:
+    check(method)
+    record = method.record(layer)
+    nbytes = 4 * record.num_words * layer.num_kv_heads
+    token = layer.num_kv_heads * (layer.key_dim + layer.value_dim) * getattr(torch, method.dtype).itemsize
+    size = 1 << (max(1, nbytes // token).bit_length() - 1)
+    return PageShape(record.num_tokens, nbytes, size, size * token, method.residual_length)
+
+
+@overload
+def num_packed(method: Kivi, length: int) -> int: ...
+@overload
+def num_packed(method: Kivi, length: Tensor) -> Tensor: ...
+def num_packed(method: Kivi, length: int | Tensor) -> int | Tensor:
+    if not isinstance(length, Tensor):
+        return method.num_packed(length)
+    size = method.record_length
+    return ((length - method.residual_length).clamp(min=0) + (size - 1)) // size * size
+
+
+def layout_of(method: Kivi, pages: Pages) -> Layout:
+    return Layout(record_of(method, pages), 0, method.residual_length)
+
+
+def record_of(method: Kivi, pages: Pages) -> Record:
+    return method.record(LayerShape(pages.key.shape[1], pages.key.shape[3], pages.value.shape[3]))
+
+
+def stored(pages: Pages, batch: Batch, lengths: Tensor) -> Stored:
+    assert pages.records is not None
+    tables = {"block_table": batch.block_table, "exact_table": batch.exact_table}
+    return Stored(pages.records, pages.key, pages.value, lengths, batch.packed, **tables)
+
+
+def store(method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch) -> None:
+    store_slots(key, value, pages.key, pages.value, batch.slots)
+    _pack(method, pages, batch, single=True)
+
+
+def pack(method: Kivi, pages: Pages, batch: Batch) -> None:
+    if batch.most > 1:
+        _pack(method, pages, batch, single=False)
+
+
+def _pack(method: Kivi, pages: Pages, batch: Batch, single: bool) -> None:
+    """Whole records out of exact pages, of rows that bring one token or of those that bring more."""
+    assert batch.block_table is not None
+    assert pages.records is not None
+    record, size = record_of(method, pages), pages.key.shape[2]
+    counts = batch.starts.diff().tolist()
+    for row, (after, count) in enumerate(zip(batch.lengths.tolist(), counts, strict=True)):
+        first, last = method.num_packed(after - count), method.num_packed(after)
+        if not count or first == last or (count == 1) != single:
+            continue
+        token = torch.arange(first, last, device=pages.key.device)
+        page = batch.exact_table[row, token // size].long()
+        key, value = (pool[page, :, token % size].transpose(0, 1) for pool in (pages.key, pages.value))
+        places = batch.block_table[row, first // record.num_tokens : last // record.num_tokens]
+        pages.records[places.long()] = reference.pack_records(key, value, record).transpose(0, 1)
+
+
+def attend(method: Kivi, query: Tensor, key: Tensor, value: Tensor, pages: Pages, batch: Batch, scale: float) -> Tensor:
+    layout = layout_of(method, pages)
+    if batch.most == 1:
+        held = stored(pages, batch, batch.lengths)
+        return reference.attend(query[: len(batch.lengths), :, None], held, layout, scale)[:, :, 0]
+    return reference.attend(query, stored(pages, batch, batch.before), layout, scale, (key, value, None), batch.starts)

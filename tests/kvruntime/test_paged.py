@@ -1,0 +1,235 @@
+"""Stateless pages: store, attend and pack as an engine calls them, beside a layer that keeps its own books.
+
+Kernels run in Triton's interpreter where there is no CUDA device (conftest.py).  Pools are poisoned, and tables hold
+places alone that a step may look at.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+from kvruntime import paged  # noqa: E402
+from kvruntime.methods import make_layer, room_of  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Evict, Full, Kivi, kivi_boost  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS, GROUP, ROWS, MOST, NOWHERE = 2, 2, 3, 192, -(1 << 30)
+METHODS = {
+    "2-bit g32": (Kivi(residual_length=64), 64),
+    "4-bit g64": (Kivi(nbits=4, group_size=64, residual_length=64), 64),
+    "3-bit d96": (Kivi(nbits=3, residual_length=32), 96),
+    "fp16": (Full(), 64),
+}
+STEPS = ((64, 40, 5), (1, 33, 4), (1, 1, 1), (70, 1, 0))
+"""Tokens that each row brings: prompts; a token, a chunk and drafts; tokens; a chunk, a token, and a row rests."""
+
+
+class Engine(NamedTuple):
+    """The pools of one layer and the tables of its rows."""
+
+    method: object
+    dim: int
+    pages: paged.Pages
+    blocks: torch.Tensor
+    places: torch.Tensor
+
+    def batch(self, before: list[int], counts: tuple[int, ...]) -> paged.Batch:
+        """A step, with the tables' needed places alone."""
+        after = [n + count for n, count in zip(before, counts, strict=True)]
+        size = self.pages.key.shape[2]
+        blocks, places = self.blocks.clone(), self.places.clone()
+        slots = []
+        for row, (n, end) in enumerate(zip(before, after, strict=True)):
+            slots += [int(places[row, t // size]) * size + t % size for t in range(n, end)]
+            needed = {t // size for t in range(paged.num_packed(self.method, n), end)}
+            places[row, [page for page in range(places.shape[1]) if page not in needed]] = NOWHERE
+            if blocks.shape[1]:
+                record = paged.page_shape(self.method, LayerShape(HEADS, self.dim, self.dim)).record_tokens
+                blocks[row, paged.num_packed(self.method, end) // record :] = NOWHERE
+        numbers = torch.tensor([0, *counts]).cumsum(0).int(), torch.tensor(after, dtype=torch.int32)
+        tensors = (x.to(DEVICE) for x in (*numbers, blocks, places, torch.tensor(slots, dtype=torch.int64)))
+        return paged.batch(self.method, *tensors, max(counts))
+
+
+def engine(name: str) -> Engine:
+    method, dim = METHODS[name]
+    shape = paged.page_shape(method, LayerShape(HEADS, dim, dim))
+    generator = torch.Generator().manual_seed(1)
+    tables = []
+    for size in (shape.record_tokens, shape.exact_tokens):
+        each = MOST // size if size else 0
+        order = torch.randperm(ROWS * each + 2, generator=generator)[: ROWS * each]
+        tables.append(order.view(ROWS, each).int())
+    records = None
+    if shape.record_tokens:
+        words = shape.record_nbytes // HEADS // 4
+        records = torch.full((tables[0].numel() + 2, HEADS, words), -7, dtype=torch.int32, device=DEVICE)
+    pool = (tables[1].numel() + 2, HEADS, shape.exact_tokens, 2 * dim)
+    exact = torch.full(pool, float("nan"), dtype=torch.float16, device=DEVICE)
+    return Engine(method, dim, paged.Pages(records, *exact.split(dim, 3)), *tables)
+
+
+def line(seed: int, tokens: int, heads: int, dim: int) -> torch.Tensor:
+    made = torch.randn(tokens, heads, dim, generator=torch.Generator().manual_seed(seed))
+    return made.half().to(DEVICE)
+
+
+def step(one: Engine, run: ModuleType, batch: paged.Batch, seed: int) -> torch.Tensor:
+    tokens = int(batch.starts[-1])
+    key, value = (line(seed + i, tokens, HEADS, one.dim) for i in range(2))
+    query = line(seed + 2, tokens, HEADS * GROUP, one.dim)
+    run.store(one.method, key, value, one.pages, batch)
+    out = run.attend(one.method, query, key, value, one.pages, batch, 0.125)
+    run.pack(one.method, one.pages, batch)
+    return out
+
+
+def near(out: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert ((out - wanted).float().norm() / wanted.float().norm()).item() < 2e-3
+
+
+def same(one: Engine, other: Engine) -> bool:
+    pairs = [(x, y) for x, y in zip(one.pages, other.pages, strict=True) if x is not None]
+    return all(torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in pairs)
+
+
+def modules(method: object) -> tuple[ModuleType, ModuleType]:
+    reference = room_of(method).paged
+    return reference, import_module(f"{reference.__name__}_kernels")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "3-bit d96"])  # its packing: test_pools.py
+def test_kernels_agree_with_the_reference(name: str) -> None:
+    """They write the same words and tokens to the same places and nothing else, and read the same."""
+    wanted, got = engine(name), engine(name)
+    reference, kernels = modules(wanted.method)
+    before = [0] * ROWS
+    for turn, counts in enumerate(STEPS):
+        batches = [one.batch(before, counts) for one in (wanted, got)]
+        outs = [step(one, run, batch, 10 * turn) for one, run, batch in
+                zip((wanted, got), (reference, kernels), batches, strict=True)]  # fmt: skip
+        assert same(wanted, got), turn
+        near(outs[1], outs[0])
+        before = batches[0].lengths.tolist()
+    if wanted.pages.records is not None:
+        assert (wanted.pages.records != -7).any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_as_a_layer_that_keeps_its_books(name: str) -> None:
+    """Row by row the outputs of the layer under transformers, given the same chunks, and the same packed tokens."""
+    one = engine(name)
+    reference, _ = modules(one.method)
+    shape = LayerShape(HEADS, one.dim, one.dim)
+    layers = [make_layer(one.method, shape, 1, None, torch.device("cpu")) for _ in range(ROWS)]
+    before = [0] * ROWS
+    for turn, counts in enumerate(STEPS):
+        batch = one.batch(before, counts)
+        out = step(one, reference, batch, 10 * turn).cpu()
+        tokens = sum(counts)
+        key, value = (line(10 * turn + i, tokens, HEADS, one.dim).cpu() for i in range(2))
+        query = line(10 * turn + 2, tokens, HEADS * GROUP, one.dim).cpu()
+        begin = 0
+        for layer, count in zip(layers, counts, strict=True):
+            q, k, v = (x[begin : begin + count].transpose(0, 1)[None] for x in (query, key, value))
+            wanted = None
+            if count == 1:
+                layer.append(k, v)
+                wanted = layer.attend(q, 0.125)
+            elif count:
+                wanted = layer.attend(q, 0.125, (k, v, None))
+                layer.append(k, v)
+            if wanted is not None:
+                near(out[begin : begin + count], wanted[0].transpose(0, 1))
+            begin += count
+        before = batch.lengths.tolist()
+        for layer, length in zip(layers, before, strict=True):
+            assert layer.row_lengths == [length]
+            assert getattr(layer, "row_packed", [0]) == [paged.num_packed(one.method, length)]
+
+
+def test_a_padded_graph_stores_nothing() -> None:
+    """Rows that bring nothing come last: no slot, no length, and no place in the tables that may be looked at."""
+    wanted, got = engine("2-bit g32"), engine("2-bit g32")
+    reference, kernels = modules(wanted.method)
+    for one in (wanted, got):
+        step(one, reference, one.batch([0] * ROWS, (64, 0, 0)), 0)
+    batch = got.batch([64, 0, 0], (1, 0, 0))
+    slots = torch.cat([batch.slots, torch.full((2,), -1, device=DEVICE)])
+    padded = batch._replace(slots=slots)
+    key, value = (line(1 + i, ROWS, HEADS, 64) for i in range(2))
+    query = line(3, ROWS, HEADS * GROUP, 64)
+    kernels.store(got.method, key, value, got.pages, padded)
+    out = kernels.attend(got.method, query, key, value, got.pages, padded, 0.125)
+    reference.store(wanted.method, key[:1], value[:1], wanted.pages, wanted.batch([64, 0, 0], (1, 0, 0)))
+    assert same(wanted, got)
+    assert padded.packed.tolist() == [64, 0, 0]
+    assert not out[1:].any()
+
+
+def test_shared_pages_are_written_twice_with_the_same_words() -> None:
+    """Two rows of one prompt and the same places: as one row alone, to the bit."""
+    shared, alone = engine("2-bit g32"), engine("2-bit g32")
+    _, kernels = modules(shared.method)
+    shared.blocks[1], shared.places[1] = shared.blocks[0], shared.places[0]
+    prompt = [line(i, 70, HEADS, 64) for i in range(2)]
+    for one, counts in ((shared, (70, 70, 0)), (alone, (70, 0, 0))):
+        batch = one.batch([0] * ROWS, counts)
+        key, value = (torch.cat([x] * (sum(counts) // 70)) for x in prompt)
+        kernels.store(one.method, key, value, one.pages, batch)
+        kernels.pack(one.method, one.pages, batch)
+    assert same(shared, alone)
+
+
+def test_tables_and_lengths_are_read_on_the_device() -> None:
+    """The same tensors with other numbers in them, as a CUDA graph replays: what a batch of those numbers gives."""
+    wanted, got = engine("2-bit g32"), engine("2-bit g32")
+    for one in (wanted, got):
+        for pool in one.pages:
+            pool.zero_()
+    _, kernels = modules(wanted.method)
+    counted = torch.zeros(ROWS, dtype=torch.int32, device=DEVICE), torch.zeros(ROWS, dtype=torch.int32, device=DEVICE)
+    kept = got.batch([64, 0, 0], (1, 1, 1))
+    kept = kept._replace(before=counted[0], packed=counted[1])
+    for before in ([64, 30, 128], [65, 31, 129]):
+        new = wanted.batch(before, (1, 1, 1))
+        for target, source in zip(kept[:7], new[:7], strict=True):
+            target.copy_(source)
+        again = paged.batch(
+            got.method, kept.starts, kept.lengths, kept.block_table, kept.exact_table, kept.slots, 1, counted
+        )
+        assert again.packed is counted[1]
+        outs = [step(one, kernels, batch, 5) for one, batch in ((wanted, new), (got, kept))]
+        assert torch.equal(*outs)
+        assert same(wanted, got)
+
+
+def test_pages_of_an_8b_model() -> None:
+    shape = paged.page_shape(Kivi(dtype="bfloat16"), LayerShape(8, 128, 128))
+    assert shape == (64, 49152, 8, 32768, 128)
+    assert 64 * 8 * 256 * 2 / shape.record_nbytes == pytest.approx(5.33, abs=0.01)
+    assert paged.page_shape(Kivi(nbits=4, dtype="bfloat16"), LayerShape(8, 128, 128)).exact_tokens == 16
+    lengths = torch.arange(400)
+    assert paged.num_packed(Kivi(), lengths).tolist() == [paged.num_packed(Kivi(), n) for n in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (Kivi(sink_length=4), "kivi-2bit-g32-r128-s4 in pages: sink_length 4, allowed is 0"),
+        (Kivi(key_group_size="sequence"), "in pages: key_group_size 'sequence', allowed is a number of tokens"),
+        (kivi_boost(sink_length=0), "in pages: boost_nbits and rotate_values, allowed is 0 of both"),
+        (Evict(budget=64), "does not fit an engine's pages"),
+    ],
+)
+def test_refused_by_name(method: object, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        paged.page_shape(method, LayerShape(8, 128, 128))
