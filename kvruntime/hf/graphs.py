@@ -8,6 +8,7 @@ step cannot be captured is named in one warning.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,7 +218,7 @@ class Graphs:
             self.stream.wait_stream(torch.cuda.current_stream())
             counts.tracing = True
             try:
-                with torch.cuda.stream(self.stream):
+                with torch.cuda.stream(self.stream), _kept():
                     graph.capture_begin(capture_error_mode="thread_local")
                     try:
                         out = forward(*args, **kwargs)
@@ -254,6 +255,18 @@ class Graphs:
         counts.ahead += 1
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.leaves]
         return pytree.tree_unflatten(leaves, graph.spec)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """No garbage is collected: the end of another cache's graph would break off a capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _mend() -> None:

@@ -6,6 +6,7 @@ Without a GPU the steps run uncaptured on the CPU; what a graph holds then runs 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -280,6 +281,24 @@ def test_steps_are_graphs(recwarn):
         for one in (cache, plain)
     ]
     assert torch.equal(*both)
+    assert not recwarn.list
+
+
+@needs_cuda
+def test_the_end_of_another_graph_breaks_off_no_capture(recwarn):
+    """Garbage that holds a graph is there while the next one is captured, and a collection is due at every object."""
+    model, inputs = own(), prompt(2, 50, (0, 7))
+    thresholds = gc.get_threshold()
+    for _ in range(3):
+        cache = make_cache(model, "kivi", nbits=8)
+        cache.itself = cache
+        gc.set_threshold(1)
+        try:
+            model.generate(**inputs, **argument(cache), pad_token_id=0, max_new_tokens=9)
+        finally:
+            gc.set_threshold(*thresholds)
+        assert cache.steps == "CUDA graph"
+        del cache
     assert not recwarn.list
 
 

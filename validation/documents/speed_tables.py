@@ -17,7 +17,7 @@ from validation.recorded import FOLDER
 
 
 def block(arguments: str, folder: Path = FOLDER) -> str:
-    """``kernels``, ``packing``, ``engine`` or ``generate`` in full, or with ``short`` what the README shows; Markdown.
+    """``kernels``, ``packing``, ``engine``, ``generate`` or ``again`` (its second process) in full, or with ``short`` what the README shows; Markdown.
 
     Raises ``ValueError`` for other words.
     """
@@ -25,7 +25,7 @@ def block(arguments: str, folder: Path = FOLDER) -> str:
     what = words[0] if words else ""
     if what not in FULL or words[1:] not in ([], ["short"]):
         raise ValueError(f"speed table {arguments!r}: allowed are {', '.join(FULL)}, and short after it")
-    kind = what if what in ("engine", "generate") else "kernels"
+    kind = what if what in ("engine", "generate", "again") else "kernels"
     paths = sorted((folder / kind).glob("*.json"))
     parts = []
     for path in paths:
@@ -189,5 +189,6 @@ FULL: dict[str, Any] = {
     "packing": full_packing,
     "engine": full_engine,
     "generate": full_generate,
+    "again": full_generate,
 }
 SHORT: dict[str, Any] = FULL | {"kernels": short_kernels, "engine": short_engine, "generate": short_generate}
