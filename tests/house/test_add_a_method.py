@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,11 @@ from kvruntime.hf.models import layer_shapes  # noqa: E402
 from kvruntime.methods import LAYERS  # noqa: E402
 from kvsim.cli import run as kvsim  # noqa: E402
 from kvsim.layout import nbytes, shared_buffers  # noqa: E402
-from kvsim.methods import METHODS, Evict  # noqa: E402
+from kvsim.methods import METHODS, Evict, Kivi  # noqa: E402
+from validation.claims.compare import deviations  # noqa: E402
+from validation.claims.memory import layer_tasks  # noqa: E402
+from validation.claims.subjects import grid_for  # noqa: E402
+from validation.claims.tasks import judged  # noqa: E402
 
 TOKEN = 32 * 8 * 2 * (128 * 6 // 8 + 2)
 """Bytes of a token of Llama-3-8B: 32 layers, 8 kv heads of 128, keys and values."""
@@ -107,14 +112,31 @@ def test_bench_measures_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(row["nbytes"] == row["predicted_nbytes"] for row in rows if row["kind"] == "memory")
 
 
-def test_validation_weighs_it() -> None:
-    from validation.claims.memory import layer_tasks
-    from validation.claims.subjects import grid_for
+def test_validation_memory_weighs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At every length where something changes, after every token, under ``generate()``: as predicted, to the byte."""
+    from validation.cli import run
 
-    device = torch.device("cpu")
-    tasks = [task for task in layer_tasks(grid_for("cpu", quick=True), device) if "int6" in task.name]
-    assert tasks
-    for task in tasks:
-        rows = task.measure()
-        assert rows
-        assert all(row["measured"] == row["predicted"] for row in rows if "predicted" in row)
+    monkeypatch.delitem(LAYERS, Kivi)  # its rows take most of the time
+    out = tmp_path / "rows.json"
+    arguments = f"memory --quick --device cpu --model {tiny_directory(tmp_path)} --out {out}"
+    assert run(arguments.split()) == 0, capsys.readouterr().err
+    rows = [row for row in json.loads(out.read_text(encoding="utf-8"))["rows"] if row["method"]["name"] == "int6"]
+    memory = [row for row in rows if row["kind"] == "memory"]
+    assert [(row["way"], row.get("every_step", False)) for row in memory] == [
+        *(("layers", False) for _ in ("exactly", "grown")),
+        ("layers", True),
+        ("generate", True),
+    ]
+    assert all(row["measured"] == row["predicted"] for row in memory)
+    assert all(set(deviations(row)) == {0} for row in memory)
+    assert not [row for row in rows if row["kind"] == "peak"]  # the room says no sizes of what is beside the cache
+
+
+def test_validation_counts_what_layers_share_once(tmp_path: Path) -> None:
+    grid = replace(grid_for("cpu", quick=True, models=(str(tiny_directory(tmp_path)),)), fill_layers=None)
+    tasks = [task for task in layer_tasks(grid, torch.device("cpu")) if " int6 " in task.name]
+    rows = [row for task in tasks for row in judged(task)]
+    assert {row["num_layers"] for row in rows} == {1, 2}
+    assert all(set(deviations(row)) == {0} for row in rows)

@@ -6,15 +6,11 @@ kernels run there; elsewhere in Triton's interpreter (conftest.py).
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-import kvruntime  # noqa: E402
 from kvruntime.methods.full import decode  # noqa: E402
 from kvruntime.methods.full import reference as plain  # noqa: E402
 from kvruntime.methods.kivi import append, attention, fast_plan, reference, step  # noqa: E402
@@ -324,13 +320,3 @@ def test_uncompressed(dim: int, q_per_kv: int, page: int | None) -> None:
 
 def near(out: torch.Tensor, wanted: torch.Tensor) -> None:
     assert ((out - wanted).float().norm() / wanted.float().norm()).item() < 2e-3
-
-
-def test_no_wrapper_takes_more_than_ten_positional_parameters() -> None:
-    found = {
-        f"{path.name}:{node.name}": len(node.args.posonlyargs) + len(node.args.args)
-        for path in Path(kvruntime.__file__).parent.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(mark) for mark in node.decorator_list)
-    }
-    assert {name: count for name, count in found.items() if count > 10} == {}

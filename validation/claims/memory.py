@@ -12,7 +12,7 @@ import torch
 
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.checkpoints.load import shape_sha256
-from kvruntime.methods import Layer, make_layer
+from kvruntime.methods import Layer, make_layer, shared_tensors
 from kvsim.layout import LayerShape, Method
 from kvsim.models.load import load_config
 from validation.claims.predict import load_row_model
@@ -85,7 +85,9 @@ def _boundary_task(grid: Grid, name: str, method: Method, device: torch.device, 
             done = 0 if known or not layers else layers[0].seq_lengths[0]
             if known or not layers:
                 layers.clear()
-                layers += [make_layer(method, shape, 1, num_tokens if known else None, device) for shape in shapes]
+                shared = shared_tensors(method, shapes, device)
+                size = num_tokens if known else None
+                layers += [make_layer(method, shape, 1, size, device, shared) for shape in shapes]
             for layer, shape in zip(layers, shapes, strict=True):
                 key, value = filling[shape]
                 layer.append(key[:, :, done:num_tokens], value[:, :, done:num_tokens])

@@ -6,10 +6,11 @@ sequences the buffers were asked for.  Nothing here has seen the machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from kvsim.layout import Buffer, LayerShape
+from kvsim.layout import Buffer, LayerShape, shared_buffers
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from validation.claims.subjects import rebuild_method
@@ -30,10 +31,9 @@ def provided(num_tokens: int, max_seq_len: int | None) -> int:
 
 def cache_nbytes(row: Row, num_tokens: int) -> int:
     """Bytes of the row's cache at ``num_tokens``, every buffer rounded up as its allocator does."""
-    num_layers = row["num_layers"]
-    return sum(
-        rounded(buffer.nbytes, row) for shape in shapes(row)[:num_layers] for buffer in buffers(row, shape, num_tokens)
-    )
+    layers = shapes(row)[: row["num_layers"]]
+    own = [buffer for shape in layers for buffer in buffers(row, shape, num_tokens)]
+    return _held([*own, *shared(row, layers)], row)
 
 
 def predict(row: Row) -> int | None:
@@ -47,14 +47,15 @@ def predict(row: Row) -> int | None:
         old, new = (buffers(row, shape, count) for count in (row["num_tokens"], row["num_tokens"] + 1))
         method = rebuild_method(row["method"])
         live = of(method).storing_one(row, method, shape, row["num_tokens"])
-        return max(*_growing(old, new, row), sum(rounded(buffer.nbytes, row) for buffer in new) + sum(live))
+        beside = _held(shared(row, [shape]), row)
+        return beside + max(*_growing(old, new, row), _held(new, row) + sum(live))
     live = transient(row, load_row_model(row["model"]), rebuild_method(row["method"]), shape)
     return cache_nbytes(row, row["num_tokens"]) + sum(rounded(size, row) for size in live)
 
 
 def _growing(old: list[Buffer], new: list[Buffer], row: Row) -> list[int]:
     """Bytes held as each tensor is copied into its larger one."""
-    held = sum(rounded(buffer.nbytes, row) for buffer in old)
+    held = _held(old, row)
     out = [held]
     for before, after in zip(old, new, strict=True):
         if before.shape != after.shape:
@@ -109,6 +110,15 @@ def buffers(row: Row, shape: LayerShape, num_tokens: int) -> list[Buffer]:
     """One layer's buffers with ``num_tokens`` tokens held."""
     held = provided(num_tokens, row["max_seq_len"])
     return rebuild_method(row["method"]).buffers(shape, row["batch_size"], held)
+
+
+def shared(row: Row, layers: Sequence[LayerShape]) -> list[Buffer]:
+    """The buffers that ``layers`` share, each once."""
+    return shared_buffers(rebuild_method(row["method"]), layers)
+
+
+def _held(those: Sequence[Buffer], row: Row) -> int:
+    return sum(rounded(buffer.nbytes, row) for buffer in those)
 
 
 def rounded(nbytes: int, row: Row) -> int:
