@@ -17,7 +17,9 @@ from validation.recorded import FOLDER
 
 
 def block(arguments: str, folder: Path = FOLDER) -> str:
-    """``kernels``, ``packing``, ``engine``, ``generate`` or ``again`` (its second process) in full, or with ``short`` what the README shows; Markdown.
+    """``kernels``, ``packing``, ``engine``, ``generate`` or ``again`` (its second process) in full; Markdown.
+
+    With ``short``: what the README shows.
 
     Raises ``ValueError`` for other words.
     """
