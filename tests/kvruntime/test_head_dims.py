@@ -59,7 +59,7 @@ def test_default_options_run_every_head(dim):
     assert store.row_packed == [128, 128]
     assert store.record.value_group == GROUPS[dim] == cache.method.value_group(STORED.get(dim, dim))
     assert store.shape == LayerShape(2, STORED.get(dim, dim), STORED.get(dim, dim))
-    predicted = Kvruntime().parts(Model.from_config(model(dim).config.to_dict()), cache.method, 2, 203)
+    predicted = Kvruntime().parts(Model.from_config(model(dim).config.to_dict()), cache.method, 2, cache.num_provided)
     assert weigh(cache) - cache.step_nbytes == cache.nbytes == sum(predicted.values())
 
 

@@ -49,5 +49,5 @@ def test_kivi_packs_the_image_too(name):
     direct = compress(past, "kivi", **options)
     for mine, other in zip(cache.stores, direct.stores, strict=True):
         assert mine.row_packed == other.row_packed == [16, 16]
-    predicted = Kvruntime().parts(Model.from_config(model.config.to_dict()), cache.method, 2, 21)
+    predicted = Kvruntime().parts(Model.from_config(model.config.to_dict()), cache.method, 2, cache.num_provided)
     assert weigh(cache) - cache.step_nbytes == cache.nbytes == sum(predicted.values())
