@@ -13,6 +13,9 @@ Read in vLLM 0.32.0; what differs in earlier releases is said where it does.
   one for a state.  Block 0 of the pool stays empty (the null block).
 * Models with states lengthen the block until a page of keys and values holds a state
   (``Platform._align_hybrid_block_size``).
+* KIVI is stored by kvruntime's plugin (docs/serving.md).  A layer has two caches of equal pages: records, a block of
+  which is one record a head, and exact tokens, as many a block as fit there.  A request of ``n`` tokens takes
+  ``ceil(n / record)`` and ``ceil(min(residual + record, n) / exact) + 1`` blocks.
 
 The pool is what ``gpu_memory_utilization`` of the card leaves beside weights, peak activations and what is not
 PyTorch's; those three are estimates, fitted to 59 boot logs of vLLM 0.19.0 on an H100
@@ -22,7 +25,7 @@ PyTorch's; those three are estimates, fitted to 59 boot logs of vLLM 0.19.0 on a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +148,9 @@ class Vllm(Engine):
 
     def groups(self, model: Model, method: Method) -> tuple[Group, ...]:
         """The groups of layers; raises ``ValueError`` for a method or layer that vLLM does not have."""
+        kinds = [chosen for _, chosen in placed(method, model.cache_layers)]
+        if any(hasattr(chosen, "page") for chosen in kinds):
+            return _plugin_groups(model, kinds, self.disable_hybrid_kv_cache_manager)
         block_size = self._block_size(model, method)
         pages = [
             (self._bucket(layer), self._page(model, layer, chosen, block_size), count)
@@ -204,6 +210,9 @@ class Vllm(Engine):
             elif group.kind == "window":
                 assert group.reach is not None
                 total += -(-min(group.reach - 1 + batched, num_tokens) // group.block_size) + 1
+            elif group.kind == "exact":
+                assert group.reach is not None
+                total += -(-min(group.reach, num_tokens) // group.block_size) + 1
             elif group.kind == "chunk":
                 assert group.reach is not None
                 total += -(-min(group.reach + batched, num_tokens) // group.block_size)
@@ -258,6 +267,13 @@ class Vllm(Engine):
             padded = sum(group.num_layers for group in groups) - layers
             if padded > 0:
                 out.append(f"{padded} padding layers make the groups equal")
+        if kinds["exact"]:
+            exact = next(group for group in groups if group.kind == "exact")
+            out.append("by kvruntime's plugin: --attention-backend CUSTOM, a block is one record a head")
+            out.append(
+                f"a request is admitted with {exact.reach} exact tokens in blocks of {exact.block_size} and one more; "
+                f"one chunk of {self.concurrent_batches * self.max_num_batched_tokens:,} tokens is kept free in all"
+            )
         if kinds["window"]:
             batched = self.concurrent_batches * self.max_num_batched_tokens
             out.append(f"a window of W keeps W - 1 + {batched:,} tokens (max_num_batched_tokens) and one more block")
@@ -266,6 +282,24 @@ class Vllm(Engine):
             if isinstance(method, Fp8):
                 out.append(f"fp8 latents as fp8_ds_mla: {FP8_DS_MLA_NBYTES} B a token and layer")
         return tuple(out)
+
+
+def _plugin_groups(model: Model, methods: Sequence[Method], no_windows: bool) -> tuple[Group, ...]:
+    """Of methods that kvruntime's plugin stores (docs/serving.md): records, and the exact tokens of the same layers."""
+    first, name = methods[0], methods[0].name
+    if model.state_layers or model.index_layers or any(chosen != first for chosen in methods):
+        raise ValueError(f"vllm: kvruntime's plugin stores one method in attention layers alone, {name} in all of them")
+    if any(layer.window is not None for layer in model.cache_layers):
+        raise ValueError(f"vllm: kvruntime's plugin holds no windows under {name}")
+    if no_windows:
+        raise ValueError(f"vllm: kvruntime's plugin holds {name}'s exact tokens as windows: they are disabled")
+    pages = {first.page(layer) for layer in model.cache_layers}  # type: ignore[attr-defined]
+    if len(pages) > 1:
+        raise ValueError(f"vllm: kvruntime's plugin has pages of one size, {name} of these layers has {len(pages)}")
+    tokens, nbytes, exact, residual = pages.pop()
+    count = len(model.cache_layers)
+    size = count * nbytes
+    return Group("full", count, tokens, size), Group("exact", count, exact, size, residual + tokens)
 
 
 def _state(state: StateShape, model: Model) -> StateShape:

@@ -237,6 +237,28 @@ class Kivi:
         over = max(0, num_tokens - self.sink_length - self.residual_length)
         return -(-over // self.record_length) * self.record_length
 
+    def check_pages(self) -> None:
+        """Raises ``ValueError`` for an option whose rows lie in no engine's pages."""
+        if self.sink_length:
+            raise ValueError(f"{self.name} in pages: sink_length {self.sink_length}, allowed is 0")
+        if self.k_group == SEQUENCE:
+            raise ValueError(f"{self.name} in pages: key_group_size 'sequence', allowed is a number of tokens")
+        if self.boost_nbits or self.rotate_values:
+            raise ValueError(f"{self.name} in pages: boost_nbits and rotate_values, allowed is 0 of both")
+
+    def page(self, layer: LayerShape) -> tuple[int, int, int, int]:
+        """A page of an engine's pool: tokens a record, bytes of one record a head, tokens of a page of exact ones (the
+        largest power of two that fits those bytes), and the exact tokens that a row keeps at most between steps.
+
+        Raises ``ValueError`` where :meth:`check_pages` does, or a page has no room for an exact token.
+        """
+        self.check_pages()
+        nbytes = 4 * self.record(layer).num_words * layer.num_kv_heads
+        token = layer.num_kv_heads * (layer.key_dim + layer.value_dim) * (DTYPE_BITS[self.dtype] // 8)
+        if token > nbytes:
+            raise ValueError(f"{self.name} in pages: a record's {nbytes} B have no room for an exact token's {token} B")
+        return self.record_length, nbytes, 1 << ((nbytes // token).bit_length() - 1), self.residual_length
+
     def num_exact(self, num_tokens: int) -> int:
         """Exact slots provided for ``num_tokens`` tokens: sink and residual, never more than the tokens."""
         return min(num_tokens, self.sink_length + self.residual_length)

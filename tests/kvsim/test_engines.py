@@ -12,7 +12,7 @@ from kvsim.engines.vllm import block_nbytes, server_defaults
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape, nbytes
 from kvsim.memory.estimate import estimate
-from kvsim.methods import Fp8, Full, Kivi, Nvfp4, Paged, make_method
+from kvsim.methods import Fp8, Full, Kivi, LayerMix, Nvfp4, Paged, make_method
 from kvsim.models.families import FAMILIES
 from kvsim.models.gguf_windows import WINDOWED
 from kvsim.models.load import load_model
@@ -123,6 +123,22 @@ def test_vllm_windows_keep_the_tokens_in_flight() -> None:
     for batched, blocks in ((512, -(-639 // 16) + 1), (2048, -(-2175 // 16) + 1), (100_000, 1024 + 1)):
         engine = Vllm(max_num_batched_tokens=batched)
         assert engine.blocks(engine.groups(model, Full()), 16384) == 1024 + blocks
+
+
+def test_vllm_pages_of_kvruntimes_plugin() -> None:
+    """As vLLM 0.26.0 and 0.32.0 print it: 1 GiB, 3 layers of 4 heads of 128, float32, requests of 2,048 tokens: 14,563
+    blocks, "KV cache size: 368,210 tokens", 179.79x.  And what an 8B model gains over 16 bits at 32k."""
+    tiny = shaped((3, LayerShape(4, 128, 128)))
+    pool = Vllm().pool(tiny, Kivi(dtype="float32"), GIB, 2048)
+    assert (pool.num_gpu_blocks, pool.blocks_per_request, pool.num_tokens) == (14563, 32 + 49, 368_210)
+    assert f"{pool.concurrency:.2f}" == "179.79"
+    llama = shaped((32, LayerShape(8, 128, 128)))
+    plain = Vllm().pool(llama, Full("bfloat16"), 100 * GIB, 32768)
+    for bits, least, blocks in ((2, 5.0, 512 + 25), (4, 3.0, 512 + 13)):
+        pool = Vllm().pool(llama, Kivi(bits, dtype="bfloat16"), 100 * GIB, 32768)
+        assert pool.blocks_per_request == blocks
+        assert pool.num_tokens / plain.num_tokens > least
+    assert any("CUSTOM" in note for note in Vllm().notes(llama, Kivi()))
 
 
 def test_vllm_sparse_attention_has_its_own_bytes() -> None:
@@ -270,7 +286,10 @@ def test_kvruntime_leaves_windows_and_states_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("engine", "method", "model", "message"),
     [
-        (Vllm(), Kivi(), LLAMA, "vllm does not store kivi-2bit"),
+        (Vllm(), Kivi(sink_length=4), LLAMA, "kivi-2bit-g32-r128-s4 in pages: sink_length 4, allowed is 0"),
+        (Vllm(disable_hybrid_kv_cache_manager=True), Kivi(), LLAMA, "exact tokens as windows: they are disabled"),
+        (Vllm(), Kivi(), shaped((2, LayerShape(1, 64, 64, window=128))), "plugin holds no windows under kivi-2bit"),
+        (Vllm(), LayerMix(first=1, last=0, inner=Kivi()), LLAMA, "stores one method in attention layers alone"),
         (Vllm(), Paged(), LLAMA, "vllm does not store paged"),
         (Vllm(), Full(), shaped((4, LayerShape(1, 512, 0, stride=4))), "compressed layers are not modelled"),
         (LlamaCpp(), Nvfp4(), LLAMA, "llama.cpp does not store nvfp4"),

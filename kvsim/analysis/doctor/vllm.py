@@ -190,7 +190,18 @@ class _Boot:
         name = KV_SPELLINGS.get(name, name)
         if name not in KV_DTYPES:
             self.notes.append(f"kv_cache_dtype {kv}: not known here, the cache is counted at 16 bits")
+        plugin = lines.plugin(self.log)
+        if plugin is not None:
+            return self._plugin_method(*plugin, dtype)
         return make_method(KV_DTYPES.get(name, "fp16"))
+
+    def _plugin_method(self, name: str, options: dict[str, object], dtype: str) -> Method:
+        """What kvruntime's plugin stores; raises ``ValueError`` for what it would not."""
+        self.settings["kvruntime"] = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+        try:
+            return make_method(name, **{**options, "dtype": dtype})
+        except LookupError as error:
+            raise ValueError(f"the log's additional_config: {error.args[0]}") from None
 
     def _stages(self) -> list[Model]:
         """The model as a rank of each pipeline stage holds it in the pool, a draft's layers on the last."""

@@ -6,6 +6,7 @@ where there is one.
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ RESERVED = rf"reserved {QUANTITY} (?:memory )?for KV Cache as specified by kv_ca
 AVAILABLE = (
     RESERVED,
     rf"Available KV cache memory: {QUANTITY}",
+    rf"Explicitly set \({NUMBER}/[\d.]+\) ([KMGT]iB) for KV cache",  # the CPU platform
     rf"reserved for KV Cache is {QUANTITY}",
     rf"kv_cache_size[ \t]*=[ \t]*{QUANTITY}",
     rf"available_kv_cache_memory[ \t=:]+{QUANTITY}",
@@ -139,6 +141,19 @@ def model_name(log: Log) -> str | None:
         r"'model': '([^']+)'",
         r"Starting to load model (\S+?)\.\.\.",
     )
+
+
+def plugin(log: Log) -> tuple[str, dict[str, object]] | None:
+    """The method that kvruntime's plugin was given (``--additional-config``), and its options."""
+    told = log.value(r"[\"']?additional_config[\"']?[=:] ?\{[^{}]*['\"]kvruntime['\"]: (\{[^{}]*\})")
+    if told is None:
+        return None
+    try:
+        options = ast.literal_eval(told)
+    except (SyntaxError, ValueError):
+        return None
+    name = options.pop("method", None)
+    return (name, options) if isinstance(name, str) else None
 
 
 def draft(log: Log) -> Draft | None:
