@@ -15,28 +15,17 @@ from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.room import Batch, Pages, PageShape
 from kvsim.layout import LayerShape
-from kvsim.methods.kivi import SEQUENCE, Kivi, Record
+from kvsim.methods.kivi import Kivi, Record
 
 
 def check(method: Kivi) -> None:
-    """Raises ``ValueError`` for an option whose rows lie in no pages."""
-    if method.sink_length:
-        raise ValueError(f"{method.name} in pages: sink_length {method.sink_length}, allowed is 0")
-    if method.k_group == SEQUENCE:
-        raise ValueError(f"{method.name} in pages: key_group_size 'sequence', allowed is a number of tokens")
-    if method.boost_nbits or method.rotate_values:
-        raise ValueError(f"{method.name} in pages: boost_nbits and rotate_values, allowed is 0 of both")
-    if method.residual_length < method.record_length:
-        raise ValueError(f"{method.name} in pages: residual_length below a record's {method.record_length} tokens")
+    method.check_pages()
 
 
 def page_shape(method: Kivi, layer: LayerShape) -> PageShape:
-    check(method)
-    record = method.record(layer)
-    nbytes = 4 * record.num_words * layer.num_kv_heads
+    tokens, nbytes, exact_tokens, residual = method.page(layer)
     token = layer.num_kv_heads * (layer.key_dim + layer.value_dim) * getattr(torch, method.dtype).itemsize
-    size = 1 << (max(1, nbytes // token).bit_length() - 1)
-    return PageShape(record.num_tokens, nbytes, size, size * token, method.residual_length)
+    return PageShape(tokens, nbytes, exact_tokens, exact_tokens * token, residual)
 
 
 @overload

@@ -1,0 +1,24 @@
+"""kvruntime's methods inside vLLM: ``--attention-backend CUSTOM``, one plugin, no state a request.
+
+    vllm serve MODEL --attention-backend CUSTOM --block-size 64 \\
+        --additional-config '{"kvruntime": {"method": "kivi", "nbits": 2}}'
+
+``vllm.general_plugins`` calls :func:`register` in every process of an engine.  Records are a full-attention cache of a
+layer and its exact tokens a sliding-window one, so that vLLM allocates, counts, shares, preempts and frees both
+(:mod:`kvruntime.vllm.specs`).  :mod:`kvruntime.vllm.backend` attends, :mod:`kvruntime.vllm.settings` reads the options
+and refuses what is not done.  Nothing here is imported without vLLM but this module and ``settings``.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """The entry point.  Takes the backend's name CUSTOM and the specs' managers, any number of times."""
+    from kvruntime.vllm.backend import take_name
+    from kvruntime.vllm.specs import take_specs
+
+    take_name()
+    take_specs()
+
+
+__all__ = ["register"]

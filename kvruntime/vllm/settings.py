@@ -1,0 +1,80 @@
+"""The plugin's options, and what it refuses at start, in one line each.  Imports no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kvruntime import paged
+from kvsim.layout import LayerShape, Method
+from kvsim.methods import make_method
+
+NAME = "kvruntime"
+DRAFTS = ("ngram", "ngram_gpu", "suffix")
+"""Speculative methods without a model, whose drafts bring no layers of their own."""
+
+
+def method_of(additional_config: Any, dtype: str) -> Method:
+    """The method that ``--additional-config`` names, with exact tokens in ``dtype``.
+
+    Raises ``ValueError`` where it names none, one that is not known, or one that does not fit pages.
+    """
+    given = additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
+        raise ValueError(
+            "attention backend CUSTOM is kvruntime's: give --additional-config "
+            f'\'{{"{NAME}": {{"method": "kivi", "nbits": 2}}}}\''
+        )
+    options = dict(given)
+    name = options.pop("method")
+    try:
+        method = make_method(name, **options)
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"{NAME}: {error.args[0]}") from None
+    if options.get("dtype", dtype) != dtype:
+        raise ValueError(f"{NAME}: dtype {options['dtype']!r} of exact tokens, allowed is the model's {dtype!r}")
+    paged.check(method)
+    made: Method = replace(method, dtype=dtype)  # type: ignore[call-arg, type-var]
+    return made
+
+
+def refuse(config: Any) -> None:
+    """Raises ``ValueError`` for what an engine's configuration (``VllmConfig``) asks and the plugin does not do."""
+    cache, scheduler, parallel = config.cache_config, config.scheduler_config, config.parallel_config
+    drafts = getattr(config.speculative_config, "method", None)
+    no_windows = scheduler.disable_hybrid_kv_cache_manager
+    found = {
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
+        "disable_hybrid_kv_cache_manager, which a connector may switch on: exact tokens would stay": no_windows,
+        "a KV connector": getattr(config, "kv_transfer_config", None) is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        f"speculative decoding by {drafts!r}, allowed are {', '.join(DRAFTS)}": drafts is not None
+        and drafts not in DRAFTS,
+        "a hybrid model of attention and states": bool(getattr(config.model_config, "is_hybrid", False)),
+        "an encoder-decoder model": bool(getattr(config.model_config, "is_encoder_decoder", False)),
+    }
+    for what, is_asked in found.items():
+        if is_asked:
+            raise ValueError(f"{NAME}: not in vLLM with {what}")
+
+
+def refuse_layer(**asked: Any) -> None:
+    """Raises ``ValueError`` for what a layer's attention asks and the kernels do not do."""
+    for what, value in asked.items():
+        if value:
+            raise ValueError(f"{NAME}: not in vLLM with a layer's {what.replace('_', ' ')} {value!r:.40}")
+
+
+def check_block_size(method: Method, layer: LayerShape, block_size: int) -> paged.PageShape:
+    """The layer's pages.  Raises ``ValueError`` for another block than a record."""
+    shape = paged.page_shape(method, layer)
+    if not shape.record_tokens:
+        raise ValueError(f"{NAME}: {method.name} in vLLM: it packs nothing, another attention backend has it")
+    if block_size != shape.record_tokens:
+        raise ValueError(
+            f"{NAME}: --block-size {block_size}, allowed is {shape.record_tokens}, the tokens of a {method.name} record"
+        )
+    return shape

@@ -1,0 +1,131 @@
+"""What the plugin tells vLLM of its two caches a layer, from 0.26 on.
+
+A block of the *records* is one record a head, of a full-attention cache.  A block of the *exact* tokens is as many as
+fit that page, of a sliding window that keeps ``residual_length`` tokens before the next one: the oldest exact token of
+a row of ``n`` tokens is ``n - residual_length``.
+
+A request is admitted with a window and a record's exact tokens.  One chunk in all is kept free besides: a step's new
+tokens are ``max_num_batched_tokens`` at most over all requests, and their blocks fall out of the window with the next
+step (vLLM's own windows count a chunk for every request).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import vllm.v1.kv_cache_interface as interface
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from kvruntime.paged import PageShape
+from kvruntime.vllm.settings import NAME
+
+STATES = "tokens_per_state" in getattr(AttentionSpec, "__dataclass_fields__", {})
+"""From 0.29 on a spec says itself how many tokens share a state, and caches are viewed as [blocks, heads, n, content].
+Before that a backend gives its shape, and a spec's page size is a property."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordSpec(FullAttentionSpec):
+    """Before 0.29: a page is one record a head."""
+
+    num_words: int = 0
+
+    @property
+    def real_page_size_bytes(self) -> int:
+        return 4 * self.num_words * self.num_kv_heads
+
+    @classmethod
+    def merge(cls, specs: Any) -> Any:
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError(f"{NAME}: layers of one group whose records differ: {specs[0]} and others")
+        return specs[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactSpec(SlidingWindowSpec):
+    """A window whose admission counts no chunk."""
+
+    record_tokens: int = 0
+    chunk_tokens: int = 0
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        tokens = min(self.sliding_window - 1 + self.record_tokens, max_model_len)
+        return -(-tokens // self.block_size) + 1
+
+    @property
+    def chunk_blocks(self) -> int:
+        return -(-self.chunk_tokens // self.block_size)
+
+
+class ExactManager(SlidingWindowManager):
+    """Admits a request where the blocks of one chunk stay free besides its own."""
+
+    def __init__(self, kv_cache_spec: ExactSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        self.chunk_blocks = kv_cache_spec.chunk_blocks
+        if self.block_pool.num_gpu_blocks <= self.chunk_blocks:
+            raise ValueError(
+                f"{NAME}: {self.block_pool.num_gpu_blocks} blocks, of which one step's exact tokens take "
+                f"{self.chunk_blocks}: give more memory or a smaller --max-num-batched-tokens"
+            )
+
+    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
+        wanted: int = super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
+        admitted = kwargs.get("apply_admission_cap", False) and request_id not in self.num_cached_block
+        return wanted + self.chunk_blocks if admitted else wanted
+
+
+def record_spec(spec: Any, shape: PageShape) -> Any:
+    """A layer's full-attention spec with records for its content."""
+    words = shape.record_nbytes // spec.num_kv_heads // 4
+    if STATES:
+        return replace(spec, tokens_per_state=shape.record_tokens, state_content_bytes=4 * words)
+    return RecordSpec(
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        dtype=torch.int32,
+        num_words=words,
+    )
+
+
+def exact_spec(shape: PageShape, num_kv_heads: int, head_size: int, dtype: torch.dtype, config: Any) -> ExactSpec:
+    """The window of a layer's exact tokens.  Its page is filled up to a record page."""
+    return ExactSpec(
+        block_size=shape.exact_tokens,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        head_size_v=head_size,
+        dtype=dtype,
+        sliding_window=shape.residual + 1,
+        page_size_padded=shape.record_nbytes,
+        record_tokens=shape.record_tokens,
+        chunk_tokens=config.max_in_flight_tokens,
+    )
+
+
+def take_specs() -> None:
+    """Enters the managers of both, and before 0.29 has the plugin's layers give their records' spec."""
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(ExactSpec, ExactManager, SlidingWindowSpec)
+    if STATES:
+        return
+    KVCacheSpecRegistry.register(RecordSpec, FullAttentionManager, FullAttentionSpec)
+    from vllm.model_executor.layers.attention import Attention
+
+    if getattr(Attention, NAME, False):
+        return
+    stock = Attention.get_kv_cache_spec
+
+    def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
+        spec = stock(self, vllm_config)
+        given = getattr(self.impl, "record_spec", None)
+        return spec if given is None or type(spec) is not interface.FullAttentionSpec else given(spec)
+
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+    setattr(Attention, NAME, True)

@@ -1,0 +1,106 @@
+"""The plugin without vLLM: its options, what it refuses, and that nothing imports vLLM before vLLM asks for it.
+
+``tests/kvruntime/test_vllm_engine.py`` has what needs vLLM itself.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+
+import kvruntime.vllm
+from kvruntime.vllm import settings
+from kvsim.layout import LayerShape
+from kvsim.methods import Kivi
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(**changed: object) -> SimpleNamespace:
+    """As much of a ``VllmConfig`` as is read."""
+    parts = {
+        "cache_config": {"cache_dtype": "auto"},
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": False},
+        "parallel_config": {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1},
+        "model_config": {"is_hybrid": False, "is_encoder_decoder": False},
+    }
+    made = {name: SimpleNamespace(**fields) for name, fields in parts.items()}
+    out = SimpleNamespace(**made, speculative_config=None, kv_transfer_config=None)
+    for path, value in changed.items():
+        *owner, name = path.split("__")
+        setattr(getattr(out, owner[0]) if owner else out, name, value)
+    return out
+
+
+def test_the_entry_point_is_there_and_imports_no_vllm() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ((name, path),) = project["entry-points"]["vllm.general_plugins"].items()
+    module, function = path.split(":")
+    assert name == "kvruntime"
+    assert getattr(import_module(module), function) is kvruntime.vllm.register
+    assert any(want.startswith("vllm>=0.26") for want in project["optional-dependencies"]["vllm"])
+    assert "vllm" not in sys.modules
+
+
+def test_options() -> None:
+    given = {"kvruntime": {"method": "kivi", "nbits": 4, "residual_length": 64}, "another": 1}
+    assert settings.method_of(given, "bfloat16") == Kivi(4, residual_length=64, dtype="bfloat16")
+    assert given["kvruntime"] == {"method": "kivi", "nbits": 4, "residual_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "attention backend CUSTOM is kvruntime's: give --additional-config '{\"kvruntime\": "),
+        ({"kvruntime": {"nbits": 2}}, "attention backend CUSTOM is kvruntime's: give"),
+        ({"kvruntime": {"method": "kivvi"}}, "kvruntime: unknown method 'kivvi'"),
+        ({"kvruntime": {"method": "kivi", "bits": 2}}, "kvruntime: method 'kivi' does not take bits"),
+        ({"kvruntime": {"method": "kivi", "nbits": 5}}, "kvruntime: nbits 5: allowed are"),
+        ({"kvruntime": {"method": "fp8"}}, "kvruntime does not run the method fp8"),
+        ({"kvruntime": {"method": "kivi", "sink_length": 4}}, "in pages: sink_length 4, allowed is 0"),
+        ({"kvruntime": {"method": "kivi", "dtype": "float16"}}, "dtype 'float16' of exact tokens, allowed"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(given: dict[str, object], why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(why)) as error:
+        settings.method_of(given, "bfloat16")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"cache_config__cache_dtype": "fp8"}, "not in vLLM with --kv-cache-dtype fp8"),
+        ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "with disable_hybrid_kv_cache_manager"),
+        ({"kv_transfer_config": object()}, "with a KV connector"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "with pipeline parallelism"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "with context parallelism"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by 'eagle', allowed are ngram"),
+        ({"model_config__is_hybrid": True}, "a hybrid model of attention and states"),
+        ({"model_config__is_encoder_decoder": True}, "an encoder-decoder model"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_at_start(changed: dict[str, object], why: str) -> None:
+    settings.refuse(config())
+    settings.refuse(config(speculative_config=SimpleNamespace(method="ngram")))
+    with pytest.raises(ValueError, match=r"^kvruntime: ") as error:
+        settings.refuse(config(**changed))
+    assert why in str(error.value)
+
+
+def test_layers_and_blocks_that_are_refused() -> None:
+    settings.refuse_layer(sliding_window=None, attention_sinks=False, attention_type="")
+    with pytest.raises(ValueError, match=r"not in vLLM with a layer's sliding window 4096"):
+        settings.refuse_layer(sliding_window=4096)
+    layer, method = LayerShape(8, 128, 128), Kivi(dtype="bfloat16")
+    assert settings.check_block_size(method, layer, 64).exact_tokens == 8
+    with pytest.raises(ValueError, match="--block-size 16, allowed is 64, the tokens of a kivi-2bit-g32-r128 record"):
+        settings.check_block_size(method, layer, 16)
