@@ -156,6 +156,7 @@ class PagedImpl(AttentionImpl[Rows]):
         logits_soft_cap: float | None = None,
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
+        *,
         sinks: Tensor | None = None,
         **more: Any,
     ) -> None:
