@@ -27,10 +27,10 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from kvruntime.engine import hopper, norm, product
 from kvruntime.engine import linear as narrow
-from kvruntime.kernels import gated, merge, rotary
+from kvruntime.kernels import gated, merge, rotary, slots
 from kvruntime.kernels import rms_norm as norms
 from kvruntime.methods.full import decode
-from kvruntime.methods.kivi import append, attention, step, words
+from kvruntime.methods.kivi import append, attention, paged_kernels, step, words
 from kvruntime.methods.kivi import pack as quantize
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_boost, kivi_seed
@@ -198,6 +198,33 @@ def pack(name: str, sm: int, layers: bool = False, pool: bool = False) -> dict[s
 
 def pack_pool(name: str, sm: int) -> dict[str, int]:
     return pack(name, sm, pool=True)
+
+
+def pages(name: str, sm: int, single: bool = False) -> dict[str, int]:
+    """An engine's pages: records of rows that bring several tokens, or (``single``) one, which is stored too."""
+    method, dim = METHODS[name]
+    record = method.record(LayerShape(8, dim, dim))
+    constants = words.record_constants(record) | {
+        "NUM_HEADS": 8, "RESIDUAL": method.residual_length, "PAGE": 8, "SINGLE": single, "EARLY": single and sm >= 90,
+        "BLOCK_D": triton.next_power_of_2(dim),
+    }  # fmt: skip
+    launch = dict(quantize.pack_launch(record))
+    num_warps = launch.pop("num_warps")
+    types = arguments(paged_kernels.pages_kernel, "bf16", slots_ptr="*i64")
+    options = quantize.permuting(record)
+    return resources(paged_kernels.pages_kernel, types, constants | launch, sm, num_warps, **options)
+
+
+def pages_single(name: str, sm: int) -> dict[str, int]:
+    return pages(name, sm, single=True)
+
+
+def store_slots(name: str, sm: int) -> dict[str, int]:
+    dim, _, dtype = WHOLE[name]
+    constants = {"KEY_DIM": dim, "VALUE_DIM": dim, "PAGE": 8, "BLOCK_T": 16, "BLOCK_D": triton.next_power_of_2(dim)}
+    return resources(
+        slots.store_slots_kernel, arguments(slots.store_slots_kernel, dtype, slots_ptr="*i64"), constants, sm, 4
+    )
 
 
 def pack_layers(name: str, sm: int) -> dict[str, int]:
@@ -458,6 +485,7 @@ BOOSTED = {"boost d128": (pack, store, choose, attend, attend_fresh, combine, ad
 """Layouts whose kernels are compiled where they differ from others'."""
 KERNELS["choose"] = choose
 IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
+IN_POOLS |= {function.__name__: function for function in (pages, pages_single)}
 POOLED = ("2-bit g32 d128", "3-bit g32 d96")
 """Layouts whose kernels over pools are compiled: word order, and not."""
 KERNELS |= IN_POOLS
@@ -466,6 +494,7 @@ ENGINE = {
     attend_full: WHOLE,
     attend_full_pool: FULL_POOLS,
     append_full_pool: FULL_POOLS,
+    store_slots: FULL_POOLS,
     linear: LAYERS,
     dense: PRODUCTS,
     stream: STREAMS,
