@@ -18,7 +18,7 @@ from kvruntime.engine.decoders import lean as lean_decoder
 from kvruntime.engine.greedy import greedy
 from kvruntime.hf import make_cache
 from kvruntime.hf.cache import AppendQueue, argument
-from kvruntime.hf.models import layer_shapes
+from kvruntime.hf.models import layer_shapes, refuse_stages, tensor_ranks
 from kvruntime.methods import Steps, room_of
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
@@ -57,6 +57,7 @@ class Engine:
         if limit is not None and max_seq_len > limit:
             raise ValueError(f"max_seq_len {max_seq_len}: allowed are up to the model's {limit} positions")
         self.model, self.batch_size, self.max_seq_len = model.eval(), batch_size, max_seq_len
+        refuse_stages(model)
         self.cache = make_cache(model, method, max_seq_len=max_seq_len, compiled=False, **options)
         self.method, self.device = self.cache.method, next(model.parameters()).device
         if self.device.type == "cuda" and not room_of(self.method).layer.has_steps:  # type: ignore[attr-defined]
@@ -74,7 +75,7 @@ class Engine:
         self.logits = torch.empty(batch_size, 0, dtype=model.dtype, device=self.device)
         """``[batch_size, vocab_size]`` after the newest prefill or step; the next one may write over it."""
         self.positions = torch.zeros(batch_size, dtype=torch.int32, device=self.device)
-        q_heads = model.config.get_text_config(decoder=True).num_attention_heads
+        q_heads = model.config.get_text_config(decoder=True).num_attention_heads // tensor_ranks(model)
         self._scratch = self.cache.stores[0].scratch(q_heads)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._lengths = [0] * batch_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
@@ -69,7 +70,7 @@ def layer_kinds(model: Any) -> list[Kind]:
 
 
 def layer_shapes(model: Any) -> list[LayerShape]:
-    """What one token leaves in each layer of ``model``.
+    """What one token leaves in each layer of ``model``, of tensor parallel's ranks in this one.
 
     Raises ``ValueError``, naming the reason, for a model whose layers are not all plain full attention behind
     transformers' attention interface.
@@ -81,7 +82,21 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     changed = changed_scores(model)
     if changed:
         raise ValueError(f"{name} is not supported here: {changed}")
-    return [kind.shape for kind in kinds if kind.shape]
+    ranks = tensor_ranks(model)
+    return [replace(kind.shape, num_kv_heads=kind.shape.num_kv_heads // ranks) for kind in kinds if kind.shape]
+
+
+def tensor_ranks(model: Any) -> int:
+    """Ranks among which transformers has split the heads of each layer of ``model``."""
+    return getattr(model, "tp_size", None) or 1
+
+
+def refuse_stages(model: Any) -> None:
+    """Raises ``ValueError`` where ``model`` is one stage of a pipeline."""
+    if getattr(model, "_pp_stage", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is split into pipeline stages: the engine takes whole models, generate() these too"
+        )
 
 
 def changed_scores(model: Any) -> str:
@@ -160,7 +175,7 @@ def _refuse_other_sinks(model: Any, name: str) -> None:
 
 def _refuse_sharding(model: Any, name: str, num_kv_heads: int) -> None:
     """transformers does not shard a model without a plan, silently, and fails obscurely on indivisible heads."""
-    ranks = getattr(model, "tp_size", None) or 1
+    ranks = tensor_ranks(model)
     if ranks > 1 and not model.supports_tp_plan:
         raise ValueError(f"{name} is not supported with tp_size {ranks}: it has no tensor-parallel plan")
     if num_kv_heads % ranks:

@@ -64,6 +64,8 @@ class Engine(ABC):
     """Methods shown beside the uncompressed cache where none is asked for; ``None``: those that every engine shows."""
     checkpoint_cache: ClassVar[bool] = False
     """Whether ``--kv-cache-dtype auto`` means the type of cache that a checkpoint asks for."""
+    remainder_first: ClassVar[bool] = False
+    """Whether the first stages of a pipeline have the layers that do not divide, or those before the last."""
     runtime: ClassVar[str | None] = None
     """Whose kernels it runs, where a card can be measured with them (:mod:`kvsim.latency.profile`)."""
 

@@ -72,6 +72,8 @@ class Kvruntime(Engine):
     """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256.  ``steps``: how a token is
     computed, by ``kvruntime.Engine`` or under stock ``generate()``; it changes times, no bytes."""
 
+    remainder_first = True
+
     max_seq_len: int = 0
     steps: str = STEPS[0]
 

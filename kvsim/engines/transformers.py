@@ -33,6 +33,7 @@ class Transformers(Engine):
 
     cache_methods = ()
     runtime = "pytorch"
+    remainder_first = True
 
     cache_implementation: str = "dynamic"
 

@@ -3,7 +3,7 @@
 * **Tensor parallel** splits the key/value heads of every layer.  With more ranks than heads each head is held by
   ``ranks / heads`` of them; one latent (MLA), and one head (multi-query), by all.  States are split evenly.
 * **Pipeline parallel** gives each stage a run of layers, as many as ``get_pp_indices`` of vLLM 0.32 does: the
-  remainder goes to the stages before the last, one each.
+  remainder goes to the stages before the last, one each.  transformers, and kvruntime under it, gives it to the first.
 * **Context parallel** spreads tokens over ranks in turn: each holds ``ceil(n / ranks)``.  Decode context parallel
   (DCP) uses ranks of the tensor-parallel group that would hold replicas; prefill context parallel (PCP) adds ranks.
 * **Data parallel** gives each replica ``ceil(batch / replicas)`` sequences.  The routed experts of a mixture are not
@@ -83,22 +83,24 @@ class Sharding:
 SINGLE = Sharding()
 
 
-def pipeline_layers(num_layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage (vLLM 0.32, distributed/utils.py ``get_pp_indices``).
+def pipeline_layers(num_layers: int, stages: int, first: bool = False) -> tuple[int, ...]:
+    """Layers of each stage (vLLM 0.32, distributed/utils.py ``get_pp_indices``), or with the remainder in the ``first``
+    ones (transformers 5.24, distributed/pipeline_parallel.py ``PipelineStage``).
 
     Raises ``ValueError`` for more stages than layers.
     """
     if stages > num_layers:
         raise ValueError(f"pipeline-parallel-size {stages}: allowed are 1 to the {num_layers} layers")
     counts = [num_layers // stages] * stages
-    for place in range(2, num_layers % stages + 2):
-        counts[-place] += 1
+    for place in range(num_layers % stages):
+        counts[place if first else -2 - place] += 1
     return tuple(counts)
 
 
-def stages(model: Model, sharding: Sharding) -> tuple[Model, ...]:
+def stages(model: Model, sharding: Sharding, first: bool = False) -> tuple[Model, ...]:
     """The model as one rank of each pipeline stage sees it: its layers, with its share of the heads.
 
+    ``first``: as :func:`pipeline_layers`.
     Raises ``ValueError`` where heads and ranks do not divide each other.
     """
     ranks = sharding.tensor_parallel_size
@@ -110,7 +112,7 @@ def stages(model: Model, sharding: Sharding) -> tuple[Model, ...]:
         raise ValueError("context parallel is for full attention: this model has layers with a window")
     held = [layer for layer in model.layers if not _is_index(layer)]
     index = [layer for layer in model.layers if _is_index(layer)]
-    counts = pipeline_layers(len(held), sharding.pipeline_parallel_size)
+    counts = pipeline_layers(len(held), sharding.pipeline_parallel_size, first)
     out = []
     for stop, count in zip(accumulate(counts), counts, strict=True):
         own = held[stop - count : stop]
@@ -194,7 +196,9 @@ class Deployment:
 
     @cached_property
     def _stages(self) -> tuple[Model, ...]:
-        return (self.model,) if self.sharding == SINGLE else stages(self.model, self.sharding)
+        if self.sharding == SINGLE:
+            return (self.model,)
+        return stages(self.model, self.sharding, self.engine.remainder_first)
 
     def rank_nbytes(self, batch_size: int, num_tokens: int) -> int:
         """Bytes of the fullest rank."""

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim.engines import Engine, Ideal, LlamaCpp, Vllm
+from kvsim.engines import Engine, Ideal, Kvruntime, LlamaCpp, Vllm
+from kvsim.engines.transformers import Transformers
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape
 from kvsim.memory.capacity import largest_batch, largest_context, room
@@ -54,6 +55,19 @@ def test_context_parallel_spreads_tokens() -> None:
 def test_pipeline_layers_as_vllm_splits_them(layers: int, ranks: int, counts: tuple[int, ...]) -> None:
     assert pipeline_layers(layers, ranks) == counts
     assert sum(counts) == layers
+
+
+def test_pipeline_layers_as_transformers_splits_them() -> None:
+    """7 layers over 3 stages: 3, 2 and 2, where vLLM has 2, 3 and 2."""
+    assert pipeline_layers(7, 3, first=True) == (3, 2, 2)
+    assert pipeline_layers(7, 3) == (2, 3, 2)
+    seven, sharding = replace(LLAMA, layers=LLAMA.layers[:7]), Sharding(pipeline_parallel_size=3)
+    sizes = {}
+    for engine in (Kvruntime(), Transformers(), Vllm()):
+        sizes[engine.name] = Deployment(seven, Full(), engine, sharding).stage_nbytes(1, 4096)
+    assert sizes["kvruntime"][0] > sizes["kvruntime"][1] == sizes["kvruntime"][2]
+    assert sizes["transformers"][0] > sizes["transformers"][1]
+    assert sizes["vllm"][1] > sizes["vllm"][0] == sizes["vllm"][2]
 
 
 def test_stages_hold_their_layers() -> None:
