@@ -117,6 +117,27 @@ def pack(method: Method, pages: Pages, batch: Batch) -> None:
     _runs(method, pages.key).pack(method, pages, batch)
 
 
+def gather(
+    method: Method,
+    key: Tensor,
+    value: Tensor,
+    pages: Pages,
+    batch: Batch,
+    begins: Tensor,
+    into: tuple[Tensor, Tensor],
+) -> None:
+    """All of each row's tokens as :func:`attend` would read them, this step's among them, where several come.
+
+    ``begins [batch_size + 1]`` int32: where each row begins in ``into``, two contiguous tensors
+    ``[tokens, num_kv_heads, dim]``: what attention of another maker may read.  Raises ``ValueError`` for a method that
+    packs nothing.
+    """
+    runs = _runs(method, key)
+    if not hasattr(runs, "gather"):
+        raise ValueError(f"{method.name} packs nothing: its pages are read as they are")
+    runs.gather(method, key, value, pages, batch, begins, into)
+
+
 def _paged(method: Method) -> Any:
     """The method's pages.  Raises ``ValueError`` for one that has none."""
     room = room_of(method)
@@ -131,4 +152,16 @@ def _runs(method: Method, x: Tensor) -> Any:
     return import_module(f"{pages.__name__}_kernels") if x.is_cuda else pages
 
 
-__all__ = ["Batch", "PageShape", "Pages", "attend", "batch", "check", "num_packed", "pack", "page_shape", "store"]
+__all__ = [
+    "Batch",
+    "PageShape",
+    "Pages",
+    "attend",
+    "batch",
+    "check",
+    "gather",
+    "num_packed",
+    "pack",
+    "page_shape",
+    "store",
+]

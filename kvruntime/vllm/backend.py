@@ -3,13 +3,17 @@
 A step's rows with one token come first (vLLM puts them there) and attend in one launch of the decode kernel.  Those of
 prompts and drafts, behind them, attend in one line.  Tables, slots and lengths are vLLM's own tensors.  What is made
 of them is made in the first layer's forward, so a full CUDA graph of a decode step holds that too.
+
+Where vLLM has FlashAttention, prompts and drafts go there: a launch writes a row's packed tokens as numbers to a
+workspace, one layer's at a time, with the exact and the new ones behind them.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,11 +43,25 @@ class Rows:
     table: Tensor
     slots: Tensor
     num_decodes: int
-    most: int
-    num_tokens: int
+    begins: list[int]
+    """``starts`` on the host."""
+    host_lengths: list[int] | None
+    """``lengths`` on the host, or more; None: they are not known."""
     arrivals: Tensor
-    parts: list[tuple[slice, paged.Batch]] | None = field(default=None)
-    """Made with the other cache's tables, once a step: the line's tokens of a part, and its batch."""
+    parts: list[Part] | None = field(default=None)
+    """Made with the other cache's tables, once a step."""
+
+
+class Part(NamedTuple):
+    """Some rows of a step that attend in one launch."""
+
+    tokens: slice
+    """Of the line of all rows' tokens."""
+    batch: paged.Batch
+    begins: Tensor | None = None
+    """Where each row's tokens begin in the workspace; None: it is not used."""
+    total: int = 0
+    longest: int = 0
 
 
 class RowsBuilder(AttentionMetadataBuilder[Rows]):
@@ -60,14 +78,16 @@ class RowsBuilder(AttentionMetadataBuilder[Rows]):
         meta = common_attn_metadata
         num_decodes, *_ = split_decodes_and_prefills(meta, decode_threshold=1)
         num_rows = meta.num_reqs
+        begins = meta.query_start_loc_cpu[: num_rows + 1].tolist()
+        lengths = getattr(meta, "seq_lens_cpu_upper_bound", None)
         return Rows(
             meta.query_start_loc[: num_rows + 1],
             meta.seq_lens[:num_rows],
             meta.block_table_tensor,
             meta.slot_mapping,
             num_decodes,
-            meta.max_query_len,
-            int(meta.query_start_loc_cpu[num_rows]),
+            begins if num_decodes < num_rows else [],
+            None if lengths is None or num_decodes == num_rows else lengths[:num_rows].tolist(),
             self.arrivals,
         )
 
@@ -143,6 +163,7 @@ class PagedImpl(AttentionImpl[Rows]):
 
     pages: ClassVar[dict[tuple[int, int], paged.PageShape]] = {}
     """Heads and head dimension -> the pages of such layers: vLLM asks a class for them."""
+    workspaces: ClassVar[dict[tuple[Any, ...], Tensor]] = {}
 
     def __init__(
         self,
@@ -184,6 +205,8 @@ class PagedImpl(AttentionImpl[Rows]):
         self.exact_name = f"{NAME}_exact.{number}"
         self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
         layers[self.exact_name] = self.exact
+        self.flash = flash_attention(dtype)
+        self.room = max(config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
 
     def record_spec(self, spec: Any) -> Any:
         return record_spec(spec, self.shape)
@@ -201,7 +224,8 @@ class PagedImpl(AttentionImpl[Rows]):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """``query [tokens, num_heads, head_size]``, ``key`` and ``value`` alike, and ``output``, which is returned."""
-        if attn_metadata is None:  # the profiling run
+        if attn_metadata is None:  # the profiling run, in whose peak the workspace is counted
+            self.workspace(output)
             return output.fill_(0)
         rows = attn_metadata
         if rows.parts is None:
@@ -211,36 +235,102 @@ class PagedImpl(AttentionImpl[Rows]):
         pages = paged.Pages(records, *exact.split(self.head_size, -1))
         out = output.view(-1, self.num_heads, self.head_size)
         query, key, value = (x.view(x.shape[0], -1, self.head_size) for x in (query, key, value))
-        for tokens, batch in rows.parts:
-            q, k, v, into = (x[tokens] for x in (query, key, value, out))
+        for part in rows.parts:
+            q, k, v, into = (x[part.tokens] for x in (query, key, value, out))
+            batch = part.batch
             paged.store(self.method, k, v, pages, batch)
-            if q.is_cuda:
+            if part.begins is not None:
+                self.attend_by_flash(q, k, v, into, pages, part)
+            elif q.is_cuda:
                 paged.attend(self.method, q, k, v, pages, batch, self.scale, out=into, arrivals=rows.arrivals)
             else:
                 into[: len(q)] = paged.attend(self.method, q, k, v, pages, batch, self.scale)
             paged.pack(self.method, pages, batch)
         return output
 
-    def parts(self, rows: Rows, exact: Rows) -> list[tuple[slice, paged.Batch]]:
-        """The step's rows of one token, and the others."""
-        total, first = len(rows.lengths), rows.num_decodes
+    def workspace(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of one layer's rows, ``[room, num_kv_heads, head_size]`` each; None where no one reads it."""
+        if self.flash is None:
+            return None
+        kind = (like.device, like.dtype, self.num_kv_heads, self.head_size)
+        if kind not in self.workspaces:
+            made = torch.empty(2, self.room, self.num_kv_heads, self.head_size, dtype=like.dtype, device=like.device)
+            self.workspaces[kind] = made
+        return tuple(self.workspaces[kind])  # type: ignore[return-value]
+
+    def attend_by_flash(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, pages: Any, part: Part) -> None:
+        room = self.workspace(query)
+        assert room is not None
+        assert self.flash is not None
+        both = (room[0][: part.total], room[1][: part.total])
+        paged.gather(self.method, key, value, pages, part.batch, part.begins, both)
+        attend, version = self.flash
+        attend(
+            q=query,
+            k=both[0],
+            v=both[1],
+            max_seqlen_q=part.batch.most,
+            cu_seqlens_q=part.batch.starts,
+            max_seqlen_k=part.longest,
+            cu_seqlens_k=part.begins,
+            softmax_scale=self.scale,
+            causal=True,
+            fa_version=version,
+            out=out,
+        )
+
+    def parts(self, rows: Rows, exact: Rows) -> list[Part]:
+        """The step's rows of one token, and the others: in one line, or as many as the workspace has room for."""
+        total, first, by_flash = len(rows.lengths), rows.num_decodes, False
+        runs = [(0, first)] if first else []
+        if first < total:
+            by_flash = self.flash is not None and rows.host_lengths is not None
+            runs += self.fitting(rows, first, total) if by_flash else [(first, total)]
         out = []
-        for start, end, most in ((0, first, 1), (first, total, rows.most)):
-            if start == end:
-                continue
-            tokens = slice(start, end if most == 1 else rows.num_tokens)
+        for start, end in runs:
+            single = end <= first
+            tokens = slice(start, end) if single else slice(rows.begins[start], rows.begins[end])
             starts = rows.starts[start : end + 1]
             batch = paged.batch(
                 self.method,
-                starts - start if start else starts,
+                starts if single else starts - rows.begins[start],
                 rows.lengths[start:end],
                 rows.table[start:end],
                 exact.table[start:end],
                 exact.slots[tokens],
-                most,
+                1 if single else max(b - a for a, b in pairwise(rows.begins[start : end + 1])),
             )
-            out.append((tokens, batch))
+            part = Part(tokens, batch)
+            if by_flash and not single:
+                assert rows.host_lengths is not None
+                begins = torch.nn.functional.pad(batch.lengths.cumsum(0, dtype=torch.int32), (1, 0))
+                lengths = rows.host_lengths[start:end]
+                part = part._replace(begins=begins, total=sum(lengths), longest=max(lengths))
+            out.append(part)
         return out
+
+    def fitting(self, rows: Rows, first: int, total: int) -> list[tuple[int, int]]:
+        """Runs of rows whose tokens the workspace has room for."""
+        assert rows.host_lengths is not None
+        out, start, held = [], first, 0
+        for row in range(first, total):
+            if held + rows.host_lengths[row] > self.room and row > start:
+                out.append((start, row))
+                start, held = row, 0
+            held += rows.host_lengths[row]
+        return [*out, (start, total)]
+
+
+def flash_attention(dtype: torch.dtype) -> tuple[Any, int] | None:
+    """vLLM's FlashAttention and its version; None where there is none for ``dtype``."""
+    if not current_platform.is_cuda() or dtype == torch.float32:
+        return None
+    try:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    except ImportError:
+        return None
+    version = get_flash_attn_version()
+    return None if version is None else (flash_attn_varlen_func, version)
 
 
 def take_name() -> None:

@@ -156,6 +156,32 @@ def test_as_a_layer_that_keeps_its_books(name: str) -> None:
             assert getattr(layer, "row_packed", [0]) == [paged.num_packed(one.method, length)]
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fp16"])
+def test_gather(name: str) -> None:
+    """What another attention may read: packed tokens as numbers, exact ones, and those of the step."""
+    one = engine(name)
+    reference, kernels = modules(one.method)
+    step(one, reference, one.batch([0] * ROWS, (70, 64, 5)), 0)
+    batch = one.batch([70, 64, 5], (20, 2, 0))
+    key, value = (line(20 + i, 22, HEADS, one.dim) for i in range(2))
+    begins = torch.tensor([0, 90, 156, 161], dtype=torch.int32, device=DEVICE)
+    outs = []
+    for run in (reference, kernels):
+        into = [torch.full((170, HEADS, one.dim), 7.0, device=DEVICE).half() for _ in range(2)]
+        run.gather(one.method, key, value, one.pages, batch, begins, tuple(into))
+        outs.append(into)
+    for got, wanted, new in zip(outs[1], outs[0], (key, value), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+        assert (got[161:] == 7).all()
+        assert torch.equal(got[70:90], new[:20])
+    query = line(30, 22, HEADS * GROUP, one.dim)
+    out = reference.attend(one.method, query, key, value, one.pages, batch, 0.125)
+    heads = [x[:90].repeat_interleave(GROUP, 1).transpose(0, 1).float() for x in outs[0]]
+    mask = torch.arange(90)[None] <= torch.arange(70, 90)[:, None]
+    score = (query[:20].transpose(0, 1).float() @ heads[0].mT * 0.125).masked_fill(~mask.to(DEVICE), float("-inf"))
+    near(out[:20], (score.softmax(-1) @ heads[1]).transpose(0, 1))
+
+
 def test_a_padded_graph_stores_nothing() -> None:
     """Rows that bring nothing come last: no slot, no length, and no place in the tables that may be looked at."""
     wanted, got = engine("2-bit g32"), engine("2-bit g32")

@@ -219,6 +219,14 @@ def pages_single(name: str, sm: int) -> dict[str, int]:
     return pages(name, sm, single=True)
 
 
+def gather(name: str, sm: int) -> dict[str, int]:
+    method, dim = METHODS[name]
+    record = method.record(LayerShape(8, dim, dim))
+    constants = words.record_constants(record) | {"NUM_HEADS": 8, "PAGE": 8, "DOT": tl.float16, "BLOCK_B": 32}
+    types = arguments(paged_kernels.gather_kernel, "bf16", begins_ptr="*i32", before_ptr="*i32")
+    return resources(paged_kernels.gather_kernel, types, constants, sm, 4)
+
+
 def store_slots(name: str, sm: int) -> dict[str, int]:
     dim, _, dtype = WHOLE[name]
     constants = {"KEY_DIM": dim, "VALUE_DIM": dim, "PAGE": 8, "BLOCK_T": 16, "BLOCK_D": triton.next_power_of_2(dim)}
@@ -485,7 +493,7 @@ BOOSTED = {"boost d128": (pack, store, choose, attend, attend_fresh, combine, ad
 """Layouts whose kernels are compiled where they differ from others'."""
 KERNELS["choose"] = choose
 IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
-IN_POOLS |= {function.__name__: function for function in (pages, pages_single)}
+IN_POOLS |= {function.__name__: function for function in (pages, pages_single, gather)}
 POOLED = ("2-bit g32 d128", "3-bit g32 d96")
 """Layouts whose kernels over pools are compiled: word order, and not."""
 KERNELS |= IN_POOLS

@@ -86,3 +86,21 @@ def attend(method: Kivi, query: Tensor, key: Tensor, value: Tensor, pages: Pages
         held = stored(pages, batch, batch.lengths)
         return reference.attend(query[: len(batch.lengths), :, None], held, layout, scale)[:, :, 0]
     return reference.attend(query, stored(pages, batch, batch.before), layout, scale, (key, value, None), batch.starts)
+
+
+def gather(
+    method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch, begins: Tensor, into: tuple[Tensor, Tensor]
+) -> None:
+    assert batch.block_table is not None
+    assert pages.records is not None
+    record, size = record_of(method, pages), pages.key.shape[2]
+    rows = zip(*(x.tolist() for x in (batch.starts, batch.before, batch.lengths, batch.packed, begins)), strict=False)
+    for row, (start, before, after, packed, begin) in enumerate(rows):
+        blocks = batch.block_table[row, : packed // record.num_tokens].long()
+        old = reference.unpack_records(pages.records[blocks].transpose(0, 1), record)
+        token = torch.arange(packed, before, device=key.device)
+        page = batch.exact_table[row, token // size].long()
+        for out, held, pool, new in zip(into, old, (pages.key, pages.value), (key, value), strict=True):
+            exact = pool[page, :, token % size]
+            fresh = new[start : start + after - before]
+            out[begin : begin + after] = torch.cat([x.to(out.dtype) for x in (held.transpose(0, 1), exact, fresh)])

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvruntime.kernels import lines
 from kvruntime.kernels.launch import overlaps
+from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.slots import store_slots
 from kvruntime.methods.kivi import attention
+from kvruntime.methods.kivi.attention import load_key_tile, load_value_tile
 from kvruntime.methods.kivi.cache import _fast
 from kvruntime.methods.kivi.pack import pack_launch, pack_part, permuting
 from kvruntime.methods.kivi.paged import layout_of, record_of, stored
-from kvruntime.methods.kivi.words import record_constants
+from kvruntime.methods.kivi.words import chunks, record_constants
 from kvruntime.methods.room import Batch, Pages
 from kvsim.methods.kivi import Kivi
 
@@ -81,6 +85,89 @@ def pages_kernel(
               (table_ptr, stride_yb, stride_yt), KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP,
               RECORD, TILE, 0, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST, BOOST_CODES,
               ROTATION)  # fmt: skip
+
+
+@triton.jit
+def gather_kernel(
+    key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, starts_ptr, before_ptr, packed_ptr, begins_ptr,
+    block_table_ptr, exact_table_ptr, out_key_ptr, out_value_ptr, stride_kt, stride_kh, stride_vt, stride_vh, stride_xb,
+    stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, stride_block, stride_page, batch_size,
+    NUM_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_NBITS: tl.constexpr,
+    VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
+    TILE: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr,
+    PAGE: tl.constexpr, DOT: tl.constexpr, BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr,
+    ROTATION: tl.constexpr,
+):  # fmt: skip
+    """A tile of one row and head: packed ones become numbers, others are copied."""
+    head = tl.program_id(1).to(tl.int64)
+    row, number, begin, length = row_of(tl.program_id(0), begins_ptr, batch_size, TILE, 1, BLOCK_B)
+    first = number * TILE
+    if first >= length:
+        return
+    before = tl.load(before_ptr + row)
+    packed = tl.load(packed_ptr + row)
+    t = first + tl.arange(0, TILE)
+    real = t < length
+    at = (begin + t).to(tl.int64) * NUM_HEADS + head
+    KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
+    VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
+    if first < packed:
+        block = tl.load(block_table_ptr + row.to(tl.int64) * stride_block + first // RECORD).to(tl.int64)
+        record_ptr = records_ptr + (block * NUM_HEADS + head) * RECORD_WORDS
+        half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+        tile = first % RECORD // TILE
+        for i in tl.static_range(len(KEY_CHUNKS)):
+            x = load_key_tile(record_ptr, half_ptr, half_ptr, 0, tile, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], DOT, KEY_DIM,
+                              KEY_NBITS, KEY_GROUP, RECORD, TILE, KEY_PARAMS)  # fmt: skip
+            d = KEY_CHUNKS[i][0] + tl.arange(0, KEY_CHUNKS[i][1])
+            tl.store(out_key_ptr + at[:, None] * KEY_DIM + d[None, :], x.to(out_key_ptr.dtype.element_ty))
+        for i in tl.static_range(len(VALUE_CHUNKS)):
+            y = load_value_tile(record_ptr, half_ptr, tile, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT, VALUE_DIM,
+                                VALUE_NBITS, VALUE_GROUP, RECORD, TILE, RECORD * KEY_DIM * KEY_NBITS // 32,
+                                VALUE_PARAMS, ROTATION)  # fmt: skip
+            d = VALUE_CHUNKS[i][0] + tl.arange(0, VALUE_CHUNKS[i][1])
+            tl.store(out_value_ptr + at[:, None] * VALUE_DIM + d[None, :], y.to(out_value_ptr.dtype.element_ty))
+    else:
+        stored = t < before
+        page = tl.load(exact_table_ptr + row.to(tl.int64) * stride_page + t // PAGE, mask=stored, other=0).to(tl.int64)
+        new = (tl.load(starts_ptr + row) + t - before).to(tl.int64)
+        for i in tl.static_range(len(KEY_CHUNKS)):
+            c = KEY_CHUNKS[i][0] + tl.arange(0, KEY_CHUNKS[i][1])
+            held_at = page * stride_xb + head * stride_xh + t % PAGE * stride_xt
+            old = tl.load(exact_key_ptr + held_at[:, None] + c[None, :], mask=stored[:, None], other=0.0).to(
+                out_key_ptr.dtype.element_ty
+            )
+            fresh_at = key_ptr + (new * stride_kt + head * stride_kh)[:, None] + c[None, :]
+            new_token = tl.load(fresh_at, mask=(real & ~stored)[:, None], other=0.0).to(out_key_ptr.dtype.element_ty)
+            out_at = out_key_ptr + at[:, None] * KEY_DIM + c[None, :]
+            tl.store(out_at, tl.where(stored[:, None], old, new_token), mask=real[:, None])
+        for i in tl.static_range(len(VALUE_CHUNKS)):
+            c = VALUE_CHUNKS[i][0] + tl.arange(0, VALUE_CHUNKS[i][1])
+            held_at = (
+                exact_value_ptr + (page * stride_yb + head * stride_yh + t % PAGE * stride_yt)[:, None] + c[None, :]
+            )
+            old = tl.load(held_at, mask=stored[:, None], other=0.0).to(out_value_ptr.dtype.element_ty)
+            fresh_at = value_ptr + (new * stride_vt + head * stride_vh)[:, None] + c[None, :]
+            new_token = tl.load(fresh_at, mask=(real & ~stored)[:, None], other=0.0).to(out_value_ptr.dtype.element_ty)
+            out_at = out_value_ptr + at[:, None] * VALUE_DIM + c[None, :]
+            tl.store(out_at, tl.where(stored[:, None], old, new_token), mask=real[:, None])
+
+
+def gather(
+    method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch, begins: Tensor, into: tuple[Tensor, Tensor]
+) -> None:
+    assert batch.block_table is not None
+    record, rows = record_of(method, pages), len(batch.lengths)
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    heads = pages.key.shape[1]
+    gather_kernel[(lines.num_blocks(len(into[0]), rows, record.tile), heads)](
+        key, value, pages.key, pages.value, pages.records, batch.starts, batch.before, batch.packed, begins,
+        batch.block_table, batch.exact_table, *into, *key.stride()[:2], *value.stride()[:2], *pages.key.stride()[:3],
+        *pages.value.stride()[:3], batch.block_table.stride(0), batch.exact_table.stride(0), rows,
+        NUM_HEADS=heads, PAGE=pages.key.shape[2], BLOCK_B=lines.block_b(rows),
+        DOT=tl.float32 if key.dtype == torch.float32 else tl.float16, **record_constants(record),
+        enable_fp_fusion=True, num_warps=4,
+    )  # fmt: skip
 
 
 def store(method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch) -> None:
