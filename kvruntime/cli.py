@@ -1,4 +1,4 @@
-"""The command line: ``kvruntime bench | perplexity | axes | plot | generate | selfcheck | calibrate | pull``.
+"""The command line: ``kvruntime bench | perplexity | eval | axes | plot | generate | selfcheck | calibrate | pull``.
 
 A bad input is one line on stderr and exit code 2, a measurement of our own that failed 1; Ctrl-C is 130, with all
 finished measurements in the file.
@@ -186,6 +186,25 @@ def perplexity_command(**given: Any) -> int:
     from kvruntime.commands import perplexity
 
     return perplexity(_methods(given), **given)
+
+
+@cli.command("eval")
+@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
+@method_options
+@click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]")
+@click.option("--window", type=int, multiple=True, help="Tokens a window. Repeatable.  [default: 1024 and 4096]")
+@click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]")
+@click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
+@click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
+@click.option("--batch", type=int, help="Sequences run together.  [default: 4 on a CPU, else 32]")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@record_options
+@machine_options
+def eval_command(**given: Any) -> int:
+    """Quality through the cache: perplexity, KL divergence and top-1 agreement against the uncompressed cache."""
+    from kvruntime.bench.quality.suite import evaluate
+
+    return evaluate(_methods(given), **given)
 
 
 @cli.command("axes")

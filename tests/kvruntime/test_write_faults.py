@@ -16,6 +16,7 @@ from made_up_pull import pull_of_made_up
 from write_faults import ERRORS, Killed, everything, failing, remove_all, steps, visible
 
 from kvruntime import calibrate, cli, commands
+from kvruntime.bench.given import finish
 from kvruntime.bench.harness.results import Results
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.checkpoints.pull import pulled
@@ -100,7 +101,7 @@ def test_results_of_a_benchmark(capsys, tmp_path, monkeypatch, words):
             return Task({"kind": "test", "number": number}, lambda tick: measured.append(number) or {"value": number})
 
         results = Results(given["out"], HEADER, resume=given["resume"])
-        return commands._finish([task(number) for number in range(3)], results)
+        return finish([task(number) for number in range(3)], results, lambda rows: "")
 
     def prepare():
         Results(path, HEADER).add({"kind": "test", "number": 0}, {"value": 0})

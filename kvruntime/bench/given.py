@@ -1,0 +1,95 @@
+"""What a command was given, made into what it works with: options checked, the results file, the model, the caches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvruntime.bench.harness.results import Results, Row, describe
+from kvruntime.bench.harness.tasks import Interrupted, Task, run
+from kvruntime.bench.model.caches import Contender, ours
+from kvruntime.bench.model.peers import find_peers, package_version
+from kvruntime.bench.model.tasks import check_methods, went_wrong
+from kvruntime.checkpoints.load import Loaded, Source, load, resolve
+from kvsim.engines.kvruntime import MOST
+from kvsim.install import install_hint
+from kvsim.layout import Method
+from kvsim.specs import parse_dtype
+
+MOST_TEMPERATURE = 100.0
+LEAST = {"window": 2, "chunk": 1, "quality_batch": 1, "prompt_tokens": 1, "decode_tokens": 1, "repeats": 1}
+LEAST |= {"reference_chunk": 1, "warmup": 0, "max_tokens": 0, "max_new_tokens": 1, "batch": 1}
+"""Counts that options give, and their least values."""
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def given_or(value: Any, default: Any) -> Any:
+    """``value`` unless it is None."""
+    return default if value is None else value
+
+
+def check_given(given: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for options that are wrong whatever the machine or model; ``weights_dtype`` gets its long
+    name."""
+    if given["weights_dtype"] is not None:
+        given["weights_dtype"] = parse_dtype(given["weights_dtype"])
+    for name, low in LEAST.items():
+        if isinstance(given.get(name), int) and not low <= given[name] <= MOST:
+            raise ValueError(f"{name.replace('_', ' ')} {given[name]}: allowed are {low} to {MOST:,}")
+    if "temperature" in given and not 0 <= given["temperature"] <= MOST_TEMPERATURE:
+        raise ValueError(f"temperature {given['temperature']:g}: allowed are 0 (greedy) to {MOST_TEMPERATURE:g}")
+
+
+def open_results(given: dict[str, Any], device: str, default: Path) -> Results:
+    """The file that ``--out`` names, ``default`` without it."""
+    header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
+    return Results(given["out"] or default, header, resume=given["resume"], anew=given["anew"])
+
+
+def resolve_given(given: dict[str, Any]) -> Source:
+    """Where ``--model`` comes from."""
+    return resolve(given["model_name"], seed=given["seed"], offline=given["offline"], say=say)
+
+
+def load_given(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> Loaded:
+    """The model, once every one of ``contenders`` was found to hold its layers."""
+    say(f"loading {source.name}, weights: {source.weights}")
+    loaded = load(source, device, given["weights_dtype"], say)
+    if contenders:
+        check_methods(loaded, contenders)
+    return loaded
+
+
+def contenders_given(methods: list[Method], peers: bool) -> tuple[list[Contender], list[Row]]:
+    """The caches of ``methods``, with ``peers`` those of other libraries, and rows that say which are not installed."""
+    contenders = [ours(method) for method in methods]
+    missing: list[dict[str, str]] = []
+    if peers:
+        there, missing = find_peers()
+        contenders += there
+        for row in missing:
+            say(f"{row['method']} is left out: {row['package']} is not installed: {install_hint('peers')}")
+        for peer in there:
+            say(f"{peer.name}: {peer.package} {package_version(peer.package)}")
+    return contenders, list(missing)
+
+
+def finish(tasks: list[Task], results: Results, tables: Callable[[Sequence[Row]], str]) -> int:
+    """Measures, prints the tables; 1 where a measurement of our own failed otherwise than for want of memory."""
+    try:
+        rows = run(tasks, results)
+    except Interrupted as stop:
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        again = " ".join(["kvruntime", *words, *([] if results.anew else ["--resume"])])
+        say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with: {again}")
+        return 130
+    rows += [row for row in results.rows if row["kind"] in ("missing", "skipped")]
+    print(tables(rows))
+    print(f"\nrecorded in {results.path}")
+    return 1 if went_wrong(rows) else 0

@@ -1,0 +1,67 @@
+"""``kvruntime eval``: options made into windows and tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvruntime.bench.given import (
+    check_given,
+    contenders_given,
+    finish,
+    given_or,
+    load_given,
+    open_results,
+    resolve_given,
+)
+from kvruntime.bench.harness.tasks import Task
+from kvruntime.bench.quality.report import tables
+from kvruntime.bench.quality.windows import Windows, window_tasks
+from kvruntime.checkpoints.load import Loaded, pick_device
+from kvruntime.eval.text import Text, load_text, token_windows
+from kvruntime.eval.windows import REFERENCE_CHUNK
+from kvsim.layout import Method
+from kvsim.whole_numbers import check_whole
+
+WINDOWS = (1024, 4096)
+"""Lengths of window unless said otherwise: those that the model has positions for."""
+CPU_TOKENS = 8192
+"""Tokens of the text that a CPU scores unless said otherwise."""
+
+
+def evaluate(methods: list[Method], **given: Any) -> int:
+    """``kvruntime eval``; its exit code."""
+    for window in given["window"]:
+        check_whole("window", window, least=2)
+    check_given({**given, "window": None})
+    text = load_text(given["text_path"])
+    device = pick_device(given["device"])
+    results = open_results(given, device, Path("kvruntime-eval.json"))
+    contenders, missing = contenders_given(methods, given["peers"])
+    results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
+    loaded = load_given(resolve_given(given), device, given, contenders)
+    tasks: list[Task] = window_tasks(loaded, contenders, text_windows(loaded, text, given), given["seed"])
+    return finish(tasks, results, tables)
+
+
+def text_windows(loaded: Loaded, text: Text, given: dict[str, Any]) -> list[Windows]:
+    """The text's windows, one entry a length.
+
+    Raises ``ValueError`` for a model without a tokenizer and a window beyond its positions.
+    """
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
+    cpu, limit = loaded.device.type == "cpu", loaded.max_positions
+    lengths = given["window"] or [window for window in WINDOWS if limit is None or window <= limit] or [limit]
+    most = given_or(given["max_tokens"], CPU_TOKENS if cpu else 0) or None
+    found: dict[tuple[int, ...], Windows] = {}
+    for length in lengths:
+        ids = token_windows(loaded.tokenizer, text, length, most)
+        count, window = ids.shape
+        if limit is not None and window > limit:
+            raise ValueError(f"window {window} exceeds the model's {limit} positions")
+        chunk = min(given_or(given["chunk"], 16 if cpu else 1), window)
+        batch = min(given_or(given["batch"], 4 if cpu else 32), count)
+        wide = -(-given_or(given["reference_chunk"], REFERENCE_CHUNK) // chunk) * chunk
+        found[tuple(ids.shape)] = Windows(text.name, text.sha256, ids, chunk, batch, wide)
+    return list(found.values())
