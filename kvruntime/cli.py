@@ -196,12 +196,21 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]")
 @click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
 @click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
+@click.option("--task", multiple=True, help="needle, passkey, ruler, lambada, gsm8k or longbench. Repeatable.")
+@click.option("--data", multiple=True, help="TASK=PATH: the file or folder of lambada, gsm8k or longbench. Repeatable.")
+@click.option(
+    "--length", type=int, multiple=True, help="Tokens of a task's prompts. Repeatable.  [default: 1k, 2k, 4k]"
+)
+@click.option("--depths", type=int, default=5, show_default=True, help="Places of a needle, from start to end.")
+@click.option("--examples", type=int, help="Examples a part of a task, or of a file.  [default: the task's, or all]")
+@click.option("--plain", is_flag=True, help="Prompts as they are, without the model's chat template.")
 @click.option("--batch", type=int, help="Sequences run together.  [default: 4 on a CPU, else 32]")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
 @record_options
 @machine_options
 def eval_command(**given: Any) -> int:
-    """Quality through the cache: perplexity, KL divergence and top-1 agreement against the uncompressed cache."""
+    """Quality through the cache against the uncompressed one: perplexity, KL divergence and top-1 agreement over
+    windows of a text, or with --task what the model answers."""
     from kvruntime.bench.quality.suite import evaluate
 
     return evaluate(_methods(given), **given)

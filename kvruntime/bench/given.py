@@ -20,7 +20,15 @@ from kvsim.specs import parse_dtype
 
 MOST_TEMPERATURE = 100.0
 LEAST = {"window": 2, "chunk": 1, "quality_batch": 1, "prompt_tokens": 1, "decode_tokens": 1, "repeats": 1}
-LEAST |= {"reference_chunk": 1, "warmup": 0, "max_tokens": 0, "max_new_tokens": 1, "batch": 1}
+LEAST |= {
+    "reference_chunk": 1,
+    "warmup": 0,
+    "max_tokens": 0,
+    "max_new_tokens": 1,
+    "batch": 1,
+    "depths": 1,
+    "examples": 1,
+}
 """Counts that options give, and their least values."""
 
 

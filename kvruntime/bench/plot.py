@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import baseline, groups
 from kvruntime.bench.model.report import MIB, compression
+from kvruntime.bench.quality.pictures import quality_panels
 from kvruntime.bench.speed_plot import speed_panels
 from kvsim.atomic import replace_file
 from kvsim.install import install_hint
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 
 def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
     """Writes ``memory``, ``compression``, ``speed``, ``quality``, or of ``bench kernels`` and ``bench engine``
-    ``roofline``, ``speedup`` and ``latency``; and ``summary``; as ``.png`` or ``.svg``.
+    ``roofline``, ``speedup`` and ``latency``, of ``eval`` ``bits``, ``positions`` and grids; and ``summary``; as ``.png`` or ``.svg``.
 
     A kind without rows is left out, of the summary too.  Raises ``ValueError`` when there is nothing to draw, for a
     folder that cannot be written, or without matplotlib.
     """
     drawings = _drawings(results["rows"])
     if not drawings:
-        raise ValueError("these results hold no finished memory, speed, quality, attention or step rows to draw")
+        raise ValueError(
+            "these results hold no finished memory, speed, quality, attention, step, window or answer rows to draw"
+        )
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -72,7 +75,7 @@ def _drawings(rows: list[Row]) -> dict[str, Callable[[Axes], None]]:
             out[name] = lambda axes, draw=draw, found=found: draw(axes, found)  # type: ignore[misc]
     for name, panel in speed_panels(rows).items():
         out[name] = lambda axes, panel=panel: panel(axes, rows)  # type: ignore[misc]
-    return out
+    return out | quality_panels(rows)
 
 
 def _title(axes: Axes, what: str, row: Row) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import BASE, groups
 from kvruntime.bench.model.report import heading, note
+from kvruntime.bench.quality.answers import KIND as ANSWERS
 from kvruntime.bench.quality.windows import KIND
-from kvruntime.eval.intervals import perplexity_change
+from kvruntime.eval.intervals import mean_interval, perplexity_change
+from kvruntime.eval.tasks import TASKS
 from kvsim.output.tables import plain
 
 CONTROL = (
@@ -22,6 +25,7 @@ def tables(rows: Sequence[Row]) -> str:
     blocks = []
     for group in groups(rows, KIND):
         blocks += [windows_table(group), positions_table(group)]
+    blocks += answers_tables(rows)
     blocks += [note(row) for row in rows if row["kind"] in ("missing", "skipped") or "failed" in row]
     return "\n\n".join(blocks)
 
@@ -79,6 +83,65 @@ def positions_table(group: list[Row]) -> str:
 
 
 def _ppl(nll: float) -> float:
-    from math import exp
-
     return exp(nll)
+
+
+def answers_tables(rows: Sequence[Row]) -> list[str]:
+    """One table a task and model: scores of every method, over all examples and by part."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == ANSWERS and "failed" not in row:
+            names = ("model", "weights", "model_sha256", "dtype", "seed", "task")
+            found.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return [answers_table(group) for group in found.values()]
+
+
+def answers_cells(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of one task: the score over the examples that all methods answered, its interval, the paired
+    difference from the uncompressed cache, and the score of each column of parts."""
+    methods = list(dict.fromkeys(row["method"] for row in group))
+    held = {method: {row["examples_sha256"]: row for row in group if row["method"] == method} for method in methods}
+    shared = [key for key in held[methods[0]] if all(key in rows for rows in held.values())]
+    columns = list(dict.fromkeys(column(held[methods[0]][key]) for key in shared))
+    base = next((method for method in methods if method in BASE), None)
+    body = []
+    for method in methods:
+        rows = [held[method][key] for key in shared]
+        scores = [score for row in rows for score in row["scores"]]
+        if not scores:
+            continue
+        mean, low, high = mean_interval(scores)
+        cells = [
+            method,
+            f"{rows[0]['bits']:.3f}" if "bits" in rows[0] else "",
+            f"{mean:.1%}",
+            f"{low:.1%} to {high:.1%}",
+        ]
+        if base is None or method == base:
+            cells.append("")
+        else:
+            plain_scores = [score for key in shared for score in held[base][key]["scores"]]
+            off = mean_interval([own - theirs for own, theirs in zip(scores, plain_scores, strict=True)])
+            cells.append(f"{100 * off[0]:+.1f} ({100 * off[1]:+.1f} to {100 * off[2]:+.1f})")
+        for name in columns:
+            own = [score for row in rows if column(row) == name for score in row["scores"]]
+            cells.append(f"{sum(own) / len(own):.1%}")
+        body.append(cells)
+    return ["method", "bits", "score", "95 % interval", "points against fp16", *columns], body
+
+
+def column(row: Row) -> str:
+    """The column of a row's part: the dataset or kind, else the length, else all examples."""
+    kind = row.get("dataset") or row.get("kind_of")
+    length = f"{row['length']:,}" if "length" in row else ""
+    return " ".join(filter(None, (kind, length))) or "all"
+
+
+def answers_table(group: Sequence[Row]) -> str:
+    first = group[0]
+    task = TASKS.get(first["task"])
+    what = f"{first['task']}: {task.what}" if task else first["task"]
+    count = sum(row["num_examples"] for row in group if row["method"] == first["method"])
+    lines = [heading("answers", first, f"{what}; {count:,} examples"), plain(*answers_cells(group))]
+    lines += [task.caveat] if task and task.caveat else []
+    return "\n".join(lines)

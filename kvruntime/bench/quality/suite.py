@@ -1,7 +1,8 @@
-"""``kvruntime eval``: options made into windows and tasks."""
+"""``kvruntime eval``: options made into windows of text and tasks, and these into rows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from kvruntime.bench.given import (
     resolve_given,
 )
 from kvruntime.bench.harness.tasks import Task
+from kvruntime.bench.quality.answers import answer_tasks, asked_of
 from kvruntime.bench.quality.report import tables
 from kvruntime.bench.quality.windows import Windows, window_tasks
 from kvruntime.checkpoints.load import Loaded, pick_device
+from kvruntime.eval.tasks import TASKS, task_named
 from kvruntime.eval.text import Text, load_text, token_windows
 from kvruntime.eval.windows import REFERENCE_CHUNK
 from kvsim.layout import Method
@@ -33,24 +36,55 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     """``kvruntime eval``; its exit code."""
     for window in given["window"]:
         check_whole("window", window, least=2)
+    for length in given["length"]:
+        check_whole("length", length)
     check_given({**given, "window": None})
+    data = data_given(given["task"], given["data"])
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
     results = open_results(given, device, Path("kvruntime-eval.json"))
     contenders, missing = contenders_given(methods, given["peers"])
     results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
     loaded = load_given(resolve_given(given), device, given, contenders)
-    tasks: list[Task] = window_tasks(loaded, contenders, text_windows(loaded, text, given), given["seed"])
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
+    tasks: list[Task] = []
+    if given["window"] or not given["task"]:
+        tasks += window_tasks(loaded, contenders, text_windows(loaded, text, given), given["seed"])
+    batch = given_or(given["batch"], 4 if device == "cpu" else 32)
+    for name in given["task"]:
+        asked = asked_of(loaded, given, text.content, data.get(name))
+        tasks += answer_tasks(loaded, contenders, name, asked, batch, not given["plain"])
     return finish(tasks, results, tables)
+
+
+def data_given(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
+    """``--data``, ``PATH`` for the one task that needs it or ``TASK=PATH``: task -> path.
+
+    Raises ``LookupError`` for an unknown task, ``ValueError`` for a task without the file that it needs and a file that
+    no task needs.
+    """
+    needing = [name for name in names if task_named(name).needs]
+    found: dict[str, Path] = {}
+    for entry in given:
+        name, equals, path = entry.partition("=")
+        if not equals and len(needing) == 1:
+            name, path = needing[0], entry
+        if name not in needing:
+            of = f"TASK=PATH of {', '.join(needing)}" if needing else "none, no task here needs a file"
+            raise ValueError(f"data {entry}: allowed is {of}")
+        found[name] = Path(path)
+    for name in needing:
+        if name not in found:
+            raise ValueError(f"task {name} needs --data {name}=PATH: {TASKS[name].needs}")
+    return found
 
 
 def text_windows(loaded: Loaded, text: Text, given: dict[str, Any]) -> list[Windows]:
     """The text's windows, one entry a length.
 
-    Raises ``ValueError`` for a model without a tokenizer and a window beyond its positions.
+    Raises ``ValueError`` for a window beyond the model's positions.
     """
-    if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
     cpu, limit = loaded.device.type == "cpu", loaded.max_positions
     lengths = given["window"] or [window for window in WINDOWS if limit is None or window <= limit] or [limit]
     most = given_or(given["max_tokens"], CPU_TOKENS if cpu else 0) or None

@@ -1,0 +1,108 @@
+"""Pictures of ``kvruntime eval``'s rows: quality over bits, over positions, and grids of depth and length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvruntime.bench.harness.results import Row
+from kvruntime.bench.harness.tables import BASE, groups
+from kvruntime.bench.quality.answers import KIND as ANSWERS
+from kvruntime.bench.quality.report import change, uncompressed
+from kvruntime.bench.quality.windows import KIND as WINDOWS
+from kvruntime.eval.tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Panel = Callable[["Axes"], None]
+
+
+def quality_panels(rows: Sequence[Row]) -> dict[str, Panel]:
+    """Name -> drawing, of whatever ``rows`` hold: ``bits``, ``positions``, and one a task on a grid."""
+    out: dict[str, Panel] = {}
+    found = [group for group in groups(rows, WINDOWS) if uncompressed(group) is not None and len(group) > 1]
+    if found:
+        out["bits"] = partial(bits, found)
+        out["positions"] = partial(positions, max(found, key=lambda group: int(group[0]["window"])))
+    for name, task in TASKS.items():
+        cells = [row for row in rows if row["kind"] == ANSWERS and row["task"] == name and "failed" not in row]
+        if task.grid and cells:
+            out[name] = partial(grid, cells)
+    return out
+
+
+def bits(found: Sequence[list[Row]], axes: Axes) -> None:
+    """Perplexity against the uncompressed cache's over the bits of an element, with intervals, a line a window."""
+    for group in found:
+        base = uncompressed(group)
+        own = sorted((row for row in group if row["method"] not in BASE and row["bits"]), key=lambda row: row["bits"])
+        points = [(row["bits"], *change_of(row, base)) for row in own]
+        if not points:
+            continue
+        x, y, low, high = (np.array(column) for column in zip(*points, strict=True))
+        label = f"windows of {group[0]['window']:,}"
+        axes.errorbar(x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o", markersize=4, capsize=2, label=label)
+        for row, (at, share, *_) in zip(own, points, strict=True):
+            axes.annotate(row["method"], (at, 100 * share), fontsize=5, xytext=(3, 3), textcoords="offset points")
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("bits of an element, everything counted")
+    axes.set_ylabel("perplexity against fp16 (%), 95 % intervals")
+    axes.legend(fontsize=8)
+    first = found[0][0]
+    axes.set_title(f"What bits cost on {first['text']}\n{first['model']}, weights: {first['weights']}", fontsize=9)
+    axes.grid(alpha=0.3)
+
+
+def change_of(row: Row, base: Row | None) -> tuple[float, float, float]:
+    """:func:`kvruntime.bench.quality.report.change` of a row that is not the base."""
+    found = change(row, base)
+    assert found is not None
+    return found
+
+
+def positions(group: Sequence[Row], axes: Axes) -> None:
+    """Perplexity against the uncompressed cache's over a token's position in its window."""
+    base = uncompressed(group)
+    assert base is not None
+    for row in group:
+        if row is base:
+            continue
+        at = [last for _, last, *_ in row["by_position"]]
+        pairs = zip(row["by_position"], base["by_position"], strict=True)
+        axes.plot(at, [100 * float(np.expm1(own[2] - plain[2])) for own, plain in pairs], marker="o", markersize=3,
+                  label=row["method"])  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("a token's position in its window, up to")
+    axes.set_ylabel("perplexity against fp16 (%)")
+    axes.legend(fontsize=6)
+    axes.set_title(f"Perplexity by position, {group[0]['text']}, windows of {group[0]['window']:,}", fontsize=9)
+    axes.grid(alpha=0.3)
+
+
+def grid(cells: Sequence[Row], axes: Axes) -> None:
+    """Heat maps of scores, depth by length, of every method side by side; what such scores say stands in the title."""
+    methods = list(dict.fromkeys(row["method"] for row in cells))
+    lengths = sorted({row["length"] for row in cells})
+    depths = sorted({row["depth"] for row in cells})
+    width = len(lengths) + 1
+    picture = np.full((len(depths), width * len(methods) - 1), np.nan)
+    for row in cells:
+        column = methods.index(row["method"]) * width + lengths.index(row["length"])
+        picture[depths.index(row["depth"]), column] = row["score"]
+    image = axes.imshow(picture, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    ticks = [index * width + place for index in range(len(methods)) for place in range(len(lengths))]
+    axes.set_xticks(ticks, [f"{length:,}" for length in lengths] * len(methods), fontsize=5, rotation=90)
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+    for index, method in enumerate(methods):
+        middle = index * width + (len(lengths) - 1) / 2
+        axes.text(middle, -0.6, method, fontsize=5, ha="center", va="bottom", rotation=12)
+    axes.set_ylabel("depth of the needle")
+    axes.set_xlabel("tokens of the prompt")
+    axes.figure.colorbar(image, ax=axes, label="share found", fraction=0.03)
+    task = TASKS[cells[0]["task"]]
+    caveat = task.caveat.partition(":")[0] or task.what
+    axes.set_title(f"{cells[0]['task']}: {cells[0]['model']}; {caveat}", fontsize=8, pad=22)
