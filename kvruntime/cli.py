@@ -198,6 +198,8 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
 @click.option("--task", multiple=True, help="needle, passkey, ruler, lambada, gsm8k or longbench. Repeatable.")
 @click.option("--data", multiple=True, help="TASK=PATH: the file or folder of lambada, gsm8k or longbench. Repeatable.")
+@click.option("--lm-eval", multiple=True, help="A task of lm-evaluation-harness, gsm8k. Repeatable.")
+@click.option("--lm-eval-include", help="Folder with lm_eval tasks of your own.")
 @click.option(
     "--length", type=int, multiple=True, help="Tokens of a task's prompts. Repeatable.  [default: 1k, 2k, 4k]"
 )
@@ -214,6 +216,16 @@ def eval_command(**given: Any) -> int:
     from kvruntime.bench.quality.suite import evaluate
 
     return evaluate(_methods(given), **given)
+
+
+@cli.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval_command(arguments: tuple[str, ...]) -> int:
+    """lm_eval's own command line, where --model kvruntime is known: run --model kvruntime --model_args
+    pretrained=DIRECTORY,method=kivi,nbits=2 --tasks gsm8k."""
+    from kvruntime.bench.quality.lm_harness import command_line
+
+    return command_line(arguments)
 
 
 @cli.command("axes")

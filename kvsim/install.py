@@ -27,6 +27,7 @@ EXTRA = {
     "optimum": "peers",
     "hqq": "peers",
     "tiny_turboquant": "peers",
+    "lm_eval": "harness",
 }
 """Top-level module -> the smallest extra of pyproject.toml that installs it."""
 

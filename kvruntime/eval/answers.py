@@ -21,12 +21,16 @@ LOOKS = 8
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model with a tokenizer, and ``make_cache(num_tokens)`` for one batch of at most ``batch`` rows."""
+    """A model with a tokenizer, and ``make_cache(num_tokens)`` for one batch of at most ``batch`` rows.
+
+    ``chunk``: tokens of a continuation that are fed at a time, 1 as in decoding.
+    """
 
     model: Any
     tokenizer: Any
     make_cache: Callable[[int], Any]
     batch: int = 1
+    chunk: int = 1
 
     def encode(self, prompt: str, chat: bool) -> list[int]:
         """Token ids of ``prompt``; with ``chat`` as a user's message in the model's own template."""
@@ -81,8 +85,8 @@ class Answerer:
     ) -> list[tuple[float, bool]]:
         """Of each ``(context, continuation)`` (token ids) the log-likelihood in nats, and whether it is the greedy one.
 
-        All but the context's last token are stored first; that one and the continuation are decoded one by one, so that
-        every prediction reads the cache.
+        All but the context's last token are stored first; that one and the continuation come ``chunk`` at a time, so
+        that every prediction reads the cache.
         """
         from kvruntime.hf.cache import argument
 
@@ -91,7 +95,8 @@ class Answerer:
             rows = pairs[first : first + self.batch]
             ids, mask = self._left_padded([context for context, _ in rows])
             most = max(len(target) for _, target in rows)
-            self._check_positions(ids.shape[1], most)
+            for context, tokens in rows:  # columns that a short row leaves empty are no positions
+                self._check_positions(len(context), len(tokens) - 1)
             target = torch.zeros(len(rows), most, dtype=torch.int64, device=ids.device)
             counted = torch.zeros_like(target, dtype=torch.bool)
             for index, (_, tokens) in enumerate(rows):
@@ -114,18 +119,19 @@ class Answerer:
                         use_cache=True,
                         logits_to_keep=1,
                     )
-                for step in range(most):
-                    at = start + step
+                for step in range(0, most, self.chunk):
+                    here = slice(step, min(step + self.chunk, most))
+                    at = slice(start + here.start, start + here.stop)
                     logits = self.model(
-                        fed[:, at : at + 1],
-                        attention_mask=mask[:, : at + 1],
-                        position_ids=positions[:, at : at + 1],
+                        fed[:, at],
+                        attention_mask=mask[:, : at.stop],
+                        position_ids=positions[:, at],
                         **argument(cache),
                         use_cache=True,
-                    ).logits[:, -1]
-                    chosen = logits.float().log_softmax(-1).gather(1, target[:, step : step + 1])[:, 0]
-                    total += torch.where(counted[:, step], chosen.double(), 0.0)
-                    greedy &= ~counted[:, step] | (logits.argmax(-1) == target[:, step])
+                    ).logits
+                    chosen = logits.float().log_softmax(-1).gather(2, target[:, here, None])[..., 0]
+                    total += torch.where(counted[:, here], chosen.double(), 0.0).sum(1)
+                    greedy &= (~counted[:, here] | (logits.argmax(-1) == target[:, here])).all(1)
             found += list(zip(total.tolist(), greedy.tolist(), strict=True))
             tick(len(rows) / len(pairs))
         return found

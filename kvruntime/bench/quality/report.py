@@ -20,12 +20,17 @@ CONTROL = (
 )
 
 
+HARNESS = "lm-eval"
+"""The kind of lm-evaluation-harness' rows."""
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Every table that ``rows`` hold something for, then what is missing or failed."""
     blocks = []
     for group in groups(rows, KIND):
         blocks += [windows_table(group), positions_table(group)]
     blocks += answers_tables(rows)
+    blocks += harness_tables(rows)
     blocks += [note(row) for row in rows if row["kind"] in ("missing", "skipped") or "failed" in row]
     return "\n\n".join(blocks)
 
@@ -145,3 +150,39 @@ def answers_table(group: Sequence[Row]) -> str:
     lines = [heading("answers", first, f"{what}; {count:,} examples"), plain(*answers_cells(group))]
     lines += [task.caveat] if task and task.caveat else []
     return "\n".join(lines)
+
+
+def harness_tables(rows: Sequence[Row]) -> list[str]:
+    """One table a task of lm_eval: its metrics with their standard errors, a line a method."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == HARNESS and "failed" not in row:
+            names = ("model", "model_sha256", "dtype", "task", "limit", "chat", "lm_eval")
+            found.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return [harness_table(group) for group in found.values()]
+
+
+def harness_table(group: Sequence[Row]) -> str:
+    first, names = group[0], {}
+    for row in group:
+        names |= {(task, name): None for task, values in row["metrics"].items() for name in values}
+    shown = [(task, name) for task, name in names if "_stderr" not in name and name != "sample_len"]
+    many = len(first["metrics"]) > 1
+    body = []
+    for row in group:
+        cells = []
+        for task, name in shown:
+            value = row["metrics"].get(task, {}).get(name)
+            error = row["metrics"].get(task, {}).get(_stderr(name))
+            cells.append("" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error else ""))
+        body.append([row["method"], *cells])
+    head = ["method", *(f"{task} {name}" if many else name for task, name in shown)]
+    count = sum(first["num_examples"].values())
+    what = f"{first['task']} of lm_eval {first['lm_eval']}, {count:,} examples"
+    return "\n".join([heading("lm-eval", first, what), plain(head, body)])
+
+
+def _stderr(name: str) -> str:
+    """``exact_match,none`` -> ``exact_match_stderr,none``."""
+    metric, comma, filtered = name.partition(",")
+    return f"{metric}_stderr{comma}{filtered}"

@@ -49,12 +49,18 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     if loaded.tokenizer is None:
         raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
     tasks: list[Task] = []
-    if given["window"] or not given["task"]:
+    if given["window"] or not (given["task"] or given["lm_eval"]):
         tasks += window_tasks(loaded, contenders, text_windows(loaded, text, given), given["seed"])
     batch = given_or(given["batch"], 4 if device == "cpu" else 32)
     for name in given["task"]:
         asked = asked_of(loaded, given, text.content, data.get(name))
         tasks += answer_tasks(loaded, contenders, name, asked, batch, not given["plain"])
+    if given["lm_eval"]:
+        from kvruntime.bench.quality.lm_harness import harness_tasks
+
+        how = {"batch": batch, "limit": given["examples"], "include": given["lm_eval_include"]}
+        chat = not given["plain"] and bool(getattr(loaded.tokenizer, "chat_template", None))
+        tasks += harness_tasks(loaded, contenders, given["lm_eval"], **how, chat=chat, seed=given["seed"])
     return finish(tasks, results, tables)
 
 

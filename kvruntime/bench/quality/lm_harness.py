@@ -1,0 +1,190 @@
+"""lm-evaluation-harness' interface to a model, with a kvruntime cache: any of its tasks runs on any method.
+
+Importing this module registers the model as ``kvruntime``; ``kvruntime lm-eval ...`` is lm_eval's own command line
+after that.  Contexts are stored after one forward; continuations are decoded and answers generated through the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from time import perf_counter
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from kvruntime.bench.harness.results import Row
+from kvruntime.bench.harness.tables import BASE
+from kvruntime.bench.harness.tasks import Task, Tick
+from kvruntime.bench.model.caches import Contender, ours
+from kvruntime.bench.model.tasks import subject
+from kvruntime.bench.quality.report import HARNESS as KIND
+from kvruntime.checkpoints.load import Loaded, load, pick_device, resolve
+from kvruntime.eval.answers import Answerer
+from kvruntime.hf.cache import argument
+from kvruntime.specs import chosen_method
+from kvsim.layout import Method
+from kvsim.specs import parse_dtype
+
+HFLM_TAKES = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwargs"}
+
+
+@register_model("kvruntime")
+class KvruntimeLM(HFLM):
+    """A model whose every request runs through a cache of ``method``.
+
+    ``pretrained``: a name, directory or hub id as of ``kvruntime --model``, or a :class:`Loaded`.  ``method``: a method
+    with its options, ``kivi:nbits=2``, or a :class:`Contender`; arguments that lm_eval's own model does not take are
+    the method's options too, ``method=kivi,nbits=2,group_size=64``.  ``chunk``: tokens of a continuation that are fed
+    at a time, 1 as in decoding.  Raises ``LookupError`` and ``ValueError`` as ``kvruntime`` does.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Loaded = "smollm2-135m",
+        method: str | Method | Contender = "kivi",
+        chunk: int = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        offline: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        options = [f"{name}={kwargs.pop(name)}" for name in list(kwargs) if name not in HFLM_TAKES]
+        if isinstance(method, str):
+            joint = "," if ":" in method else ":"
+            method = chosen_method([joint.join([method, ",".join(options)]) if options else method], None, {})
+        elif options:
+            raise ValueError(f"options {', '.join(options)}: allowed with a method's name only")
+        self.contender = method if isinstance(method, Contender) else ours(method)
+        if isinstance(pretrained, str):
+            kind = None if dtype in (None, "auto") else parse_dtype(str(dtype))
+            found = resolve(pretrained, offline=offline, say=lambda line: print(line, file=sys.stderr))
+            pretrained = load(found, pick_device(None if device in (None, "", "None") else device), kind)
+        if pretrained.tokenizer is None:
+            raise ValueError(f"{pretrained.source.name} {pretrained.no_tokenizer}: text cannot be scored")
+        self.loaded, self.chunk = pretrained, int(chunk)
+        super().__init__(pretrained=pretrained.model, tokenizer=pretrained.tokenizer, **kwargs)
+
+    def _answerer(self) -> Answerer:
+        batch = self.batch_size if isinstance(self.batch_size, int) else 1
+        build = self.contender.build
+        return Answerer(self.model, self.tokenizer, lambda n: build(self.model, n), max(1, batch), self.chunk)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation and whether it is the greedy one; a context too long loses its start."""
+        order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
+        pairs = []
+        for index in order:
+            _, context, continuation = requests[index]
+            room = max(1, self.max_length + 1 - len(continuation))
+            pairs.append((context[-room:], continuation))
+        bar = tqdm(total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests")
+        with self.contender.around(self.model):
+            found = self._answerer().continuations(pairs, tick=lambda share: bar.update(round(share * len(pairs))))
+        bar.close()
+        out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for index, answer in zip(order, found, strict=True):
+            out[index] = answer
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+        return out
+
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
+        with self.contender.around(self.model):
+            cache = self.contender.build(self.model, max_length)
+            return super()._model_generate(context, max_length, stop, **argument(cache), **generation_kwargs)
+
+
+def harness_tasks(
+    loaded: Loaded,
+    contenders: Sequence[Contender],
+    names: Sequence[str],
+    *,
+    batch: int,
+    limit: int | None,
+    include: str | None,
+    chat: bool,
+    seed: int,
+) -> list[Task]:
+    """One a task of lm_eval and contender.
+
+    Raises ``LookupError`` for a task that lm_eval does not know.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include)
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise LookupError(f"lm_eval has no task {name!r}: `kvruntime lm-eval ls tasks` lists them")
+
+    def task(name: str, contender: Contender) -> Task:
+        key = {"kind": KIND, **subject(loaded, contender, seed), "task": name, "limit": limit, "chat": chat}
+        key |= {"batch_size": batch, "lm_eval": version("lm_eval")}
+
+        def measured(tick: Tick) -> Row:
+            return measure(loaded, contender, name, manager, batch=batch, limit=limit, chat=chat, seed=seed)
+
+        cost = 1 if contender.name in BASE else 2
+        return Task(key, measured, cost=cost, guest=contender.package != "kvruntime")
+
+    return [task(name, contender) for name in names for contender in contenders]
+
+
+def measure(
+    loaded: Loaded,
+    contender: Contender,
+    task: str,
+    manager: Any,
+    *,
+    batch: int,
+    limit: int | None,
+    chat: bool,
+    seed: int,
+) -> Row:
+    """The row's figures of one of lm_eval's tasks or groups: ``metrics``, task -> metric -> value, and seconds."""
+    from lm_eval import simple_evaluate
+
+    start = perf_counter()
+    found = simple_evaluate(
+        model=KvruntimeLM(loaded, contender, batch_size=batch),
+        tasks=[task],
+        limit=limit,
+        task_manager=manager,
+        apply_chat_template=chat,
+        bootstrap_iters=1000,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    assert found is not None
+    metrics = {
+        name: {key: value for key, value in values.items() if isinstance(value, int | float)}
+        for name, values in found["results"].items()
+    }
+    samples = {name: counts["effective"] for name, counts in found["n-samples"].items()}
+    return {"metrics": metrics, "num_examples": samples, "seconds": perf_counter() - start}
+
+
+def command_line(arguments: Sequence[str]) -> int:
+    """lm_eval's own command line, where ``--model kvruntime`` is known; its exit code."""
+    from lm_eval.__main__ import cli_evaluate
+
+    before, sys.argv = sys.argv, ["lm_eval", *arguments]
+    try:
+        cli_evaluate()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    finally:
+        sys.argv = before
+    return 0
