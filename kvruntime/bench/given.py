@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
-from kvruntime.bench.harness.tasks import Interrupted, Task, run
+from kvruntime.bench.harness.tasks import Interruption, Task, run
 from kvruntime.bench.model.caches import Contender, ours
 from kvruntime.bench.model.peers import find_peers, package_version
 from kvruntime.bench.model.tasks import check_methods, went_wrong
-from kvruntime.checkpoints.load import Loaded, Source, load, resolve
+from kvruntime.checkpoints.load import LoadedModel, Source, load, resolve
 from kvsim.engines.kvruntime import MOST
 from kvsim.install import install_hint
 from kvsim.layout import Method
@@ -65,7 +65,7 @@ def resolve_given(given: dict[str, Any]) -> Source:
     return resolve(given["model_name"], seed=given["seed"], offline=given["offline"], say=say)
 
 
-def load_given(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> Loaded:
+def load_given(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> LoadedModel:
     """The model, once every one of ``contenders`` was found to hold its layers."""
     say(f"loading {source.name}, weights: {source.weights}")
     loaded = load(source, device, given["weights_dtype"], say)
@@ -92,7 +92,7 @@ def finish(tasks: list[Task], results: Results, tables: Callable[[Sequence[Row]]
     """Measures, prints the tables; 1 where a measurement of our own failed otherwise than for want of memory."""
     try:
         rows = run(tasks, results)
-    except Interrupted as stop:
+    except Interruption as stop:
         words = [word for word in sys.argv[1:] if word != "--resume"]
         again = " ".join(["kvruntime", *words, *([] if results.anew else ["--resume"])])
         say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with: {again}")

@@ -61,7 +61,7 @@ class Answerer:
             ids, mask = self._left_padded(rows)
             length = ids.shape[1] + max_new_tokens
             self._check_positions(ids.shape[1], max_new_tokens)
-            stops = [_Stops(self.tokenizer, ids.shape[1], stop)] if stop else None
+            stops = [_StopTexts(self.tokenizer, ids.shape[1], stop)] if stop else None
             with torch.inference_mode():
                 out = self.model.generate(
                     ids,
@@ -158,7 +158,7 @@ class Answerer:
             raise ValueError(f"a prompt of {prompt} tokens and {new} new ones exceed the model's {limit} positions")
 
 
-class _Stops(StoppingCriteria):
+class _StopTexts(StoppingCriteria):
     """Ends a row whose new text holds one of ``stop``, looked for every few steps."""
 
     def __init__(self, tokenizer: Any, start: int, stop: Sequence[str]) -> None:

@@ -115,11 +115,11 @@ def score_windows(
     with torch.inference_mode():
         for first in range(0, num_windows, batch):
             ids = windows[first : first + batch].to(model.device)
-            fed = _Fed(model, ids, make_cache(window), around)
+            fed = _Feeder(model, ids, make_cache(window), around)
             reference = None
             if make_reference is not None:
                 wide = _reference_chunk(model, len(ids), chunk, reference_chunk)
-                reference = _Ahead(_Fed(model, ids, make_reference(window), around_reference), wide)
+                reference = _Lead(_Feeder(model, ids, make_reference(window), around_reference), wide)
             for start in range(0, window - 1, chunk):
                 stop = min(start + chunk, window - 1)  # the last token has nothing to predict
                 logits = fed(start, stop)
@@ -152,7 +152,7 @@ def _reference_chunk(model: Any, rows: int, chunk: int, asked: int) -> int:
     return max(1, min(asked, CACHED_LOGITS // token) // chunk) * chunk
 
 
-class _Fed:
+class _Feeder:
     """A model and one cache that holds ever more of ``ids``."""
 
     def __init__(self, model: Any, ids: Tensor, cache: Any, around: Around) -> None:
@@ -168,10 +168,10 @@ class _Fed:
         return logits
 
 
-class _Ahead:
+class _Lead:
     """The reference's logits, computed for ``chunk`` tokens at a time and handed out in smaller pieces."""
 
-    def __init__(self, fed: _Fed, chunk: int) -> None:
+    def __init__(self, fed: _Feeder, chunk: int) -> None:
         self.fed, self.chunk = fed, chunk
         self.start = self.stop = 0
         self.logits: Tensor | None = None

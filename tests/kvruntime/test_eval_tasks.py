@@ -15,7 +15,7 @@ from kvruntime import make_cache  # noqa: E402
 from kvruntime.bench.quality.report import answers_cells, tables  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvruntime.eval.answers import Answerer, before  # noqa: E402
-from kvruntime.eval.tasks import TASKS, Asked, Example, gsm8k, lambada, longbench, needle, ruler, task_named  # noqa: E402
+from kvruntime.eval.tasks import TASKS, Example, TaskRequest, gsm8k, lambada, longbench, needle, ruler, task_named  # noqa: E402
 from kvruntime.eval.tasks import longbench_metrics as metrics  # noqa: E402
 from kvruntime.eval.tasks.task import NEEDLES_SAY_LITTLE, fitted, share_found  # noqa: E402
 from kvsim.methods import Full, Kivi  # noqa: E402
@@ -23,10 +23,10 @@ from kvsim.methods import Full, Kivi  # noqa: E402
 EVAL = Path(__file__).parents[3] / "shared" / "eval"
 
 
-def asked(**options) -> Asked:
+def asked(**options) -> TaskRequest:
     """Words are tokens."""
     given = {"count": lambda text: len(text.split()), "lengths": (300,), "haystack": "So it goes. And on. " * 400}
-    return Asked(**{**given, **options})
+    return TaskRequest(**{**given, **options})
 
 
 def found_in(example: Example) -> list[int]:

@@ -15,10 +15,10 @@ from kvruntime.bench.harness.tasks import Task, Tick
 from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.memory import layer_shapes
 from kvruntime.bench.model.tasks import subject
-from kvruntime.checkpoints.load import Loaded
+from kvruntime.checkpoints.load import LoadedModel
 from kvruntime.eval.answers import Answerer
 from kvruntime.eval.bits import held_bits, packed_bits
-from kvruntime.eval.tasks import TASKS, Asked, Example, Part
+from kvruntime.eval.tasks import TASKS, Example, Part, TaskRequest
 
 KIND = "answers"
 LENGTHS = (1024, 2048, 4096)
@@ -29,7 +29,7 @@ KEPT = 200
 """Characters of an answer that a row keeps."""
 
 
-def asked_of(loaded: Loaded, given: Mapping[str, Any], haystack: str, data: Path | None) -> Asked:
+def asked_of(loaded: LoadedModel, given: Mapping[str, Any], haystack: str, data: Path | None) -> TaskRequest:
     """What the options ask of every task.  Raises ``ValueError`` for lengths beyond the model's positions."""
     limit = loaded.max_positions
     lengths = tuple(given["length"]) or tuple(n for n in LENGTHS if limit is None or n + ROOM <= limit)
@@ -48,7 +48,7 @@ def asked_of(loaded: Loaded, given: Mapping[str, Any], haystack: str, data: Path
         return str(tokenizer.decode(ids[: most // 2])) + str(tokenizer.decode(ids[len(ids) - (most - most // 2) :]))
 
     template = _template_tokens(tokenizer, count) if not given["plain"] else 0
-    return Asked(
+    return TaskRequest(
         count=lambda text: count(text) + template,
         lengths=lengths or (max(1, (limit or 0) - ROOM),),
         haystack=haystack,
@@ -62,7 +62,7 @@ def asked_of(loaded: Loaded, given: Mapping[str, Any], haystack: str, data: Path
 
 
 def answer_tasks(
-    loaded: Loaded, contenders: Sequence[Contender], name: str, asked: Asked, batch: int, chat: bool
+    loaded: LoadedModel, contenders: Sequence[Contender], name: str, asked: TaskRequest, batch: int, chat: bool
 ) -> list[Task]:
     """One a part and contender, all contenders of a part after one another."""
     chat = chat and bool(getattr(loaded.tokenizer, "chat_template", None))
@@ -81,7 +81,7 @@ def answer_tasks(
     return [task(part, contender) for part in TASKS[name].parts(asked) for contender in contenders]
 
 
-def measure_answers(loaded: Loaded, contender: Contender, part: Part, batch: int, chat: bool, tick: Tick) -> Row:
+def measure_answers(loaded: LoadedModel, contender: Contender, part: Part, batch: int, chat: bool, tick: Tick) -> Row:
     """The row's figures: ``score`` (mean of ``scores``), what was answered, tokens of a prompt, bits, seconds."""
     start = perf_counter()
     longest = 0

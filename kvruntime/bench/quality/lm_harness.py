@@ -23,10 +23,10 @@ from kvruntime.bench.harness.tasks import Task, Tick
 from kvruntime.bench.model.caches import Contender, ours
 from kvruntime.bench.model.tasks import subject
 from kvruntime.bench.quality.report import HARNESS as KIND
-from kvruntime.checkpoints.load import Loaded, load, pick_device, resolve
+from kvruntime.checkpoints.load import LoadedModel, load, pick_device, resolve
 from kvruntime.eval.answers import Answerer
 from kvruntime.hf.cache import argument
-from kvruntime.specs import chosen_method
+from kvruntime.specs import DEFAULT, chosen_method
 from kvsim.layout import Method
 from kvsim.specs import parse_dtype
 
@@ -37,7 +37,7 @@ HFLM_TAKES = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwar
 class KvruntimeLM(HFLM):
     """A model whose every request runs through a cache of ``method``.
 
-    ``pretrained``: a name, directory or hub id as of ``kvruntime --model``, or a :class:`Loaded`.  ``method``: a method
+    ``pretrained``: a name, directory or hub id as of ``kvruntime --model``, or a :class:`LoadedModel`.  ``method``: one
     with its options, ``kivi:nbits=2``, or a :class:`Contender`; arguments that lm_eval's own model does not take are
     the method's options too, ``method=kivi,nbits=2,group_size=64``.  ``chunk``: tokens of a continuation that are fed
     at a time, 1 as in decoding.  Raises ``LookupError`` and ``ValueError`` as ``kvruntime`` does.
@@ -45,8 +45,8 @@ class KvruntimeLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | Loaded = "smollm2-135m",
-        method: str | Method | Contender = "kivi",
+        pretrained: str | LoadedModel = "smollm2-135m",
+        method: str | Method | Contender = DEFAULT,
         chunk: int = 1,
         device: str | None = None,
         dtype: str | None = None,
@@ -105,7 +105,7 @@ class KvruntimeLM(HFLM):
 
 
 def harness_tasks(
-    loaded: Loaded,
+    loaded: LoadedModel,
     contenders: Sequence[Contender],
     names: Sequence[str],
     *,
@@ -140,7 +140,7 @@ def harness_tasks(
 
 
 def measure(
-    loaded: Loaded,
+    loaded: LoadedModel,
     contender: Contender,
     task: str,
     manager: Any,

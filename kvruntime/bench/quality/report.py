@@ -163,7 +163,7 @@ def harness_tables(rows: Sequence[Row]) -> list[str]:
 
 
 def harness_table(group: Sequence[Row]) -> str:
-    first, names = group[0], {}
+    first, names = group[0], dict[tuple[str, str], None]()
     for row in group:
         names |= {(task, name): None for task, values in row["metrics"].items() for name in values}
     shown = [(task, name) for task, name in names if "_stderr" not in name and name != "sample_len"]

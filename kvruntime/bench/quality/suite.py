@@ -19,7 +19,7 @@ from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.quality.answers import answer_tasks, asked_of
 from kvruntime.bench.quality.report import tables
 from kvruntime.bench.quality.windows import Windows, window_tasks
-from kvruntime.checkpoints.load import Loaded, pick_device
+from kvruntime.checkpoints.load import LoadedModel, pick_device
 from kvruntime.eval.tasks import TASKS, task_named
 from kvruntime.eval.text import Text, load_text, token_windows
 from kvruntime.eval.windows import REFERENCE_CHUNK
@@ -86,7 +86,7 @@ def data_given(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def text_windows(loaded: Loaded, text: Text, given: dict[str, Any]) -> list[Windows]:
+def text_windows(loaded: LoadedModel, text: Text, given: dict[str, Any]) -> list[Windows]:
     """The text's windows, one entry a length.
 
     Raises ``ValueError`` for a window beyond the model's positions.

@@ -17,7 +17,7 @@ from kvruntime.bench.harness.tasks import Task, Tick
 from kvruntime.bench.model.caches import Contender, stock
 from kvruntime.bench.model.memory import layer_shapes, measure_memory
 from kvruntime.bench.model.tasks import subject
-from kvruntime.checkpoints.load import Loaded
+from kvruntime.checkpoints.load import LoadedModel
 from kvruntime.eval.bits import elements_a_token, held_bits, packed_bits
 from kvruntime.eval.windows import score_windows
 
@@ -36,7 +36,9 @@ class Windows:
     reference_chunk: int
 
 
-def window_tasks(loaded: Loaded, contenders: Sequence[Contender], given: Sequence[Windows], seed: int) -> list[Task]:
+def window_tasks(
+    loaded: LoadedModel, contenders: Sequence[Contender], given: Sequence[Windows], seed: int
+) -> list[Task]:
     """One a length of window and contender, the uncompressed first: the others are compared with it."""
 
     def task(windows: Windows, contender: Contender) -> Task:
@@ -52,7 +54,7 @@ def window_tasks(loaded: Loaded, contenders: Sequence[Contender], given: Sequenc
     return [task(windows, contender) for windows in given for contender in contenders]
 
 
-def measure_windows(loaded: Loaded, contender: Contender, windows: Windows, seed: int, tick: Tick) -> Row:
+def measure_windows(loaded: LoadedModel, contender: Contender, windows: Windows, seed: int, tick: Tick) -> Row:
     """The row's figures: means over tokens, by position and by window, ``bits``, ``held_bits`` and the seconds.
 
     The reference is transformers' own uncompressed cache, fed ``windows.reference_chunk`` tokens at a time.
@@ -80,7 +82,7 @@ def measure_windows(loaded: Loaded, contender: Contender, windows: Windows, seed
     return {**scores.figures(), **element_bits(loaded, contender, windows.ids.shape[1], seed), "seconds": seconds}
 
 
-def element_bits(loaded: Loaded, contender: Contender, num_tokens: int, seed: int) -> Row:
+def element_bits(loaded: LoadedModel, contender: Contender, num_tokens: int, seed: int) -> Row:
     """``bits`` of an element of a long sequence and ``held_bits`` at ``num_tokens``, everything counted.
 
     From kvsim's buffers, which are the cache's own; another library's cache is filled and weighed, at ``num_tokens``

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvruntime.eval.tasks import gsm8k, lambada, longbench, needle, passkey, ruler
-from kvruntime.eval.tasks.task import Asked, EvalTask, Example, Part
+from kvruntime.eval.tasks.task import EvalTask, Example, Part, TaskRequest
 from kvsim.nearest import hint
 
 TASKS: dict[str, EvalTask] = {
@@ -24,4 +24,4 @@ def task_named(name: str) -> EvalTask:
     return TASKS[name]
 
 
-__all__ = ["TASKS", "Asked", "EvalTask", "Example", "Part", "task_named"]
+__all__ = ["TASKS", "EvalTask", "Example", "Part", "TaskRequest", "task_named"]

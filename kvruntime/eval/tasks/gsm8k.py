@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kvruntime.eval.tasks.task import Asked, EvalTask, Example, Part, in_blocks, read_examples
+from kvruntime.eval.tasks.task import EvalTask, Example, Part, TaskRequest, in_blocks, read_examples
 
 BLOCK = 32
 MAX_NEW_TOKENS = 400
@@ -13,7 +13,7 @@ ASK = "Solve the problem step by step. End with the answer as a number after ###
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
-def parts(asked: Asked) -> list[Part]:
+def parts(asked: TaskRequest) -> list[Part]:
     """Blocks of problems."""
     assert asked.data is not None
     examples = []

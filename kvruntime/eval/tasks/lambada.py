@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kvruntime.eval.tasks.task import Asked, EvalTask, Example, Part, in_blocks, read_examples
+from kvruntime.eval.tasks.task import EvalTask, Example, Part, TaskRequest, in_blocks, read_examples
 
 BLOCK = 64
 NEEDS = 'a JSON-lines file with "text" a line'
 
 
-def parts(asked: Asked) -> list[Part]:
+def parts(asked: TaskRequest) -> list[Part]:
     """Blocks of passages."""
     assert asked.data is not None
     examples = []

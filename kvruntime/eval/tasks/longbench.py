@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.eval.tasks import longbench_metrics as metrics
-from kvruntime.eval.tasks.task import Asked, EvalTask, Example, Part, in_blocks, read_examples
+from kvruntime.eval.tasks.task import EvalTask, Example, Part, TaskRequest, in_blocks, read_examples
 from kvsim.finite_json import read_json
 
 BLOCK = 16
@@ -34,7 +34,7 @@ FIRST_LINE = ("trec", "triviaqa", "samsum")
 """Datasets of whose answers the first line counts."""
 
 
-def parts(asked: Asked) -> list[Part]:
+def parts(asked: TaskRequest) -> list[Part]:
     """Blocks of each dataset's examples, in the folder's order of names."""
     assert asked.data is not None
     folder = asked.data
@@ -54,7 +54,7 @@ def config(folder: Path, name: str) -> Mapping[str, Any]:
     return found
 
 
-def dataset(asked: Asked, path: Path, prompts: Mapping[str, Any], lengths: Mapping[str, Any]) -> list[Part]:
+def dataset(asked: TaskRequest, path: Path, prompts: Mapping[str, Any], lengths: Mapping[str, Any]) -> list[Part]:
     """The parts of one dataset; a prompt beyond the model's positions loses its middle, as LongBench has it."""
     name = path.stem
     prompt, most = prompts.get(name), lengths.get(name)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from kvruntime.eval.tasks.task import NEEDLES_SAY_LITTLE, Asked, EvalTask, Example, Part, fitted, share_found
+from kvruntime.eval.tasks.task import NEEDLES_SAY_LITTLE, EvalTask, Example, Part, TaskRequest, fitted, share_found
 
 CITIES = ("Amsterdam", "Bogota", "Cairo", "Dublin", "Edinburgh", "Florence", "Geneva", "Havana", "Istanbul", "Jakarta")
 EXAMPLES = 4
 
 
-def parts(asked: Asked) -> list[Part]:
+def parts(asked: TaskRequest) -> list[Part]:
     """One a length and depth."""
     return [part(asked, length, depth) for length in asked.lengths for depth in depths(asked)]
 
 
-def depths(asked: Asked) -> list[float]:
+def depths(asked: TaskRequest) -> list[float]:
     """Places of the needle, 0 at the start and 1 at the end."""
     most = max(1, asked.depths - 1)
     return [index / most for index in range(asked.depths)]
 
 
-def part(asked: Asked, length: int, depth: float) -> Part:
+def part(asked: TaskRequest, length: int, depth: float) -> Part:
     """The cell of one length and depth."""
     examples = []
     for index in range(asked.examples or EXAMPLES):

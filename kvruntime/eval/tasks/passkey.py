@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from kvruntime.eval.tasks.needle import depths
-from kvruntime.eval.tasks.task import NEEDLES_SAY_LITTLE, Asked, EvalTask, Example, Part, fitted, share_found
+from kvruntime.eval.tasks.task import NEEDLES_SAY_LITTLE, EvalTask, Example, Part, TaskRequest, fitted, share_found
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 EXAMPLES = 4
 
 
-def parts(asked: Asked) -> list[Part]:
+def parts(asked: TaskRequest) -> list[Part]:
     """One a length and depth."""
     return [part(asked, length, depth) for length in asked.lengths for depth in depths(asked)]
 
 
-def part(asked: Asked, length: int, depth: float) -> Part:
+def part(asked: TaskRequest, length: int, depth: float) -> Part:
     """The cell of one length and depth."""
     examples = []
     for index in range(asked.examples or EXAMPLES):

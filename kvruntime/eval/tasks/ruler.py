@@ -13,21 +13,21 @@ from itertools import pairwise
 
 from kvruntime.eval.tasks.needle import boundary, stretch
 from kvruntime.eval.tasks.passkey import FILLER
-from kvruntime.eval.tasks.task import Asked, EvalTask, Example, Part, fitted, share_found
+from kvruntime.eval.tasks.task import EvalTask, Example, Part, TaskRequest, fitted, share_found
 
 EXAMPLES = 4
 ONSETS, VOWELS, CODAS = "bdfgklmnprstvz", "aeiou", "lmnrst"
 
-Maker = Callable[[Asked, random.Random, int], Example]
+Maker = Callable[[TaskRequest, random.Random, int], Example]
 """``(asked, chance, length)`` -> an example of about ``length`` tokens."""
 
 
-def parts(asked: Asked) -> list[Part]:
+def parts(asked: TaskRequest) -> list[Part]:
     """One a kind and length."""
     return [part(asked, name, length) for length in asked.lengths for name in KINDS]
 
 
-def part(asked: Asked, name: str, length: int) -> Part:
+def part(asked: TaskRequest, name: str, length: int) -> Part:
     """The examples of one kind and length."""
     make, max_new_tokens = KINDS[name]
     count = asked.examples or EXAMPLES
@@ -71,7 +71,7 @@ def retrieval(keys: int, values: int, asked_keys: int, distractors: bool = False
     ``keys`` hidden keys with ``values`` numbers each, of which ``asked_keys`` are asked for.
     """
 
-    def make(asked: Asked, chance: random.Random, length: int) -> Example:
+    def make(asked: TaskRequest, chance: random.Random, length: int) -> Example:
         names = words(chance, keys)
         held = {name: [number(chance) for _ in range(values)] for name in names}
         wanted = names[:asked_keys]
@@ -99,7 +99,7 @@ def retrieval(keys: int, values: int, asked_keys: int, distractors: bool = False
     return make
 
 
-def variable_tracking(asked: Asked, chance: random.Random, length: int) -> Example:
+def variable_tracking(asked: TaskRequest, chance: random.Random, length: int) -> Example:
     """A chain of assignments among sentences that repeat: which variables hold the first one's value?"""
     names = [name.upper() for name in words(chance, 5)]
     value, seed = str(chance.randint(10_000, 99_999)), chance.random()
@@ -121,7 +121,7 @@ def variable_tracking(asked: Asked, chance: random.Random, length: int) -> Examp
     return Example(fitted(build, asked.count, length), tuple(names))
 
 
-def common_words(asked: Asked, chance: random.Random, length: int) -> Example:
+def common_words(asked: TaskRequest, chance: random.Random, length: int) -> Example:
     """A numbered list in which ten words come thirty times and all others three times.
 
     Where thirty times ten words exceed ``length``, the ten come three times and the others once.
@@ -144,7 +144,7 @@ def common_words(asked: Asked, chance: random.Random, length: int) -> Example:
     return Example(fitted(build, asked.count, length), tuple(common))
 
 
-def frequent_words(asked: Asked, chance: random.Random, length: int) -> Example:
+def frequent_words(asked: TaskRequest, chance: random.Random, length: int) -> Example:
     """A coded text whose words come as Zipf's law has them (exponent 2): which three come most?"""
     vocabulary, seed = words(chance, 60), chance.random()
 
@@ -165,7 +165,7 @@ def frequent_words(asked: Asked, chance: random.Random, length: int) -> Example:
     return Example(text, tuple(ranked[:3]))
 
 
-def made_up_facts(asked: Asked, chance: random.Random, length: int) -> Example:
+def made_up_facts(asked: TaskRequest, chance: random.Random, length: int) -> Example:
     """Short documents about invented people, a question about one of them."""
     seed = chance.random()
     name = word(chance).capitalize()

@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskRequest:
     """What a user asked of a task.
 
     ``count(text)``: the tokens that a text costs, templates included; ``lengths``: of prompts, in tokens; ``depths``:
@@ -87,9 +87,9 @@ class EvalTask(NamedTuple):
 
     what: str
     """In one line."""
-    parts: Callable[[Asked], list[Part]]
+    parts: Callable[[TaskRequest], list[Part]]
     needs: str = ""
-    """What ``Asked.data`` has to be; empty where nothing is needed."""
+    """What ``TaskRequest.data`` has to be; empty where nothing is needed."""
     caveat: str = ""
     """What is said wherever its scores are shown."""
     grid: bool = False
