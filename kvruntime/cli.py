@@ -19,7 +19,7 @@ from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options,
 from kvsim import __version__
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
-from kvsim.methods.defaults import EXAMPLE
+from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,6 +218,21 @@ def eval_command(**given: Any) -> int:
     return evaluate(_methods(given), **given)
 
 
+@cli.command("doctor")
+@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
+@method_options
+@click.option("--bound", type=float, default=0.05, show_default=True, help="KL divergence allowed, nats a token.")
+@click.option("--text", "text_path", type=Path, help="UTF-8 text to look at.  [default: Python's language reference]")
+@click.option("--tokens", type=int, help="Tokens to look at.  [default: 512]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@machine_options
+def doctor_command(**given: Any) -> int:
+    """Names layers whose keys have large biases or outliers, and proposes bits by layer for a bound."""
+    from kvruntime.bench.quality.doctor import doctor
+
+    return doctor(_methods(given, "kvruntime doctor"), **given)
+
+
 @cli.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval_command(arguments: tuple[str, ...]) -> int:
@@ -310,7 +325,10 @@ METHOD_KEYS = (
 )
 
 
-def _methods(given: dict[str, Any]) -> list[Any]:
+def _methods(given: dict[str, Any], command: str = "kvruntime") -> list[Any]:
+    """The methods that the options name, those of ``command`` where they name none."""
+    if not (given["specs"] or given["nbits"]):
+        given["specs"] = DEFAULT_SPECS[command]
     taken = {key: given.pop(key) for key in METHOD_KEYS}
     return chosen_methods(taken.pop("specs"), taken.pop("dtype"), taken)
 

@@ -27,6 +27,7 @@ LEAST |= {
     "max_new_tokens": 1,
     "batch": 1,
     "depths": 1,
+    "tokens": 2,
     "examples": 1,
 }
 """Counts that options give, and their least values."""

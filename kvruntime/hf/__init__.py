@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from kvruntime.hf.attention import attach, restore
+from kvruntime.hf.biases import warn_of_biases
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
@@ -41,7 +42,8 @@ def make_cache(
     row whose decode step ``torch.compile`` takes whole; on CUDA ``generate()`` compiles it by itself
     (:mod:`kvruntime.hf.compiled`).
 
-    Raises ``LookupError`` for an unknown method, ``ValueError`` for an option or a model that cannot be run right.
+    Warns of keys with large biases, once a model (:mod:`kvruntime.hf.biases`).  Raises ``LookupError`` for an unknown
+    method, ``ValueError`` for an option or a model that cannot be run right.
     """
     if not hasattr(model, "config"):
         raise ValueError(f"model {model!r:.80}: allowed are loaded transformers models")
@@ -61,6 +63,7 @@ def make_cache(
     for shape in set(shapes):
         method.buffers(stored_shape(method, shape), 1, 1)  # says what it cannot hold before anything runs
     refuse_scores(model, method)
+    warn_of_biases(model, method, shapes)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     without, layer = _without_steps(model, method, kinds), room_of(method).layer
     steps = (

@@ -22,6 +22,14 @@ DEFAULT_SPECS: dict[str, tuple[str, ...]] = {
     "plan": ("fp16", *_THREE),
     "page": ("fp16", *_THREE),
     "kvruntime": ("kivi:nbits=2",),
+    "kvruntime doctor": (
+        *("kivi-boost:nbits=2", "kivi-boost:nbits=2,value_nbits=3", "kivi-boost:nbits=3,value_nbits=3"),
+        *("kivi:nbits=4,sink_length=4", "kivi:nbits=8,sink_length=4"),
+    ),
+    "kvruntime compare": (
+        *("kivi-boost:nbits=2", "kivi-boost:nbits=2,value_nbits=3", "kivi-boost:nbits=3,value_nbits=3"),
+        *("kivi:nbits=2", "kivi:nbits=2,group_size=64", "kivi:nbits=4,group_size=64", "kivi:nbits=8"),
+    ),
     "page offers": ("fp16", "fp8", "int8", "int4", "nvfp4", "q8_0", "q4_0", "kivi:nbits=4", "kivi:nbits=2"),
 }
 """Command -> specs.  ``estimate`` (and ``explain``, ``sweep``) and ``compare`` (and ``plot``) show them beside the

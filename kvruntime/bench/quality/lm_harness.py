@@ -46,7 +46,7 @@ class KvruntimeLM(HFLM):
     def __init__(
         self,
         pretrained: str | LoadedModel = "smollm2-135m",
-        method: str | Method | Contender = DEFAULT,
+        method: str | Method | Contender = DEFAULT[0],
         chunk: int = 1,
         device: str | None = None,
         dtype: str | None = None,

@@ -1,0 +1,132 @@
+"""``kvruntime doctor``: which layers' keys stand out, and bits by layer for a bound on the divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
+
+from kvruntime.bench.given import check_given, load_given, resolve_given, say
+from kvruntime.bench.model.caches import ours
+from kvruntime.bench.model.report import heading
+from kvruntime.checkpoints.load import LoadedModel, pick_device
+from kvruntime.eval.bits import packed_bits
+from kvruntime.eval.sensitivity import LayerFinding, Proposal, Study
+from kvruntime.eval.text import load_text, token_windows
+from kvsim.finite_json import json_text
+from kvsim.layout import Method
+from kvsim.output.tables import plain
+
+TOKENS = 512
+ROWS = 1
+MOST_SHOWN = 8
+"""Layers in the table: those that stand out, and those whose attention suffers most."""
+
+
+def doctor(methods: list[Method], **given: Any) -> int:
+    """``kvruntime doctor``; its exit code."""
+    import torch
+
+    check_given(given)
+    if not given["bound"] > 0:
+        raise ValueError(f"bound {given['bound']:g}: allowed are numbers above 0, nats a token")
+    device = pick_device(given["device"])
+    start = perf_counter()
+    loaded = load_given(resolve_given(given), device, given, [ours(method) for method in methods])
+    tokens = min(given["tokens"] or TOKENS, loaded.max_positions or TOKENS)
+    if loaded.tokenizer is None:
+        say(f"{loaded.source.name} {loaded.no_tokenizer}: random tokens are looked at")
+        generator = torch.Generator().manual_seed(given["seed"])
+        ids = torch.randint(loaded.vocab_size, (ROWS, tokens), generator=generator)
+    else:
+        ids = token_windows(loaded.tokenizer, load_text(given["text_path"]), tokens, ROWS * tokens)
+    study = Study(loaded.model, ids, tuple(methods))
+    findings = study.layers()
+    uniform = study.uniform()
+    proposal = study.propose(findings, uniform, given["bound"])
+    seconds = perf_counter() - start
+    if given["as_json"]:
+        print(json_text(as_json(loaded, study, findings, uniform, proposal, given["bound"]), indent=1))
+    else:
+        print(report(loaded, study, findings, uniform, proposal, given["bound"], seconds))
+    return 0
+
+
+def report(
+    loaded: LoadedModel,
+    study: Study,
+    findings: Sequence[LayerFinding],
+    uniform: Sequence[Proposal],
+    proposal: Proposal | None,
+    bound: float,
+    seconds: float,
+) -> str:
+    """Everything that was found, as text."""
+    row = {"model": loaded.source.name, "weights": loaded.source.weights, "dtype": loaded.dtype}
+    rows, tokens = study.ids.shape
+    lines = [heading("doctor", row, f"{rows} x {tokens} tokens, {seconds:.0f} s")]
+    named = [finding for finding in findings if finding.named]
+    lines += [f"layer {finding.index}: {finding.named}" for finding in named]
+    lines += ["" if named else "no layer's keys have large biases or outlying channels", layers_table(study, findings)]
+    lines += ["", "every layer alike:", uniform_table(study, uniform, bound)]
+    lines += ["", proposal_text(proposal, bound)]
+    return "\n".join(lines)
+
+
+def layers_table(study: Study, findings: Sequence[LayerFinding]) -> str:
+    """The layers whose attention suffers most, and those that are named."""
+    worst = sorted(findings, key=lambda finding: (not finding.named, -finding.errors[0]))[:MOST_SHOWN]
+    head = ["layer", "key bias", "key outlier", *(f"error {method.name}" for method in study.methods)]
+    body = []
+    for finding in sorted(worst, key=lambda each: each.index):
+        errors = [f"{100 * error:.3g} %" for error in finding.errors]
+        body.append([f"{finding.index}", f"{finding.bias:.1f}x", f"{finding.outlier:.1f}x", *errors])
+    note = f"{len(body)} of {len(findings)} layers; error: squared, of the attention output, as a share of its square"
+    return f"{plain(head, body)}\n{note}"
+
+
+def uniform_table(study: Study, uniform: Sequence[Proposal], bound: float) -> str:
+    body = [
+        [one.methods[0].name, f"{one.bits:.3f}", f"{one.kl:.5f}", "within" if one.kl <= bound else "beyond"]
+        for one in uniform
+    ]
+    return plain(["method", "bits", "KL, nats a token", f"the bound of {bound:g}"], body)
+
+
+def proposal_text(proposal: Proposal | None, bound: float) -> str:
+    """The bits by layer, and what they are not."""
+    if proposal is None:
+        return f"no choice among these methods is within {bound:g} nats a token: keep the cache uncompressed"
+    lines = [f"proposed, {proposal.bits:.3f} bits an element in the mean, measured KL {proposal.kl:.5f} nats a token:"]
+    for first, last, method in proposal.ranges:
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        lines.append(f"  {layers}: {method.name} ({last - first + 1} of {len(proposal.methods)})")
+    if len(set(proposal.methods)) > 1:
+        lines.append("make_cache stores every layer alike: take the first method above that is within the bound")
+    lines.append("simulated: every token reads its whole past as stored, which is harder than decoding")
+    return "\n".join(lines)
+
+
+def as_json(
+    loaded: LoadedModel,
+    study: Study,
+    findings: Sequence[LayerFinding],
+    uniform: Sequence[Proposal],
+    proposal: Proposal | None,
+    bound: float,
+) -> dict[str, Any]:
+    """Everything that was found, as one object."""
+    names = [method.name for method in study.methods]
+    bits = [packed_bits(method, study.shapes) for method in study.methods]
+    layers = [
+        {"layer": f.index, "bias": f.bias, "outlier": f.outlier, "named": f.named, "errors": list(f.errors)}
+        for f in findings
+    ]
+    chosen = None
+    if proposal is not None:
+        chosen = {"methods": [m.name for m in proposal.methods], "kl": proposal.kl, "bits": proposal.bits}
+    return {
+        "model": loaded.source.name, "weights": loaded.source.weights, "model_sha256": loaded.sha256,
+        "dtype": loaded.dtype, "tokens": study.ids.numel(), "methods": names, "bits": bits, "layers": layers,
+        "uniform_kl": [one.kl for one in uniform], "bound": bound, "proposal": chosen,
+    }  # fmt: skip

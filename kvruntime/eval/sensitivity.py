@@ -1,0 +1,217 @@
+"""Which layers mind few bits: what a method does to a layer's attention, and the divergence of a whole choice.
+
+Everything is measured in plain forwards of the model: an attention function stands in that also attends to keys and
+values as a method would give them back (its room's ``read_back``).  Every token then reads its whole past as it is
+stored at the end, newest tokens apart: harder than decoding, where the newest are exact at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kvruntime.eval.bits import packed_bits
+from kvruntime.hf.biases import LARGE, key_bias_ratios
+from kvruntime.hf.models import layer_shapes
+from kvruntime.methods import room_of
+from kvsim.engines.kvruntime import stored_shape
+from kvsim.layout import LayerShape, Method
+
+NAME = "kvruntime_sensitivity"
+OUTLIER = 15.0
+"""Times the median channel of a layer's keys: the largest channel from here on is an outlier."""
+TRIES = 6
+"""Choices by layer that are measured, each with errors scaled anew."""
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class LayerFinding:
+    """A layer: ``bias``, the largest key bias over the keys' spread (0 without one); ``outlier``, the largest key
+    channel's root mean square over the median channel's; ``errors``, of each method the squared error of the attention
+    output as a share of its square."""
+
+    index: int
+    bias: float
+    outlier: float
+    errors: tuple[float, ...]
+
+    @property
+    def named(self) -> str:
+        """What stands out, in words; empty where nothing does."""
+        said = [f"key biases of {self.bias:,.0f} times their spread"] * (self.bias >= LARGE)
+        said += [f"key channels of {self.outlier:,.0f} times the median"] * (self.outlier >= OUTLIER)
+        return ", ".join(said)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A method for every layer, the divergence measured with it in nats a token, and the mean bits of an element."""
+
+    methods: tuple[Method, ...]
+    kl: float
+    bits: float
+
+    @property
+    def ranges(self) -> list[tuple[int, int, Method]]:
+        """Runs of layers with one method: ``(first, last, method)``."""
+        out: list[tuple[int, int, Method]] = []
+        for index, method in enumerate(self.methods):
+            if out and out[-1][2] == method:
+                out[-1] = (out[-1][0], index, method)
+            else:
+                out.append((index, index, method))
+        return out
+
+
+@dataclass
+class Study:
+    """A model, token ids (int64 ``[rows, tokens]``) and methods, the fewest bits first."""
+
+    model: Any
+    ids: Tensor
+    methods: tuple[Method, ...]
+    shapes: list[LayerShape] = field(init=False)
+    exact: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` for a model whose layers are not all plain full attention."""
+        self.shapes = layer_shapes(self.model)
+        self.methods = tuple(sorted(self.methods, key=lambda method: packed_bits(method, self.shapes)))
+
+    def layers(self) -> list[LayerFinding]:
+        """What stands out in each layer; one forward, after which ``exact`` holds its log probabilities."""
+        errors: dict[int, tuple[float, ...]] = {}
+        outliers: dict[int, float] = {}
+
+        def look(index: int, attend: Callable[[Tensor, Tensor], Tensor], key: Tensor, value: Tensor) -> Tensor:
+            out = attend(key, value)
+            found = []
+            for method in self.methods:
+                off = attend(*read_back(method, self.shapes[index], key, value)) - out
+                found.append((off.double().square().sum() / out.double().square().sum().clamp(min=1e-30)).item())
+            errors[index] = tuple(found)
+            channels = key.float().square().mean((0, 2)).sqrt().flatten()
+            outliers[index] = (channels.max() / channels.median().clamp(min=1e-30)).item()
+            return out
+
+        self.exact = self._log_probabilities(look)
+        biases = key_bias_ratios(self.model)
+        biases += [0.0] * (len(self.shapes) - len(biases))
+        return [LayerFinding(index, biases[index], outliers[index], errors[index]) for index in sorted(errors)]
+
+    def divergence(self, methods: Sequence[Method]) -> float:
+        """KL divergence from the exact model, nats a token, with ``methods`` layer by layer; one forward."""
+
+        def simulate(index: int, attend: Callable[[Tensor, Tensor], Tensor], key: Tensor, value: Tensor) -> Tensor:
+            return attend(*read_back(methods[index], self.shapes[index], key, value))
+
+        own = self._log_probabilities(simulate)
+        kl = torch.nn.functional.kl_div(own, self.exact, reduction="none", log_target=True).sum(-1)
+        return max(0.0, kl.double().mean().item())
+
+    def uniform(self) -> list[Proposal]:
+        """Each method for all layers, measured."""
+        count = len(self.shapes)
+        return [Proposal((m,) * count, self.divergence((m,) * count), self._bits((m,) * count)) for m in self.methods]
+
+    def propose(self, findings: Sequence[LayerFinding], uniform: Sequence[Proposal], bound: float) -> Proposal | None:
+        """The fewest bits by layer whose measured divergence is at most ``bound`` nats a token; None where even the
+        most bits for all layers exceed it.
+
+        Layers are raised by how much error a bit takes away; errors are scaled to divergences by what was measured.
+        """
+        if uniform[-1].kl > bound:
+            return None
+        if uniform[0].kl <= bound:
+            return uniform[0]
+        best, scale = uniform[-1], uniform[0].kl / max(1e-30, self._error(findings, [0] * len(findings)))
+        seen: set[tuple[int, ...]] = set()
+        for _ in range(TRIES):
+            level = self._least(findings, bound / max(scale, 1e-30))
+            if tuple(level) in seen:
+                break
+            seen.add(tuple(level))
+            chosen = tuple(self.methods[index] for index in level)
+            measured = Proposal(chosen, self.divergence(chosen), self._bits(chosen))
+            if measured.kl <= bound:
+                best = min(best, measured, key=lambda one: one.bits)
+            scale = measured.kl / max(1e-30, self._error(findings, level))
+        return min([best, *(one for one in uniform if one.kl <= bound)], key=lambda one: one.bits)
+
+    def _least(self, findings: Sequence[LayerFinding], error: float) -> list[int]:
+        """The method of each layer, raised one by one until their errors are at most ``error`` together."""
+        level = [0] * len(findings)
+        while self._error(findings, level) > error and min(level) < len(self.methods) - 1:
+            level[self._next(findings, level)] += 1
+        return level
+
+    def _next(self, findings: Sequence[LayerFinding], level: Sequence[int]) -> int:
+        """The layer of which the next method takes away the most error a bit."""
+
+        def gain(index: int) -> float:
+            at, errors = level[index], findings[index].errors
+            more = packed_bits(self.methods[at + 1], self.shapes) - packed_bits(self.methods[at], self.shapes)
+            return (errors[at] - errors[at + 1]) / max(more, 1e-6)
+
+        return max((index for index in range(len(level)) if level[index] < len(self.methods) - 1), key=gain)
+
+    @staticmethod
+    def _error(findings: Sequence[LayerFinding], level: Sequence[int]) -> float:
+        return sum(finding.errors[at] for finding, at in zip(findings, level, strict=True))
+
+    def _bits(self, methods: Sequence[Method]) -> float:
+        sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes]
+        pairs = zip(methods, self.shapes, sizes, strict=True)
+        return sum(packed_bits(method, [shape]) * size for method, shape, size in pairs) / sum(sizes)
+
+    def _log_probabilities(self, look: Callable[..., Tensor]) -> Tensor:
+        with attending(self.model, look), torch.inference_mode():
+            logits = self.model(input_ids=self.ids.to(self.model.device), use_cache=False).logits
+        return torch.as_tensor(logits).float().log_softmax(-1)
+
+
+def read_back(method: Method, shape: LayerShape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[batch_size, num_kv_heads, tokens, dim]`` as ``method`` gives them back, in their own types."""
+    stored = stored_shape(method, shape)
+    sizes = (stored.key_dim, stored.value_dim)
+    filled = [
+        torch.nn.functional.pad(x.float(), (0, dim - x.shape[-1])) for x, dim in zip((key, value), sizes, strict=True)
+    ]
+    k, v = room_of(method).read_back(method, *filled)
+    return k[..., : key.shape[-1]].to(key.dtype), v[..., : value.shape[-1]].to(value.dtype)
+
+
+@contextmanager
+def attending(model: Any, look: Callable[..., Tensor]) -> Iterator[None]:
+    """The model with an attention function whose output is ``look(layer, attend, key, value)``, where
+    ``attend(key, value)`` is the layer's own attention; put back afterwards."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
+    ) -> tuple[Tensor, None]:
+        def attend(k: Tensor, v: Tensor) -> Tensor:
+            out: Tensor = sdpa_attention_forward(module, query, k, v, attention_mask, **named)[0]
+            return out
+
+        return look(module.layer_idx, attend, key, value), None
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+__all__ = ["LayerFinding", "Proposal", "Study", "attending", "read_back"]
