@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib")
 
 from runtime_tiny import tiny_directory  # noqa: E402
 
-from kvruntime import commands  # noqa: E402
 from kvruntime import selfcheck as checking  # noqa: E402
+from kvruntime.bench import given  # noqa: E402
 from kvruntime.bench.harness import tasks  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
@@ -129,7 +129,7 @@ def test_peers_that_are_missing_are_recorded(folder, here, capsys, monkeypatch):
     from kvruntime.bench.model import peers
 
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
-    monkeypatch.setattr(commands, "find_peers", peers.find_peers)
+    monkeypatch.setattr(given, "find_peers", peers.find_peers)
     assert run(bench(folder, "--only", "memory", "--peers", "--residual-length", "32")) == 0
     assert install_hint("peers") in capsys.readouterr().out
     rows = json.loads((here / "kvruntime-bench.json").read_text())["rows"]
