@@ -1,4 +1,4 @@
-"""The command line: ``kvruntime bench | perplexity | eval | axes | plot | generate | selfcheck | calibrate | pull``.
+"""The command line: ``kvruntime bench | eval | compare | doctor | perplexity | axes | plot | generate`` and more.
 
 A bad input is one line on stderr and exit code 2, a measurement of our own that failed 1; Ctrl-C is 130, with all
 finished measurements in the file.
@@ -216,6 +216,31 @@ def eval_command(**given: Any) -> int:
     from kvruntime.bench.quality.suite import evaluate
 
     return evaluate(_methods(given), **given)
+
+
+@cli.command("compare")
+@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
+@method_options
+@click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]")
+@click.option("--window", type=int, help="Tokens a window.  [default: 1024]")
+@click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]")
+@click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
+@click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+@click.option("--speed-batch", type=int, help="Sequences decoded together for speed.  [default: 1 on a CPU, else 32]")
+@click.option("--prompt-tokens", type=int, help="For speed.  [default: 256 on a CPU, else 512]")
+@click.option("--decode-tokens", type=int, help="For speed.  [default: 16 on a CPU, else 64]")
+@click.option("--repeats", type=int, help="Timed speed runs.  [default: 3]")
+@click.option("--ablation", is_flag=True, help="Bits x groups x residual x sinks too.")
+@click.option("--ablation-tokens", type=int, help="Tokens of its text.  [default: 2048 on a CPU, else 32768]")
+@click.option("--picture", type=Path, help="PNG or SVG of bytes a token, quality and speed.")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@record_options
+@machine_options
+def compare_command(**given: Any) -> int:
+    """Bytes a token, quality and speed of every method in one table and one picture, and what they recommend."""
+    from kvruntime.bench.quality.compare import compare
+
+    return compare(_methods(given, "kvruntime compare"), **given)
 
 
 @cli.command("doctor")

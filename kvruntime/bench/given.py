@@ -28,6 +28,8 @@ LEAST |= {
     "batch": 1,
     "depths": 1,
     "tokens": 2,
+    "speed_batch": 1,
+    "ablation_tokens": 2,
     "examples": 1,
 }
 """Counts that options give, and their least values."""

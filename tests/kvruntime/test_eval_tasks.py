@@ -15,7 +15,17 @@ from kvruntime import make_cache  # noqa: E402
 from kvruntime.bench.quality.report import answers_cells, tables  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvruntime.eval.answers import Answerer, before  # noqa: E402
-from kvruntime.eval.tasks import TASKS, Example, TaskRequest, gsm8k, lambada, longbench, needle, ruler, task_named  # noqa: E402
+from kvruntime.eval.tasks import (  # noqa: E402
+    TASKS,
+    Example,
+    TaskRequest,
+    gsm8k,
+    lambada,
+    longbench,
+    needle,
+    ruler,
+    task_named,
+)
 from kvruntime.eval.tasks import longbench_metrics as metrics  # noqa: E402
 from kvruntime.eval.tasks.task import NEEDLES_SAY_LITTLE, fitted, share_found  # noqa: E402
 from kvsim.methods import Full, Kivi  # noqa: E402

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import BASE, groups
+from kvruntime.bench.quality import comparison as compared
 from kvruntime.bench.quality.answers import KIND as ANSWERS
 from kvruntime.bench.quality.report import change, uncompressed
 from kvruntime.bench.quality.windows import KIND as WINDOWS
 from kvruntime.eval.tasks import TASKS
+from kvsim.atomic import replace_file
+from kvsim.install import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,3 +112,84 @@ def grid(cells: Sequence[Row], axes: Axes) -> None:
     task = TASKS[cells[0]["task"]]
     caveat = task.caveat.partition(":")[0] or task.what
     axes.set_title(f"{cells[0]['task']}: {cells[0]['model']}; {caveat}", fontsize=8, pad=22)
+
+
+def draw_comparison(rows: Sequence[Row], path: Path) -> None:
+    """Writes the picture of ``kvruntime compare``: perplexity over bytes a token, speeds as colours, the frontier as a
+    line; beside it the ablation where there is one.
+
+    Raises ``ValueError`` for a file that cannot be written, no rows to draw, and as :func:`check_picture` does.
+    """
+    suffix = check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = [group for group in groups(rows, WINDOWS) if uncompressed(group) is not None]
+    if not found:
+        raise ValueError("these results hold no windows of the uncompressed cache to compare with")
+    studies = groups(rows, compared.ABLATION)
+    figure = Figure(figsize=(9 + 7 * bool(studies), 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    places = figure.subplots(1, 1 + bool(studies), squeeze=False)[0]
+    comparison(rows, found[0], places[0])
+    if studies:
+        ablation(studies[0], places[1])
+    picture = BytesIO()
+    figure.savefig(picture, format=suffix, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+    replace_file(path, picture.getvalue(), regular=True)
+
+
+def check_picture(path: Path) -> str:
+    """The kind of picture that the name asks for.
+
+    Raises ``ValueError`` for a name that is no ``.png`` or ``.svg``, or without matplotlib.
+    """
+    suffix = path.suffix.removeprefix(".")
+    if suffix not in ("png", "svg"):
+        raise ValueError(f"picture {path}: allowed are names that end in .png or .svg")
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"a picture needs matplotlib: {install_hint('plot')}")
+    return suffix
+
+
+def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
+    """Perplexity over bytes a token of every method."""
+    entries = compared.entries(group, compared.speeds_of(rows, group))
+    x = [entry.token_nbytes / 1024 for entry in entries]
+    y = [100 * entry.change for entry in entries]
+    errors = [[100 * (e.change - e.low) for e in entries], [100 * (e.high - e.change) for e in entries]]
+    axes.errorbar(x, y, errors, fmt="none", ecolor="0.6", capsize=2, zorder=1)
+    rates = [entry.speed_ratio for entry in entries if entry.speed_ratio is not None]
+    if len(rates) == len(entries):
+        dots = axes.scatter(x, y, c=rates, cmap="viridis", s=45, zorder=2)
+        axes.figure.colorbar(dots, ax=axes, label="decoding speed, of the uncompressed cache's", fraction=0.04)
+    else:
+        axes.scatter(x, y, s=45, zorder=2)
+    best = compared.frontier(entries)
+    axes.plot(
+        [e.token_nbytes / 1024 for e in best], [100 * e.change for e in best], color="0.4", linewidth=0.8, zorder=0
+    )
+    for entry, at, height in zip(entries, x, y, strict=True):
+        axes.annotate(entry.method, (at, height), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlabel("KiB a token, all layers")
+    axes.set_ylabel("perplexity against fp16 (%), 95 % intervals")
+    axes.margins(x=0.2)
+    first = group[0]
+    title = f"{first['model']}, weights: {first['weights']}\n{first['text']}, windows of {first['window']:,}"
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+
+
+def ablation(group: Sequence[Row], axes: Axes) -> None:
+    """What each value of each option does in the mean."""
+    found = compared.effects(group)
+    names = [f"{option.replace('_', ' ')} {value}" for option, value, *_ in found]
+    bars = axes.barh(names, [100 * float(np.expm1(mean)) for *_, mean in found], color="C0")
+    axes.bar_label(bars, [f"{bits:.2f} bits" for _, _, bits, _ in found], fontsize=7, padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("perplexity against fp16 (%), mean over the other options")
+    axes.set_title("Ablation: bits, groups, residual, sinks", fontsize=9)
+    axes.grid(alpha=0.3, axis="x")

@@ -37,13 +37,13 @@ class Windows:
 
 
 def window_tasks(
-    loaded: LoadedModel, contenders: Sequence[Contender], given: Sequence[Windows], seed: int
+    loaded: LoadedModel, contenders: Sequence[Contender], given: Sequence[Windows], seed: int, kind: str = KIND
 ) -> list[Task]:
     """One a length of window and contender, the uncompressed first: the others are compared with it."""
 
     def task(windows: Windows, contender: Contender) -> Task:
         num_windows, window = windows.ids.shape
-        key = {"kind": KIND, **subject(loaded, contender, seed), "text": windows.text, "text_sha256": windows.sha256}
+        key = {"kind": kind, **subject(loaded, contender, seed), "text": windows.text, "text_sha256": windows.sha256}
         key |= {"window": window, "num_windows": num_windows, "chunk": windows.chunk, "batch_size": windows.batch}
         key |= {"reference_chunk": windows.reference_chunk}
         steps = -(-num_windows // windows.batch) * -(-window // windows.chunk)
@@ -83,7 +83,8 @@ def measure_windows(loaded: LoadedModel, contender: Contender, windows: Windows,
 
 
 def element_bits(loaded: LoadedModel, contender: Contender, num_tokens: int, seed: int) -> Row:
-    """``bits`` of an element of a long sequence and ``held_bits`` at ``num_tokens``, everything counted.
+    """``bits`` of an element of a long sequence and ``held_bits`` at ``num_tokens``, everything counted; ``elements``
+    that a token leaves in all layers.
 
     From kvsim's buffers, which are the cache's own; another library's cache is filled and weighed, at ``num_tokens``
     and at half as many.
@@ -91,9 +92,10 @@ def element_bits(loaded: LoadedModel, contender: Contender, num_tokens: int, see
     shapes = layer_shapes(loaded.model)
     if contender.method is not None:
         method = contender.method
-        return {"bits": packed_bits(method, shapes), "held_bits": held_bits(method, shapes, num_tokens)}
+        held = held_bits(method, shapes, num_tokens)
+        return {"bits": packed_bits(method, shapes), "held_bits": held, "elements": elements_a_token(shapes)}
     few = max(2, num_tokens // 2)
     half, whole = (measure_memory(loaded, contender, count, 1, seed)["nbytes"] for count in (few, num_tokens))
     elements = elements_a_token(shapes)
     bits = 8 * (whole - half) / ((num_tokens - few) * elements) if num_tokens > few else 0.0
-    return {"bits": bits, "held_bits": 8 * whole / (num_tokens * elements)}
+    return {"bits": bits, "held_bits": 8 * whole / (num_tokens * elements), "elements": elements}
