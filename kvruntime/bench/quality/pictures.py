@@ -82,6 +82,7 @@ def positions(group: Sequence[Row], axes: Axes) -> None:
         axes.plot(at, [100 * float(np.expm1(own[2] - plain[2])) for own, plain in pairs], marker="o", markersize=3,
                   label=row["method"])  # fmt: skip
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("a token's position in its window, up to")
     axes.set_ylabel("perplexity against fp16 (%)")
     axes.legend(fontsize=6)
@@ -111,7 +112,7 @@ def grid(cells: Sequence[Row], axes: Axes) -> None:
     axes.figure.colorbar(image, ax=axes, label="share found", fraction=0.03)
     task = TASKS[cells[0]["task"]]
     caveat = task.caveat.partition(":")[0] or task.what
-    axes.set_title(f"{cells[0]['task']}: {cells[0]['model']}; {caveat}", fontsize=8, pad=22)
+    axes.set_title(f"{cells[0]['task']}: {cells[0]['model']}; {caveat}", fontsize=8, pad=30)
 
 
 def draw_comparison(rows: Sequence[Row], path: Path) -> None:
@@ -173,6 +174,8 @@ def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
         axes.annotate(entry.method, (at, height), fontsize=6, xytext=(4, 4), textcoords="offset points")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("KiB a token, all layers")
     axes.set_ylabel("perplexity against fp16 (%), 95 % intervals")
     axes.margins(x=0.2)
