@@ -7,6 +7,7 @@ import click
 from kvsim import catalog
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
+from kvsim.models.load import named_model
 from kvsim.models.model import Model
 from kvsim.output import text
 from kvsim.output.schema import envelope, model_object
@@ -17,17 +18,16 @@ from kvsim.output.schema import envelope, model_object
 @json_option
 def command(name: str | None, as_json: bool) -> None:
     """The models that are known, with sources; with NAME all about one."""
-    row = catalog.find("models", name) if name is not None else None
-    if name is not None and row is None:
-        raise LookupError(catalog.unknown("models", "model", name, "kvsim models"))
-    listed = [row] if row else catalog.rows("models")
-    found = [(each, Model.from_config(each["config"], each["id"])) for each in listed]
+    if name is not None:
+        found = [named_model(name)]
+    else:
+        found = [(each, Model.from_config(each["config"], each["id"])) for each in catalog.rows("models")]
     if as_json:
         keys = ("id", "aliases", "source", "note", "config")
         rows = [{key: each.get(key) for key in keys} | model_object(model) for each, model in found]
         show_json(envelope("models", {"name": name}, []) | {"rows": rows})
-    elif row is not None:
-        show(text.model_detail(row, found[0][1]), text.notes(found[0][1].notes), text.not_modelled("models"))
+    elif name is not None:
+        show(text.model_detail(*found[0]), text.notes(found[0][1].notes), text.not_modelled("models"))
     else:
         heads = "L x kv x dim: layers, key/value heads, head dimension (of the first kind of layer)."
         show(text.model_list(found), heads, text.not_modelled("models"))

@@ -233,6 +233,22 @@ class Latent:
             return body.num_q_heads
         return body.reader.count_or_none("own_q_heads", f"{self.prefix}num_attention_heads") or body.num_q_heads
 
+    def matrices(self, body: Body) -> dict[str, int]:
+        """Weights of its projections, by DeepSeek's names for them."""
+        reader, hidden, heads = body.reader, body.hidden, self.q_heads(body)
+        rank, rope = self.sizes(body)
+        nope = reader.count("nope", f"{self.prefix}qk_nope_head_dim")
+        value = reader.count("value", f"{self.prefix}v_head_dim")
+        low = reader.count_or_none("q_lora_rank", f"{self.prefix}q_lora_rank", fill=True)
+        query = heads * (nope + rope)
+        out = {"q_proj": hidden * query} if low is None else {"q_a_proj": hidden * low, "q_b_proj": low * query}
+        if self.own:
+            out["kv_a_proj_with_mqa"] = hidden * (rank + rope)
+        out |= {"kv_b_proj": rank * heads * (nope + value), "o_proj": heads * value * hidden}
+        if reader.switch(self.gate):
+            out["g_proj"] = hidden * heads * value
+        return out
+
     def params(self, body: Body) -> int:
         reader, hidden, heads = body.reader, body.hidden, self.q_heads(body)
         rank, rope = self.sizes(body)

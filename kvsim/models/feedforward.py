@@ -67,6 +67,7 @@ class Experts:
     zero_count: str | None = None  # key: experts that do nothing, which the router knows
     extra: Callable[[int, int], int] | None = None  # (hidden, experts) -> further parameters
     latent: str | None = None  # key: width that the routed experts work in, between two projections
+    latent_norm: Switch = False  # a norm of that width before the second
 
     def num_experts(self, body: Body) -> int:
         return body.reader.count_or_none("num_experts", self.count) or 0
@@ -81,6 +82,8 @@ class Experts:
         routed = count * matrices * (latent or hidden) * inner
         choices = count + (reader.count("zero_experts", self.zero_count, zero=True) if self.zero_count else 0)
         dense = choices * (hidden + self.router_vectors) + 2 * hidden * (latent or 0)
+        if latent and reader.switch(self.latent_norm):
+            dense += latent
         if self.bias:
             routed += count * ((matrices - 1) * inner + hidden)
             dense += count

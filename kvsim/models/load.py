@@ -17,25 +17,58 @@ from kvsim.regular_files import read_text, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_SECONDS = 5
-QUANTIZED: Mapping[str, Mapping[str, Any]] = {
-    "-fp8": {"quant_method": "fp8"},
-    "-fp8-dynamic": {"quant_method": "fp8"},
-    "-nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    "-fp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    "-awq": {"quant_method": "awq", "bits": 4, "group_size": 128},
-    "-gptq-int4": {"quant_method": "gptq", "bits": 4, "group_size": 128},
-    "-gptq-int8": {"quant_method": "gptq", "bits": 8, "group_size": 128},
-    "-unsloth-bnb-4bit": {"quant_method": "bitsandbytes"},
-    "-bnb-4bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    "-gguf": {"quant_method": "gguf"},
-}
-"""How a checkpoint's name says that its weights are quantized, and the ``quantization_config`` of such checkpoints.
+FP8 = {"quant_method": "fp8"}
+NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+ROUNDED = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
+MXFP4 = {"quant_method": "mxfp4"}
 
-The first that fits counts.  Of a repository of GGUF files each has bits of its own, of unsloth's mixed ones only the
-checkpoint tells.
+
+def _whole(bits: int, **more: Any) -> dict[str, Any]:
+    """llm-compressor's integers, a scale a channel (``group_size`` else), symmetric."""
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, **more}
+    return {"quant_method": "compressed-tensors", "config_groups": {"all": {"targets": ["Linear"], "weights": weights}}}
+
+
+QUANTIZED: Mapping[str, Mapping[str, Any]] = {
+    r"-fp8(-kv|-dynamic|-block)?|-fp8-static(-per-?tensor)?": FP8,
+    r"-quantized\.w8a8|-quantized\.w8a16": _whole(8),
+    r"-quantized\.w4a16": _whole(4, group_size=128),
+    r"-(nvfp4|fp4)(-v\d)?": NVFP4,
+    r"-mxfp4(-preview)?": MXFP4,
+    r"-awq(-int4|-4bit)?": AWQ,
+    r"-int4-(auto-?round|inc)": ROUNDED,
+    r"-gptq-int8": {**GPTQ, "bits": 8},
+    r"-gptq(-int4|-4bit)?": GPTQ,
+    r"-unsloth-bnb-4bit": {"quant_method": "bitsandbytes"},
+    r"-(bnb|nf4)-4bit|-bnb-nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    r"(-qat)?(-q\d[\w]*)?-gguf(:[\w.-]+)?": {"quant_method": "gguf"},
+    r"(-mlx)?-(3|4|5|6|8)bit(-mlx)?": {"bits": 0, "group_size": 64},
+    r"-exl[23]": {"quant_method": "exl3"},
+    r"-aqlm-[\w-]+": {"quant_method": "aqlm"},
+}
+"""How a checkpoint's name ends whose weights are quantized, and the ``quantization_config`` of such checkpoints.
+
+The first that fits counts.  Of a repository of GGUF files each has bits of its own; of those of unsloth's mixed ones,
+ExLlama and AQLM only the checkpoint tells.  MLX's bits are in its name.
 """
 MIRRORS = ("bartowski", "lmstudio-community", "mlx-community", "neuralmagic", "nvidia", "redhatai", "unsloth")
 """Who publishes others' models again under the same names, as they are."""
+Named = tuple[catalog.Row, Model]
+"""A row of the catalogue, and its model."""
+ASIDE = re.compile(r"[\s_:-]+")
+"""What spellings differ in: ``qwen3:32b``, ``phi4``."""
+
+
+def known_row(name: str) -> catalog.Row | None:
+    """The catalogue's row under ``name``, its dashes, underscores and colons left out of account where none is so
+    written (``llama3.1:8b``, ``phi4``); ``None`` where there is none."""
+    row = catalog.find("models", name)
+    if row is None and "/" not in name and (wanted := ASIDE.sub("", name.lower())):
+        rows = (row for row in catalog.rows("models") if wanted in (ASIDE.sub("", one) for one in catalog.names(row)))
+        row = next(rows, None)
+    return row
 
 
 def load_model(name: str) -> Model:
@@ -46,7 +79,7 @@ def load_model(name: str) -> Model:
     enough by itself, or a safetensors file with its config.json beside it.  Raises ``LookupError`` for an unknown
     name and ``ValueError`` for a file that is no model.
     """
-    row = catalog.find("models", name)
+    row = known_row(name)
     if row is not None:
         return Model.from_config(row["config"], row["id"])
     if not name.strip():
@@ -60,32 +93,55 @@ def load_model(name: str) -> Model:
         raise ValueError(f"model {name}: neither a file nor a directory")
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise LookupError(f"no such file or directory: {name}")
-    return _quantized(name) or _mirrored(name) or Model.from_config(_hub_config(name), name)
+    named = _quantized(name) or _mirrored(name)
+    return named[1] if named is not None else Model.from_config(_hub_config(name), name)
 
 
-def _quantized(name: str) -> Model | None:
+def named_model(name: str) -> Named:
+    """The catalogue's row that a name means, quantized and republished ones too, and its model under that name.
+
+    Raises ``LookupError`` for any other.
+    """
+    row = known_row(name)
+    found = (row, Model.from_config(row["config"], row["id"])) if row is not None else None
+    found = found or _quantized(name) or _mirrored(name)
+    if found is None:
+        raise LookupError(catalog.unknown("models", "model", name, "kvsim models"))
+    return found
+
+
+def _quantized(name: str) -> Named | None:
     """The catalogue's model under a name that adds how its weights are quantized, whoever published that."""
-    suffix = next((suffix for suffix in QUANTIZED if name.lower().endswith(suffix)), None)
-    if suffix is None:
-        return None
-    plain = name[: -len(suffix)]
-    row = catalog.find("models", plain) or catalog.find("models", plain.rsplit("/", 1)[-1])
-    if row is None or ("fp8" in suffix and "quantization_config" in row["config"]):  # it has 8 bits or fewer of its own
-        return None
-    model = Model.from_config({**row["config"], "quantization_config": QUANTIZED[suffix]}, name)
+    for ending, config in QUANTIZED.items():
+        found = re.search(f"(?:{ending})$", name.lower())
+        if found is None:
+            continue
+        plain = name[: found.start()]
+        row = catalog.find("models", plain) or known_row(plain.rsplit("/", 1)[-1])
+        if row is None or (config is FP8 and "quantization_config" in row["config"]):  # it has 8 bits or fewer
+            return None
+        if "bits" in config and not config["bits"]:
+            config = {**config, "bits": int(next(filter(str.isdecimal, found[0])))}
+        return _described(row, name, config)
+    return None
+
+
+def _described(row: catalog.Row, name: str, quantization: Mapping[str, Any]) -> Named:
+    """The row's model with its weights quantized so, and a note."""
+    model = Model.from_config({**row["config"], "quantization_config": quantization}, name)
     bits = "bits that the name does not tell" if model.weight_bits is None else f"{model.weight_bits:g} bits"
     note = f"layers of {row['id']}, quantized weights of {bits}, by the name {name}"
-    return replace(model, notes=(*model.notes, note))
+    return row, replace(model, notes=(*model.notes, note))
 
 
-def _mirrored(name: str) -> Model | None:
+def _mirrored(name: str) -> Named | None:
     """The catalogue's model that another publisher has under its name."""
     owner, _, own = name.partition("/")
-    row = catalog.find("models", own) if owner.lower() in MIRRORS else None
+    row = known_row(own) if owner.lower() in MIRRORS else None
     if row is None:
         return None
     model = Model.from_config(row["config"], name)
-    return replace(model, notes=(*model.notes, f"layers and weights of {row['id']}, by the name {name}"))
+    return row, replace(model, notes=(*model.notes, f"layers and weights of {row['id']}, by the name {name}"))
 
 
 def load_config(name: str) -> tuple[str, dict[str, Any]]:
@@ -93,7 +149,7 @@ def load_config(name: str) -> tuple[str, dict[str, Any]]:
 
     Raises as :func:`load_model` does.
     """
-    row = catalog.find("models", name)
+    row = known_row(name)
     if row is not None:
         return row["id"], row["config"]
     path = Path(name)

@@ -21,7 +21,7 @@ from kvsim.models.families import FAMILIES, REFUSED, WRAPPERS, known_keys
 from kvsim.models.families.family import Family
 from kvsim.models.layer_kinds import spelled
 from kvsim.models.parameters import Weights, count_weights, mixer_kind, weight_modules
-from kvsim.models.quantization import cache_dtype, config_bits
+from kvsim.models.quantization import cache_dtype, config_bits, expert_bits
 from kvsim.nearest import hint
 
 FOREIGN: dict[str, str] = {
@@ -74,8 +74,9 @@ _WEIGHTY = re.compile(
 )
 """Keys that add or change weights, wherever a family knows them: experts, gates, further residual streams."""
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""Where a config says how its weights are quantized: the second is what compressed-tensors wrote at first."""
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Where a config says how its weights are quantized: the second is what compressed-tensors wrote at first, the third
+is MLX's."""
 
 _SMELL = re.compile("|".join(FOREIGN))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -88,7 +89,8 @@ class Model:
     ``layers`` holds, for every layer with a cache of its own, one :class:`LayerShape` a stream that grows with the
     tokens and one :class:`StateShape` a constant state (a layer may have several, or both).  ``weights`` and
     ``dtype`` are ``None`` where the config does not tell, ``max_positions`` likewise.  ``weight_bits`` are the bits
-    a parameter (of ``dtype``, or of the ``quantization_config``).  ``sources`` names the config key of every
+    a parameter (of ``dtype``, or of the ``quantization_config``), the mean where they differ, and ``expert_bits`` those
+    of the routed experts where they have others.  ``sources`` names the config key of every
     number, ``read`` all keys that were looked at.  ``kinds`` counts the layers by kind, ``none`` and ``shared``
     (another layer's cache) among them.  ``quirks``: what transformers' own classes do otherwise than the layers say:
     ``broadcast`` (keys and values for every query head), ``whole`` (windows kept whole), ``two tensors`` (a vector
@@ -113,6 +115,7 @@ class Model:
     kinds: tuple[tuple[str, int], ...] = ()
     quirks: tuple[str, ...] = ()
     cache_dtype: str | None = None
+    expert_bits: float | None = None
     read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @classmethod
@@ -142,6 +145,7 @@ class Model:
         own_cache = _cache_dtype(body, config)
         _refuse_foreign(reader, model_type, layers)
         dtype = _dtype(reader, config)
+        bits, routed_bits = _weight_bits(body, family, config, dtype, plan)
         vocab = next((reader.count("vocab_size", key) for key in _each(family.vocab) if reader.has(key)), None)
         return cls(
             name=name or str(config.get("_name_or_path") or model_type),
@@ -153,7 +157,8 @@ class Model:
             weights=weights,
             max_positions=body.max_positions,
             dtype=dtype,
-            weight_bits=_weight_bits(body, family, config, dtype, plan),
+            weight_bits=bits,
+            expert_bits=routed_bits,
             sources=tuple(reader.sources.items()),
             notes=tuple(body.notes),
             kinds=kinds,
@@ -557,16 +562,21 @@ def _quantization(reader: ConfigReader, outer: Mapping[str, Any]) -> tuple[str, 
 
 def _weight_bits(
     body: Body, family: Family, outer: Mapping[str, Any], dtype: str | None, plan: list[tuple[str, bool]]
-) -> float | None:
-    """Bits a parameter; ``None`` where the config does not tell (no dtype, or an unknown quantization)."""
+) -> tuple[float | None, float | None]:
+    """Bits a parameter, and of the routed experts where they have others; ``None`` where the config does not tell (no
+    dtype, or an unknown quantization)."""
     key, quantization = _quantization(body.reader, outer)
-    if key:
-        body.reader.sources["weight_bits"] = key
-        bits = config_bits(quantization, weight_modules(body, family, plan))
-        if bits is not None and bits != config_bits(quantization):
-            body.note(f"{key}: {bits:.4g} bits a weight are the mean over its groups and what they leave at 16")
-        return bits
-    return None if dtype is None else 32 if dtype == "float32" else 16
+    if not key:
+        return None if dtype is None else 32 if dtype == "float32" else 16, None
+    body.reader.sources["weight_bits"] = key
+    modules, expert_dtype = weight_modules(body, family, plan), body.reader.get("expert_dtype")
+    bits = config_bits(quantization, modules, expert_dtype)
+    if bits is None:
+        return None, None
+    if bits != config_bits(quantization):
+        body.note(f"{key}: {bits:.4g} bits a weight are the mean over its groups and what they leave at 16")
+    routed = expert_bits(quantization, modules, expert_dtype)
+    return bits, None if routed == bits else routed
 
 
 def _cache_dtype(body: Body, outer: Mapping[str, Any]) -> str | None:

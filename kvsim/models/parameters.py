@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.models.attention import Attention
+from kvsim.models.attention import Attention, Compressed, Latent
 from kvsim.models.config import AbsentKeyError, Body
 from kvsim.models.families.family import Family
 from kvsim.models.quantization import Module
+from kvsim.models.recurrent import Kda
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,13 @@ def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weight
 
 LAYERS = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.")
 MIXER = {True: ("self_attn.", "attn.", "attention."), False: ("linear_attn.", "mixer.", "mamba.", "conv.")}
+ATTENDING = (Attention, Latent, Compressed, Kda)
+"""Mixers that lie under the first of them; Kimi's delta attention does too."""
+FUSED = {
+    **{name: (f"{name}_proj", "qkv_proj", "query_key_value", "c_attn") for name in "qkv"},
+    "o": ("o_proj", "out_proj"),
+}
+"""A projection under the names of families that fuse them."""
 MLP: dict[str, tuple[str, ...]] = {
     "gate": ("mlp.gate_proj", "feed_forward.w1", "feed_forward.gate_proj"),
     "up": ("mlp.up_proj", "feed_forward.w3", "feed_forward.up_proj", "mlp.fc1", "mlp.c_fc"),
@@ -161,9 +169,9 @@ def _modules(body: Body, family: Family, plan: list[tuple[str, bool]]) -> list[M
             out.append((tuple(f"{layers}{at}.{name}" for layers in LAYERS for name in names), count))
 
     for at, ((kind, sparse), mlp) in enumerate(zip(plan, plain, strict=True)):
-        attends = any(isinstance(mixer, Attention) for mixer in family.mixers.get(mixer_kind(family, kind), ()))
+        attends = any(isinstance(mixer, ATTENDING) for mixer in family.mixers.get(mixer_kind(family, kind), ()))
         for name, share in _mixer_shares(body, family, kind):
-            parts = (f"{name}_proj", *(("qkv_proj", "query_key_value", "c_attn") if name in "qkv" else ("out_proj",)))
+            parts = FUSED.get(name, (name,))
             add(at, tuple(mixer + part for mixer in MIXER[attends] for part in parts), share * mixing[kind])
         if family.single and kind not in ("dense", "sparse"):
             continue
@@ -185,6 +193,9 @@ def _mixer_shares(body: Body, family: Family, kind: str) -> list[tuple[str, floa
             query, heads = mixer.q_width * body.num_q_heads * key_dim, body.num_q_heads
             each = {"q": query, "k": num_kv_heads * key_dim, "v": num_kv_heads * value_dim, "o": heads * value_dim}
             return [(name, width / sum(each.values())) for name, width in each.items()]
+        if isinstance(mixer, Latent):
+            latent = mixer.matrices(body)
+            return [(name, width / sum(latent.values())) for name, width in latent.items()]
     return [(name, 0.25) for name in "qkvo"]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import translate
 from typing import Any
 
+from kvsim.models.quantization_libraries import Groups, Layers, grouped, is_mlx, layers_of
 from kvsim.nearest import hint
 
 WEIGHT_DTYPES: dict[str, float] = {
@@ -108,33 +109,70 @@ Module = tuple[tuple[str, ...], float]
 """A matrix of the model: its name, as families spell it, and its number of weights."""
 
 
-def config_bits(quantization: Mapping[str, Any], modules: Sequence[Module] = ()) -> float | None:
+def config_bits(
+    quantization: Mapping[str, Any], modules: Sequence[Module] = (), expert_dtype: object = None
+) -> float | None:
     """Bits a quantized weight of a config's ``quantization_config``; ``None`` where it does not tell.
 
     AWQ and GPTQ: ``bits``, with a 16-bit scale and a zero of ``bits`` a group; bitsandbytes by its switches.
-    compressed-tensors and modelopt: each group's codes and scales, of their own type.  Where groups differ, or some
-    layers are left out, the mean over ``modules``, those left out at 16 bits; ``None`` where a group names none of
-    them.
+    compressed-tensors, modelopt and :mod:`kvsim.models.quantization_libraries`: each group's codes and scales, of their
+    own type.  Where groups differ, or some layers are left out, the mean over ``modules``, those left out at 16 bits;
+    ``None`` where a group names none of them.  ``expert_dtype``: DeepSeek-V4's key for experts of another type.
     """
     method = quant_method(quantization)
-    if method in CONFIG_METHODS:
-        return CONFIG_METHODS[method]
-    if method in ("awq", "gptq"):
-        bits = next((quantization[key] for key in ("bits", "w_bit") if key in quantization), None)
-        group = next((quantization[key] for key in ("group_size", "q_group_size") if key in quantization), None)
-        return _grouped(bits, group, 16, zeros=True)
-    if method == "compressed-tensors":
-        return _mean_bits(_compressed_groups(quantization), quantization.get("ignore"), modules)
-    if method.startswith("modelopt"):
-        inner = _inner(quantization)
-        left_out = inner.get("exclude_modules") or inner.get("ignore") or quantization.get("ignore")
-        return _mean_bits(_modelopt_groups(inner), left_out, modules)
     if method == "bitsandbytes":
         if quantization.get("load_in_8bit"):
             return 8.0
         double = quantization.get("bnb_4bit_use_double_quant") is not False
         return (4.127 if double else 4.5) if quantization.get("load_in_4bit") else None
-    return None
+    layers = _layers(quantization, expert_dtype)
+    if layers is None:
+        return None
+    bits = _mean_bits(layers.groups, layers.left_out, modules)
+    if bits is None or not layers.codebook_bits:
+        return bits
+    return bits + layers.codebook_bits * len(modules) / sum(count for _, count in modules) if modules else None
+
+
+def expert_bits(
+    quantization: Mapping[str, Any], modules: Sequence[Module], expert_dtype: object = None
+) -> float | None:
+    """Bits a weight of the routed experts alone, where :func:`config_bits` is a mean over them and others."""
+    layers = _layers(quantization, expert_dtype)
+    if layers is None or len(modules) > 16 * MOST_LAYERS:
+        return None
+    if not layers.groups or any(bits is None for _, bits in layers.groups):
+        return None
+    each = _bits_each(layers.groups, layers.left_out, modules)
+    if each is None:
+        return None
+    routed = [any(".experts." in name for name in spellings) for spellings, _ in modules]
+    chosen = [at for at, own in enumerate(routed) if own]
+    return _mean(_summed([each[at] for at in chosen], [modules[at] for at in chosen]))
+
+
+EXPERTS = ("re:.*[.]experts[.].*",)
+
+
+def _layers(quantization: Mapping[str, Any], expert_dtype: object) -> Layers | None:
+    """The groups of a method, and what it leaves out; ``None`` for one that is not known."""
+    method = quant_method(quantization)
+    if method in CONFIG_METHODS:
+        groups: Groups = [(["Linear"], CONFIG_METHODS[method])]
+        if expert_dtype == "fp4" and method == "fp8":
+            groups.insert(0, (EXPERTS, WEIGHT_DTYPES["mxfp4"]))
+        return Layers(groups)
+    if method in ("awq", "gptq"):
+        bits = next((quantization[key] for key in ("bits", "w_bit") if key in quantization), None)
+        group = next((quantization[key] for key in ("group_size", "q_group_size") if key in quantization), None)
+        return Layers([(["Linear"], grouped(bits, group, 16, zeros=True))])
+    if method == "compressed-tensors":
+        return Layers(_compressed_groups(quantization), quantization.get("ignore"))
+    if method.startswith("modelopt"):
+        inner = _inner(quantization)
+        left_out = inner.get("exclude_modules") or inner.get("ignore") or quantization.get("ignore")
+        return Layers(_modelopt_groups(inner), left_out)
+    return layers_of(method, quantization)
 
 
 def quant_method(quantization: Mapping[str, Any]) -> str:
@@ -142,6 +180,8 @@ def quant_method(quantization: Mapping[str, Any]) -> str:
     method = quantization.get("quant_method")
     if method is None and isinstance(quantization.get("config_groups"), Mapping):
         return "compressed-tensors"
+    if is_mlx(quantization):
+        return "mlx"
     name = method.lower().replace("_", "-") if isinstance(method, str) else ""
     return {"sparseml": "compressed-tensors"}.get(name, name)
 
@@ -180,10 +220,6 @@ def _inner(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else quantization
 
 
-Groups = list[tuple[Sequence[str], float | None]]
-"""What a group is for (``targets``), and its bits (``None``: not told)."""
-
-
 def _compressed_groups(quantization: Mapping[str, Any]) -> Groups:
     groups = quantization.get("config_groups")
     out: Groups = []
@@ -210,7 +246,7 @@ def _scheme_bits(weights: Mapping[str, Any], form: str) -> float | None:
     told = str(weights.get("scale_dtype") or "").removeprefix("torch.")
     small = form.startswith(BLOCK_SCALES) or (floats and (weights.get("num_bits") == 4 or group == 32))
     scale = SCALE_BITS.get(told, 8 if small else 16)
-    return _grouped(weights.get("num_bits"), group, scale, zeros=weights.get("symmetric") is False and not floats)
+    return grouped(weights.get("num_bits"), group, scale, zeros=weights.get("symmetric") is False and not floats)
 
 
 def _modelopt_groups(inner: Mapping[str, Any]) -> Groups:
@@ -229,7 +265,7 @@ def _algo_bits(row: Mapping[str, Any]) -> float | None:
         return None
     bits, group, scale = known
     told = row.get("group_size")
-    return _grouped(int(bits), told if group and type(told) is int else group, scale, zeros=False)
+    return grouped(int(bits), told if group and type(told) is int else group, scale, zeros=False)
 
 
 MOST_LAYERS, MOST_LOOPS = 256, 5
@@ -241,11 +277,32 @@ def _mean_bits(groups: Groups, left_out: object, modules: Sequence[Module]) -> f
     each = {bits for _, bits in groups}
     if not groups or None in each:
         return None
-    named = [str(name) for name in left_out] if isinstance(left_out, list) else []
+    named = bool(isinstance(left_out, list) and left_out)
     if not modules:
         return each.pop() if len(each) == 1 else None
     if len(modules) > 16 * MOST_LAYERS:
         return each.pop() if len(each) == 1 and not named else None
+    sums = _summed(_bits_each(groups, left_out, modules), modules)
+    return _mean(sums)
+
+
+def _mean(sums: Mapping[float, float]) -> float | None:
+    """The mean of ``bits -> weights``; exactly the bits where there is one."""
+    if len(sums) < 2:
+        return next(iter(sums), None)
+    return sum(bits * count for bits, count in sums.items()) / sum(sums.values())
+
+
+def _summed(each: Sequence[float] | None, modules: Sequence[Module]) -> dict[float, float]:
+    sums: dict[float, float] = {}
+    for bits, (_, count) in zip(each or (), modules, strict=False):
+        sums[bits] = sums.get(bits, 0.0) + count
+    return sums
+
+
+def _bits_each(groups: Groups, left_out: object, modules: Sequence[Module]) -> list[float] | None:
+    """Bits a weight of every module; ``None`` where a group names layers as this family is not known to."""
+    named = [str(name) for name in left_out] if isinstance(left_out, list) else []
     try:
         ignored = _Names(named)
         matches = [(_Names(targets), bits or PLAIN_BITS) for targets, bits in groups]
@@ -253,8 +310,8 @@ def _mean_bits(groups: Groups, left_out: object, modules: Sequence[Module]) -> f
         return None
     used: set[int] = set()
     whole = False
-    sums: dict[float, float] = {}
-    for spellings, count in modules:
+    out = []
+    for spellings, _ in modules:
         bits = PLAIN_BITS
         if not ignored.match(spellings):
             found = next((at for at, (names, _) in enumerate(matches) if names.match(spellings)), None)
@@ -264,11 +321,10 @@ def _mean_bits(groups: Groups, left_out: object, modules: Sequence[Module]) -> f
             if found is not None:
                 used.add(found)
                 bits = matches[found][1]
-        sums[bits] = sums.get(bits, 0.0) + count
-    if not used or (whole and len(used) < len(matches)):  # a group names layers as this family is not known to
+        out.append(bits)
+    if not used or (whole and len(used) < len(matches)):
         return None
-    total = sum(sums.values())
-    return next(iter(sums)) if len(sums) == 1 else sum(bits * count for bits, count in sums.items()) / total
+    return out
 
 
 class _Names:
@@ -301,15 +357,6 @@ class _Names:
             if any(pattern.match(name) for pattern in self.patterns):
                 return True
         return False
-
-
-def _grouped(bits: object, group: object, scale: int, zeros: bool) -> float | None:
-    """``bits`` and the share of a scale and, with ``zeros``, of a zero; -1 or no group: a scale a channel."""
-    if type(bits) is not int or not 1 <= bits <= 16:
-        return None
-    if type(group) is not int or group < 1:
-        return float(bits)
-    return bits + (scale + (bits if zeros else 0)) / group
 
 
 def weight_bits_of(name: str, table: dict[str, float], flag: str) -> float:

@@ -185,8 +185,11 @@ class Kda:
     def params(self, body: Body) -> int:
         heads, dim, kernel = self.sizes(body)
         hidden, width = body.hidden, heads * dim
-        gate = hidden * dim + dim * width if self.low_rank else hidden * width
-        return 4 * hidden * width + 3 * width * kernel + heads + width + 2 * gate + hidden * heads + dim
+        narrow, wide = hidden * dim + dim * width, hidden * width
+        nested = body.reader.child("linear_attn_config")
+        full_rank = nested is not None and nested.switch(("use_full_rank_gate", False))  # Kimi K3's, of the output
+        gates = (narrow if self.low_rank else wide) + (narrow if self.low_rank and not full_rank else wide)
+        return 4 * hidden * width + 3 * width * kernel + heads + width + gates + hidden * heads + dim
 
 
 @dataclass(frozen=True)

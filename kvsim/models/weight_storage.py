@@ -39,10 +39,15 @@ def weight_storage(model: Model, weight_bits: float | None = None, quantized: bo
     """Bits a parameter by group: ``weight_bits``, else the model's own, else 16.
 
     Where the layers are ``quantized``, head and tables keep 16 bits, in families of :data:`EXPERTS_ONLY` attention too;
-    else every weight has the same bits.
+    else every weight has the same bits.  Bits that are the model's own are divided as its config says
+    (``Model.expert_bits``).
     """
     bits = weight_bits or model.weight_bits or DEFAULT_BITS
     wide = max(bits, HEAD_BITS) if quantized else bits
+    routed, weights = model.expert_bits, model.weights
+    if routed is not None and bits == model.weight_bits and weights is not None and weights.dense:
+        rest = (bits * (weights.dense + weights.routed) - routed * weights.routed) / weights.dense
+        return WeightBits(min(DEFAULT_BITS, max(0.0, rest)), routed, wide)
     return WeightBits(wide if model.model_type in EXPERTS_ONLY else bits, bits, wide)
 
 

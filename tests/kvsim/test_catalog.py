@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from kvsim import catalog
+from kvsim.cli import run
 from kvsim.hardware import Hardware, find_hardware, plain
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import Full
-from kvsim.models.load import load_model
+from kvsim.models.load import ASIDE, load_model
 from kvsim.models.model import Model
 
 FIGURES = json.loads(Path(__file__).parents[1].joinpath("support", "kvsim_figures.json").read_text())
@@ -67,6 +68,15 @@ def test_every_row_has_a_source_and_names_of_its_own(kind: str) -> None:
         ("Qwen3-Coder-480B", "Qwen/Qwen3-Coder-480B-A35B-Instruct"),
         ("GLM-4.5-Air", "zai-org/GLM-4.5-Air"),
         ("Mistral-Small-3.2-24B", "mistralai/Mistral-Small-3.2-24B-Instruct-2506"),
+        ("llama3.1:8b", "meta-llama/Meta-Llama-3.1-8B"),
+        ("qwen3:32b", "Qwen/Qwen3-32B"),
+        ("gemma3:27b", "google/gemma-3-27b-it"),
+        ("deepseek-r1:70b", "meta-llama/Llama-3.3-70B-Instruct"),
+        ("phi4", "microsoft/phi-4"),
+        ("gpt_oss_20b", "openai/gpt-oss-20b"),
+        ("Qwen/Qwen3-235B-A22B-Instruct-2507", "Qwen/Qwen3-235B-A22B"),
+        ("moonshotai/Kimi-K2-Thinking", "moonshotai/Kimi-K2.5"),
+        ("zai-org/GLM-4.6", "zai-org/GLM-4.5"),
     ],
 )
 def test_names_that_people_type(name: str, row: str) -> None:
@@ -214,6 +224,19 @@ def test_cards_equal_the_wider_catalogue() -> None:
         ("unsloth/Qwen3-32B-GGUF", "Qwen/Qwen3-32B", None),
         ("zai-org/GLM-4.5-Air-FP8", "zai-org/GLM-4.5-Air", 8),
         ("unsloth/Qwen3-8B", "Qwen/Qwen3-8B", 16),
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w8a8", "meta-llama/Meta-Llama-3.1-8B", 8),
+        ("RedHatAI/gemma-3-27b-it-quantized.w4a16", "google/gemma-3-27b-it", 4.125),
+        ("amd/Llama-3.1-70B-Instruct-FP8-KV", "meta-llama/Meta-Llama-3.1-70B", 8),
+        ("amd/Llama-3.3-70B-Instruct-MXFP4-Preview", "meta-llama/Llama-3.3-70B-Instruct", 4.25),
+        ("hugging-quants/Meta-Llama-3.1-405B-Instruct-AWQ-INT4", "meta-llama/Meta-Llama-3.1-405B", 4 + 20 / 128),
+        ("TheBloke/Llama-2-7B-Chat-GGUF", "meta-llama/Llama-2-7b-hf", None),
+        ("unsloth/Qwen3-Coder-30B-A3B-Instruct-GGUF:Q4_K_M", "Qwen/Qwen3-30B-A3B", None),
+        ("google/gemma-3-27b-it-qat-q4_0-gguf", "google/gemma-3-27b-it", None),
+        ("mlx-community/Qwen3-8B-4bit", "Qwen/Qwen3-8B", 4.5),
+        ("mlx-community/Meta-Llama-3.1-8B-Instruct-8bit", "meta-llama/Meta-Llama-3.1-8B", 8.5),
+        ("Intel/Qwen3-30B-A3B-int4-AutoRound", "Qwen/Qwen3-30B-A3B", 4 + 20 / 128),
+        ("turboderp/Llama-3.1-8B-Instruct-exl3", "meta-llama/Meta-Llama-3.1-8B", None),
+        ("nvidia/DeepSeek-R1-0528-NVFP4-v2", "deepseek-ai/DeepSeek-V3", 4.5),
     ],
 )
 def test_a_quantized_checkpoint_has_its_models_layers(name: str, row: str, bits: float | None) -> None:
@@ -222,6 +245,18 @@ def test_a_quantized_checkpoint_has_its_models_layers(name: str, row: str, bits:
     assert quantized.num_params == plain.num_params
     assert quantized.weight_bits == bits
     assert any(row in note and name in note for note in quantized.notes)
+
+
+def test_the_models_command_answers_the_names_that_model_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "unsloth/gpt-oss-20b-GGUF"]) == 0
+    assert "id           openai/gpt-oss-20b\n" in (out := capsys.readouterr().out)
+    assert "by the name unsloth/gpt-oss-20b-GGUF" in out
+    assert run(["models", "llama-9-8b-fp8"]) == 2
+
+
+def test_no_two_rows_answer_to_one_spelling_without_dashes() -> None:
+    owners = {(ASIDE.sub("", name), row["id"]) for row in catalog.rows("models") for name in catalog.names(row)}
+    assert len(dict(owners)) == len(owners)
 
 
 @pytest.mark.parametrize("name", ["llama-9-8b-fp8", "fp8", "-fp8", "gpt-oss-20b-fp8"])

@@ -13,6 +13,7 @@ import pytest
 
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import Full
+from kvsim.models.load import load_model
 from kvsim.models.model import Model
 
 ROWS: dict[str, dict[str, Any]] = json.loads(
@@ -68,13 +69,24 @@ def test_what_is_not_understood_is_refused_by_its_key(config: dict[str, Any], me
     ("name", "key"),
     [
         ("minicpm-moe-8x2b", "num_experts 8: weights that are not known of 'minicpm'"),
-        ("kimi-k3", "text_config.attn_res_block_size 12: weights that are not known of 'kimi_linear'"),
     ],
 )
 def test_weights_that_a_family_does_not_know_are_not_counted(name: str, key: str) -> None:
     model = Model.from_config(ROWS[name]["config"])
     assert model.num_params is None
     assert any(key in note for note in model.notes)
+
+
+def test_kimi_k3_matrix_by_matrix() -> None:
+    """As its remote code makes it: a full-rank output gate in delta attention, a gate in latent attention, experts of
+    half the width between two projections, and residuals that attend over the blocks before."""
+    hidden, vocab, heads, dim, low, rank, wide, latent = 7168, 163840, 96, 128, 1536, 512, 3072, 3584
+    width = heads * dim
+    delta = 5 * hidden * width + 3 * width * 4 + heads + width + hidden * dim + dim * width + hidden * heads + dim
+    attention = hidden * low + low + low * heads * 192 + hidden * 576 + rank + rank * heads * 256 + 2 * hidden * width
+    experts = 896 * hidden + 896 * 3 * latent * wide + 2 * hidden * latent + latent + 3 * hidden * wide * 2
+    layers = 69 * delta + 24 * attention + 92 * experts + 3 * hidden * 33792 + 93 * 6 * hidden
+    assert load_model("kimi-k3").num_params == layers + 2 * vocab * hidden + 3 * hidden
 
 
 QWEN2 = ROWS["qwen2.5-vl"]["config"]

@@ -13,6 +13,7 @@ from kvsim.memory.capacity import room
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.models.quantization import cache_dtype, config_bits
+from kvsim.models.weight_storage import weight_nbytes, weight_storage
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -22,6 +23,8 @@ CONFIG: dict[str, Any] = {
 ATTENTION, MLP = 2 * 256 * 256 + 2 * 64 * 256, 3 * 512 * 256
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
 NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
+QUARK_FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}
+QUARK_MXFP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 128, "strategy": "group", "symmetric": True}
 
 
@@ -129,10 +132,89 @@ def test_groups_that_are_not_understood_are_refused_not_guessed(quantization: di
         ({"quant_method": "fbgemm_fp8"}, 8),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": False}, 4.5),
         ({"quant_method": "compressed_tensors", "config_groups": {"a": {"weights": NVFP4}}}, 4.5),
+        ({"quant_method": "quark", "global_quant_config": {"weight": QUARK_FP8}, "exclude": ["lm_head"]}, 8),
+        ({"quant_method": "quark", "global_quant_config": {"weight": [QUARK_FP8, {"dtype": "int4"}]}}, 4),
+        ({"quant_method": "quark", "global_quant_config": {"weight": QUARK_MXFP4}}, 4.25),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only", "quant_type_kwargs": {"group_size": 64}}, 4.5),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig", "_data": {}}}}, 4.25),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}, 4.5),
+        (
+            {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq"},
+            4 + 20 / 128,
+        ),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp"}, 4.25),
+        ({"quant_method": "bitnet", "quantization_mode": "offline"}, 2),
+        ({"quant_method": "bitnet", "quantization_mode": "online"}, 16),
+        ({"quant_method": "exl3", "bits": 3.5, "head_bits": 6}, 3.5),
+        ({"quant_method": "exl2", "bits": 4.25}, 4.25),
+        ({"quant_method": "quanto", "weights": "int8"}, 8),
+        ({"quant_method": "quanto", "weights": "int4"}, 4 + 32 / 128),
+        ({"quant_method": "eetq"}, 8),
+        ({"group_size": 64, "bits": 4}, 4.5),
+        ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, 4.25),
     ],
 )
 def test_other_methods_by_their_own_scales(quantization: dict[str, Any], bits: float) -> None:
     assert config_bits(quantization) == bits_of(quantization) == bits
+
+
+def test_layers_that_a_library_leaves_or_stores_otherwise() -> None:
+    one = {"model.layers.0.mlp.down_proj": {"bits": 16}}
+    rounded = {"quant_method": "auto-round", "bits": 4, "group_size": -1, "extra_config": one}
+    matrix, whole = MLP / 3, 4 * (ATTENTION + MLP)
+    assert bits_of(rounded) == pytest.approx(4 + 12 * matrix / whole)
+    mlx = {"group_size": 64, "bits": 4, "model.layers.0.mlp.down_proj": False}
+    assert bits_of(mlx) == pytest.approx(4.5 + 11.5 * matrix / whole)
+    mlx["model.layers.0.mlp.down_proj"] = {"group_size": 64, "bits": 8}  # type: ignore[assignment]
+    assert bits_of(mlx) == pytest.approx(4.5 + 4 * matrix / whole)
+    assert Model.from_config(CONFIG | {"quantization": mlx}).weight_bits == bits_of(mlx)
+    skipped = {"quant_method": "torchao", "quant_type": "int8_weight_only", "modules_to_not_convert": ["self_attn"]}
+    assert bits_of(skipped) == pytest.approx((ATTENTION * 16 + MLP * 8) / (ATTENTION + MLP))
+    layers = {"*self_attn*": {"weight": QUARK_FP8}}
+    quark = {"quant_method": "quark", "global_quant_config": {"weight": QUARK_MXFP4}, "layer_quant_config": layers}
+    assert bits_of(quark) == pytest.approx((ATTENTION * 8 + MLP * 4.25) / (ATTENTION + MLP))
+
+
+def test_aqlm_has_a_codebook_a_matrix() -> None:
+    """2-bit vectors of 8 weights, and 2^8 entries of 8 values in 16 bits for each of 28 matrices."""
+    sizes = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 2, "nbits_per_codebook": 8}
+    books = 28 * 2 * 256 * 8 * 16
+    assert bits_of({"quant_method": "aqlm", **sizes}) == pytest.approx(2 + books / (4 * (ATTENTION + MLP)))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "torchao", "quant_type": "uintx_weight_only"},
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "bfp16"}}},
+        {"quant_method": "exl3"},
+        {"quant_method": "hqq"},
+        {"quant_method": "aqlm", "num_codebooks": 1},
+        {"quant_method": "vptq"},
+    ],
+)
+def test_settings_that_a_library_does_not_tell_are_refused(quantization: dict[str, Any]) -> None:
+    model = Model.from_config(CONFIG | {"quantization_config": quantization})
+    assert model.weight_bits is None
+    with pytest.raises(ValueError, match="its quantization_config is not known here, give --weight-bits"):
+        room(model, find_hardware("h100-sxm"))
+
+
+def test_experts_have_bits_of_their_own() -> None:
+    """DeepSeek-V4's are FP4 in an FP8 checkpoint; Kimi-K2.5's are int4 and the rest of its layers 16 bits, which makes
+    the 594 GB that are published."""
+    for name, dense, routed, total in (
+        ("deepseek-v4-flash", 8, 4.25, 155.5),
+        ("kimi-k2.5", 16, 4.5, 594.2),
+        ("deepseek-v3", 8, 8, 672.9),
+    ):
+        model = load_model(name)
+        storage = weight_storage(model)
+        assert storage.dense == pytest.approx(dense, rel=3e-3)
+        assert storage.routed == routed
+        assert weight_nbytes(model) / 1e9 == pytest.approx(total, abs=0.1)
+        assert weight_storage(model, 6.0).routed == weight_storage(model, 6.0).dense == 6
 
 
 def test_modelopt_layers_of_several_kinds() -> None:

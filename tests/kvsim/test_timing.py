@@ -157,6 +157,8 @@ def blocks_of(config: dict[str, Any]) -> int:
     """What the config itself says, in the innermost object that holds the decoder."""
     for key in ("thinker_config", "text_config", "llm_config"):
         config = config.get(key, config)
+    if "layers_block_type" in config:
+        return len(config["layers_block_type"])
     return int(next(config[key] for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if key in config))
 
 

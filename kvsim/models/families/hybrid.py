@@ -222,19 +222,27 @@ _LFM2 = Family(
 )
 
 
+def _residuals(body: Body) -> int:
+    """Kimi K3's attention over the blocks before: a norm and a query of the hidden size each time."""
+    return 2 * body.hidden if body.reader.count_or_none("residual_block", "attn_res_block_size") else 0
+
+
+_KIMI_EXPERTS = Experts(
+    "num_experts",
+    "moe_intermediate_size",
+    ("num_experts_per_token", "num_experts_per_tok"),
+    shared_count="num_shared_experts",
+    sparse=listed_or(1),
+)
 _KIMI_LINEAR = Family(
     positions=("model_max_length", "max_position_embeddings"),
-    mixers={"full": (Latent(),), "linear": (Kda(),)},
+    mixers={"full": (Latent(gate=("mla_use_output_gate", False)),), "linear": (Kda(),)},
+    layer_extra=lambda body: 2 * _residuals(body),
+    outer_extra=_residuals,
     kinds=layer_kinds.kimi,
     listed="layer_types",
     inert=("linear_attn_config",),
-    experts=Experts(
-        "num_experts",
-        "moe_intermediate_size",
-        ("num_experts_per_token", "num_experts_per_tok"),
-        shared_count="num_shared_experts",
-        sparse=listed_or(1),
-    ),
+    experts=replace(_KIMI_EXPERTS, latent="routed_expert_hidden_size", latent_norm=("latent_moe_use_norm", False)),
 )
 _MAMBA = Family(
     num_q_heads=None,
@@ -359,6 +367,9 @@ HYBRID: dict[str, Family] = {
             "full": (Latent(extra=lambda hidden, heads, kv, dim: hidden * heads),),
             "linear": (Kda(low_rank=False),),
         },
+        layer_extra=None,
+        outer_extra=None,
+        experts=_KIMI_EXPERTS,
         kinds=layer_kinds.every("layer_group_size", rest="linear", default=6),
         inert=("layer_group_size", "short_conv_kernel_size", "kda_safe_gate", "kda_lower_bound"),
     ),

@@ -640,8 +640,9 @@ LLAMA: dict[str, Family] = {
             shared_inner=("share_expert_dim", "share_expert_dims"),
             sparse=_step3_experts,
         ),
-        count_if=lambda body: all(
-            body.reader.get(key) in (None, True) for key in ("use_qk_norm", "use_head_wise_attn_gate", "use_moe")
+        count_if=lambda body: (
+            all(body.reader.get(key) in (None, True) for key in ("use_qk_norm", "use_head_wise_attn_gate", "use_moe"))
+            and not any(body.reader.switch((key, False)) for key in ("attention_bias", "mlp_bias"))
         ),
         inert=(
             "attention_other_setting",
