@@ -20,11 +20,13 @@ from dataclasses import dataclass, replace
 
 from kvsim.analysis.memory_risk import MemoryRisk
 from kvsim.analysis.plan import INPUT_SHARE, MAX_BATCH, RANKS, Demand, NoRoomError, Site, layouts, site
+from kvsim.analysis.shortcuts import NONE, Shortcuts
 from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware, Price
 from kvsim.latency.constants import constants
 from kvsim.latency.exchange import NETWORK_BANDWIDTH, NETWORK_EFFICIENCY
 from kvsim.latency.roofline import Serving
+from kvsim.latency.speculation import speculative_step
 from kvsim.latency.steps import Band, decode_step, prefill
 from kvsim.layout import Method
 from kvsim.memory.sharding import Deployment, Sharding
@@ -111,11 +113,13 @@ def apart(
     reserve: float | None = None,
     quantized: bool = False,
     engine: Callable[[Hardware, int], Engine] = lambda card, num_cards: IDEAL,
+    shortcuts: Shortcuts = NONE,
 ) -> list[Disaggregation]:
     """For each card and method the cheapest pair of layouts, cheapest first (by price, else by cards).
 
-    ``cards``, ``price``, ``engine``, ``weight_bits``, ``reserve``, ``quantized``: as in
-    :func:`kvsim.analysis.plan.plan`.  What cannot be is left out: ``plan`` says why.
+    ``cards``, ``price``, ``engine``, ``weight_bits``, ``reserve``, ``quantized``, ``shortcuts``: as in
+    :func:`kvsim.analysis.plan.plan`; prompts are found on the prefill side, drafts run on the other.  What cannot be is
+    left out: ``plan`` says why.
     """
     found = []
     for card, given in dict.fromkeys(cards):
@@ -126,9 +130,10 @@ def apart(
             for sharding in sharded:
                 server = engine(card, sharding.ranks)
                 try:
-                    place = site(model, card, sharding.ranks, weight_bits, reserve, server, quantized, sharding)
-                    before.append(_prefill_side(model, method, place, demand, server))
-                    after.append(_decode_side(model, method, place, demand, server))
+                    asked = (model, card, sharding.ranks, weight_bits, reserve, server, quantized, sharding)
+                    before.append(_prefill_side(model, method, site(*asked), demand, server, shortcuts))
+                    place = site(*asked, shortcuts)
+                    after.append(_decode_side(model, method, place, demand, server, shortcuts))
                 except (NoRoomError, ValueError):
                     continue
             ways = [way for one in before for other in after if (way := _pair(method, card, one, other, demand))]
@@ -150,11 +155,17 @@ def _priced(way: Disaggregation, price: Callable[[Hardware, int], Price | None])
     return replace(way, price=cost, usd_per_mtok=each)
 
 
-def _prefill_side(model: Model, method: Method, place: Site, demand: Demand, engine: Engine) -> _Prefill:
+def _prefill_side(
+    model: Model, method: Method, place: Site, demand: Demand, engine: Engine, shortcuts: Shortcuts
+) -> _Prefill:
     lengths, sharding = demand.lengths, place.sharding
     serving = Serving(place.weight_bits, engine=engine, sharding=sharding)
     given, longest = max(1, round(lengths.mean_input)), lengths.input_quantile(INPUT_SHARE)
-    mean, long = (prefill(model, place.card, 1, tokens, serving).seconds for tokens in (given, longest))
+    found = shortcuts.found(Deployment(model, method, engine, sharding), place.cache_nbytes)
+    mean, long = (
+        prefill(model, place.card, 1, tokens, serving, cached_tokens=found.tokens(tokens)).seconds
+        for tokens in (given, longest)
+    )
     beside = constants().prefill_seconds  # a wait, not work
     work = max(1e-9, mean.value - beside)
     spread = sum(weight * tokens**2 for tokens, _, weight in lengths.points) / lengths.mean_input**2
@@ -167,17 +178,23 @@ def _prefill_side(model: Model, method: Method, place: Site, demand: Demand, eng
     return _Prefill(sharding, mean, long, at_once / work, spread * work**2 / at_once, nbytes)
 
 
-def _decode_side(model: Model, method: Method, place: Site, demand: Demand, engine: Engine) -> _Decode:
+def _decode_side(
+    model: Model, method: Method, place: Site, demand: Demand, engine: Engine, shortcuts: Shortcuts
+) -> _Decode:
     lengths, sharding = demand.lengths, place.sharding
     serving = Serving(place.weight_bits, engine=engine, sharding=sharding)
     replicas = sharding.data_parallel_size
     one = replace(sharding, data_parallel_size=1, enable_expert_parallel=False)
-    risk = MemoryRisk(Deployment(model, method, engine, one).rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
+    cache = Deployment(shortcuts.held(model), method, engine, one)
+    risk = MemoryRisk(cache.rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
     share = demand.risk if replicas == 1 else 1 - (1 - demand.risk) ** (1 / replicas)
     context, parts = max(1, round(lengths.mean_context)), replicas * sharding.pipeline_parallel_size
 
     def step(batch: int) -> Band:
-        return decode_step(model, method, place.card, -(-batch // parts), context, serving).seconds
+        load = (model, method, place.card, -(-batch // parts), context)
+        if shortcuts.drafts is not None:
+            return speculative_step(*load, shortcuts.drafts, serving).seconds
+        return decode_step(*load, serving).seconds
 
     most = min(MAX_BATCH, replicas * risk.most(share))
     most = largest(lambda batch: demand.slo_tpot is None or step(batch).value <= demand.slo_tpot, most)

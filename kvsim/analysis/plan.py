@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from kvsim.analysis.memory_risk import MemoryRisk
 from kvsim.analysis.request_lengths import Lengths
+from kvsim.analysis.shortcuts import NONE, Found, Shortcuts
 from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware, Price
 from kvsim.latency.roofline import Serving
-from kvsim.latency.steps import Band, first_token, prefill, token_step
+from kvsim.latency.speculation import busy, speculative_step
+from kvsim.latency.steps import Band, Step, first_token, prefill, token_step
 from kvsim.layout import Method
 from kvsim.memory.capacity import held_share, largest_context, room
 from kvsim.memory.sharding import SINGLE, Deployment, Sharding, copies
@@ -80,7 +83,8 @@ class Plan:
 
     ``batch_size``: requests in flight a replica; ``max_batch``: the most that memory and the time limit allow;
     ``batch_bound``: which of them (``memory``, ``latency``), or ``users`` where one replica has them all.
-    ``max_context``: tokens a request could have at this batch.  Seconds are bands.  ``usd_per_mtok``: a million
+    ``max_context``: tokens a request could have at this batch.  ``cached_tokens``: of the mean prompt, found in the
+    cache.  Seconds are bands.  ``usd_per_mtok``: a million
     output tokens.
     """
 
@@ -98,6 +102,7 @@ class Plan:
     ttft: Band | None = None
     bound: str = ""
     copies: int = 1
+    cached_tokens: int = 0
     tokens_per_second: float = 0.0
     runs_out: float | None = None
     usd_per_mtok: float | None = None
@@ -121,12 +126,13 @@ def site(
     engine: Engine = IDEAL,
     quantized: bool = False,
     sharding: Sharding | None = None,
+    shortcuts: Shortcuts = NONE,
 ) -> Site:
     """The room for the cache on each of ``num_cards`` cards that share the model, beside what ``engine`` takes.
 
     ``reserve``: share of the memory held back (``None``: as the engine does by default).  ``quantized``:
     ``weight_bits`` are those of the layers, embedding and head keep 16.  ``sharding``: how the cards share it
-    (``None``: every layer).
+    (``None``: every layer).  ``shortcuts``: a draft's weights lie there too.
 
     Raises ``ValueError`` where memory or weights are not known, :class:`NoRoomError` where the weights do not fit.
     """
@@ -137,7 +143,7 @@ def site(
         weight_bits,
         held_share(engine, reserve),
         quantized=quantized,
-        overhead=engine.overhead(model, card),
+        overhead=engine.overhead(model, card) | shortcuts.overhead(model, card, weight_bits, quantized, sharding),
         sharding=sharding,
         kept_free=engine.kept_free,
     )
@@ -151,15 +157,15 @@ def layouts(model: Model, num_cards: int, host_cards: int = 8) -> tuple[Sharding
     """The ways that ``num_cards`` cards share a model in practice.
 
     Tensor parallel within a host, and pipeline stages of whole hosts; for a mixture of experts also data-parallel
-    attention, its experts over all cards, with as much tensor parallel as copies nothing; for others, where a head or
-    latent would be copied, decode context parallel.
+    attention, its experts over all cards, with as much tensor parallel as copies nothing; where a head or latent would
+    be copied by tensor parallel alone, decode context parallel as well, which spreads the tokens instead.
     """
     most = min(num_cards, host_cards)
     if num_cards % most:
         return (Sharding(tensor_parallel_size=num_cards),)
     out = [Sharding(tensor_parallel_size=most, pipeline_parallel_size=num_cards // most)]
     alike, experts = copies(model, out[0]), model.weights.num_experts if model.weights is not None else 0
-    if alike > 1 and experts < num_cards and all(layer.window is None for layer in model.cache_layers):
+    if alike > 1 and all(layer.window is None for layer in model.cache_layers):
         out.append(replace(out[0], decode_context_parallel_size=alike))
     if experts >= num_cards > 1:
         for ranks in (size for size in range(most, 0, -1) if num_cards % size == 0 and size & (size - 1) == 0):
@@ -180,6 +186,7 @@ def plan(
     reserve: float | None = None,
     quantized: bool = False,
     engine: Callable[[Hardware, int], Engine] = lambda card, num_cards: IDEAL,
+    shortcuts: Shortcuts = NONE,
     max_cards: int | None = None,
     max_num_seqs: int = MAX_BATCH,
 ) -> list[Plan]:
@@ -189,8 +196,8 @@ def plan(
     ``None`` to try :data:`RANKS`, and :data:`MORE_RANKS` where the weights do not fit those.
     ``price(card, num_cards)``: what a card-hour costs; ``engine(card, num_cards)``: what serves there.
     ``max_num_seqs``: the largest batch of a replica (of each, where several share experts).  ``weight_bits``,
-    ``reserve``, ``quantized``: see :func:`site`.  A way that cannot be (its reason in ``refusal``) is listed, not
-    raised.
+    ``reserve``, ``quantized``: see :func:`site`.  ``shortcuts``: drafts, and prompts found in the cache.  A way that
+    cannot be (its reason in ``refusal``) is listed, not raised.
     """
     found: list[Plan] = []
 
@@ -200,8 +207,8 @@ def plan(
         for method in methods:
             way = Plan(method, card, sharding.ranks, sharding, copies=copies(model, sharding))
             try:
-                place = site(model, card, sharding.ranks, weight_bits, reserve, server, quantized, sharding)
-                way = _serve(model, method, place, demand, server, max_num_seqs)
+                place = site(model, card, sharding.ranks, weight_bits, reserve, server, quantized, sharding, shortcuts)
+                way = _serve(model, method, place, demand, server, max_num_seqs, shortcuts)
                 way = _priced(way, price(card, way.num_cards))
             except NoRoomError as error:
                 roomy, way = False, replace(way, refusal=str(error))
@@ -237,12 +244,21 @@ def _priced(way: Plan, price: Price | None) -> Plan:
     return replace(way, price=price, usd_per_mtok=hourly / 3600 / way.tokens_per_second * 1e6)
 
 
-def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: Engine, max_num_seqs: int) -> Plan:
+def _serve(
+    model: Model,
+    method: Method,
+    place: Site,
+    demand: Demand,
+    engine: Engine,
+    max_num_seqs: int,
+    shortcuts: Shortcuts,
+) -> Plan:
     """Raises ``ValueError``, saying why, where no batch meets the demand."""
     lengths, sharding = demand.lengths, place.sharding
     replicas = sharding.data_parallel_size
-    cache = Deployment(model, method, engine, sharding)
-    clock = Clock(model, method, place, lengths, engine)
+    cache = Deployment(shortcuts.held(model), method, engine, sharding)
+    found = shortcuts.found(Deployment(model, method, engine, sharding), place.cache_nbytes)
+    clock = Clock(model, method, place, lengths, engine, shortcuts, found)
     ttft = clock.ttft(1)
     if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
         raise ValueError(
@@ -280,6 +296,7 @@ def _serve(model: Model, method: Method, place: Site, demand: Demand, engine: En
         ttft=clock.ttft(batch),
         bound=clock.bound(batch),
         copies=copies(model, sharding),
+        cached_tokens=clock.cached_tokens,
         tokens_per_second=demand.users / tpot.value,
         runs_out=alone if replicas == 1 else 1 - (1 - alone) ** replicas,
     )
@@ -292,23 +309,51 @@ class Clock:
     batch in the pipeline.
     """
 
-    def __init__(self, model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine = IDEAL) -> None:
+    def __init__(
+        self,
+        model: Model,
+        method: Method,
+        place: Site,
+        lengths: Lengths,
+        engine: Engine = IDEAL,
+        shortcuts: Shortcuts = NONE,
+        found: Found = Found(),  # noqa: B008
+    ) -> None:
         card = replace(place.card, memory_nbytes=None)
         sharding = place.sharding if place.sharding != SINGLE else Sharding(tensor_parallel_size=place.num_cards)
         serving = Serving(place.weight_bits, engine=engine, sharding=sharding)
         self._share = sharding.data_parallel_size * sharding.pipeline_parallel_size
         output = max(1, round(lengths.mean_output))
         given = max(1, round(lengths.mean_context - output / 2))  # so that a step finds the mean context
-        self._token = partial(token_step, model, method, card, input_len=given, output_len=output, serving=serving)
-        self._first = partial(first_token, model, method, card, input_len=given, output_len=output, serving=serving)
+        self.cached_tokens = found.tokens(given)
+        load: dict[str, Any] = {
+            "input_len": given,
+            "output_len": output,
+            "serving": serving,
+            "cached_tokens": self.cached_tokens,
+        }
+        self._token = partial(token_step, model, method, card, **load)
+        self._first = partial(first_token, model, method, card, **load)
+        self._drafted = None
+        if shortcuts.drafts is not None:
+            tokens = given + output // 2
+            self._drafted = partial(
+                speculative_step, model, method, card, num_tokens=tokens, spec=shortcuts.drafts, serving=serving
+            )
         mean, long = (
-            prefill(model, card, 1, tokens, serving).seconds for tokens in (given, lengths.input_quantile(INPUT_SHARE))
+            prefill(model, card, 1, tokens, serving, cached_tokens=found.tokens(tokens)).seconds
+            for tokens in (given, lengths.input_quantile(INPUT_SHARE))
         )
         self._longer = Band(*(one - other for one, other in zip(long, mean, strict=True)))
 
+    def _output(self, batch_size: int) -> Step:
+        """A token of an answer, at this batch."""
+        step = self._token(batch_size=self._step(batch_size))
+        return step if self._drafted is None else busy(step, self._drafted(batch_size=self._step(batch_size)))
+
     def tpot(self, batch_size: int) -> Band:
         """Time per output token."""
-        return self._token(batch_size=self._step(batch_size)).seconds
+        return self._output(batch_size).seconds
 
     def ttft(self, batch_size: int) -> Band:
         """Time to the first token of a long prompt."""
@@ -316,7 +361,7 @@ class Clock:
         return Band(*(max(0.0, one + other) for one, other in zip(seconds, self._longer, strict=True)))
 
     def bound(self, batch_size: int) -> str:
-        return self._token(batch_size=self._step(batch_size)).bound
+        return self._output(batch_size).bound
 
     def _step(self, batch_size: int) -> int:
         """Requests in one step of one card."""

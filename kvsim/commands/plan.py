@@ -12,6 +12,7 @@ from kvsim.analysis.disaggregated import Disaggregation, apart
 from kvsim.analysis.memory_risk import OCCUPANCIES
 from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, plan
 from kvsim.analysis.request_lengths import Lengths, constant
+from kvsim.analysis.shortcuts import Shortcuts
 from kvsim.commandline import Command
 from kvsim.commands.flags import WeightChoice, gathered, own_cache, weights_gathered
 from kvsim.engines import ENGINES, IDEAL, EngineChoice, engine_fields, owner
@@ -32,10 +33,12 @@ from kvsim.specs import (
     parse_engine_choice,
     parse_human,
     parse_lengths,
+    parse_prefix_hits,
     parse_prices,
     parse_reserve,
     parse_seconds,
     parse_size,
+    parse_speculation,
 )
 
 WEIGHED = DEFAULT_SPECS["plan"]
@@ -109,12 +112,18 @@ PAGED = owner("block_size")
 @click.option("--decode-context-parallel-size", "-dcp", type=click.IntRange(1), help="As vLLM's: share tokens.")
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
 @click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
+@click.option(
+    "--speculate",
+    help="Drafts: mtp:tokens=1,acceptance=0.85; ngram:tokens=4,acceptance=0.5; draft:model=NAME,acceptance=0.8/0.6.",
+)
+@click.option("--prefix-hits", help="Share of a prompt found in the cache: 60%, or a trace (JSON Lines, Mooncake's).")
 @click.option("--disaggregated", is_flag=True, help="Prefill and decode on cards of their own, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @weights_gathered
 @gathered("engine", lambda **given: _engine(**given), "engine", "block_size")
 @gathered("layout", lambda **given: _layout(**given), *LAYOUT)
 @gathered("lengths", lambda **given: _lengths(**given), "input_len", "output_len", "ctx", "spec")
+@gathered("shortcuts", lambda **given: _shortcuts(**given), "speculate", "prefix_hits")
 @gathered("held", lambda **given: _share(**given), "reserve", "gpu_memory_utilization")
 def command(
     model_name: str,
@@ -135,6 +144,7 @@ def command(
     layout: Sharding | None,
     max_num_seqs: int,
     max_cards: int | None,
+    shortcuts: Shortcuts,
     disaggregated: bool,
     as_json: bool,
 ) -> int:
@@ -164,8 +174,9 @@ def command(
         return given(card.id, own[card.id]) if card.id in own else lowest(card.id, num_cards)
 
     asked_of: dict[str, Any] = {"weight_bits": weights.bits, "quantized": weights.quantized, "reserve": held}
-    asked_of["engine"] = serving.on
+    asked_of |= {"engine": serving.on, "shortcuts": shortcuts}
     ways = plan(model, methods, cards, demand, price, **asked_of, max_cards=max_cards, max_num_seqs=max_num_seqs)
+    notes += _spared(shortcuts, ways)
     counted = [(card, count) for card, count in cards if not isinstance(count, Sharding)]
     divided = apart(model, methods, counted, demand, price, **asked_of) if disaggregated else []
     if as_json:
@@ -173,7 +184,7 @@ def command(
         inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]
         inputs["layout"] = layout.label if layout else None
         inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
-        inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held}
+        inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held, **_shortcuts_object(shortcuts)}
         out = envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}
         if disaggregated:
             out["disaggregated"] = [_apart_row(way) for way in divided]
@@ -196,6 +207,35 @@ def _engine(engine: str | None, block_size: int | None) -> str:
     if own not in ENGINES or "block_size" not in engine_fields(own):
         raise ValueError(f"engine {name} has no --block-size: it is {PAGED}'s")
     return f"{own}:{options}{',' * bool(colon)}block_size={block_size}"
+
+
+def _shortcuts(speculate: str | None, prefix_hits: str | None) -> Shortcuts:
+    hits = parse_prefix_hits(prefix_hits) if prefix_hits is not None else None
+    return Shortcuts(
+        parse_speculation(speculate) if speculate is not None else None,
+        tuple(hits) if isinstance(hits, list) else hits,
+    )
+
+
+def _shortcuts_object(shortcuts: Shortcuts) -> dict[str, Any]:
+    drafts, hits = shortcuts.drafts, shortcuts.hits
+    return {
+        "speculate": None if drafts is None else {"kind": drafts.kind, "kept": drafts.kept},
+        "prefix_hits": hits if hits is None or isinstance(hits, float) else "trace",
+    }
+
+
+def _spared(shortcuts: Shortcuts, ways: list[Plan]) -> list[str]:
+    """Notes on what drafts and found prompts give."""
+    out = []
+    if shortcuts.drafts is not None:
+        drafts = shortcuts.drafts
+        out.append(f"drafts ({drafts.kind}): {drafts.num_tokens} proposed, {drafts.tokens_a_step:.2f} tokens a step")
+    if shortcuts.hits is not None:
+        found = sorted({way.cached_tokens for way in ways if way.refusal is None})
+        span = f"{found[0]:,}" + (f" to {found[-1]:,}" if len(found) > 1 else "") if found else "no"
+        out.append(f"prefix hits: {span} tokens of a mean prompt are found, by the engine's units and a replica's room")
+    return out
 
 
 def _seconds(text: str | None, what: str) -> float | None:
@@ -309,6 +349,7 @@ def _row(way: Plan) -> dict[str, Any]:
         "cards_per_replica": way.cards_per_replica,
         "layout": way.sharding.label,
         "copies": way.copies,
+        "cached_tokens": way.cached_tokens,
         "fits": way.refusal is None,
         "refusal": way.refusal,
         "num_cards": way.num_cards,

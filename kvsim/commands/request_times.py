@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvsim.commands.flags import SequenceTokens, WeightChoice
 from kvsim.hardware import Hardware
 from kvsim.layout import Method
-from kvsim.memory.capacity import Room, largest_batch, largest_context, room
+from kvsim.memory.capacity import Room, largest_batch, largest_context
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.models.model import Model
 from kvsim.output.text import Times
@@ -56,15 +56,11 @@ def draft_weights(model: Model, card: Hardware, load: Load) -> dict[str, int]:
     """Bytes of a draft's weights on one card."""
     if load.drafts is None:
         return {}
-    from kvsim.latency.speculation import own_weights
+    from kvsim.latency.speculation import draft_weight_nbytes
 
-    drafter = own_weights(load.drafts, model)
-    if drafter is None:
-        return {}
-    bits = load.weights if load.drafts.kind == "mtp" else WeightChoice(None, False)
-    sharding = replace(load.sharding, pipeline_parallel_size=1)
-    space = room(drafter, card, bits.bits, 0.0, quantized=bits.quantized, sharding=sharding)
-    return {"draft_weights": space.weight_nbytes}
+    bits = load.weights
+    nbytes = draft_weight_nbytes(load.drafts, model, card, bits.bits, bits.quantized, load.sharding)
+    return {"draft_weights": nbytes} if nbytes else {}
 
 
 def cached_tokens(deployment: Deployment, space: Room, load: Load, notes: list[str]) -> int:
@@ -160,12 +156,9 @@ def speculative(
     notes: list[str],
 ) -> Step:
     """The step with drafts in place of ``plain``, and a note on what they gain; prompts cost as much."""
-    from kvsim.latency.speculation import speculative_step
-    from kvsim.latency.steps import Band
+    from kvsim.latency.speculation import busy, speculative_step
 
-    step = speculative_step(model, method, card, batch, tokens, drafts, serving)
-    prompts = plain.parts.get("prefill", 0.0)
-    found = replace(step, seconds=Band(*(seconds + prompts for seconds in step.seconds)))
+    found = busy(plain, speculative_step(model, method, card, batch, tokens, drafts, serving))
     notes.append(
         f"{method.name}: {drafts.num_tokens} proposed, {drafts.tokens_a_step:.2f} tokens come of a step; without "
         f"{plain.seconds.value * 1e3:.3g} ms a token, {plain.seconds.value / found.seconds.value:.2f} times as long"

@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 
 from kvsim.hardware import Hardware
 from kvsim.latency.roofline import Roofline, Serving
-from kvsim.latency.steps import Step, as_step, decode_step
+from kvsim.latency.steps import Band, Step, as_step, decode_step
 from kvsim.layout import LayerShape, Method
+from kvsim.memory.capacity import room
+from kvsim.memory.sharding import Sharding
 from kvsim.models.model import Model
 from kvsim.models.parameters import Weights
 
@@ -105,6 +107,29 @@ def own_weights(spec: Speculation, model: Model) -> Model | None:
     if drafter is None or spec.kind == "draft" or drafter.weights is None:
         return drafter
     return replace(drafter, weights=replace(drafter.weights, embedding=0, head=0))
+
+
+def draft_weight_nbytes(
+    spec: Speculation, model: Model, card: Hardware, weight_bits: float | None, quantized: bool, sharding: Sharding
+) -> int:
+    """Bytes of the draft's weights on one card, which holds all of its layers; 0 of n-grams.
+
+    ``weight_bits``, ``quantized``: the target's, which a prediction layer has too; another model has its own.
+    """
+    drafter = own_weights(spec, model)
+    if drafter is None:
+        return 0
+    if spec.kind != "mtp":
+        weight_bits, quantized = None, False
+    whole = replace(sharding, pipeline_parallel_size=1)
+    return room(drafter, card, weight_bits, 0.0, quantized=quantized, sharding=whole).weight_nbytes
+
+
+def busy(plain: Step, drafted: Step) -> Step:
+    """``drafted`` steps on a server whose other prompts add to a token what they do in ``plain`` ones, as surely."""
+    prompts = plain.parts.get("prefill", 0.0) / plain.seconds.value
+    both = zip(drafted.seconds, plain.seconds, strict=True)
+    return replace(drafted, seconds=Band(*(seconds + prompts * other for seconds, other in both)))
 
 
 def verify_parts(

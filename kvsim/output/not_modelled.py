@@ -4,8 +4,9 @@ from __future__ import annotations
 
 BYTES = (
     "the allocator's fragmentation and rounding (512 B to 2 MiB a tensor)",
-    "drafts but for those of estimate --speculate, LoRA adapters, vision encoders and their caches",
+    "drafts but for those of --speculate, LoRA adapters, vision encoders and their caches",
 )
+IMBALANCE = "several cards: experts that some have more work for, waiting for the fullest, overlapped sending"
 CARD = (
     "activations, workspaces and graphs beyond the share held back and the engine's estimates",
     "weights that an engine pads, replicates or keeps in a second layout",
@@ -13,7 +14,7 @@ CARD = (
 TIME = (
     "arrivals, scheduling, preemption (a steady number is in flight; kvsim goodput simulates them)",
     "power and thermal limits",
-    "several cards: experts that some have more work for, waiting for the fullest, overlapped sending",
+    IMBALANCE,
 )
 QUALITY = "what a method costs in quality"
 PAGE = (
@@ -42,7 +43,8 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
     ),
     "plan": (
         "arrivals, scheduling, preemption (every user always has one request in flight; kvsim goodput simulates them)",
-        "prefix hits and drafts (estimate has them)",
+        "the room of prefixes kept between requests; drafts and hits but for those of --speculate and --prefix-hits",
+        IMBALANCE,
         "the network between replicas and users",
         QUALITY,
     ),
@@ -59,6 +61,7 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         "priorities, other orders than first come first served; prefix hits and drafts",
         "what a band says of every time: a simulation of predicted steps is no more certain than they are",
         "routing between replicas; the host's share of a step beyond the fitted one",
+        IMBALANCE,
         QUALITY,
     ),
     "offload": (

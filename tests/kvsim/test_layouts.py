@@ -166,11 +166,11 @@ def test_layouts_that_suit() -> None:
     assert [each.label for each in layouts(LLAMA, 16)] == ["tp8 pp2"]
     assert [each.label for each in layouts(LLAMA, 5)] == ["tp5"]
     assert [each.label for each in layouts(LLAMA, 1)] == [""]
-    assert [each.label for each in layouts(V3, 8)] == ["tp8", "dp8 ep"]
-    assert [each.label for each in layouts(V3, 16)] == ["tp8 pp2", "dp16 ep"]
-    assert [each.label for each in layouts(V3, 72, 72)] == ["tp72", "dp72 ep"]
+    assert [each.label for each in layouts(V3, 8)] == ["tp8", "tp8 dcp8", "dp8 ep"]
+    assert [each.label for each in layouts(V3, 16)] == ["tp8 pp2", "tp8 pp2 dcp8", "dp16 ep"]
+    assert [each.label for each in layouts(V3, 72, 72)] == ["tp72", "tp72 dcp72", "dp72 ep"]
     grouped = load_model("qwen3-235b-a22b")  # 4 kv heads
-    assert [each.label for each in layouts(grouped, 8)] == ["tp8", "tp4 dp2 ep", "tp2 dp4 ep", "dp8 ep"]
+    assert [each.label for each in layouts(grouped, 8)] == ["tp8", "tp8 dcp2", "tp4 dp2 ep", "tp2 dp4 ep", "dp8 ep"]
     narrow = load_model("qwen2.5-1.5b")  # 2 kv heads, no experts
     assert [each.label for each in layouts(narrow, 4)] == ["tp4", "tp4 dcp2"]
 

@@ -280,3 +280,62 @@ def test_lengths_are_given_or_said_not_to_be(capsys) -> None:
     ):
         assert run([*plain, *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+MTP = "mtp:tokens=1,acceptance=0.85"
+
+
+def planned(capsys, *more: str, model: str = "deepseek-v3") -> dict[tuple[str, str], dict]:
+    command = ["plan", "--model", model, "--gpu", "h200-sxm:8", "--method", "fp8", "--engine", "vllm", "--json"]
+    load = more if "--ctx" in more else ("--users", "400", "--slo-tpot", "100ms", "--ctx", "8k", *more)
+    assert run([*command, "--output-len", "1k", *load]) == 0
+    document = json.loads(capsys.readouterr().out)
+    return {(row["gpu"], row["layout"]): row for row in document["rows"] if row["fits"]} | {("", ""): document}
+
+
+def test_drafts_take_room_and_give_tokens(capsys) -> None:
+    """A prediction layer's weights and cache come off the card; a step gives 1.85 tokens, and prompts cost as much."""
+    plain, drafted = planned(capsys), planned(capsys, "--speculate", MTP)
+    best = ("h200-sxm", "dp8 ep")
+    assert drafted[best]["max_ctx"] < plain[best]["max_ctx"] or drafted[best]["batch_per_replica"] < 400
+    gain = plain[best]["tpot_seconds"]["value"] / drafted[best]["tpot_seconds"]["value"]
+    assert 1.1 < gain < 1.85
+    assert drafted[best]["num_cards"] <= plain[best]["num_cards"]
+    assert any("1.85 tokens a step" in note for note in drafted["", ""]["notes"])
+    assert drafted["", ""]["inputs"]["speculate"]["kind"] == "mtp"
+
+
+def test_found_prompts_cost_no_prefill(capsys, tmp_path) -> None:
+    """In units of a block; a trace's share is what a replica's room lets it find."""
+    best = ("h200-sxm", "dp8 ep")
+    plain, found = planned(capsys), planned(capsys, "--prefix-hits", "60%")
+    assert found[best]["cached_tokens"] == 16 * round(0.6 * 7168 // 16)
+    assert found[best]["ttft_seconds"]["value"] < plain[best]["ttft_seconds"]["value"]
+    assert found[best]["tpot_seconds"]["value"] < plain[best]["tpot_seconds"]["value"]
+    row = json.dumps({"input_length": 1024, "hash_ids": [1, 2]})
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(f"{row}\n{row}\n")
+    counted = planned(capsys, "--prefix-hits", str(trace))
+    assert counted[best]["cached_tokens"] == round(7168 * 1008 / 2048)  # the second finds its blocks but one token's
+    assert counted["", ""]["inputs"]["prefix_hits"] == "trace"
+
+
+def test_apart_takes_both(capsys) -> None:
+    def cards(*more: str) -> tuple[int, float]:
+        load = ("--users", "2000", "--slo-tpot", "100ms", "--ctx", "8k")
+        one = planned(capsys, "--disaggregated", *load, *more)["", ""]["disaggregated"][0]
+        return one["prefill"]["cards"], one["tpot_seconds"]["value"]
+
+    (most, slow), (fewer, same), (_, fast) = cards(), cards("--prefix-hits", "0.9"), cards("--speculate", MTP)
+    assert fewer < most
+    assert same == pytest.approx(slow, rel=0.3)
+    assert fast < slow
+
+
+def test_tokens_are_shared_where_latents_would_be_copied(capsys) -> None:
+    """Where memory limits the batch the decode-context layout needs fewer cards, and is weighed unasked."""
+    rows = planned(capsys, "--users", "100", "--ctx", "128k")
+    assert {"tp8", "tp8 dcp8", "dp8 ep"} <= {layout for _, layout in rows}
+    copied, shared = rows["h200-sxm", "tp8"], rows["h200-sxm", "tp8 dcp8"]
+    assert (copied["copies"], shared["copies"]) == (8, 1)
+    assert shared["num_cards"] < copied["num_cards"]
