@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsim.models.attention import Attention, Compressed, Latent
+from kvsim.models.attention import Attention, CompressedAttention, Latent
 from kvsim.models.config import AbsentKeyError, Body
 from kvsim.models.families.family import Family
 from kvsim.models.quantization import Module
@@ -117,7 +117,7 @@ def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weight
 
 LAYERS = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.")
 MIXER = {True: ("self_attn.", "attn.", "attention."), False: ("linear_attn.", "mixer.", "mamba.", "conv.")}
-ATTENDING = (Attention, Latent, Compressed, Kda)
+ATTENDING = (Attention, Latent, CompressedAttention, Kda)
 """Mixers that lie under the first of them; Kimi's delta attention does too."""
 FUSED = {
     **{name: (f"{name}_proj", "qkv_proj", "query_key_value", "c_attn") for name in "qkv"},
