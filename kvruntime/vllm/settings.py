@@ -9,6 +9,7 @@ from typing import Any
 from kvruntime import paged
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import make_method
+from kvsim.methods.defaults import COMPRESSED
 
 NAME = "kvruntime"
 DRAFTS = ("ngram", "ngram_gpu", "suffix")
@@ -24,7 +25,7 @@ def method_of(additional_config: Any, dtype: str) -> Method:
     if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
         raise ValueError(
             "attention backend CUSTOM is kvruntime's: give --additional-config "
-            f'\'{{"{NAME}": {{"method": "kivi", "nbits": 2}}}}\''
+            f'\'{{"{NAME}": {{"method": "{COMPRESSED}", "nbits": 2}}}}\''
         )
     options = dict(given)
     name = options.pop("method")

@@ -37,19 +37,19 @@ class Shortcuts:
         nbytes = draft_weight_nbytes(self.drafts, model, card, weight_bits, quantized, sharding)
         return {"draft_weights": nbytes} if nbytes else {}
 
-    def found(self, cache: Deployment, cache_nbytes: int) -> Found:
+    def found(self, cache: Deployment, cache_nbytes: int) -> PrefixShare:
         """What a prompt finds in a cache of ``cache_nbytes`` a rank."""
         if self.hits is None:
-            return Found()
+            return PrefixShare()
         step = unit(cache.engine, cache.model, cache.method)
         if isinstance(self.hits, float):
-            return Found(self.hits, step)
+            return PrefixShare(self.hits, step)
         one = replace(cache, sharding=replace(cache.sharding, data_parallel_size=1, enable_expert_parallel=False))
-        return Found(count_hits(self.hits, largest_context(one, 1, cache_nbytes), step).share, 1)
+        return PrefixShare(count_hits(self.hits, largest_context(one, 1, cache_nbytes), step).share, 1)
 
 
 @dataclass(frozen=True)
-class Found:
+class PrefixShare:
     """The ``share`` of a prompt that is found, in units of ``step`` tokens."""
 
     share: float = 0.0
