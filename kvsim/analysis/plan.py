@@ -19,7 +19,7 @@ from typing import Any
 
 from kvsim.analysis.memory_risk import MemoryRisk
 from kvsim.analysis.request_lengths import Lengths
-from kvsim.analysis.shortcuts import NONE, Found, Shortcuts
+from kvsim.analysis.shortcuts import NONE, PrefixShare, Shortcuts
 from kvsim.engines import IDEAL, Engine
 from kvsim.hardware import Hardware, Price
 from kvsim.latency.roofline import Serving
@@ -317,7 +317,7 @@ class Clock:
         lengths: Lengths,
         engine: Engine = IDEAL,
         shortcuts: Shortcuts = NONE,
-        found: Found = Found(),  # noqa: B008
+        found: PrefixShare = PrefixShare(),  # noqa: B008
     ) -> None:
         card = replace(place.card, memory_nbytes=None)
         sharding = place.sharding if place.sharding != SINGLE else Sharding(tensor_parallel_size=place.num_cards)
