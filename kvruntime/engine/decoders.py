@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from kvruntime.engine import hopper, linear, norm, product, reference
+from kvruntime.hf.attention import is_own
+from kvruntime.hf.graphs import GraphForward
 from kvruntime.engine.reference import Norm
 
 Attend = Callable[[int, Tensor], Tensor]
@@ -146,7 +148,8 @@ def lean(model: Any) -> Decoder | None:
 
 
 def untouched(model: Any) -> bool:
-    """Whether all parameters are ordinary tensors of one dtype on one device, and nothing hooks into the forward."""
+    """Whether all parameters are ordinary tensors of one dtype on one device, and nothing hooks into the forward but what
+    ``make_cache`` put there."""
     parameters = list(model.parameters())
     kinds = {(p.dtype, p.device) for p in parameters}
     if (
@@ -158,9 +161,11 @@ def untouched(model: Any) -> bool:
     ((dtype, device),) = kinds
     if dtype not in (torch.float16, torch.bfloat16, torch.float32) or device.type == "meta":
         return False
-    return not any(
-        "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-    )
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(map(is_own, hooks)) or not isinstance(vars(module).get("forward"), GraphForward | None):
+            return False
+    return True
 
 
 def are(modules: list[Any], *names: str) -> bool:

@@ -81,6 +81,11 @@ class Engine:
         self._lengths = [0] * batch_size
 
     @property
+    def layers(self) -> str:
+        """What runs the model's layers but attention."""
+        return "the model's own modules" if self.decoder is None else "fused kernels"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the cache."""
         return self.cache.nbytes

@@ -145,7 +145,7 @@ def attach(model: Any, replays: bool = False) -> None:
     _attach(model)
     for module, _ in list(_attached(model)) if replays else ():
         if not isinstance(module.__dict__.get("forward"), GraphForward):
-            module.forward = GraphForward(module, _is_own)
+            module.forward = GraphForward(module, is_own)
 
 
 def _attach(model: Any) -> None:
@@ -196,12 +196,12 @@ def _attached(model: Any) -> Iterator[tuple[Any, Switch]]:
     """The modules of ``model`` that :func:`attach` hooked, each with its :class:`Switch`."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if _is_own(hook):
+            if is_own(hook):
                 yield module, hook.__self__
                 break
 
 
-def _is_own(hook: Any) -> bool:
+def is_own(hook: Any) -> bool:
     """Whether :func:`attach` put it there."""
     return isinstance(getattr(hook, "__self__", None), Switch)
 

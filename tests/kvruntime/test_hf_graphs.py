@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 from kvruntime import hf, make_cache, restore  # noqa: E402
 from kvruntime.hf import fused  # noqa: E402
-from kvruntime.hf.attention import _is_own  # noqa: E402
+from kvruntime.hf.attention import is_own  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.counts import AHEAD, GROWTH, StepCounts  # noqa: E402
 from kvruntime.hf.graphs import Weights  # noqa: E402
@@ -243,18 +243,18 @@ def test_what_a_graph_would_not_see_is_looked_for(stepping):
     """Other weights, a hook on any module, one more on a module that has the cache's own."""
     model = own()
     make_cache(model, "kivi")
-    seen = Weights(model, _is_own)
+    seen = Weights(model, is_own)
     assert not seen.moved
     assert not seen.hooked
     for module in (model, model.model, model.model.layers[1].mlp):
         hook = module.register_forward_hook(lambda *_: None)
         assert seen.hooked
-        assert Weights(model, _is_own).hooked  # one that was there before, too
+        assert Weights(model, is_own).hooked  # one that was there before, too
         hook.remove()
     assert not seen.hooked
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert seen.moved
-    assert Weights(model, _is_own).addresses != seen.addresses
+    assert Weights(model, is_own).addresses != seen.addresses
 
 
 @needs_cuda

@@ -195,7 +195,8 @@ def measure_steps(engine: Any, clock: Clock, context: int, repeats: int, vocab_s
         for _ in range(WARM):
             engine.step()
         runs.append(clock(engine.step, steps))
-    return {"steps": steps, "nbytes": engine.nbytes, **of_kernel(engine.cache), **figures(runs, engine.batch_size)}
+    said = {"layers": engine.layers, **of_kernel(engine.cache)}
+    return {"steps": steps, "nbytes": engine.nbytes, **said, **figures(runs, engine.batch_size)}
 
 
 def figures(runs: Sequence[float], batch_size: int) -> Row:

@@ -34,8 +34,11 @@ def of_kernel(cache: Any) -> Row:
 
 def kernels(group: Iterable[Row]) -> str:
     """A line on what attended under each method, where rows say it."""
+    group = list(group)
     said = dict.fromkeys(f"{row['method']}: {row['kernel']}" for row in group if "kernel" in row)
-    return f"\nkernels: {'; '.join(said)}" if said else ""
+    layers = dict.fromkeys(row["layers"] for row in group if "layers" in row)
+    out = f"\nkernels: {'; '.join(said)}" if said else ""
+    return out + (f"\nlayers but attention: {', '.join(layers)}" if layers else "")
 
 
 def ratio(value: float | None) -> str:
