@@ -65,7 +65,7 @@ def make_cache(
     refuse_scores(model, method)
     warn_of_biases(model, method, shapes)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    without, layer = _without_steps(model, method, kinds), room_of(method).layer
+    without, layer = _without_steps(method, kinds), room_of(method).layer
     steps = (
         compiled is None
         and not without
@@ -78,6 +78,7 @@ def make_cache(
         return SteppedCache(method, len(shapes), max_seq_len)
     if not compiled:
         return Cache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
+    without = without or changed_scores(model)
     if without:
         name = type(model).__name__
         raise ValueError(f"{name} has {without}, which a compiled cache does not run: leave compiled=True out")
@@ -95,9 +96,9 @@ def _steps_on(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def _without_steps(model: Any, method: Method, kinds: list[Kind]) -> str:
-    """What of ``model`` no step on the device runs: packed layers alone, of plain scores and heads that the method
-    packs as they are, do."""
+def _without_steps(method: Method, kinds: list[Kind]) -> str:
+    """What of a model's layers no step on the device runs: packed layers alone, of heads that the method packs as they
+    are, do."""
     others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
     odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
-    return " and ".join(others) or changed_scores(model) or (f"heads of {odd[0].key_dim}" if odd else "")
+    return " and ".join(others) or (f"heads of {odd[0].key_dim}" if odd else "")

@@ -233,10 +233,8 @@ def attention(
     _refuse(module, query, key.shape[2], dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None and layer.takes_mask(attention_mask):
-        if not scores.is_plain:
-            raise ValueError(f"{type(module).__name__} attends with sinks or a softcap, which no compiled cache runs")
         layer.num_q_heads = query.shape[1]
-        return layer.step(query, fresh_key, fresh_value, scale, key.steps).transpose(1, 2), None
+        return layer.step(query, fresh_key, fresh_value, scale, key.steps, scores).transpose(1, 2), None
     run = _uncompiled if torch.compiler.is_compiling() else _attend
     return run(module, layer, query, fresh_key, fresh_value, attention_mask, scale, scores), None
 
@@ -250,12 +248,17 @@ def _scores(kwargs: dict[str, Any]) -> Scores:
 def _changed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, scores: Scores) -> Tensor:
     """``query [batch_size, num_q_heads, L, key_dim]`` -> ``[batch_size, L, num_q_heads, value_dim]``: attention with
     sinks or a softcap, causal where there is no mask ``[batch_size or 1, 1, L, columns]``."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask == 0
+    if query.is_cuda:
+        from kvruntime.kernels import prompt
+
+        return prompt.attend(query, key, value, mask, scale, scores)
     batch_size, num_q_heads, length, _ = query.shape
     num_kv_heads, columns = key.shape[1:3]
     if mask is None:
         at = torch.arange(columns, device=query.device)
         mask = (at <= at[columns - length :, None])[None, None]
-    mask = mask if mask.dtype == torch.bool else mask == 0
     out = query.new_empty(batch_size, length, num_q_heads, value.shape[3])
     block = max(1, SCORE_BLOCK // max(1, batch_size * num_q_heads * columns))
     for first in range(0, length, block):

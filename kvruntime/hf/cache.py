@@ -371,9 +371,11 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         dim = self.store.shape.key_dim
         return query if query.shape[3] == dim else _filled(query, dim) * (dim / query.shape[3]) ** 0.5
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any) -> Tensor:
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any, scores: Scores = PLAIN
+    ) -> Tensor:
         """Stores one token a row and attends to all, ``[batch_size, num_q_heads, 1, value_dim]``: ``Layer.step``."""
-        out = self.store.step(query, key, value, scale, steps)
+        out = self.store.step(query, key, value, scale, steps, scores=scores)
         self.pending = False
         return out
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvruntime.hf.cache import Books, Cache, CacheLayer, Length, PendingUpdate
 from kvruntime.hf.counts import FULL, Counts, StepLength
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Steps, make_layer
 from kvsim.layout import LayerShape, Method
 
@@ -114,7 +115,11 @@ class CompiledLayer(CacheLayer):
             self.counts.dtype = self.dtype
             self.counts.write(self.store, self.num_q_heads, self.num_columns, self.columns)
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Counts) -> Tensor:
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Counts, scores: Scores = PLAIN
+    ) -> Tensor:
+        if not scores.is_plain:
+            raise ValueError("attention with sinks or a softcap: allowed without compiled=True")
         longest = steps.max_seq_len
         held = self.tensors, self.constants, steps.positions, steps.scratch
         out = step(query, key, value, *held, steps.method, scale, longest)

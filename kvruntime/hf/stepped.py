@@ -18,6 +18,7 @@ from torch import Tensor
 from kvruntime.hf.cache import UNCOMPILED, AppendQueue, Books, Cache, CacheLayer, Length, PendingUpdate
 from kvruntime.hf.counts import StepCounts, StepLength
 from kvruntime.hf.graphs import Graphs
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer
 from kvsim.layout import LayerShape, Method
 
@@ -81,8 +82,10 @@ class SteppedLayer(CacheLayer):
         self.counts.settle()
         return False
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: StepCounts) -> Tensor:
-        out = self.store.step(query, key, value, scale, steps.steps)
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: StepCounts, scores: Scores = PLAIN
+    ) -> Tensor:
+        out = self.store.step(query, key, value, scale, steps.steps, scores=scores)
         self.pending = False
         if self.is_last:
             steps.stepped()

@@ -9,13 +9,31 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvruntime.kernels.hadamard import rotate_rows
 
 LOG2E = 1.4426950408889634
-
+TWICE_LOG2E = tl.constexpr(2 * LOG2E)
 
 HIDDEN = tl.constexpr(-1.0e30)
 COMBINE_D = 32
 FUSED_MERGE = False
 """Whether a merge adds products that are not rounded: threads that hold one sum would each leave a product of its own
 as it is, end apart in the last bit, and write that to one place of shared memory on the way out, a race."""
+
+
+@triton.jit
+def scaled(score, scale_log2, softcap):
+    """Scores in powers of two: times ``scale_log2``, and with ``softcap``, in powers of two too,
+    ``softcap * tanh(score / softcap)``."""
+    score = score * scale_log2
+    if softcap is not None:
+        score = softcap - 2 * softcap / (1 + tl.exp2(score * (TWICE_LOG2E / softcap)))
+    return score
+
+
+@triton.jit
+def sink_logits(sinks_ptr, query_head, mask, split):
+    """``(peak, total)`` that the online softmax of query heads begins with: a sink is a token of no value, which the
+    first split sees."""
+    sink = tl.load(sinks_ptr + query_head, mask=mask, other=0.0).to(tl.float32) * (TWICE_LOG2E / 2)
+    return tl.where(split == 0, sink, HIDDEN), tl.where(split == 0, tl.full(sink.shape, 1.0, tl.float32), 0.0)
 
 
 @triton.jit

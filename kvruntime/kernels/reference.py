@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ class Scores(NamedTuple):
     def is_plain(self) -> bool:
         """Whether there is neither."""
         return self.softcap is None and self.sinks is None
+
+    @property
+    def softcap_log2(self) -> float | None:
+        """``softcap`` of scores in powers of two."""
+        return None if self.softcap is None else self.softcap * math.log2(math.e)
 
     def sinks_of(self, num_kv_heads: int, length: int) -> Tensor | None:
         """The sinks of query rows as :class:`Partial` has them: ``[num_kv_heads, q_per_kv * length]`` float32."""

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not
 
 import gluon_numpy  # noqa: E402
 
+from kvruntime.kernels.reference import Scores  # noqa: E402
 from kvruntime.methods.kivi import fast, fast_plan, reference  # noqa: E402
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
@@ -448,6 +449,38 @@ def test_chunks_have_one_range(attend, name, dim, large) -> None:
         assert cache.error(out, sized(query), dim**-0.5, 0) <= 2e-3
 
 
+CHANGES = {"sinks": (None, True), "softcap": (4.0, False), "both": (4.0, True)}
+CHANGED = [
+    ("2-bit g64 sink", 64, 4, None, "both"), ("2-bit gk128", 128, 8, None, "both"), ("4-bit g32", 128, 4, 5, "both"),
+    ("k4v2", 96, 1, None, "softcap"), ("2-bit g32 gv16", 80, 8, 3, "sinks"), ("4-bit g64", 256, 7, None, "both"),
+    ("boost", 64, 4, 2, "both"), ("2-bit g32", 64, 8, None, "sinks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dim", "q_per_kv", "count", "change"), CHANGED)
+def test_sinks_and_softcaps(attend, name, dim, q_per_kv, count, change) -> None:
+    """Against the reference in float32: rows that hold nothing too, each way to share out the work, and one launch."""
+    method, (softcap, has_sinks) = METHODS[name], CHANGES[change]
+    lengths = [0, 77, 300]
+    sizes = [(3, 2, 300, dim)] * 2 + [(3, 2 * q_per_kv, count or 1, dim)] + [(3, 2, count or 1, dim)] * 2
+    key, value, query, *new = (sized(x) for x in normal(4, *sizes))
+    query, sinks = 3 * query, None
+    if has_sinks:
+        sinks = torch.linspace(-2, 9, 2 * q_per_kv).to(torch.bfloat16 if DEVICE == "cuda" else torch.float16).to(DEVICE)
+    scores = Scores(softcap, sinks)
+    cache = Filled(method, dim, 2, lengths, key, value)
+    fresh = None if count is None else (*new, torch.tensor([count, 1, 0], dtype=torch.int32, device=DEVICE))
+    truth = reference.attend(query.float(), *cache.arguments, dim**-0.5, fresh, scores=scores).cpu()
+    plain = reference.attend(query.float(), *cache.arguments, dim**-0.5, fresh).cpu()
+    assert (truth - plain).norm() > 0.05 * truth.norm()
+    arrivals = torch.zeros(12 * q_per_kv * (count or 1), dtype=torch.int32, device=DEVICE)
+    for sharing in (*SHARING.values(), {"num_splits": 3, "arrivals": arrivals}):
+        out = attend(query, *cache.arguments, dim**-0.5, fresh, **sharing, scores=scores).float().cpu()
+        assert (out - truth).norm() <= 2e-3 * truth.norm(), sharing
+        if count is None:
+            assert not out[0].any()
+
+
 def test_nan_shows(attend) -> None:
     """A NaN that was packed reaches the output of its head, and of no other."""
     key, value, query = normal(3, (1, 2, 400, 64), (1, 2, 400, 64), (1, 4, 1, 64))
@@ -623,4 +656,5 @@ def test_compiles() -> None:
             ceiling += 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
             ceiling += 0.05 * ("table" in kernel or "pool" in kernel)  # places looked up
             ceiling += 0.05 * ("drawn" in kernel)  # tiles drawn
+            ceiling += 150 / used["elements"] * ("scores" in kernel)  # 16 scores a lane that are capped
             assert used["loop"] / used["elements"] <= ceiling, (kernel, name, sm, used)

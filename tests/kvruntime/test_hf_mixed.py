@@ -11,7 +11,7 @@ import pickle
 import pytest
 import torch
 from hf_mixed import MIXED, WINDOW, mixed
-from hf_models import DEVICE, prompt
+from hf_models import prompt
 from hf_oracle import stored
 from transformers import DynamicCache
 
@@ -20,7 +20,6 @@ from kvruntime.bench.harness.weigh import weigh
 from kvruntime.engine import Engine
 from kvruntime.hf.cache import CacheLayer, argument
 from kvruntime.hf.exact import WindowLayer
-from kvruntime.hf.models import changed_scores
 from kvsim.engines import Kvruntime
 from kvsim.methods import Full, Kivi
 from kvsim.models.model import Model
@@ -64,16 +63,10 @@ def stock_past(cache, before: list[object], config, num_tokens: int) -> DynamicC
     return past
 
 
-def skip_what_no_kernel_runs(family):
-    if DEVICE.type == "cuda" and changed_scores(mixed(family)):
-        pytest.skip("kivi's kernels have no sinks or softcaps")
-
-
 @families
 def test_kivi_is_what_it_stores_read_back(family):
     """Prefill, decoding over several flushes and a warm chunk, each against stock attention over the packed layers'
     tokens read back and the others' own."""
-    skip_what_no_kernel_runs(family)
     model = mixed(family)
     cache = make_cache(model, "kivi", nbits=4, group_size=32, residual_length=64)
     ids = prompt(2, 250)["input_ids"]
@@ -94,8 +87,6 @@ def test_kivi_is_what_it_stores_read_back(family):
 @families
 def test_every_step_weighs_what_is_predicted(family, method):
     """Shorter than the window, at it and beyond it; single tokens, chunks, and a growth of the packed layers."""
-    if isinstance(method, Kivi):
-        skip_what_no_kernel_runs(family)
     model = mixed(family)
     read = Model.from_config(model.config.to_dict())
     cache, held = make_cache(model, method), 0

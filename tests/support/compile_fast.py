@@ -47,7 +47,7 @@ TWO_CHUNKS = {  # the kernels with most in them: all of them take minutes
     "2-bit g32 gv16 d80": (Kivi(value_group_size=16), 80, 8, "bf16"),
     "k8v2 g32 gv16 d80": (Kivi(key_nbits=8, value_nbits=2, value_group_size=16), 80, 4, "fp16"),
 }
-TWO_CHUNKS_IN = ("attend", "attend_drawn", "attend_queries_table_shares", "combine", "combine_few")
+TWO_CHUNKS_IN = ("attend", "attend_drawn", "attend_scores", "attend_queries_table_shares", "combine", "combine_few")
 HEADS_256 = {  # one query, splits, groups of 64 and more
     "2-bit g64 d256": (Kivi(group_size=64), 256, 4, "fp16"),
     "2-bit g64 d256 bf16": (Kivi(group_size=64), 256, 8, "bf16"),
@@ -62,8 +62,9 @@ BOOST = {
     "boost d64": (kivi_boost(), 64, 3, "bf16"),
 }
 BOOST_IN = ("attend_drawn", "attend_queries_table_shares", "combine")
-HEADS_256_IN = ("attend", "attend_table", "combine", "combine_few")
+HEADS_256_IN = ("attend", "attend_table", "attend_scores", "combine", "combine_few")
 METHODS |= TWO_CHUNKS | HEADS_256 | BOOST
+CHANGED = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d128 q8", "2-bit g64 d256", "2-bit g32 d96")
 POOLED = ("2-bit g64 d128", "2-bit g32 d128", "4-bit g64 d128")
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80")
 QUERIES = (
@@ -75,7 +76,8 @@ PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for
 MERGED = ("arrivals_ptr",)
 DRAWN = ("draws_ptr",)
 ORDER = ("order_ptr",)
-OPTIONAL = {*QUERIES, *TABLE, *PAGES, *MERGED, *DRAWN, *ORDER}
+SCORES = ("sinks_ptr", "softcap")
+OPTIONAL = {*QUERIES, *TABLE, *PAGES, *MERGED, *DRAWN, *ORDER, *SCORES}
 POINTERS = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(
     ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", "exact_table_ptr", *MERGED, *DRAWN), "*i32"
 )
@@ -86,7 +88,7 @@ def arguments(kernel, dtype: str, given: tuple[str, ...] = ()) -> dict[str, str]
     """Types of a kernel's arguments; of the optional ones those ``given``, the others are None."""
     names = [name for name in kernel.arg_names if not name.isupper() and (name in given or name not in OPTIONAL)]
     types = {name: POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in names}
-    return types | ({"scale_log2": "fp32"} if "scale_log2" in types else {})
+    return types | {name: "fp32" for name in ("scale_log2", "softcap") if name in types}
 
 
 def build(
@@ -182,6 +184,15 @@ def attend_queries_pool(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, given=QUERIES + TABLE + PAGES)
 
 
+def attend_scores(name: str, sm: int) -> dict[str, int]:
+    """With sinks and a softcap."""
+    return attend(name, sm, given=SCORES)
+
+
+def attend_queries_scores(name: str, sm: int) -> dict[str, int]:
+    return attend(name, sm, shares=True, given=QUERIES + SCORES)
+
+
 def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True) -> dict[str, int]:
     method, dim, q_per_kv, dtype = METHODS[name]
     block_d = dim & -dim
@@ -215,6 +226,8 @@ KERNELS = {
         attend_queries_table_shares,
         attend_pool,
         attend_queries_pool,
+        attend_scores,
+        attend_queries_scores,
         combine,
         combine_few,
         combine_queries,
@@ -232,7 +245,7 @@ def tasks(in_pairs: bool) -> list[Task]:
     them that came least."""
     out: list[Task] = []
     for kernel in KERNELS:
-        names = POOLED if kernel.endswith("pool") else METHODS
+        names = POOLED if kernel.endswith("pool") else CHANGED if kernel.endswith("scores") else METHODS
         names = [
             name
             for name in names

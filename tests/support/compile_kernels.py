@@ -28,6 +28,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from kvruntime.engine import hopper, norm, product
 from kvruntime.engine import linear as narrow
 from kvruntime.kernels import gated, merge, rotary, slots
+from kvruntime.kernels import prompt as prompts
 from kvruntime.kernels import rms_norm as norms
 from kvruntime.methods.full import decode
 from kvruntime.methods.kivi import append, attention, paged_kernels, step, words
@@ -162,7 +163,13 @@ def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
 
 
 PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for axis in "bht"))
+SCORES = {"sinks_ptr", "softcap"}
 POOL = {"table_ptr", "block_table_ptr", "starts_ptr", *PAGES}
+
+
+def plain(types: dict[str, str]) -> dict[str, str]:
+    """Argument types of a kernel that attends without sinks and softcap."""
+    return {name: type_ for name, type_ in types.items() if name not in SCORES}
 
 
 def own_rows(types: dict[str, str]) -> dict[str, str]:
@@ -260,12 +267,14 @@ def store_layers(name: str, sm: int) -> dict[str, int]:
 
 
 def attend(
-    name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool = False, pool: bool = False
-) -> dict[str, int]:
+    name: str, sm: int, rows: int = 4, dtype: str = "fp16", table: bool = False, pool: bool = False,
+    scores: bool = False,
+) -> dict[str, int]:  # fmt: skip
     method, dim = METHODS[name]
     record = method.record(LayerShape(8, dim, dim))
-    fixed = {"params_ptr": "*fp16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    fixed = {"params_ptr": "*fp16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "softcap": "fp32"}
     types = arguments(attention.attend_kernel, dtype, **fixed)
+    types = types if scores else plain(types)
     for absent in ("new_key_ptr", "new_value_ptr", "counts_ptr") * (rows == 4):
         del types[absent]
     if not pool:
@@ -284,6 +293,11 @@ def attend(
 
 def attend_fresh(name: str, sm: int) -> dict[str, int]:
     return attend(name, sm, rows=64, dtype="bf16")
+
+
+def attend_scores(name: str, sm: int) -> dict[str, int]:
+    """Several queries with fresh tokens, sinks and a softcap."""
+    return attend(name, sm, rows=64, dtype="bf16", scores=True)
 
 
 def attend_table(name: str, sm: int) -> dict[str, int]:
@@ -355,11 +369,11 @@ def store_full(name: str, sm: int) -> dict[str, int]:
     return resources(decode.store_kernel, types, constants, sm, 1, enable_fp_fusion=False)
 
 
-def attend_full(name: str, sm: int, pool: bool = False) -> dict[str, int]:
+def attend_full(name: str, sm: int, pool: bool = False, scores: bool = False) -> dict[str, int]:
     dim, q_per_kv, dtype = WHOLE[name]
     block = triton.next_power_of_2(dim)
     size = 4 if dtype == "fp32" else 2
-    fixed = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    fixed = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32", "softcap": "fp32"}
     tile = decode.plan_tile(2 * block, size, SHARED_BYTES[sm])[0]
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "KEY_DIM": dim, "VALUE_DIM": dim,
@@ -370,6 +384,7 @@ def attend_full(name: str, sm: int, pool: bool = False) -> dict[str, int]:
         "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0,
     }  # fmt: skip
     types = arguments(decode.attend_kernel, dtype, **fixed)
+    types = types if scores else plain(types)
     if pool:
         del types["counts_ptr"]
     else:
@@ -382,6 +397,31 @@ def attend_full(name: str, sm: int, pool: bool = False) -> dict[str, int]:
 def attend_full_pool(name: str, sm: int) -> dict[str, int]:
     """A line of queries with fresh tokens over a pool."""
     return attend_full(name, sm, pool=True)
+
+
+def attend_full_scores(name: str, sm: int) -> dict[str, int]:
+    return attend_full(name, sm, scores=True)
+
+
+def prompt(name: str, sm: int, masked: bool = False) -> dict[str, int]:
+    """A prompt's queries with sinks and a softcap."""
+    dim, q_per_kv, dtype = WHOLE[name]
+    fixed = dict(prompts.plan(1024, dim, dim, 4 if dtype == "fp32" else 2))
+    options = {name: fixed.pop(name) for name in list(fixed) if name.islower()}
+    block = triton.next_power_of_2(dim)
+    dot = getattr(tl, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[dtype])
+    constants = {
+        "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "KEY_DIM": dim, "VALUE_DIM": dim, "BLOCK_K": block, "BLOCK_V": block,
+        "DOT": dot,
+    }  # fmt: skip
+    types = arguments(prompts.prompt_kernel, dtype, scale_log2="fp32", softcap="fp32", mask_ptr="*i1")
+    if not masked:
+        types = {name: type_ for name, type_ in types.items() if not name.startswith(("mask", "stride_m"))}
+    return resources(prompts.prompt_kernel, types, constants | fixed, sm, **options)
+
+
+def prompt_masked(name: str, sm: int) -> dict[str, int]:
+    return prompt(name, sm, masked=True)
 
 
 def append_full_pool(name: str, sm: int) -> dict[str, int]:
@@ -497,10 +537,16 @@ IN_POOLS |= {function.__name__: function for function in (pages, pages_single, g
 POOLED = ("2-bit g32 d128", "3-bit g32 d96")
 """Layouts whose kernels over pools are compiled: word order, and not."""
 KERNELS |= IN_POOLS
+CHANGED = {name: METHODS[name] for name in ("2-bit g32 d64", "2-bit g64 d128", "2-bit g32 d256")}
+"""Layouts that are compiled with sinks and a softcap."""
 FULL_POOLS = {"llama": WHOLE["llama"]}
 ENGINE = {
     attend_full: WHOLE,
     attend_full_pool: FULL_POOLS,
+    attend_full_scores: FULL_POOLS,
+    attend_scores: CHANGED,
+    prompt: WHOLE,
+    prompt_masked: FULL_POOLS,
     append_full_pool: FULL_POOLS,
     store_slots: FULL_POOLS,
     linear: LAYERS,

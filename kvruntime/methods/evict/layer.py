@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods.rows import Fresh, Rows, Steps
 from kvsim.layout import LayerShape, leaving
 from kvsim.methods.evict import Evict
@@ -156,6 +157,7 @@ class EvictLayer(Rows):
         scale: float,
         steps: Steps,
         rotary: tuple[Tensor, Tensor] | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """Not to be had: who leaves is decided on the host."""
         raise ValueError(f"{self.method.name} has no step that decides nothing on the host")

@@ -129,6 +129,7 @@ class FullLayer(Rows):
         scale: float,
         steps: Steps,
         rotary: tuple[Tensor, Tensor] | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
@@ -139,12 +140,12 @@ class FullLayer(Rows):
         if not key.is_cuda:
             query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
-            return self.attend(query, scale)
+            return self.attend(query, scale, scores=scores)
         from kvruntime.methods.full import decode
 
         stored = Stored(self.tensors["key"], self.tensors["value"], steps.lengths)
         decode.step(query, key, value, stored, steps.positions, rotary)
-        return decode.attend(query, stored, scale, stepped=True, num_tokens=steps.num_tokens)
+        return decode.attend(query, stored, scale, stepped=True, num_tokens=steps.num_tokens, scores=scores)
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a row, ``[num_kv_heads, row_lengths[row], dim]`` each; views."""

@@ -22,7 +22,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kvruntime.kernels import lines
 from kvruntime.kernels.launch import num_multiprocessors, overlaps
 from kvruntime.kernels.lines import row_of, rows_of
-from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
+from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, scaled, sink_logits
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.kernels.rotary import embedded_token
 from kvruntime.methods.full.reference import Fresh, Stored, check
 
@@ -125,10 +126,11 @@ def append_kernel(
 
 
 @triton.jit
-def attend_block(query, key, value, visible, peak, total, acc, scale_log2, DOT: tl.constexpr):
+def attend_block(query, key, value, visible, peak, total, acc, scale_log2, softcap, DOT: tl.constexpr):
     """``(peak, total, acc)`` after a block of tokens: keys and values ``[BLOCK_N, ...]``; ``visible`` broadcasts to
     ``[BLOCK_M, BLOCK_N]``."""
-    score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+    score = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    score = scaled(score, scale_log2, softcap)
     score = tl.where(visible, score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
     weight = tl.exp2(score - new_peak[:, None])
@@ -141,17 +143,18 @@ def attend_block(query, key, value, visible, peak, total, acc, scale_log2, DOT: 
 @triton.jit
 def attend_kernel(
     query_ptr, key_ptr, value_ptr, lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr,
-    partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb,
-    stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots,
-    num_blocks, batch_size, num_splits,
+    partial_ptr, lse_ptr, sinks_ptr, scale_log2, softcap, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh,
+    stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
+    num_queries, num_slots, num_blocks, batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, DOT: tl.constexpr,
     NUM_STAGES: tl.constexpr, EARLY: tl.constexpr, MORE: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """``num_queries``: None where each row has one.
     ``MORE``: tokens that a row holds besides those that its length counts.
-    Optional: ``table_ptr``, for each row ``num_blocks`` places of ``PAGE`` tokens; ``new_key_ptr`` and what belongs to
-    it, fresh tokens; ``starts_ptr``, where each row begins in the line that queries and fresh tokens are."""
+    Optional: ``sinks_ptr``, a logit a query head; ``softcap``, in powers of two; ``table_ptr``, for each row
+    ``num_blocks`` places of ``PAGE`` tokens; ``new_key_ptr`` and what belongs to it, fresh tokens; ``starts_ptr``,
+    where each row begins in the line that queries and fresh tokens are."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -191,6 +194,8 @@ def attend_kernel(
     )  # [BLOCK_M, BLOCK_K]
     peak = tl.full([BLOCK_M], -1.0e20, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        peak, total = sink_logits(sinks_ptr, head * Q_PER_KV + m % Q_PER_KV, mask, split)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if PAGE == 0:
         base = (row.to(tl.int64) * NUM_HEADS + head) * num_slots
@@ -215,7 +220,7 @@ def attend_kernel(
         value = tl.load(
             value_ptr + value_at[:, None] + v[None, :], mask=real[:, None] & (v < VALUE_DIM)[None, :], other=0.0
         )
-        peak, total, acc = attend_block(query, key, value, real[None, :], peak, total, acc, scale_log2, DOT)
+        peak, total, acc = attend_block(query, key, value, real[None, :], peak, total, acc, scale_log2, softcap, DOT)
     if new_key_ptr is not None:
         if BLOCK_B == 0:
             first = num_queries - tl.load(counts_ptr + row)
@@ -242,7 +247,7 @@ def attend_kernel(
                 other=0.0,
             )
             visible = real[None, :] & (t[None, :] <= position[:, None])
-            peak, total, acc = attend_block(query, key, value, visible, peak, total, acc, scale_log2, DOT)
+            peak, total, acc = attend_block(query, key, value, visible, peak, total, acc, scale_log2, softcap, DOT)
     saw = total > 0
     if new_key_ptr is not None:
         saw = saw & seeing  # queries that are padding see nothing
@@ -371,6 +376,7 @@ def attend(
     starts: Tensor | None = None,
     stepped: bool = False,
     num_tokens: int | None = None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """Attention over everything a layer stores: the tensors are :func:`kvruntime.methods.full.reference.attend`'s.
 
@@ -413,8 +419,9 @@ def attend(
     dot = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float16)
     attend_kernel[(splits, rows, blocks)](
         query, key, value, lengths, None if table is None else table.contiguous(), new_key, new_value, counts, starts,
-        partial, lse, scale * LOG2E, *line_strides(query, starts), *strides, *strides_of(stored),
-        None if alone else length, page, num_blocks, batch_size, splits, NUM_HEADS=heads, Q_PER_KV=q_per_kv,
+        partial, lse, scores.sinks, scale * LOG2E, scores.softcap_log2, *line_strides(query, starts), *strides,
+        *strides_of(stored), None if alone else length, page, num_blocks, batch_size, splits, NUM_HEADS=heads,
+        Q_PER_KV=q_per_kv,
         KEY_DIM=key_dim, VALUE_DIM=value_dim, BLOCK_M=block_m, BLOCK_N=tile, BLOCK_K=block_k, BLOCK_V=block_v, DOT=dot,
         NUM_STAGES=NUM_STAGES, enable_fp_fusion=True, num_warps=4, MORE=int(stepped), PAGE=0 if table is None else page,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size), EARLY=(early := overlaps(query)),

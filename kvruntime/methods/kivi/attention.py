@@ -28,7 +28,17 @@ from kvruntime.kernels import lines
 from kvruntime.kernels.hadamard import rotate_kernel
 from kvruntime.kernels.launch import num_multiprocessors
 from kvruntime.kernels.lines import row_of
-from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, softmax_step
+from kvruntime.kernels.merge import (
+    COMBINE_D,
+    FUSED_MERGE,
+    HIDDEN,
+    LOG2E,
+    combine_kernel,
+    scaled,
+    sink_logits,
+    softmax_step,
+)
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods.kivi.pack import New, places
 from kvruntime.methods.kivi.reference import LIMIT, Fresh, Layout, Stored, fresh_type
 from kvruntime.methods.kivi.words import (
@@ -168,7 +178,7 @@ def load_plain(ptr, at, mask, C0: tl.constexpr, W: tl.constexpr, DOT: tl.constex
 
 @triton.jit
 def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, visible, held, scale_log2,
-                 KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+                 softcap, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """A block of tokens that lie uncompressed; ``held`` says which of its places hold a token."""
     KEY_CHUNKS: tl.constexpr = chunks(KEY_DIM)
     VALUE_CHUNKS: tl.constexpr = chunks(VALUE_DIM)
@@ -176,7 +186,7 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
     for i in tl.static_range(len(KEY_CHUNKS)):
         key = load_plain(key_ptr, key_at, held, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], DOT)
         score = tl.dot(query[i], tl.trans(key), score, input_precision="ieee")
-    weight, alpha, peak, total = softmax_step(score * scale_log2, visible, peak, total)
+    weight, alpha, peak, total = softmax_step(scaled(score, scale_log2, softcap), visible, peak, total)
     new_acc = ()
     for i in tl.static_range(len(VALUE_CHUNKS) - 1, -1, -1):
         value = load_plain(value_ptr, value_at, held, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT)
@@ -187,9 +197,10 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
 @triton.jit
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr, new_key_ptr,
-    new_value_ptr, counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, scale_log2, stride_qb,
-    stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh,
-    stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots, num_records, num_pages, batch_size, num_splits,
+    new_value_ptr, counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, sinks_ptr, scale_log2,
+    softcap, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots, num_records, num_pages,
+    batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_NBITS: tl.constexpr, VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
@@ -197,10 +208,11 @@ def attend_kernel(
     DOT: tl.constexpr, NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr, BOOST: tl.constexpr,
     BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row
-    begins in the line that queries and fresh tokens are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``,
-    for each row ``num_records`` places of records; ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE``
-    exact tokens, keys and values by strides of their own."""
+    """Optional: ``sinks_ptr``, a logit a query head; ``softcap``, in powers of two; ``order_ptr``, of boosted channels;
+    ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row begins in the line that queries and fresh tokens
+    are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``, for each row ``num_records`` places of records;
+    ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their
+    own."""
     split = tl.program_id(0)
     if BLOCK_B == 0:
         row = tl.program_id(1) // NUM_HEADS
@@ -233,6 +245,8 @@ def attend_kernel(
         acc = acc + (tl.full([BLOCK_M, VALUE_CHUNKS[i][1]], 0.0, tl.float32),)
     peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:
+        peak, total = sink_logits(sinks_ptr, query_head, real, split)
     rows = row.to(tl.int64) * NUM_HEADS + head
 
     # ---- the query in the order of the packed channels, and at the boosted ones
@@ -277,7 +291,7 @@ def attend_kernel(
                                 KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], DOT, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD,
                                 TILE, KEY_PARAMS)  # fmt: skip
             score = tl.dot(packed_query[i], tl.trans(key), score, input_precision="ieee")
-        score = score * scale_log2
+        score = scaled(score, scale_log2, softcap)
         new_peak = tl.maximum(peak, tl.max(score, 1))
         alpha = tl.exp2(peak - new_peak)
         weight = tl.exp2(score - new_peak[:, None])
@@ -318,7 +332,7 @@ def attend_kernel(
             value_at = page * stride_yb + token % PAGE * stride_yt
         acc, peak, total = attend_plain(
             query, acc, peak, total, own_key_ptr, own_value_ptr, key_at, value_at, held[None, :] & real[:, None], held,
-            scale_log2, KEY_DIM, VALUE_DIM, DOT,
+            scale_log2, softcap, KEY_DIM, VALUE_DIM, DOT,
         )  # fmt: skip
 
     # ---- fresh tokens, causal
@@ -339,8 +353,8 @@ def attend_kernel(
             acc, peak, total = attend_plain(
                 query, acc, peak, total, new_key_ptr + head.to(tl.int64) * stride_kh,
                 new_value_ptr + head.to(tl.int64) * stride_vh, t.to(tl.int64) * stride_kt, t.to(tl.int64) * stride_vt,
-                held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, KEY_DIM,
-                VALUE_DIM, DOT,
+                held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, softcap,
+                KEY_DIM, VALUE_DIM, DOT,
             )  # fmt: skip
 
     # ---- (out, lse) of this split; a query that saw nothing, or is padding, is zero
@@ -386,6 +400,7 @@ def attend(
     starts: Tensor | None = None,
     num_splits: int | None = None,
     num_tokens: int | None = None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
@@ -432,8 +447,8 @@ def attend(
     attend_kernel[(num_splits, rows, blocks)](
         query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.key_order,
         stored.lengths, stored.packed, new_key, new_value, counts, starts, where.block_table, where.exact_table,
-        partial, lse, scale * LOG2E, *query_strides, *strides, *where.strides, num_queries, where.num_slots,
-        where.num_records, where.num_pages, batch_size, num_splits,
+        partial, lse, scores.sinks, scale * LOG2E, scores.softcap_log2, *query_strides, *strides, *where.strides,
+        num_queries, where.num_slots, where.num_records, where.num_pages, batch_size, num_splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, PAGE=where.page,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size),
         DOT=tl.float32 if query.dtype == torch.float32 else tl.float16, **record_constants(record),

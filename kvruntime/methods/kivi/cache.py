@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvruntime.kernels.reference import PLAIN, Scores, embedded
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.rows import Fresh, Rows, Steps
+from kvruntime.methods.rows import Rows, Steps
 from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
 
@@ -137,24 +137,12 @@ class KiviLayer(Rows):
             raise ValueError(
                 f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
             )
-        if not scores.is_plain:
-            return self._changed(query, scale, fresh, scores)
-        return self._attend(query, scale, fresh, None, arrivals)
+        return self._attend(query, scale, fresh, None, arrivals, scores)
 
     @classmethod
     def changes_scores(cls, device: torch.device) -> bool:
-        """Whether ``attend`` takes sinks and softcaps there: the reference does, the kernels do not."""
-        return device.type != "cuda"
-
-    def _changed(self, query: Tensor, scale: float, fresh: Fresh | None, scores: Scores) -> Tensor:
-        """:meth:`attend` with sinks or a softcap."""
-        if not self.changes_scores(query.device):
-            raise ValueError(f"{self.method.name} on CUDA attends without sinks and softcaps")
-        new = None
-        if fresh is not None:
-            counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
-            new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
-        return reference.attend(query, self.stored(), self.layout, scale, new, scores=scores)
+        """Everywhere: the reference and the kernels take sinks and softcaps."""
+        return True
 
     def _attend(
         self,
@@ -163,6 +151,7 @@ class KiviLayer(Rows):
         fresh: tuple[Tensor, Tensor, list[int] | None] | None,
         num_tokens: int | None,
         arrivals: Tensor | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         new = None
         if fresh is not None:
@@ -178,7 +167,7 @@ class KiviLayer(Rows):
                 planned["arrivals"] = arrivals
             if kernels is fast and num_tokens is None:  # a graph's lengths are not known here
                 planned["equal_shares"] = max(self.row_lengths) > UNEVEN * min(self.row_lengths)
-        return run(query, self.stored(), self.layout, scale, new, **planned)
+        return run(query, self.stored(), self.layout, scale, new, scores=scores, **planned)
 
     def step(
         self,
@@ -188,21 +177,23 @@ class KiviLayer(Rows):
         scale: float,
         steps: Steps,
         rotary: tuple[Tensor, Tensor] | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
         ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row.  ``rotary``:
-        :func:`kvruntime.methods.kivi.step.step`.  Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the
-        host's books (``row_lengths``, ``row_packed``) stay behind until :meth:`catch_up` or :meth:`reset`.
+        :func:`kvruntime.methods.kivi.step.step`; ``scores``: what the model does to them.  Returns
+        ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``) stay
+        behind until :meth:`catch_up` or :meth:`reset`.
         """
         if not key.is_cuda:
             query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
-            return self.attend(query, scale)
+            return self.attend(query, scale, scores=scores)
         ticket = steps.scratch[: self.batch_size]
         stored = (self.stored(), self.layout, steps.lengths, steps.positions)
         _kernels("step").step(query, key, value, *stored, ticket, rotary)
-        return self._attend(query, scale, None, steps.num_tokens, steps.scratch[self.batch_size :])
+        return self._attend(query, scale, None, steps.num_tokens, steps.scratch[self.batch_size :], scores)
 
     def scratch(self, num_q_heads: int) -> Tensor:
         """A count a row, and two a query head with which the attention shares out work and merges in one launch."""

@@ -47,6 +47,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kernels import merge
 from kvruntime.kernels.hadamard import rotate_rows
+from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.attention import rotated
 from kvruntime.methods.kivi.fast_plan import (
@@ -75,6 +76,7 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # Triton 3.9
 CHUNK = gl.constexpr(16)
 HIDDEN = gl.constexpr(-1.0e30)
+TWICE_LOG2E = gl.constexpr(2 * merge.LOG2E)
 HEADROOM = gl.constexpr(8.0)
 EXACT_UNITS = gl.constexpr(2)
 DRAWN = gl.constexpr(8)
@@ -310,6 +312,17 @@ def softmax_step(score, factor, peak, margin):
     )
     weight = weight.reshape([1, TOKENS // 8, 8, 8]).permute([0, 1, 3, 2]).reshape([1, TOKENS, 8])
     return gl.convert_layout(weight, COLUMNS, assert_trivial=True), alpha[:, None, :], new_peak
+
+
+@gluon.jit
+def capped(score, factor, softcap):
+    """``(score, factor)`` for :func:`softmax_step`; with ``softcap``, in powers of two, the scores are capped already:
+    ``softcap * tanh(score * factor / softcap)``."""
+    if softcap is not None:
+        score, wide = gl.broadcast(score, (factor * (TWICE_LOG2E / softcap))[:, None, :])
+        score = softcap - 2 * softcap / (gl.exp2(score * wide) + 1)
+        factor = gl.full(factor.shape, 1.0, gl.float32, gl.SliceLayout(1, MMA))
+    return score, factor
 
 
 @gluon.jit
@@ -618,7 +631,7 @@ def add_values(acc, weight, alpha, staged, VALUE_NBITS: gl.constexpr):
 
 @gluon.jit
 def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, stride_k, stride_v, first, length, packed,
-               num_slots, since, position, table_ptr, stride_pk, stride_pv, VALUE_NBITS: gl.constexpr,
+               num_slots, since, position, table_ptr, stride_pk, stride_pv, softcap, VALUE_NBITS: gl.constexpr,
                SHARED: gl.constexpr, DIM: gl.constexpr, VALUE_GROUPS: gl.constexpr, SINK: gl.constexpr,
                RESIDUAL: gl.constexpr, AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """``(acc, sums, peak)`` after the 16 exact slots from ``first`` on; ``staged`` is shared memory for their values.
@@ -640,6 +653,7 @@ def exact_step(acc, sums, peak, query, factor, staged, key_ptr, value_ptr, strid
         score = mma_v2(key_rows(keys[i], SPANS[i][1]), query[i], score)
     if SHARED and DIM <= 128:  # of wider heads all eight columns hold the query
         score += swap_halves(score)
+    score, factor = capped(score, factor, softcap)
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     mask = gl.broadcast(present(slot, length, packed, num_slots, since, SINK, RESIDUAL), score)[0]
     if position is not None:
@@ -755,7 +769,7 @@ def packed_up(SPAN: gl.constexpr, NBITS: gl.constexpr, LESS: gl.constexpr):
 def attend_split(
     query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk,
     step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr,
-    draws_ptr, pages, order_ptr,
+    draws_ptr, pages, order_ptr, sink, softcap,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
@@ -853,6 +867,12 @@ def attend_split(
         acc = acc + (gl.zeros(channels_shape(SPANS[i][1], SPANS[i][3]), gl.float32, MMA),)
     sums = gl.zeros([1, 16, 8], gl.float32, MMA)
     peak = gl.full([1, 8], -1.0e20, gl.float32, PER_HEAD)
+    if sink is not None:  # a token of no value, whose weight is 1 where it is seen
+        peak = gl.maximum(peak, sink)
+        row = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+        seen = gl.where(sink > HIDDEN, 2.0**HEADROOM, 0.0)[:, None, :]
+        seen, row = gl.broadcast(gl.broadcast(seen, sums)[0], row)
+        sums = gl.where(row >= 8, seen, 0.0)
 
     # ---- exact tokens, 16 slots a step
     staged = ()
@@ -866,12 +886,14 @@ def attend_split(
         if PAGE == 0:
             acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr, DIM,
                                          DIM, chunk * CHUNK, length, packed, num_slots, None, None, None, None, None,
+                                         softcap,
                                          VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK, RESIDUAL,
                                          AT_ONCE, 0)  # fmt: skip
         else:
             acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, exact_key_ptr, exact_value_ptr,
                                          pages[3], pages[6], chunk * CHUNK, length, packed, length - packed, 0, None,
-                                         pages[0], pages[1], pages[4], VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK,
+                                         pages[0], pages[1], pages[4], softcap, VALUE_NBITS, SHARED, DIM,
+                                         VALUE_GROUPS, SINK,
                                          RESIDUAL, False, PAGE)  # fmt: skip
 
     # ---- fresh tokens, whose chunks are counted after the exact ones; none beyond the last column's position
@@ -881,7 +903,8 @@ def attend_split(
         for chunk in range(first_chunk + done * step_chunk, end_fresh, step_chunk):
             acc, sums, peak = exact_step(acc, sums, peak, queries, factor, staged, newest[0], newest[1], newest[2],
                                          newest[3], (chunk - chunks) * CHUNK, length, packed, newest[4], newest[5],
-                                         newest[6], None, None, None, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS, SINK,
+                                         newest[6], None, None, None, softcap, VALUE_NBITS, SHARED, DIM, VALUE_GROUPS,
+                                         SINK,
                                          RESIDUAL, False, 0)  # fmt: skip
 
     # ---- packed tokens, tile after tile, the next ones on their way
@@ -970,7 +993,8 @@ def attend_split(
             score += swap_halves(score)
         score += start  # of columns n and n ^ 4 that are added, only n's: the other is nobody's
         score = gl.convert_layout(score.reshape([1, TILE, 8]), MMA, assert_trivial=True)
-        weight, alpha, peak = softmax_step(score, packed_factor, peak, margin)
+        score, score_factor = capped(score, packed_factor, softcap)
+        weight, alpha, peak = softmax_step(score, score_factor, peak, margin)
 
         # ---- values: sums of p * zero and p, then the codes
         if WIDE:
@@ -1033,6 +1057,7 @@ def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params,
     block, slot, first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records,
     scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages, order_ptr,
+    sinks_ptr, softcap, begins,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
@@ -1042,6 +1067,7 @@ def attend_part(
     """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where
     ``out_ptr`` is given, and the result to there.
 
+    ``begins``: whether it has the row's first tokens, and with them the sinks.
     Several queries a row: a block's columns are some of its ``num_queries * Q_PER_KV`` (query, head)s."""
     blocks = ((1 if num_queries is None else num_queries) * Q_PER_KV + HEADS - 1) // HEADS
     SHARED: gl.constexpr = HEADS <= 4  # columns 4..7 are free for the low parts
@@ -1081,10 +1107,18 @@ def attend_part(
         since = num_queries - gl.load(new[2] + row)
         newest = (new[0] + row * new[3] + head * new[4], new[1] + row * new[6] + head * new[7], new[5], new[8],
                  num_queries, since, position, (first_head + HEADS - 1) // Q_PER_KV)  # fmt: skip
+    sink = None
+    if sinks_ptr is not None:
+        n = gl.arange(0, 8, layout=gl.SliceLayout(0, PER_HEAD))[None, :]
+        member = first_head + (n & 3 if SHARED else n)
+        seen = (member < (1 if num_queries is None else num_queries) * Q_PER_KV) & begins
+        sink = gl.load(sinks_ptr + head * Q_PER_KV + member % Q_PER_KV, mask=seen, other=0.0).to(gl.float32)
+        sink = gl.where(seen, sink * (TWICE_LOG2E / 2), HIDDEN)
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first,
         step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest,
-        table_ptr, draws_ptr, pages, order_ptr, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD,
+        table_ptr, draws_ptr, pages, order_ptr, sink, softcap, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS,
+        RECORD,
         KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED, BEGUN, EARLY, AT_ONCE, STAGES,
         PAGE, BOOST_CODES,
     )  # fmt: skip
@@ -1186,7 +1220,8 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
 @gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits", "num_queries"])
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, order_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr,
-    arrivals_ptr, draws_ptr, out_ptr, scale_log2, stride_qb, stride_qh, num_slots, num_records, batch_size, num_splits,
+    arrivals_ptr, draws_ptr, out_ptr, sinks_ptr, scale_log2, softcap, stride_qb, stride_qh, num_slots, num_records,
+    batch_size, num_splits,
     num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, stride_vb,
     stride_vh, stride_vt, table_ptr, exact_table_ptr, num_pages,
     stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt,
@@ -1202,6 +1237,7 @@ def attend_kernel(
     (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks.  ``SPARE``:
     :func:`spare`.
 
+    ``sinks_ptr``: a logit a query head, or None; ``softcap``: in powers of two, or None.
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
     ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row.
     ``exact_table_ptr``: for each row ``num_pages`` pages of ``PAGE`` exact tokens, ``num_slots`` of which a row has at
@@ -1268,7 +1304,8 @@ def attend_kernel(
             value_params, block, block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split,
             num_splits, chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries,
             stride_ql, new, table_ptr, None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None,
-            pages, order_ptr, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD,
+            pages, order_ptr, sinks_ptr, softcap, split == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+            KEY_GROUPS, VALUE_GROUPS, RECORD,
             SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
             PAGE, BOOST_CODES,
         )  # fmt: skip
@@ -1308,7 +1345,8 @@ def attend_kernel(
                 value_params, block, gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS,
                 1, (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records,
                 scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, order_ptr,
-                NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, SINK,
+                sinks_ptr, softcap, start == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
+                VALUE_GROUPS, RECORD, SINK,
                 RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
             )  # fmt: skip
             unit += stop - start
@@ -1385,6 +1423,7 @@ def attend(
     arrivals: Tensor | None = None,
     early: bool = True,
     out: Tensor | None = None,
+    scores: Scores = PLAIN,
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
@@ -1457,7 +1496,7 @@ def attend(
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     attend_kernel[(splits,) if block_b else grid](
         query, stored.records, stored.exact_key, stored.exact_value, stored.key_order, stored.lengths, stored.packed,
-        partial, lse, arrivals, draws, out, scale * merge.LOG2E,
+        partial, lse, arrivals, draws, out, scores.sinks, scale * merge.LOG2E, scores.softcap_log2,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, block_table, where.exact_table, where.num_pages,
         *where.strides,
