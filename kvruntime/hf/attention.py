@@ -296,7 +296,9 @@ def _attend(
         return out
     if layer.held is not None:
         layer.held.store()  # a model that runs a layer twice reads what it stored
-    if length == 1:
+    if length == 1 and lengths is None and layer.store.prefers_steps:
+        out = layer.advance(query, fresh_key, fresh_value, scale, scores)
+    elif length == 1:
         layer.append(fresh_key, fresh_value, lengths, query)
         out = layer.attend(query, scale, None, scores)
     else:
@@ -340,7 +342,10 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if isinstance(length, StepLength):
         return length.counts.mask(kwargs.get("attention_mask"))
     if isinstance(length, Length) and kwargs.get("q_length") == 1:
-        if kwargs.get("attention_mask") is None:
+        given = kwargs.get("attention_mask")
+        if given is None:
             return None
+        if length.columns is not None and (checked := length.columns.step_mask(given)) is not None:
+            return checked
         kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, **kwargs)

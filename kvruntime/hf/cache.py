@@ -12,13 +12,14 @@ from transformers import GenerationMixin, cache_utils
 
 from kvruntime.hf import exact
 from kvruntime.hf.exact import PACKED, Kind
+from kvruntime.hf.lengths import Lengths
 from kvruntime.hf.padding import Columns
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_tensors
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Of what a pickled cache holds."""
 
 HELD_NBYTES = 64 * 2**20
@@ -38,6 +39,9 @@ UNCOMPILED = "a plain kvruntime cache runs uncompiled: make_cache(..., compiled=
 
 class Length(int):
     """A mask length that comes from this cache, so that the mask function can tell."""
+
+    columns: Columns | None = None
+    """The cache's, where the host plans the steps."""
 
 
 class AppendQueue:
@@ -155,6 +159,7 @@ class Books(NamedTuple):
     columns: Columns
     forward: Forward
     shared: SharedTensors
+    lengths: Lengths
 
 
 class PendingUpdate:
@@ -203,7 +208,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, method: Method, books: Books, max_seq_len: int | None) -> None:
         super().__init__()
         self.method, self.max_seq_len = method, max_seq_len
-        self.columns, self.forward, self.shared = books
+        self.columns, self.forward, self.shared, self.lengths = books
         self.num_columns = 0
         self.pending = False
         """Whether tokens came that the attention function has not stored."""
@@ -212,7 +217,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self.num_q_heads = 0
         """Of the model's attention, once it was seen."""
         self.shape: LayerShape | None = None
-        """What a token brings.  ``store.shape`` may have more channels, zeros, where the method packs multiples."""
+        """What a token brings."""
+        self.is_filled = False
+        """Whether ``store.shape`` has more channels, zeros: where the method packs multiples."""
 
     @property
     def is_croppable(self) -> bool:
@@ -246,6 +253,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def make_store(self, shape: LayerShape, batch_size: int, device: torch.device) -> None:
         """Makes the kvruntime layer, beside the tensors that all layers share on this device."""
         self.shape, held = shape, stored_shape(self.method, shape)
+        self.is_filled = held != shape
         shared = self.shared.of(self.method, held, device)
         self.store = make_layer(self.method, held, batch_size, self.max_seq_len, device, shared)
         self.is_initialized = True
@@ -379,12 +387,33 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         self.pending = False
         return out
 
+    def advance(self, query: Tensor, key: Tensor, value: Tensor, scale: float, scores: Scores) -> Tensor:
+        """:meth:`step` where the host keeps the books: for a layer that prefers it to an append and an attention."""
+        store = self.store
+        assert self.shape is not None
+        needed = max(store.row_lengths) + 1
+        if needed > store.num_provided:
+            with torch.inference_mode(False), torch.no_grad():
+                store.provide(needed)
+        if self.is_filled:
+            query, (key, value) = _filled(query, store.shape.key_dim), self._filled(key, value)
+        out = store.step(query, key, value, scale, self.lengths.before(store, query.shape[1]), scores=scores)
+        if store.device.type == "cuda":  # elsewhere a step keeps the books
+            store.advance(1)
+        self.num_columns += 1
+        self.pending = False
+        return out[..., : self.shape.value_dim] if self.is_filled else out
+
     def get_seq_length(self) -> int:
         return self.num_columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         length = self.num_columns + query_length
-        return length if torch.compiler.is_compiling() else Length(length), 0  # torch.compile cannot make a Length
+        if torch.compiler.is_compiling():  # torch.compile cannot make a Length
+            return length, 0
+        own = Length(length)
+        own.columns = self.columns
+        return own, 0
 
     def get_max_length(self) -> int:
         return -1 if self.max_seq_len is None else self.max_seq_len
@@ -474,14 +503,15 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.method, self.max_seq_len = method, max_seq_len
         self.kinds = None if isinstance(layers, int) else list(layers)
         num_packed = layers if isinstance(layers, int) else sum(kind.shape is not None for kind in layers)
-        self.columns, self.forward, self.shared = Columns(), Forward(), SharedTensors(num_packed)
+        self.columns, self.forward, self.lengths = Columns(), Forward(), Lengths()
+        self.shared = SharedTensors(num_packed)
         self.edits = 0
         """How often tokens were taken back or rows changed."""
         super().__init__(layers=self._make_layers(layers if isinstance(layers, int) else len(layers)))
 
     @property
     def _books(self) -> Books:
-        return Books(self.columns, self.forward, self.shared)
+        return Books(self.columns, self.forward, self.shared, self.lengths)
 
     def _make_layers(self, num_layers: int) -> list[Any]:
         return [self._make_layer(kind) for kind in self.kinds or [PACKED] * num_layers]

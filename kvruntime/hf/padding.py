@@ -38,6 +38,32 @@ class Columns:
         self._lengths: list[int] | None = None
         self.scattered = False
         """Whether the columns last read have padding after a token of the same row."""
+        self._checked: Tensor | None = None
+        """What stands for the mask of a step that :meth:`step_mask` has checked: ``[batch_size, 1, 1, 1]``, true."""
+        self._expected: Tensor | None = None
+        """:meth:`tokens` of more columns than there are, where some are padding."""
+
+    def step_mask(self, given: Tensor) -> Tensor | None:
+        """A mask of one more column, ``given [batch_size, columns]`` bool on a GPU, held against what was cached: all
+        rows' newest is a token.  Nothing waits for the device, which stops with the message.
+
+        Returns what :meth:`read` knows as a mask that was checked; None where that needs a look at the mask itself.
+        """
+        start = given.shape[1] - 1
+        if not (given.is_cuda and len(given) == len(self.padding) and start and self._hold_tokens(start)):
+            return None
+        if any(self.padding):
+            if self._expected is None or self._expected.shape[1] <= start:
+                self._expected = self.tokens(2 * start + 1, given.device)
+            given = given == self._expected[:, : start + 1]
+        torch._assert_async(given.all(), HIDES)
+        if self._checked is None or len(self._checked) != len(given) or self._checked.device != given.device:
+            self._checked = torch.ones(len(given), 1, 1, 1, dtype=torch.bool, device=given.device)
+        return self._checked
+
+    def _hold_tokens(self, start: int) -> bool:
+        """Whether every row has a token among its first ``start`` columns, and no padding after them."""
+        return all(not row or (row[-1].stop <= start and sum(map(len, row)) < start) for row in self.padding)
 
     def read(self, mask: Tensor | None, start: int, length: int, batch_size: int) -> list[int] | None:
         """How many of the columns ``start : start + length`` hold a token, row by row; None where all do.
@@ -61,6 +87,9 @@ class Columns:
             if any(self.padding):
                 raise ValueError(f"no attention mask was given: {HIDES}")
             return None
+        if mask is self._checked:
+            return None
+        self._expected = None
         visible, biased = _visible(mask, length, start + length)
         visible = visible[:, 0].expand(batch_size, -1, -1)
         real = visible[:, -1]  # [batch_size, start + length]: the newest query sees every token
@@ -90,7 +119,7 @@ class Columns:
 
     def __getstate__(self) -> dict[str, object]:
         """Without the mask last read, which nobody may keep."""
-        return {**self.__dict__, "_seen": None, "_mask": None}
+        return {**self.__dict__, "_seen": None, "_mask": None, "_checked": None, "_expected": None}
 
     def order(self, mask: Tensor, start: int) -> Tensor:
         """The new columns of ``mask`` with padding first and tokens after, in order: int64 ``[batch_size or 1, L]``."""
@@ -114,7 +143,7 @@ class Columns:
     def reorder(self, rows: list[int]) -> None:
         """Rows become ``rows``."""
         self.padding = [list(self.padding[row]) for row in rows]
-        self._seen = None
+        self._seen = self._expected = None
 
     def lost(self, num_columns: int, keep: int) -> int:
         """How many tokens every row loses with the columns from ``keep`` on.
@@ -130,7 +159,7 @@ class Columns:
     def crop(self, keep: int) -> None:
         """Forget the columns from ``keep`` on."""
         self.padding = [[range(s.start, min(s.stop, keep)) for s in row if s.start < keep] for row in self.padding]
-        self._seen = None
+        self._seen = self._expected = None
 
 
 def _visible(mask: Tensor, length: int, num_columns: int) -> tuple[Tensor, Tensor]:

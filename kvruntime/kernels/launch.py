@@ -1,11 +1,21 @@
-"""What a launch asks of the device: its multiprocessors, and whether kernels may overlap."""
+"""How kernels are launched: what a launch asks of the device, and launches that are recorded to be made again.
+
+Triton looks at every argument of a launch, which costs the host some 50 microseconds where a kernel has 60 of them.  A
+decode step makes the same launches for every token, only with other addresses: :class:`LaunchRecord` calls the compiled
+kernels with those.
+"""
 
 from __future__ import annotations
 
+import inspect
+import threading
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 
 @cache
@@ -19,3 +29,115 @@ OVERLAP = True
 def overlaps(x: Tensor) -> bool:
     """Whether kernels may be launched while their predecessor still runs (each waits for it before it reads)."""
     return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+ALIGNED = 16
+"""Bytes: Triton compiles a kernel for addresses that are multiples of it, and one for others."""
+TEMPORARY = 512
+"""Bytes at multiples of which temporary tensors begin, as PyTorch's own do."""
+
+_recording = threading.local()
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """``kernel[grid](*args, **options)``; a :class:`LaunchRecord` that is being made remembers it."""
+    compiled = kernel[grid](*args, **options)
+    calls = getattr(_recording, "calls", None)
+    if calls is not None:
+        calls.append((kernel, compiled, grid, args, options))
+
+
+def recorded(call: Callable[[], Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, LaunchRecord]:
+    """What ``call`` returns, and its launches."""
+    calls: list[Any] = []
+    _recording.calls = calls
+    try:
+        out = call()
+    finally:
+        del _recording.calls
+    return out, LaunchRecord(calls, tensors, out)
+
+
+class LaunchRecord:
+    """The launches of one call, to be made again with tensors of the same shapes, strides and types in other places.
+
+    The call launches all that it runs by :func:`launch_kernel`, reads ``tensors`` and nothing else that changes, and
+    returns a
+    new tensor, ``out``.  What else it allocates is temporary, and only its kernels write it.
+    """
+
+    def __init__(self, calls: list[Any], tensors: Sequence[Tensor], out: Tensor) -> None:
+        self.device = out.device.index if out.is_cuda else None
+        self.shape, self.dtype = out.shape, out.dtype
+        self.at = [tensor.data_ptr() for tensor in tensors]
+        self.temporary = 0
+        """Bytes of the temporary tensors together."""
+        places: dict[int, int] = {}
+        given = [*tensors, out]
+
+        def slot(x: Tensor) -> tuple[int, int]:
+            """Which of the tensors holds ``x``, and where in it; of temporary ones the number after the last."""
+            address = x.data_ptr()
+            for index, tensor in enumerate(given):
+                if address == tensor.data_ptr():
+                    return index, 0
+            for index, tensor in enumerate(given):
+                if tensor.data_ptr() < address < tensor.data_ptr() + tensor.nbytes and tensor.is_contiguous():
+                    return index, address - tensor.data_ptr()
+            if address not in places:
+                places[address] = self.temporary
+                self.temporary += -(-x.untyped_storage().nbytes() // TEMPORARY) * TEMPORARY
+            return len(given), places[address]
+
+        self.calls = [_call(slot, *each) for each in calls]
+
+    def __call__(self, tensors: Sequence[Tensor], num_given: int) -> Tensor | None:
+        """The launches again, over ``tensors`` in the place of those that were recorded; returns the new tensor.
+
+        None, and nothing is launched, where one of the first ``num_given`` lies so that Triton would compile other
+        kernels; the rest begin where PyTorch's allocator lets tensors begin.
+        """
+        addresses = [x.data_ptr() for x in tensors]
+        for index in range(num_given):
+            if (addresses[index] ^ self.at[index]) % ALIGNED:
+                return None
+        out = tensors[0].new_empty(self.shape, dtype=self.dtype)
+        temporary = tensors[0].new_empty(self.temporary, dtype=torch.uint8) if self.temporary else out
+        if self.device is None:  # Triton's interpreter takes tensors
+            held = [*tensors, out, temporary]
+            for run, values, slots in self.calls:
+                places = {at: _at(held[index], offset, dtype) for at, index, offset, dtype in slots}
+                run([places.get(at, value) for at, value in enumerate(values)])
+            return out
+        addresses += (out.data_ptr(), temporary.data_ptr())
+        stream = driver.active.get_current_stream(self.device)
+        for run, values, slots in self.calls:
+            values = values.copy()
+            for at, index, offset, _ in slots:
+                values[at] = addresses[index] + offset
+            run(*values, stream=stream)
+        return out
+
+
+def _call(
+    slot: Any, kernel: Any, compiled: Any, grid: Any, args: Any, options: Any
+) -> tuple[Any, list[Any], list[Any]]:
+    """A launch as a function of all its values, those values, and which of them are tensors:
+    ``(which value, which tensor, offset in bytes, type)``."""
+    parameters = inspect.signature(kernel.fn).parameters
+    given = dict(zip(kernel.arg_names, args, strict=False)) | options
+    values = [given[name] if name in given else parameters[name].default for name in kernel.arg_names]
+    slots = [(at, *slot(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor)]
+    values = [None if isinstance(x, Tensor) else x for x in values]
+    if compiled is not None:
+        return compiled[grid], values, slots
+    more = {name: value for name, value in options.items() if name not in parameters}
+    return lambda all_: kernel[grid](**dict(zip(kernel.arg_names, all_, strict=True)), **more), values, slots
+
+
+def _at(x: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """What lies ``offset`` bytes into ``x``, as ``dtype``."""
+    if not offset and x.dtype == dtype:
+        return x
+    rest = x.view(-1).view(torch.uint8)[offset:]
+    return rest[: len(rest) // dtype.itemsize * dtype.itemsize].view(dtype)

@@ -56,8 +56,16 @@ class Rows:
     wants_query = False
     """Whether a prompt's queries decide what is kept: ``append`` is then given them."""
 
+    again: Any = None
+    """What :meth:`step` remembers of its launches, of this process alone."""
+
     has_steps = True
     """Whether :meth:`step` decides nothing on the host, so that a CUDA graph may hold it."""
+
+    @property
+    def prefers_steps(self) -> bool:
+        """Whether :meth:`step` is the cheap way to one more token a row where the host plans every step."""
+        return False
 
     @property
     def kernel(self) -> str:
@@ -87,6 +95,9 @@ class Rows:
         """Tokens a row that the buffers provide for now."""
         self.tensors: dict[str, Tensor] = {}
         self.provide(max_seq_len or 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "again"}
 
     @property
     def nbytes(self) -> int:

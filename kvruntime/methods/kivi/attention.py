@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvruntime.kernels import lines
 from kvruntime.kernels.hadamard import rotate_kernel
-from kvruntime.kernels.launch import num_multiprocessors
+from kvruntime.kernels.launch import launch_kernel, num_multiprocessors
 from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.merge import (
     COMBINE_D,
@@ -444,8 +444,9 @@ def attend(
         partial = out.new_empty(*out.shape[:-1], num_splits, record.value_dim, dtype=torch.float32)
         lse = out.new_empty(*out.shape[:-1], num_splits, dtype=torch.float32)
     looked_up = where.block_table is not None or where.exact_table is not None or starts is not None
-    attend_kernel[(num_splits, rows, blocks)](
-        query, stored.records, stored.exact_key, stored.exact_value, stored.key_params, stored.key_order,
+    launch_kernel(
+        attend_kernel, (num_splits, rows, blocks), query, stored.records, stored.exact_key, stored.exact_value,
+        stored.key_params, stored.key_order,
         stored.lengths, stored.packed, new_key, new_value, counts, starts, where.block_table, where.exact_table,
         partial, lse, scores.sinks, scale * LOG2E, scores.softcap_log2, *query_strides, *strides, *where.strides,
         num_queries, where.num_slots, where.num_records, where.num_pages, batch_size, num_splits,
@@ -456,8 +457,9 @@ def attend(
     )  # fmt: skip
     if merged:
         block_d = record.rotation or COMBINE_D
-        combine_kernel[(out.numel() // record.value_dim, triton.cdiv(record.value_dim, block_d))](
-            partial, lse, out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=block_d, ROTATION=record.rotation,
+        launch_kernel(
+            combine_kernel, (out.numel() // record.value_dim, triton.cdiv(record.value_dim, block_d)), partial, lse,
+            out, num_splits, VALUE_DIM=record.value_dim, BLOCK_D=block_d, ROTATION=record.rotation,
             BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE,
             num_warps=8 if block_d > 64 else 4,
         )  # fmt: skip

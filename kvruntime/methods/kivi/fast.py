@@ -47,6 +47,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kernels import merge
 from kvruntime.kernels.hadamard import rotate_rows
+from kvruntime.kernels.launch import launch_kernel
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.attention import rotated
@@ -1494,8 +1495,9 @@ def attend(
     if out is None:
         out = query.new_empty(batch_size, q_heads, length, dim)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
-    attend_kernel[(splits,) if block_b else grid](
-        query, stored.records, stored.exact_key, stored.exact_value, stored.key_order, stored.lengths, stored.packed,
+    launch_kernel(
+        attend_kernel, (splits,) if block_b else grid, query, stored.records, stored.exact_key, stored.exact_value,
+        stored.key_order, stored.lengths, stored.packed,
         partial, lse, arrivals, draws, out, scores.sinks, scale * merge.LOG2E, scores.softcap_log2,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, block_table, where.exact_table, where.num_pages,
@@ -1510,8 +1512,9 @@ def attend(
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
     block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
     block_d = record.rotation or min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
-    combine_kernel[(batch_size * q_heads * length, dim // block_d)](
-        partial, lse, stored.packed, draws, out, chunks, batch_size, splits, num_queries, NUM_HEADS=heads,
+    launch_kernel(
+        combine_kernel, (batch_size * q_heads * length, dim // block_d), partial, lse, stored.packed, draws, out,
+        chunks, batch_size, splits, num_queries, NUM_HEADS=heads,
         Q_PER_KV=fixed["Q_PER_KV"], HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s,
         EARLY=early, ROTATION=record.rotation,
         enable_fp_fusion=merge.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1,

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kernels.hadamard import rotated_tokens
-from kvruntime.kernels.launch import overlaps
+from kvruntime.kernels.launch import launch_kernel, overlaps
 from kvruntime.kernels.rotary import embedded_token
 from kvruntime.methods.kivi.boost import choose_order
 from kvruntime.methods.kivi.pack import (
@@ -214,14 +214,16 @@ def step(
     if not (spread := batch_size * heads * programs <= FEW_PROGRAMS):
         programs, size, warps = 1, WHOLE, pack_warps(record)
     own = {} if spread else permuting(record)
-    step_kernel[(batch_size * heads * programs,)](
-        query, key, value, cos, sin, stored.exact_key, stored.exact_value, stored.records, stored.key_params,
+    early = overlaps(key)
+    launch_kernel(
+        step_kernel, (batch_size * heads * programs,), query, key, value, cos, sin, stored.exact_key,
+        stored.exact_value, stored.records, stored.key_params,
         stored.key_order, lengths, positions, stored.lengths, stored.packed, ticket, where.block_table,
         where.exact_table, *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *where.strides, where.num_slots,
         where.num_records, where.num_pages, batch_size,
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
         BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None,
-        PAGE=where.page, EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=warps, **own,
+        PAGE=where.page, EARLY=early, enable_fp_fusion=False, num_warps=warps, **own,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

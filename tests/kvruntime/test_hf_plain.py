@@ -1,0 +1,139 @@
+"""Steps that the host plans: one launch after the other, as they were recorded, and the mask held in two."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+from hf_models import DEVICE, prompt, tiny  # noqa: E402
+
+from kvruntime import make_cache  # noqa: E402
+from kvruntime.hf.cache import argument  # noqa: E402
+from kvruntime.hf.padding import HIDES, Columns  # noqa: E402
+from kvruntime.kernels.launch import LaunchRecord  # noqa: E402
+from kvruntime.kernels.reference import Scores  # noqa: E402
+from kvruntime.methods import Steps, make_layer  # noqa: E402
+from kvruntime.methods.kivi import attention  # noqa: E402
+from kvruntime.methods.kivi import cache as kivi_cache  # noqa: E402
+from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Kivi  # noqa: E402
+
+ON_CUDA = DEVICE.type == "cuda"
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """A layer on the CPU takes the kernels, which Triton's interpreter runs."""
+    if not ON_CUDA:
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+        monkeypatch.setattr(attention, "num_multiprocessors", lambda _: 1)
+        monkeypatch.setattr(kivi_cache, "_fast", lambda: None)
+
+
+def test_launches_made_again_are_those_of_a_step(on_device, monkeypatch):
+    """Over records that are packed on the way and tensors that lie elsewhere each time; planned anew where shapes
+    change, where buffers grow, and where a query begins at another place in a line of memory."""
+    torch.manual_seed(0)
+    scores = Scores(5.0, torch.linspace(-2, 3, 4).to(DEVICE))
+    method = Kivi(nbits=2, residual_length=32, sink_length=3, value_group_size=32)
+    layers = [make_layer(method, LayerShape(2, 32, 32), 2, None, DEVICE) for _ in range(2)]
+    tokens = torch.randn(2, 2, 130, 32, device=DEVICE)
+    lengths = torch.tensor([130, 61], dtype=torch.int32, device=DEVICE)
+    scratch = [layer.scratch(4) for layer in layers]
+    for layer in layers:
+        layer.append(tokens, tokens, [130, 61])
+    made: list[bool] = []
+    again = LaunchRecord.__call__
+
+    def counted(self, *given):
+        out = again(self, *given)
+        made.append(out is not None)
+        return out
+
+    monkeypatch.setattr(LaunchRecord, "__call__", counted)
+    for turn in range(14):
+        if turn == 10:
+            for layer in layers:
+                layer.provide(300)
+        room = torch.randn(2, 8, 1, 33, device=DEVICE)
+        query, key, value = (x[..., :32].contiguous() for x in room.split((4, 2, 2), 1))
+        if turn == 6:  # 4 bytes further than before
+            query = torch.empty(2 * 4 * 32 + 1, device=DEVICE)[1:].view(2, 4, 1, 32).copy_(query)
+        out = []
+        for layer, zeros, fresh in zip(layers, scratch, (True, False), strict=True):
+            steps = Steps(lengths, lengths, zeros, layer.num_provided)
+            if fresh:
+                layer.again = None
+            out.append(layer.step(query, key, value, 0.2, steps, scores=scores))
+            layer.advance(1)
+        assert torch.equal(*out)
+        for name, tensor in layers[0].tensors.items():
+            assert torch.equal(tensor, layers[1].tensors[name]), (turn, name)
+        lengths += 1
+    assert made == [True] * 4 + [False] * 2 + [True] * 2 + [True] * 2
+    assert layers[0].row_lengths == lengths.tolist()
+    assert layers[1].row_packed == layers[1].tensors["lengths"][1].tolist()
+    assert copy.deepcopy(layers[1]).again is None
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 9}], ids=str)
+def test_a_step_is_an_append_and_an_attention(way, monkeypatch):
+    """Ragged rows over several records, and a second turn."""
+    model, inputs, out = tiny("Llama"), prompt(3, 50, (0, 7, 33)), []
+    for prefers in (False, True):
+        monkeypatch.setattr(KiviLayer, "prefers_steps", prefers)
+        cache = make_cache(model, "kivi", nbits=8, residual_length=32, compiled=False)
+        torch.manual_seed(3)
+        first = model.generate(**inputs, **argument(cache), pad_token_id=0, max_new_tokens=40, **way)
+        if "num_beams" not in way:
+            more = torch.cat([first, inputs["input_ids"][:, :9]], 1)
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(more[:, 50:])], 1)
+            first = model.generate(
+                more, attention_mask=mask, **argument(cache), pad_token_id=0, max_new_tokens=9, **way
+            )
+        out.append(first)
+    assert torch.equal(*out)
+
+
+def test_the_mask_of_a_step_is_held_against_what_was_cached(on_device):
+    columns = Columns()
+    columns.padding = [[], [range(2), range(5, 6)]]
+    real = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    real[1, [0, 1, 5]] = False
+    checked = columns.step_mask(real)
+    assert checked.shape == (2, 1, 1, 1)
+    assert columns.step_mask(torch.cat([real, real[:, -1:]], 1)) is checked
+    assert columns.read(checked, 8, 1, 2) is None
+    assert columns.padding == [[], [range(2), range(5, 6)]]
+    if not ON_CUDA:  # there the device stops
+        for wrong in (torch.ones_like(real), real & (torch.arange(9) < 8), real & (torch.arange(9) != 4)):
+            with pytest.raises(RuntimeError, match=HIDES[:40]):
+                columns.step_mask(wrong)
+    assert columns.step_mask(real[:1]) is None  # another batch
+    assert columns.step_mask(real[:, :6]) is None  # a row whose newest column was padding
+    columns.padding = [[], [range(8)]]
+    assert columns.step_mask(real) is None  # a row without a token may be given padding
+
+
+def test_a_generation_never_looks_at_its_masks(on_device, monkeypatch):
+    """After the prompt's: looking costs the host a dozen launches a token."""
+    model, inputs = tiny("Llama"), prompt(2, 20, (0, 5))
+    looked: list[int] = []
+    count = Columns._count
+
+    def counted(self, mask, start, *more):
+        looked.append(0 if mask is None or mask.shape[3] == 1 else start)
+        return count(self, mask, start, *more)
+
+    monkeypatch.setattr(Columns, "_count", counted)
+    cache = make_cache(model, "fp32", compiled=False)
+    out = model.generate(**inputs, **argument(cache), pad_token_id=0, max_new_tokens=12)
+    assert not any(looked)
+    assert torch.equal(out, model.generate(**inputs, pad_token_id=0, max_new_tokens=12))
