@@ -306,6 +306,9 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
 @method_options
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to generate at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy.")
+@click.option(
+    "-tp", "--tensor-parallel-size", type=int, default=1, show_default=True, help="Processes, started by torchrun."
+)
 @machine_options
 def generate_command(**given: Any) -> int:
     """Streams text after PROMPT, then says what the cache weighed against fp16."""

@@ -20,7 +20,7 @@ from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.model.caches import Contender, ours, plain_attention, stock
 from kvruntime.bench.model.report import tables
 from kvruntime.bench.model.tasks import Quality, Speed, memory_tasks, quality_tasks, speed_tasks, subject
-from kvruntime.checkpoints.load import LoadedModel, Source, pick_device, resolve
+from kvruntime.checkpoints.load import LoadedModel, Source, pick_device, rank_device, resolve
 from kvruntime.checkpoints.pull import pulled
 from kvruntime.eval.text import load_text, token_windows
 from kvsim.engines.kvruntime import MOST
@@ -140,12 +140,16 @@ def generate(method: Method, **given: Any) -> int:
     check_given(given)
     device = pick_device(given["device"])
     source = resolve_given(given)
+    ranks = given["tensor_parallel_size"]
+    rank, device = rank_device(ranks, source, device)
     if not source.real and source.config and source.config["model_type"] == "gpt2" and not given["offline"]:
         from kvruntime.checkpoints.pull import pull
 
         pull("gpt2-tokenizer", say)
-    loaded = load_given(source, device, given, [ours(method)])
-    say(f"{source.name}, weights: {source.weights}, {loaded.dtype} on {device}, cache {method.name}")
+    loaded = load_given(source, device, given, [ours(method)], ranks)
+    tell = say if rank == 0 else _nothing
+    where = f"{ranks} ranks, first {device}" if ranks > 1 else device
+    tell(f"{source.name}, weights: {source.weights}, {loaded.dtype} on {where}, cache {method.name}")
     out = run_generate(
         loaded,
         ours(method),
@@ -153,13 +157,18 @@ def generate(method: Method, **given: Any) -> int:
         max_new_tokens=given["max_new_tokens"],
         temperature=given["temperature"],
         seed=given["seed"],
+        **({} if rank == 0 else {"write": _nothing}),
     )
-    say(
+    tell(
         f"{out.num_new} tokens in {out.seconds:.1f} s; the cache, made for {out.num_provided} tokens, weighed "
         f"{out.nbytes:,} B ({out.nbytes / 2**20:.2f} MiB) against fp16's {out.fp16_nbytes:,} B: "
         f"{out.fp16_nbytes / out.nbytes:.2f}x smaller"
     )
     return 0
+
+
+def _nothing(text: str) -> None:
+    """What ranks but the first say."""
 
 
 def _real(source: Source, loaded: LoadedModel | None, asked: str | None, where: dict[str, Any]) -> Source:

@@ -68,10 +68,12 @@ def resolve_given(given: dict[str, Any]) -> Source:
     return resolve(given["model_name"], seed=given["seed"], offline=given["offline"], say=say)
 
 
-def load_given(source: Source, device: str, given: dict[str, Any], contenders: list[Contender]) -> LoadedModel:
-    """The model, once every one of ``contenders`` was found to hold its layers."""
+def load_given(
+    source: Source, device: str, given: dict[str, Any], contenders: list[Contender], ranks: int = 1
+) -> LoadedModel:
+    """The model, or its part in one of ``ranks``, once all ``contenders`` were found to hold its layers."""
     say(f"loading {source.name}, weights: {source.weights}")
-    loaded = load(source, device, given["weights_dtype"], say)
+    loaded = load(source, device, given["weights_dtype"], say, ranks)
     if contenders:
         check_methods(loaded, contenders)
     return loaded

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -128,10 +129,12 @@ def load(
     device: str,
     dtype: str | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    tensor_parallel_size: int = 1,
 ) -> LoadedModel:
     """The model on ``device``, weights in ``dtype`` (default: float16 on CUDA, float32 elsewhere).
 
-    ``say`` is told what of the files is not used.  Raises ``ValueError`` for an architecture that transformers has no
+    ``tensor_parallel_size``: ranks among which transformers splits it, one a process (:func:`rank_device`).  ``say`` is
+    told what of the files is not used.  Raises ``ValueError`` for an architecture that transformers has no
     causal language model for, weights that are damaged, missing or of another shape, pickled objects other than
     tensors and a model that brings code of its own; ``OSError`` where a hub id cannot be had.
     """
@@ -146,7 +149,12 @@ def load(
         model = _random(source, device, kind)
         folder = pulled("gpt2-tokenizer") if model.config.model_type == "gpt2" else None
         return LoadedModel(source, model, *(_tokenizer(str(folder), False) if folder else (None,)))
-    model = pretrained(source.name, source.path, say, dtype=kind, local_files_only=not source.download)
+    split = {}
+    if tensor_parallel_size > 1:
+        from transformers.distributed import DistributedConfig
+
+        split = {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size)}
+    model = pretrained(source.name, source.path, say, dtype=kind, local_files_only=not source.download, **split)
     tokenizer, why_not = _tokenizer(source.path, source.download)
     return LoadedModel(source, model.to(device).eval(), tokenizer, why_not)
 
@@ -227,6 +235,25 @@ def pick_device(device: str | None) -> str:
     if wanted not in ("cpu", *cuda):
         raise ValueError(f"device {device!r} is not on this machine: allowed here are {', '.join(['cpu', *cuda])}")
     return wanted
+
+
+def rank_device(tensor_parallel_size: int, source: Source, device: str) -> tuple[int, str]:
+    """This process's rank of as many, as torchrun says, and its device.
+
+    Raises ``ValueError`` for another number of processes, and for random weights, which are not split.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if tensor_parallel_size < 1 or (tensor_parallel_size > 1 and tensor_parallel_size != processes):
+        raise ValueError(
+            f"--tensor-parallel-size {tensor_parallel_size} in {processes} process{'es' * (processes > 1)}: start as "
+            f"many, `torchrun --nproc-per-node {max(2, tensor_parallel_size)} -m kvruntime generate ...`"
+        )
+    if tensor_parallel_size == 1:
+        return 0, device
+    if source.path is None:
+        raise ValueError(f"{source.name}: random weights are not split: give --model a directory or a hub id")
+    local = os.environ.get("LOCAL_RANK", "0")
+    return int(os.environ.get("RANK", "0")), f"cuda:{local}" if device.startswith("cuda") else device
 
 
 def _check_directory(path: Path) -> None:

@@ -91,6 +91,22 @@ def test_the_engine_has_its_ranks_heads_and_no_stages(ranks: tuple[Path, list[di
         assert "LlamaForCausalLM is split into pipeline stages" in seen["pp"]["engine"]["error"]
 
 
+def test_the_command_under_torchrun(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The first rank prints what one process would, the other nothing."""
+    (alone, first), (_, second) = (seen["command"] for seen in ranks[1])
+    assert len(alone.split()) == 5
+    assert first == alone
+    assert second == ""
+
+
+@pytest.mark.parametrize(("size", "why"), [(2, "2 in 1 process: start as many, `torchrun"), (0, "0 in 1 process")])
+def test_the_command_without_torchrun(size: int, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from kvruntime.cli import run
+
+    assert run(["generate", "ab", "--model", "gpt2", "--device", "cpu", "--offline", "-tp", str(size)]) == 2
+    assert why in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("size", "heads"), [(1, 4), (2, 2), (4, 1)])
 def test_shapes_of_a_rank(size: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES | HEADS))

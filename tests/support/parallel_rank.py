@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,17 @@ def seen(model: Any, wanted: torch.Tensor | None) -> dict[str, Any]:
     return found | {"apart": 0.0 if wanted is None else (logits - wanted).abs().max().item()}
 
 
+def command(path: str, *more: str) -> str:
+    """What ``kvruntime generate`` prints."""
+    from kvruntime.cli import run
+
+    out = StringIO()
+    asked = ["generate", "ab", "--model", path, "--max-new-tokens", "5", "--device", "cpu", "--weights-dtype", "fp32"]
+    with redirect_stdout(out):
+        assert run([*asked, "--offline", *more]) == 0
+    return out.getvalue()
+
+
 def main(path: str, out: str) -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -93,6 +106,8 @@ def main(path: str, out: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     for kind in ("tp", "pp"):
         config = DistributedConfig(**{f"{kind}_size": size})
+        if kind == "tp":  # a command starts with torchrun's variables as it is given them
+            results["command"] = [command(path), command(path, "--tensor-parallel-size", str(size))]
         results[kind] = seen(
             AutoModelForCausalLM.from_pretrained(path, distributed_config=config, **load).eval(), wanted
         )
