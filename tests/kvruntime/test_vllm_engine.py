@@ -95,7 +95,10 @@ def test_tokens_are_those_of_transformers_and_the_pool_kvsims(folder: Path) -> N
 
 def test_chunks_and_a_pool_that_is_too_small(folder: Path) -> None:
     """Prompts in pieces of 64, and so few blocks that requests wait or are computed again."""
-    for engine in ({"max_num_batched_tokens": 64, "enable_prefix_caching": False}, {"num_gpu_blocks_override": 700}):
+    for engine in (
+        {"max_num_batched_tokens": 64, "enable_prefix_caching": False},
+        {"num_gpu_blocks_override": 260, "max_num_batched_tokens": 256},
+    ):
         found = served(folder, **engine)
         assert [len(row["tokens"]) for row in found["rows"]] == [40] * len(LENGTHS)
         assert replayed(folder, found["rows"][2]) < 0.2  # 33 tokens: one chunk, none packed

@@ -12,6 +12,7 @@ from pathlib import Path
 
 os.environ["KVRUNTIME_VLLM_CPU"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
