@@ -1,7 +1,8 @@
 """What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models ... -->`` the families that
-tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
+tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results, ``<!-- quality ... -->`` those of
+``kvruntime eval``,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
 ``<!-- planners -->`` the recorded head-to-head of planners.
 ``python tests/house/test_docs.py`` writes all of them anew.
@@ -22,11 +23,11 @@ DOCUMENTS = tuple(
     ROOT / name
     for name in (
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
-        *("docs/memory-and-quality.md", "docs/models.md"),
+        *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md"),
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
-BLOCK = re.compile(r"(<!-- (kvsim|models|results|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (kvsim|models|results|quality|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def block(kind: str, arguments: str) -> str:
@@ -39,6 +40,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.documents import memory_tables
 
         return memory_tables.block(arguments)
+    if kind == "quality":
+        from validation.documents import quality_tables
+
+        return quality_tables.block(arguments)
     if kind == "planners":
         from validation.planners.compare import table
 

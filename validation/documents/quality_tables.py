@@ -1,0 +1,148 @@
+"""The documents' tables of quality: what ``validation/results/quality`` holds, against the bars that were set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvruntime.bench.harness.results import Row, read
+from kvruntime.bench.harness.tables import BASE, groups
+from kvruntime.bench.model.report import heading
+from kvruntime.bench.quality.answers import KIND as ANSWERS
+from kvruntime.bench.quality.report import answers_cells, change, position_cells, uncompressed, windows_cells
+from kvruntime.bench.quality.windows import KIND as WINDOWS
+from kvruntime.eval.tasks import TASKS
+from kvsim.output.tables import compact
+from validation.documents.memory_tables import circumstances
+from validation.recorded import FOLDER
+
+QUALITY = FOLDER / "quality"
+BARS: tuple[tuple[float, dict[int, float]], ...] = (
+    (2.65, {1024: 0.024, 4096: 0.033}),
+    (3.15, {1024: 0.011, 4096: 0.016}),
+    (3.5, {1024: 0.006, 4096: 0.0065}),
+    (4.25, {1024: 0.003, 4096: 0.0045}),
+)
+"""Bits of an element, everything counted -> window -> the most that perplexity may rise (SmolLM2-135M-Instruct,
+WikiText-2's test split)."""
+JUDGED = "wiki"
+"""How the name of the text begins that bars are of."""
+
+
+def block(arguments: str, folder: Path = QUALITY) -> str:
+    """The table called ``arguments``, one of ``BLOCKS``, in Markdown.  Raises ``ValueError`` for other words."""
+    if arguments.strip() not in BLOCKS:
+        raise ValueError(f"table of quality {arguments.strip()!r}: allowed are {', '.join(BLOCKS)}")
+    return BLOCKS[arguments.strip()](folder)
+
+
+def recorded(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The recorded files, by name."""
+    return [(path, read(path)) for path in sorted(folder.glob("*.json"))]
+
+
+def window_groups(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
+    """Every text and length of window that was recorded."""
+    return [(path, file, group) for path, file in recorded(folder) for group in groups(file["rows"], WINDOWS)]
+
+
+def judged(folder: Path) -> dict[int, list[Row]]:
+    """Length of window -> the rows that bars are of: of several recordings the one with the most tokens."""
+    found: dict[int, list[Row]] = {}
+    for _, _, group in window_groups(folder):
+        first = group[0]
+        if first["text"].startswith(JUDGED) and uncompressed(group) is not None:
+            held = found.get(first["window"])
+            if held is None or first["num_tokens"] > held[0]["num_tokens"]:
+                found[first["window"]] = group
+    return found
+
+
+def best(group: Sequence[Row], bits: float) -> tuple[Row, tuple[float, float, float]] | None:
+    """The row of at most ``bits`` whose perplexity rises least, and by how much."""
+    base = uncompressed(group)
+    there = [(row, off) for row in group if 0 < row["bits"] <= bits and (off := change(row, base)) is not None]
+    return min(there, key=lambda one: one[1][0], default=None)
+
+
+def bars(folder: Path) -> str:
+    """Each bar, the best that was recorded within its bits, and whether it holds."""
+    found = judged(folder)
+    body = []
+    for bits, limits in BARS:
+        for window, limit in limits.items():
+            chosen = best(found.get(window, []), bits)
+            cells = [f"≤ {bits:g}", f"{window:,}", f"≤ +{limit:.2%}"]
+            if chosen is None:
+                body.append([*cells, "not recorded", "", "", "not recorded"])
+                continue
+            row, (off, low, high) = chosen
+            verdict = "holds" if off <= limit else f"missed by {100 * (off - limit):.2f} points"
+            body.append(
+                [*cells, row["method"], f"{row['bits']:.3f}", f"{off:+.2%} ({low:+.2%} to {high:+.2%})", verdict]
+            )
+    head = ["bits", "window", "bar", "best recorded", "its bits", "perplexity (95 % interval)", "bar"]
+    return compact(head, body)
+
+
+def windows(folder: Path) -> str:
+    """Every text and length of window: bits, perplexity with its interval, KL, agreement."""
+    parts = []
+    for path, file, group in window_groups(folder):
+        first = group[0]
+        what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {first['num_tokens']:,} tokens"
+        fed = f"{first['chunk']} a step, the reference {first['reference_chunk']}"
+        link = f"[{path.name}](../validation/results/quality/{path.name})"
+        parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {circumstances(file)} ({link}):")
+        parts.append(compact(*windows_cells(group)))
+    return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
+def positions(folder: Path) -> str:
+    """Perplexity against fp16 by position, of the longest window of the judged text."""
+    found = judged(folder)
+    if not found:
+        return "Nothing is recorded yet."
+    group = found[max(found)]
+    return f"{group[0]['text']}, windows of {group[0]['window']:,}:\n\n{compact(*position_cells(group))}"
+
+
+def answers(folder: Path) -> str:
+    """The tasks that were recorded; what their scores are worth stands under each."""
+    parts = []
+    for path, file in recorded(folder):
+        for name, task in TASKS.items():
+            rows = [row for row in file["rows"] if row["kind"] == ANSWERS and row["task"] == name]
+            rows = [row for row in rows if "failed" not in row]
+            if rows:
+                link = f"[{path.name}](../validation/results/quality/{path.name})"
+                parts += [f"{heading(name, rows[0], task.what)} ({link}):", compact(*answers_cells(rows))]
+                parts += [task.caveat.capitalize() + "."] * bool(task.caveat)
+    return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
+def holds(folder: Path) -> str:
+    """In one sentence what two bits cost and what the fewest bits within one percent are, as recorded."""
+    found = judged(folder)
+    if not found:
+        return "Nothing is recorded yet."
+    parts = []
+    for window, group in sorted(found.items()):
+        base = uncompressed(group)
+        said = []
+        for row in sorted((row for row in group if row["method"] not in BASE), key=lambda row: row["bits"]):
+            off = change(row, base)
+            assert off is not None
+            said.append(f"{row['method']} ({row['bits']:.3f} bits) {off[0]:+.2%}")
+        parts.append(f"In windows of {window:,} tokens: {', '.join(said)}.")
+    return "\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "bars": bars,
+    "windows": windows,
+    "positions": positions,
+    "answers": answers,
+    "holds": holds,
+}
