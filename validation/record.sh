@@ -25,7 +25,7 @@ done
 python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || { echo "no CUDA device" >&2; exit 2; }
 name="$(python3 -c 'import torch; from validation.recorded import slug; print(slug(torch.cuda.get_device_name()))')"
 results="$PWD/validation/results"
-mkdir -p "$results"/{bench,generate,kernels,engine,profiles}
+mkdir -p "$results"/{bench,quality,generate,kernels,engine,profiles}
 
 tests() {
     OMP_NUM_THREADS=1 python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n $(($(nproc) * 3 / 4)) tests/kvruntime/test_kernels.py \
@@ -43,7 +43,13 @@ quality() {
     [ -n "$text" ] || { echo "quality is skipped: no --text" >&2; return 0; }
     (cd "$(dirname "$text")" && PYTHONPATH="$OLDPWD${PYTHONPATH:+:$PYTHONPATH}" python3 -m kvruntime perplexity --text "$(basename "$text")" \
         --window 1024 --chunk 1 --batch 296 --max-tokens 0 --nbits 8 --nbits 4 --nbits 2 --anew \
-        --out "$results/bench/$name-wikitext2.json")
+        --out "$results/bench/$name-wikitext2.json" &&
+        PYTHONPATH="$OLDPWD${PYTHONPATH:+:$PYTHONPATH}" python3 -m kvruntime eval --text "$(basename "$text")" \
+            --window 1024 --window 4096 --chunk 1 --batch 296 --anew --method kivi-boost \
+            --method kivi-boost:value_nbits=3 --method kivi-boost:nbits=3,value_nbits=3 \
+            --method kivi-boost:key_nbits=3,boost_nbits=2,value_nbits=4 --method kivi:nbits=2,group_size=32 \
+            --method kivi:nbits=2,group_size=64 --method kivi:nbits=4,group_size=64 \
+            --out "$results/quality/$name-smollm2-wikitext2.json")
 }
 
 bench() {

@@ -1,8 +1,8 @@
 """What documents show between ``<!-- ... -->`` and ``<!-- end -->`` is what the code prints.
 
 ``<!-- kvsim ... -->`` and ``<!-- kvruntime ... -->`` are commands, ``<!-- models ... -->`` the families that
-tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results, ``<!-- quality ... -->`` those of
-``kvruntime eval``,
+tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
+``<!-- quality ... -->`` those of ``kvruntime eval``,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
 ``<!-- planners -->`` the recorded head-to-head of planners.
 ``python tests/house/test_docs.py`` writes all of them anew.
@@ -27,7 +27,9 @@ DOCUMENTS = tuple(
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
-BLOCK = re.compile(r"(<!-- (kvsim|models|results|quality|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+)
 
 
 def block(kind: str, arguments: str) -> str:

@@ -114,7 +114,7 @@ def axes(folder: Path) -> str:
     first = group[0]
     what = f"{first['method']}, {first['text']}, {first['num_tokens']:,} tokens"
     table = compact(["axes", "perplexity", "against exact"], body)
-    return f"{what} ([{path.name}](validation/results/bench/{path.name})):\n\n{table}"
+    return f"{what} ([{path.name}](../validation/results/bench/{path.name})):\n\n{table}"
 
 
 def against(row: Row, base: Row | None) -> str:

@@ -1,0 +1,127 @@
+"""The documents' tables of quality: bars judged from rows, and the README's figures those that are recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+
+from kvruntime.bench.quality.report import change, uncompressed
+from validation.documents import quality_tables
+from validation.documents.quality_tables import BARS, EXACT, QUALITY, best, exact_tokens, judged
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(method: str, bits: float, *nll: float, held: float | None = None, window: int = 1024, **more: object) -> dict:
+    """Windows of text with these mean losses; 132 exact tokens unless ``held``."""
+    exact = bits + (16 - bits) * 132 / window
+    return {
+        "kind": "windows", "model": "m", "weights": "w", "dtype": "float16", "text": "wiki.test.raw",
+        "text_sha256": "x", "window": window, "num_windows": len(nll), "num_tokens": len(nll) * (window - 1), "chunk": 1, "bits": bits,
+        "reference_chunk": 128, "held_bits": exact if held is None else held, "ppl": 2.0, "kl": 0.1, "agreement": 0.9,
+        "window_nll": list(nll), "by_position": [[1, window - 1, 1.0, 0.1, 0.9]], "method": method, **more,
+    }  # fmt: skip
+
+
+def write(folder: Path, *rows: dict) -> Path:
+    file = {
+        "schema": "kvruntime.bench/1",
+        "device": {"name": "card"},
+        "versions": {"torch": "2", "triton": "3", "transformers": "5"},
+        "commit": "c0ffee",
+        "command": [],
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "card.json").write_text(json.dumps({**file, "rows": rows}))
+    return folder
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_a_bar_takes_the_best_within_its_bits(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "quality",
+        row("fp16", 16, 3.0, 3.2),
+        row("good", 2.6, 3.02, 3.22),
+        row("better", 2.65, 3.01, 3.21),
+        row("too many bits", 2.66, 3.001, 3.201),
+        row("long residual", 2.6, 3.0, 3.2, held=6),
+        row("other text", 2.0, 3.0, 3.2, text="novel", text_sha256="y"),
+        row("evicts", 0, 3.0, 3.2),
+    )
+    first, second, third, *_ = cells(quality_tables.block("bars", folder))
+    assert first[3:5] == ["better", "2.650"]
+    assert first[5].startswith("+1.01%")
+    assert first[6] == "holds"
+    assert second[3] == "not recorded"  # no window of 4,096
+    assert third[3] == "too many bits"
+    (group,) = judged(folder).values()
+    assert best(group, 2.6)[0]["method"] == "good"
+    failing = write(folder, row("fp16", 16, 3.0), row("x", 2.6, 3.034))
+    assert cells(quality_tables.block("bars", failing))[0][6] == "missed by 1.06 points"
+
+
+def test_exact_tokens_are_what_is_held_beyond_the_bits() -> None:
+    assert exact_tokens(row("x", 2.6, 1.0)) == pytest.approx(132)
+    assert exact_tokens(row("fp16", 16, 1.0)) == 1024
+    assert exact_tokens(row("x", 2.6, 1.0, window=4096)) == pytest.approx(132)
+    assert EXACT == 136
+
+
+def test_tables_without_rows_say_so(tmp_path: Path) -> None:
+    for name in ("windows", "positions", "answers"):
+        assert quality_tables.block(name, tmp_path) == "Nothing is recorded yet."
+    assert cells(quality_tables.block("bars", tmp_path))[0][3] == "not recorded"
+    with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, windows"):
+        quality_tables.block("bar", tmp_path)
+
+
+def test_recorded_answers_come_with_what_they_are_worth(tmp_path: Path) -> None:
+    task = {
+        "kind": "answers", "task": "needle", "model": "m", "weights": "w", "dtype": "float16", "num_examples": 2,
+        "examples_sha256": "1", "length": 1024, "depth": 0.5, "scores": [1.0, 0.0],
+    }  # fmt: skip
+    said = quality_tables.block("answers", write(tmp_path / "q", {**task, "method": "fp16"}, {**task, "method": "x"}))
+    assert "Needles discriminate little" in said
+    assert "50.0%" in said
+
+
+def test_what_is_recorded_is_of_the_whole_split() -> None:
+    """Both lengths of window, every bar with a method, one token a step, a floor far below every method."""
+    found = judged(QUALITY)
+    assert set(found) == {1024, 4096}
+    for window, group in found.items():
+        base = uncompressed(group)
+        assert base is not None
+        assert base["num_tokens"] > 300_000
+        assert {row["chunk"] for row in group} == {1}
+        assert base["kl"] < 1e-4
+        assert base["agreement"] > 0.99
+        assert all(best(group, bits) is not None for bits, _ in BARS), window
+        for row in group:
+            assert row is base or row["kl"] > 50 * base["kl"]
+
+
+def test_the_readme_says_what_is_recorded() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(
+        r"Plain KIVI's 2\.5 bits cost \+([\d.]+) %, and its 3\.0 bits \+([\d.]+) %\. "
+        r"`kivi-boost` costs \+([\d.]+) % at 2\.6 bits, \+([\d.]+) % in windows of 4,096\.",
+        text,
+    )
+    assert said is not None
+    found = judged(QUALITY)
+    wanted = [(1024, "kivi-2bit-g64-r128"), (1024, "kivi-2bit-g32-r128")]
+    wanted += [(window, "kivi-k2+2v2-rotv-g64-r128-s4") for window in (1024, 4096)]
+    for words, (window, method) in zip(said.groups(), wanted, strict=True):
+        group = found[window]
+        off = change(next(row for row in group if row["method"] == method), uncompressed(group))
+        assert off is not None
+        assert words == f"{100 * off[0]:.1f}"
