@@ -22,9 +22,10 @@ def row(method: str, bits: float, *nll: float, held: float | None = None, window
     exact = bits + (16 - bits) * 132 / window
     return {
         "kind": "windows", "model": "m", "weights": "w", "dtype": "float16", "text": "wiki.test.raw",
-        "text_sha256": "x", "window": window, "num_windows": len(nll), "num_tokens": len(nll) * (window - 1), "chunk": 1, "bits": bits,
-        "reference_chunk": 128, "held_bits": exact if held is None else held, "ppl": 2.0, "kl": 0.1, "agreement": 0.9,
-        "window_nll": list(nll), "by_position": [[1, window - 1, 1.0, 0.1, 0.9]], "method": method, **more,
+        "text_sha256": "x", "window": window, "num_windows": len(nll), "num_tokens": len(nll) * (window - 1),
+        "chunk": 1, "reference_chunk": 128, "bits": bits, "held_bits": exact if held is None else held, "ppl": 2.0,
+        "kl": 0.1, "agreement": 0.9, "window_nll": list(nll), "by_position": [[1, window - 1, 1.0, 0.1, 0.9]],
+        "method": method, **more,
     }  # fmt: skip
 
 
