@@ -441,6 +441,8 @@ def hardware_detail(card: Hardware, aliases: Sequence[str]) -> str:
         "fp4": scaled(card.fp4_flops, 1e12, "TFLOPS, dense"),
         "int8": scaled(card.int8_ops, 1e12, "TOPS, dense"),
         "link": scaled(card.link_bandwidth, 1e9, "GB/s, both directions"),
+        "units": card.num_sms
+        and f"{card.num_sms} multiprocessors, L2 of {(card.l2_nbytes or 0) / 2**20:g} MiB ({card.sms_source})",
         "source": card.source,
         "note": card.note,
     }

@@ -1,6 +1,7 @@
 """Every row of the catalogue against literal figures, and against the wider catalogue where it lies beside."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_multiprocessors_and_caches_say_where_they_come_from() -> None:
     assert len(stated) == 40
     assert all(card.sms_source for card in stated)
     assert find_hardware("mi300x").sms_source.startswith("AMD ROCm documentation")
-    assert "not verified" in find_hardware("b300-sxm").sms_source
+    assert "an estimate" in find_hardware("b300-sxm").sms_source
 
 
 @pytest.mark.parametrize(
@@ -127,9 +128,11 @@ def test_memory_is_what_a_driver_reports(name: str, gib: float) -> None:
     assert "recalled" not in card.memory_source
 
 
-def test_most_memories_have_a_source_to_look_at() -> None:
-    cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
-    assert sum("recalled" in card.memory_source for card in cards) <= 15
+def test_no_figure_is_recalled() -> None:
+    """Every card has sources that a reader can look at: a page, an issue, a file at a commit, a driver's own words."""
+    for row in catalog.rows("hardware"):
+        told = [row["source"], row.get("memory_usable_source"), row.get("sms_source")]
+        assert not [text for text in told if text and re.search(r"recall|not verified", text)], row["id"]
     assert find_hardware("mi300x").memory_source.endswith("ROCm/legacy-rocm-build issue 4750")
 
 
@@ -201,9 +204,11 @@ def test_cards_equal_the_wider_catalogue() -> None:
     beside = json.loads((BESIDE / "hardware.json").read_text())["accelerators"]
     cards = [Hardware.from_row(row) for row in catalog.rows("hardware")]
     others = [Hardware.from_row(row) for row in beside]
-    apart = dict.fromkeys(("num_sms", "l2_nbytes", "sms_source", "memory_nbytes", "memory_source", "note"))
+    apart = dict.fromkeys(("num_sms", "l2_nbytes", "sms_source", "memory_nbytes", "memory_source", "note", "source"))
     apart |= {"host_cards": 8}
-    assert [replace(card, **apart) for card in others] == [replace(card, **apart) for card in cards]
+    mended = {"tpu-v7-ironwood": {"bandwidth": 7380e9}}  # its vendor's page since
+    theirs = [replace(card, **apart, **mended.get(card.id, {})) for card in others]
+    assert theirs == [replace(card, **apart) for card in cards]
     for theirs, ours in zip(others, cards, strict=True):  # where a driver's figure stands beside, it is ours
         assert theirs.memory_source == "marketed size" or theirs.memory_nbytes == ours.memory_nbytes
         if theirs.memory_nbytes and ours.memory_nbytes and ours.vendor != "apple":

@@ -161,6 +161,7 @@ MULTIMODAL: dict[str, Family] = {
         outer_extra=_cross_attention,
         lookup_extra=lambda body: 8 * body.hidden,
         inert=("cross_attention_layers",),
+        count_if=lambda body: not body.reader.switch(("tie_word_embeddings", False)),
     ),
     "molmo2_text": Family(
         mixers=_one(
