@@ -406,17 +406,21 @@ def hardware_list(rows: Sequence[Hardware]) -> str:
 def model_detail(row: Row, model: Model) -> str:
     """All about one model, a line a fact, with the config key of every number."""
     sources = dict(model.sources)
+
+    def told(value: object, name: str) -> str:
+        return f"{value} ({sources[name]})" if name in sources else f"{value}"
+
     cached = "" if model.num_layers == model.num_blocks else f"; {model.num_layers} streams of keys and values"
     facts = {
         "id": row["id"],
         "aliases": ", ".join(row["aliases"]),
         "source": row["source"],
         "note": row["note"],
-        "layers": f"{model.num_blocks} ({sources['num_layers']}){cached}",
-        "query heads": f"{model.num_q_heads} ({sources['num_q_heads']})",
-        "kv heads": f"{model.cache_layers[0].num_kv_heads} ({sources['num_kv_heads']})",
-        "head dim": f"{model.cache_layers[0].key_dim} ({sources['head_dim']})",
-        "positions": model.max_positions and f"{model.max_positions:,} ({sources['max_positions']})",
+        "layers": told(model.num_blocks, "num_layers") + cached,
+        "query heads": told(model.num_q_heads, "num_q_heads"),
+        "kv heads": told(model.cache_layers[0].num_kv_heads, "num_kv_heads"),
+        "head dim": told(model.cache_layers[0].key_dim, "head_dim"),
+        "positions": model.max_positions and told(f"{model.max_positions:,}", "max_positions"),
         "parameters": model.num_params and f"{model.num_params:,}",
         "dtype": model.dtype,
         "config": json.dumps(row["config"]),

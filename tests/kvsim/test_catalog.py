@@ -268,3 +268,11 @@ def test_no_two_rows_answer_to_one_spelling_without_dashes() -> None:
 def test_a_quantized_checkpoint_of_nothing_known_is_unknown(name: str) -> None:
     with pytest.raises(LookupError, match="unknown model"):
         load_model(name)
+
+
+def test_every_row_is_shown_alone(capsys) -> None:
+    """Also those whose layers are a pattern, without a key for their number."""
+    for kind in ("models", "hardware"):
+        for row in catalog.rows(kind):
+            assert run([kind, row["id"]]) == 0, row["id"]
+            assert row["id"] in capsys.readouterr().out

@@ -1,10 +1,12 @@
-"""Planners that pip installs, head to head: the cache of 18 modern models in bytes, against the exact figure.
+"""Planners that pip installs, head to head: the cache of 24 modern models in bytes, against the exact figure.
 
-    python -m validation.planners --configs models.json --peers FOLDER [--install]
+    python tests/support/planner_rows.py FOLDER > newer.json
+    python -m validation.planners --configs models.json --configs newer.json --peers FOLDER [--install]
 
 ``--configs`` is a JSON list of rows with ``id``, ``config`` (config.json as published) and the bytes that its keys and
-values take, ``expected_ideal_kv.bytes_at_32768``, a figure that does not come from kvsim; ``--install`` puts each
-planner into a folder of its own first.  What they answer is recorded in ``results/planners/kv-bytes.json``, and
+values take, ``expected_ideal_kv.bytes_at_32768``, a figure that does not come from kvsim; for the newer shapes it is
+what transformers' own cache holds (``planner_rows.py``).  ``--install`` puts each planner into a folder of its own
+first.  What they answer is recorded in ``results/planners/kv-bytes.json``, and
 :func:`table` makes the documents' table of it.
 
 Planners differ in what they call the cache of a model with index keys or constant state: an answer counts as exact
@@ -25,7 +27,7 @@ from typing import Any
 
 from kvsim import __version__
 from kvsim.atomic import replace_file
-from kvsim.finite_json import json_text, read_json
+from kvsim.finite_json import json_text
 from kvsim.memory.estimate import estimate
 from kvsim.methods import make_method
 from kvsim.models.model import Model
@@ -50,6 +52,12 @@ SHAPES = (
     ("moonshotai/Kimi-Linear-48B-A3B-Instruct", "linear attention and latent"),
     ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Mamba, few attention layers"),
     ("nvidia/Llama-3_3-Nemotron-Super-49B-v1", "blocks that differ (NAS)"),
+    ("deepseek-ai/DeepSeek-V4-Pro", "compressed attention, index keys"),
+    ("zai-org/GLM-5.2", "latent, index keys on some layers"),
+    ("Qwen/Qwen3.5-397B-A17B", "gated delta net, nested config"),
+    ("nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16", "Mamba, few attention layers"),
+    ("XiaomiMiMo/MiMo-V2-Flash", "windows, other heads on them, values narrower than keys"),
+    ("Qwen/Qwen3-VL-30B-A3B-Instruct", "experts, nested config"),
 )
 CONTEXT = 32768
 TOLERANCE = 0.01
@@ -153,7 +161,7 @@ def ratio(answer: dict[str, Any], truth: dict[str, int]) -> float | None:
 
 
 def score(record: dict[str, Any], name: str) -> tuple[int, int, int, float] | None:
-    """Exact, wrong and refused of the 18, and the worst factor either way; ``None`` where it could not be run."""
+    """Exact, wrong and refused of all shapes, and the worst factor either way; ``None`` where it could not be run."""
     answers = record["planners"][name].get("answers")
     if answers is None:
         return None
@@ -201,8 +209,10 @@ def _cell(factor: float | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Ask pip-installed planners for 18 caches, and record the answers.")
-    parser.add_argument("--configs", type=Path, required=True, help="JSON list of rows with id and config")
+    parser = argparse.ArgumentParser(description="Ask pip-installed planners for 24 caches, and record the answers.")
+    parser.add_argument(
+        "--configs", type=Path, required=True, action="append", help="JSON list of rows with id and config"
+    )
     parser.add_argument("--peers", type=Path, required=True, help="folder with one folder a planner")
     parser.add_argument("--install", action="store_true", help="pip install each planner into its folder first")
     arguments = parser.parse_args()
@@ -210,7 +220,9 @@ def main() -> None:
         for name in NAMES:
             install(name, arguments.peers)
     try:
-        record = measure(read_json(arguments.configs, "configs"), arguments.peers)
+        # published configs hold numbers that JSON has not, such as Nemotron's Infinity
+        rows = [row for path in arguments.configs for row in json.loads(path.read_text(encoding="utf-8"))]
+        record = measure(rows, arguments.peers)
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         replace_file(RECORD, json_text(record, indent=1) + "\n")
     except (ValueError, OSError) as error:
