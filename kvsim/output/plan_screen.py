@@ -34,7 +34,10 @@ def blocks(
     if refused:
         out.append("\n".join(["Not possible:", *refused]))
     others = {way.card.id: way.card.vendor for way in good if way.card.vendor != "nvidia"}.items()
-    prices = dict.fromkeys(way.price.label for way in good if way.price)
+    prices: dict[str, list[str]] = {}
+    for way in good:
+        if way.price:
+            prices.setdefault(way.price.label, []).append(way.card.id)
     lines = [
         "a token, first token: predicted times, each with its band (low to high)",
         "both count the prompts of the other requests",
@@ -42,7 +45,7 @@ def blocks(
         f"P(out): probability, by convolution, that a replica's requests do not fit at once, each {_moment(demand)}",
         *_layout_notes(good),
         *(f"{card}: no card of {vendor}'s was timed, its shares of peaks are nvidia's" for card, vendor in others),
-        *(f"price: {label}" for label in prices),
+        *(f"price of {', '.join(dict.fromkeys(cards))}: {label}" for label, cards in prices.items()),
         *_unpriced(good),
         *notes,
     ]

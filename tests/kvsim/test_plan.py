@@ -146,7 +146,7 @@ def test_a_price_of_each_card(capsys) -> None:
     assert run([*command, "--price", "mi300x=0.5", "--price", "h100=9"]) == 0
     out = capsys.readouterr().out
     assert re.search("^cheapest of the cards with a price: [0-9]+ x mi300x with fp16", out, re.MULTILINE)
-    assert "price: $0.5 a card-hour" in out
+    assert "price of mi300x: $0.5 a card-hour" in out
     assert "no price of mi355x is listed: 1 would do it (1 x mi355x, fp16); give --price mi355x=DOLLARS" in out
     assert run([*command, "--price", "3", "--price", "mi355x=1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
