@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kvruntime.engine import hopper, linear, norm, product, reference
+from kvruntime.engine.reference import Norm
 from kvruntime.hf.attention import is_own
 from kvruntime.hf.graphs import GraphForward
-from kvruntime.engine.reference import Norm
 
 Attend = Callable[[int, Tensor], Tensor]
 
@@ -148,8 +148,8 @@ def lean(model: Any) -> Decoder | None:
 
 
 def untouched(model: Any) -> bool:
-    """Whether all parameters are ordinary tensors of one dtype on one device, and nothing hooks into the forward but what
-    ``make_cache`` put there."""
+    """Whether all parameters are ordinary tensors of one dtype on one device, and nothing but what ``make_cache`` put
+    there hooks into the forward."""
     parameters = list(model.parameters())
     kinds = {(p.dtype, p.device) for p in parameters}
     if (
