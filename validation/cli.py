@@ -163,19 +163,29 @@ def quality(
 
 @cli.command()
 @click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("validation-report"), show_default=True)
+@click.option("--check", is_flag=True, help="Write nothing: the verdicts alone.")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-def report(folder: Path, files: tuple[Path, ...]) -> None:
-    """One Markdown and one HTML report over FILES, or all of validation/results."""
-    from validation.documents.report import write_report
-    from validation.recorded import read, read_all
+def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
+    """A verdict a claim over FILES, or all of validation/results, in one HTML file and Markdown; 1 where one fails."""
+    from kvsim.output.tables import plain
+    from validation.report import pages
+    from validation.report.claims import failures, verdicts
+    from validation.report.points import collect
+    from validation.report.records import memory_rows, reliability_rows
 
-    rows = [row for file in files for row in read(file)] if files else read_all()
     try:
-        written = write_report(rows, folder)
+        found = collect(files or None)
+        judged = verdicts(found.points)
+        if not check:
+            for path in pages.write(folder, found, memory_rows(files), reliability_rows(files)):
+                if path.suffix in (".html", ".md"):
+                    click.echo(f"wrote {path}")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a row cannot be reported: {type(error).__name__}: {error}") from error
-    for path in written:
-        click.echo(f"wrote {path}")
+    head, body = pages.verdict_table(judged)
+    click.echo(plain([head[0], *head[2:]], [[line[0], *line[2:]] for line in body if line[2] != "0"]))
+    click.echo(pages.summary(judged))
+    return 1 if failures(found.points) else 0
 
 
 @cli.command("time")

@@ -38,6 +38,9 @@ class Constants:
     Cards: ``link_seconds``: an all-reduce however short, times log2(2 x cards); ``link_efficiency``: share of a link's
     one direction.
 
+    Prompts: ``engine_prompt_seconds``, by engine: what the host takes a layer to launch a prompt's kernels, behind
+    which the card works, in place of ``prefill_seconds``, which are a server's.
+
     Servers: ``chunk_tokens``: prompt tokens a step.  ``prompt_steps``: by engine that runs prompts in steps of their
     own, the share of them that a request waits for.  ``prefill_seconds``, ``prefill_queue``: what a first token waits
     besides its prefill, and the share of a prefill that each further request in flight adds.  ``memory_share``: share
@@ -80,6 +83,7 @@ class Constants:
     kernels: Mapping[str, Kernel]
     curve: Curve
     engine_step_seconds: Mapping[str, float] = field(default_factory=dict)
+    engine_prompt_seconds: Mapping[str, float] = field(default_factory=dict)
     host_launched: tuple[str, ...] = ()
     engines: tuple[str, ...] | None = None
     estimated: tuple[str, ...] = ()

@@ -300,10 +300,14 @@ def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: in
     share = roofline.pipelined(chunks)
     compute, stream = roofline.prompt(batch_size, num_tokens, new)
     compute, stream, fixed = compute * share, stream * share, roofline.fixed
+    launches = fixed.engine_prompt_seconds.get(roofline.engine)
+    overhead = fixed.prefill_seconds + chunks * roofline.block_seconds
+    if launches is not None:  # one forward of the model, launched while the card works; no server before it
+        overhead = max(0.0, launches * roofline.model.num_blocks - max(compute, stream))
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
-        "overhead": fixed.prefill_seconds + chunks * roofline.block_seconds,
+        "overhead": overhead,
         "communication": roofline.communication(batch_size * new, prompt=True),
     }
 

@@ -56,6 +56,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("claims",),
         ("documents", "planners"),
         ("latency",),
+        ("report",),
         ("cli",),
         ("__main__",),
     ),

@@ -6,6 +6,7 @@ sequences the buffers were asked for.  Nothing here has seen the machine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -32,8 +33,8 @@ def provided(num_tokens: int, max_seq_len: int | None) -> int:
 def cache_nbytes(row: Row, num_tokens: int) -> int:
     """Bytes of the row's cache at ``num_tokens``, every buffer rounded up as its allocator does."""
     layers = shapes(row)[: row["num_layers"]]
-    own = [buffer for shape in layers for buffer in buffers(row, shape, num_tokens)]
-    return _held([*own, *shared(row, layers)], row)
+    own = [(buffers(row, shape, num_tokens), count) for shape, count in Counter(layers).items()]
+    return sum(count * _held(each, row) for each, count in own) + _held(shared(row, layers), row)
 
 
 def predict(row: Row) -> int | None:

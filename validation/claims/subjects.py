@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kvsim.layout import Method, edges
@@ -45,7 +46,7 @@ def describe_method(method: Method) -> dict[str, Any]:
 
 def rebuild_method(described: dict[str, Any]) -> Method:
     """The method that :func:`describe_method` described.  Raises ``ValueError`` for one that kvsim does not know."""
-    types = {type(make()).__name__: type(make()) for make in METHODS.values()}
+    types = _types()
     if described["type"] not in types:
         raise ValueError(f"method type {described['type']!r}: allowed are {', '.join(types)}")
     own = {key: value for key, value in described.items() if key not in ("name", "type")}
@@ -53,6 +54,12 @@ def rebuild_method(described: dict[str, Any]) -> Method:
         own["inner"] = rebuild_method(own["inner"])
     method: Method = types[described["type"]](**own)
     return method
+
+
+@cache
+def _types() -> dict[str, type[Method]]:
+    """Every method's class by its name."""
+    return {type(method).__name__: type(method) for method in (make() for make in METHODS.values())}
 
 
 Run = tuple[str, int, int, tuple[Method, ...]]

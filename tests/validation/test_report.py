@@ -1,0 +1,138 @@
+"""The report: every recorded row is predicted anew, each claim is held to its bound, and what fails is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+
+from validation import cli
+from validation.recorded import FOLDER
+from validation.report import coverage, pages, pictures
+from validation.report.claims import CLAIMS, by_factor, explained, failures, verdicts
+from validation.report.points import Point, collect
+
+ENGINE = FOLDER / "engine" / "nvidia-h100-80gb-hbm3.json"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return collect()
+
+
+def test_every_claim_holds_over_everything_recorded(found) -> None:
+    """A record and today's prediction that part beyond the claim's bound fail here."""
+    assert failures(found.points) == []
+    counts = {verdict.claim.name: len(verdict.points) for verdict in verdicts(found.points)}
+    assert counts["bytes"] > 300
+    assert counts["attention"] > 100
+    assert counts["engine"] > 60
+    assert len(found.points) > 900
+
+
+def test_no_recorded_row_is_passed_over_in_silence(found) -> None:
+    """Each row of each file is a point (and maybe another by a profile), or is counted with its reason."""
+    rows = 0
+    for path in FOLDER.rglob("*.json"):
+        if path.parent.name in ("planners", "time", "profiles", "reliability"):
+            continue
+        own = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows += sum(row["kind"] not in ("missing", "skipped", "ceiling") for row in own)
+    own = [point for point in found.points if not point.claim.endswith("calibrated")]
+    assert len(own) + sum(left.rows for left in found.uncovered) == rows
+    assert all(left.reason for left in found.uncovered)
+
+
+def changed(tmp_path: Path, kind: str, factor: float) -> Path:
+    """The recorded steps with those of one kind measured otherwise."""
+    file = json.loads(ENGINE.read_text(encoding="utf-8"))
+    for row in file["rows"]:
+        if row["kind"] == kind and "seconds_per_step" in row:
+            row["seconds_per_step"] = [factor * each for each in row["seconds_per_step"]]
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(file), encoding="utf-8")
+    return path
+
+
+def test_a_record_that_parts_from_the_prediction_fails(tmp_path, capsys) -> None:
+    assert cli.run(["report", str(changed(tmp_path, "step", 1.0)), "--check"]) == 0
+    assert "All" in capsys.readouterr().out
+    assert cli.run(["report", str(changed(tmp_path, "step", 1.3)), "--check"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILS: mean 2" in said
+    assert "claims FAIL over" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "engine.json"]  # a check writes nothing
+
+
+def test_the_report_says_all_of_it_in_one_page(tmp_path, capsys) -> None:
+    assert cli.run(["report", str(ENGINE), "--out", str(tmp_path / "out")]) == 0
+    page, text = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for heading in ("Verdicts", "The worst 10 points", "Break-even", "What was not covered", "What the recorded times"):
+        assert heading in page
+        assert heading in text
+    assert "src=" not in page
+    assert "http" not in page
+    circles = page.count("<circle")
+    assert circles > 68
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (tmp_path / "out" / name).stat().st_size > 200
+    assert 'xmlns="http://www.w3.org/2000/svg"' in (tmp_path / "out" / "parity-engine.svg").read_text()
+    assert "step of hqq" in text
+    assert "no record" in text  # claims that this file says nothing of
+
+
+def points(*errors: float) -> list[Point]:
+    return [
+        Point("engine", 1 + error, 1.0, {"card": "a" if error > 0 else "b", "method": "m"}, "x", {"kv": 1.0})
+        for error in errors
+    ]
+
+
+def test_errors_are_grouped_and_explained_by_what_points_share() -> None:
+    own = points(0.2, 0.2, 0.2, -0.01, -0.01, -0.01)
+    assert by_factor(own)[:2] == [
+        ("card", "a", 3, pytest.approx(0.2), pytest.approx(0.2)),
+        ("card", "b", 3, pytest.approx(-0.01), pytest.approx(0.01)),
+    ]
+    said = explained(own[0], own)
+    assert said.startswith("a: the other 2 err by +20.0% in the mean")
+    assert "100% of the prediction is kv" in said
+    alone = points(0.3, 0.01, 0.01, -0.2)
+    assert "nothing that it shares" in explained(alone[0], alone)
+    assert "mean error by factor" in pictures.residuals(own)
+    assert pictures.residuals(own[:1]) == ""
+
+
+def test_a_break_even_is_where_all_longer_contexts_are_shorter_steps() -> None:
+    def point(method: str, tokens: int, measured: float, predicted: float) -> Point:
+        factors = {"card": "c", "model": "m", "method": method, "size": f"1 x {tokens:,}", "rows": "1 rows"}
+        return Point("engine", predicted, measured, factors, "x")
+
+    own = [point("bf16", tokens, 10.0, 10.0) for tokens in (1024, 2048, 4096)]
+    own += [point("k", 1024, 9.0, 12.0), point("k", 2048, 11.0, 9.0), point("k", 4096, 9.0, 8.0)]
+    _, body = pages.breakevens(own)
+    assert body == [["c", "m", "k", "4,096", "2,048", "no profile", "3", "1"]]
+    never = [point("bf16", 1024, 1.0, 1.0), point("bf16", 2048, 1.0, 1.0), point("k", 1024, 2.0, 0.5)]
+    assert pages.breakevens([*never, point("k", 2048, 2.0, 0.5)])[1][0][3:5] == ["none", "1,024"]
+
+
+def test_the_coverage_counts_every_timed_point_once(found) -> None:
+    _, body = coverage.axes(found.points)
+    assert body[-1][:3] == ["all", "points", str(len(coverage.timed(found.points)))]
+    heads = {line[3] for line in body if line[1].startswith("query heads")}
+    assert any("4 of 128" in each for each in heads)
+
+
+def test_claims_have_one_name_each() -> None:
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_what_is_no_record_is_refused(tmp_path, capsys) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"schema": "other/1", "rows": []}', encoding="utf-8")
+    assert cli.run(["report", str(path)]) == 2
+    assert "is no record" in capsys.readouterr().err

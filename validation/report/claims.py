@@ -1,0 +1,173 @@
+"""The claims: what is predicted, the bound that each is held to, and the verdict that the points give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from validation.report.points import Point
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``bars``: the largest mean and the largest single error, relative; both zero where figures must be equal.
+
+    ``name``: that of its points.  ``keep``: which of them it is about.
+    """
+
+    name: str
+    says: str
+    unit: str
+    bars: tuple[float, float]
+    of: str = ""
+    keep: Callable[[Point], bool] = lambda point: True
+
+    @property
+    def points_of(self) -> str:
+        return self.of or self.name
+
+
+CLAIMS = (
+    Claim("bytes", "Bytes that a cache holds, to the byte", "B", (0.0, 0.0)),
+    Claim("peaks", "Peak during generate(): cache, activations, logits", "B", (0.005, 0.01)),
+    Claim("peaks of a layer", "Peak of one layer alone: append, attend, grow", "B", (0.01, 0.04)),
+    Claim("blocks", "Blocks that CUDA's allocator hands out for these bytes", "B", (0.02, 0.40)),
+    Claim("largest batch", "The largest batch that fits a card", "rows", (0.0, 0.0)),
+    Claim("attention", "Decode attention of one layer, this project's kernels", "s", (0.06, 0.25)),
+    Claim("engine", "A decode step of kvruntime.Engine, as stated", "s", (0.06, 0.15)),
+    Claim(
+        "engine, bandwidth-bound",
+        "The same, steps that weights and cache bound",
+        "s",
+        (0.06, 0.15),
+        of="engine",
+        keep=lambda point: point.bandwidth_bound,
+    ),
+    Claim("engine, calibrated", "A decode step of kvruntime.Engine with the card's profile", "s", (0.08, 0.20)),
+    Claim(
+        "engine, calibrated, bandwidth-bound",
+        "The same, steps that weights and cache bound",
+        "s",
+        (0.05, 0.15),
+        of="engine, calibrated",
+        keep=lambda point: point.bandwidth_bound,
+    ),
+    Claim("generate", "A step of stock generate() with this project's cache, as stated", "s", (0.15, 0.45)),
+    Claim("generate, calibrated", "The same with the card's profile", "s", (0.15, 0.45)),
+    Claim("stock generate", "A step of stock generate() with transformers' cache, as stated", "s", (0.70, 1.0)),
+    Claim("stock generate, calibrated", "The same with the card's profile", "s", (0.35, 0.60)),
+    Claim("first token", "The prompt of one request, Engine.prefill", "s", (0.15, 0.50)),
+)
+"""Every claim.  The bounds are held at each commit: a record beyond them fails."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim over its points: the errors are ``predicted / measured - 1``."""
+
+    claim: Claim
+    points: tuple[Point, ...]
+
+    @property
+    def mean(self) -> float:
+        return mean(abs(point.error) for point in self.points)
+
+    @property
+    def median(self) -> float:
+        return median(abs(point.error) for point in self.points)
+
+    @property
+    def bias(self) -> float:
+        return mean(point.error for point in self.points)
+
+    @property
+    def worst(self) -> float:
+        return max(abs(point.error) for point in self.points)
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Least and greatest predicted / measured that the bound on a single error allows."""
+        most = self.claim.bars[1]
+        return max(1 - most, 0.01), 1 + most
+
+    @property
+    def holds(self) -> bool:
+        return self.mean <= self.claim.bars[0] + 1e-12 and self.worst <= self.claim.bars[1] + 1e-12
+
+    @property
+    def sentence(self) -> str:
+        """``holds`` or what is beyond which bound."""
+        if not any(self.claim.bars):
+            return "holds: no difference" if self.holds else f"FAILS: {self.worst:.2%} off, where nothing may be"
+        kept = f"mean {self.mean:.1%} of {self.claim.bars[0]:.1%}, worst {self.worst:.1%} of {self.claim.bars[1]:.0%}"
+        return f"{'holds' if self.holds else 'FAILS'}: {kept}"
+
+
+def verdicts(points: Sequence[Point]) -> list[Verdict]:
+    """One a claim that has points."""
+    out = []
+    for claim in CLAIMS:
+        own = tuple(point for point in points if point.claim == claim.points_of and claim.keep(point))
+        if own:
+            out.append(Verdict(claim, own))
+    return out
+
+
+def failures(points: Sequence[Point]) -> list[str]:
+    """One line for each claim that does not hold."""
+    return [f"{each.claim.name}: {each.sentence}" for each in verdicts(points) if not each.holds]
+
+
+FACTORS = ("card", "model", "method", "rows", "bound by")
+
+
+def factors_of(point: Point) -> dict[str, str]:
+    """What residuals are grouped by."""
+    largest = max(point.parts, key=lambda name: point.parts[name]) if point.parts else ""
+    return {**point.factors, "bound by": largest}
+
+
+def by_factor(points: Iterable[Point]) -> list[tuple[str, str, int, float, float]]:
+    """Factor, its value, points, mean error and mean size of the error, where a factor takes two values or more."""
+    every = list(points)
+    out = []
+    for factor in FACTORS:
+        groups: dict[str, list[float]] = {}
+        for point in every:
+            groups.setdefault(factors_of(point).get(factor, ""), []).append(point.error)
+        groups.pop("", None)
+        if len(groups) > 1:
+            for value, errors in sorted(groups.items()):
+                out.append((factor, value, len(errors), mean(errors), mean(map(abs, errors))))
+    return out
+
+
+def explained(point: Point, points: Sequence[Point]) -> str:
+    """What of a point's residual others share: the factor whose other points err alike most, and the largest part.
+
+    A factor shares at most the whole residual, and nothing where its other points err the other way.
+    """
+    others = [other for other in points if other.claim == point.claim and other is not point]
+    own = factors_of(point)
+    shares = []
+    for factor in FACTORS:
+        alike = [other.error for other in others if own.get(factor) and factors_of(other).get(factor) == own[factor]]
+        if len(alike) >= 2 and len(alike) < len(others):
+            shares.append((min(1.0, max(0.0, mean(alike) / point.error)), factor, alike))
+    said = []
+    if shares:
+        share, factor, alike = max(shares, key=lambda each: each[0])
+        if share >= 0.25:
+            said.append(f"{own[factor]}: the other {len(alike)} err by {mean(alike):+.1%} in the mean")
+        else:
+            said.append("nothing that it shares with other points: their errors are small or the other way")
+    total = sum(point.parts.values())
+    if total:
+        name = max(point.parts, key=lambda part: point.parts[part])
+        said.append(f"{point.parts[name] / total:.0%} of the prediction is {name}")
+    if point.spread and point.measured:
+        wide = (point.spread[1] - point.spread[0]) / point.measured
+        if wide > 0.5 * abs(point.error):
+            said.append(f"its own runs spread by {wide:.0%}")
+    return "; ".join(said) or "a count in whole units"

@@ -1,0 +1,240 @@
+"""The report's two forms: one HTML file that loads nothing, and Markdown with its pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from kvsim.atomic import replace_file
+from kvsim.output.tables import compact
+from validation.documents import report as earlier
+from validation.report import coverage, pictures
+from validation.report.claims import CLAIMS, Verdict, explained, verdicts
+from validation.report.points import Found, Point
+
+Table = tuple[list[str], list[list[str]]]
+Sizes = dict[tuple[str, int], dict[str, Point]]
+"""Method and context -> the points of each claim."""
+WORST = 10
+NUMBERED = (
+    "Errors are predicted / measured - 1.  The shaded band is what the claim allows a single point; each point says "
+    "what it is where a pointer rests on it."
+)
+
+
+@dataclass
+class Section:
+    """A heading, sentences, a table and pictures (name -> SVG), in this order."""
+
+    heading: str
+    text: list[str] = field(default_factory=list)
+    table: Table | None = None
+    svg: dict[str, str] = field(default_factory=dict)
+    level: int = 2
+
+
+def sections(found: Found, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]] = ()) -> list[Section]:
+    """Everything of the report but the older tables of bytes.  ``rows``: those of ``validation memory``; ``runs``:
+    those of ``validation reliability``."""
+    judged = verdicts(found.points)
+    out = [Section("Verdicts", [summary(judged)], verdict_table(judged))]
+    for verdict in judged:
+        if verdict.claim.unit == "s" and not verdict.claim.of:
+            name = verdict.claim.name.replace(", ", "-").replace(" ", "-")
+            drawn = {
+                f"parity-{name}": pictures.parity(verdict),
+                f"residuals-{name}": pictures.residuals(verdict.points),
+            }
+            text = [
+                f"{verdict.claim.says}: {verdict.sentence}; bias {verdict.bias:+.1%}, {len(verdict.points)} points."
+            ]
+            out.append(
+                Section(verdict.claim.name.capitalize(), text, svg={k: v for k, v in drawn.items() if v}, level=3)
+            )
+    sized = [each for each in judged if each.claim.unit == "B"]
+    drawn = {f"parity-{each.claim.name.replace(' ', '-')}": pictures.parity(each) for each in sized}
+    if sized:
+        out.append(Section("Bytes and peaks", [NUMBERED], svg={k: v for k, v in drawn.items() if v}, level=3))
+    out.append(Section(f"The worst {WORST} points", [], worst_table(found.points)))
+    if even := breakevens(found.points):
+        out.append(Section("Break-even", ["The first recorded context from which the method's step is shorter."], even))
+    out.append(Section("What the recorded times cover", [], coverage.axes(found.points)))
+    out.append(Section("What was not covered", [], coverage.gaps(found)))
+    if runs:
+        out.append(Section("Reliability", [], reliability_table(runs)))
+    return out
+
+
+def summary(judged: Sequence[Verdict]) -> str:
+    """One sentence over all claims."""
+    count = sum(len(each.points) for each in judged if not each.claim.of)
+    failed = [each.claim.name for each in judged if not each.holds]
+    if failed:
+        return f"{len(failed)} of {len(judged)} claims FAIL over {count:,} recorded figures: {', '.join(failed)}."
+    return f"All {len(judged)} claims hold over {count:,} recorded figures, by today's predictions."
+
+
+def verdict_table(judged: Sequence[Verdict]) -> Table:
+    head = ["claim", "what", "points", "mean", "median", "bias", "worst", "verdict"]
+    body = [
+        [
+            each.claim.name,
+            each.claim.says,
+            f"{len(each.points):,}",
+            f"{each.mean:.2%}",
+            f"{each.median:.2%}",
+            f"{each.bias:+.2%}",
+            f"{each.worst:.1%}",
+            each.sentence,
+        ]
+        for each in judged
+    ]
+    told = {each.claim.name for each in judged}
+    body += [[each.name, each.says, "0", "", "", "", "", "no record"] for each in CLAIMS if each.name not in told]
+    return head, body
+
+
+def worst_table(points: Sequence[Point]) -> Table:
+    """The largest errors of time and memory, and what of each is shared with others."""
+    named = {each.name for each in CLAIMS} - {"blocks"}
+    chosen = sorted((point for point in points if point.claim in named), key=lambda point: -abs(point.error))[:WORST]
+    body = [
+        [
+            point.claim,
+            point.title,
+            f"{point.predicted:.4g}",
+            f"{point.measured:.4g}",
+            f"{point.error:+.1%}",
+            explained(point, points),
+            point.source,
+        ]
+        for point in chosen
+    ]
+    return ["claim", "point", "predicted", "measured", "error", "why", "record"], body
+
+
+def breakevens(points: Sequence[Point]) -> Table | None:
+    """Of each card, model and method in batch 1: the first recorded context at which a step is shorter than the
+    uncompressed one's, measured, predicted and by the card's profile; and how many recorded contexts lie between."""
+    body = []
+    of = {claim: [p for p in points if p.claim == claim] for claim in ("engine", "engine, calibrated")}
+    groups: dict[tuple[str, str], Sizes] = {}
+    for claim, own in of.items():
+        for point in own:
+            rows, _, tokens = point.factors["size"].partition(" x ")
+            if rows == "1":
+                key = point.factors["card"], point.factors["model"]
+                size = point.factors["method"], int(tokens.replace(",", ""))
+                groups.setdefault(key, {}).setdefault(size, {})[claim] = point
+    for (card, model), sizes in groups.items():
+        body += [[card, model, *line] for line in _breakevens(sizes, tuple(of))]
+    heads = ["card", "model", "method", "measured", "as stated", "calibrated", "contexts", "grid steps apart"]
+    return (heads, body) if body else None
+
+
+def _breakevens(sizes: Sizes, claims: Sequence[str]) -> list[list[str]]:
+    """Of one card and model: method, context measured and by each claim, contexts of the grid, steps apart."""
+    plain = {tokens: each for (method, tokens), each in sizes.items() if method in ("fp16", "bf16")}
+    out = []
+    for method in dict.fromkeys(method for method, _ in sizes if method not in ("fp16", "bf16")):
+        grid = sorted(tokens for name, tokens in sizes if name == method and tokens in plain)
+        if len(grid) < 2:
+            continue
+        pairs = [(sizes[method, tokens], plain[tokens]) for tokens in grid]
+        cells: list[int | None] = [shorter([own[claims[0]].measured < base[claims[0]].measured for own, base in pairs])]
+        for claim in claims:
+            there = all(claim in own and claim in base for own, base in pairs)
+            cells.append(
+                shorter([own[claim].predicted < base[claim].predicted for own, base in pairs]) if there else None
+            )
+        known = [cell for cell in cells if cell is not None]
+        said = ["no profile" if cell is None else f"{grid[cell]:,}" if cell < len(grid) else "none" for cell in cells]
+        out.append([method, *said, f"{len(grid)}", f"{max(abs(cell - known[0]) for cell in known)}"])
+    return out
+
+
+def shorter(below: Sequence[bool]) -> int:
+    """The first place from which on all are true; their number where the last is not.
+
+    >>> shorter([True, False, True, True])
+    2
+    """
+    return max((index + 1 for index, each in enumerate(below) if not each), default=0)
+
+
+def reliability_table(runs: Sequence[dict[str, Any]]) -> Table:
+    body = [
+        [
+            row["run"],
+            row["device"],
+            row["size"],
+            "holds" if row["holds"] else "FAILS",
+            row["found"],
+            f"{row['seconds']:.1f}",
+        ]
+        for row in runs
+    ]
+    return ["run", "device", "size", "verdict", "found", "seconds"], body
+
+
+def write(folder: Path, found: Found, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> list[Path]:
+    """``report.html``, ``report.md`` and its pictures in ``folder``, each replaced in one step; what was written.
+
+    Raises ``ValueError`` for a folder that cannot be written.
+    """
+    from validation.documents.figures import draw
+
+    parts = sections(found, rows, runs)
+    pngs = draw(rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files: dict[Path, bytes] = {folder / f"{name}.png": png for name, png in pngs.items()}
+        for part in parts:
+            files |= {folder / f"{name}.svg": svg.encode() for name, svg in part.svg.items()}
+        files[folder / "report.md"] = markdown(parts, rows, list(pngs)).encode()
+        files[folder / "report.html"] = html(parts, rows, pngs).encode()
+        for path, content in files.items():
+            replace_file(path, content, regular=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {error.filename or folder}: {error.strerror}") from None
+    return list(files)
+
+
+def markdown(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: Sequence[str]) -> str:
+    out = ["# Validation"]
+    for part in parts:
+        out += [f"{'#' * part.level} {part.heading}", *part.text, *(f"![{name}]({name}.svg)" for name in part.svg)]
+        if part.table is not None:
+            out.append(compact(*_unbarred(part.table), left=(0,)))
+    if rows:
+        out.append(
+            earlier.markdown(rows, pngs).replace("# Validation", "## Bytes in full", 1).replace("\n## ", "\n### ")
+        )
+    return "\n\n".join(out) + "\n"
+
+
+def html(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: dict[str, bytes]) -> str:
+    """One page that loads nothing; what fails is red."""
+    out = ["<h1>Validation</h1>"]
+    for part in parts:
+        out.append(f"<h{part.level}>{escape(part.heading)}</h{part.level}>")
+        for line in part.text:
+            bad = ' class="bad"' if "FAIL" in line else ""
+            out.append(f"<p{bad}>{escape(line)}</p>")
+        out += [svg.replace(pictures.XMLNS, "", 1) for svg in part.svg.values()]
+        if part.table is not None:
+            out.append(earlier.html_table(part.table))
+    if rows:
+        body = earlier.html(rows, pngs).partition("<body>")[2].partition("</body>")[0]
+        out.append(body.replace("<h1>Validation</h1>", "<h2>Bytes in full</h2>", 1))
+    head = f'<meta charset="utf-8"><title>Validation</title><style>{earlier.STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(out)}</body></html>\n'
+
+
+def _unbarred(table: Table) -> Table:
+    """Without bars in cells, which Markdown takes for columns."""
+    head, body = table
+    return head, [[cell.replace("|", "/") for cell in line] for line in body]

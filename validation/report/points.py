@@ -1,0 +1,330 @@
+"""Every recorded measurement beside what kvsim predicts for it today: one point each, from the records alone.
+
+A *claim* is a kind of prediction: bytes, attention, whole steps.  Points are made from the files under
+``validation/results``; what has no prediction is counted with the reason (:class:`Left`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvsim.finite_json import read_json
+from kvsim.hardware import Hardware, find_hardware
+from kvsim.latency.constants import Constants
+from kvsim.latency.profile import Profile, load_profile
+from kvsim.latency.roofline import Roofline, Serving
+from kvsim.latency.steps import decode_step, prefill
+from kvsim.layout import Method
+from kvsim.memory.capacity import max_batch
+from kvsim.memory.estimate import cache_nbytes
+from kvsim.methods import method_named
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from validation.claims import compare
+from validation.claims.predict import measured_trace, predict, predicted_trace
+from validation.recorded import FOLDER
+
+Row = dict[str, Any]
+
+RESERVE = 2 << 30
+"""Bytes that ``bench engine`` grants a step beside weights and cache, written here again: a pin."""
+FILLED = 8192
+"""Tokens that a benchmark fills a cache with at a time: a pin too."""
+DOMINANT = 0.75
+"""Share of a step that weights and cache take in one that the memory's bandwidth bounds."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One figure: ``predicted`` and ``measured`` in the claim's unit, and what it depends on (``factors``).
+
+    ``parts``: what the prediction is made of, where it is a sum.  ``spread``: the least and greatest measured.
+    """
+
+    claim: str
+    predicted: float
+    measured: float
+    factors: dict[str, str]
+    source: str
+    parts: dict[str, float] = field(default_factory=dict)
+    spread: tuple[float, float] | None = None
+
+    @property
+    def error(self) -> float:
+        """``predicted / measured - 1``; infinite where nothing was measured and something predicted."""
+        if self.measured:
+            return self.predicted / self.measured - 1
+        return 0.0 if not self.predicted else float("inf")
+
+    @property
+    def bandwidth_bound(self) -> bool:
+        """Whether weights and cache are most of the prediction."""
+        total = sum(self.parts.values())
+        return total > 0 and (self.parts.get("weights", 0.0) + self.parts.get("kv", 0.0)) > DOMINANT * total
+
+    @property
+    def title(self) -> str:
+        return ", ".join(value for value in self.factors.values() if value)
+
+
+class Left(NamedTuple):
+    """Rows that have no point, and why."""
+
+    what: str
+    reason: str
+    rows: int
+
+
+@dataclass
+class Found:
+    """Points and what was left out of the files read."""
+
+    points: list[Point] = field(default_factory=list)
+    left: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def leave(self, what: str, reason: str) -> None:
+        self.left[what, reason] += 1
+
+    @property
+    def uncovered(self) -> list[Left]:
+        return [Left(*key, rows) for key, rows in sorted(self.left.items())]
+
+
+def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None = None) -> Found:
+    """The points of these files (all records by default).
+
+    Raises ``ValueError`` for a file that is no record.
+    """
+    found = Found()
+    every = sorted(FOLDER.rglob("*.json")) if paths is None else list(paths)
+    known = [path for path in every if path.parent.name == "profiles"] if profiles is None else list(profiles)
+    calibrated = {profile.device: profile for profile in map(load_profile, known)}
+    for path in every:
+        file = _file(path)
+        if file is None:
+            continue
+        own = READERS.get(file["schema"].partition("/")[0])
+        if own is None:
+            raise ValueError(f"{path} is no record: its schema is {file['schema']!r}")
+        own(file, path.name, found, calibrated)
+    return found
+
+
+def _file(path: Path) -> dict[str, Any] | None:
+    """A record; None for the files of other tools, which have reports of their own."""
+    file = read_json(path, "record")
+    if not isinstance(file, dict) or path.parent.name in ("planners", "time", "profiles", "reliability"):
+        return None
+    return file
+
+
+def _bytes(file: dict[str, Any], name: str, found: Found, _: dict[str, Profile]) -> None:
+    """Rows of ``validation memory``."""
+    for row in file["rows"]:
+        if row["predicted"] is None:
+            found.leave(f"{row['kind']} ({row['device']})", "recorded, kvsim makes no statement about it")
+            continue
+        factors = {
+            "model": row["model"],
+            "method": row["method"]["name"],
+            "card": row["device_name"],
+            "tokens": f"{row['num_tokens']:,} tokens",
+            "phase": row.get("phase", ""),
+        }
+        pairs = [(row["measured"], predict(row))]
+        if "trace" in row:
+            traces = zip(measured_trace(row), predicted_trace(row), strict=True)
+            worst = max(traces, key=lambda both: abs(both[0][1] - both[1][1]))
+            if worst[0][1] != worst[1][1]:
+                pairs = [(worst[0][1], worst[1][1])]
+        measured, predicted = pairs[0]
+        factors["what"] = compare.claim(row)
+        found.points.append(Point(_weighed(row), float(predicted or 0), float(measured), factors, name))
+
+
+def _weighed(row: Row) -> str:
+    """The claim of a row of bytes: blocks are what an allocator makes of them, and depend on what was freed before."""
+    if row.get("counter") == "allocated":
+        return "blocks"
+    if row["kind"] != "peak":
+        return "bytes"
+    return "peaks" if row["way"] == "generate" else "peaks of a layer"
+
+
+def _bench(file: dict[str, Any], name: str, found: Found, calibrated: dict[str, Profile]) -> None:
+    """Rows of ``kvruntime bench``, whichever of its commands."""
+    device = file["device"]["name"]
+    try:
+        card: Hardware | None = find_hardware(device)
+    except LookupError:
+        card = None
+    for row in file["rows"]:
+        kind = row["kind"]
+        if kind in ("missing", "skipped", "ceiling"):
+            continue
+        if "failed" in row:
+            found.leave(f"{kind} ({device})", "the measurement failed")
+            continue
+        read = KINDS.get(kind)
+        if read is None:
+            found.leave(f"{kind} ({device})", "recorded, kvsim makes no statement about it")
+            continue
+        if card is None and kind != "memory":
+            found.leave(f"{kind} ({device})", "kvsim hardware has no such card")
+            continue
+        source = f"{file_kind(file, name)}/{name}"
+        for point in read(row, card, source, found, calibrated.get(device)):
+            found.points.append(point)
+
+
+def file_kind(file: dict[str, Any], name: str) -> str:
+    """The folder of a record of ``kvruntime bench``."""
+    kinds = {row["kind"] for row in file["rows"]}
+    if kinds & {"attend", "sdpa"}:
+        return "kernels"
+    return "engine" if "step" in kinds else "generate" if "generate" in kinds else "bench"
+
+
+def _factors(row: Row, card: Hardware | None, **more: str) -> dict[str, str]:
+    size = f"{row['batch_size']} x {row['num_tokens']:,}" if "num_tokens" in row else ""
+    return {
+        "model": row["model"],
+        "method": row["method"],
+        "size": size,
+        "rows": f"{row['batch_size']} rows",
+        "card": card.id if card else "",
+        **more,
+    }
+
+
+def _method(row: Row, found: Found) -> Method | None:
+    try:
+        return method_named(row["method"])
+    except LookupError:
+        found.leave(f"{row['kind']} of {row['method']}", "a method of another library, or kvsim does not know its name")
+        return None
+
+
+def _attention(row: Row, card: Hardware, source: str, found: Found, _: Profile | None) -> Iterator[Point]:
+    """A layer's decode attention by this project's kernels."""
+    if row.get("ragged"):
+        found.leave("attend, ragged rows", "kvsim takes rows of one length")
+        return
+    if row["kind"] == "attend" and row.get("kernel") != "fast":
+        found.leave("attend, portable kernel", "3 to 12 times slower: kvsim says so and does not predict it")
+        return
+    method = method_named("fp16") if row["kind"] == "full" else _method(row, found)
+    if method is None:
+        return
+    model = _model(row["model"])
+    layer = replace(model.cache_layers[0], window=None, kind="")  # what is timed is attention over all tokens
+    heads = (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
+    if heads != (row["num_q_heads"], row["num_kv_heads"], row["head_dim"]):
+        found.leave(f"{row['kind']} of {row['model']}", "the shape timed is not the model's")
+        return
+    roofline = Roofline(model, card, Serving(engine="kvruntime"))
+    seconds, beyond = roofline.layer_attention(method, layer, row["batch_size"], row["num_tokens"])
+    median, low, high = row["seconds"]
+    factors = _factors(row, card, type=row.get("dtype", ""))
+    yield Point("attention", seconds + beyond, median, factors, source, {"kv": seconds}, (low, high))
+
+
+def _step(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+    """A decode step of the engine, without and with a profile of its card."""
+    if row["package"] != "kvruntime":
+        found.leave(f"step of {row['package']}", "another library's cache")
+        return
+    method = _method(row, found)
+    if method is None:
+        return
+    yield from _timed("engine", "kvruntime", method, row, card, source, profile)
+
+
+def _generated(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+    """A step of stock ``generate()``."""
+    runtimes = {"kvruntime": "kvruntime:generate", "transformers": "transformers"}
+    if row.get("runs") or row["method"].startswith("transformers-static"):
+        found.leave("generate, compiled", "no constants of a compiled step were fitted")
+        return
+    runtime = runtimes.get(row["package"])
+    if runtime is None:
+        found.leave(f"generate of {row['package']}", "another library's cache")
+        return
+    method = method_named("bf16") if runtime == "transformers" else _method(row, found)
+    if method is None:
+        return
+    claim = "generate" if runtime == "kvruntime:generate" else "stock generate"
+    yield from _timed(claim, runtime, method, row, card, source, profile)
+
+
+def _timed(
+    claim: str, runtime: str, method: Method, row: Row, card: Hardware, source: str, profile: Profile | None
+) -> Iterator[Point]:
+    load = (_model(row["model"]), method, card, row["batch_size"], row["num_tokens"])
+    median, low, high = row["seconds_per_step"]
+    for name, fixed in ((claim, None), (f"{claim}, calibrated", constants_of(profile, runtime, card))):
+        if name == claim or fixed is not None:
+            step = decode_step(*load, Serving(engine=runtime, profile=fixed))
+            yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
+
+
+def constants_of(profile: Profile | None, runtime: str, card: Hardware) -> Constants | None:
+    """What a profile says of a runtime; None where it has no part for it."""
+    return profile.constants(card) if profile is not None and runtime in profile.parts else None
+
+
+def _prefill(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+    """The time to the first token."""
+    step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine="kvruntime"))
+    median, low, high = row["seconds"]
+    yield Point("first token", step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
+
+
+def _largest(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+    """The largest batch that kvsim says fits, and the one that ran."""
+    method = _method(row, found)
+    if method is not None:
+        model = _model(row["model"])
+        room = row["free_nbytes"] - RESERVE
+        layer = model.cache_layers[0]
+        filling = 4 * FILLED * layer.num_kv_heads * (layer.key_dim + layer.value_dim)  # random tokens, two at 16 bits
+        fits = max_batch(model, method, row["num_tokens"], room) or 0
+        fits = max_batch(model, method, row["num_tokens"], room - fits * filling) or 0
+        factors = _factors(row, card)
+        yield Point("largest batch", float(fits), float(row["batch_size"]), factors, source)
+
+
+def _memory(row: Row, card: Hardware | None, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+    """A cache that ``kvruntime bench`` weighed."""
+    if row["package"] != "kvruntime":
+        found.leave(f"memory of {row['package']}", "another library's cache")
+        return
+    method = _method(row, found)
+    if method is not None:
+        predicted = cache_nbytes(_model(row["model"]), method, row["batch_size"], row["num_tokens"])
+        yield Point("bytes", float(predicted), float(row["nbytes"]), _factors(row, card, what="bench"), source)
+
+
+@cache
+def _model(name: str) -> Model:
+    return load_model(name)
+
+
+KINDS: dict[str, Callable[..., Iterator[Point]]] = {
+    "attend": _attention,
+    "full": _attention,
+    "step": _step,
+    "prefill": _prefill,
+    "largest": _largest,
+    "generate": _generated,
+    "memory": _memory,
+}
+READERS: dict[str, Callable[[dict[str, Any], str, Found, dict[str, Profile]], None]] = {
+    "validation": _bytes,
+    "kvruntime.bench": _bench,
+}
