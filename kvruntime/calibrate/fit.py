@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from kvruntime.calibrate.steps import ENGINE, GENERATE, STOCK, Step
+from kvruntime.calibrate.steps import ENGINE, Step
 from kvsim.hardware import Hardware
 from kvsim.latency.constants import Constants, constants
 from kvsim.latency.profile import Part, Rates, with_part
-from kvsim.latency.roofline import Serving, packed_layout, scales_a_code
+from kvsim.latency.roofline import Serving, method_width, packed_layout, scales_a_code
 from kvsim.latency.steps import decode_step
 from kvsim.layout import Method
-from kvsim.methods import Full
 
 HELD = 0.03
 """How much a constant is held to its start, against a step that is mispredicted."""
@@ -119,8 +118,9 @@ def layouts(steps: Sequence[Step]) -> dict[str, Method]:
     """The packed layouts that were measured: name -> a method of it."""
     out: dict[str, Method] = {}
     for step in steps:
-        if not isinstance(step.method, Full):
-            out.setdefault(packed_layout(step.method, step.model.cache_layers[0]), step.method)
+        layer = step.model.cache_layers[0]
+        if method_width(step.method, layer) == "packed":  # type: ignore[arg-type]  # every method is frozen
+            out.setdefault(packed_layout(step.method, layer), step.method)
     return out
 
 
@@ -183,6 +183,3 @@ def damped(residuals: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarr
         if before - errors @ errors < 1e-9 * before:
             break
     return point
-
-
-RUNTIMES = (ENGINE, GENERATE, STOCK)

@@ -180,8 +180,9 @@ def of_engine(
 ) -> Iterator[Step | tuple[str, str]]:
     """Steps of :class:`kvruntime.engine.Engine`, flushes included."""
     clock = cuda_clock if device.type == "cuda" else wall_clock
-    for method in (Full(plan.dtype), *plan.packed):
-        sizes = subject.plain if isinstance(method, Full) else subject.packed
+    plain = Full(plan.dtype)
+    for method in (plain, *plan.packed):
+        sizes = subject.plain if method == plain else subject.packed
         for batch_size in dict.fromkeys(batch for batch, _ in sizes):
             contexts = [context for batch, context in sizes if batch == batch_size]
             needed = 2 * cache_nbytes(model, method, batch_size, max(contexts)) + RESERVE // 2

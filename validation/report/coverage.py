@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kvsim.engines.kvruntime import names as stored_methods
 from kvsim.methods import make_method, method_named
 from kvsim.models.load import load_model
-from validation.report.points import Found, Point
+from validation.report.points import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -36,7 +36,7 @@ def axes(points: Sequence[Point]) -> Table:
     return ["what", "axis", "points", "values"], body
 
 
-def gaps(found: Found) -> Table:
+def gaps(found: Collection) -> Table:
     """What has no point: rows left out with the reason, and methods, runtimes and cards that nothing was timed of."""
     body = [[each.what, f"{each.rows}", each.reason] for each in found.uncovered]
     steps = [point for point in found.points if point.claim == "engine"]

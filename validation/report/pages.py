@@ -13,7 +13,7 @@ from kvsim.output.tables import compact
 from validation.documents import report as earlier
 from validation.report import coverage, pictures
 from validation.report.claims import CLAIMS, Verdict, explained, verdicts
-from validation.report.points import Found, Point
+from validation.report.points import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
 Sizes = dict[tuple[str, int], dict[str, Point]]
@@ -36,7 +36,7 @@ class Section:
     level: int = 2
 
 
-def sections(found: Found, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]] = ()) -> list[Section]:
+def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]] = ()) -> list[Section]:
     """Everything of the report but the older tables of bytes.  ``rows``: those of ``validation memory``; ``runs``:
     those of ``validation reliability``."""
     judged = verdicts(found.points)
@@ -180,7 +180,9 @@ def reliability_table(runs: Sequence[dict[str, Any]]) -> Table:
     return ["run", "device", "size", "verdict", "found", "seconds"], body
 
 
-def write(folder: Path, found: Found, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> list[Path]:
+def write(
+    folder: Path, found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+) -> list[Path]:
     """``report.html``, ``report.md`` and its pictures in ``folder``, each replaced in one step; what was written.
 
     Raises ``ValueError`` for a folder that cannot be written.

@@ -81,7 +81,7 @@ class Left(NamedTuple):
 
 
 @dataclass
-class Found:
+class Collection:
     """Points and what was left out of the files read."""
 
     points: list[Point] = field(default_factory=list)
@@ -95,12 +95,12 @@ class Found:
         return [Left(*key, rows) for key, rows in sorted(self.left.items())]
 
 
-def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None = None) -> Found:
+def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None = None) -> Collection:
     """The points of these files (all records by default).
 
     Raises ``ValueError`` for a file that is no record.
     """
-    found = Found()
+    found = Collection()
     every = sorted(FOLDER.rglob("*.json")) if paths is None else list(paths)
     known = [path for path in every if path.parent.name == "profiles"] if profiles is None else list(profiles)
     calibrated = {profile.device: profile for profile in map(load_profile, known)}
@@ -123,7 +123,7 @@ def _file(path: Path) -> dict[str, Any] | None:
     return file
 
 
-def _bytes(file: dict[str, Any], name: str, found: Found, _: dict[str, Profile]) -> None:
+def _bytes(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
     """Rows of ``validation memory``."""
     for row in file["rows"]:
         if row["predicted"] is None:
@@ -156,7 +156,7 @@ def _weighed(row: Row) -> str:
     return "peaks" if row["way"] == "generate" else "peaks of a layer"
 
 
-def _bench(file: dict[str, Any], name: str, found: Found, calibrated: dict[str, Profile]) -> None:
+def _bench(file: dict[str, Any], name: str, found: Collection, calibrated: dict[str, Profile]) -> None:
     """Rows of ``kvruntime bench``, whichever of its commands."""
     device = file["device"]["name"]
     try:
@@ -202,7 +202,7 @@ def _factors(row: Row, card: Hardware | None, **more: str) -> dict[str, str]:
     }
 
 
-def _method(row: Row, found: Found) -> Method | None:
+def _method(row: Row, found: Collection) -> Method | None:
     try:
         return method_named(row["method"])
     except LookupError:
@@ -210,7 +210,7 @@ def _method(row: Row, found: Found) -> Method | None:
         return None
 
 
-def _attention(row: Row, card: Hardware, source: str, found: Found, _: Profile | None) -> Iterator[Point]:
+def _attention(row: Row, card: Hardware, source: str, found: Collection, _: Profile | None) -> Iterator[Point]:
     """A layer's decode attention by this project's kernels."""
     if row.get("ragged"):
         found.leave("attend, ragged rows", "kvsim takes rows of one length")
@@ -234,7 +234,7 @@ def _attention(row: Row, card: Hardware, source: str, found: Found, _: Profile |
     yield Point("attention", seconds + beyond, median, factors, source, {"kv": seconds}, (low, high))
 
 
-def _step(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+def _step(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
     """A decode step of the engine, without and with a profile of its card."""
     if row["package"] != "kvruntime":
         found.leave(f"step of {row['package']}", "another library's cache")
@@ -245,7 +245,7 @@ def _step(row: Row, card: Hardware, source: str, found: Found, profile: Profile 
     yield from _timed("engine", "kvruntime", method, row, card, source, profile)
 
 
-def _generated(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+def _generated(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
     """A step of stock ``generate()``."""
     runtimes = {"kvruntime": "kvruntime:generate", "transformers": "transformers"}
     if row.get("runs") or row["method"].startswith("transformers-static"):
@@ -278,14 +278,14 @@ def constants_of(profile: Profile | None, runtime: str, card: Hardware) -> Const
     return profile.constants(card) if profile is not None and runtime in profile.parts else None
 
 
-def _prefill(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+def _prefill(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
     """The time to the first token."""
     step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine="kvruntime"))
     median, low, high = row["seconds"]
     yield Point("first token", step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
 
 
-def _largest(row: Row, card: Hardware, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+def _largest(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
     """The largest batch that kvsim says fits, and the one that ran."""
     method = _method(row, found)
     if method is not None:
@@ -299,7 +299,9 @@ def _largest(row: Row, card: Hardware, source: str, found: Found, profile: Profi
         yield Point("largest batch", float(fits), float(row["batch_size"]), factors, source)
 
 
-def _memory(row: Row, card: Hardware | None, source: str, found: Found, profile: Profile | None) -> Iterator[Point]:
+def _memory(
+    row: Row, card: Hardware | None, source: str, found: Collection, profile: Profile | None
+) -> Iterator[Point]:
     """A cache that ``kvruntime bench`` weighed."""
     if row["package"] != "kvruntime":
         found.leave(f"memory of {row['package']}", "another library's cache")
@@ -324,7 +326,7 @@ KINDS: dict[str, Callable[..., Iterator[Point]]] = {
     "generate": _generated,
     "memory": _memory,
 }
-READERS: dict[str, Callable[[dict[str, Any], str, Found, dict[str, Profile]], None]] = {
+READERS: dict[str, Callable[[dict[str, Any], str, Collection, dict[str, Profile]], None]] = {
     "validation": _bytes,
     "kvruntime.bench": _bench,
 }
