@@ -16,6 +16,7 @@ from kvruntime.hf.lengths import Lengths
 from kvruntime.hf.padding import Columns
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_tensors
+from kvruntime.methods.rows import too_many
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
 
@@ -254,8 +255,13 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """Makes the kvruntime layer, beside the tensors that all layers share on this device."""
         self.shape, held = shape, stored_shape(self.method, shape)
         self.is_filled = held != shape
-        shared = self.shared.of(self.method, held, device)
-        self.store = make_layer(self.method, held, batch_size, self.max_seq_len, device, shared)
+        shared, num_layers = self.shared.of(self.method, held, device), self.shared.num_layers
+        try:
+            self.store = make_layer(self.method, held, batch_size, self.max_seq_len, device, shared)
+        except torch.OutOfMemoryError as error:
+            what = (self.method, held, batch_size, self.max_seq_len or 0, device, num_layers)
+            raise torch.OutOfMemoryError(too_many(*what)) from error
+        self.store.num_layers = num_layers
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ class Layer(Protocol):
     num_provided: int
     tensors: dict[str, Tensor]
     shared: dict[str, Tensor]
+    num_layers: int
 
     @property
     def is_croppable(self) -> bool: ...

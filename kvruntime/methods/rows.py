@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvsim.engines.kvruntime import GROW_TOKENS
-from kvsim.layout import Buffer, LayerShape, Method
+from kvsim.layout import Buffer, LayerShape, Method, nbytes
 
 Fresh = tuple[Tensor, Tensor, list[int] | None]
 """Tokens not yet stored: key, value, lengths, as ``append`` takes them."""
@@ -58,6 +58,9 @@ class Rows:
 
     again: Any = None
     """What :meth:`step` remembers of its launches, of this process alone."""
+
+    num_layers = 1
+    """Layers of the cache that this is one of, for what is said where memory ends."""
 
     has_steps = True
     """Whether :meth:`step` decides nothing on the host, so that a CUDA graph may hold it."""
@@ -117,15 +120,32 @@ class Rows:
         raise ValueError(f"{self.method.name} cannot forget its oldest tokens")
 
     def provide(self, num_tokens: int) -> None:
-        """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``."""
+        """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``, and
+        ``torch.OutOfMemoryError`` that says what would have fitted; what the layer holds is then as it was."""
         if self.tensors and num_tokens <= self.num_provided:
             return
         provided = self.provided(num_tokens)
-        for buffer in self.method.buffers(self.shape, self.batch_size, provided):
-            old = self.tensors.get(buffer.name)
-            if old is None or old.shape != buffer.shape:
-                self.tensors[buffer.name] = grown(old, buffer, self.device)
+        before = {name: tensor.shape for name, tensor in self.tensors.items()}
+        try:
+            for buffer in self.method.buffers(self.shape, self.batch_size, provided):
+                old = self.tensors.get(buffer.name)
+                if old is None or old.shape != buffer.shape:
+                    self.tensors[buffer.name] = grown(old, buffer, self.device)
+        except torch.OutOfMemoryError as error:
+            old = None
+            self._shrink(before)
+            raise torch.OutOfMemoryError(
+                too_many(self.method, self.shape, self.batch_size, provided, self.device, self.num_layers, self.nbytes)
+            ) from error
         self.num_provided = provided
+
+    def _shrink(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Tensors that were grown already go back to these shapes: what they held fits where it was before."""
+        for name, tensor in list(self.tensors.items()):
+            if name not in shapes:
+                del self.tensors[name]
+            elif tensor.shape != shapes[name]:
+                self.tensors[name] = tensor[tuple(slice(size) for size in shapes[name])].clone()
 
     def provided(self, num_tokens: int) -> int:
         """Tokens a row that the tensors provide for, so that ``num_tokens`` fit."""
@@ -202,6 +222,47 @@ def tokens_to_provide(num_tokens: int, max_seq_len: int | None) -> int:
     if num_tokens > max_seq_len:
         raise ValueError(f"{num_tokens} tokens do not fit: the cache was made for max_seq_len {max_seq_len}")
     return max_seq_len
+
+
+def too_many(
+    method: Method,
+    shape: LayerShape,
+    batch_size: int,
+    num_tokens: int,
+    device: torch.device,
+    num_layers: int = 1,
+    held: int = 0,
+) -> str:
+    """What memory for ``num_tokens`` tokens a row lacked, and how many would have fitted.
+
+    ``held``: bytes of a layer before it grew, taken to be those of each of ``num_layers``.
+    """
+
+    def size(tokens: int) -> int:
+        return nbytes(method.buffers(shape, batch_size, tokens))
+
+    there = free_nbytes(device)
+    least, most = 0, num_tokens // GROW_TOKENS
+    while least < most:  # blocks that fit: all layers', and the one that grows beside what it holds
+        middle = (least + most + 1) // 2
+        fits = num_layers * size(middle * GROW_TOKENS) + held <= there + num_layers * held
+        least, most = (middle, most) if fits else (least, middle - 1)
+    return (
+        f"out of memory: {num_tokens:,} tokens a row, batch {batch_size}, take "
+        f"{num_layers * size(num_tokens) / 2**20:,.1f} MiB of {method.name} in {num_layers} "
+        f"layer{'s' if num_layers > 1 else ''}, {there / 2**20:,.1f} MiB are free and {num_layers * held / 2**20:,.1f} "
+        f"held: {least * GROW_TOKENS:,} tokens a row would have fitted; reset() the cache, or give it fewer"
+    )
+
+
+def free_nbytes(device: torch.device) -> int:
+    """Bytes that the device has free and those that PyTorch's allocator holds unused; 0 where nobody says."""
+    if device.type != "cuda":
+        return 0
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return max(0, min(free, int(share * total) - reserved)) + reserved - allocated
 
 
 def grown(old: Tensor | None, buffer: Buffer, device: torch.device) -> Tensor:

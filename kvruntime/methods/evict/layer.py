@@ -69,9 +69,15 @@ class EvictLayer(Rows):
         """Makes the inner layer provide for what is kept of ``num_tokens`` tokens a row."""
         if self.tensors and num_tokens <= self.num_provided:
             return
-        self.num_provided = self.provided(num_tokens)
-        self.inner.limit = min(self.num_provided, self.method.budget)
-        self.inner.provide(self.inner.limit)
+        provided, limit = self.provided(num_tokens), self.inner.limit
+        self.inner.limit = min(provided, self.method.budget)
+        self.inner.num_layers = self.num_layers
+        try:
+            self.inner.provide(self.inner.limit)
+        except torch.OutOfMemoryError:
+            self.inner.limit = limit
+            raise
+        self.num_provided = provided
         self._mirror()
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
