@@ -162,6 +162,36 @@ def quality(
 
 
 @cli.command()
+@click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+@click.option("--run", "names", multiple=True, help="One of them alone. Repeatable.")
+@click.option("--quick", is_flag=True, help="Small, as in CI.  [default: on a CPU]")
+@click.option("--record", is_flag=True, help="Write validation/results/reliability/<device>.json, merged by row.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write this file instead, merged by row.")
+def reliability(device: str | None, names: tuple[str, ...], quick: bool, record: bool, out: Path | None) -> int:
+    """Takes the cache to its limits: long, out of memory, killed, in company, beside NaN, in any order of calls."""
+    from validation.reliability import record as runs
+
+    unknown = [name for name in names if name not in runs.RUNS]
+    if unknown:
+        raise LookupError(f"unknown run {unknown[0]!r}: allowed are {', '.join(runs.RUNS)}")
+    device = _device(device)
+    path = out or (runs.default_path(device) if record else None)
+    failed = 0
+    for row in runs.rows(
+        names or tuple(runs.RUNS),
+        device,
+        quick or device == "cpu",
+        _say,
+        " ".join(["python -m validation", *sys.argv[1:]]),
+    ):
+        failed += not row["holds"]
+        click.echo(f"{'holds' if row['holds'] else 'FAILS'}  {row['run']}: {row['found']} ({row['seconds']:.1f} s)")
+        if path:
+            runs.keep(path, [row])
+    return 1 if failed else 0
+
+
+@cli.command()
 @click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("validation-report"), show_default=True)
 @click.option("--check", is_flag=True, help="Write nothing: the verdicts alone.")
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))

@@ -85,7 +85,7 @@ class Plan:
     positions: int
     subjects: dict[str, Subject]
     repeats: int = 3
-    turns: int = 2
+    turns: int = 1
     """Calls of ``generate()``."""
     layouts: int | None = None
 

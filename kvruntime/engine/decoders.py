@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from kvruntime.engine import hopper, linear, norm, product, reference
 from kvruntime.engine.reference import Norm
-from kvruntime.hf.attention import is_own
-from kvruntime.hf.graphs import GraphForward
+from kvruntime.hf.attention import is_hooked
 
 Attend = Callable[[int, Tensor], Tensor]
 
@@ -161,11 +160,7 @@ def untouched(model: Any) -> bool:
     ((dtype, device),) = kinds
     if dtype not in (torch.float16, torch.bfloat16, torch.float32) or device.type == "meta":
         return False
-    for module in model.modules():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if not all(map(is_own, hooks)) or not isinstance(vars(module).get("forward"), GraphForward | None):
-            return False
-    return True
+    return not any(map(is_hooked, model.modules()))
 
 
 def are(modules: list[Any], *names: str) -> bool:

@@ -206,6 +206,15 @@ def is_own(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), Switch)
 
 
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether a module has a hook around its forward, or a forward, that :func:`attach` did not put there."""
+    forward = module.__dict__.get("forward")
+    if forward is not None and not (isinstance(forward, GraphForward) and forward.replaced is None):
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(map(is_own, hooks))
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not in
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 transformers = pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
 
-from kvruntime.engine import decoders, linear  # noqa: E402
+from kvruntime import make_cache  # noqa: E402
+from kvruntime.engine import Engine, decoders, linear  # noqa: E402
 from kvruntime.engine.decoders import Decoder, lean  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,6 +202,20 @@ def test_many_rows_go_to_pytorch(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_refuses_what_it_does_not_compute(name: str) -> None:
     family, options = REFUSED[name]
     assert lean(tiny(family, options)) is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_that_has_had_a_cache_is_lean_still(name: str) -> None:
+    """An engine makes a cache first, whose hooks are on the model from then on, and so does the one after it."""
+    model = tiny(*CASES[name])
+    for compiled in (False, None):
+        make_cache(model, "fp32", compiled=compiled)
+        assert lean(model) is not None
+    for _ in range(2):
+        engine = Engine(model, "fp32", batch_size=1, max_seq_len=32)
+        assert engine.decoder is not None
+    engine.generate([[1, 2, 3]], max_new_tokens=3)
+    assert Engine(model, "fp32", batch_size=1, max_seq_len=32, lean=False).decoder is None
 
 
 def test_refuses_touched_models() -> None:
