@@ -305,8 +305,9 @@ class CallSequence:
         whole = min(counts) == size
         self.layer.append(key.to(self.device, dtype), value.to(self.device, dtype), None if whole else counts)
         for row, count in enumerate(counts):
-            new = (x[row, :, size - count :].float() for x in (key, value))
-            self.rows[row] = tuple(torch.cat(pair, 1) for pair in zip(self.rows[row], new, strict=True))  # type: ignore[assignment]
+            first, second = (x[row, :, size - count :].float() for x in (key, value))
+            held = self.rows[row]
+            self.rows[row] = torch.cat([held[0], first], 1), torch.cat([held[1], second], 1)
         self.log.append(f"append({size}, {counts})")
 
     def _crop(self) -> None:

@@ -64,7 +64,8 @@ def layouts(device: torch.device) -> tuple[Method, ...]:
     from kvruntime.bench.engine.suite import with_dtype
 
     name = str(dtype_of(device)).removeprefix("torch.")
-    own = [room.examples[0] for kind, room in LAYERS.items() if kind is not Full and room.layer.has_steps]  # type: ignore[attr-defined]
+    rooms = [room for kind, room in LAYERS.items() if kind is not Full]
+    own = [room.examples[0] for room in rooms if room.layer.has_steps]  # type: ignore[attr-defined]
     return (Full(name), *(with_dtype(method, name) for method in own))
 
 
