@@ -195,6 +195,7 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--window", type=int, multiple=True, help="Tokens a window. Repeatable.  [default: 1024 and 4096]")
 @click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]")
 @click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
+@click.option("--prompt-length", type=int, help="Tokens of a window fed at once, first; 0: none.  [default: 128]")
 @click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
 @click.option("--task", multiple=True, help="needle, passkey, ruler, lambada, gsm8k or longbench. Repeatable.")
 @click.option("--data", multiple=True, help="TASK=PATH: the file or folder of lambada, gsm8k or longbench. Repeatable.")

@@ -22,6 +22,7 @@ MOST_TEMPERATURE = 100.0
 LEAST = {"window": 2, "chunk": 1, "quality_batch": 1, "prompt_tokens": 1, "decode_tokens": 1, "repeats": 1}
 LEAST |= {
     "reference_chunk": 1,
+    "prompt_length": 0,
     "warmup": 0,
     "max_tokens": 0,
     "max_new_tokens": 1,

@@ -20,6 +20,8 @@ Tick = Callable[[float], None]
 Around = Callable[[], AbstractContextManager[None]]
 FIRST_EDGE = 64
 """Where the first range of positions ends; each further one is as long as all before it."""
+PROMPT_LENGTH = 128
+"""Tokens of a window that are fed at once before the others, unless said otherwise: a residual of 128 is exact."""
 REFERENCE_CHUNK = 128
 """Tokens that the reference is fed at a time, unless said otherwise."""
 CACHED_LOGITS = 1 << 32
@@ -88,6 +90,7 @@ def score_windows(
     make_cache: Callable[[int], Any],
     *,
     chunk: int = 1,
+    prompt_length: int = 0,
     batch: int = 1,
     make_reference: Callable[[int], Any] | None = None,
     reference_chunk: int = REFERENCE_CHUNK,
@@ -95,7 +98,8 @@ def score_windows(
     around_reference: Around = nullcontext,
     tick: Tick = lambda _: None,
 ) -> WindowScores:
-    """Scores ``windows`` (int64 ``[num_windows, window]``) ``batch`` at a time, ``chunk`` tokens a forward.
+    """Scores ``windows`` (int64 ``[num_windows, window]``) ``batch`` at a time: a prompt of ``prompt_length`` tokens,
+    then ``chunk`` a forward.
 
     ``make_cache(window)`` and ``make_reference(window)`` give empty caches for one batch; ``around()`` and
     ``around_reference()`` hold while the model runs with the one and the other.  Log probabilities are taken in
@@ -120,18 +124,27 @@ def score_windows(
             if make_reference is not None:
                 wide = _reference_chunk(model, len(ids), chunk, reference_chunk)
                 reference = _Lead(_Feeder(model, ids, make_reference(window), around_reference), wide)
-            for start in range(0, window - 1, chunk):
-                stop = min(start + chunk, window - 1)  # the last token has nothing to predict
+            for start, stop in pieces(window - 1, chunk, prompt_length):  # the last token has nothing to predict
                 logits = fed(start, stop)
-                theirs = None if reference is None else reference(start, stop)
-                tokens = _token_scores(logits, ids[:, start + 1 : stop + 1], theirs)
-                sums[:, first : first + len(ids)] += tokens.sum(2)
-                counts = torch.full_like(tokens[0].sum(0), len(ids))
-                added = torch.stack([counts, *tokens.sum(1)], 1)  # [tokens, 4]
-                by_position.index_add_(0, ranges[start:stop], added)
+                few = max(chunk, 16)  # whose float32 probabilities are held at a time
+                for begin in range(start, stop, few):
+                    end = min(begin + few, stop)
+                    theirs = None if reference is None else reference(begin, end)
+                    tokens = _token_scores(logits[:, begin - start : end - start], ids[:, begin + 1 : end + 1], theirs)
+                    sums[:, first : first + len(ids)] += tokens.sum(2)
+                    counts = torch.full_like(tokens[0].sum(0), len(ids))
+                    added = torch.stack([counts, *tokens.sum(1)], 1)  # [tokens, 4]
+                    by_position.index_add_(0, ranges[begin:end], added)
                 tick(len(ids) * (stop - start) / (num_windows * (window - 1)))
     nll, kl, agreed = sums.cpu()
     return WindowScores(nll, kl, agreed, by_position.cpu(), edges, window - 1)
+
+
+def pieces(length: int, chunk: int, prompt_length: int) -> list[tuple[int, int]]:
+    """``(start, stop)`` of every forward: a prompt's, where ``prompt_length`` is above ``chunk``, then of ``chunk``."""
+    first = min(prompt_length, length) if prompt_length > chunk else 0
+    starts = [*([0] if first else []), *range(first, length, chunk)]
+    return list(pairwise([*starts, length]))
 
 
 def _token_scores(logits: Tensor, target: Tensor, reference: Tensor | None) -> Tensor:
@@ -179,7 +192,7 @@ class _Lead:
     def __call__(self, start: int, stop: int) -> Tensor:
         if stop > self.stop:
             self.logits = None  # the old ones go before the new ones come
-            self.start, self.stop = self.stop, min(self.stop + self.chunk, self.fed.ids.shape[1] - 1)
+            self.start, self.stop = start, min(max(stop, start + self.chunk), self.fed.ids.shape[1] - 1)
             self.logits = self.fed(self.start, self.stop)
         assert self.logits is not None
         return self.logits[:, start - self.start : stop - self.start]

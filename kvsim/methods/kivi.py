@@ -11,8 +11,9 @@ own code flushes the whole key residual at once, so that at times no newest key 
 one token at a time; the bytes at full residual are the same.)
 
 Two options are not KIVI's.  *Boosted key channels* (``boost_nbits``; dynamic channel-wise precision boost, Kitty): a
-quarter of a head's key channels, those of the widest range in the row's first record, hold ``boost_nbits`` more bits,
-in a plane of their own beside the codes that all channels have.  *Rotated values* (``rotate_values``; QuaRot, arXiv
+quarter of a head's key channels hold ``boost_nbits`` more bits, in a plane of their own beside the codes that all
+channels have: those with the largest product of their range in the row's first record and of the prompt's queries.
+*Rotated values* (``rotate_values``; QuaRot, arXiv
 2404.00456, RotateKV): values are multiplied by a normalised Hadamard matrix, and packed with one symmetric scale a
 token and head, without zeros.
 """

@@ -108,6 +108,38 @@ def test_of_equal_ranges_the_lower_channels_are_boosted() -> None:
     assert order[16:] == [*range(6, 40), *range(50, 64)]
 
 
+def test_channels_that_queries_do_not_read_are_not_boosted() -> None:
+    """A prompt's queries weigh ranges, each row's its own; not those of a token alone, nor after the first record."""
+    method = kivi_boost(dtype="float32")
+    layer, key, value = new(method, 2), normal(1, 2, 2, 220, 64), normal(2, 2, 2, 220, 64)
+    query = normal(3, 2, 8, 220, 64)
+    query[0, :4, :, 20:] *= 1e-3
+    query[0, 4:, :, :40] *= 1e-3
+    layer.append(key[:, :, :90], value[:, :, :90], [90, 0], query[:, :, :90])
+    assert layer.tensors["key_order"][0].any()
+    assert not layer.tensors["key_order"][1].any()
+    layer.append(key[:, :, 90:91], value[:, :, 90:91], None, 1e3 * query[:, :, :1])
+    layer.append(key, value, [129, 220])
+    order = layer.tensors["key_order"].clone()
+    assert (order[0, 0, :16] < 20).all()
+    assert (order[0, 1, :16] >= 40).all()
+    assert len({int(channel) // 20 for channel in order[1, 0, :16]}) > 1
+    assert not layer.wants_query
+    layer.append(key, value, None, query.flip(-1))
+    assert torch.equal(layer.tensors["key_order"], order)
+
+
+def test_weights_are_in_proportion() -> None:
+    query = torch.tensor([1.0, 0.5, 0.25, 1e-3, 0.0, 0.75]).expand(1, 2, 300, 6).clone()
+    query[:, 1] *= 1e4
+    code = reference.channel_weights(query, 2)[0].int()
+    weight = (8 + code % 8) * 2.0 ** (code // 8)
+    assert torch.equal(code[0], code[1])
+    torch.testing.assert_close((weight / weight[:, :1])[0, [1, 2, 5]], torch.tensor([0.5, 0.25, 0.75]))
+    assert abs(float(weight[0, 3] / weight[0, 0]) - 1e-3) < 1e-4
+    assert reference.channel_weights(query, 2, [0]).max() == 0
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 256])
 def test_the_rotation_is_sylvesters_and_its_own_inverse(dim: int) -> None:
     x = normal(1, 3, dim)

@@ -23,11 +23,14 @@ HEADS = 2
 
 
 def poisoned(method: Kivi, shape: LayerShape, batch_size: int, num_tokens: int) -> dict[str, torch.Tensor]:
-    """The method's buffers, every float NaN and every word -7, lengths zero."""
+    """The method's buffers, every float NaN and every word -7, lengths zero; channels weigh what chance has it."""
     out = {}
     for buffer in method.buffers(shape, batch_size, num_tokens):
         fill = 0 if buffer.name in ("lengths", "key_order") else -7 if buffer.dtype == "int32" else float("nan")
         out[buffer.name] = torch.full(buffer.shape, fill, dtype=getattr(torch, buffer.dtype), device=DEVICE)
+        if buffer.name == "key_order":
+            random = torch.randint(200, 256, buffer.shape, generator=torch.Generator().manual_seed(1))
+            out[buffer.name].copy_(random)
     return out
 
 

@@ -103,7 +103,9 @@ def windows(folder: Path) -> str:
     for path, file, group in window_groups(folder):
         first = group[0]
         what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {first['num_tokens']:,} tokens"
-        fed = f"{first['chunk']} a step, the reference {first['reference_chunk']}"
+        prompt = first.get("prompt_length", 0)
+        fed = f"{f'a prompt of {prompt}, then ' if prompt else ''}{first['chunk']} a step"
+        fed += f", the reference {first['reference_chunk']}"
         link = f"[{path.name}](../validation/results/quality/{path.name})"
         parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {circumstances(file)} ({link}):")
         parts.append(compact(*windows_cells(group)))

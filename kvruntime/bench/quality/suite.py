@@ -22,7 +22,7 @@ from kvruntime.bench.quality.windows import Windows, window_tasks
 from kvruntime.checkpoints.load import LoadedModel, pick_device
 from kvruntime.eval.tasks import TASKS, task_named
 from kvruntime.eval.text import Text, load_text, token_windows
-from kvruntime.eval.windows import REFERENCE_CHUNK
+from kvruntime.eval.windows import PROMPT_LENGTH, REFERENCE_CHUNK
 from kvsim.layout import Method
 from kvsim.whole_numbers import check_whole
 
@@ -103,5 +103,6 @@ def text_windows(loaded: LoadedModel, text: Text, given: dict[str, Any]) -> list
         chunk = min(given_or(given["chunk"], 16 if cpu else 1), window)
         batch = min(given_or(given["batch"], 4 if cpu else 32), count)
         wide = -(-given_or(given["reference_chunk"], REFERENCE_CHUNK) // chunk) * chunk
-        found[tuple(ids.shape)] = Windows(text.name, text.sha256, ids, chunk, batch, wide)
+        prompt = min(given_or(given.get("prompt_length"), PROMPT_LENGTH), window)
+        found[tuple(ids.shape)] = Windows(text.name, text.sha256, ids, chunk, batch, wide, prompt)
     return list(found.values())

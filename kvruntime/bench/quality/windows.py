@@ -19,7 +19,7 @@ from kvruntime.bench.model.memory import layer_shapes, measure_memory
 from kvruntime.bench.model.tasks import subject
 from kvruntime.checkpoints.load import LoadedModel
 from kvruntime.eval.bits import elements_a_token, held_bits, packed_bits
-from kvruntime.eval.windows import score_windows
+from kvruntime.eval.windows import pieces, score_windows
 
 KIND = "windows"
 
@@ -34,6 +34,7 @@ class Windows:
     chunk: int
     batch: int
     reference_chunk: int
+    prompt_length: int = 0
 
 
 def window_tasks(
@@ -45,8 +46,9 @@ def window_tasks(
         num_windows, window = windows.ids.shape
         key = {"kind": kind, **subject(loaded, contender, seed), "text": windows.text, "text_sha256": windows.sha256}
         key |= {"window": window, "num_windows": num_windows, "chunk": windows.chunk, "batch_size": windows.batch}
-        key |= {"reference_chunk": windows.reference_chunk}
-        steps = -(-num_windows // windows.batch) * -(-window // windows.chunk)
+        key |= {"prompt_length": windows.prompt_length, "reference_chunk": windows.reference_chunk}
+        fed = len(pieces(window, windows.chunk, windows.prompt_length))
+        steps = -(-num_windows // windows.batch) * fed
         work = (num_windows * window + 40 * steps) * (1 if contender.name in BASE else 2)
         measure = partial(measure_windows, loaded, contender, windows, seed)
         return Task(key, measure, cost=work, guest=contender.package != "kvruntime")
@@ -70,6 +72,7 @@ def measure_windows(loaded: LoadedModel, contender: Contender, windows: Windows,
         windows.ids,
         lambda window: contender.build(loaded.model, window),
         chunk=windows.chunk,
+        prompt_length=windows.prompt_length,
         batch=windows.batch,
         make_reference=lambda window: plain.build(loaded.model, window),
         reference_chunk=windows.reference_chunk,

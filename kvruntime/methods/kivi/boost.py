@@ -36,7 +36,7 @@ def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new
                  DIM: tl.constexpr, WIDTH: tl.constexpr, RECORD: tl.constexpr, SINK: tl.constexpr,
                  RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """``order_ptr [DIM]`` of a head from its record that begins with token ``first``;
-    ``WIDTH`` is ``DIM`` to a power of two.
+    ``WIDTH`` is ``DIM`` to a power of two.  What lies there before are the weights of ranges (``channel_weights``).
 
     The range that as many channels reach as are boosted is found bit by bit: ranges are not negative, so that their
     bits are in their order."""
@@ -52,7 +52,9 @@ def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new
         x = finite(x)[0]
         low = tl.minimum(low, tl.min(x, 0))
         high = tl.maximum(high, tl.max(x, 0))
-    span = tl.where(real, (high - low).to(tl.int32, bitcast=True), -1)
+    code = tl.load(order_ptr + d, mask=real, other=0).to(tl.int32)
+    weight = (8 + (code & 7)).to(tl.float32) * ((127 + (code >> 3)) << 23).to(tl.float32, bitcast=True)
+    span = tl.where(real, ((high - low) * weight).to(tl.int32, bitcast=True), -1)
     least = tl.zeros([], tl.int32)
     for bit in range(31):
         more = least | (1 << (30 - bit))

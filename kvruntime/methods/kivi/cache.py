@@ -52,11 +52,21 @@ class KiviLayer(Rows):
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
 
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
-        not stored); ``None`` takes all.
+        not stored); ``None`` takes all.  ``query [batch_size, num_q_heads, L, key_dim]``: a prompt's, where channels
+        are boosted.
         """
         counts = self.make_room(key, lengths)
+        if query is not None and query.shape[2] > 1 and self.wants_query:
+            weights = reference.channel_weights(query, self.shape.num_kv_heads, lengths)
+            rows = [row for row, count in enumerate(counts) if count]
+            self.tensors["key_order"][rows] = weights[rows]
         self._store(key, value, counts)
         self._count(counts)
+
+    @property
+    def wants_query(self) -> bool:  # type: ignore[override]
+        """Whether a prompt's queries say what key channels weigh: of boosted ones, before anything is packed."""
+        return self.record.boosted > 0 and not any(self.row_packed)
 
     @staticmethod
     def append_all(held: Sequence[tuple[Any, ...]]) -> None:
@@ -292,6 +302,8 @@ class KiviLayer(Rows):
         super().reset()
         self.row_packed = [0] * self.batch_size
         self.tensors["lengths"].zero_()
+        if "key_order" in self.tensors:
+            self.tensors["key_order"].zero_()
 
     def reorder(self, index: Tensor) -> None:
         """Rows become ``index`` (int64, any number of rows, repeats allowed)."""

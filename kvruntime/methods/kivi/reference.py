@@ -12,9 +12,9 @@ inside float16; a group without range has scale 0 and codes 0 and reads back as 
 NaN has scale and zero NaN and reads back as NaN throughout, as 16-bit attention would.  With scales given (frozen
 over a sequence) a NaN reads back as the group's zero.
 
-Boosted key channels: a row's key channels are packed in the order of ``key_order``, the ``record.boosted`` of the
-widest range in its first record first.  Those have codes of ``boost_nbits`` more bits, whose lower bits lie in a plane
-of their own::
+Boosted key channels: a row's key channels are packed in the order of ``key_order``, first the ``record.boosted`` of
+the widest range in its first record times the weight that the prompt's queries give them.  Those have codes of
+``boost_nbits`` more bits, whose lower bits lie in a plane of their own::
 
     scale = float16((max x - min x) * 2**boost / (2**(nbits + boost) - 1))
     long code = clamp(round_half_even((x - zero) / scale * 2**boost), 0, 2**(nbits + boost) - 1)
@@ -47,6 +47,10 @@ from kvsim.methods.kivi import Record
 from kvsim.methods.packing import channel_chunks
 
 LIMIT = 32704.0
+WEIGHING = 256
+"""The prompt's last tokens whose queries say what key channels weigh."""
+TOP_WEIGHT = 31
+"""Binary places of the largest weight, above which a byte's ``(8 + c % 8) 2**(c // 8)`` ends."""
 BLOCK_TOKENS = 1024
 STEPS = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 0.0308}
 """Bits -> the step of the uniform quantizer of least squared error, in deviations of a normal variable."""
@@ -109,15 +113,39 @@ def fresh_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def channel_order(key: Tensor, boosted: int) -> Tensor:
+def channel_weights(query: Tensor, num_kv_heads: int, lengths: Sequence[int] | None = None) -> Tensor:
+    """What key channels weigh by a prompt's queries ``[batch_size, num_q_heads, L, key_dim]``.
+
+    ``[batch_size, num_kv_heads, key_dim]`` uint8 ``c``, which stands for ``(8 + c % 8) 2**(c // 8)``: the root mean
+    square of a head's queries, in the last ``WEIGHING`` tokens, in proportion to that of its largest channel.
+    ``lengths``: row b's real tokens are the last ``lengths[b]``.
+    """
+    query = query[:, :, -WEIGHING:].float()
+    batch_size, _, length, dim = query.shape
+    if lengths is not None:
+        counts = torch.tensor(lengths, device=query.device).clamp(max=length)
+        real = torch.arange(length, device=query.device) >= length - counts[:, None]
+        query = query * real[:, None, :, None]
+    square = query.nan_to_num(0.0, LIMIT, -LIMIT).square().view(batch_size, num_kv_heads, -1, dim).mean(2)
+    share = (square / square.amax(-1, keepdim=True).clamp(min=1e-30)).sqrt()
+    mantissa, exponent = torch.frexp(share * 2.0**TOP_WEIGHT)
+    code = (exponent - 4) * 8 + (mantissa * 16).round().long() - 8
+    return code.clamp(0, 255).to(torch.uint8)
+
+
+def channel_order(key: Tensor, boosted: int, weights: Tensor | None = None) -> Tensor:
     """The channels ``[..., key_dim]`` (uint8) in which a row's keys are packed,
     from its first record's ``[..., tokens, key_dim]``.
 
     The ``boosted`` of the widest range come first (of equals the lower channel), else channels are in their own order.
-    A NaN counts as 0.
+    ``weights``: :func:`channel_weights`, by which ranges are multiplied.  A NaN counts as 0.
     """
     finite = torch.where(key.isnan(), 0.0, key.float()).clamp(-LIMIT, LIMIT)
-    by_range = (finite.amax(-2) - finite.amin(-2)).sort(dim=-1, descending=True, stable=True).indices
+    span = finite.amax(-2) - finite.amin(-2)
+    if weights is not None:
+        code = weights.int()
+        span = span * ((8 + code % 8).float() * torch.exp2((code // 8).float()))
+    by_range = span.sort(dim=-1, descending=True, stable=True).indices
     first, rest = by_range[..., :boosted], by_range[..., boosted:]
     return torch.cat([first.sort(-1).values, rest.sort(-1).values], -1).to(torch.uint8)
 
@@ -474,7 +502,7 @@ def append(
         if key_params is not None and after > before == 0:
             key_params[:, rows] = torch.stack(sequence_params([packing(0, 0, after)], record.key_nbits))
         if key_order is not None and after > before == 0:
-            key_order[rows] = channel_order(packing(0, 0, record.num_tokens), record.boosted)
+            key_order[rows] = channel_order(packing(0, 0, record.num_tokens), record.boosted, key_order[rows])
         params = None if key_params is None else (key_params[0, rows], key_params[1, rows])
         order = None if key_order is None else key_order[rows]
         step = max(1, BLOCK_TOKENS // record.num_tokens) * record.num_tokens
