@@ -126,7 +126,7 @@ def channel_weights(query: Tensor, num_kv_heads: int, lengths: Sequence[int] | N
         counts = torch.tensor(lengths, device=query.device).clamp(max=length)
         real = torch.arange(length, device=query.device) >= length - counts[:, None]
         query = query * real[:, None, :, None]
-    square = query.nan_to_num(0.0, LIMIT, -LIMIT).square().view(batch_size, num_kv_heads, -1, dim).mean(2)
+    square = query.nan_to_num(0.0, LIMIT, -LIMIT).square().reshape(batch_size, num_kv_heads, -1, dim).mean(2)
     share = (square / square.amax(-1, keepdim=True).clamp(min=1e-30)).sqrt()
     mantissa, exponent = torch.frexp(share * 2.0**TOP_WEIGHT)
     code = (exponent - 4) * 8 + (mantissa * 16).round().long() - 8
