@@ -19,6 +19,7 @@ from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
 from kvsim.methods import METHODS, make_method
 from kvsim.methods.defaults import COMPRESSED
+from kvsim.methods.evict import windowed
 
 __all__ = ["Cache", "compress", "load_cache", "make_cache", "restore", "save_cache"]
 
@@ -60,6 +61,8 @@ def make_cache(
     elif options:
         raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
     check_runs(method)
+    for window in {kind.window for kind in kinds if kind.shape and kind.window}:
+        check_runs(windowed(method, window))
     for shape in set(shapes):
         method.buffers(stored_shape(method, shape), 1, 1)  # says what it cannot hold before anything runs
     refuse_scores(model, method)
@@ -77,7 +80,7 @@ def make_cache(
     if steps:
         return SteppedCache(method, len(shapes), max_seq_len)
     if not compiled:
-        return Cache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
+        return Cache(method, kinds if any(kind.keeps or kind.window for kind in kinds) else len(kinds), max_seq_len)
     without = without or changed_scores(model)
     if without:
         name = type(model).__name__
@@ -100,5 +103,7 @@ def _without_steps(method: Method, kinds: list[Kind]) -> str:
     """What of a model's layers no step on the device runs: packed layers alone, of heads that the method packs as they
     are, do."""
     others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
+    if any(kind.shape and kind.window for kind in kinds):
+        others.append("windows that are packed")
     odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
     return " and ".join(others) or (f"heads of {odd[0].key_dim}" if odd else "")

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    create_masks_for_generate,
+    sdpa_mask,
+)
 
 from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, PendingUpdate
 from kvruntime.hf.counts import StepLength
@@ -239,7 +244,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    _refuse(module, query, key.shape[2], dropout, kwargs)
+    _refuse(module, query, key.shape[2], dropout, kwargs, key.layer.window)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None and layer.takes_mask(attention_mask):
         layer.num_q_heads = query.shape[1]
@@ -294,7 +299,11 @@ def _attend(
     """:func:`attention` as the host plans it."""
     length, layer.num_q_heads = query.shape[2], query.shape[1]
     lengths = layer.read_mask(attention_mask, length)
+    if layer.window:
+        layer.columns.check_window(layer.num_columns + length, layer.window)
     if not layer.num_columns:
+        if layer.window and length > layer.window:
+            attention_mask = _within(attention_mask, length, layer.window, query.device)
         if scores.is_plain:
             out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scale)
         else:
@@ -322,14 +331,27 @@ def _attend(
 _uncompiled = torch.compiler.disable(_attend, reason=UNCOMPILED)
 
 
+def _within(mask: Tensor | None, length: int, window: int, device: torch.device) -> Tensor:
+    """A first prompt's mask ``[batch_size or 1, 1, L, L]`` or None, causal, of which a query sees ``window``
+    columns."""
+    at = torch.arange(length, device=device)
+    band = (at > at[:, None] - window) & (at <= at[:, None])
+    if mask is None:
+        return band[None, None]
+    return mask & band if mask.dtype == torch.bool else mask.masked_fill(~band, torch.finfo(mask.dtype).min)
+
+
 def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
     """``x [batch_size, heads, L, dim]``, each row's L in the order ``[batch_size or 1, L]``; None as they are."""
     return x if order is None else x.take_along_dim(order[:, None, :, None], 2)
 
 
-def _refuse(module: torch.nn.Module, query: Tensor, num_columns: int, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(
+    module: torch.nn.Module, query: Tensor, num_columns: int, dropout: float, kwargs: dict[str, Any], own: int | None
+) -> None:
+    """``own``: the window that the layer sees to."""
     window = kwargs.get("sliding_window")
-    if window and (num_columns > window or window_applies(window, getattr(module, "config", None))):
+    if window and window != own and (num_columns > window or window_applies(window, getattr(module, "config", None))):
         raise ValueError(
             f"{type(module).__name__} attends to {num_columns} tokens with sliding_window {window}, "
             "which a kvruntime cache does not support"
@@ -345,11 +367,23 @@ def _refuse(module: torch.nn.Module, query: Tensor, num_columns: int, dropout: f
         raise ValueError("a kvruntime cache keeps no gradients: run the model under torch.no_grad()")
 
 
+def _without_window(function: Any) -> Any:
+    """The causal mask function of one that is causal within a window.  Raises ``ValueError`` for any other."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    inside = [each for cell in cells if isinstance(cell, tuple) for each in cell]
+    names = {each.__qualname__.partition(".")[0] for each in inside}
+    if len(inside) != 2 or names != {"sliding_window_overlay", causal_mask_function.__qualname__}:
+        raise ValueError("a mask that is more than causal within a window: a packed window cannot follow it")
+    return causal_mask_function
+
+
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Stock ``sdpa_mask``; but for one token on a kvruntime cache it never waits for the device to skip the mask."""
     length = kwargs.get("kv_length")
     if isinstance(length, StepLength):
         return length.counts.mask(kwargs.get("attention_mask"))
+    if isinstance(length, Length) and length.window:  # the layer sees to it: rows are counted without padding there
+        kwargs |= {"mask_function": _without_window(kwargs["mask_function"]), "local_size": None}
     if isinstance(length, Length) and kwargs.get("q_length") == 1:
         given = kwargs.get("attention_mask")
         if given is None:

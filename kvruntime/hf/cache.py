@@ -19,6 +19,7 @@ from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_t
 from kvruntime.methods.rows import too_many
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
+from kvsim.methods.evict import windowed
 
 STATE_VERSION = 3
 """Of what a pickled cache holds."""
@@ -43,6 +44,8 @@ class Length(int):
 
     columns: Columns | None = None
     """The cache's, where the host plans the steps."""
+    window: int | None = None
+    """Of the layer, which sees to it itself."""
 
 
 class AppendQueue:
@@ -203,6 +206,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     store: Layer
     steps: Steps | None = None
+    window: int | None = None
+    """Tokens that a query sees, where the layer packs a window."""
     held: AppendQueue | None = None
     """Where new tokens wait, during a forward that reads none of them back."""
 
@@ -418,7 +423,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         if torch.compiler.is_compiling():  # torch.compile cannot make a Length
             return length, 0
         own = Length(length)
-        own.columns = self.columns
+        own.columns, own.window = self.columns, self.window
         return own, 0
 
     def get_max_length(self) -> int:
@@ -524,7 +529,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def _make_layer(self, kind: Kind) -> Any:
         if not kind.keeps:
-            return CacheLayer(self.method, self._books, self.max_seq_len)
+            layer = CacheLayer(
+                windowed(self.method, kind.window) if kind.window else self.method, self._books, self.max_seq_len
+            )
+            layer.window = kind.window or None
+            return layer
         if kind.shape is None:
             return exact.made(kind)
         return HybridLayer(self.method, self._books, self.max_seq_len, kind.num_states)

@@ -26,7 +26,8 @@ class ExactPart(StrEnum):
 
 @dataclass(frozen=True)
 class Kind:
-    """What one layer keeps: ``shape`` of packed full attention, and what stays as it is beside or in place of it."""
+    """What one layer keeps: ``shape`` of packed attention, full or over ``window`` tokens, and what stays as it is
+    beside or in place of it."""
 
     shape: LayerShape | None = None
     keeps: ExactPart = ExactPart.NOTHING

@@ -1,7 +1,8 @@
 """Which models run, and what each of their layers keeps: everything else is refused by the name of what stands in
 the way.
 
-Full attention is packed.  Windows and states stay in transformers' own kinds of layers (:mod:`kvruntime.hf.exact`).
+Full attention is packed, and long windows where a model has nothing else.  Other windows and states stay in
+transformers' own kinds of layers (:mod:`kvruntime.hf.exact`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.cache_utils import (
 
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.methods import changes_scores
+from kvsim.engines.kvruntime import LONG_WINDOW
 from kvsim.layout import LayerShape, Method
 
 REFUSED_KEYS = {
@@ -58,13 +60,15 @@ def layer_kinds(model: Any) -> list[Kind]:
             raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {getattr(config, key)})")
     _refuse_cross_attention(model, name, config)
     _refuse_other_sinks(model, name)
-    kinds = _kinds(name, config)
+    kinds = _long_windows(_kinds(name, config), config)
     interface = model._supports_attention_backend or model._is_stateful
     if not (interface and model._can_set_attn_implementation()):
         raise ValueError(f"{name} is not supported: it does not go through transformers' attention interface")
     if not any(kind.shape for kind in kinds):
         held = sorted({NAMES[kind.keeps] for kind in kinds if kind.keeps in NAMES})
-        raise ValueError(f"{name} is not supported: nothing to pack, its layers are {' and '.join(held)} only")
+        slides = any(kind.window for kind in kinds) and not getattr(config, "attention_chunk_size", None)
+        short = f" of fewer than {LONG_WINDOW:,} tokens" if slides else ""
+        raise ValueError(f"{name} is not supported: nothing to pack, its layers are {' and '.join(held)} only{short}")
     _refuse_sharding(model, name, next(kind.shape for kind in kinds if kind.shape).num_kv_heads)
     return kinds
 
@@ -77,8 +81,9 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     """
     name, kinds = type(model).__name__, layer_kinds(model)
     for kind in kinds:
-        if kind.keeps:
-            raise ValueError(f"{name} is not supported here: {NAMES.get(kind.keeps, 'layers without a cache')}")
+        if kind.keeps or kind.window:
+            kept = kind.keeps or ExactPart.WINDOW
+            raise ValueError(f"{name} is not supported here: {NAMES.get(kept, 'layers without a cache')}")
     changed = changed_scores(model)
     if changed:
         raise ValueError(f"{name} is not supported here: {changed}")
@@ -146,6 +151,16 @@ def _kinds(name: str, config: Any) -> list[Kind]:
             kind = type(layer).__name__
             raise ValueError(f"{name} is not supported: transformers caches some of its layers in a {kind}")
     return kinds
+
+
+def _long_windows(kinds: list[Kind], config: Any) -> list[Kind]:
+    """Windows that are packed, where a model has no other layers and they are long; chunks are no windows."""
+    windows = {kind.window for kind in kinds}
+    if {kind.keeps for kind in kinds} != {ExactPart.WINDOW} or len(windows) > 1 or min(windows) < LONG_WINDOW:
+        return kinds
+    if getattr(config, "attention_chunk_size", None):
+        return kinds
+    return [Kind(shape=_shape(config), window=kind.window) for kind in kinds]
 
 
 def _shape(config: Any) -> LayerShape:

@@ -112,6 +112,13 @@ class Columns:
             spans += padding_spans(row, start)
         return counts
 
+    def check_window(self, num_columns: int, window: int) -> None:
+        """Raises ``ValueError`` where padding lies between tokens, so that a window of columns is none of tokens."""
+        if num_columns > window and any(len(row) > 1 or (row and row[0].start) for row in self.padding):
+            raise ValueError(
+                f"padding between tokens and a packed window of {window}: allowed is padding to the left of each row"
+            )
+
     def all_tokens(self, batch_size: int) -> None:
         """New columns, all of them tokens, that came without a mask."""
         self.padding = self.padding or [[] for _ in range(batch_size)]

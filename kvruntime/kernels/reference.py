@@ -14,16 +14,23 @@ class Scores(NamedTuple):
     """What a model does to attention scores besides scaling them.
 
     ``softcap``: scaled scores become ``softcap * tanh(score / softcap)`` (Gemma 2).  ``sinks [num_q_heads]``: a learned
-    logit a query head that takes part in the softmax and has no value (gpt-oss).  None: neither.
+    logit a query head that takes part in the softmax and has no value (gpt-oss).  ``window``: a query sees so many
+    newest tokens, its own among them.  None: nothing of the kind.
     """
 
     softcap: float | None = None
     sinks: Tensor | None = None
+    window: int | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is neither."""
-        return self.softcap is None and self.sinks is None
+        """Whether there is none."""
+        return self.softcap is None and self.sinks is None and self.window is None
+
+    def sees(self, token: Tensor, newest: Tensor) -> Tensor | None:
+        """Which of ``token [batch_size or 1, n]`` the window of queries ``[batch_size, rows]`` has, whose own tokens
+        are ``newest``: ``[batch_size, 1, rows, n]``; None without a window."""
+        return None if self.window is None else (token[:, None] > newest[:, :, None] - self.window)[:, None]
 
     @property
     def softcap_log2(self) -> float | None:
@@ -50,8 +57,12 @@ class Partial:
         self.total = torch.zeros_like(self.peak)
         self.out = query.new_zeros(*query.shape[:-1], value_dim, dtype=torch.float32)
 
-    def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None) -> None:
-        """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` broadcasts to ``[..., rows, n]``."""
+    def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None, more: Tensor | None = None) -> None:
+        """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` and ``more``, both of which a token
+        must
+        satisfy, broadcast to ``[..., rows, n]``."""
+        if more is not None:
+            visible = more if visible is None else visible & more
         score = self.query @ key.float().transpose(-1, -2)
         if self.softcap is not None:
             score = self.softcap * torch.tanh(score / self.softcap)

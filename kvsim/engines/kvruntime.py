@@ -16,12 +16,17 @@ from kvsim.engines.ideal import method_parts
 from kvsim.engines.states import in_transformers
 from kvsim.layout import Layers, LayerShape, Method, parts
 from kvsim.methods import METHODS, Full, LayerMix, at, placed
+from kvsim.methods.evict import windowed
 from kvsim.whole_numbers import check_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvsim.models.model import Model
 
 GROW_TOKENS = 256
+LONG_WINDOW = 1024
+"""Windows of so many tokens are packed where a model has no other layers; shorter ones stay exact."""
 MOST = (1 << 31) - 1
 """The largest count that an option of a method takes here: kernels count in 32 bits."""
 STEPS = ("engine", "generate")
@@ -60,6 +65,13 @@ def stored_shape(method: Method, layer: LayerShape) -> LayerShape:
         if (key_dim, value_dim) == (layer.key_dim, layer.value_dim)
         else replace(layer, key_dim=key_dim, value_dim=value_dim)
     )
+
+
+def window_of(layers: Iterable[LayerShape]) -> int:
+    """The window of a model whose layers all slide alike, where it is packed; else 0."""
+    windows = {(layer.kind, layer.window, layer.stride) for layer in layers}
+    kind, window, stride = windows.pop() if len(windows) == 1 else ("", None, 1)
+    return window if kind == "sliding" and window is not None and window >= LONG_WINDOW and stride == 1 else 0
 
 
 def names() -> list[str]:
@@ -104,8 +116,13 @@ class Kvruntime(Engine):
         if model.index_layers:
             raise ValueError("kvruntime does not run models with index keys")
         packed = Layers(layer for layer in model.cache_layers if layer.window is None)
+        window = window_of(model.cache_layers)
+        if window:
+            packed = Layers(replace(layer, window=None, kind="") for layer in model.cache_layers)
+            method = windowed(method, window)
         if not packed:
-            raise ValueError("kvruntime packs full-attention layers: this model has none")
+            least = f"{LONG_WINDOW:,} tokens and more"
+            raise ValueError(f"kvruntime packs full attention, or alone windows of {least}: this model has none")
         for layer in packed:
             if not layer.value_dim or layer.stride > 1:
                 raise ValueError(f"kvruntime packs full-attention layers only, not {layer.kind} ones")
@@ -116,7 +133,8 @@ class Kvruntime(Engine):
         provided = sum(method_parts(method, filled, batch_size, self.provided(num_tokens)).values())
         total = exact | {"padding": provided - sum(exact.values())}
         dtype = activations(method)
-        for layer, count in Counter(layer for layer in model.cache_layers if layer.window is not None).items():
+        exact_layers = () if window else (layer for layer in model.cache_layers if layer.window is not None)
+        for layer, count in Counter(exact_layers).items():
             for name, size in parts(Full(dtype).buffers(layer, batch_size, num_tokens)).items():
                 total[f"window_{name}"] = total.get(f"window_{name}", 0) + count * size
         for state, count in Counter(model.state_layers).items():
@@ -127,12 +145,16 @@ class Kvruntime(Engine):
     def stored(self, model: Model, method: Method) -> Method:
         if all(layer.window is None for layer in model.cache_layers):
             return method
+        if window := window_of(model.cache_layers):
+            return windowed(method, window)
         return LayerMix(first=0, last=0, windows=1, exact=Full(activations(method)), inner=method)
 
     def notes(self, model: Model, method: Method) -> tuple[str, ...]:
         grows = f"grows in blocks of {GROW_TOKENS} tokens a row"
         out = [f"allocated for {self.max_seq_len:,} tokens a row at once" if self.max_seq_len else grows]
-        if any(layer.window is not None for layer in model.cache_layers):
+        if window := window_of(model.cache_layers):
+            out.append(f"windows of {window:,} tokens are packed: what has left them goes a record at a time")
+        elif any(layer.window is not None for layer in model.cache_layers):
             out.append(f"windows are not packed: their newest tokens stay in {activations(method)}")
         if model.state_layers:
             out.append(

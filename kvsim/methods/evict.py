@@ -22,7 +22,8 @@ POLICIES = ("recent", "snapkv")
 class Evict:
     """At most ``budget`` tokens a row and layer, ``sink_length`` of them the first; ``inner`` stores them.
 
-    ``policy``: ``recent`` or ``snapkv``.  ``observed``, ``kernel_size``: of ``snapkv``, the last queries of a prompt
+    ``window``: attention sees so many newest tokens of those kept; 0: all (:func:`windowed`).  ``policy``: ``recent``
+    or ``snapkv``.  ``observed``, ``kernel_size``: of ``snapkv``, the last queries of a prompt
     that score its tokens, and the tokens over which a score is pooled (odd).  A layer whose own window is shorter keeps
     that.  Raises ``ValueError`` for a budget below 1, or a sink or observed tokens beyond it.
     """
@@ -33,6 +34,7 @@ class Evict:
     policy: str = "recent"
     observed: int = 32
     kernel_size: int = 7
+    window: int = 0
 
     kvruntime = True
 
@@ -48,11 +50,18 @@ class Evict:
         if self.policy == "snapkv" and self.sink_length + self.observed > self.budget:
             most = self.budget - self.sink_length
             raise ValueError(f"observed {self.observed}: allowed are 1 to {most}, the budget less the sink")
+        check_whole("window", self.window, least=0)
+        if self.window and (self.window > self.budget or self.sink_length or self.policy != "recent"):
+            raise ValueError(
+                f"window {self.window}: allowed are 1 to the budget {self.budget}, with policy recent and no sink"
+            )
         if not self.kernel_size % 2:
             raise ValueError(f"kernel_size {self.kernel_size}: allowed are odd numbers")
 
     @property
     def name(self) -> str:
+        if self.window:
+            return f"window-{self.window}({self.inner.name})"
         sink = f"-s{self.sink_length}" if self.sink_length else ""
         policy = "evict" if self.policy == "recent" else f"{self.policy}-o{self.observed}"
         return f"{policy}-{self.budget}{sink}({self.inner.name})"
@@ -60,6 +69,9 @@ class Evict:
     def check_runs(self) -> None:
         """Raises ``ValueError`` where kvruntime cannot evict tokens of ``inner``, or not within this budget."""
         granule = leaving(self.inner, self.sink_length)
+        exact = getattr(self.inner, "residual_length", 0)
+        if self.window and exact > self.window:
+            raise ValueError(f"residual_length {exact}: allowed are up to the window of {self.window} tokens")
         least = self.sink_length + 2 * granule
         if self.budget < least and granule > 1:
             raise ValueError(
@@ -93,3 +105,13 @@ class Evict:
         """What ``inner`` reads of the kept tokens (:func:`kvsim.layout.mean_read_nbytes`)."""
         kept = self.num_kept(layer, num_tokens)
         return mean_read_nbytes(self.inner, replace(layer, window=None, stride=1), batch_size, kept)
+
+
+def windowed(method: Method, window: int) -> Evict:
+    """``method`` in a layer whose queries see ``window`` tokens: what has left it goes as soon as ``method`` can forget
+    it.  Raises ``ValueError`` where ``method`` cannot, or keeps first tokens that would leave.
+    """
+    sink = int(getattr(method, "sink_length", 0))
+    if sink:
+        raise ValueError(f"sink_length {sink}: allowed is 0 where the first tokens leave a window of {window}")
+    return Evict(window + leaving(method, 0), 0, method, window=window)

@@ -467,7 +467,7 @@ def test_sinks_and_softcaps(attend, name, dim, q_per_kv, count, change) -> None:
     query, sinks = 3 * query, None
     if has_sinks:
         sinks = torch.linspace(-2, 9, 2 * q_per_kv).to(torch.bfloat16 if DEVICE == "cuda" else torch.float16).to(DEVICE)
-    scores = Scores(softcap, sinks)
+    scores = Scores(softcap, sinks, window=150 if count is None and not method.sink_length else None)
     cache = Filled(method, dim, 2, lengths, key, value)
     fresh = None if count is None else (*new, torch.tensor([count, 1, 0], dtype=torch.int32, device=DEVICE))
     truth = reference.attend(query.float(), *cache.arguments, dim**-0.5, fresh, scores=scores).cpu()
@@ -656,5 +656,5 @@ def test_compiles() -> None:
             ceiling += 0.05 * ("queries" in kernel)  # 8 columns: two products of the keys
             ceiling += 0.05 * ("table" in kernel or "pool" in kernel)  # places looked up
             ceiling += 0.05 * ("drawn" in kernel)  # tiles drawn
-            ceiling += 150 / used["elements"] * ("scores" in kernel)  # 16 scores a lane that are capped
+            ceiling += 190 / used["elements"] * ("scores" in kernel)  # 16 scores a lane, capped and in a window
             assert used["loop"] / used["elements"] <= ceiling, (kernel, name, sm, used)

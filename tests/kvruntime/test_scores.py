@@ -109,7 +109,8 @@ def test_the_portable_kernel_changes_scores(name, change):
     for tensor_name, tensor in layer.tensors.items():
         layer.tensors[tensor_name] = tensor.to(DEVICE)
     softcap, has_sinks = CHANGES[change]
-    scores = Scores(softcap, (5 + 2 * torch.randn(Q_HEADS)).half().to(DEVICE) if has_sinks else None)
+    sinks = (5 + 2 * torch.randn(Q_HEADS)).half().to(DEVICE) if has_sinks else None
+    scores = Scores(softcap, sinks, 70 if name in ("2-bit", "3-bit") else None)
     for length, splits in ((1, 1), (1, 3), (5, 2)):
         query = (3 * torch.randn(3, Q_HEADS, length, 64)).half().to(DEVICE)
         new = [torch.randn(3, HEADS, length, 64).half().to(DEVICE) for _ in range(2)]

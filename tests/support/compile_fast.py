@@ -76,7 +76,7 @@ PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for
 MERGED = ("arrivals_ptr",)
 DRAWN = ("draws_ptr",)
 ORDER = ("order_ptr",)
-SCORES = ("sinks_ptr", "softcap")
+SCORES = ("sinks_ptr", "softcap", "window")
 OPTIONAL = {*QUERIES, *TABLE, *PAGES, *MERGED, *DRAWN, *ORDER, *SCORES}
 POINTERS = dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(
     ("records_ptr", "lengths_ptr", "packed_ptr", "counts_ptr", "table_ptr", "exact_table_ptr", *MERGED, *DRAWN), "*i32"

@@ -163,7 +163,7 @@ def arguments(kernel, dtype: str, **fixed: str) -> dict[str, str]:
 
 
 PAGES = ("exact_table_ptr", "num_pages", *(f"stride_{x}{axis}" for x in "xy" for axis in "bht"))
-SCORES = {"sinks_ptr", "softcap"}
+SCORES = {"sinks_ptr", "softcap", "window"}
 POOL = {"table_ptr", "block_table_ptr", "starts_ptr", *PAGES}
 
 

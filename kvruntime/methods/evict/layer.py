@@ -150,9 +150,12 @@ class EvictLayer(Rows):
         score[:, -method.observed :] = float("inf")
         return score.topk(method.budget, -1).indices.sort(-1).values
 
-    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, **scores: Any) -> Tensor:
-        """Attention over what is kept: the inner layer's, with what it takes of ``scores``."""
-        out: Tensor = self.inner.attend(query, scale, fresh, **scores)
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, **more: Any) -> Tensor:
+        """Attention over what is kept, or over the window of it: the inner layer's, with what it takes of
+        ``scores``."""
+        if self.method.window:
+            more = {"scores": more.get("scores", PLAIN)._replace(window=self.method.window)}
+        out: Tensor = self.inner.attend(query, scale, fresh, **more)
         return out
 
     def step(

@@ -93,23 +93,29 @@ class FullLayer(Rows):
         """Blockwise attention in float32; ``query [batch_size, num_kv_heads, q_per_kv * length, key_dim]``."""
         state = Partial(query, self.shape.value_dim, scale, scores.softcap)
         sinks = scores.sinks_of(self.shape.num_kv_heads, length)
-        longest = max(self.row_lengths)
+        longest, group = max(self.row_lengths), query.shape[2] // length
+        position = torch.arange(length, device=query.device)
+        counts = [length] * self.batch_size if fresh is None or fresh[2] is None else fresh[2]
+        first = [held - count for held, count in zip(self.row_lengths, counts, strict=True)]
+        token = self._on_device(first)[:, None] + position + (0 if fresh is None else length)  # of each query's own
+        newest = token.repeat(1, group)
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)
             key, value = (self.tensors[name][:, :, start:stop] for name in ("key", "value"))
-            state.add(key, value, self._visible(start, stop))
+            slots = torch.arange(start, stop, device=self.device)[None]
+            state.add(key, value, self._visible(start, stop), scores.sees(slots, newest))
         if fresh is None:
             return state.result(sinks)
         key, value, lengths = fresh
-        position = torch.arange(length, device=query.device)
+        within = scores.sees(token, newest)
         causal = position <= position[:, None]  # [L queries, L keys]
         if lengths is None:
-            state.add(key, value, causal.repeat(query.shape[2] // length, 1))
+            state.add(key, value, causal.repeat(group, 1), within)
             return state.result(sinks)
         real = position >= length - self._on_device(lengths)[:, None]  # [batch_size, L]
         visible = causal & real[:, None, None]  # [batch_size, 1, L, L]
-        state.add(key, value, visible.repeat(1, 1, query.shape[2] // length, 1))
-        return torch.where(real.repeat(1, query.shape[2] // length)[:, None, :, None], state.result(sinks), 0.0)
+        state.add(key, value, visible.repeat(1, 1, group, 1), within)
+        return torch.where(real.repeat(1, group)[:, None, :, None], state.result(sinks), 0.0)
 
     def _visible(self, start: int, stop: int) -> Tensor | None:
         """Which of the slots ``start:stop`` hold a row's token, ``[batch_size, 1, 1, stop - start]``; None for all."""

@@ -384,6 +384,8 @@ def attend(
     ``ValueError`` for more than ``MAX_Q_PER_KV`` query heads that share one key/value head,
     where each row has one query.
     """
+    if scores.window is not None:
+        raise ValueError(f"a window of {scores.window}: allowed are all tokens that are stored")
     key, value, lengths, table = stored
     batch_size, q_heads = len(lengths), query.shape[1]
     heads, page, key_dim = key.shape[1:]

@@ -198,7 +198,7 @@ def attend_plain(query, acc, peak, total, key_ptr, value_ptr, key_at, value_at, 
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, params_ptr, order_ptr, lengths_ptr, packed_ptr, new_key_ptr,
     new_value_ptr, counts_ptr, starts_ptr, table_ptr, exact_table_ptr, out_ptr, lse_ptr, sinks_ptr, scale_log2,
-    softcap, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    softcap, window, stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_xb, stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_queries, num_slots, num_records, num_pages,
     batch_size, num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -208,7 +208,8 @@ def attend_kernel(
     DOT: tl.constexpr, NUM_STAGES: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr, BOOST: tl.constexpr,
     BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
 ):  # fmt: skip
-    """Optional: ``sinks_ptr``, a logit a query head; ``softcap``, in powers of two; ``order_ptr``, of boosted channels;
+    """Optional: ``sinks_ptr``, a logit a query head; ``softcap``, in powers of two; ``window``, tokens;
+    ``order_ptr``, of boosted channels;
     ``counts_ptr``, fresh tokens a row; ``starts_ptr``, where each row begins in the line that queries and fresh tokens
     are, ``BLOCK_B`` of whose rows are looked through; ``table_ptr``, for each row ``num_records`` places of records;
     ``exact_table_ptr``, for each row ``num_pages`` pages of ``PAGE`` exact tokens, keys and values by strides of their
@@ -248,6 +249,15 @@ def attend_kernel(
     if sinks_ptr is not None:
         peak, total = sink_logits(sinks_ptr, query_head, real, split)
     rows = row.to(tl.int64) * NUM_HEADS + head
+
+    # ---- with a window, the token before the first that a query sees
+    if window is not None:
+        if new_key_ptr is None:
+            oldest = length - 1 - window + position * 0
+        elif BLOCK_B == 0:
+            oldest = length + position - num_queries + tl.load(counts_ptr + row) - window
+        else:
+            oldest = length + position - window
 
     # ---- the query in the order of the packed channels, and at the boosted ones
     packed_query = query
@@ -292,6 +302,9 @@ def attend_kernel(
                                 TILE, KEY_PARAMS)  # fmt: skip
             score = tl.dot(packed_query[i], tl.trans(key), score, input_precision="ieee")
         score = scaled(score, scale_log2, softcap)
+        if window is not None:
+            token = SINK + index * TILE + tl.arange(0, TILE)
+            score = tl.where(token[None, :] > oldest[:, None], score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 1))
         alpha = tl.exp2(peak - new_peak)
         weight = tl.exp2(score - new_peak[:, None])
@@ -330,8 +343,11 @@ def attend_kernel(
             own_value_ptr = exact_value_ptr + head.to(tl.int64) * stride_yh
             key_at = page * stride_xb + token % PAGE * stride_xt
             value_at = page * stride_yb + token % PAGE * stride_yt
+        visible = held[None, :] & real[:, None]
+        if window is not None:
+            visible = visible & (token[None, :] > oldest[:, None])
         acc, peak, total = attend_plain(
-            query, acc, peak, total, own_key_ptr, own_value_ptr, key_at, value_at, held[None, :] & real[:, None], held,
+            query, acc, peak, total, own_key_ptr, own_value_ptr, key_at, value_at, visible, held,
             scale_log2, softcap, KEY_DIM, VALUE_DIM, DOT,
         )  # fmt: skip
 
@@ -350,10 +366,13 @@ def attend_kernel(
         for block in range(num_splits - 1 - split, (last + BLOCK_N - 1) // BLOCK_N, num_splits):
             t = block * BLOCK_N + n
             held = (t >= first) & (t < num_queries)
+            visible = held[None, :] & real[:, None] & (t[None, :] <= position[:, None])
+            if window is not None:
+                visible = visible & (length + t[None, :] - first > oldest[:, None])
             acc, peak, total = attend_plain(
                 query, acc, peak, total, new_key_ptr + head.to(tl.int64) * stride_kh,
                 new_value_ptr + head.to(tl.int64) * stride_vh, t.to(tl.int64) * stride_kt, t.to(tl.int64) * stride_vt,
-                held[None, :] & real[:, None] & (t[None, :] <= position[:, None]), held, scale_log2, softcap,
+                visible, held, scale_log2, softcap,
                 KEY_DIM, VALUE_DIM, DOT,
             )  # fmt: skip
 
@@ -448,7 +467,8 @@ def attend(
         attend_kernel, (num_splits, rows, blocks), query, stored.records, stored.exact_key, stored.exact_value,
         stored.key_params, stored.key_order,
         stored.lengths, stored.packed, new_key, new_value, counts, starts, where.block_table, where.exact_table,
-        partial, lse, scores.sinks, scale * LOG2E, scores.softcap_log2, *query_strides, *strides, *where.strides,
+        partial, lse, scores.sinks, scale * LOG2E, scores.softcap_log2, scores.window, *query_strides, *strides,
+        *where.strides,
         num_queries, where.num_slots, where.num_records, where.num_pages, batch_size, num_splits,
         NUM_HEADS=heads, Q_PER_KV=q_per_kv, SINK=sink, RESIDUAL=residual, BLOCK_M=block_m, PAGE=where.page,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size),

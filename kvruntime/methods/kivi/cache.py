@@ -171,7 +171,8 @@ class KiviLayer(Rows):
         planned: dict[str, Any] = {}
         if query.is_cuda:
             fast = _fast()
-            kernels = fast if fast and fast.supports(self.record, query, new) else _kernels("attention")
+            takes = fast and (new is None or scores.window is None) and fast.supports(self.record, query, new)
+            kernels = fast if takes else _kernels("attention")
             run, planned = kernels.attend, {"num_tokens": num_tokens}
             if kernels is fast:
                 planned["arrivals"] = arrivals
@@ -203,7 +204,7 @@ class KiviLayer(Rows):
         if rotary is not None:
             return self._step(query, key, value, scale, steps, rotary, scores)
         shapes = (query.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype)
-        alike = (shapes, scale, scores.softcap, self.num_provided, steps.num_tokens, steps.scratch.shape)
+        alike = (shapes, scale, scores.softcap, scores.window, self.num_provided, steps.num_tokens, steps.scratch.shape)
         tensors = [query, key, value, *(() if scores.sinks is None else (scores.sinks,))]
         given, again = len(tensors), self.again
         tensors += [*self.tensors.values(), steps.lengths, steps.positions, steps.scratch]

@@ -770,7 +770,7 @@ def packed_up(SPAN: gl.constexpr, NBITS: gl.constexpr, LESS: gl.constexpr):
 def attend_split(
     query_ptr, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first, step, end, first_chunk,
     step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest, table_ptr,
-    draws_ptr, pages, order_ptr, sink, softcap,
+    draws_ptr, pages, order_ptr, sink, softcap, window,
     DIM: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr,
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
@@ -995,6 +995,10 @@ def attend_split(
         score += start  # of columns n and n ^ 4 that are added, only n's: the other is nobody's
         score = gl.convert_layout(score.reshape([1, TILE, 8]), MMA, assert_trivial=True)
         score, score_factor = capped(score, packed_factor, softcap)
+        if window is not None:  # exact tokens are newer than all that leave it
+            token = gl.arange(0, TILE, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
+            within = SINK + tile * TILE + token >= length - window
+            score = gl.where(gl.broadcast(within, score)[0], score, float("-inf"))
         weight, alpha, peak = softmax_step(score, score_factor, peak, margin)
 
         # ---- values: sums of p * zero and p, then the codes
@@ -1058,7 +1062,7 @@ def attend_part(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, partial_ptr, lse_ptr, codes, key_params, value_params,
     block, slot, first, step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, num_records,
     scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, draws_ptr, out_ptr, pages, order_ptr,
-    sinks_ptr, softcap, begins,
+    sinks_ptr, softcap, window, begins,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, HEADS: gl.constexpr, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
@@ -1118,7 +1122,8 @@ def attend_part(
     acc, sums, peak = attend_split(
         query_ptr + row * stride_qb, base_ptr, exact_key_ptr, exact_value_ptr, codes, key_params, value_params, first,
         step, end, first_chunk, step_chunk, end_chunk, length, packed, num_slots, scale_log2, column, real, newest,
-        table_ptr, draws_ptr, pages, order_ptr, sink, softcap, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS,
+        table_ptr, draws_ptr, pages, order_ptr, sink, softcap, window, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
+        VALUE_GROUPS,
         RECORD,
         KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED, BEGUN, EARLY, AT_ONCE, STAGES,
         PAGE, BOOST_CODES,
@@ -1221,7 +1226,8 @@ def merge_parts(partial_ptr, lse_ptr, arrivals_ptr, draws_ptr, out_ptr, block, f
 @gluon.jit(do_not_specialize=["num_slots", "num_records", "batch_size", "num_splits", "num_queries"])
 def attend_kernel(
     query_ptr, records_ptr, exact_key_ptr, exact_value_ptr, order_ptr, lengths_ptr, packed_ptr, partial_ptr, lse_ptr,
-    arrivals_ptr, draws_ptr, out_ptr, sinks_ptr, scale_log2, softcap, stride_qb, stride_qh, num_slots, num_records,
+    arrivals_ptr, draws_ptr, out_ptr, sinks_ptr, scale_log2, softcap, window, stride_qb, stride_qh, num_slots,
+    num_records,
     batch_size, num_splits,
     num_queries, stride_ql, new_key_ptr, new_value_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, stride_vb,
     stride_vh, stride_vt, table_ptr, exact_table_ptr, num_pages,
@@ -1238,7 +1244,8 @@ def attend_kernel(
     (:func:`units_of`), and each of the programs has an equal share of it, which may span blocks.  ``SPARE``:
     :func:`spare`.
 
-    ``sinks_ptr``: a logit a query head, or None; ``softcap``: in powers of two, or None.
+    ``sinks_ptr``: a logit a query head, or None; ``softcap``: in powers of two, or None; ``window``: tokens, or
+    None.
     ``num_queries`` and what follows: several queries a row and their fresh tokens, or None.
     ``table_ptr``: for each row ``num_records`` places, or None: records lie row after row.
     ``exact_table_ptr``: for each row ``num_pages`` pages of ``PAGE`` exact tokens, ``num_slots`` of which a row has at
@@ -1305,7 +1312,8 @@ def attend_kernel(
             value_params, block, block * num_splits + split, split, num_splits, packed // TILE, num_splits - 1 - split,
             num_splits, chunks, length, packed, num_slots, num_records, scale_log2, stride_qb, stride_qh, num_queries,
             stride_ql, new, table_ptr, None if draws_ptr is None else draws_ptr + block, out_ptr if WHOLE else None,
-            pages, order_ptr, sinks_ptr, softcap, split == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+            pages, order_ptr, sinks_ptr, softcap, window, split == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS,
+            VALUE_NBITS,
             KEY_GROUPS, VALUE_GROUPS, RECORD,
             SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
             PAGE, BOOST_CODES,
@@ -1346,9 +1354,9 @@ def attend_kernel(
                 value_params, block, gl.program_id(0) + block, first, 1, last, (start + EXACT_UNITS - 1) // EXACT_UNITS,
                 1, (gl.minimum(stop, exact) + EXACT_UNITS - 1) // EXACT_UNITS, length, packed, num_slots, num_records,
                 scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, order_ptr,
-                sinks_ptr, softcap, start == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS,
-                VALUE_GROUPS, RECORD, SINK,
-                RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY, AT_ONCE, STAGES, PAGE, BOOST_CODES,
+                sinks_ptr, softcap, window, start == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
+                KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY,
+                AT_ONCE, STAGES, PAGE, BOOST_CODES,
             )  # fmt: skip
             unit += stop - start
 
@@ -1449,6 +1457,8 @@ def attend(
     if not supports(record, query, fresh, starts):
         queries = "a line of queries" if starts is not None else f"{query.shape[2]} queries"
         raise ValueError(f"{record} with {queries} of {query.dtype}: see supports()")
+    if scores.window is not None and (fresh is not None or residual > scores.window):
+        raise ValueError(f"a window of {scores.window}: allowed is one query a row, and no fewer than the residual")
     batch_size, q_heads, length, dim = query.shape
     heads = stored.exact_key.shape[1]
     where = places(stored, layout)
@@ -1498,7 +1508,7 @@ def attend(
     launch_kernel(
         attend_kernel, (splits,) if block_b else grid, query, stored.records, stored.exact_key, stored.exact_value,
         stored.key_order, stored.lengths, stored.packed,
-        partial, lse, arrivals, draws, out, scores.sinks, scale * merge.LOG2E, scores.softcap_log2,
+        partial, lse, arrivals, draws, out, scores.sinks, scale * merge.LOG2E, scores.softcap_log2, scores.window,
         *query.stride()[:2], num_slots, num_records, batch_size, splits, num_queries,
         None if num_queries is None else query.stride(2), *new, block_table, where.exact_table, where.num_pages,
         *where.strides,

@@ -610,6 +610,10 @@ def attend(
     q_per_kv = q_heads // heads
     grouped = query.reshape(batch, heads, q_per_kv * length, -1)
     state = Partial(grouped, stored.exact_value.shape[-1], scale, scores.softcap)
+    newest = (lengths[:, None] - 1).expand(-1, q_per_kv)
+    if fresh is not None and fresh[2] is not None:
+        ahead = torch.arange(length, device=query.device) - (length - fresh[2][:, None])
+        newest = (lengths[:, None] + ahead).repeat(1, q_per_kv)
     most = int(packed.max()) if batch else 0
     params = None if stored.key_params is None else (stored.key_params[0], stored.key_params[1])
     step = max(1, BLOCK_TOKENS // record.num_tokens)
@@ -623,7 +627,8 @@ def attend(
         key, value = unpack_records(blocks.transpose(1, 2), record, params, stored.key_order)
         token = torch.arange(first * record.num_tokens, last * record.num_tokens, device=query.device)
         even = bool((packed >= last * record.num_tokens).all())
-        state.add(key, value, None if even else (token < packed[:, None])[:, None, None])
+        visible = None if even else (token < packed[:, None])[:, None, None]
+        state.add(key, value, visible, scores.sees(sink + token[None], newest))
     if pages is not None:
         size = stored.exact_key.shape[2]
         ahead = torch.arange(int((lengths - packed).max()) if batch else 0, device=query.device)
@@ -632,10 +637,11 @@ def attend(
         page = pages.gather(1, torch.where(held, token // size, 0)).long() * held if len(ahead) else token
         key, value = (x[page, :, token % size].transpose(1, 2) for x in stored.exact())
         if len(ahead):
-            state.add(key, value, held[:, None, None])
+            state.add(key, value, held[:, None, None], scores.sees(token, newest))
     elif stored.exact_key.shape[2]:
-        held = ring_positions(lengths, packed, sink, residual, stored.exact_key.shape[2]) >= 0
-        state.add(stored.exact_key, stored.exact_value, held[:, None, None])
+        token = ring_positions(lengths, packed, sink, residual, stored.exact_key.shape[2])
+        held = (token >= 0)[:, None, None]
+        state.add(stored.exact_key, stored.exact_value, held, scores.sees(token, newest))
     real = None
     if fresh is not None:
         key, value, number = fresh
@@ -644,7 +650,7 @@ def attend(
         index = torch.arange(length, device=query.device)
         real = index >= length - number[:, None]  # [batch_size, L]
         causal = (index[None, :] <= index[:, None]) & real[:, None, :]
-        state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None])
+        state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None], scores.sees(lengths[:, None] + ahead, newest))
     out = state.result(scores.sinks_of(heads, length)).reshape(batch, q_heads, length, -1)
     if record.rotation:
         out = rotated(out, record.rotation)
