@@ -130,7 +130,7 @@ def _call(
     slots = [(at, *slot(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor)]
     values = [None if isinstance(x, Tensor) else x for x in values]
     if compiled is not None:
-        return compiled[grid], values, slots
+        return compiled[(*grid, 1, 1)[:3]], values, slots  # of fewer, Triton 3.6 takes none
     more = {name: value for name, value in options.items() if name not in parameters}
     return lambda all_: kernel[grid](**dict(zip(kernel.arg_names, all_, strict=True)), **more), values, slots
 
