@@ -47,6 +47,7 @@ MERGED = {"one split": 1, "five": 5}
 POINTS = [(name, dim, sharing, "float16") for name in METHODS for dim in (64, 128) for sharing in SHARING]
 WIDE = ("2-bit g64 sink", "4-bit g64", "8-bit g64", "k2v8")
 POINTS += [(name, 256, sharing, "float16") for name in WIDE for sharing in SHARING]
+POINTS += [("2-bit g64 sink", 512, "plan", "float16"), ("4-bit g64", 512, "five", "float16")]
 POINTS += [(name, 64, "shares", dtype) for name in METHODS for dtype in ("bfloat16", "float32")]
 MORE = {
     "8-bit g32 sink": Kivi(nbits=8, sink_length=4),

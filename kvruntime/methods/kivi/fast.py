@@ -581,7 +581,8 @@ def load_values(value_ptr, stride_v, first, length, packed, num_slots, since, ta
                 FIRST: gl.constexpr, SPAN: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr,
                 AT_ONCE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
     """Values of 16 exact slots ``[slots, SPAN]``, zeros where there is no token."""
-    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SPAN, SPAN // 8], [1, 1], [1, 0])
+    LANES: gl.constexpr = min(32, SPAN // 8)  # of one slot
+    VALUES: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [1, 1], [1, 0])
     slot = first + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, VALUES))[:, None]
     wanted = present(slot, length, packed, num_slots, since, SINK, RESIDUAL)
     at = places_of(slot, wanted, packed, stride_v, table_ptr, stride_page, PAGE)

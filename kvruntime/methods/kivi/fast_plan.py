@@ -15,12 +15,12 @@ from kvsim.methods.kivi import Record
 TILE = gl.constexpr(layout.MAX_TILE)
 STAGES = 2
 """Tiles that a program holds in shared memory: the one it works on and those under way."""
-PROGRAMS_PER_SM = {64: 12, 80: 8, 96: 8, 128: 8, 256: 8}
+PROGRAMS_PER_SM = {64: 12, 80: 8, 96: 8, 128: 8, 256: 8, 512: 8}
 """Programs at once on a multiprocessor, by head dimension: as measured on an H100 (80 and 96: as 128),
 not as many as would fit."""
 LARGE_TILE = 16 << 10
 """Bytes of codes."""
-MAX_REGISTERS = {64: 168, 80: 248, 96: 248, 128: 248, 256: 255}
+MAX_REGISTERS = {64: 168, 80: 248, 96: 248, 128: 248, 256: 255, 512: 255}
 """What a thread may take so that as many programs have room: left alone, the assembler spills rather than take them."""
 SCHEDULERS = 4
 """Of a multiprocessor: a program is one warp."""
@@ -122,18 +122,19 @@ def supports(record: Record, query: Tensor, fresh: Fresh | None = None, starts: 
 
 
 def holds(record: Record) -> bool:
-    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 80, 96, 128 or 256 channels,
+    """Whether the kernel reads this record: tiles of 64 tokens, heads of 64, 80, 96, 128, 256 or 512 channels,
     2, 4 or 8 bits.
 
     Of 80 channels with value groups of 16 or the head, of 96 with 32 or the head:
     each of their chunks has whole groups or one.
     Boosted keys and rotated values only together: of 64 and 128 channels, 2 bits and 2 more, groups of 64 and more.
-    Of 256 channels only with groups of 64 and more: others take more registers than there are."""
+    Of 256 channels only with groups of 64 and more: others take more registers than there are.  Of 512 a twelfth of the
+    loop's instructions are spills, and 8 bits would leave a multiprocessor one program."""
     return (
         record.tile == layout.MAX_TILE
         and record.key_dim == record.value_dim
-        and record.key_dim in (64, 80, 96, 128, 256)
-        and {record.key_nbits, record.value_nbits} <= {2, 4, 8}
+        and record.key_dim in (64, 80, 96, 128, 256, 512)
+        and {record.key_nbits, record.value_nbits} <= ({2, 4} if record.key_dim > 256 else {2, 4, 8})
         and record.value_group in {80: (16, 80), 96: (32, 96)}.get(record.key_dim, (32, 64, 128))
         and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
         and (record.key_dim <= 128 or min(record.key_group, record.value_group) >= 64)
