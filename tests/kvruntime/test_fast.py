@@ -627,6 +627,10 @@ SPILLS_256 = (24, 3) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3
 builds of PyTorch 2.11 to 2.13 bring (3.6 and 3.7); in all 255 registers, 3.9 arranges five of their layouts worse."""
 
 
+SPILLS_512 = (800, 300)
+"""Those of heads of 512: a tenth of the loop at most."""
+
+
 @pytest.mark.long
 def test_compiles() -> None:
     """For sm_80, sm_89, sm_90 and sm_100, without a GPU: nothing spilled in the loop over tiles, and its length; and
@@ -648,7 +652,8 @@ def test_compiles() -> None:
     for kernel, name, sm, used in rows:
         assert not used["LOCAL"], (kernel, name, sm, used)
         assert not used["unrounded"], (kernel, name, sm, used)
-        stack, local = SPILLS_256 if name.endswith("d256") else (32 if kernel.endswith("shares") else 0, 0)
+        wide = {"d256": SPILLS_256, "d512": SPILLS_512}.get(name.rpartition(" ")[2])
+        stack, local = wide or (32 if kernel.endswith("shares") else 0, 0)
         assert used["STACK"] <= stack, (kernel, name, sm, used)
         if not kernel.startswith("combine"):
             assert used["loop"], (kernel, name, sm, used)

@@ -57,13 +57,15 @@ HEADS_256 = {  # one query, splits, groups of 64 and more
     "k4v2 g64 d256": (Kivi(key_nbits=4, value_nbits=2, group_size=64), 256, 4, "fp16"),
     "k2v8 g64 d256": (Kivi(key_nbits=2, value_nbits=8, group_size=64), 256, 4, "fp16"),
 }
+HEADS_512 = {"2-bit g64 d512": (Kivi(group_size=64), 512, 4, "bf16")}
+HEADS_512_IN = ("attend",)
 BOOST = {
     "boost d128": (kivi_boost(), 128, 4, "fp16"),
     "boost d64": (kivi_boost(), 64, 3, "bf16"),
 }
 BOOST_IN = ("attend_drawn", "attend_queries_table_shares", "combine")
 HEADS_256_IN = ("attend", "attend_table", "attend_scores", "combine", "combine_few")
-METHODS |= TWO_CHUNKS | HEADS_256 | BOOST
+METHODS |= TWO_CHUNKS | HEADS_256 | HEADS_512 | BOOST
 CHANGED = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d128 q8", "2-bit g64 d256", "2-bit g32 d96")
 POOLED = ("2-bit g64 d128", "2-bit g32 d128", "4-bit g64 d128")
 EVERYWHERE = ("2-bit g64 d128", "2-bit g64 d64", "2-bit g64 d256", "2-bit g32 d96", "2-bit gv80 d80")
@@ -252,6 +254,7 @@ def tasks(in_pairs: bool) -> list[Task]:
             if (name not in HEADS_256 or kernel in HEADS_256_IN)
             and (name not in TWO_CHUNKS or kernel in TWO_CHUNKS_IN)
             and (name not in BOOST or kernel in BOOST_IN)
+            and (name not in HEADS_512 or kernel in HEADS_512_IN)
         ]
         if in_pairs and kernel in HALVED:
             second = names[HALVED.index(kernel) % 2 :: 2]
