@@ -6,8 +6,9 @@ import json
 import multiprocessing
 import sys
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 2.0
 MAX_WORKERS = 1024
+CONNECT_SECONDS = 10
 GOES_ON = "the same command goes on from the chunks that are there"
 
 
@@ -75,6 +77,7 @@ class Meter:
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write: .csv, .parquet or .json.")
 @click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=1, show_default=True, help="Processes.")
+@click.option("--scheduler", metavar="ADDRESS", help="A dask cluster instead of --workers, tcp://host:port.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Without --out the rows as one JSON object, else a summary.")
 def command(
@@ -88,6 +91,7 @@ def command(
     reserve: str | None,
     out: Path | None,
     workers: int,
+    scheduler: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -104,6 +108,8 @@ def command(
     from kvsim.output import sweep_file
     from kvsim.specs import parse_axis, parse_engine_choice
 
+    if scheduler is not None and (workers > 1 or out is None):
+        raise ValueError("--scheduler goes with --out FILE and without --workers")
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
     everything = [row["id"] for row in catalog.rows("models")] if "all" in names else list(names)
@@ -136,20 +142,47 @@ def command(
     if out is None:
         sweep_file.stream(grid, inputs, sys.stdout.buffer)
         return
-    _write(grid, inputs, out, workers, quiet, as_json)
+    _write(grid, inputs, out, workers, scheduler, quiet, as_json)
 
 
-def _write(grid: Grid, inputs: dict[str, Any], out: Path, workers: int, quiet: bool, as_json: bool) -> None:
+@contextmanager
+def _cluster(address: str) -> Iterator[tuple[Executor, int]]:
+    """A dask cluster's executor, and how many chunks it has under way at once.  Raises ``ValueError`` without one."""
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("--scheduler needs dask's distributed: pip install distributed") from None
+    try:
+        client: Any = Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--scheduler {address}: no dask scheduler answers there ({type(error).__name__})") from None
+    with client:
+        yield client.get_executor(), max(1, sum(client.nthreads().values()))
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[tuple[Executor | None, int]]:
+    """As many processes, or none besides this one."""
+    if workers == 1:
+        yield None, 1
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield pool, workers
+
+
+def _write(
+    grid: Grid, inputs: dict[str, Any], out: Path, workers: int, scheduler: str | None, quiet: bool, as_json: bool
+) -> None:
     """Sweeps into a file, and says what was written."""
     from kvsim.output import sweep_file, text
     from kvsim.output.schema import envelope
 
     start = time.monotonic()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else nullcontext()
+    pool = _processes(workers) if scheduler is None else _cluster(scheduler)
     meter = Meter(grid.num_rows / grid.num_chunks, quiet)
     try:
-        with pool as executor:
-            there = sweep_file.write(grid, out, inputs, executor, meter, 4 * workers)
+        with pool as (executor, number):
+            there = sweep_file.write(grid, out, inputs, executor, meter, 4 * number)
     except KeyboardInterrupt:
         print(f"\nstopped: {GOES_ON}", file=sys.stderr)
         raise

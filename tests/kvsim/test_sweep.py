@@ -485,6 +485,32 @@ def test_dask_gives_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_with_a_scheduler(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
+    asked = ["sweep", "--model", "llama-3-8b", "--ctx", "1k:4k:*2", "--quiet"]
+    assert run([*asked, "--out", str(tmp_path / "one.csv")]) == 0
+    cluster = distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None)
+    with cluster:
+        told = ["--scheduler", cluster.scheduler_address]
+        assert run([*asked, "--out", str(tmp_path / "two.csv"), *told]) == 0
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    capsys.readouterr()
+    assert run([*asked, "--out", str(tmp_path / "three.csv"), "--workers", "2", *told]) == 2
+    assert "--scheduler goes with --out FILE and without --workers" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_scheduler_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("distributed", reason="dask.distributed is not installed")
+    monkeypatch.setattr("kvsim.commands.sweep.CONNECT_SECONDS", 0.2)
+    asked = ["sweep", "--model", "llama-3-8b", "--ctx", "1k", "--out", str(tmp_path / "one.csv"), "--quiet"]
+    assert run([*asked, "--scheduler", "tcp://127.0.0.1:9"]) == 2
+    assert "--scheduler tcp://127.0.0.1:9: no dask scheduler answers there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["fp16", "kivi"])
 def test_rows_are_computed_together(method: str) -> None:
     """Beside one at a time, in the processor's time of the same moment: far more than the 20 times asked for here."""
