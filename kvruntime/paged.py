@@ -4,8 +4,8 @@ An engine owns the pools, the tables and the lengths.  Exact tokens and records 
 
     batch = paged.batch(method, starts, lengths, block_table, exact_table, slots, most)   # once a step
     paged.store(method, key, value, pages, batch)                                         # then in every layer
-    out = paged.attend(method, query, key, value, pages, batch, scale)
     paged.pack(method, pages, batch)
+    out = paged.attend(method, query, key, value, pages, batch, scale)
 
 ``query [tokens, num_q_heads, key_dim]``, ``key`` and ``value`` ``[tokens, num_kv_heads, dim]`` are the line of all
 rows' tokens: chunks of prompts, single tokens and drafts beside each other.  Everything that a step decides it reads on
@@ -16,9 +16,9 @@ the device, so a CUDA graph of the calls holds for any lengths and tables of the
 does: no state is kept a row.
 
 **What a token sees.**  A row that brings one token stores it, packs what its exact tokens have no room for, and
-attends: a decode step.  A row that brings several attends to what was stored before and to its own tokens, then packs:
-a prompt's chunk, or drafts.  Outputs therefore depend on how an engine cuts a prompt, because a token that was packed
-is read rounded.
+attends: a decode step.  A row that brings several, a prompt's chunk or drafts, attends to what was stored before it
+came and to its own tokens, as they are.  Outputs therefore depend on how an engine cuts a prompt, because a token that
+was packed is read rounded.
 
 **What an engine keeps.**  Before a step, the exact tokens of a row from ``num_packed(before)`` on: ``residual`` at
 most.  During it, a page for each new token.  A token's page may go once the next step's ``before`` no longer needs it.
@@ -26,7 +26,8 @@ Drafts may be taken back: the shorter length's exact tokens are still in their p
 the longer one is packed again, with the same words, when its time comes.
 
 **Shared pages.**  What is written to a place is a function of the row's tokens there alone, to the bit, so two rows may
-share pages and write them twice.
+share pages and write them twice.  A row may also begin behind a prefix that another row stores in the same step: where
+the engine cuts a step into several batches, all of them are stored and packed before any attends.
 
 **What runs before.**  On compute capability 9.0 and above two launches may begin while their predecessor ends: that of
 single tokens' ``store``, and the tensor-core kernel.  Over pools both wait until it is complete before they read or
@@ -113,7 +114,10 @@ def attend(
 
 
 def pack(method: Method, pages: Pages, batch: Batch) -> None:
-    """Whole records out of exact pages, of rows that bring several tokens; nothing where ``batch.most`` is 1."""
+    """Whole records out of exact pages, of rows that bring several tokens; nothing where ``batch.most`` is 1.
+
+    They stay in their exact pages, where this step's :func:`attend` reads them.
+    """
     _runs(method, pages.key).pack(method, pages, batch)
 
 

@@ -235,17 +235,18 @@ class PagedImpl(AttentionImpl[Rows]):
         pages = paged.Pages(records, *exact.split(self.head_size, -1))
         out = output.view(-1, self.num_heads, self.head_size)
         query, key, value = (x.view(x.shape[0], -1, self.head_size) for x in (query, key, value))
+        for part in rows.parts:  # a row may read what another stores in this step: a prefix that both have
+            paged.store(self.method, key[part.tokens], value[part.tokens], pages, part.batch)
+            paged.pack(self.method, pages, part.batch)
         for part in rows.parts:
             q, k, v, into = (x[part.tokens] for x in (query, key, value, out))
             batch = part.batch
-            paged.store(self.method, k, v, pages, batch)
             if part.begins is not None:
                 self.attend_by_flash(q, k, v, into, pages, part)
             elif q.is_cuda:
                 paged.attend(self.method, q, k, v, pages, batch, self.scale, out=into, arrivals=rows.arrivals)
             else:
                 into[: len(q)] = paged.attend(self.method, q, k, v, pages, batch, self.scale)
-            paged.pack(self.method, pages, batch)
         return output
 
     def workspace(self, like: Tensor) -> tuple[Tensor, Tensor] | None:

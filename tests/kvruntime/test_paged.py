@@ -87,9 +87,8 @@ def step(one: Engine, run: ModuleType, batch: paged.Batch, seed: int) -> torch.T
     key, value = (line(seed + i, tokens, HEADS, one.dim) for i in range(2))
     query = line(seed + 2, tokens, HEADS * GROUP, one.dim)
     run.store(one.method, key, value, one.pages, batch)
-    out = run.attend(one.method, query, key, value, one.pages, batch, 0.125)
     run.pack(one.method, one.pages, batch)
-    return out
+    return run.attend(one.method, query, key, value, one.pages, batch, 0.125)
 
 
 def near(out: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -213,6 +212,33 @@ def test_shared_pages_are_written_twice_with_the_same_words() -> None:
         kernels.store(one.method, key, value, one.pages, batch)
         kernels.pack(one.method, one.pages, batch)
     assert same(shared, alone)
+
+
+def test_a_prefix_that_another_row_stores_in_the_same_step() -> None:
+    """Row 1 begins behind the 128 tokens that row 0 brings: as in a step after it, to the bit."""
+    tokens = [line(i, 133, HEADS, 64) for i in range(2)]
+    query = line(2, 133, HEADS * GROUP, 64)
+    outs = []
+    for at_once in (True, False):
+        one = engine("2-bit g32")
+        _, kernels = modules(one.method)
+        one.blocks[1], one.places[1] = one.blocks[0], one.places[0]
+        one.places[1, 128 // one.pages.key.shape[2] :] = one.places[
+            2, : one.places.shape[1] - 128 // one.pages.key.shape[2]
+        ]
+        steps = [((0, 128, 0), (128, 5, 0))] if at_once else [((0, 0, 0), (128, 0, 0)), ((128, 128, 0), (0, 5, 0))]
+        begin = 0
+        for before, counts in steps:
+            batch = one.batch(list(before), counts)
+            end = begin + sum(counts)
+            key, value, asked = (x[begin:end] for x in (*tokens, query))
+            kernels.store(one.method, key, value, one.pages, batch)
+            kernels.pack(one.method, one.pages, batch)
+            out = kernels.attend(one.method, asked, key, value, one.pages, batch, 0.125)
+            begin = end
+        outs.append(out[-5:])
+    assert paged.num_packed(METHODS["2-bit g32"][0], 128) == 64
+    assert torch.equal(*outs)
 
 
 def test_tables_and_lengths_are_read_on_the_device() -> None:

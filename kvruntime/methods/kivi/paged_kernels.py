@@ -3,7 +3,8 @@
 ``pages_kernel`` packs whole records out of exact pages.  Which of a row's records that are follows from its length with
 and without this step's tokens, so a CUDA graph holds for all lengths, and a row whose pages are shared writes the words
 that lie there already.  A row that brings one token packs before it attends, as a decode step does: that launch also
-stores the token, because none that is packed then is new.  Rows that bring more attend first.
+stores the token, because none that is packed then is new.  Rows that bring more still read from their pages what they
+pack.
 """
 
 from __future__ import annotations
