@@ -72,9 +72,12 @@ class Transformers(Engine):
             yield "index_key", num_tokens * layer.key_dim
         elif layer.kind == "indexer":
             yield "index_compressed", layer.num_tokens(num_tokens) * layer.key_dim
-            yield from self._blocks(layer, num_tokens, width=2, overlap=True)
-        elif layer.stride > 1:
-            overlap = any(other.kind == "indexer" and other.stride == layer.stride for other in model.index_layers)
+            if "pooled once" not in model.quirks:
+                yield from self._blocks(layer, num_tokens, width=2, overlap=True)
+        elif layer.kind == "compressed":
+            overlap = "pooled once" not in model.quirks and any(
+                other.kind == "indexer" and other.stride == layer.stride for other in model.index_layers
+            )
             yield "compressed", layer.num_tokens(num_tokens) * layer.key_dim
             yield from self._blocks(layer, num_tokens, width=2 if overlap else 1, overlap=overlap)
         else:

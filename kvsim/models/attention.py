@@ -283,6 +283,7 @@ class CompressedAttention:
 
     stride: int = 0
     indexer: bool = False
+    """``stride`` 1 is a stream of its own for every token, beside the window (V4.1's decoder half)."""
 
     def shapes(self, body: Body, window: int | None = None, kind: str = "") -> Shapes:
         reader = body.reader
@@ -292,7 +293,7 @@ class CompressedAttention:
         reader.sources["num_kv_heads"] = reader.label("model_type")
         out = [LayerShape(1, dim, 0, window=window)]
         if self.stride:
-            out.append(LayerShape(1, dim, 0, stride=self.stride))
+            out.append(LayerShape(1, dim, 0, stride=self.stride, kind="compressed"))
         if self.indexer:
             index = reader.count("index_head_dim", "index_head_dim")
             out.append(LayerShape(1, index, 0, stride=self.stride, kind="indexer"))

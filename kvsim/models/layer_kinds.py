@@ -362,6 +362,30 @@ def deepseek_v4(body: Body) -> list[str]:
     return [names[ratio] for ratio in given[: body.num_layers]]
 
 
+V41_STRIDES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def deepseek_v41(body: Body) -> list[str]:
+    """DeepSeek-V4.1's: every layer a window; those of ``kv_source_layer_ids`` have a compressed stream besides, of the
+    stride that ``compress_ratios`` gives, and the layers up to the next source read it."""
+    reader, count = body.reader, body.num_layers
+    ratios, sources = reader.listed("compress_ratios"), reader.indices("kv_source_layer_ids")
+    if (ratios is None or sources is None) and count != 40:
+        raise reader.error("compress_ratios", f"give it and kv_source_layer_ids for {count} layers")
+    ratios = [0, 0, *[2] * 18, *[1] * 20] if ratios is None else ratios
+    sources = {2, 8, 14, 20} if sources is None else sources
+    known = all(isinstance(ratio, int) and not isinstance(ratio, bool) and ratio >= 0 for ratio in ratios)
+    if not known or len(ratios) < count:
+        raise reader.error("compress_ratios", f"allowed are {count} entries of 0 and above")
+    if not all(at < count and ratios[at] in V41_STRIDES for at in sources):
+        raise reader.error("kv_source_layer_ids", f"allowed are layers 0 to {count - 1} whose ratio is a power of 2")
+    for at in range(count):
+        own = [source for source in sources if source <= at]
+        if ratios[at] and (not own or ratios[max(own)] != ratios[at]):
+            raise reader.error("compress_ratios", f"layer {at} has no source of its ratio")
+    return [f"csa{ratios[at]}" if at in sources else "sliding" for at in range(count)]
+
+
 def qwen_hybrid(body: Body) -> list[str]:
     """Qwen3-Next's: every ``full_attention_interval``-th layer full (4 where absent), the others linear."""
     return every("full_attention_interval", rest="linear", default=4)(body)

@@ -433,7 +433,7 @@ def _made(body: Body, family: Family, kind: str) -> Shapes:
     """What one layer of ``kind`` leaves."""
     reader = body.reader
     window, label = None, ""
-    if kind in ("sliding", "chunked", "hybrid_sliding") or (family.window and kind in ("csa", "hca")):
+    if kind in ("sliding", "chunked", "hybrid_sliding") or (family.window and kind.startswith(("csa", "hca"))):
         keys = family.chunk if kind == "chunked" else family.window
         key = reader.first(keys or ())
         window = reader.count("window", key, fill=True)

@@ -232,7 +232,8 @@ def test_every_windowed_family_is_in_llama_cpp_s_table_or_runs_whole() -> None:
         "qwen3_omni_moe_text", "qwen3_vl_moe_text", "qwen3_vl_text", "recurrent_gemma", "smollm3", "starcoder2",
         "vaultgemma",
         # not in llama.cpp at all
-        "beam", "cohere_compass_text", "doge", "dory", "dots3_note_text", "flint", "inkling2_loop_text",
+        "beam", "cohere_compass_text", "deepseek_v41_text", "doge", "dory", "dots3_note_text", "flint",
+        "inkling2_loop_text",
         "inkling2_text", "inkling_text", "kolibri1", "lara_mini", "modernbert-decoder", "muse_glimmer_text",
         "muse_spark_text",
         "phi4_multimodal", "qwen3_omni_moe_talker_text", "voxtral_realtime_text", "zaya",

@@ -36,6 +36,11 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
     return ROWS[name]["config"] | change
 
 
+def inside(name: str, **change: Any) -> dict[str, Any]:
+    config = ROWS[name]["config"]
+    return config | {"text_config": config["text_config"] | change}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -58,6 +63,12 @@ def changed(name: str, **change: Any) -> dict[str, Any]:
         (changed("openelm-270m", num_kv_heads=[3] * 15), "num_kv_heads is .*: 15 entries for 16 layers"),
         (changed("openelm-270m", num_kv_heads=[5] * 16), "num_kv_heads is .*: allowed are divisors"),
         (changed("ernie-0.3b", layer_share_kv=True), "layer_share_kv is True: layers that share a cache"),
+        (inside("deepseek-v4.1-flash", compress_ratios=[0] * 39), "compress_ratios is .*: allowed are 40 entries"),
+        (inside("deepseek-v4.1-flash", kv_source_layer_ids=[2, 8, 14]), "layer 20 has no source of its ratio"),
+        (
+            inside("deepseek-v4.1-flash", kv_source_layer_ids=[1, 2, 20]),
+            "kv_source_layer_ids is .*: allowed are",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused_by_its_key(config: dict[str, Any], message: str) -> None:
