@@ -203,7 +203,7 @@ BAD = {
     "estimate --model gpt2 --engine vllm:blocks=2": "option 'blocks=2' is not one of",
     "estimate --model gpt2 --engine vllm:block_size=many": "option 'block_size=many' is not a number",
     "estimate --model gpt2 --engine ideal --block-size 16": "engine ideal has no --block-size: it is vllm's",
-    "estimate --model gpt2 --engine vllm --method kivi": "vllm does not store kivi-2bit-g32-r128",
+    "estimate --model gpt2 --engine vllm --method q8_0": "vllm does not store q8_0",
     "estimate --model gpt2 --block-size 0": "block-size 0: allowed are 1 and above",
     "estimate --model gpt2 --kv-cache-dtype fp9": "unknown --kv-cache-dtype 'fp9': did you mean fp8",
     "estimate --model gpt2 --gpu t4 --weight-dtype fp9": "unknown --weight-dtype 'fp9': did you mean",
@@ -456,11 +456,11 @@ def test_engines_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert sizes["vllm"] == (63 + 1) * 16 * 131072
     assert sizes["llama.cpp"] == sizes["kvruntime"] == 1024 * 131072
     assert {reason["engine"] for reason in out["engines"]} == set(ENGINES)
-    methods = ("--method", "fp16", "--method", "kivi")
+    methods = ("--method", "fp16", "--method", "q8_0")
     assert run(["compare", "--model", "llama-3.1-8b", "--engines", "ideal,vllm,llama.cpp", *methods]) == 0
     text = capsys.readouterr().out
     assert "Why they differ" in text
-    assert "vllm: not possible: vllm does not store kivi-2bit-g32-r128" in text
+    assert "vllm: not possible: vllm does not store q8_0" in text
 
 
 def test_a_shared_prefix_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
