@@ -1,4 +1,4 @@
-"""The command line: ``python -m validation memory | speed | quality | report | time``.
+"""The command line: ``python -m validation run | memory | speed | quality | reliability | report | time``.
 
 A bad input is one line on stderr and exit code 2; a cache that does not weigh what was predicted is exit code 1.
 """
@@ -159,6 +159,49 @@ def quality(
     settings = {"window": window, "chunk": chunk or (16 if cpu else 1), "batch": batch}
     settings["max_tokens"] = (4096 if cpu else 32768) if max_tokens is None else max_tokens
     return _run(quality_tasks(source, text, claims().judged, device, settings), device, given)
+
+
+@cli.command("run")
+@click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+@click.option("--part", "names", multiple=True, help="One of them alone. Repeatable.")
+@click.option("--record", is_flag=True, help="Write under validation/results, beside this project's cards.")
+@click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("validation-run"), show_default=True)
+def run_(device: str | None, names: tuple[str, ...], record: bool, folder: Path) -> int:
+    """Measures this card in under a quarter of an hour, part by part, and writes its report."""
+    from kvruntime.bench.harness.progress import Progress
+    from kvruntime.bench.harness.results import describe
+    from validation.recorded import FOLDER, slug
+    from validation.report import pages
+    from validation.report.claims import failures
+    from validation.report.points import collect
+    from validation.report.records import memory_rows, reliability_rows
+    from validation.run import parts
+
+    device = _device(device)
+    wanted, left = parts.chosen(device, names)
+    card = describe(device, [])["device"]["name"] if device != "cpu" else "cpu"
+    results = FOLDER if record else folder / "results"
+    total = sum(part.seconds for part in wanted) / 60
+    _say(f"{card}: {len(wanted)} parts, about {total:.0f} minutes, {parts.MINUTES:.0f} at the most")
+    for line in left:
+        _say(f"not here: {line}")
+    files, outcomes = [], []
+    with Progress([part.seconds for part in wanted]) as progress:
+        steps = parts.carry_out(wanted, results, slug(card), device, progress.say)
+        for part in wanted:
+            progress.begin(part.name)
+            outcome = next(steps)
+            progress.end()
+            progress.say(outcome.line)
+            outcomes.append(outcome)
+            files += [outcome.file] if outcome.file.exists() else []
+    measured = [path for path in files if path.parent.name != "profiles"]
+    found = collect(measured, [path for path in files if path.parent.name == "profiles"])
+    for path in pages.write(folder, found, memory_rows(measured), reliability_rows(measured), title=card):
+        if path.suffix in (".html", ".md"):
+            click.echo(f"wrote {path}")
+    click.echo(pages.summary(pages.verdicts(found.points)))
+    return 1 if failures(found.points) or any(outcome.code for outcome in outcomes) else 0
 
 
 @cli.command()

@@ -79,8 +79,9 @@ def first_guess(read: float) -> Part:
     wide = stated.engine_wide[ENGINE]
     ops = packed.code_ops or 2.6
     return Part(
-        weight_bandwidth=0.9 * read,
+        weight_bandwidth=0.95 * read,
         layer_seconds=stated.engine_layer_seconds[ENGINE],
+        weight_ops=stated.overlapped[ENGINE].get("weight_ops", 12.0),
         wide={
             "rows": wide["rows"],
             "layer_seconds": wide["layer_seconds"],
@@ -102,6 +103,7 @@ def variables(runtime: str, start: Part, steps: Sequence[Step]) -> tuple[list[st
     full, packed = start.kernels["fp16"], start.kernels["packed"]
     found = {
         "weights": start.weight_bandwidth,
+        "ops": start.weight_ops,
         "layer": start.layer_seconds,
         "wide": start.wide["layer_seconds"],
         "row": start.wide["row_seconds"],
@@ -142,7 +144,8 @@ def part_of(runtime: str, start: Part, found: dict[str, float], steps: Sequence[
         scales = [scales_a_code(method, cache_layer(steps, method)) for method in layouts(steps).values()]
         kernels["packed"] = replace(packed, **line(scales, list(ops.values())))
     wide = {**start.wide, "layer_seconds": found["wide"], "row_seconds": found["row"]}
-    return replace(start, weight_bandwidth=found["weights"], layer_seconds=found["layer"], wide=wide, kernels=kernels)
+    streams = {"weight_bandwidth": found["weights"], "weight_ops": found["ops"]}
+    return replace(start, **streams, layer_seconds=found["layer"], wide=wide, kernels=kernels)
 
 
 def line(scales: Sequence[float], ops: Sequence[float]) -> dict[str, float]:

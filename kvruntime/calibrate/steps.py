@@ -85,8 +85,8 @@ class Plan:
     positions: int
     subjects: dict[str, Subject]
     repeats: int = 3
-    turns: int = 1
-    """Calls of ``generate()``."""
+    tokens: tuple[int, int] = (generate.SHORT, generate.LONG)
+    """New tokens of ``generate()`` between which steps are timed."""
     layouts: int | None = None
 
     @property
@@ -121,7 +121,7 @@ CPU = Plan(
         "narrow": Subject(Shape(64, 128, 2, 1, 3, 256), ((1, 64),), ((1, 64),), ((1, 64),)),
     },
     repeats=1,
-    turns=1,
+    tokens=(3, 11),
     layouts=1,
 )
 """On a CPU the reference runs, some steps of it: enough to say what it is."""
@@ -206,10 +206,13 @@ def of_generate(
     named = {GENERATE: (parts[-1], plan.packed[-1]), STOCK: (parts[0], Full(plan.dtype))}
     for runtime, (contender, method) in named.items():
         for batch_size, context in subject.generated:
-            prompt = context - generate.LONG if context > 2 * generate.LONG else context
-            row = generate.measure(clock, loaded, contender, (batch_size, prompt), plan.turns, 0)
-            tokens = prompt + (generate.LONG + generate.SHORT) // 2
-            yield Step(runtime, name, model, method, batch_size, tokens, *row["seconds_per_step"])
+            short, long = plan.tokens
+            ids = generate.prompt(loaded, batch_size, context - long, 0)
+            clock(loaded, ids, short, contender.cache(loaded, context))  # compiles and captures
+            times, _ = clock(loaded, ids, long, contender.cache(loaded, context))
+            seconds = (times[long - 1] - times[short - 1]) / (long - short)
+            tokens = context - long + (long + short) // 2
+            yield Step(runtime, name, model, method, batch_size, tokens, seconds, seconds, seconds)
         release()
 
 

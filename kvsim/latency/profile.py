@@ -59,7 +59,8 @@ class Rates:
 @dataclass(frozen=True)
 class Part:
     """What steps of one runtime take: bytes of weights a second, seconds a layer and a step besides, more above some
-    rows (``wide``: ``rows``, ``layer_seconds``, ``row_seconds``), attention by the kernel's name without its engine.
+    rows (``wide``: ``rows``, ``layer_seconds``, ``row_seconds``) and up to them a lane's operations for a weight
+    (``weight_ops``), attention by the kernel's name without its engine.
 
     ``low``, ``high``: the least and greatest measured / predicted of the steps that it was fitted to.
     """
@@ -67,6 +68,7 @@ class Part:
     weight_bandwidth: float
     layer_seconds: float
     step_seconds: float = 0.0
+    weight_ops: float = 0.0
     wide: Mapping[str, float] = field(default_factory=dict)
     kernels: Mapping[str, Rates] = field(default_factory=dict)
     low: float = 1.0
@@ -100,6 +102,7 @@ def with_part(fixed: Constants, name: str, part: Part, card: Hardware, source: s
         for kernel, rates in part.kernels.items()
     }
     own = {"weight_efficiency": part.weight_bandwidth / peak, "prefill_efficiency": fixed.prefill_efficiency}
+    own |= {"weight_ops": part.weight_ops} if part.weight_ops else {}
     wide = {key: value for key, value in fixed.engine_wide.items() if key != name}
     return replace(
         fixed,

@@ -164,8 +164,9 @@ class Roofline:
         stream = stream / self.bandwidth / self.ranks
         ops = self.fixed.overlapped[self.engine].get("weight_ops", 0.0) if own else 0.0
         if ops:  # the lanes multiply what comes: a card with more bandwidth has no more of them
+            few = num_tokens <= self.fixed.engine_wide.get(self.engine, {}).get("rows", 0)  # more take matrix units
             multiplied = (weights.dense + head + weights.routed * share) * ops / self.lanes / self.ranks
-            stream = streamed(stream, multiplied)
+            stream = streamed(stream, multiplied * few)
         return stream, self.fixed.vector_ops * codes / self.lanes / self.ranks
 
     def products(self, num_tokens: Any, num_logits: Any) -> Any:

@@ -56,7 +56,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("claims",),
         ("documents", "planners"),
         ("latency",),
-        ("report", "reliability"),
+        ("report", "reliability", "run"),
         ("cli",),
         ("__main__",),
     ),

@@ -17,6 +17,8 @@ from scipy.optimize import least_squares
 
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.latency.attention_curve import Curve, Kernel
+from kvsim.latency.constants import constants
+from validation.latency import own
 from validation.latency.held_out import errors, quantiles, read_csv
 
 BAR = 0.12
@@ -233,34 +235,25 @@ def as_rows(rows: Sequence[tuple[float, ...]], source: str) -> RecordedRows:
     return RecordedRows(items, tokens, nbytes, values, taken, source)
 
 
-def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware, own: bool = False) -> tuple[Kernel, dict[str, Any]]:
-    """The kernel that fits the rows best, and its errors on them.
-
-    ``own``: ``value``, ``merge`` and ``half`` too, fitted as microseconds for 512 values, microseconds and thousands of
-    tokens."""
-
-    def kernel_at(point: np.ndarray, **more: Any) -> Kernel:
-        if own:
-            value, merge, half = (float(number) for number in point[3:])
-            more |= {"value": value * 1e-6 / 512, "merge": merge * 1e-6, "half": half * 1e3}
-        return kernel_of(point[:3], rows.source, merges=True, **more)
+def fit_recorded(rows: RecordedRows, curve: Curve, card: Hardware) -> tuple[Kernel, dict[str, Any]]:
+    """The kernel that fits the rows best, by its launch, its pieces and its stream, and its errors on them."""
 
     def predicted(point: np.ndarray) -> np.ndarray:
-        kernel = kernel_at(point)
+        kernel = kernel_of(point, rows.source, merges=True)
         stream = rows.nbytes / (kernel.efficiency * (card.bandwidth or np.nan))
         taken = curve.seconds(kernel, rows.items, rows.tokens, stream, card.num_sms, np.maximum, rows.values)
         return np.asarray(taken)
 
-    size = 6 if own else 3
     found = least_squares(
         lambda point: np.log(predicted(point) / rows.seconds),
-        np.array([3.0, 1.0, 0.9, 1.0, 3.0, 0.9])[:size],
-        bounds=([0.1, 0.01, 0.3, 0.0, 0.0, 0.05][:size], [20.0, 20.0, 1.1, 5.0, 20.0, 20.0][:size]),
+        np.array([3.0, 1.0, 0.9]),
+        bounds=([0.1, 0.01, 0.3], [20.0, 20.0, 1.1]),
         loss="soft_l1",
         f_scale=0.1,
     )
     low, high = quantiles(rows.seconds / predicted(found.x))
-    return kernel_at(found.x, low=low, high=high), errors(predicted(found.x), rows.seconds)
+    kernel = kernel_of(found.x, rows.source, merges=True, low=low, high=high)
+    return kernel, errors(predicted(found.x), rows.seconds)
 
 
 def carried(packed: Kernel, own: Kernel, engine: Kernel) -> Kernel:
@@ -290,11 +283,10 @@ def recorded_kernels(curve: Curve, card: Hardware, engine: Kernel) -> tuple[dict
     if plain is None:
         return {"packed": packed}, {"packed": packed_errors}
     kernels = {"packed": carried(packed, fit_recorded(plain, curve, card)[0], engine)}
-    found = {}
-    engine_rows = recorded_rows(card, "engine") or plain
-    for name, each in (("kvruntime/packed", rows), ("kvruntime/fp16", engine_rows)):
-        kernels[name], found[name] = fit_recorded(each, curve, card, own=True)
-    return kernels, found
+    every = own.recorded_attention()  # of every card: these kernels' constants are one card's no more than another's
+    fitted = own.kernels(every, replace(constants(), curve=curve))
+    names = ("kvruntime/packed", "kvruntime/fp16")
+    return kernels | {name: fitted.kernels[name] for name in names}, own.judged(every, fitted)
 
 
 FOLDS: dict[str, Callable[[Rows], np.ndarray]] = {

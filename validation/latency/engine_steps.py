@@ -1,20 +1,23 @@
-"""Whole decode steps that ``kvruntime bench engine`` recorded against kvsim's: a layer's cost in that engine.
+"""Whole decode steps that were recorded, on every card: what they cost besides attention, runtime by runtime.
 
-A step takes what kvsim's weights and attention take and ``engine_layer_seconds`` a layer.  Above ``engine_wide``'s rows
-the products are other kernels, in more launches: its ``layer_seconds`` a layer more.
+The engine's (``kvruntime bench engine``): its weights stream at ``weight_efficiency`` while its lanes multiply what
+comes (``weight_ops``), a layer takes ``engine_layer_seconds`` besides, and above ``engine_wide``'s rows the products
+are other kernels, in more launches: ``layer_seconds`` a layer and ``row_seconds`` a layer and row more.  Those of stock
+``generate()`` with this project's cache (``kvruntime bench generate``) take so much a layer and a step.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import least_squares
 
-from kvsim.hardware import find_hardware
+from kvsim.finite_json import read_json
+from kvsim.hardware import Hardware, find_hardware
 from kvsim.latency.constants import Constants
 from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import decode_step
@@ -24,14 +27,19 @@ from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from validation.latency.held_out import errors
 
-STEPS = Path(__file__).parents[1] / "results" / "engine" / "nvidia-h100-80gb-hbm3.json"
-CARD, ENGINE = "h100-sxm", "kvruntime"
+RESULTS = Path(__file__).parents[1] / "results"
+ENGINE, GENERATE = "kvruntime", "kvruntime:generate"
+START = {"weight_efficiency": 0.9, "weight_ops": 12.0, "layer": 7.9e-6, "wide": 4e-6, "row": 1.2e-7}
+BEST_EFFICIENCY = 0.95
+"""No stream reaches more of a stated bandwidth: cards read 0.91 to 0.93 of it."""
 
 
 @dataclass(frozen=True)
 class RecordedStep:
     """``seconds`` of a step of ``batch_size`` rows up to ``num_tokens`` tokens, the median of its fillings."""
 
+    runtime: str
+    card: Hardware
     model: Model
     method: Method
     batch_size: int
@@ -40,50 +48,107 @@ class RecordedStep:
 
     def parts(self, fixed: Constants) -> dict[str, float]:
         """kvsim's seconds by part."""
-        load = (self.model, self.method, find_hardware(CARD), self.batch_size, self.num_tokens)
-        return decode_step(*load, Serving(engine=ENGINE, profile=fixed)).parts
+        load = (self.model, self.method, self.card, self.batch_size, self.num_tokens)
+        return decode_step(*load, Serving(engine=self.runtime, profile=fixed)).parts
 
 
-def load(path: Path = STEPS) -> list[RecordedStep]:
-    """This engine's recorded steps, other libraries' left out."""
+def load(folder: Path = RESULTS) -> list[RecordedStep]:
+    """The steps of this project's engine, and of ``generate()`` with its cache; other libraries' are left out."""
     steps = []
-    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-        if row["kind"] == "step" and row["package"] == "kvruntime" and "seconds_per_step" in row:
-            size = row["batch_size"], row["num_tokens"], row["seconds_per_step"][0]
-            steps.append(RecordedStep(load_model(row["model"]), method_named(row["method"]), *size))
+    for kind, runtime in (("engine", ENGINE), ("generate", GENERATE)):
+        for path in sorted((folder / kind).glob("*.json")):
+            file = read_json(path, "record")
+            card = find_hardware(file["device"]["name"])
+            for row in file["rows"]:
+                known = row["kind"] in ("step", "generate") and row.get("package") == "kvruntime"
+                compiled = row["kind"] == "generate" and row["runs"]
+                if known and not compiled and "seconds_per_step" in row:
+                    about = runtime, card, load_model(row["model"]), method_named(row["method"])
+                    steps.append(RecordedStep(*about, row["batch_size"], row["num_tokens"], row["seconds_per_step"][0]))
     return steps
 
 
 def fit(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
-    """The engine's two numbers by least squares of the relative errors."""
-    free = replace(fixed, engine_layer_seconds=dict(fixed.engine_layer_seconds) | {ENGINE: 0.0}, engine_wide={})
-    rows = fixed.engine_wide[ENGINE]["rows"]
-    left, right = [], []
-    for step in steps:
-        parts, layers = step.parts(free), step.model.num_blocks
-        wide = step.batch_size > rows
-        left.append([layers / step.seconds, wide * layers / step.seconds])
-        right.append(1 - sum(parts.values()) / step.seconds)
-    layer, more = (float(f"{value:.3g}") for value in np.linalg.lstsq(np.array(left), np.array(right))[0])
+    """The engine's five numbers by least squares of the logarithms of the errors."""
+    first = np.array(list(START.values()))
+    own = [step for step in steps if step.runtime == ENGINE]
+
+    def at(point: np.ndarray) -> Constants:
+        found = dict(zip(START, (float(f"{value:.4g}") for value in first * point), strict=True))
+        return with_engine(fixed, found)
+
+    def residuals(point: np.ndarray) -> np.ndarray:
+        found = with_engine(fixed, dict(zip(START, first * point, strict=True)))
+        return np.log([sum(step.parts(found).values()) / step.seconds for step in own])
+
+    high = np.array([BEST_EFFICIENCY / START["weight_efficiency"], 10.0, 10.0, 10.0, 10.0])
+    found = least_squares(
+        residuals, np.ones(len(first)), bounds=(0.01, high), loss="soft_l1", f_scale=0.05, diff_step=1e-3
+    )
+    return at(found.x)
+
+
+def with_engine(fixed: Constants, found: dict[str, float]) -> Constants:
+    """``fixed`` with the engine's numbers."""
+    own = dict(fixed.overlapped[ENGINE]) | {name: found[name] for name in ("weight_efficiency", "weight_ops")}
+    wide = {"rows": 1, "layer_seconds": found["wide"], "row_seconds": found["row"]}
     return replace(
         fixed,
-        engine_layer_seconds=dict(fixed.engine_layer_seconds) | {ENGINE: layer},
-        engine_wide={ENGINE: {"rows": rows, "layer_seconds": more}},
+        engine_layer_seconds={**fixed.engine_layer_seconds, ENGINE: found["layer"]},
+        engine_wide={**fixed.engine_wide, ENGINE: wide},
+        overlapped={**fixed.overlapped, ENGINE: own},
     )
 
 
-def study(fixed: Constants, path: Path = STEPS) -> tuple[Constants, dict[str, Any]]:
-    """The fit, and its errors in sample: of few rows, of many, and of many where these take nothing more."""
-    steps = load(path)
-    fitted = fit(steps, fixed)
-    wide = [step for step in steps if step.batch_size > fitted.engine_wide[ENGINE]["rows"]]
-    narrow = [step for step in steps if step not in wide]
-    return fitted, {
-        "few rows": of(narrow, fitted),
-        "many rows": of(wide, fitted),
-        "many rows, nothing more for them": of(wide, replace(fitted, engine_wide={})),
-        "all": of(steps, fitted),
-    }
+def fit_generated(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
+    """What a layer and a step take under ``generate()`` with this project's cache."""
+    own = [step for step in steps if step.runtime == GENERATE]
+    if not own:
+        return fixed
+    free = with_generate(fixed, 0.0, 0.0)
+    left = np.array([[step.model.num_blocks / step.seconds, 1 / step.seconds] for step in own])
+    right = np.array([1 - sum(step.parts(free).values()) / step.seconds for step in own])
+    one_model = len({step.model.num_blocks for step in own}) == 1
+    found = np.linalg.lstsq(left[:, :1] if one_model else left, right)[0]
+    layer, step_ = float(f"{max(0.0, found[0]):.4g}"), 0.0 if one_model else float(f"{max(0.0, found[1]):.4g}")
+    return with_generate(fixed, layer, step_)
+
+
+def with_generate(fixed: Constants, layer: float, step: float) -> Constants:
+    return replace(
+        fixed,
+        engine_layer_seconds={**fixed.engine_layer_seconds, GENERATE: layer},
+        engine_step_seconds={**fixed.engine_step_seconds, GENERATE: step},
+    )
+
+
+def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str, Any]]:
+    """The fits, and their errors: in sample, by rows, and of each card's constants on every other card's steps."""
+    steps = load(folder)
+    fitted = fit_generated(steps, fit(steps, fixed))
+    engine = [step for step in steps if step.runtime == ENGINE]
+    generated = [step for step in steps if step.runtime == GENERATE]
+    found = {}
+    for card in dict.fromkeys(step.card.id for step in engine):
+        own = [step for step in engine if step.card.id == card]
+        found[f"engine, {card}, few rows"] = of([step for step in own if step.batch_size == 1], fitted)
+        found[f"engine, {card}, many rows"] = of([step for step in own if step.batch_size > 1], fitted)
+    found["engine, all"] = of(engine, fitted)
+    if generated:
+        found["generate(), all"] = of(generated, fitted)
+    return fitted, found | carried(engine, fixed)
+
+
+def carried(steps: Sequence[RecordedStep], fixed: Constants) -> dict[str, Any]:
+    """Each card's constants on every other card's steps: nothing of the other card is known but what is stated."""
+    cards = list(dict.fromkeys(step.card.id for step in steps))
+    out = {}
+    for one in cards:
+        own = fit([step for step in steps if step.card.id == one], fixed)
+        for other in cards:
+            if other != one:
+                out[f"engine, {one} carried to {other}"] = of([s for s in steps if s.card.id == other], own)
+    return out
 
 
 def of(steps: Sequence[RecordedStep], fixed: Constants) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def verdict_table(judged: Sequence[Verdict]) -> Table:
 def worst_table(points: Sequence[Point]) -> Table:
     """The largest errors of time and memory, and what of each is shared with others."""
     named = {each.name for each in CLAIMS} - {"blocks"}
-    chosen = sorted((point for point in points if point.claim in named), key=lambda point: -abs(point.error))[:WORST]
+    wrong = [point for point in points if point.claim in named and point.error]
+    chosen = sorted(wrong, key=lambda point: -abs(point.error))[:WORST]
     body = [
         [
             point.claim,
@@ -180,8 +181,17 @@ def reliability_table(runs: Sequence[dict[str, Any]]) -> Table:
     return ["run", "device", "size", "verdict", "found", "seconds"], body
 
 
+def heading(title: str) -> str:
+    """The page's heading: with the card's name, where it is of one."""
+    return f"Validation: {title}" if title else "Validation"
+
+
 def write(
-    folder: Path, found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
+    folder: Path,
+    found: Collection,
+    rows: Sequence[dict[str, Any]],
+    runs: Sequence[dict[str, Any]],
+    title: str = "",
 ) -> list[Path]:
     """``report.html``, ``report.md`` and its pictures in ``folder``, each replaced in one step; what was written.
 
@@ -196,8 +206,8 @@ def write(
         files: dict[Path, bytes] = {folder / f"{name}.png": png for name, png in pngs.items()}
         for part in parts:
             files |= {folder / f"{name}.svg": svg.encode() for name, svg in part.svg.items()}
-        files[folder / "report.md"] = markdown(parts, rows, list(pngs)).encode()
-        files[folder / "report.html"] = html(parts, rows, pngs).encode()
+        files[folder / "report.md"] = markdown(parts, rows, list(pngs), title).encode()
+        files[folder / "report.html"] = html(parts, rows, pngs, title).encode()
         for path, content in files.items():
             replace_file(path, content, regular=True)
     except OSError as error:
@@ -205,8 +215,8 @@ def write(
     return list(files)
 
 
-def markdown(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: Sequence[str]) -> str:
-    out = ["# Validation"]
+def markdown(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: Sequence[str], title: str = "") -> str:
+    out = [f"# {heading(title)}"]
     for part in parts:
         out += [f"{'#' * part.level} {part.heading}", *part.text, *(f"![{name}]({name}.svg)" for name in part.svg)]
         if part.table is not None:
@@ -218,9 +228,9 @@ def markdown(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: Seq
     return "\n\n".join(out) + "\n"
 
 
-def html(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: dict[str, bytes]) -> str:
+def html(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: dict[str, bytes], title: str = "") -> str:
     """One page that loads nothing; what fails is red."""
-    out = ["<h1>Validation</h1>"]
+    out = [f"<h1>{escape(heading(title))}</h1>"]
     for part in parts:
         out.append(f"<h{part.level}>{escape(part.heading)}</h{part.level}>")
         for line in part.text:
@@ -232,7 +242,7 @@ def html(parts: Sequence[Section], rows: Sequence[dict[str, Any]], pngs: dict[st
     if rows:
         body = earlier.html(rows, pngs).partition("<body>")[2].partition("</body>")[0]
         out.append(body.replace("<h1>Validation</h1>", "<h2>Bytes in full</h2>", 1))
-    head = f'<meta charset="utf-8"><title>Validation</title><style>{earlier.STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(heading(title))}</title><style>{earlier.STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(out)}</body></html>\n'
 
 

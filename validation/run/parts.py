@@ -1,0 +1,137 @@
+"""The parts of a run: a command each, in a process of its own, within its share of a quarter of an hour.
+
+A part that fails or runs out of its time leaves what it recorded until then; the others go on.  What a device cannot
+run (a CPU has no CUDA graphs) is no part of its run, and is said.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+MINUTES = 15.0
+STEPS = (
+    *("--model", "llama-3.2-1b", "--size", "1x2k", "--size", "1x8k", "--size", "1x32k", "--size", "8x8k"),
+    *("--size", "64x2k"),
+)
+SHAPES = (
+    *("--shape", "llama-3-8b:1x8k", "--shape", "llama-3-8b:1x32k", "--shape", "llama-3-8b:8x8k"),
+    *("--shape", "gpt2:8x1k"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """``words`` after ``python -m``, with ``{file}`` where it records; ``seconds`` it should take, and may not exceed
+    by more than half; ``folder`` and ``kind`` of what it records."""
+
+    name: str
+    words: tuple[str, ...]
+    seconds: float
+    folder: str
+    cuda: bool = False
+
+
+PARTS = (
+    Part("calibrate", ("kvsim", "calibrate", "--seconds", "15", "--out", "{file}"), 120, "profiles"),
+    Part("memory", ("validation", "memory", "--quick", "--jobs", "1", "--out", "{file}"), 60, ""),
+    Part(
+        "steps", ("kvruntime", "bench", "engine", *STEPS, "--repeats", "2", "--out", "{file}"), 150, "engine", cuda=True
+    ),
+    Part(
+        "attention",
+        ("kvruntime", "bench", "kernels", "--part", "attend", *SHAPES, "--out", "{file}"),
+        120,
+        "kernels",
+        cuda=True,
+    ),
+    Part(
+        "generate",
+        (
+            *("kvruntime", "bench", "generate", "--model", "llama-3.2-1b", "--size", "1x512", "--size", "8x512"),
+            *("--cache", "dynamic", "--cache", "ours", "--repeats", "1", "--out", "{file}"),
+        ),
+        60,
+        "generate",
+        cuda=True,
+    ),
+    Part("reliability", ("validation", "reliability", "--quick", "--out", "{file}"), 90, "reliability"),
+)
+"""In this order: what predicts first, then what it predicts.  Together they should take ten minutes."""
+MOST = 1.5
+"""What a part may take of its own seconds."""
+
+
+class Outcome(NamedTuple):
+    """How a part ended: ``code`` of its process, None where it was stopped; its file, where it left one."""
+
+    part: Part
+    code: int | None
+    seconds: float
+    file: Path
+    said: str
+
+    @property
+    def line(self) -> str:
+        ended = "stopped" if self.code is None else "done" if not self.code else f"exit code {self.code}"
+        held = "" if self.file.exists() else ", nothing recorded"
+        why = f": {self.said}" if self.code and self.said else ""
+        return f"{self.part.name}: {ended} in {self.seconds:.0f} s{held}{why}"
+
+
+def chosen(device: str, names: Sequence[str] = ()) -> tuple[list[Part], list[str]]:
+    """The parts that ``device`` runs, and a line for each that it does not.  Raises ``LookupError`` for a name that is
+    none's."""
+    known = {part.name: part for part in PARTS}
+    for name in names:
+        if name not in known:
+            raise LookupError(f"unknown part {name!r}: allowed are {', '.join(known)}")
+    wanted = [known[name] for name in names] or list(PARTS)
+    cuda = device.startswith("cuda")
+    left = [f"{part.name}: it times CUDA graphs, and {device} has none" for part in wanted if part.cuda and not cuda]
+    return [part for part in wanted if cuda or not part.cuda], left
+
+
+def carry_out(
+    parts: Sequence[Part], folder: Path, name: str, device: str, say: Callable[[str], None]
+) -> Iterator[Outcome]:
+    """Each part's outcome as it ends.  ``name``: of the card, for file names; ``say``: told what the parts say."""
+    for part in parts:
+        file = folder / part.folder / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        words = [word.format(file=file) for word in part.words]
+        started = time.monotonic()
+        code, said = _process([sys.executable, "-m", *words, "--device", device], MOST * part.seconds, say)
+        yield Outcome(part, code, time.monotonic() - started, file, said)
+
+
+def _process(command: Sequence[str], seconds: float, say: Callable[[str], None]) -> tuple[int | None, str]:
+    """Exit code, None where it was stopped after ``seconds``, and the last line that it said."""
+    last = ""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        for line in process.stderr or ():
+            if line.strip():
+                last = line.strip()
+                say(last)
+        process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return (None if stopped.is_set() else process.returncode), last
