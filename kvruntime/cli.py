@@ -331,10 +331,16 @@ def selfcheck_command(device: str | None) -> int:
 @click.option("--out", type=Path, default=Path("profile.json"), show_default=True, help="Profile to write.")
 @click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
 @click.option("--seconds", type=float, default=45.0, show_default=True, help="About how long to measure.")
-def calibrate_command(out: Path, device: str | None, seconds: float) -> None:
-    """Measures this card for kvsim's model of time: bandwidths, products, attention, what a layer costs."""
+@click.option("--refit", is_flag=True, help="Measure nothing: fit the steps that the profile holds again.")
+def calibrate_command(out: Path, device: str | None, seconds: float, refit: bool) -> None:
+    """Measures this card for kvsim's model of time: the card, and whole steps of each runtime."""
     from kvruntime.calibrate.card import calibrate
+    from kvruntime.calibrate.card import refit as fit_again
 
+    if refit:
+        fit_again(out, say=lambda line: click.echo(line, err=True))
+        click.echo(f"fitted {out} again")
+        return
     calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
     click.echo(f"wrote {out}")
 

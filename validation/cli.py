@@ -270,9 +270,12 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
 )
 @click.option("--attention", type=click.Path(path_type=Path), help="Measured attention, CSV.  [default: likewise]")
 @click.option("--record", "recording_", is_flag=True, help="Write the constants and the errors into the checkout.")
+@click.option("--own", is_flag=True, help="This project's kernels and steps alone, from the records: seconds.")
 @click.option("--try", "tried", is_flag=True, help="No refit: kvsim's constants as they are on the files given.")
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as JSON.")
-def time_(decode: tuple[Path, ...], attention: Path | None, recording_: bool, tried: bool, as_json: bool) -> int:
+def time_(
+    decode: tuple[Path, ...], attention: Path | None, recording_: bool, own: bool, tried: bool, as_json: bool
+) -> int:
     """The model of time: refits it, holds groups out, prints the errors; 1 where one is above its bar."""
     from validation.latency import study
 
@@ -282,12 +285,12 @@ def time_(decode: tuple[Path, ...], attention: Path | None, recording_: bool, tr
         print(json_text(study.tried(decode, attention), indent=1))
         return 0
     files = decode or study.DECODE, attention or study.ATTENTION
-    absent = study.absent(*files)
+    absent = [] if own else study.absent(*files)
     for line in absent:
         _say(line)
     if absent and recording_:
         raise ValueError("--record takes all three files: what is not there would be lost")
-    fixed, found = study.study(*files)
+    fixed, found = study.own_study() if own else study.study(*files)
     print(json_text(found, indent=1) if as_json else study.text(found))
     if recording_:
         for path in study.record(fixed, found):

@@ -24,9 +24,11 @@ from kvruntime.calibrate import fit
 from kvruntime.calibrate.pytorch import Clock, figures, scale_of
 from kvruntime.calibrate.steps import CPU, CUDA, ENGINE, Plan, Step, steps
 from kvsim.atomic import replace_file
-from kvsim.finite_json import json_text
+from kvsim.finite_json import json_text, read_json
 from kvsim.latency.calibrate import DAY
 from kvsim.latency.profile import PARTS, SCHEMA, Part, described, load_profile, with_part
+from kvsim.methods import method_named
+from kvsim.models.model import Model
 
 RUNTIME = "pytorch"
 """Whose kernels the card's own figures are of."""
@@ -73,6 +75,33 @@ def calibrate(
     lacks = {name: why for name, why in (failed | lacks).items() if name not in parts}
     profile |= {"parts": parts, "lacks": lacks, "seconds": round(time.perf_counter() - started, 2)}
     write(out, profile)
+    return profile
+
+
+def refit(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Fits the parts of a profile again to the steps that it holds, as this version does; nothing is measured.
+
+    Raises ``ValueError`` for a file that is no profile, and for steps of a shape that this version does not measure.
+    """
+    profile = read_json(path, "profile")
+    load_profile(path)  # refuses what is none
+    known = {name: (plan, subject) for plan in (CPU, CUDA) for name, subject in plan.subjects.items()}
+    known |= {
+        name: (CPU, subject) for name, subject in CPU.subjects.items() if profile["device"].get("num_sms") is None
+    }
+    measured: dict[str, list[Step]] = {}
+    for runtime, part in profile.get("parts", {}).items():
+        for row in part.get("rows", ()):
+            if row["shape"] not in known:
+                raise ValueError(f"profile {path}: shape {row['shape']!r}, allowed are {', '.join(known)}")
+            plan, subject = known[row["shape"]]
+            model, method = Model.from_config(subject.shape.config(plan.positions)), method_named(row["method"])
+            size = row["batch_size"], row["num_tokens"], row["value"], row["low"], row["high"]
+            measured.setdefault(runtime, []).append(Step(runtime, row["shape"], model, method, *size))
+    parts, failed = fitted(path, measured, say)
+    profile |= {"parts": parts, "lacks": {**profile.get("lacks", {}), **failed}}
+    profile["lacks"] = {name: why for name, why in profile["lacks"].items() if name not in parts}
+    write(path, profile)
     return profile
 
 

@@ -33,7 +33,7 @@ from kvsim.latency.steps import (
     running,
     token_step,
 )
-from kvsim.layout import LayerShape, mean_read_nbytes
+from kvsim.layout import LayerShape, Method, mean_read_nbytes
 from kvsim.methods import Kivi, make_method
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
@@ -249,7 +249,7 @@ def test_the_engine_on_a_card_that_was_not_fitted(spec: str, tokens: int, measur
         load_model("llama-3-8b"), parse_method(spec, {}), find_hardware("h200"), 1, tokens, Serving(engine="kvruntime")
     )
     error = abs(step.seconds.value * 1e3 / measured - 1)
-    assert error < 0.09 < abs(misled / measured - 1)
+    assert error < 0.03 < abs(misled / measured - 1)
     assert step.seconds.low * 1e3 <= measured <= step.seconds.high * 1e3
 
 
@@ -383,12 +383,48 @@ def test_the_engines_numbers_are_those_that_fit_its_recorded_steps() -> None:
     fixed = constants()
     other = replace(fixed, engine_layer_seconds={"transformers": 1.0})
     fitted, found = engine_steps.study(other)
-    assert fitted.engine_layer_seconds == {"transformers": 1.0, "kvruntime": fixed.engine_layer_seconds["kvruntime"]}
-    assert fitted.engine_wide == fixed.engine_wide
+    names = ("kvruntime", "kvruntime:generate")
+    own = {name: pytest.approx(fixed.engine_layer_seconds[name], rel=5e-3) for name in names}
+    assert fitted.engine_layer_seconds == {"transformers": 1.0, **own}
+    assert fitted.engine_wide["kvruntime"] == pytest.approx(fixed.engine_wide["kvruntime"], rel=5e-3)
+    assert fitted.overlapped["kvruntime"] == pytest.approx(fixed.overlapped["kvruntime"], rel=5e-3)
     recorded = timing.recorded()["steps"]
     assert list(found) == list(recorded)
     for name, each in found.items():  # those were of constants before they were rounded
-        assert each == pytest.approx(recorded[name], abs=2e-4), name
+        assert each == pytest.approx(recorded[name], abs=2e-3), name
+    carried = [each for name, each in found.items() if "carried to" in name]
+    assert len(carried) == 2
+    assert all(each["mean"] < 0.06 for each in carried)  # one card's constants on the other's steps
+
+
+def test_this_projects_kernels_are_those_that_fit_the_records_of_both_cards() -> None:
+    own = pytest.importorskip("validation.latency.own", reason="scipy is not installed")
+    fixed, rows = constants(), own.recorded_attention()
+    assert {row.card.id for row in rows} == {"h100-sxm", "h200-sxm"}
+    fitted = own.kernels(rows, fixed)
+    for name in ("kvruntime/fp16", "kvruntime/packed"):
+        one, other = fitted.kernels[name], fixed.kernels[name]
+        assert (one.fixed, one.efficiency) == pytest.approx((other.fixed, other.efficiency), rel=5e-3)
+    assert own.judged(rows, fitted)["kvruntime/packed"]["mean"] < 0.06
+
+
+def test_a_card_of_more_bandwidth_does_not_unpack_or_multiply_faster() -> None:
+    """An H200 reads 1.43 times as fast as an H100, with as many multiprocessors: 2-bit codes gain next to nothing, the
+    16-bit cache all of it, and one row's weights less than several rows', which take the matrix units."""
+    h200, layer = find_hardware("h200"), LLAMA.cache_layers[0]
+
+    def gain(method: Method) -> float:
+        cards = (Roofline(LLAMA, card, Serving(engine="kvruntime")) for card in (H100, h200))
+        slow, fast = (roofline.layer_attention(method, layer, 8, 32768)[0] for roofline in cards)
+        return slow / fast
+
+    assert gain(KIVI) < 1.1
+    assert gain(FP16) > 1.35
+    stream = [
+        [Roofline(LLAMA, card, Serving(engine="kvruntime")).weights(rows)[0] for rows in (1, 2)]
+        for card in (H100, h200)
+    ]
+    assert stream[0][0] / stream[1][0] < 1.35 < stream[0][1] / stream[1][1]
 
 
 def test_an_engines_wide_steps_take_more() -> None:
@@ -397,7 +433,8 @@ def test_an_engines_wide_steps_take_more() -> None:
     for engine, rows, seconds in (("kvruntime", 1, 0), ("kvruntime", 2, 1), ("vllm", 64, 0)):
         roofline = Roofline(LLAMA, H100, Serving(engine=engine))
         parts = decode_step(LLAMA, FP16, H100, rows, 512, Serving(engine=engine)).parts
-        wanted = roofline.overhead(FP16) + roofline.sequences(rows) + seconds * more["layer_seconds"] * LLAMA.num_blocks
+        each = more["layer_seconds"] + rows * more["row_seconds"]
+        wanted = roofline.overhead(FP16) + roofline.sequences(rows) + seconds * each * LLAMA.num_blocks
         assert parts["overhead"] == pytest.approx(wanted)
         assert parts["weights"] == pytest.approx(roofline.weights(rows)[0])
 

@@ -26,6 +26,7 @@ from kvsim.methods import method_named
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from validation.latency.held_out import errors
+from validation.latency.own import kernels, recorded_attention
 
 RESULTS = Path(__file__).parents[1] / "results"
 ENGINE, GENERATE = "kvruntime", "kvruntime:generate"
@@ -140,11 +141,13 @@ def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str
 
 
 def carried(steps: Sequence[RecordedStep], fixed: Constants) -> dict[str, Any]:
-    """Each card's constants on every other card's steps: nothing of the other card is known but what is stated."""
-    cards = list(dict.fromkeys(step.card.id for step in steps))
+    """Each card's constants, those of its attention too, on every other card's steps: nothing of the other card is
+    known but what is stated."""
+    cards, rows = list(dict.fromkeys(step.card.id for step in steps)), recorded_attention()
     out = {}
     for one in cards:
-        own = fit([step for step in steps if step.card.id == one], fixed)
+        base = kernels([row for row in rows if row.card.id == one], fixed)
+        own = fit([step for step in steps if step.card.id == one], base)
         for other in cards:
             if other != one:
                 out[f"engine, {one} carried to {other}"] = of([s for s in steps if s.card.id == other], own)

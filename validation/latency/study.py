@@ -22,7 +22,7 @@ from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.constants import Constants, constants
 from kvsim.output.tables import compact, plain
 from validation.latency import attention as attention_time
-from validation.latency import engine_steps, serving
+from validation.latency import engine_steps, own, serving
 from validation.latency.held_out import digest
 
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "measured"
@@ -56,6 +56,17 @@ def study(decode: Sequence[Path] = DECODE, attention: Path = ATTENTION) -> tuple
     fixed = shortened(fixed)
     fixed, more["steps"] = engine_steps.study(fixed)
     return fixed, found | more | {"sha256": {path.name: digest(path) for path in there}}
+
+
+def own_study() -> tuple[Constants, dict[str, Any]]:
+    """This project's kernels and steps alone, fitted to what is recorded here; everything else as it was recorded."""
+    found, fixed = recorded(), constants()
+    rows = own.recorded_attention()
+    fixed = shortened(own.kernels(rows, fixed))
+    attention = found["attention"]["recorded"] | own.judged(rows, fixed)
+    found["attention"] = found["attention"] | {"recorded": attention, "carried": own.carried(rows, fixed)}
+    fixed, found["steps"] = engine_steps.study(fixed)
+    return fixed, found
 
 
 def tried(decode: Sequence[Path], attention: Path | None) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def table_of(fixed: Constants) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))
     for name in fitted_names():
         table["constants"][name] = {"value": getattr(fixed, name), "source": FITTED_ON}
-    for name in ("engine_layer_seconds", "engine_wide"):
+    for name in ("engine_layer_seconds", "engine_step_seconds", "engine_wide", "overlapped"):
         table["constants"][name]["value"] = dict(getattr(fixed, name))
     for name in ("decode_band", "parallel_band", "prefill_band"):
         source = f"what {serving.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
@@ -181,14 +192,16 @@ def attention_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     body = [_line(f"held out: {name}", each) for name, each in curves["held_out"].items()]
     body += [_line(f"{name}, batch held out", each) for name, each in curves["by_kernel"].items()]
     body += [_line(f"{name}, in sample", each) for name, each in curves["recorded"].items()]
+    for cards, kernels in curves.get("carried", {}).items():
+        body += [_line(f"{name}, {cards}", each) for name, each in kernels.items()]
     body += [_line("in sample", curves["in_sample"]), _line("bytes over peak bandwidth", curves["peak"])]
     return [f"decode attention, {curves['card']}", "rows", "mean", "median", "bias", "worst"], body
 
 
 def step_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and body: whole steps that this project's engine was recorded with, in sample."""
+    """Head and body: whole steps that were recorded of this project, in sample and from one card to another."""
     body = [_line(name, each) for name, each in found["steps"].items()]
-    return ["steps of kvruntime.Engine, in sample", "rows", "mean", "median", "bias", "worst"], body
+    return ["steps of this project, in sample and carried", "rows", "mean", "median", "bias", "worst"], body
 
 
 def bands(found: dict[str, Any]) -> str:

@@ -19,6 +19,9 @@ Table = tuple[list[str], list[list[str]]]
 Sizes = dict[tuple[str, int], dict[str, Point]]
 """Method and context -> the points of each claim."""
 WORST = 10
+MARGIN = 0.01
+"""What a method's step must gain before it pays: the default of kvsim breakeven."""
+BREAKEVEN = f"The first recorded context from which a method's step is {MARGIN:.0%} shorter, as kvsim breakeven asks."
 NUMBERED = (
     "Errors are predicted / measured - 1.  The shaded band is what the claim allows a single point; each point says "
     "what it is where a pointer rests on it."
@@ -60,7 +63,13 @@ def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[d
         out.append(Section("Bytes and peaks", [NUMBERED], svg={k: v for k, v in drawn.items() if v}, level=3))
     out.append(Section(f"The worst {WORST} points", [], worst_table(found.points)))
     if even := breakevens(found.points):
-        out.append(Section("Break-even", ["The first recorded context from which the method's step is shorter."], even))
+        out.append(
+            Section(
+                "Break-even",
+                [BREAKEVEN],
+                even,
+            )
+        )
     out.append(Section("What the recorded times cover", [], coverage.axes(found.points)))
     out.append(Section("What was not covered", [], coverage.gaps(found)))
     if runs:
@@ -145,11 +154,15 @@ def _breakevens(sizes: Sizes, claims: Sequence[str]) -> list[list[str]]:
         if len(grid) < 2:
             continue
         pairs = [(sizes[method, tokens], plain[tokens]) for tokens in grid]
-        cells: list[int | None] = [shorter([own[claims[0]].measured < base[claims[0]].measured for own, base in pairs])]
+        cells: list[int | None] = [
+            shorter([own[claims[0]].measured < (1 - MARGIN) * base[claims[0]].measured for own, base in pairs])
+        ]
         for claim in claims:
             there = all(claim in own and claim in base for own, base in pairs)
             cells.append(
-                shorter([own[claim].predicted < base[claim].predicted for own, base in pairs]) if there else None
+                shorter([own[claim].predicted < (1 - MARGIN) * base[claim].predicted for own, base in pairs])
+                if there
+                else None
             )
         known = [cell for cell in cells if cell is not None]
         said = ["no profile" if cell is None else f"{grid[cell]:,}" if cell < len(grid) else "none" for cell in cells]
