@@ -77,11 +77,31 @@ def test_exact_tokens_are_what_is_held_beyond_the_bits() -> None:
 
 
 def test_tables_without_rows_say_so(tmp_path: Path) -> None:
-    for name in ("windows", "positions", "answers"):
+    for name in ("windows", "positions", "answers", "compared", "ablation"):
         assert quality_tables.block(name, tmp_path) == "Nothing is recorded yet."
     assert cells(quality_tables.block("bars", tmp_path))[0][3] == "not recorded"
     with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, windows"):
         quality_tables.block("bar", tmp_path)
+
+
+def test_what_is_compared_needs_speeds(tmp_path: Path) -> None:
+    rows = [row("fp16", 16, 3.0, 3.2, elements=1000), row("x", 2, 3.01, 3.21, elements=1000)]
+    folder = write(tmp_path / "quality", *rows)
+    assert quality_tables.block("compared", folder) == "Nothing is recorded yet."
+    speed = {
+        "kind": "speed", "model": "m", "weights": "w", "dtype": "float16", "batch_size": 32, "prompt_tokens": 512,
+        "decode_tokens": 64, "repeats": 3,
+    }  # fmt: skip
+    speeds = [
+        {**speed, "method": name, "tokens_per_second": [rate] * 3} for name, rate in (("fp16", 10.0), ("x", 12.0))
+    ]
+    said = quality_tables.block("compared", write(folder, *rows, *speeds))
+    assert "| x | 250 | +1.01% |" in said
+    assert "1.20x" in said
+    assert "3.0%: x (+1.01%, 8.00x fewer bytes than fp16, 1.20x its speed)" in said
+    study = [{**each, "kind": "ablation"} for each in rows]
+    said = quality_tables.block("ablation", write(folder, *study))
+    assert "| x | 2.000 | +1.01% |" in said
 
 
 def test_recorded_answers_come_with_what_they_are_worth(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kvruntime.bench.harness.results import Row, read
-from kvruntime.bench.harness.tables import BASE, groups
+from kvruntime.bench.harness.tables import groups
 from kvruntime.bench.model.report import heading
+from kvruntime.bench.quality import comparison
 from kvruntime.bench.quality.answers import KIND as ANSWERS
 from kvruntime.bench.quality.report import answers_cells, change, position_cells, uncompressed, windows_cells
 from kvruntime.bench.quality.windows import KIND as WINDOWS
@@ -135,21 +136,35 @@ def answers(folder: Path) -> str:
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
 
-def holds(folder: Path) -> str:
-    """In one sentence what two bits cost and what the fewest bits within one percent are, as recorded."""
-    found = judged(folder)
-    if not found:
-        return "Nothing is recorded yet."
+def compared(folder: Path) -> str:
+    """Bytes a token, quality and speed of every method, of the recordings that have speeds, and what they support."""
     parts = []
-    for window, group in sorted(found.items()):
-        base = uncompressed(group)
-        said = []
-        for row in sorted((row for row in group if row["method"] not in BASE), key=lambda row: row["bits"]):
-            off = change(row, base)
-            assert off is not None
-            said.append(f"{row['method']} ({row['bits']:.3f} bits) {off[0]:+.2%}")
-        parts.append(f"In windows of {window:,} tokens: {', '.join(said)}.")
-    return "\n".join(parts)
+    for path, file in recorded(folder):
+        for group in groups(file["rows"], WINDOWS):
+            speeds = comparison.speeds_of(file["rows"], group)
+            if not speeds:
+                continue
+            first, found = group[0], comparison.entries(group, speeds)
+            what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
+            how = f"batch {speeds[0]['batch_size']}, {speeds[0]['prompt_tokens']} prompt tokens"
+            link = f"[{path.name}](../validation/results/quality/{path.name})"
+            parts += [f"{heading('Compared', first, f'{what}; speed: {how}')}; {circumstances(file)} ({link}):"]
+            parts += [compact(*comparison.comparison_cells(found))]
+            parts += [f"```text\n{comparison.recommendation(found)}\n```"]
+    return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
+def ablation(folder: Path) -> str:
+    """Every combination of bits, groups, residual and sinks, and what each value does in the mean."""
+    parts = []
+    for path, file in recorded(folder):
+        for group in groups(file["rows"], comparison.ABLATION):
+            first = group[0]
+            what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
+            link = f"[{path.name}](../validation/results/quality/{path.name})"
+            parts += [f"{heading('Ablation', first, what)}; {circumstances(file)} ({link}):"]
+            parts += [compact(*comparison.ablation_cells(group)), compact(*comparison.effect_cells(group))]
+    return "\n\n".join(parts) or "Nothing is recorded yet."
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -157,5 +172,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "windows": windows,
     "positions": positions,
     "answers": answers,
-    "holds": holds,
+    "compared": compared,
+    "ablation": ablation,
 }

@@ -109,7 +109,8 @@ def speeds_of(rows: Sequence[Row], group: Sequence[Row]) -> list[Row]:
     return []
 
 
-def comparison_table(group: Sequence[Row], found: Sequence[Entry], speeds: Sequence[Row]) -> str:
+def comparison_cells(found: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of all methods, fewest bytes first."""
     best = {entry.method for entry in frontier(found)}
     body = []
     for entry in found:
@@ -119,13 +120,16 @@ def comparison_table(group: Sequence[Row], found: Sequence[Entry], speeds: Seque
         cells += ["" if entry.speed is None else f"{entry.speed:,.1f}"]
         cells += ["" if entry.speed_ratio is None else f"{entry.speed_ratio:.2f}x"]
         body.append([*cells, "*" * (entry.method in best)])
-    head = ["method", "B a token", "perplexity", "95 % interval", "KL, nats", "tok/s", "of fp16", "best"]
+    return ["method", "B a token", "perplexity", "95 % interval", "KL, nats", "tok/s", "of fp16", "best"], body
+
+
+def comparison_table(group: Sequence[Row], found: Sequence[Entry], speeds: Sequence[Row]) -> str:
     first = group[0]
     what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {first['chunk']} a step"
     if speeds:
         what += f"; speed: batch {speeds[0]['batch_size']}, {speeds[0]['prompt_tokens']} prompt tokens"
     mark = "*: no other method has as few bytes and as good a perplexity"
-    return "\n".join([heading("compare", first, what), plain(head, body), f"{mark}. {CONTROL}"])
+    return "\n".join([heading("compare", first, what), plain(*comparison_cells(found)), f"{mark}. {CONTROL}"])
 
 
 def recommendation(found: Sequence[Entry]) -> str:
@@ -159,18 +163,28 @@ def effects(group: Sequence[Row]) -> list[tuple[str, int, float, float]]:
     return out
 
 
-def ablation_table(group: Sequence[Row]) -> str:
-    """Every combination with its bits and perplexity, and what each option does in the mean."""
+def ablation_cells(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of every combination with its bits and perplexity."""
     base = uncompressed(group)
     body = []
     for row in sorted(group, key=lambda row: row["bits"]):
         off = change(row, base)
         if off is not None:
             body.append([row["method"], f"{row['bits']:.3f}", f"{off[0]:+.2%}", f"{off[1]:+.2%} to {off[2]:+.2%}"])
+    return ["method", "bits", "perplexity", "95 % interval"], body
+
+
+def effect_cells(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of what each option does in the mean over all others."""
+    body = [[option, f"{value}", f"{bits:.3f}", f"{mean:+.4f}"] for option, value, bits, mean in effects(group)]
+    return ["option", "value", "bits", "log perplexity"], body
+
+
+def ablation_table(group: Sequence[Row]) -> str:
+    """Every combination, and what each option does in the mean."""
     first = group[0]
     what = f"{COMPRESSED}: bits x groups x residual x sinks, {first['text']}, {first['num_windows']} windows"
-    parts = [heading("ablation", first, what), plain(["method", "bits", "perplexity", "95 % interval"], body)]
-    means = [[option, f"{value}", f"{bits:.3f}", f"{mean:+.4f}"] for option, value, bits, mean in effects(group)]
+    parts = [heading("ablation", first, what), plain(*ablation_cells(group))]
     parts += ["what an option does in the mean over all others (log of perplexity against fp16):"]
-    parts += [plain(["option", "value", "bits", "log perplexity"], means)]
+    parts += [plain(*effect_cells(group))]
     return "\n".join(parts)
