@@ -29,7 +29,7 @@ class Task:
 
     @property
     def label(self) -> str:
-        shown = ("kind", "model", "method", "axes", "num_tokens", "window", "batch_size")
+        shown = ("kind", "model", "method", "task", "part", "axes", "num_tokens", "window", "batch_size")
         units = {"num_tokens": " tokens", "window": "-token windows", "batch_size": " sequences"}
         return " ".join(f"{self.key[name]}{units.get(name, '')}" for name in shown if name in self.key)
 
