@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakSet
 
 import torch
@@ -46,23 +46,30 @@ def key_bias_ratios(model: Any) -> list[float]:
     modules = dict(model.named_modules())
     ratios: list[torch.Tensor | None] = []
     for name, module in modules.items():
-        if name.rpartition(".")[2] != "k_proj" or not isinstance(getattr(module, "weight", None), torch.Tensor):
+        if name.rpartition(".")[2] != "k_proj":
             continue
-        bias = getattr(module, "bias", None)
-        if bias is None or bias.is_meta or module.weight.dim() != 2 or not module.weight.is_floating_point():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not (_plain(bias, 1) and _plain(weight, 2)):
             ratios.append(None)
             continue
         norm = getattr(modules.get(name.rpartition(".")[0].rpartition(".")[0]), "input_layernorm", None)
         gain = getattr(norm, "weight", None)
         with torch.no_grad():
-            rows = module.weight.float()
-            if gain is not None and gain.shape == rows.shape[1:]:
+            rows = weight.float()
+            if _plain(gain, 1) and gain.shape == rows.shape[1:]:
                 rows = rows * gain.float()
             spread = rows.norm(dim=1).median().clamp(min=torch.finfo(torch.float32).tiny)
             ratios.append(bias.detach().float().abs().max() / spread)
     there = [ratio for ratio in ratios if ratio is not None]
     values = iter(torch.stack([ratio.cpu() for ratio in there]).tolist() if there else [])
     return [0.0 if ratio is None else next(values) for ratio in ratios]
+
+
+def _plain(tensor: Any, num_dims: int) -> TypeGuard[torch.Tensor]:
+    """Whether it is an ordinary tensor of numbers that lie somewhere: no shard, no packed weight, no placeholder."""
+    if not isinstance(tensor, torch.Tensor) or type(tensor.data) is not torch.Tensor:
+        return False
+    return tensor.dim() == num_dims and tensor.is_floating_point() and not tensor.is_meta
 
 
 def _compresses(method: Method, shapes: Sequence[LayerShape]) -> bool:

@@ -76,6 +76,19 @@ def test_the_spread_is_that_of_the_keys_of_normed_inputs():
     assert key_bias_ratios(model)[PLANTED] == pytest.approx(want.item(), rel=0.05)
 
 
+def test_weights_that_cannot_be_read_are_passed_over():
+    """Packed ones, and those of an offloaded module."""
+    model = planted()
+    layers = [layer.self_attn.k_proj for layer in model.model.layers]
+    layers[0].weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    layers[1].bias = torch.nn.Parameter(torch.empty(64, device="meta"))
+    ratios = key_bias_ratios(model)
+    assert ratios[:2] == [0, 0]
+    assert ratios[PLANTED] > 10
+    del layers[PLANTED].weight
+    assert key_bias_ratios(model) == [0, 0, 0, 0]
+
+
 def test_the_planted_layer_is_named_and_given_bits(ids):
     study = Study(planted(), ids, LADDER)
     findings = study.layers()
