@@ -63,6 +63,8 @@ def test_a_bar_takes_the_best_within_its_bits(tmp_path: Path) -> None:
     assert first[6] == "holds"
     assert second[3] == "not recorded"  # no window of 4,096
     assert third[3] == "too many bits"
+    short = cells(quality_tables.block("bars short", folder))
+    assert short[0] == ["≤ 2.65", "+1.01% (bar +2.40%: holds)", "not recorded"]
     (group,) = judged(folder).values()
     assert best(group, 2.6)[0]["method"] == "good"
     failing = write(folder, row("fp16", 16, 3.0), row("x", 2.6, 3.034))
@@ -80,7 +82,7 @@ def test_tables_without_rows_say_so(tmp_path: Path) -> None:
     for name in ("windows", "positions", "answers", "compared", "ablation"):
         assert quality_tables.block(name, tmp_path) == "Nothing is recorded yet."
     assert cells(quality_tables.block("bars", tmp_path))[0][3] == "not recorded"
-    with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, windows"):
+    with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, bars short, windows"):
         quality_tables.block("bar", tmp_path)
 
 

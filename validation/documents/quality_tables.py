@@ -98,6 +98,23 @@ def bars(folder: Path) -> str:
     return compact(head, body)
 
 
+def short_bars(folder: Path) -> str:
+    """A line a width: what was recorded in each length of window, and whether the bar holds."""
+    found = judged(folder)
+    body = []
+    for bits, limits in BARS:
+        cells = [f"≤ {bits:g}"]
+        for window, limit in limits.items():
+            chosen = best(found.get(window, []), bits)
+            if chosen is None:
+                cells.append("not recorded")
+                continue
+            off = chosen[1][0]
+            cells.append(f"{off:+.2%} (bar +{limit:.2%}: {'holds' if off <= limit else 'missed'})")
+        body.append(cells)
+    return compact(["bits of an element", *(f"windows of {window:,}" for window in BARS[0][1])], body)
+
+
 def windows(folder: Path) -> str:
     """Every text and length of window: bits, perplexity with its interval, KL, agreement."""
     parts = []
@@ -169,6 +186,7 @@ def ablation(folder: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "bars": bars,
+    "bars short": short_bars,
     "windows": windows,
     "positions": positions,
     "answers": answers,
