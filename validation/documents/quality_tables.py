@@ -27,6 +27,8 @@ BARS: tuple[tuple[float, dict[int, float]], ...] = (
 )
 """Bits of an element, everything counted -> window -> the most that perplexity may rise (SmolLM2-135M-Instruct,
 WikiText-2's test split)."""
+MODEL, BALANCED = "smollm2-135m", "smollm2-135m-balanced"
+"""The model that bars are of, and the same with its keys rescaled (:mod:`kvruntime.hf.balance`)."""
 JUDGED = "wiki"
 """How the name of the text begins that bars are of."""
 EXACT = 136
@@ -51,24 +53,43 @@ def window_groups(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
     return [(path, file, group) for path, file in recorded(folder) for group in groups(file["rows"], WINDOWS)]
 
 
-def judged(folder: Path) -> dict[int, list[Row]]:
-    """Length of window -> the rows that bars are of: of several recordings the one with the most tokens."""
+def judged(folder: Path, model: str = MODEL) -> dict[int, list[Row]]:
+    """Length of window -> the model's rows that bars are of: of several recordings the one with the most tokens."""
     found: dict[int, list[Row]] = {}
     for _, _, group in window_groups(folder):
         first = group[0]
-        if first["text"].startswith(JUDGED) and uncompressed(group) is not None:
+        if first["model"] == model and first["text"].startswith(JUDGED) and uncompressed(group) is not None:
             held = found.get(first["window"])
             if held is None or first["num_tokens"] > held[0]["num_tokens"]:
                 found[first["window"]] = group
     return found
 
 
-def best(group: Sequence[Row], bits: float) -> tuple[Row, tuple[float, float, float]] | None:
-    """The row of at most ``bits`` and :data:`EXACT` exact tokens whose perplexity rises least, and by how much."""
-    base = uncompressed(group)
-    there = [(row, off) for row in group if 0 < row["bits"] <= bits and (off := change(row, base)) is not None]
-    there = [(row, off) for row, off in there if exact_tokens(row) <= EXACT]
+def best(groups: Sequence[Sequence[Row]], bits: float) -> tuple[Row, tuple[float, float, float]] | None:
+    """The row of at most ``bits`` and :data:`EXACT` exact tokens whose perplexity rises least against that of its own
+    group's uncompressed cache, and by how much."""
+    there = []
+    for group in groups:
+        base = uncompressed(group)
+        for row in group:
+            off = change(row, base)
+            if off is not None and 0 < row["bits"] <= bits and exact_tokens(row) <= EXACT:
+                there.append((row, off))
     return min(there, key=lambda one: one[1][0], default=None)
+
+
+def candidates(folder: Path) -> dict[int, list[list[Row]]]:
+    """Length of window -> the groups that bars are judged over: the model's, and those of it with balanced keys."""
+    found: dict[int, list[list[Row]]] = {}
+    for model in (MODEL, BALANCED):
+        for window, group in judged(folder, model).items():
+            found.setdefault(window, []).append(group)
+    return found
+
+
+def called(row: Row) -> str:
+    """The method's name, with what was done to the model."""
+    return f"{row['method']}, balanced keys" if row["model"] == BALANCED else str(row["method"])
 
 
 def exact_tokens(row: Row) -> float:
@@ -80,7 +101,7 @@ def exact_tokens(row: Row) -> float:
 
 def bars(folder: Path) -> str:
     """Each bar, the best that was recorded within its bits, and whether it holds."""
-    found = judged(folder)
+    found = candidates(folder)
     body = []
     for bits, limits in BARS:
         for window, limit in limits.items():
@@ -91,16 +112,14 @@ def bars(folder: Path) -> str:
                 continue
             row, (off, low, high) = chosen
             verdict = "holds" if off <= limit else f"missed by {100 * (off - limit):.2f} points"
-            body.append(
-                [*cells, row["method"], f"{row['bits']:.3f}", f"{off:+.2%} ({low:+.2%} to {high:+.2%})", verdict]
-            )
+            body.append([*cells, called(row), f"{row['bits']:.3f}", f"{off:+.2%} ({low:+.2%} to {high:+.2%})", verdict])
     head = ["bits", "window", "bar", "best recorded", "its bits", "perplexity (95 % interval)", "verdict"]
     return compact(head, body)
 
 
 def short_bars(folder: Path) -> str:
     """A line a width: what was recorded in each length of window, and whether the bar holds."""
-    found = judged(folder)
+    found = candidates(folder)
     body = []
     for bits, limits in BARS:
         cells = [f"≤ {bits:g}"]
