@@ -154,7 +154,9 @@ class Kvruntime(Engine):
         out = [f"allocated for {self.max_seq_len:,} tokens a row at once" if self.max_seq_len else grows]
         if window := window_of(model.cache_layers):
             step = windowed(method, window).budget - window
-            out.append(f"windows of {window:,} tokens are packed: what has left them is forgotten {step} tokens at a time")
+            out.append(
+                f"windows of {window:,} tokens are packed: what has left them is forgotten {step} tokens at a time"
+            )
         elif any(layer.window is not None for layer in model.cache_layers):
             out.append(f"windows are not packed: their newest tokens stay in {activations(method)}")
         if model.state_layers:
