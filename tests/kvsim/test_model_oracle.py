@@ -118,8 +118,10 @@ REMOTE = {
     "minicpm", "deepseek", "orion", "kimi_k25_text", "minimax_text_01", "minimax_m1", "gpt-sw3", "openelm",
 }  # fmt: skip
 """Families published with code of their own."""
-NEWER = dict.fromkeys(("apertus1p5_text", "exaone", "sarvam_mla", "sarvam_moe"), (5, 24))
-"""Families whose class came with 5.24; those that 5.17 lacks besides are in 5.23."""
+NEWER = dict.fromkeys(("apertus1p5_text", "exaone", "sarvam_mla", "sarvam_moe"), (5, 24)) | {
+    "deepseek_v41_text": (5, 25)
+}
+"""Families whose class came with 5.24, or after it; those that 5.17 lacks besides are in 5.23."""
 CHANGED = {("mimo_v2_flash", "sliding_window")}
 """Defaults that are others in 5.17: its window of 128 did not count the query."""
 
