@@ -27,8 +27,8 @@ BARS: tuple[tuple[float, dict[int, float]], ...] = (
 )
 """Bits of an element, everything counted -> window -> the most that perplexity may rise (SmolLM2-135M-Instruct,
 WikiText-2's test split)."""
-MODEL, BALANCED = "smollm2-135m", "smollm2-135m-balanced"
-"""The model that bars are of, and the same with its keys rescaled (:mod:`kvruntime.hf.balance`)."""
+MODEL = "smollm2-135m"
+"""The model that bars are of."""
 JUDGED = "wiki"
 """How the name of the text begins that bars are of."""
 EXACT = 136
@@ -53,15 +53,18 @@ def window_groups(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
     return [(path, file, group) for path, file in recorded(folder) for group in groups(file["rows"], WINDOWS)]
 
 
-def judged(folder: Path, model: str = MODEL) -> dict[int, list[Row]]:
-    """Length of window -> the model's rows that bars are of: of several recordings the one with the most tokens."""
-    found: dict[int, list[Row]] = {}
+def candidates(folder: Path) -> dict[int, list[list[Row]]]:
+    """Length of window -> every group of rows that bars are judged over, those that were fed the longest prompt first:
+    of the model and text, with as many tokens as the largest recording has, and the uncompressed cache among them."""
+    found: dict[int, list[list[Row]]] = {}
     for _, _, group in window_groups(folder):
         first = group[0]
-        if first["model"] == model and first["text"].startswith(JUDGED) and uncompressed(group) is not None:
-            held = found.get(first["window"])
-            if held is None or first["num_tokens"] > held[0]["num_tokens"]:
-                found[first["window"]] = group
+        if first["model"] == MODEL and first["text"].startswith(JUDGED) and uncompressed(group) is not None:
+            found.setdefault(first["window"], []).append(group)
+    for window, several in found.items():
+        most = max(group[0]["num_tokens"] for group in several)
+        whole = [group for group in several if group[0]["num_tokens"] == most]
+        found[window] = sorted(whole, key=lambda group: -group[0].get("prompt_length", 0))
     return found
 
 
@@ -76,20 +79,6 @@ def best(groups: Sequence[Sequence[Row]], bits: float) -> tuple[Row, tuple[float
             if off is not None and 0 < row["bits"] <= bits and exact_tokens(row) <= EXACT:
                 there.append((row, off))
     return min(there, key=lambda one: one[1][0], default=None)
-
-
-def candidates(folder: Path) -> dict[int, list[list[Row]]]:
-    """Length of window -> the groups that bars are judged over: the model's, and those of it with balanced keys."""
-    found: dict[int, list[list[Row]]] = {}
-    for model in (MODEL, BALANCED):
-        for window, group in judged(folder, model).items():
-            found.setdefault(window, []).append(group)
-    return found
-
-
-def called(row: Row) -> str:
-    """The method's name, with what was done to the model."""
-    return f"{row['method']}, balanced keys" if row["model"] == BALANCED else str(row["method"])
 
 
 def exact_tokens(row: Row) -> float:
@@ -112,7 +101,9 @@ def bars(folder: Path) -> str:
                 continue
             row, (off, low, high) = chosen
             verdict = "holds" if off <= limit else f"missed by {100 * (off - limit):.2f} points"
-            body.append([*cells, called(row), f"{row['bits']:.3f}", f"{off:+.2%} ({low:+.2%} to {high:+.2%})", verdict])
+            body.append(
+                [*cells, row["method"], f"{row['bits']:.3f}", f"{off:+.2%} ({low:+.2%} to {high:+.2%})", verdict]
+            )
     head = ["bits", "window", "bar", "best recorded", "its bits", "perplexity (95 % interval)", "verdict"]
     return compact(head, body)
 
@@ -151,10 +142,10 @@ def windows(folder: Path) -> str:
 
 def positions(folder: Path) -> str:
     """Perplexity against fp16 by position, of the longest window of the judged text."""
-    found = judged(folder)
+    found = candidates(folder)
     if not found:
         return "Nothing is recorded yet."
-    group = found[max(found)]
+    group = found[max(found)][0]
     return f"{group[0]['text']}, windows of {group[0]['window']:,}:\n\n{compact(*position_cells(group))}"
 
 

@@ -12,7 +12,7 @@ BASE = ("fp16", "bf16", "fp32")
 
 def groups(rows: Iterable[Row], kind: str) -> list[list[Row]]:
     """The finished rows of one kind, those of one model, weights, dtype, seed and setting together."""
-    setting = ("prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows")
+    setting = ("prompt_tokens", "decode_tokens", "text_sha256", "window", "chunk", "num_windows", "prompt_length")
     names = ("model", "weights", "model_sha256", "dtype", "seed", *setting)
     out: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
