@@ -15,7 +15,7 @@ from hf_models import DEVICE, prompt, tiny  # noqa: E402
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.padding import HIDES, Columns  # noqa: E402
-from kvruntime.kernels.launch import LaunchRecord  # noqa: E402
+from kvruntime.kernels.launch import LaunchRecord, launch_kernel, recorded  # noqa: E402
 from kvruntime.kernels.reference import Scores  # noqa: E402
 from kvruntime.methods import Steps, make_layer  # noqa: E402
 from kvruntime.methods.kivi import attention  # noqa: E402
@@ -81,6 +81,39 @@ def test_launches_made_again_are_those_of_a_step(on_device, monkeypatch):
     assert layers[0].row_lengths == lengths.tolist()
     assert layers[1].row_packed == layers[1].tensors["lengths"][1].tolist()
     assert copy.deepcopy(layers[1]).again is None
+
+
+@pytest.mark.parametrize("grid", [(5,), (5, 7), (5, 7, 2)], ids=str)
+def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid):
+    """Triton 3.6 reads all three; what is compiled is played here, an address and a number are its values."""
+    calls: list[object] = []
+
+    class Kernel:
+        arg_names = ("x_ptr", "n")
+
+        @staticmethod
+        def fn(x_ptr, n): ...
+
+        def __getitem__(self, sizes):
+            return lambda *_, **__: Compiled()
+
+    class Compiled:
+        def __getitem__(self, sizes):
+            x, y, z = sizes
+            return lambda *values, stream=None: calls.append(((x, y, z), values))
+
+    x = torch.zeros(4)
+
+    def call():
+        launch_kernel(Kernel(), grid, x, n=3, num_warps=1)
+        return torch.zeros(1)
+
+    _, record = recorded(call, [x])
+    record([x], 1)
+    ((sizes, (values,)),) = calls
+    assert sizes == (*grid, 1, 1)[:3]
+    assert values[0] is x
+    assert values[1:] == [3]
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 9}], ids=str)
