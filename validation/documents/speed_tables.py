@@ -19,16 +19,16 @@ from validation.recorded import FOLDER
 def block(arguments: str, folder: Path = FOLDER) -> str:
     """``kernels``, ``packing``, ``engine``, ``generate`` or ``again`` (its second process) in full; Markdown.
 
-    With ``short``: what the README shows.
+    With ``short``: what the README shows, and with a card's word after it of that card alone (``h200``).
 
     Raises ``ValueError`` for other words.
     """
     words = arguments.split()
     what = words[0] if words else ""
-    if what not in FULL or words[1:] not in ([], ["short"]):
+    if what not in FULL or words[1:2] not in ([], ["short"]) or len(words) > 3:
         raise ValueError(f"speed table {arguments!r}: allowed are {', '.join(FULL)}, and short after it")
     kind = what if what in ("engine", "generate", "again") else "kernels"
-    paths = sorted((folder / kind).glob("*.json"))
+    paths = [path for path in sorted((folder / kind).glob("*.json")) if not words[2:] or words[2] in path.stem]
     parts = []
     for path in paths:
         file = read(path)

@@ -80,7 +80,8 @@ def _phases(name: str, method: Method, device: torch.device, prompt: int) -> Ite
     shape, config = load_model(name), load_config(name)[1]
     dtype = str(subjects.dtype_of(device)).removeprefix("torch.")
     counter = "requested" if device.type == "cuda" else "live"
-    cuda, new = device.type == "cuda", 24
+    cuda = device.type == "cuda"
+    new = 24 if cuda else 6
     longest = prompt + new
     warm = load(Source("warm", "random (seed 0)", config=config), str(device), dtype).model  # workspaces, kernels
     _run(warm, make_cache(warm, method, max_seq_len=longest), device, prompt, 4)

@@ -24,8 +24,9 @@ from validation.reliability import subjects
 from validation.reliability.subjects import Scale
 
 DRIFT = {"cpu": 1e-4, "cuda": 2e-2}
-"""Of logits, by norms: what rounding may change; attention below likewise."""
-ATTENTION = {"cpu": 1e-5, "cuda": 1e-2}
+"""Of logits, by norms: what rounding may change."""
+ATTENTION = {"cpu": 5e-4, "cuda": 1e-2}
+"""Of attention: an exact token that is rotated before it is stored may round to the neighbouring number of 16 bits."""
 
 
 class Broken(Exception):

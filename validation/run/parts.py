@@ -113,25 +113,23 @@ def carry_out(
 
 def _process(command: Sequence[str], seconds: float, say: Callable[[str], None]) -> tuple[int | None, str]:
     """Exit code, None where it was stopped after ``seconds``, and the last line that it said."""
-    last = ""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    stopped = threading.Event()
+    last, stopped = "", threading.Event()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
 
-    def stop() -> None:
-        stopped.set()
-        process.kill()
-
-    timer = threading.Timer(seconds, stop)
-    timer.start()
-    try:
-        for line in process.stderr or ():
-            if line.strip():
-                last = line.strip()
-                say(last)
-        process.wait()
-    finally:
-        timer.cancel()
-        if process.poll() is None:
+        def stop() -> None:
+            stopped.set()
             process.kill()
-            process.wait()
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            for line in process.stderr or ():
+                if line.strip():
+                    last = line.strip()
+                    say(last)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            timer.cancel()
     return (None if stopped.is_set() else process.returncode), last

@@ -1,0 +1,125 @@
+"""The reliability runs, small, on this CPU; and that what they promise to find, they find."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+
+from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
+from validation import cli  # noqa: E402
+from validation.reliability import memory, processes, record, runs, subjects  # noqa: E402
+from validation.run import parts  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = subjects.CI._replace(decoded=24, sequences=14, calls=5)
+
+
+def test_a_run_is_a_row_and_a_failure_another(tmp_path, monkeypatch, capsys) -> None:
+    def fails(*_: Any) -> str:
+        raise runs.Broken("nothing\nholds")
+
+    monkeypatch.setattr(record, "RUNS", {"one": lambda *_: "found", "two": fails})
+    out = tmp_path / "r.json"
+    assert cli.run(["reliability", "--device", "cpu", "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "holds  one: found" in said
+    assert "FAILS  two: Broken: nothing (" in said
+    assert cli.run(["reliability", "--device", "cpu", "--run", "one", "--out", str(out)]) == 0
+    file = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["run"], row["holds"], row["size"]) for row in file["rows"]] == [
+        ("one", True, "quick"),
+        ("two", False, "quick"),
+    ]
+    assert cli.run(["reliability", "--run", "three"]) == 2
+    assert "unknown run 'three': allowed are one, two" in capsys.readouterr().err
+
+
+def test_tokens_are_decoded_without_drift() -> None:
+    said = runs.decoded(CPU, SMALL)
+    assert "24 tokens a row" in said
+    assert "B exact" in said
+
+
+def test_calls_in_any_order_agree_with_the_oracle() -> None:
+    assert runs.fuzzed(CPU, SMALL).startswith("14 sequences")
+
+
+def test_nan_stays_in_its_row(monkeypatch) -> None:
+    monkeypatch.setattr(subjects, "every_layout", lambda: subjects.layouts(CPU))
+    assert "as without it" in runs.beside_nan(CPU, SMALL)
+
+
+def test_memory_that_ends_is_said_and_survived() -> None:
+    assert "tokens would have fitted" in runs.out_of_memory(CPU, SMALL)
+
+
+def test_what_fits_fits() -> None:
+    assert "do not" in memory.fits(CPU, SMALL)
+
+
+def test_memory_by_phase(monkeypatch) -> None:
+    monkeypatch.setattr(subjects, "layouts", lambda device: real(device)[1:2])
+    assert "worst" in memory.phases(CPU, SMALL)
+
+
+real = subjects.layouts
+
+
+def test_a_killed_benchmark_goes_on() -> None:
+    assert "which --resume kept" in processes.killed(CPU, SMALL)
+
+
+def test_two_processes_answer_as_one(monkeypatch) -> None:
+    assert "the same tokens and bytes" in processes.together(CPU, SMALL)
+
+
+def test_a_layer_that_forgets_a_token_is_found(monkeypatch) -> None:
+    """The fuzz and the drift are no decoration: a layer whose ring is off by a slot does not pass either."""
+    stored = KiviLayer._store
+
+    def wrong(self: Any, key: Any, value: Any, counts: Any, **more: Any) -> None:
+        stored(self, key, value if key.shape[2] > 1 else value.flip(1), counts, **more)
+
+    monkeypatch.setattr(KiviLayer, "_store", wrong)
+    with pytest.raises(runs.Broken, match="attention is off"):
+        runs.fuzzed(CPU, SMALL)
+
+
+def test_neighbours_of_nan_that_change_are_found(monkeypatch) -> None:
+    attend = KiviLayer.attend
+
+    def leaks(self: Any, *given: Any, **more: Any) -> Any:
+        out = attend(self, *given, **more)
+        return out + out.sum() * 0 if out.isnan().any() else out
+
+    monkeypatch.setattr(KiviLayer, "attend", leaks)
+    with pytest.raises(runs.Broken, match="changes its neighbours"):
+        runs.beside_nan(CPU, SMALL)
+
+
+def test_the_parts_of_a_run_by_device() -> None:
+    names = [part.name for part in parts.chosen("cuda")[0]]
+    assert names == [part.name for part in parts.PARTS]
+    assert sum(part.seconds for part in parts.PARTS) * parts.MOST <= 60 * parts.MINUTES
+    here, left = parts.chosen("cpu")
+    assert {"calibrate", "memory", "reliability"} == {part.name for part in here}
+    assert len(left) == len(parts.PARTS) - len(here)
+    with pytest.raises(LookupError, match="unknown part 'all'"):
+        parts.chosen("cpu", ["all"])
+
+
+def test_a_run_reports_what_its_parts_left_behind(tmp_path, monkeypatch, capsys) -> None:
+    words = ("validation", "report", "--check", "{file}")  # ends with 2: there is no such file
+    own = (parts.Part("memory", words, 60, ""),)
+    monkeypatch.setattr(parts, "PARTS", own)
+    assert cli.run(["run", "--device", "cpu", "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert "memory: exit code 2" in said.err
+    assert "nothing recorded" in said.err
+    assert "about 1 minutes" in said.err
+    assert (tmp_path / "out" / "report.html").read_text().count("Validation: cpu") == 2
