@@ -297,7 +297,7 @@ def _attend(
     scores: Scores,
 ) -> Tensor:
     """:func:`attention` as the host plans it."""
-    length, layer.num_q_heads = query.shape[2], query.shape[1]
+    length, layer.num_q_heads, layer.scale = query.shape[2], query.shape[1], scale
     lengths = layer.read_mask(attention_mask, length)
     if layer.window:
         layer.columns.check_window(layer.num_columns + length, layer.window)

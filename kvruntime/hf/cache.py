@@ -208,6 +208,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     steps: Steps | None = None
     window: int | None = None
     """Tokens that a query sees, where the layer packs a window."""
+    scale: float | None = None
+    """What the model's attention scales scores by, once it was seen."""
     held: AppendQueue | None = None
     """Where new tokens wait, during a forward that reads none of them back."""
 
@@ -384,11 +386,12 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return _filled(key, self.store.shape.key_dim), _filled(value, self.store.shape.value_dim)
 
     def _observed(self, query: Tensor | None) -> Tensor | None:
-        """A prompt's queries, for a method that asks for them; it divides by the root of the channels that it sees."""
+        """Queries, for a method that asks for them, such that the root of the channels that it sees scales them."""
         if query is None or not self.store.wants_query:
             return None
         dim = self.store.shape.key_dim
-        return query if query.shape[3] == dim else _filled(query, dim) * (dim / query.shape[3]) ** 0.5
+        factor = dim**0.5 * (query.shape[3] ** -0.5 if self.scale is None else self.scale)
+        return _filled(query, dim) if abs(factor - 1) < 1e-6 else _filled(query, dim) * factor
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any, scores: Scores = PLAIN

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvsim.engines.kvruntime import GROW_TOKENS
-from kvsim.layout import Buffer, LayerShape, Method, nbytes
+from kvsim.layout import Buffer, LayerShape, Method, leaving, nbytes
 
 Fresh = tuple[Tensor, Tensor, list[int] | None]
 """Tokens not yet stored: key, value, lengths, as ``append`` takes them."""
@@ -119,6 +119,31 @@ class Rows:
         """
         raise ValueError(f"{self.method.name} cannot forget its oldest tokens")
 
+    def drop(self, blocks: Sequence[Tensor | None], sink: int) -> None:
+        """Forgets of row b the ``blocks[b] [num_kv_heads, n]``, every head its own; None: nothing.
+
+        Block i is the i-th :func:`kvsim.layout.leaving` tokens after the first ``sink``.  What is left keeps its order.
+        This is for tensors ``[batch_size, num_kv_heads, slots, ...]``, a token a slot; another layout has its own.
+        Raises ``ValueError`` for a method whose tokens do not leave one by one.
+        """
+        if leaving(self.method, sink) != 1:
+            raise ValueError(f"{self.method.name} does not let each head forget tokens of its own")
+        counts = [0 if each is None else each.shape[1] for each in blocks]
+        alike = len(set(zip(self.row_lengths, counts, strict=True))) == 1
+        groups = [slice(0, self.batch_size)] if alike else [slice(row, row + 1) for row in range(self.batch_size)]
+        for rows in groups:
+            length, mine = self.row_lengths[rows.start], [each for each in blocks[rows] if each is not None]
+            if not mine or not mine[0].shape[1]:
+                continue
+            left = sink + staying(torch.stack(mine), length - sink)
+            for tensor in self.tensors.values():
+                raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+                last = sink + left.shape[2]
+                at = left.reshape(*left.shape, *(1 for _ in raw.shape[3:])).expand(*left.shape, *raw.shape[3:])
+                raw[rows, :, sink:last] = raw[rows].gather(2, at)
+                raw[rows, :, last:length] = 0
+        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+
     def provide(self, num_tokens: int) -> None:
         """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``, and
         ``torch.OutOfMemoryError`` that says what would have fitted; what the layer holds is then as it was."""
@@ -195,6 +220,13 @@ class Rows:
             self.tensors[name] = tensor.index_select(self.ROW_AXES.get(name, 0), there)
         self.row_lengths = [self.row_lengths[row] for row in rows]
         self.batch_size = len(rows)
+
+
+def staying(dropped: Tensor, count: int) -> Tensor:
+    """Which of ``count`` stay where ``dropped [..., n]`` leave: ``[..., count - n]`` int64, ascending."""
+    gone = torch.zeros(*dropped.shape[:-1], count, dtype=torch.uint8, device=dropped.device).scatter_(-1, dropped, 1)
+    left: Tensor = gone.argsort(dim=-1, stable=True)[..., : count - dropped.shape[-1]]
+    return left
 
 
 def make_shared(method: Method, buffers: Sequence[Buffer], make: Any, device: torch.device) -> dict[str, Tensor]:

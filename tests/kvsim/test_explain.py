@@ -73,7 +73,15 @@ KINDS = (
     "moonshotai/Kimi-Linear-48B-A3B-Instruct",  # states and latents
     "nvidia/Nemotron-H-56B-Base-8K",
 )
-SPECS = ("fp16", "fp8", "int8", "nvfp4", "paged:inner=fp8", "evict:budget=512,inner=int4", "mix:exact=bf16,inner=fp8")
+SPECS = (
+    "fp16",
+    "fp8",
+    "int8",
+    "nvfp4",
+    "paged:inner=fp8",
+    "evict:policy=h2o,ratio=25%,inner=int4",
+    "mix:exact=bf16,inner=fp8",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)

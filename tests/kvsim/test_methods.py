@@ -261,6 +261,24 @@ def test_eviction_keeps_the_budget() -> None:
         Evict(budget=256, sink_length=300)
 
 
+def test_eviction_by_scores_and_by_ratio() -> None:
+    """A score of 4 bytes a head and token, or a block of those that leave together; a ratio follows the length."""
+    layer = LayerShape(8, 128, 128)
+    for policy in ("snapkv", "h2o", "expected"):
+        plain = Evict(budget=256, policy=policy)
+        assert nbytes(plain.buffers(layer, 2, 10_000)) == 2 * 8 * (256 * 2 * 128 * 2 + 252 * 4)
+        assert plain.read_parts(layer, 2, 10_000)["scores"] == 2 * 8 * 252 * 4
+        packed = Evict(budget=516, policy=policy, inner=Kivi(sink_length=4))
+        inner = nbytes(Kivi(sink_length=4).buffers(layer, 2, 516))
+        assert nbytes(packed.buffers(layer, 2, 10_000)) == inner + 2 * 8 * 4 * 4  # four blocks of 128
+    quarter = Evict(ratio=0.25)
+    for num_tokens, kept in ((1, 1), (5, 5), (6, 5), (20, 5), (24, 6), (4096, 1024), (131_072, 32_768)):
+        assert quarter.num_kept(layer, num_tokens) == kept
+        assert nbytes(quarter.buffers(layer, 2, num_tokens)) == nbytes(Full().buffers(layer, 2, kept))
+    assert Evict(ratio="12.5%").name == "evict-12.5%-s4(fp16)"
+    assert Evict(ratio=0.29).num_kept(layer, 100) == 29
+
+
 def test_paging_rounds_to_blocks() -> None:
     layer, method = LayerShape(8, 128, 128), Paged(block_size=16)
     for num_tokens, provided in ((0, 0), (1, 16), (16, 16), (17, 32), (1000, 1008)):
@@ -273,11 +291,15 @@ def test_paging_rounds_to_blocks() -> None:
     assert method.num_provided(narrow, 65) == 16 * len(touched)
 
 
-@pytest.mark.parametrize("name", ["paged", "evict"])
+@pytest.mark.parametrize("name", ["paged", "evict", "ratio"])
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4000), st.sampled_from([None, 1, 17, 128, 1024]), st.integers(1, 64))
 def test_wrappers_never_shrink(name: str, num_tokens: int, window: int | None, block: int) -> None:
-    method = Paged(block) if name == "paged" else Evict(budget=block * 16, sink_length=0)
+    method = {
+        "paged": Paged(block),
+        "evict": Evict(budget=block * 16, sink_length=0),
+        "ratio": Evict(ratio=block / 100, policy="h2o"),
+    }[name]
     layer = LayerShape(2, 64, 64, window=window)
     assert nbytes(method.buffers(layer, 1, num_tokens)) <= nbytes(method.buffers(layer, 1, num_tokens + 1))
 

@@ -121,7 +121,7 @@ def test_time_never_falls_as_a_batch_grows(name: str, engine: str) -> None:
     "spec",
     [
         *("kivi", "kivi-seed", "kivi:nbits=4,group_size=64", "kivi:nbits=2,sink_length=4,residual_length=64"),
-        *("paged:block_size=16,inner=kivi", "evict:budget=700,inner=kivi", "mix"),
+        *("paged:block_size=16,inner=kivi", "evict:budget=700,inner=kivi", "evict:policy=h2o,ratio=40%", "mix"),
         *("fp16", "fp8", "int8", "int4", "nvfp4"),
     ],
 )

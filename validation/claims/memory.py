@@ -90,7 +90,8 @@ def _boundary_task(grid: Grid, name: str, method: Method, device: torch.device, 
                 layers += [make_layer(method, shape, 1, size, device, shared) for shape in shapes]
             for layer, shape in zip(layers, shapes, strict=True):
                 key, value = filling[shape]
-                layer.append(key[:, :, done:num_tokens], value[:, :, done:num_tokens])
+                new_key, new_value = (x[:, :, done:num_tokens] for x in (key, value))
+                layer.append(new_key, new_value, None, new_key if layer.wants_query else None)
             trace.append([num_tokens, weigh(layers)])
         row = base_row("memory", "layers", name, method, len(shapes), device)
         row |= {"provided": kind, "max_seq_len": points[-1] if known else None, "num_tokens": points[-1]}
@@ -126,7 +127,7 @@ def _step_task(grid: Grid, name: str, method: Method, device: torch.device) -> T
         layer = make_layer(method, shape, 1, None, device)
         trace: list[list[int]] = []
         for step in range(grid.steps):
-            layer.append(key[:, :, step : step + 1], value[:, :, step : step + 1])
+            layer.append(key[:, :, step : step + 1], value[:, :, step : step + 1], None, query)
             layer.attend(query, shape.key_dim**-0.5)
             note(trace, step + 1, weigh(layer))
         row = base_row("memory", "layers", name, method, 1, device)

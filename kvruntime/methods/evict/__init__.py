@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvruntime.methods.evict.layer import EvictLayer
-from kvruntime.methods.room import Room
+from kvruntime.methods.room import Claims, Room
+from kvsim.layout import LayerShape
+from kvsim.methods import make_method
+from kvsim.methods.defaults import COMPRESSED
 from kvsim.methods.evict import Evict
 from kvsim.methods.full import Full
 
@@ -18,11 +21,25 @@ def read_back(method: Evict, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     if method.policy != "recent" or not isinstance(method.inner, Full):
         raise ValueError(f"{method.name}: what is kept depends on queries or on how the tokens came")
     num_tokens, sink = key.shape[2], method.sink_length
-    if num_tokens <= method.budget:
+    most = method.num_kept(LayerShape(key.shape[1], key.shape[3], value.shape[3]), num_tokens)
+    if num_tokens <= most:
         return key.half().float(), value.half().float()
-    newest = method.budget - sink
+    newest = most - sink
     kept = [x[:, :, [*range(sink), *range(num_tokens - newest, num_tokens)]].half().float() for x in (key, value)]
     return kept[0], kept[1]
 
 
-ROOM = Room(layer=EvictLayer, read_back=read_back, examples=(Evict(budget=96, sink_length=4),))
+EXAMPLE = Evict(budget=96, sink_length=4)
+
+CLAIMS = Claims(
+    core=(EXAMPLE,),
+    variants=(
+        Evict(ratio=0.25, policy="snapkv"),
+        Evict(budget=300, policy="h2o", observed=32),
+        Evict(budget=300, policy="expected", inner=make_method(COMPRESSED, sink_length=4)),
+    ),
+    **dict.fromkeys(("judged", "few", "one", "other"), (EXAMPLE,)),
+)
+"""One policy is judged by perplexity: what eviction loses, a text read token by token hardly shows."""
+
+ROOM = Room(layer=EvictLayer, read_back=read_back, examples=(EXAMPLE,), claims=CLAIMS)

@@ -1,7 +1,8 @@
-"""One attention layer that keeps at most ``budget`` tokens a row: the layer of the method inside, and who leaves it.
+"""One attention layer that keeps at most a budget of tokens a row: the layer of the method inside, and who leaves it.
 
 Kept tokens have the rotary embedding of the position at which they came, so attention over what is left needs no
-positions.  Tokens leave the inner layer's own tensors: memory does not grow beyond ``budget``.
+positions, and slots no order.  Tokens leave the inner layer's own tensors: memory does not grow beyond the budget.
+Heads keep different tokens, as many each: the tensors of a row have one length.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import torch
 from torch import Tensor
 
 from kvruntime.kernels.reference import PLAIN, Scores
-from kvruntime.methods.rows import Fresh, Rows, Steps
-from kvsim.layout import LayerShape, leaving
+from kvruntime.methods.evict.scores import ADDED, SCORES
+from kvruntime.methods.rows import Fresh, Rows, Steps, grown, staying
+from kvsim.layout import LayerShape
 from kvsim.methods.evict import Evict
+
+LOCAL = 32
+"""Newest tokens of a prompt that ``expected`` keeps unscored (the paper keeps none; ``snapkv`` its ``observed``)."""
 
 
 class EvictLayer(Rows):
-    """The first ``sink_length`` tokens of a row and others, ``budget`` at most, in ``inner``.
+    """The first ``sink_length`` tokens of a row and others, no more than ``method.num_kept`` says, in ``inner``.
 
-    ``policy`` ``recent``: the newest.  ``snapkv``: of a prompt longer than the budget those that its last queries
-    attend to most, then the newest.  ``make``: makes the layer of the method inside.
+    Policy ``recent`` keeps the newest.  Under the others each head has a score a token, or a block of those that leave
+    ``inner`` together; the lowest leave first, but none of the newest ``method.num_recent``.  Tokens that no query has
+    scored yet have 0: what a prompt chose leaves after what was generated since and is no longer new.
+    ``make``: makes the layer of the method inside.
     """
 
     method: Evict
@@ -41,14 +48,18 @@ class EvictLayer(Rows):
     ) -> None:
         self.inner = make(method.inner, shape, batch_size, None, torch.device(device), shared)
         method.check_runs()
-        self.leaving = leaving(method.inner, method.sink_length)
+        self.block = method.block
         self.seen = [0] * batch_size
+        self.newest = [0] * batch_size
+        """Tokens at a row's end that came one after the other."""
+        self.scores: Tensor | None = None
+        """``[batch_size, num_kv_heads, blocks]`` float32; the first block begins after the sink."""
         super().__init__(method, shape, batch_size, max_seq_len, device, shared)
 
     @property
     def wants_query(self) -> bool:  # type: ignore[override]
-        """Whether a prompt's queries choose among its tokens."""
-        return self.method.policy == "snapkv"
+        """Whether queries choose among the tokens."""
+        return self.method.scores
 
     @property
     def is_croppable(self) -> bool:
@@ -69,86 +80,167 @@ class EvictLayer(Rows):
         """Makes the inner layer provide for what is kept of ``num_tokens`` tokens a row."""
         if self.tensors and num_tokens <= self.num_provided:
             return
-        provided, limit = self.provided(num_tokens), self.inner.limit
-        self.inner.limit = min(provided, self.method.budget)
+        provided, limit, scores = self.provided(num_tokens), self.inner.limit, self.scores
+        self.inner.limit = self.method.num_kept(self.shape, provided)
         self.inner.num_layers = self.num_layers
         try:
+            for buffer in self.method.score_buffers(self.shape, self.batch_size, self.inner.limit):
+                scores = grown(self.scores, buffer, self.device)
             self.inner.provide(self.inner.limit)
         except torch.OutOfMemoryError:
             self.inner.limit = limit
             raise
-        self.num_provided = provided
+        self.num_provided, self.scores = provided, scores
         self._mirror()
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
         """Stores ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike, and evicts what is too much.
 
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L.  ``query [batch_size, num_q_heads, L,
-        key_dim]``: of these tokens, for a prompt under ``snapkv``.
+        key_dim]``: of these tokens, for policies that score.  Raises ``ValueError`` where they are missing.
         """
         counts = [key.shape[2]] * self.batch_size if lengths is None else list(lengths)
-        self.provide(max(seen + count for seen, count in zip(self.seen, counts, strict=True)))
-        self.seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
-        if max(counts, default=0) > self.method.budget and not any(self.inner.row_lengths):
-            key, value, counts = self._kept_of_prompt(key, value, counts, query)
-        granule = self.leaving
-        step = max(1, min(granule, self.method.budget - self.method.sink_length - granule) if granule > 1 else 1)
-        fits = all(
-            length + count <= self.method.budget for length, count in zip(self.inner.row_lengths, counts, strict=True)
-        )
-        step = key.shape[2] if fits else step
+        seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
+        self.provide(max(seen))
+        before, self.seen = self.seen, seen
+        budgets = [self.method.num_kept(self.shape, seen) for seen in self.seen]
+        fresh: list[Tensor | None] = [None] * self.batch_size
+        if self.method.scores:
+            fresh = [self._score(row, key, value, counts[row], query, before[row]) for row in range(self.batch_size)]
+        if not any(self.inner.row_lengths) and any(n > most for n, most in zip(counts, budgets, strict=True)):
+            key, value, counts, fresh = self._chosen(key, value, counts, budgets, fresh)
+        step = key.shape[2]
+        if any(n + c > most for n, c, most in zip(self.inner.row_lengths, counts, budgets, strict=True)):
+            step = min(map(self._step, budgets))
         for first in range(0, key.shape[2], step):
             last = min(first + step, key.shape[2])
             # row b's tokens are the last counts[b]: those among the columns first to last
-            mine = [max(0, min(last - first, last - (key.shape[2] - count))) for count in counts]
-            self._make_room_inside(mine)
+            skipped = [key.shape[2] - count for count in counts]
+            mine = [max(0, min(last - first, last - skip)) for skip in skipped]
+            self._make_room_inside(mine, budgets)
             self.inner.append(key[:, :, first:last], value[:, :, first:last], mine)
+            for row, (count, skip, scores) in enumerate(zip(mine, skipped, fresh, strict=True)):
+                if scores is not None and count:
+                    self._add(row, scores[:, last - skip - count : last - skip])
+            self.newest = [n + count for n, count in zip(self.newest, mine, strict=True)]
         self._mirror()
 
-    def _make_room_inside(self, counts: list[int]) -> None:
-        granule, budget = self.leaving, self.method.budget
-        over = [max(0, length + count - budget) for length, count in zip(self.inner.row_lengths, counts, strict=True)]
-        if any(over):
-            self.inner.forget([-(-each // granule) * granule for each in over], self.method.sink_length)
+    def _step(self, budget: int) -> int:
+        """Tokens that may come at a time where others leave for them: few of those among which scores choose, and over
+        records no more than have left the exact ring."""
+        after = budget - self.method.sink_length
+        if self.block > 1:
+            return max(1, min(self.block, after - 2 * self.block + 1))
+        return max(1, (after - self.method.num_recent(budget)) // (8 if self.method.scores else 1))
 
-    def _kept_of_prompt(
-        self, key: Tensor, value: Tensor, counts: list[int], query: Tensor | None
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """A prompt's kept tokens, right-aligned: ``[batch_size, num_kv_heads, budget, dim]`` and how many a row."""
-        budget, sink, length = self.method.budget, self.method.sink_length, key.shape[2]
-        kept = [min(count, budget) for count in counts]
-        index = torch.zeros(self.batch_size, key.shape[1], budget, dtype=torch.int64, device=key.device)
-        for row, count in enumerate(counts):
-            first = length - count
-            if count <= budget:
-                chosen = torch.arange(first, length, device=key.device).expand(key.shape[1], -1)
-            elif self.method.policy == "recent":
-                newest = torch.arange(length - (budget - sink), length, device=key.device)
-                chosen = torch.cat([torch.arange(first, first + sink, device=key.device), newest])
-                chosen = chosen.expand(key.shape[1], -1)
+    def _make_room_inside(self, counts: list[int], budgets: list[int]) -> None:
+        """Evicts what ``counts`` more tokens a row have no room for."""
+        method, sink, unit = self.method, self.method.sink_length, -(-(self.method.interval or 1) // self.block)
+        lengths = self.inner.row_lengths
+        over = [max(0, n + count - most) for n, count, most in zip(lengths, counts, budgets, strict=True)]
+        if not any(over):
+            return
+        if not method.scores and unit == 1:
+            self.inner.forget([-(-each // self.block) * self.block for each in over], sink)
+            return
+        dropped: list[Tensor | None] = []
+        for row, (length, each, budget) in enumerate(zip(lengths, over, budgets, strict=True)):
+            needed = -(-each // self.block)
+            stored = (length - sink - (self.block if self.block > 1 else 0)) // self.block  # of these none is in a ring
+            new = min(self.newest[row], method.num_recent(budget))
+            most = max(needed, min(stored, (length - sink - new) // self.block))
+            count = min(-(-needed // unit) * unit, most)
+            dropped.append(self._lowest(row, count, most) if count else None)
+        self.inner.drop(dropped, sink)
+
+    def _lowest(self, row: int, count: int, most: int) -> Tensor:
+        """The ``count`` blocks of the first ``most`` that leave row ``row``, ``[num_kv_heads, count]``, and with them
+        their scores."""
+        if self.scores is None:
+            return torch.arange(count, device=self.device).expand(self.shape.num_kv_heads, -1)
+        scores = self.scores[row]
+        chosen = scores[:, :most].topk(count, -1, largest=False).indices
+        left = staying(chosen, scores.shape[1])
+        scores[:, : left.shape[1]] = scores.gather(1, left)
+        scores[:, left.shape[1] :] = 0
+        return chosen
+
+    def _score(
+        self, row: int, key: Tensor, value: Tensor, count: int, query: Tensor | None, seen: int
+    ) -> Tensor | None:
+        """The scores of a row's ``count`` new tokens, ``[num_kv_heads, count]``; those of held ones are brought up to
+        date.  None where these queries score nothing: of a single token every ``interval``-th under ``h2o``."""
+        method, weight = self.method, 1
+        if key.shape[2] == 1 and seen:
+            weight = method.interval or 1
+            if method.policy not in ADDED or seen // weight == (seen + count) // weight:
+                return None
+        if not count:
+            return None
+        if query is None:
+            if method.policy in ADDED or count > method.num_kept(self.shape, count):
+                raise ValueError(f"{method.name}: a prompt of {count} tokens came without its queries")
+            return None
+        keys, values = key[row, :, key.shape[2] - count :], value[row, :, key.shape[2] - count :]
+        held = self.inner.row_lengths[row]
+        if held:
+            stored = zip(self.inner.tokens(row), (keys, values), strict=True)
+            keys, values = (torch.cat([old.to(x.dtype), x], 1) for old, x in stored)
+        scores = SCORES[method.policy](method, query[row, :, key.shape[2] - count :], keys, values) * weight
+        if held:
+            assert self.scores is not None
+            if method.policy not in ADDED:
+                self.scores[row] = 0
+            self._add(row, scores[:, :held], 0)
+        return scores[:, held:]
+
+    def _add(self, row: int, scores: Tensor, first: int | None = None) -> None:
+        """Adds ``scores [num_kv_heads, n]`` of the tokens from slot ``first`` on, or of the newest n."""
+        assert self.scores is not None
+        first = self.inner.row_lengths[row] - scores.shape[1] if first is None else first
+        skip = min(scores.shape[1], max(0, self.method.sink_length - first))
+        slot = torch.arange(first + skip, first + scores.shape[1], device=self.device) - self.method.sink_length
+        self.scores[row].index_add_(1, slot // self.block, scores[:, skip:].to(self.scores.dtype))
+
+    def _chosen(
+        self, key: Tensor, value: Tensor, counts: list[int], budgets: list[int], scores: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor, list[int], list[Tensor | None]]:
+        """A prompt's kept tokens, right-aligned: ``[batch_size, num_kv_heads, most, dim]``, how many a row, and their
+        scores."""
+        length, heads = key.shape[2], key.shape[1]
+        kept = [min(count, budget) for count, budget in zip(counts, budgets, strict=True)]
+        index = torch.zeros(self.batch_size, heads, max(kept), dtype=torch.int64, device=key.device)
+        out: list[Tensor | None] = []
+        for row, (count, most, own) in enumerate(zip(counts, kept, scores, strict=True)):
+            if count <= most:
+                chosen = torch.arange(count, device=key.device).expand(heads, -1)
+            elif own is None:
+                sink = self.method.sink_length
+                newest = torch.arange(count - (most - sink), count, device=key.device)
+                chosen = torch.cat([torch.arange(sink, device=key.device), newest]).expand(heads, -1)
             else:
-                if query is None:
-                    raise ValueError(f"{self.method.name}: a prompt of {count} tokens came without its queries")
-                chosen = first + self._attended(query[row, :, first:], key[row, :, first:])
-            index[row, :, budget - min(count, budget) :] = chosen
+                chosen = self._highest(row, own, most)
+            index[row, :, max(kept) - most :] = chosen + length - count
+            out.append(None if own is None else own.gather(1, chosen))
         kept_key, kept_value = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3])) for x in (key, value))
-        return kept_key, kept_value, kept
+        return kept_key, kept_value, kept, out
 
-    def _attended(self, query: Tensor, key: Tensor) -> Tensor:
-        """Which tokens of ``key [num_kv_heads, L, dim]`` a head keeps, ascending: ``[num_kv_heads, budget]``.
+    def _highest(self, row: int, scores: Tensor, budget: int) -> Tensor:
+        """Which tokens of a row's prompt a head keeps by ``scores [num_kv_heads, L]``: ``[num_kv_heads, budget]``.
 
-        Its sink, its last ``observed``, and of the others those that the last ``observed`` queries, mean over the query
-        heads that share the head, attend to most, pooled over ``kernel_size`` neighbours (arXiv 2404.14469).
+        Its sink, then those that score most, then the newest.  Tokens that leave together were chosen together: the
+        blocks between are in the order of their scores, the tokens of one in that of their positions.
         """
-        method, (heads, length, dim) = self.method, key.shape
-        observed = query[:, -method.observed :].float().reshape(heads, -1, method.observed, dim)
-        score = torch.einsum("hgod,hld->hgol", observed, key.float()) * dim**-0.5
-        at = torch.arange(length, device=key.device)
-        score = score.masked_fill(at > at[-method.observed :, None], float("-inf")).softmax(-1).mean((1, 2))
-        score = torch.nn.functional.max_pool1d(score[:, None], method.kernel_size, 1, method.kernel_size // 2)[:, 0]
-        score[:, : method.sink_length] = float("inf")
-        score[:, -method.observed :] = float("inf")
-        return score.topk(method.budget, -1).indices.sort(-1).values
+        method, sink, length = self.method, self.method.sink_length, scores.shape[1]
+        forced = {"snapkv": method.observed or 0, "h2o": method.num_recent(budget)}
+        newest = min(forced.get(method.policy, min(LOCAL, method.num_recent(budget))), budget - sink)
+        between = budget - sink - newest
+        chosen = sink + scores[:, sink : length - newest].topk(between, -1).indices.flip(-1)
+        size = self.block if self.block > 1 else max(1, between)
+        blocks = [part.sort(-1).values for part in chosen.split(size, -1)]
+        self.newest[row] = newest - budget  # of the budget that append is about to count
+        at = torch.arange(length, device=scores.device).expand(scores.shape[0], -1)
+        return torch.cat([at[:, :sink], *blocks, at[:, length - newest :]], 1)
 
     def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, **more: Any) -> Tensor:
         """Attention over what is kept, or over the window of it: the inner layer's, with what it takes of
@@ -177,25 +269,30 @@ class EvictLayer(Rows):
         return key, value
 
     def books(self) -> dict[str, Any]:
-        """Those of the inner layer, and the tokens seen."""
-        return {"seen": list(self.seen), "inner": self.inner.books()}
+        """Those of the inner layer, the tokens seen, and the newest that came one after the other."""
+        return {"seen": list(self.seen), "newest": list(self.newest), "inner": self.inner.books()}
 
     def take_books(self, books: Mapping[str, Any]) -> None:
         """Takes over :meth:`books`."""
         self.seen = list(books["seen"])
         self.inner.take_books(books["inner"])
+        self.newest = list(books.get("newest", self.inner.row_lengths))
         self._mirror()
 
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         super().reset()
         self.inner.reset()
-        self.seen = [0] * self.batch_size
+        self.seen, self.newest = [0] * self.batch_size, [0] * self.batch_size
+        if self.scores is not None:
+            self.scores.zero_()
 
     def reorder(self, index: Tensor) -> None:
         """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
         self.inner.reorder(index)
-        self.seen = [self.seen[row] for row in index.tolist()]
+        self.seen, self.newest = ([each[row] for row in index.tolist()] for each in (self.seen, self.newest))
+        if self.scores is not None:
+            self.scores = self.scores.index_select(0, index.to(self.device))
         self.batch_size = self.inner.batch_size
         self._mirror()
 
@@ -208,7 +305,12 @@ class EvictLayer(Rows):
             raise ValueError(f"cannot crop to {num_tokens} tokens: tokens that would come back are evicted")
         self.inner.crop(num_tokens)
         self.seen = [seen - drop for seen in self.seen]
+        self.newest = [max(0, newest - drop) for newest in self.newest]
+        if self.scores is not None:  # a block that keeps a token keeps its score
+            for row, length in enumerate(self.inner.row_lengths):
+                self.scores[row, :, -(-max(0, length - self.method.sink_length) // self.block) :] = 0
         self._mirror()
 
     def _mirror(self) -> None:
-        self.tensors, self.row_lengths = self.inner.tensors, list(self.inner.row_lengths)
+        own = {} if self.scores is None else {"scores": self.scores}
+        self.tensors, self.row_lengths = {**self.inner.tensors, **own}, list(self.inner.row_lengths)

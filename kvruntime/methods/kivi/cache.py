@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvruntime.kernels.reference import PLAIN, Scores, embedded
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.rows import Rows, Steps
+from kvruntime.methods.rows import Rows, Steps, staying
 from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
 
@@ -296,6 +296,23 @@ class KiviLayer(Rows):
                 first, last = count // self.record.num_tokens, packed // self.record.num_tokens
                 records[row, : last - first] = records[row, first:last].clone()
         self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+        self._write_lengths([packed - count for packed, count in zip(self.row_packed, counts, strict=True)])
+
+    def drop(self, blocks: Sequence[Tensor | None], sink: int) -> None:
+        """Forgets of row b the ``blocks[b] [num_kv_heads, n]``, every head its own: whole records, packed already.
+
+        Raises ``ValueError`` for another sink than the method's own.
+        """
+        block, length = self.method.leaving(sink), self.record.num_tokens
+        counts = [0 if each is None else each.shape[1] * block for each in blocks]
+        records, within = self.tensors["records"], torch.arange(block // length, device=self.device)
+        for row, (packed, each) in enumerate(zip(self.row_packed, blocks, strict=True)):
+            if each is not None:
+                gone = (each[..., None] * (block // length) + within).flatten(1)
+                left = staying(gone, packed // length).T  # [records, heads]
+                at = left[..., None].expand(-1, -1, records.shape[3])
+                records[row, : left.shape[0]] = records[row].gather(0, at)
+        self.row_lengths = [tokens - count for tokens, count in zip(self.row_lengths, counts, strict=True)]
         self._write_lengths([packed - count for packed, count in zip(self.row_packed, counts, strict=True)])
 
     def reset(self) -> None:
