@@ -276,11 +276,11 @@ def test_under_generate(method: Evict, tmp_path) -> None:
     assert sizes[method] < sizes[method.inner]
 
 
-def test_the_models_own_scale_scores() -> None:
+def test_the_models_own_scale_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries reach the layer such that the root of its channels scales them as the model does."""
     model, seen = tiny("Llama"), []
     for layer in model.model.layers:
-        layer.self_attn.scaling = 0.5
+        monkeypatch.setattr(layer.self_attn, "scaling", 0.5)
     cache = make_cache(model, Evict(budget=16, policy="snapkv", observed=4))
     inputs, more = prompt(1, 12), prompt(1, 3)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_the_models_own_scale_scores() -> None:
     hidden = first.input_layernorm(model.model.embed_tokens(more["input_ids"]))
     raw = first.self_attn.q_proj(hidden).view(1, 3, -1, store.shape.key_dim).transpose(1, 2)
     want = raw.norm(dim=-1) * 0.5 * store.shape.key_dim**0.5  # a rotation keeps lengths
-    assert torch.allclose(seen[0].norm(dim=-1), want, rtol=1e-4)
+    assert torch.allclose(seen[0].norm(dim=-1), want, rtol=1e-3)
 
 
 def test_specs_compose() -> None:
