@@ -146,7 +146,7 @@ def _paged(method: Method) -> Any:
     """The method's pages.  Raises ``ValueError`` for one that has none."""
     room = room_of(method)
     if room.paged is None:
-        raise ValueError(f"{method.name} does not fit an engine's pages: what a row holds is no function of its length")
+        raise ValueError(f"{method.name} does not fit an engine's pages: {room.unpaged}")
     return room.paged
 
 

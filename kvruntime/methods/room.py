@@ -178,3 +178,5 @@ class Room(NamedTuple):
     paged: Any = None
     """``page_shape``, ``packed_tokens`` and the reference and kernels of :mod:`kvruntime.paged`; None: it fits no pages
     (:func:`kvruntime.paged.check` says why)."""
+    unpaged: str = "what a row holds is no function of its length"
+    """Why it fits no pages, where ``paged`` is None."""

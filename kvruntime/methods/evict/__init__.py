@@ -42,4 +42,10 @@ CLAIMS = Claims(
 )
 """One policy is judged by perplexity: what eviction loses, a text read token by token hardly shows."""
 
-ROOM = Room(layer=EvictLayer, read_back=read_back, examples=(EXAMPLE,), claims=CLAIMS)
+ROOM = Room(
+    layer=EvictLayer,
+    read_back=read_back,
+    examples=(EXAMPLE,),
+    claims=CLAIMS,
+    unpaged="what is kept moves to other slots, and a table holds tokens by their positions",
+)

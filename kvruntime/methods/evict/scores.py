@@ -15,7 +15,7 @@ from torch.nn.functional import max_pool1d
 
 from kvsim.methods.evict import Evict
 
-BLOCK = 1 << 24
+BLOCK = 1 << 26
 """Attention weights that are held at a time."""
 
 
