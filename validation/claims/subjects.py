@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def describe_method(method: Method) -> dict[str, Any]:
 
 def rebuild_method(described: dict[str, Any]) -> Method:
     """The method that :func:`describe_method` described.  Raises ``ValueError`` for one that kvsim does not know."""
-    types = _types()
+    types = _types(tuple(METHODS.values()))
     if described["type"] not in types:
         raise ValueError(f"method type {described['type']!r}: allowed are {', '.join(types)}")
     own = {key: value for key, value in described.items() if key not in ("name", "type")}
@@ -57,9 +58,9 @@ def rebuild_method(described: dict[str, Any]) -> Method:
 
 
 @cache
-def _types() -> dict[str, type[Method]]:
-    """Every method's class by its name."""
-    return {type(method).__name__: type(method) for method in (make() for make in METHODS.values())}
+def _types(makers: tuple[Callable[..., Method], ...]) -> dict[str, type[Method]]:
+    """Every method's class by its name, of these factories."""
+    return {type(method).__name__: type(method) for method in (make() for make in makers)}
 
 
 Run = tuple[str, int, int, tuple[Method, ...]]
