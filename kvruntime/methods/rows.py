@@ -129,19 +129,19 @@ class Rows:
         if leaving(self.method, sink) != 1:
             raise ValueError(f"{self.method.name} does not let each head forget tokens of its own")
         counts = [0 if each is None else each.shape[1] for each in blocks]
-        alike = len(set(zip(self.row_lengths, counts, strict=True))) == 1
+        alike = len(set(counts)) == 1  # then empty slots move up behind a shorter row's tokens
         groups = [slice(0, self.batch_size)] if alike else [slice(row, row + 1) for row in range(self.batch_size)]
         for rows in groups:
-            length, mine = self.row_lengths[rows.start], [each for each in blocks[rows] if each is not None]
+            longest, mine = max(self.row_lengths[rows]), [each for each in blocks[rows] if each is not None]
             if not mine or not mine[0].shape[1]:
                 continue
-            left = sink + staying(torch.stack(mine), length - sink)
+            left = sink + staying(torch.stack(mine), longest - sink)
             for tensor in self.tensors.values():
                 raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
                 last = sink + left.shape[2]
                 at = left.reshape(*left.shape, *(1 for _ in raw.shape[3:])).expand(*left.shape, *raw.shape[3:])
                 raw[rows, :, sink:last] = raw[rows].gather(2, at)
-                raw[rows, :, last:length] = 0
+                raw[rows, :, last:longest] = 0
         self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
 
     def provide(self, num_tokens: int) -> None:

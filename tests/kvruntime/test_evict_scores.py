@@ -242,6 +242,31 @@ def test_a_ratio_keeps_a_share_of_what_was_seen(policy: str, inner) -> None:
     assert weigh(layer) < (0.5 if inner is PLAIN else 0.75) * weigh(whole)
 
 
+@pytest.mark.parametrize("inner", [PLAIN, KIVI], ids=lambda inner: inner.name)
+@pytest.mark.parametrize("policy", ["recent", "snapkv", "h2o", "expected"])
+def test_rows_choose_alone(policy: str, inner) -> None:
+    """Rows of their own lengths in one batch keep what each would keep alone, also once they change places."""
+    shape, budget = LayerShape(HEADS, 32, 32), 20 if inner is PLAIN else 100
+    method = Evict(budget=budget, inner=inner, policy=policy, observed=8, interval=3)
+    tensors, lengths = sequence(260, 3, dim=32), [220, 90, 6]
+    layer = make_layer(method, shape, 3, None, CPU)
+    query, key, value = (x[:, :, :220] for x in tensors)
+    layer.append(key, value, lengths, query)
+    for token in range(220, 250):
+        query, key, value = (x[:, :, token : token + 1] for x in tensors)
+        layer.append(key, value, None, query)
+    layer.reorder(torch.tensor([2, 0]))
+    for row, place in ((2, 0), (0, 1)):
+        alone = make_layer(method, shape, 1, None, CPU)
+        feed(alone, tuple(x[row : row + 1] for x in tensors), lengths[row], *[1] * 30, start=220 - lengths[row])
+        assert alone.row_lengths[0] == layer.row_lengths[place]
+        for mine, its in zip(layer.tokens(place), alone.tokens(0), strict=True):
+            assert torch.allclose(mine, its)
+        if method.scores:
+            blocks = -(-(alone.row_lengths[0] - 4) // method.block)
+            assert torch.allclose(layer.scores[place, :, :blocks], alone.scores[0, :, :blocks], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "method",
     [
