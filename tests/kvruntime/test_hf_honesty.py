@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from kvruntime import hf, make_cache
 from kvruntime.hf.cache import CacheLayer, argument
 from kvsim.layout import LayerShape, nbytes
+from kvsim.methods import kivi_boost
 
 SHAPES = {"GPT-2": LayerShape(4, 32, 32), "Llama": LayerShape(2, 32, 32)}  # as their configs say (hf_models.py)
 METHODS = {
@@ -24,6 +25,8 @@ METHODS = {
     "kivi-k4v2-sink": ("kivi", {"key_nbits": 4, "value_nbits": 2, "residual_length": 96, "sink_length": 4}),
     "kivi-seed": ("kivi-seed", {}),
     "kivi-boost": ("kivi-boost", {"nbits": 3, "residual_length": 64}),
+    "h2o-ratio": ("evict", {"policy": "h2o", "ratio": 0.25}),
+    "snapkv-kivi-boost": ("evict", {"policy": "snapkv", "budget": 150, "inner": kivi_boost(residual_length=64)}),
 }
 
 
@@ -116,7 +119,7 @@ def test_no_token_survives_outside_the_buffers(name, monkeypatch):
 
     def spy(layer, key, value, lengths, query=None):
         fresh.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (key, value))
-        append(layer, key, value, lengths)
+        append(layer, key, value, lengths, query)
 
     monkeypatch.setattr(CacheLayer, "append", spy)
     cache = make_cache(model, METHODS[name][0], **METHODS[name][1], compiled=False)
