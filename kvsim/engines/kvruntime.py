@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kvsim.engines.engine import Engine
 from kvsim.engines.ideal import method_parts
 from kvsim.engines.states import in_transformers
-from kvsim.layout import Layers, LayerShape, Method, parts
+from kvsim.layout import Layers, LayerShape, Method, leaving, parts
 from kvsim.methods import METHODS, Full, LayerMix, at, placed
 from kvsim.methods.evict import windowed
 from kvsim.whole_numbers import check_whole
@@ -153,7 +153,7 @@ class Kvruntime(Engine):
         grows = f"grows in blocks of {GROW_TOKENS} tokens a row"
         out = [f"allocated for {self.max_seq_len:,} tokens a row at once" if self.max_seq_len else grows]
         if window := window_of(model.cache_layers):
-            step = windowed(method, window).budget - window
+            step = leaving(method, 0)
             out.append(
                 f"windows of {window:,} tokens are packed: what has left them is forgotten {step} tokens at a time"
             )
