@@ -48,9 +48,11 @@ def softmax_step(score, visible, peak, total):
 
 @triton.jit
 def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr = False, ROTATION: tl.constexpr = 0):  # fmt: skip
+                   BLOCK_S: tl.constexpr, EARLY: tl.constexpr = False, ROTATION: tl.constexpr = 0,
+                   signs_ptr=None):  # fmt: skip
     """Merge the splits of one query row: ``out = sum_s 2**(lse_s - max) out_s / sum_s 2**(lse_s - max)``.  With
-    ``ROTATION``, which ``BLOCK_D`` then is, that is rotated (:func:`kvruntime.kernels.hadamard.rotate_rows`)."""
+    ``ROTATION``, which ``BLOCK_D`` then is, that is rotated (:func:`kvruntime.kernels.hadamard.rotate_rows`), and
+    multiplied by ``signs_ptr``'s where there are some."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -65,4 +67,6 @@ def combine_kernel(partial_ptr, lse_ptr, out_ptr, num_splits, VALUE_DIM: tl.cons
     out = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     if ROTATION > 0:
         out = tl.reshape(rotate_rows(tl.reshape(out, (1, BLOCK_D)), 1, BLOCK_D, ROTATION), (BLOCK_D,))
+    if signs_ptr is not None:
+        out *= tl.load(signs_ptr + d, mask=d < VALUE_DIM, other=0).to(tl.float32)
     tl.store(out_ptr + row * VALUE_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < VALUE_DIM)

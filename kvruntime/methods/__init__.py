@@ -8,14 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvruntime.methods import evict, full, kivi
+from kvruntime.methods import evict, full, kivi, token
 from kvruntime.methods.room import Layer, Room
 from kvruntime.methods.rows import Fresh, Steps, make_shared
 from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import LayerShape, Method, shared_buffers
-from kvsim.methods import Evict, Full, Kivi
+from kvsim.methods import Evict, Full, Kivi, PerTokenHead, TurboQuant
 
-LAYERS: dict[type, Room] = {Full: full.ROOM, Kivi: kivi.ROOM, Evict: evict.ROOM}
+LAYERS: dict[type, Room] = {
+    Full: full.ROOM,
+    Kivi: kivi.ROOM,
+    PerTokenHead: token.ROOM,
+    TurboQuant: token.TURBOQUANT_ROOM,
+    Evict: evict.ROOM,
+}
 """Method type -> its room, one row a method."""
 
 

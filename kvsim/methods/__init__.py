@@ -16,6 +16,7 @@ from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
 from kvsim.methods.per_token_head import PerTokenHead
+from kvsim.methods.turboquant import TurboQuant
 from kvsim.nearest import hint
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -28,9 +29,11 @@ METHODS: dict[str, Callable[..., Method]] = {
     "fp8": Fp8,
     "fp8-e5m2": lambda: Fp8("e5m2"),
     "fp8-token-head": lambda scale_dtype="float32": PerTokenHead("fp8", scale_dtype),
+    "fp8-e5m2-token-head": lambda scale_dtype="float32": PerTokenHead("fp8-e5m2", scale_dtype),
     "int8": lambda scale_dtype="float32": PerTokenHead("int8", scale_dtype),
     "int4": lambda scale_dtype="float32": PerTokenHead("int4", scale_dtype),
     "nvfp4": Nvfp4,
+    "turboquant": TurboQuant,
     "q8_0": lambda value_type="q8_0": Ggml("q8_0", value_type),
     "q5_1": lambda value_type="q5_1": Ggml("q5_1", value_type),
     "q5_0": lambda value_type="q5_0": Ggml("q5_0", value_type),
@@ -85,6 +88,7 @@ __all__ = [
     "Nvfp4",
     "Paged",
     "PerTokenHead",
+    "TurboQuant",
     "at",
     "kivi_boost",
     "kivi_seed",

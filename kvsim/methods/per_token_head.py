@@ -1,4 +1,4 @@
-"""Whole numbers (or fp8) with one scale a token and head: ``int8``, ``int4``, ``fp8-token-head``.
+"""Whole numbers (or fp8) with one scale a token and head: ``int8``, ``int4``, ``fp8-token-head`` (e4m3, e5m2).
 
 As vLLM stores ``--kv-cache-dtype int8_per_token_head`` and its kin (0.32, ``TritonAttentionBackend.customize_spec``):
 the codes of a token and head, then one float32 scale, for keys and values apart.  Four-bit codes are two a byte;
@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, parts
 from kvsim.methods.formulas import Formula, Number, Written, held
 
-CODES = {"int8": ("int8", 1), "int4": ("uint8", 2), "fp8": ("float8_e4m3fn", 1)}
+CODES = {
+    "int8": ("int8", 1),
+    "int4": ("uint8", 2),
+    "fp8": ("float8_e4m3fn", 1),
+    "fp8-e5m2": ("float8_e5m2", 1),
+}
 """Format -> the stored type, and codes an element of it."""
 SCALES = ("float32", "float16", "bfloat16")
 
@@ -21,7 +26,7 @@ SCALES = ("float32", "float16", "bfloat16")
 class PerTokenHead:
     """Codes ``[batch_size, num_kv_heads, num_tokens, dim]`` and scales ``[batch_size, num_kv_heads, num_tokens]``.
 
-    ``format``: ``int8``, ``int4`` or ``fp8``; ``scale_dtype``: type of a scale.  Raises ``ValueError`` for another.
+    ``format``: ``int8``, ``int4``, ``fp8`` (e4m3) or ``fp8-e5m2``; ``scale_dtype``: type of a scale.  Raises ``ValueError`` for another.
     """
 
     format: str = "int8"
@@ -34,10 +39,23 @@ class PerTokenHead:
             raise ValueError(f"scale_dtype {self.scale_dtype!r}: allowed are {', '.join(SCALES)}")
 
     tokens_alone = True
+    kvruntime = True
+    head_multiple = 16
+
+    def check_runs(self) -> None:
+        """Raises ``ValueError`` where a scale's low bits, which are the zero point, would be most of it."""
+        if self.format == "int4" and self.scale_dtype == "bfloat16":
+            raise ValueError(
+                f"{self.name}: scale_dtype bfloat16 cannot hold a zero point: allowed are float32, float16"
+            )
+
+    def leaving(self, sink: int) -> int:
+        """Any number of tokens."""
+        return 1
 
     @property
     def name(self) -> str:
-        base = "fp8-token-head" if self.format == "fp8" else self.format
+        base = f"{self.format}-token-head" if self.format.startswith("fp8") else self.format
         bits = DTYPE_BITS[self.scale_dtype]
         return base if bits == 32 else f"{base}-s{bits}"
 

@@ -1,0 +1,157 @@
+"""One attention layer's cache of tokens that are coded one by one: the method's buffers, filled and read.
+
+On CUDA the Triton kernels run, elsewhere the PyTorch reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvruntime.kernels.reference import PLAIN, Scores, embedded
+from kvruntime.methods.rows import Fresh, Rows, Steps
+from kvruntime.methods.token import reference
+from kvsim.layout import LayerShape
+
+FORMATS = {"int8": "int8", "int4": "int4", "fp8": "e4m3", "fp8-e5m2": "e5m2"}
+"""The formats of ``PerTokenHead`` by coding."""
+
+
+def layout_of(method: Any, shape: LayerShape) -> reference.Layout:
+    """The codings of a method's keys and values."""
+    dims = (shape.key_dim, shape.value_dim)
+    if hasattr(method, "format"):
+        return reference.Layout(FORMATS[method.format], FORMATS[method.format], *dims)
+    return reference.Layout(f"lloyd{method.k_bits:g}", f"lloyd{method.v_bits:g}", *dims, method.norm_correction)
+
+
+class TokenLayer(Rows):
+    """Keys and values of ``batch_size`` rows in one layer, each token and head coded alone."""
+
+    def __init__(self, method: Any, shape: LayerShape, *args: Any, **kwargs: Any) -> None:
+        if shape.window is not None or shape.stride > 1 or not shape.value_dim:
+            what = "latent (MLA) layer" if not shape.value_dim else "compressed layer"
+            what = what if shape.window is None else f"window of {shape.window} tokens"
+            raise ValueError(f"{method.name} holds full-attention layers only, not a {what}")
+        self.layout = layout_of(method, shape)
+        streams = ((self.layout.key, shape.key_dim), (self.layout.value, shape.value_dim))
+        self._shared_names = [f"signs_{dim}" for _, dim in streams]
+        self._shared_names += [f"lookup_{dim}_{coding.removeprefix('lloyd')}bit" for coding, dim in streams]
+        super().__init__(method, shape, *args, **kwargs)
+
+    @property
+    def kernel(self) -> str:
+        """What attends."""
+        return "Triton" if self.device.type == "cuda" else "PyTorch reference"
+
+    @classmethod
+    def changes_scores(cls, device: torch.device) -> bool:
+        """Whether ``attend`` takes sinks and softcaps there: the reference does, the kernels do not."""
+        return device.type != "cuda"
+
+    def stored(self, lengths: Tensor | None = None) -> reference.Stored:
+        """What the kernels are told that this layer holds; ``lengths``: those on the device, where steps count."""
+        if lengths is None:
+            lengths = torch.tensor(self.row_lengths, dtype=torch.int32).to(self.device, non_blocking=True)
+        held = self.tensors
+        return reference.Stored(
+            held["key_codes"].view(torch.uint8),
+            held["key_scale"],
+            held["value_codes"].view(torch.uint8),
+            held["value_scale"],
+            lengths,
+            *(self.shared.get(name) for name in self._shared_names),
+        )
+
+    def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
+        """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
+
+        ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
+        not stored); ``None`` takes all.
+        """
+        counts = self.make_room(key, lengths)
+        run = _kernels("store").append if key.is_cuda else reference.append
+        run(key.detach(), value.detach(), counts, self.stored(), self.layout)
+        self.row_lengths = [start + count for start, count in zip(self.row_lengths, counts, strict=True)]
+
+    def attend(self, query: Tensor, scale: float, fresh: Fresh | None = None, *, scores: Scores = PLAIN) -> Tensor:
+        """Attention of ``query [batch_size, num_q_heads, L, key_dim]`` over what is stored.
+
+        ``fresh``: ``(key, value, lengths)`` of L tokens not yet stored, which query i sees up to and with its own;
+        without it L must be 1.  ``scores``: what the model does to them.  Returns
+        ``[batch_size, num_q_heads, L, value_dim]`` in the query's type; padding queries get zeros.
+        """
+        length = query.shape[2]
+        if fresh is None and length != 1:
+            raise ValueError(f"{length} queries over stored tokens only: allowed is 1, or give the fresh tokens")
+        if not scores.is_plain and not self.changes_scores(query.device):
+            raise ValueError(f"{self.method.name} on CUDA attends without sinks and softcaps")
+        new = None
+        if fresh is not None:
+            counts = [length] * self.batch_size if fresh[2] is None else fresh[2]
+            new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
+        if query.is_cuda:
+            out: Tensor = _kernels("attention").attend(
+                query, self.stored(), self.layout, scale, new, num_tokens=max(self.row_lengths)
+            )
+            return out
+        return reference.attend(query, self.stored(), self.layout, scale, new, scores=scores)
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        steps: Steps,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
+
+        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row.  ``rotary``: (cos, sin), each
+        ``[positions, key_dim]``; None: already embedded.  Returns ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA
+        the host's books stay behind until :meth:`catch_up` or :meth:`reset`.
+        """
+        if not key.is_cuda:
+            query, key = embedded(query, key, rotary, steps.positions)
+            self.append(key, value)
+            return self.attend(query, scale)
+        stored = self.stored(steps.lengths)
+        _kernels("store").step(query, key, value, stored, self.layout, steps.positions, rotary)
+        out: Tensor = _kernels("attention").attend(
+            query, stored, self.layout, scale, stepped=True, num_tokens=steps.num_tokens
+        )
+        return out
+
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a row as attention reads them: ``[num_kv_heads, row_lengths[row], dim]`` float32."""
+        slot = torch.arange(self.row_lengths[row], device=self.device)[None]
+        key, value = reference.read(self.stored(), self.layout, torch.full_like(slot, row), slot)
+        return key[0], value[0]
+
+    def forget(self, counts: Sequence[int], sink: int) -> None:
+        """Forgets row b's ``counts[b]`` oldest tokens after its first ``sink``."""
+        for tensor in self.tensors.values():
+            raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+            for row, (length, count) in enumerate(zip(self.row_lengths, counts, strict=True)):
+                if count:
+                    raw[row, :, sink : length - count] = raw[row, :, sink + count : length].clone()
+        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+
+    def crop(self, num_tokens: int) -> None:
+        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row."""
+        drop = max(0, max(self.row_lengths) - num_tokens)
+        if drop > min(self.row_lengths):
+            least = max(self.row_lengths) - min(self.row_lengths)
+            raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
+        self.row_lengths = [length - drop for length in self.row_lengths]
+
+
+def _kernels(name: str) -> Any:
+    """``kvruntime.methods.token.<name>``, where Triton is."""
+    from importlib import import_module
+
+    return import_module(f"kvruntime.methods.token.{name}")

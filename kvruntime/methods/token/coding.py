@@ -1,0 +1,109 @@
+"""How one head of one token lies in bytes: what the reference and the kernels both read.
+
+A *coding* is a name: ``int8``, ``int4``, ``e4m3``, ``e5m2``, or ``lloyd2`` to ``lloyd4`` with ``lloyd2.5`` and
+``lloyd3.5``, the widths of Lloyd-Max levels.  A head's codes are its *sections* one behind the other: channels of equal
+width, two of them where a width is half a bit more than a whole one.  A section's codes lie in *planes*, a power of two
+of bits each (three bits are two and one), in the order of the channels from the lowest bit of the first byte.  Only a
+second plane has another order (:func:`second_order`).
+
+A kernel reads *pieces* of a power of two of channels.  It takes sixteen words of a piece or more, for that is the least
+depth of a matrix product.  Where a piece has fewer 16-bit words than that, each is read several times, and each time
+other bits of it are looked at.
+
+A Lloyd-Max code is the number of the level's magnitude, and above it the sign.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+LIMIT = 65504.0
+"""What infinities and larger numbers are clamped to before they are coded: float16's largest."""
+LARGEST = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}
+"""The level of a token's largest magnitude."""
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+class Section(NamedTuple):
+    """``count`` channels from ``first`` on, whose ``nbits``-bit codes begin at byte ``offset`` of the head's."""
+
+    first: int
+    count: int
+    nbits: int
+    offset: int
+
+
+def sections(coding: str, dim: int) -> tuple[Section, ...]:
+    """The sections of a head of ``dim`` channels.
+
+    >>> sections("lloyd2.5", 128)
+    (Section(first=0, count=64, nbits=3, offset=0), Section(first=64, count=64, nbits=2, offset=24))
+    """
+    if not coding.startswith("lloyd"):
+        return (Section(0, dim, 4 if coding == "int4" else 8, 0),)
+    bits = float(coding.removeprefix("lloyd"))
+    if bits % 1 == 0:
+        return (Section(0, dim, int(bits), 0),)
+    half = dim // 2
+    return Section(0, half, int(bits) + 1, 0), Section(half, half, int(bits), half * (int(bits) + 1) // 8)
+
+
+def num_bytes(coding: str, dim: int) -> int:
+    """Bytes of a head's codes."""
+    return sum(section.count * section.nbits // 8 for section in sections(coding, dim))
+
+
+def planes(section: Section) -> tuple[tuple[int, int, int], ...]:
+    """``(bits, lowest bit of the code, byte at which it begins)`` of each plane.
+
+    >>> planes(Section(0, 64, 3, 0))
+    ((2, 0, 0), (1, 2, 16))
+    """
+    out, low, at = [], 0, section.offset
+    for bits in PLANES[section.nbits]:
+        out.append((bits, low, at))
+        low, at = low + bits, at + section.count * bits // 8
+    return tuple(out)
+
+
+def chunks(dim: int) -> tuple[tuple[int, int], ...]:
+    """``(first channel, width)``: ``dim`` as powers of two, largest first.
+
+    >>> chunks(80)
+    ((0, 64), (64, 16))
+    """
+    widths = [1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1]
+    return tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
+
+
+PIECE = 128
+"""Channels of a piece, at most."""
+
+
+def piece_widths(count: int) -> tuple[int, ...]:
+    """The pieces of ``count`` channels.
+
+    >>> piece_widths(320)
+    (128, 128, 64)
+    """
+    return tuple(min(width, PIECE) for _, width in chunks(count) for _ in range(-(-width // PIECE)))
+
+
+def second_order(width: int) -> tuple[int, int, int, int]:
+    """A shape of a piece's ``width`` channels; with its axes in the order 1, 2, 0, 3 they are as the bits of a second
+    plane lie.
+
+    A word of the first plane, of two bits a channel, has ``F`` codes each time that it is read.  The sixteen words that
+    a product takes are the first plane's ``S = 2 F`` words, read ``16 / S`` times.  Of the second plane they are ``F``
+    words, read twice as often, whose bits must be of the same channels.
+
+    >>> second_order(128), second_order(64)
+    ((2, 8, 1, 8), (2, 4, 2, 4))
+    """
+    fields = min(8, width // 16)
+    return 2, fields, 8 // fields, fields
+
+
+def rotation(coding: str, dim: int) -> int:
+    """Channels that a Hadamard matrix mixes, the largest power of two that divides ``dim``; 0 without rotation."""
+    return dim & -dim if coding.startswith("lloyd") else 0

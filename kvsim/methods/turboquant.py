@@ -1,0 +1,116 @@
+"""TurboQuant: every token rotated, its coordinates stored as Lloyd-Max codes, its norm beside them (arXiv 2504.19874).
+
+A head's vector is rotated by a Hadamard matrix with random signs, after which its coordinates are distributed as those
+of a random point on a sphere.  For that distribution one table of levels is best, whatever the data.  The norm is a
+float16 a token and head, stored as the root mean square.  A token is stored at once, without regard to the others.
+
+Half a bit: the first half of a head's rotated channels has one bit more than the second.  Three bits are stored in two
+planes, two bits and one, so that they take three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvsim.layout import Buffer, LayerShape, parts
+from kvsim.methods.formulas import Formula, Number, Written, held
+
+WIDTHS = (2, 2.5, 3, 3.5, 4)
+"""Bits an element."""
+LOOKUP = 36
+"""Numbers that a kernel looks one width's levels up in (kvruntime/methods/token/levels.py)."""
+UNIT = 16
+"""Channels of a head come in multiples of this."""
+
+
+@dataclass(frozen=True)
+class TurboQuant:
+    """Codes ``[batch_size, num_kv_heads, num_tokens, dim * nbits / 8]`` (uint8), scales ``[..., num_tokens]``.
+
+    ``nbits``: 2, 2.5, 3, 3.5 or 4, of keys and values unless ``key_nbits`` or ``value_nbits`` says otherwise.
+    ``norm_correction`` (1 or 0): the scale gives the levels the vector's own norm (vLLM's ``nc``), or is the norm alone
+    (the paper's).  Layers share the signs of the rotation.  Raises ``ValueError`` for another width.
+    """
+
+    nbits: float = 4
+    key_nbits: float | None = None
+    value_nbits: float | None = None
+    norm_correction: bool = True
+
+    tokens_alone = True
+    kvruntime = True
+    head_multiple = 64
+
+    def __post_init__(self) -> None:
+        for label in ("nbits", "key_nbits", "value_nbits"):
+            bits = getattr(self, label)
+            bits = {str(width): width for width in WIDTHS}.get(bits, bits) if isinstance(bits, str) else bits
+            object.__setattr__(self, label, bits)
+            if (bits is None and label != "nbits") or (type(bits) in (int, float) and bits in WIDTHS):
+                continue
+            raise ValueError(f"{label} {repr(bits)[:40]}: allowed are {', '.join(map(str, WIDTHS))}")
+        if self.norm_correction not in (0, 1):
+            raise ValueError(f"norm_correction {repr(self.norm_correction)[:40]}: allowed are 0 and 1")
+        object.__setattr__(self, "norm_correction", bool(self.norm_correction))
+
+    @property
+    def k_bits(self) -> float:
+        return self.nbits if self.key_nbits is None else self.key_nbits
+
+    @property
+    def v_bits(self) -> float:
+        return self.nbits if self.value_nbits is None else self.value_nbits
+
+    @property
+    def name(self) -> str:
+        bits = f"{self.k_bits:g}bit" if self.k_bits == self.v_bits else f"k{self.k_bits:g}v{self.v_bits:g}"
+        return f"turboquant-{bits}" + ("" if self.norm_correction else "-norm")
+
+    def leaving(self, sink: int) -> int:
+        """Any number of tokens."""
+        return 1
+
+    def streams(self, layer: LayerShape) -> list[tuple[str, int, float]]:
+        """``(stream, channels, bits)`` of what a token leaves.  Raises ``ValueError`` for channels that do not pack."""
+        found = []
+        for stream, dim, bits in (("key", layer.key_dim, self.k_bits), ("value", layer.value_dim, self.v_bits)):
+            if dim % UNIT:
+                raise ValueError(f"{self.name} packs multiples of {UNIT} channels: head dimension {dim} is none")
+            if dim and bits % 1 and dim & (dim - 1):
+                raise ValueError(f"{bits:g} bits halve a head: head dimension {dim} is no power of two")
+            if dim:
+                found.append((stream, dim, bits))
+        return found
+
+    def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
+        rows = (batch_size, layer.num_kv_heads, layer.num_tokens(num_tokens))
+        out = []
+        for stream, dim, bits in self.streams(layer):
+            out.append(Buffer(f"{stream}_codes", (*rows, int(dim * bits) // 8), "uint8"))
+            out.append(Buffer(f"{stream}_scale", rows, "float16"))
+        return out
+
+    def shared_buffers(self, layers: Sequence[LayerShape]) -> list[Buffer]:
+        """The signs of the rotation, one a channel, for each head dimension that there is, and for each width what its
+        levels are looked up in."""
+        kept = {(dim, bits) for layer in layers for _, dim, bits in self.streams(layer)}
+        out = [Buffer(f"signs_{dim}", (dim,), "int8") for dim in sorted({dim for dim, _ in kept})]
+        for dim, bits in sorted(kept):
+            out.append(Buffer(f"lookup_{dim}_{bits:g}bit", (LOOKUP * (1 if bits % 1 == 0 else 2),), "int32"))
+        return out
+
+    def formulas(self, layer: LayerShape, count: int, batch_size: int, num_tokens: int) -> Written:
+        """The bytes of ``count`` layers as products (:mod:`kvsim.methods.formulas`)."""
+        rows, tokens, numbers = held(layer, count, batch_size, num_tokens)
+        out = []
+        for stream, dim, bits in self.streams(layer):
+            own = self.key_nbits if stream == "key" else self.value_nbits
+            numbers.append(Number(f"{stream} bits", f"{bits:g}", "nbits" if own is None else f"{stream}_nbits"))
+            codes = (rows, tokens, (dim, "head dim"), (int(2 * bits), "half bits"))
+            out.append(Formula(f"{stream}_codes", f"{stream}_codes", codes, 16))
+            out.append(Formula(f"{stream}_scale", f"{stream}_scale", (rows, tokens, (2, "bytes"))))
+        return numbers, out
+
+    def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
+        return parts(self.buffers(layer, batch_size, num_tokens))
