@@ -9,7 +9,7 @@ from kvruntime.methods.room import Room
 from kvruntime.methods.token import benched
 from kvruntime.methods.token.cache import TokenLayer
 from kvruntime.methods.token.coding import sections
-from kvruntime.methods.token.levels import lookup, magnitudes, signs
+from kvruntime.methods.token.levels import lookup_table, magnitudes, signs
 from kvsim.layout import Buffer
 from kvsim.methods.per_token_head import PerTokenHead
 from kvsim.methods.turboquant import TurboQuant
@@ -81,7 +81,7 @@ def shared(method: TurboQuant, buffers: list[Buffer], device: torch.device) -> d
             made[buffer.name] = signs(int(dim), device)
         else:
             widths = [section.nbits for section in sections(f"lloyd{bits[0]}", int(dim))]
-            made[buffer.name] = torch.cat([lookup(int(dim), width, device) for width in widths])
+            made[buffer.name] = torch.cat([lookup_table(int(dim), width, device) for width in widths])
     return made
 
 

@@ -276,7 +276,7 @@ def attend_kernel(
         peak = new_peak
         value_scale, zero = scale_and_zero(value_scale, VALUE_CODING)
         most = tl.max(value_scale, 0)
-        weight = weight * (value_scale * tl.where(most > 0, 1.0 / most, 0.0))[:, None]
+        weight = weight * (value_scale * tl.where(most > 0, 1.0 / tl.where(most > 0, most, 1.0), 0.0))[:, None]
         most = most * unit_of(VALUE_CODING)
         if VALUE_CODING == "int4":
             zeros = zeros * alpha + tl.sum(weight * zero[:, None], 0) * most

@@ -45,7 +45,7 @@ def magnitudes(dim: int, nbits: int) -> tuple[float, ...]:
     return tuple(float(np.float16(level)) for level in levels * dim**0.5)
 
 
-def lookup(dim: int, nbits: int, device: torch.device) -> Tensor:
+def lookup_table(dim: int, nbits: int, device: torch.device) -> Tensor:
     """``[LOOKUP]`` int32: what the kernel of :mod:`kvruntime.methods.token.lookup` holds in registers.
 
     Four tables of the levels' bytes, of four bits low bytes of levels 0 to 3, of 4 to 7, and high bytes alike; of fewer

@@ -159,7 +159,7 @@ def level_of(words, j: tl.constexpr, CODING: tl.constexpr, LEVELS: tl.constexpr,
     else:
         bits = field_of(words[0], j, 8) << 8
         if CODING == "e4m3":
-            bits = (bits & 0x8000) | ((bits & 0x7F00) >> 1)
+            bits = (bits & -0x8000) | ((bits & 0x7F00) >> 1)
         level = bits.to(tl.int16).to(tl.float16, bitcast=True).to(DOT)
     return level
 

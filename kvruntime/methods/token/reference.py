@@ -67,7 +67,7 @@ class Stored(NamedTuple):
     | key_scale, value_scale | [batch_size, num_kv_heads, slots] |
     | lengths | [batch_size] int32: tokens stored |
     | key_signs, value_signs | [dim] int8 of the rotation, or None |
-    | key_lookup, value_lookup | [sections * LOOKUP] int32 (:func:`kvruntime.methods.token.levels.lookup`), or None |
+    | key_lookup, value_lookup | [sections * LOOKUP] int32 (:func:`kvruntime.methods.token.levels.lookup_table`), or None |
     | block_table | [batch_size, num_blocks] int32, or None |
 
     With a block table the others are pools [pool_size, num_kv_heads, n, ...]: token t of row b lies in slot ``t % n`` of

@@ -60,7 +60,8 @@ def whole(x):
 
 @triton.jit
 def inverse_of(scale):
-    return tl.where(scale > TINY, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
+    usable = scale > TINY
+    return tl.where(usable, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.where(usable, scale, 1.0)), 0.0)
 
 
 @triton.jit
