@@ -46,7 +46,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 def turn(coding: str, dim: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if not coding.startswith("lloyd"):
         return None, None
-    looked = [lookup_of(dim, section.nbits, DEVICE) for section in sections(coding, dim)]
+    looked = [lookup_of(dim, section[2], DEVICE) for section in sections(coding, dim)]
     return signs(dim, DEVICE), torch.cat(looked)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -33,6 +34,10 @@ from kvruntime.kernels import rms_norm as norms
 from kvruntime.methods.full import decode
 from kvruntime.methods.kivi import append, attention, paged_kernels, step, words
 from kvruntime.methods.kivi import pack as quantize
+from kvruntime.methods.token import attention as token
+from kvruntime.methods.token import store as token_store
+from kvruntime.methods.token.reference import Layout
+from kvruntime.methods.token.words import layout_constants
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_boost, kivi_seed
 
@@ -96,6 +101,16 @@ WHOLE = {  # head dimension, query heads a key/value head, dtype
     "gemma 512": (512, 8, "bf16"),
 }
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
+CODED = {  # coding of keys and of values, head dimension, type of scales
+    "int8": ("int8", "int8", 128, "fp32"),
+    "int4 d80": ("int4", "int4", 80, "fp16"),
+    "e4m3 e5m2": ("e4m3", "e5m2", 64, "fp32"),
+    "lloyd4": ("lloyd4", "lloyd4", 128, "fp16"),
+    "lloyd3": ("lloyd3", "lloyd3", 128, "fp16"),
+    "lloyd2 lloyd3 d64": ("lloyd2", "lloyd3", 64, "fp16"),
+    "lloyd2.5 lloyd3.5": ("lloyd2.5", "lloyd3.5", 128, "fp16"),
+    "lloyd4 d256": ("lloyd4", "lloyd4", 256, "fp16"),
+}
 HIDDEN = {"llama": (4096, False, "bf16"), "gemma": (2560, True, "fp16"), "exact": (2048, False, "fp32")}
 """Hidden states of the fused parts of a model's step: channels, a weight that counts from one, type."""
 NORMS = {"gpt2": (768, "layer", "fp16", 8), "llama": (4096, "rms", "bf16", 2), "wide": (8192, "rms", "bf16", 1)}
@@ -104,6 +119,8 @@ INTEGERS = dict.fromkeys(
 )
 INTEGERS |= dict.fromkeys(("table_ptr", "starts_ptr", "block_table_ptr", "exact_table_ptr"), "*i32")
 INTEGERS |= {"layers_ptr": "*i64", "order_ptr": "*u8"}
+INTEGERS |= {f"{stream}_{what}_ptr": type_ for stream in ("key", "value") for what, type_ in (
+    ("codes", "*u8"), ("signs", "*i8"), ("lookup", "*i32"))} | {"signs_ptr": "*i8"}  # fmt: skip
 
 
 def compiled(
@@ -525,6 +542,66 @@ def silu_product(name: str, sm: int) -> dict[str, int]:
     return resources(gated.silu_product_kernel, types, constants, sm, 4, enable_fp_fusion=False)
 
 
+def coded(name: str, kernel, dtype: str, more: dict[str, object], absent: Sequence[str] = (), **fixed: str):
+    """Argument types and constants of a kernel of tokens that are coded one by one."""
+    key, value, dim, scale = CODED[name]
+    types = arguments(kernel, dtype, key_scale_ptr=f"*{scale}", value_scale_ptr=f"*{scale}", **fixed)
+    unused = {*absent, *(f"{x}_{what}_ptr" for x, each in (("key", key), ("value", value))
+                         for what in ("signs", "lookup") if not each.startswith("lloyd"))}  # fmt: skip
+    constants = layout_constants(Layout(key, value, dim, dim)) | {"NUM_HEADS": 8} | more
+    return {argument: type_ for argument, type_ in types.items() if argument not in unused}, {
+        argument: constants[argument] for argument in constants if argument in kernel.arg_names
+    }
+
+
+def append_token(name: str, sm: int, pool: bool = False) -> dict[str, int]:
+    block = max(1, token_store.TILE_ELEMENTS // triton.next_power_of_2(CODED[name][2]))
+    more = {"CORRECTED": True, "BLOCK_T": block, "PAGE": 16 if pool else 0, "BLOCK_B": 32 if pool else 0}
+    absent = ("counts_ptr",) if pool else ("table_ptr", "starts_ptr", "num_blocks")
+    types, constants = coded(name, token_store.append_kernel, "bf16", more, absent)
+    options = {"num_warps": token_store.NUM_WARPS, "enable_fp_fusion": False}
+    return resources(token_store.append_kernel, types, constants, sm, **options)
+
+
+def step_token(name: str, sm: int) -> dict[str, int]:
+    more = {"CORRECTED": True, "Q_PER_KV": 4, "BLOCK_Q": 4, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 0}
+    types, constants = coded(name, token_store.step_kernel, "bf16", more, ("table_ptr", "num_blocks"))
+    return resources(token_store.step_kernel, types, constants, sm, 1, enable_fp_fusion=False)
+
+
+def attend_token(name: str, sm: int, dtype: str = "fp16", pool: bool = False) -> dict[str, int]:
+    """One query a row; over a pool a line of queries, with fresh tokens."""
+    layout = Layout(*CODED[name][:2], CODED[name][2], CODED[name][2])
+    kernel, block_m = token.attend_kernel, token.MOST_M if pool else token.LEAST_M
+    more = {
+        "Q_PER_KV": 4, "BLOCK_M": block_m, "TILE": token.plan_tile(layout, torch.float16, block_m), "DOT": tl.float16,
+        "NUM_STAGES": token.NUM_STAGES, "EARLY": sm >= 90, "MORE": 0 if pool else 1, "PAGE": 16 if pool else 0,
+        "BLOCK_B": 32 if pool else 0, "FAST": True,
+    }  # fmt: skip
+    absent = {"counts_ptr"} if pool else {"num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"}
+    if not pool:
+        absent |= {f"stride_{x}{axis}" for x in "kv" for axis in "bht"}
+        absent |= {"num_blocks", "batch_size", "table_ptr", "starts_ptr"}
+    fixed = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    types, constants = coded(name, kernel, dtype, more, tuple(absent), **fixed)
+    return resources(kernel, types, constants, sm, token.NUM_WARPS)
+
+
+def attend_token_pool(name: str, sm: int) -> dict[str, int]:
+    return attend_token(name, sm, pool=True)
+
+
+def append_token_pool(name: str, sm: int) -> dict[str, int]:
+    return append_token(name, sm, pool=True)
+
+
+def rotate_token(name: str, sm: int) -> dict[str, int]:
+    dim = CODED[name][2]
+    constants = {"DIM": dim, "SIZE": dim & -dim, "N": token.ROTATED_ROWS, "EARLY": sm >= 90}
+    types = arguments(token.rotate_kernel, "bf16", out_ptr="*fp16")
+    return resources(token.rotate_kernel, types, constants, sm, 1, enable_fp_fusion=False)
+
+
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
@@ -556,6 +633,12 @@ ENGINE = {
     rms_norm: HIDDEN,
     rotate: HIDDEN,
     silu_product: HIDDEN,
+    append_token: CODED,
+    step_token: CODED,
+    attend_token: CODED,
+    rotate_token: {name: CODED[name] for name in ("lloyd4", "lloyd4 d256")},
+    append_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},
+    attend_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},
 }
 KERNELS |= {function.__name__: function for function in ENGINE}
 

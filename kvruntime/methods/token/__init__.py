@@ -80,7 +80,7 @@ def shared(method: TurboQuant, buffers: list[Buffer], device: torch.device) -> d
         if what == "signs":
             made[buffer.name] = signs(int(dim), device)
         else:
-            widths = [section.nbits for section in sections(f"lloyd{bits[0]}", int(dim))]
+            widths = [nbits for _, _, nbits, _ in sections(f"lloyd{bits[0]}", int(dim))]
             made[buffer.name] = torch.cat([lookup_table(int(dim), width, device) for width in widths])
     return made
 

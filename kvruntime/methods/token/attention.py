@@ -48,11 +48,14 @@ from kvruntime.methods.token.words import (
 )
 
 MAX_SPLITS = 128
-LEAST_M = 8
-"""Queries a program, at least."""
-TILES = {True: 64, False: 32}
-"""Tokens a step of the loop, of heads whose codes are read as one piece of four bits at most, and of others."""
+LEAST_M, MOST_M = 8, 16
+"""Queries a program, at least and at most: more take all registers."""
+TILES = (64, 32, 16)
+"""Tokens a step of the loop, most first."""
 NUM_STAGES = 3
+NUM_WARPS = 1
+ROTATED_ROWS = 4
+"""Vectors that a program of :func:`rotated` takes."""
 PROGRAMS_PER_SM = 8
 """Programs of one warp that a multiprocessor runs at once, as the splits are planned."""
 
@@ -139,7 +142,7 @@ def new_peak_of(score, visible, peak):
     return score, tl.maximum(peak, tl.max(score, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def attend_kernel(
     query_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, key_lookup_ptr, value_lookup_ptr,
     lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb,
@@ -388,7 +391,7 @@ def rotated(x: Tensor, signs: Tensor, size: int) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
     dim, early = x.shape[-1], overlaps(x)
-    num_rows, each = x.numel() // dim, 4
+    num_rows, each = x.numel() // dim, ROTATED_ROWS
     rotate_kernel[(triton.cdiv(num_rows, each),)](
         x, signs, out, num_rows, DIM=dim, SIZE=size, N=each, EARLY=early, num_warps=1, enable_fp_fusion=False,
         **({"launch_pdl": True} if early else {}),
@@ -397,10 +400,11 @@ def rotated(x: Tensor, signs: Tensor, size: int) -> Tensor:
 
 
 def plan_tile(layout: Layout, dtype: torch.dtype, block_m: int) -> int:
-    """Tokens a step of the loop: as many as fit the registers of a thread."""
+    """Tokens a step of the loop, as many as a thread's registers take: half where codes have more than four bits or are
+    read as several pieces, half where more queries share them."""
     streams = ((layout.key, layout.key_dim), (layout.value, layout.value_dim))
     small = all(num_pieces(*each) == 1 and num_bytes(*each) * 2 <= each[1] for each in streams)
-    return TILES[small and dtype != torch.float32 and block_m == LEAST_M]
+    return 32 if dtype == torch.float32 else TILES[int(not small) + int(block_m > LEAST_M)]
 
 
 def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
@@ -443,7 +447,7 @@ def attend(
         query = rotated(query, stored.key_signs, key_turn)
     query = query if query.stride(-1) == 1 else query.contiguous()
     length, q_per_kv = query.shape[2 if starts is None else 0], q_heads // heads
-    alone = starts is None and fresh is None and length == 1
+    alone = starts is None and fresh is None and length == 1 and q_per_kv <= MOST_M
     new_key = new_value = counts = None
     strides: tuple[int | None, ...] = (None,) * 6
     if fresh is not None:
@@ -455,13 +459,11 @@ def attend(
         strides = (*line_strides(new_key, starts), *line_strides(new_value, starts))
     table, num_blocks = table_of(stored)
     each = q_per_kv * (1 if alone else length)
-    block_m = max(LEAST_M, min(64 if alone else 32, triton.next_power_of_2(each)))
+    block_m = max(LEAST_M, min(MOST_M, triton.next_power_of_2(each)))
     tile = plan_tile(layout, dtype, block_m)
     blocks, rows = triton.cdiv(each, block_m), batch_size * heads
     if starts is not None:
         blocks, rows = lines.num_blocks(length, batch_size, block_m, q_per_kv), heads
-    if alone and blocks > 1:
-        raise ValueError(f"{q_per_kv} query heads a key/value head: allowed are up to {block_m}")
     out = torch.empty(*query.shape[:-1], layout.value_dim, dtype=dtype, device=query.device)
     slots = stored.key_codes.shape[2]
     longest = max(1, num_tokens or (slots if num_blocks is None else slots * num_blocks))
@@ -483,7 +485,7 @@ def attend(
         *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
         Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,
         NUM_STAGES=NUM_STAGES, MORE=int(stepped), BLOCK_B=0 if starts is None else lines.block_b(batch_size),
-        FAST=not (wide or portable), EARLY=(early := overlaps(query)), enable_fp_fusion=True, num_warps=1,
+        FAST=not (wide or portable), EARLY=(early := overlaps(query)), enable_fp_fusion=True, num_warps=NUM_WARPS,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     if merged:

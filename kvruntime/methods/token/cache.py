@@ -54,7 +54,9 @@ class TokenLayer(Rows):
 
     def stored(self, lengths: Tensor | None = None) -> reference.Stored:
         """What the kernels are told that this layer holds; ``lengths``: those on the device, where steps count."""
-        if lengths is None:
+        if lengths is None and len(set(self.row_lengths)) == 1:  # a fill needs no copy from the host
+            lengths = torch.full((self.batch_size,), self.row_lengths[0], dtype=torch.int32, device=self.device)
+        elif lengths is None:
             lengths = torch.tensor(self.row_lengths, dtype=torch.int32).to(self.device, non_blocking=True)
         held = self.tensors
         return reference.Stored(

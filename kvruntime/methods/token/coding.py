@@ -15,8 +15,6 @@ A Lloyd-Max code is the number of the level's magnitude, and above it the sign.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 LIMIT = 65504.0
 """What infinities and larger numbers are clamped to before they are coded: float16's largest."""
 LARGEST = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}
@@ -24,45 +22,38 @@ LARGEST = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
-class Section(NamedTuple):
-    """``count`` channels from ``first`` on, whose ``nbits``-bit codes begin at byte ``offset`` of the head's."""
-
-    first: int
-    count: int
-    nbits: int
-    offset: int
-
-
-def sections(coding: str, dim: int) -> tuple[Section, ...]:
-    """The sections of a head of ``dim`` channels.
+def sections(coding: str, dim: int) -> tuple[tuple[int, int, int, int], ...]:
+    """The sections of a head of ``dim`` channels: first channel, channels, bits of their codes, and the byte of the
+    head's at which these begin.
 
     >>> sections("lloyd2.5", 128)
-    (Section(first=0, count=64, nbits=3, offset=0), Section(first=64, count=64, nbits=2, offset=24))
+    ((0, 64, 3, 0), (64, 64, 2, 24))
     """
     if not coding.startswith("lloyd"):
-        return (Section(0, dim, 4 if coding == "int4" else 8, 0),)
+        return ((0, dim, 4 if coding == "int4" else 8, 0),)
     bits = float(coding.removeprefix("lloyd"))
     if bits % 1 == 0:
-        return (Section(0, dim, int(bits), 0),)
+        return ((0, dim, int(bits), 0),)
     half = dim // 2
-    return Section(0, half, int(bits) + 1, 0), Section(half, half, int(bits), half * (int(bits) + 1) // 8)
+    return (0, half, int(bits) + 1, 0), (half, half, int(bits), half * (int(bits) + 1) // 8)
 
 
 def num_bytes(coding: str, dim: int) -> int:
     """Bytes of a head's codes."""
-    return sum(section.count * section.nbits // 8 for section in sections(coding, dim))
+    return sum(count * nbits // 8 for _, count, nbits, _ in sections(coding, dim))
 
 
-def planes(section: Section) -> tuple[tuple[int, int, int], ...]:
+def planes(section: tuple[int, int, int, int]) -> tuple[tuple[int, int, int], ...]:
     """``(bits, lowest bit of the code, byte at which it begins)`` of each plane.
 
-    >>> planes(Section(0, 64, 3, 0))
+    >>> planes((0, 64, 3, 0))
     ((2, 0, 0), (1, 2, 16))
     """
-    out, low, at = [], 0, section.offset
-    for bits in PLANES[section.nbits]:
+    _, count, nbits, at = section
+    out, low = [], 0
+    for bits in PLANES[nbits]:
         out.append((bits, low, at))
-        low, at = low + bits, at + section.count * bits // 8
+        low, at = low + bits, at + count * bits // 8
     return tuple(out)
 
 

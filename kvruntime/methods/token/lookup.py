@@ -44,7 +44,8 @@ def lloyd_asm(nbits, fields, sizes, j):
         return None
     at = 2 + len(sizes)
     body = "{ .reg .b32 x, y, l, h, w, s; "
-    for place, (size, name) in enumerate(zip(sizes, ("w", "s"), strict=False)):
+    for place, size in enumerate(sizes):
+        name = "ws"[place]
         if size < 16:
             body += f"shr.b32 {name}, ${2 + place}, ${at}; "
             at += 2

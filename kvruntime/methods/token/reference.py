@@ -184,7 +184,7 @@ def packed(code: Tensor, coding: str) -> Tensor:
     """Bytes ``[..., num_bytes]`` of codes ``[..., dim]`` (int32)."""
     out = []
     for section in sections(coding, code.shape[-1]):
-        part = code[..., section.first : section.first + section.count]
+        part = code[..., section[0] : section[0] + section[1]]
         for bits, low, _ in planes(section):
             shifts = torch.arange(0, 8, bits, device=code.device)
             part = reordered(part, back=False) if low else part
@@ -197,10 +197,10 @@ def unpacked(codes: Tensor, coding: str, dim: int) -> Tensor:
     """:func:`packed` read back: codes ``[..., dim]`` int32."""
     out = []
     for section in sections(coding, dim):
-        code = torch.zeros(*codes.shape[:-1], section.count, dtype=torch.int32, device=codes.device)
+        code = torch.zeros(*codes.shape[:-1], section[1], dtype=torch.int32, device=codes.device)
         for bits, low, at in planes(section):
             shifts = torch.arange(0, 8, bits, device=codes.device)
-            field = codes[..., at : at + section.count * bits // 8, None].int() >> shifts & (1 << bits) - 1
+            field = codes[..., at : at + section[1] * bits // 8, None].int() >> shifts & (1 << bits) - 1
             field = field.flatten(-2).int()
             code |= (reordered(field, back=True) if low else field) << low
         out.append(code)

@@ -34,6 +34,7 @@ from kvruntime.methods.token.words import (
     piece_width,
     rotation,
     second_order,
+    section_levels,
 )
 
 LIMIT = tl.constexpr(coding.LIMIT)
@@ -129,11 +130,11 @@ def store_lloyd(x, signs_ptr, codes_ptr, scale_ptr, kept, CODING: tl.constexpr, 
     found = tl.zeros([N], tl.float32)
     for i in tl.static_range(num_chunks(DIM)):
         unit = turned[i] * inverse
-        code, level = nearest(unit, LEVELS[0])
+        code, level = nearest(unit, section_levels(LEVELS, 0))
         if num_sections(CODING, DIM) == 1:
             store_planes(codes_ptr, code, kept, CODING, DIM, 0, chunk_first(DIM, i), N, chunk_width(DIM, i))
         else:
-            second, near = nearest(unit, LEVELS[1])
+            second, near = nearest(unit, section_levels(LEVELS, 1))
             level = tl.where((tl.arange(0, DIM) < DIM // 2)[None, :], level, near)
             store_planes(codes_ptr, half_of(code, 0, N, DIM), kept, CODING, DIM, 0, 0, N, DIM // 2)
             store_planes(codes_ptr, half_of(second, 1, N, DIM), kept, CODING, DIM, 1, 0, N, DIM // 2)
@@ -286,6 +287,44 @@ def append_kernel(
 
 
 @triton.jit
+def step_value(value_ptr, codes_ptr, scale_ptr, signs_ptr, codes_at, scale_at, CODING: tl.constexpr, DIM: tl.constexpr,
+               LEVELS: tl.constexpr, CORRECTED: tl.constexpr):  # fmt: skip
+    one = tl.zeros([1], tl.int64)
+    x = ()
+    for i in tl.static_range(num_chunks(DIM)):
+        d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
+        x = x + (clamped(tl.load(value_ptr + d))[None, :],)
+    store_tokens(x, signs_ptr, codes_ptr + (one + codes_at), scale_ptr + (one + scale_at), one == 0, CODING, DIM, LEVELS,
+                 1, CORRECTED)  # fmt: skip
+
+
+@triton.jit
+def step_key(query_ptr, key_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, signs_ptr, codes_at, scale_at, position, head,
+             stride_qh, Q_PER_KV: tl.constexpr, CODING: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
+             CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr, ROTARY: tl.constexpr):  # fmt: skip
+    """The key, and with ``ROTARY`` the query heads that share it, embedded in place."""
+    one = tl.zeros([1], tl.int64)
+    x = ()
+    queries = ()
+    for i in tl.static_range(num_chunks(DIM)):
+        d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
+        inside = d < DIM
+        key, query, _, _ = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, inside,
+                                          inside, d, ROTARY, DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
+        x = x + (clamped(key)[None, :],)
+        queries = queries + (query,)
+    tl.debug_barrier()  # all halves are read before one is written
+    if ROTARY:
+        m = tl.arange(0, BLOCK_Q)
+        query_at = query_ptr + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh
+        for i in tl.static_range(num_chunks(DIM)):
+            d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
+            tl.store(query_at + d[None, :], queries[i], mask=(m < Q_PER_KV)[:, None])
+    store_tokens(x, signs_ptr, codes_ptr + (one + codes_at), scale_ptr + (one + scale_at), one == 0, CODING, DIM, LEVELS,
+                 1, CORRECTED)  # fmt: skip
+
+
+@triton.jit
 def step_kernel(
     query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr,
     key_signs_ptr, value_signs_ptr, lengths_ptr, positions_ptr, table_ptr, stride_qb, stride_qh, stride_kb, stride_kh,
@@ -307,43 +346,20 @@ def step_kernel(
     else:
         place = tl.load(table_ptr + row.to(tl.int64) * num_blocks + length // PAGE).to(tl.int64)
         slot = (length % PAGE).to(tl.int64)
-    one = tl.zeros([1], tl.int64)
-    kept = one == 0
-    x = ()
     if tl.program_id(1) == 1:
-        value_ptr += row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh
-        for i in tl.static_range(num_chunks(VALUE_DIM)):
-            d = chunk_first(VALUE_DIM, i) + tl.arange(0, chunk_width(VALUE_DIM, i))
-            x = x + (clamped(tl.load(value_ptr + d))[None, :],)
-        codes_at = one + place * stride_yb + head.to(tl.int64) * stride_yh + slot * stride_yt
-        scale_at = one + place * stride_zb + head.to(tl.int64) * stride_zh + slot * stride_zt
-        store_tokens(x, value_signs_ptr, value_codes_ptr + codes_at, value_scale_ptr + scale_at, kept, VALUE_CODING,
-                     VALUE_DIM, VALUE_LEVELS, 1, CORRECTED)  # fmt: skip
+        step_value(value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh, value_codes_ptr,
+                   value_scale_ptr, value_signs_ptr, place * stride_yb + head.to(tl.int64) * stride_yh + slot * stride_yt,
+                   place * stride_zb + head.to(tl.int64) * stride_zh + slot * stride_zt, VALUE_CODING, VALUE_DIM,
+                   VALUE_LEVELS, CORRECTED)  # fmt: skip
     else:
         position = length
         if ROTARY:
             position = tl.load(positions_ptr + row)
-        query_ptr += row.to(tl.int64) * stride_qb
-        key_ptr += row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
-        queries = ()
-        for i in tl.static_range(num_chunks(KEY_DIM)):
-            d = chunk_first(KEY_DIM, i) + tl.arange(0, chunk_width(KEY_DIM, i))
-            inside = d < KEY_DIM
-            key, query, _, _ = embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_qh, inside,
-                                              inside, d, ROTARY, KEY_DIM, Q_PER_KV, BLOCK_Q)  # fmt: skip
-            x = x + (clamped(key)[None, :],)
-            queries = queries + (query,)
-        tl.debug_barrier()  # all halves are read before one is written
-        if ROTARY:
-            m = tl.arange(0, BLOCK_Q)
-            query_at = query_ptr + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh
-            for i in tl.static_range(num_chunks(KEY_DIM)):
-                d = chunk_first(KEY_DIM, i) + tl.arange(0, chunk_width(KEY_DIM, i))
-                tl.store(query_at + d[None, :], queries[i], mask=(m < Q_PER_KV)[:, None])
-        codes_at = one + place * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xt
-        scale_at = one + place * stride_sb + head.to(tl.int64) * stride_sh + slot * stride_st
-        store_tokens(x, key_signs_ptr, key_codes_ptr + codes_at, key_scale_ptr + scale_at, kept, KEY_CODING, KEY_DIM,
-                     KEY_LEVELS, 1, CORRECTED)  # fmt: skip
+        step_key(query_ptr + row.to(tl.int64) * stride_qb,
+                 key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh, cos_ptr, sin_ptr, key_codes_ptr,
+                 key_scale_ptr, key_signs_ptr, place * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xt,
+                 place * stride_sb + head.to(tl.int64) * stride_sh + slot * stride_st, position, head, stride_qh,
+                 Q_PER_KV, KEY_CODING, KEY_DIM, KEY_LEVELS, CORRECTED, BLOCK_Q, ROTARY)  # fmt: skip
 
 
 def constants(stored: Stored, layout: Layout) -> dict[str, object]:

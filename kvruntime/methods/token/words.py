@@ -19,7 +19,7 @@ second_order = triton.constexpr_function(coding.second_order)
 @triton.constexpr_function
 def num_bytes(name, dim):
     """Bytes of a head's codes."""
-    return sum(section.count * section.nbits // 8 for section in sections(name, dim))
+    return sum(section[1] * section[2] // 8 for section in sections(name, dim))
 
 
 @triton.constexpr_function
@@ -31,11 +31,11 @@ def pieces(name, dim):
     """
     out = []
     for number, section in enumerate(sections(name, dim)):
-        for first, width in chunks(section.count):
+        for first, width in chunks(section[1]):
             size = min(width, PIECE)
-            fields = min(16 // PLANES[section.nbits][0], size // 16)
-            for start in range(section.first + first, section.first + first + width, size):
-                out.append((start, number, section.nbits, fields, size // fields))
+            fields = min(16 // PLANES[section[2]][0], size // 16)
+            for start in range(section[0] + first, section[0] + first + width, size):
+                out.append((start, number, section[2], fields, size // fields))
     return tuple(out)
 
 
@@ -74,7 +74,7 @@ def piece_planes(name, dim, number):
     """``(bits, byte at which it begins)`` of each plane of the ``number``th piece."""
     piece = pieces(name, dim)[number]
     section = sections(name, dim)[piece[1]]
-    return tuple((bits, at + (piece[0] - section.first) * bits // 8) for bits, _, at in planes(section))
+    return tuple((bits, at + (piece[0] - section[0]) * bits // 8) for bits, _, at in planes(section))
 
 
 @triton.constexpr_function
@@ -131,6 +131,12 @@ def num_sections(name, dim):
 
 
 @triton.constexpr_function
+def section_levels(levels, number):
+    """The magnitudes of the ``number``th section, of :func:`levels_of`."""
+    return levels[number]
+
+
+@triton.constexpr_function
 def is_lloyd(name):
     return name.startswith("lloyd")
 
@@ -139,7 +145,7 @@ def levels_of(name: str, dim: int) -> tuple[tuple[float, ...], ...]:
     """The magnitudes of each section's Lloyd-Max levels; of other codings none."""
     if not name.startswith("lloyd"):
         return ()
-    return tuple(magnitudes(dim, section.nbits) for section in coding.sections(name, dim))
+    return tuple(magnitudes(dim, nbits) for _, _, nbits, _ in coding.sections(name, dim))
 
 
 def layout_constants(layout: Layout) -> dict[str, object]:
