@@ -15,8 +15,7 @@ from kvsim.methods.kivi import Kivi, kivi_boost, kivi_seed
 from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
-from kvsim.methods.per_token_head import PerTokenHead
-from kvsim.methods.turboquant import TurboQuant
+from kvsim.methods.token import PerTokenHead, TurboQuant
 from kvsim.nearest import hint
 
 METHODS: dict[str, Callable[..., Method]] = {

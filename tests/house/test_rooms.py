@@ -46,7 +46,7 @@ def rooms() -> dict[str, str]:
 ROOMS = rooms()
 SPECS = METHODS.keys() | ENGINES.keys()
 """What a user types: looked for in strings, since a module or an argument may be called so."""
-WORD = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, sorted(ROOMS, key=len, reverse=True)))})(?!\w)")
+WORD = re.compile(rf"(?<![\w.-])({'|'.join(map(re.escape, sorted(ROOMS, key=len, reverse=True)))})(?!\w)")
 
 
 def named(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Buffer, LayerShape, shared_buffers
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
@@ -97,8 +98,12 @@ def error(measured: float, predicted: float | None) -> float | None:
 
 
 def shapes(row: Row) -> tuple[LayerShape, ...]:
-    """The model's layers."""
-    return load_row_model(row["model"]).cache_layers
+    """The model's layers; in a cache of a model as they are stored, heads filled up to what the method packs."""
+    layers = load_row_model(row["model"]).cache_layers
+    if row.get("way") != "generate":
+        return layers
+    method = rebuild_method(row["method"])
+    return tuple(stored_shape(method, layer) for layer in layers)
 
 
 @cache

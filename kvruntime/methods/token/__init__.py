@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,7 @@ from kvruntime.methods.token.cache import TokenLayer
 from kvruntime.methods.token.coding import sections
 from kvruntime.methods.token.levels import lookup_table, magnitudes, signs
 from kvsim.layout import Buffer
-from kvsim.methods.per_token_head import PerTokenHead
-from kvsim.methods.turboquant import TurboQuant
+from kvsim.methods.token import PerTokenHead, TurboQuant
 
 
 def read_back_numbers(method: PerTokenHead, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ def read_back_levels(method: TurboQuant, key: Tensor, value: Tensor) -> tuple[Te
     return out[0], out[1]
 
 
-def shared(method: TurboQuant, buffers: list[Buffer], device: torch.device) -> dict[str, Tensor]:
+def shared(method: TurboQuant, buffers: Sequence[Buffer], device: torch.device) -> dict[str, Tensor]:
     """The signs of the rotations, and what kernels look levels up in."""
     made = {}
     for buffer in buffers:
@@ -85,24 +86,19 @@ def shared(method: TurboQuant, buffers: list[Buffer], device: torch.device) -> d
     return made
 
 
-def _widths(*formats: str) -> tuple[PerTokenHead, ...]:
-    return tuple(PerTokenHead(name) for name in formats)
-
-
 ROOM = Room(
     layer=TokenLayer,
     read_back=read_back_numbers,
-    examples=_widths("int8", "int4", "fp8", "fp8-e5m2"),
-    benched=_widths("int8", "int4", "fp8"),
+    examples=tuple(map(PerTokenHead, ("int8", "int4", "fp8"))),
     measures=benched,
     splits=benched.splits,
 )
 TURBOQUANT_ROOM = Room(
     layer=TokenLayer,
     read_back=read_back_levels,
-    examples=tuple(TurboQuant(bits) for bits in (2, 2.5, 3, 3.5, 4)),
+    examples=tuple(map(TurboQuant, (2.5, 3, 4))),
     shared=shared,
-    benched=tuple(TurboQuant(bits) for bits in (2, 3, 4)),
+    benched=benched.LAYOUTS,  # the other room's too: what is measured is one list
     measures=benched,
     splits=benched.splits,
 )

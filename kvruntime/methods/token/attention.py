@@ -82,7 +82,8 @@ def levels_at(levels, name, dim, number):
 @triton.jit
 def load_plane(codes_ptr, at, real, AT: tl.constexpr, SIZE: tl.constexpr, WORDS: tl.constexpr, ACROSS: tl.constexpr):
     """Words ``[tokens, WORDS]`` int16 of ``SIZE`` bits, for each token from byte ``at + AT`` on; with ``ACROSS``
-    ``[WORDS, tokens]``.  Of less than 16 bits several lie in one and are still to be shifted (:func:`shift_of`)."""
+    ``[WORDS, tokens]``.  Of less than 16 bits several lie in one and are still to be shifted
+    (:func:`kvruntime.methods.token.lookup.load_shifts`)."""
     k = tl.arange(0, WORDS)
     if SIZE < 16:
         k = k % SIZE
@@ -145,8 +146,9 @@ def new_peak_of(score, visible, peak):
 @triton.jit(do_not_specialize=["num_splits"])
 def attend_kernel(
     query_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, key_lookup_ptr, value_lookup_ptr,
-    lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr, partial_ptr, lse_ptr, scale_log2, stride_qb, stride_qh, stride_ql, stride_kb,
-    stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh, stride_xt, stride_sb, stride_sh,
+    lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr, partial_ptr, lse_ptr, scale_log2,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb,
+    stride_xh, stride_xt, stride_sb, stride_sh,
     stride_st, stride_yb, stride_yh, stride_yt, stride_zb, stride_zh, stride_zt, num_queries, num_blocks, batch_size,
     num_splits,
     NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_CODING: tl.constexpr, VALUE_CODING: tl.constexpr,
@@ -260,7 +262,10 @@ def attend_kernel(
         for i in tl.static_range(num_pieces(KEY_CODING, KEY_DIM)):
             words = load_piece(key_codes_ptr, key_at, real, KEY_CODING, KEY_DIM, i, False)
             for j in tl.static_range((piece_fields(KEY_CODING, KEY_DIM, i) + 1) // 2):
-                found = field_levels(words, key_shifts[i], key_tables[i], j, KEY_CODING, levels_at(KEY_LEVELS, KEY_CODING, KEY_DIM, i), piece_bits(KEY_CODING, KEY_DIM, i), piece_fields(KEY_CODING, KEY_DIM, i), word_sizes(KEY_CODING, KEY_DIM, i), DOT, FAST)  # fmt: skip
+                found = field_levels(words, key_shifts[i], key_tables[i], j, KEY_CODING,
+                                     levels_at(KEY_LEVELS, KEY_CODING, KEY_DIM, i), piece_bits(KEY_CODING, KEY_DIM, i),
+                                     piece_fields(KEY_CODING, KEY_DIM, i), word_sizes(KEY_CODING, KEY_DIM, i), DOT,
+                                     FAST)  # fmt: skip
                 for e in tl.static_range(len(found)):
                     score = tl.dot(
                         found[e],
@@ -288,8 +293,10 @@ def attend_kernel(
         for i in tl.static_range(num_pieces(VALUE_CODING, VALUE_DIM)):
             words = load_piece(value_codes_ptr, value_at, real, VALUE_CODING, VALUE_DIM, i, True)
             for j in tl.static_range((piece_fields(VALUE_CODING, VALUE_DIM, i) + 1) // 2):
-                found = field_levels(words, value_shifts[i], value_tables[i], j, VALUE_CODING, levels_at(VALUE_LEVELS, VALUE_CODING, VALUE_DIM, i),
-                                     piece_bits(VALUE_CODING, VALUE_DIM, i), piece_fields(VALUE_CODING, VALUE_DIM, i), word_sizes(VALUE_CODING, VALUE_DIM, i), DOT, FAST)  # fmt: skip
+                found = field_levels(words, value_shifts[i], value_tables[i], j, VALUE_CODING,
+                                     levels_at(VALUE_LEVELS, VALUE_CODING, VALUE_DIM, i),
+                                     piece_bits(VALUE_CODING, VALUE_DIM, i), piece_fields(VALUE_CODING, VALUE_DIM, i),
+                                     word_sizes(VALUE_CODING, VALUE_DIM, i), DOT, FAST)  # fmt: skip
                 for e in tl.static_range(len(found)):
                     part = tl.dot(found[e], weight, input_precision="ieee")
                     new_acc = new_acc + (
@@ -317,8 +324,8 @@ def attend_kernel(
             score = tl.zeros([NEW, BLOCK_M], tl.float32)
             for i in tl.static_range(num_pieces(KEY_CODING, KEY_DIM)):
                 for j in tl.static_range(piece_fields(KEY_CODING, KEY_DIM, i)):
-                    d = channels_of(KEY_CODING, KEY_DIM, i, j)
-                    key = tl.load(new_key_ptr + at * stride_kt + d[None, :], mask=real[:, None], other=0.0)
+                    kd = channels_of(KEY_CODING, KEY_DIM, i, j)
+                    key = tl.load(new_key_ptr + at * stride_kt + kd[None, :], mask=real[:, None], other=0.0)
                     score = tl.dot(number_of(key, DOT), query[fields_before(KEY_CODING, KEY_DIM, i) + j], score,
                                    input_precision="ieee")  # fmt: skip
             visible = real[:, None] & (t[:, None] <= position[None, :])
@@ -332,9 +339,10 @@ def attend_kernel(
             new_acc = ()
             for i in tl.static_range(num_pieces(VALUE_CODING, VALUE_DIM)):
                 for j in tl.static_range(piece_fields(VALUE_CODING, VALUE_DIM, i)):
-                    d = channels_of(VALUE_CODING, VALUE_DIM, i, j)
-                    value = tl.load(new_value_ptr + at * stride_vt + d[None, :], mask=real[:, None], other=0.0)
-                    new_acc = new_acc + (tl.dot(tl.trans(number_of(value, DOT)), weight, acc[fields_before(VALUE_CODING, VALUE_DIM, i) + j] * alpha[None, :],
+                    vd = channels_of(VALUE_CODING, VALUE_DIM, i, j)
+                    value = tl.load(new_value_ptr + at * stride_vt + vd[None, :], mask=real[:, None], other=0.0)
+                    old = acc[fields_before(VALUE_CODING, VALUE_DIM, i) + j] * alpha[None, :]
+                    new_acc = new_acc + (tl.dot(tl.trans(number_of(value, DOT)), weight, old,
                                                 input_precision="ieee"),)  # fmt: skip
             acc = new_acc
     saw = total > 0
@@ -351,11 +359,11 @@ def attend_kernel(
     for i in tl.static_range(num_pieces(VALUE_CODING, VALUE_DIM)):
         for j in tl.static_range(piece_fields(VALUE_CODING, VALUE_DIM, i)):
             d = channels_of(VALUE_CODING, VALUE_DIM, i, j)
-            out = acc[fields_before(VALUE_CODING, VALUE_DIM, i) + j]
+            result: tl.tensor = acc[fields_before(VALUE_CODING, VALUE_DIM, i) + j]
             if VALUE_CODING == "int4":
-                out += zeros[None, :]
-            out = tl.where(saw[None, :], out * inverse[None, :], 0.0)
-            tl.store(partial_ptr + at[None, :] * VALUE_DIM + d[:, None], out.to(partial_ptr.dtype.element_ty),
+                result += zeros[None, :]
+            result = tl.where(saw[None, :], result * inverse[None, :], 0.0)
+            tl.store(partial_ptr + at[None, :] * VALUE_DIM + d[:, None], result.to(partial_ptr.dtype.element_ty),
                      mask=mask[None, :])  # fmt: skip
     tl.store(lse_ptr + at, tl.where(saw, peak + tl.log2(tl.where(saw, total, 1.0)), HIDDEN), mask=mask)
 
@@ -480,7 +488,8 @@ def attend(
     )
     wide = dtype == torch.float32
     attend_kernel[(splits, rows, blocks)](
-        query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.key_lookup, stored.value_lookup, lengths, table, new_key,
+        query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.key_lookup,
+        stored.value_lookup, lengths, table, new_key,
         new_value, counts, starts, partial, lse, scale * LOG2E, *line_strides(query, starts), *strides,
         *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
         Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from kvruntime.methods.token.cache import TokenLayer
-from kvsim.methods.per_token_head import PerTokenHead
-from kvsim.methods.turboquant import TurboQuant
+from kvsim.layout import Method
+from kvsim.methods.token import PerTokenHead, TurboQuant
 
-LAYOUTS = (PerTokenHead("int8"), PerTokenHead("int4"), PerTokenHead("fp8"), *map(TurboQuant, (2, 2.5, 3, 3.5, 4)))
+LAYOUTS: tuple[Method, ...] = (
+    PerTokenHead("int8"),
+    PerTokenHead("int4"),
+    PerTokenHead("fp8"),
+    *map(TurboQuant, (2, 2.5, 3, 3.5, 4)),
+)
 ENGINE = (PerTokenHead("fp8"), TurboQuant(3), TurboQuant(4))
 """What ``bench engine`` takes."""
 PACKED = (PerTokenHead("int8"), PerTokenHead("fp8"), TurboQuant(3), TurboQuant(4))
@@ -21,10 +26,6 @@ PACKED = (PerTokenHead("int8"), PerTokenHead("fp8"), TurboQuant(3), TurboQuant(4
 MORE: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 PORTABLE = ("llama-3-8b:8x32k", (TurboQuant(4),))
 """What is timed without the instructions of NVIDIA's."""
-ASKED = {
-    f"turboquant-{bits}bit": {("llama-3-8b", 8, 32768): 2.5} for bits in (3, 4)
-}
-"""What was set out for: layout -> (model, rows, tokens) -> ratio to float16 on an H200."""
 
 
 def packs(method: Any, num_tokens: int) -> bool:
@@ -64,7 +65,7 @@ def with_splits(layer: TokenLayer, query: Tensor, scale: float, scratch: Tensor,
 
 def splits(layer: TokenLayer, query: Tensor) -> int:
     """How many ways the kernel splits the tokens, as it plans it."""
-    kernels = import_module("kvruntime.methods.token.attention")
+    kernels: Any = import_module("kvruntime.methods.token.attention")
     answers: list[int] = []
     real = kernels.plan_splits
 

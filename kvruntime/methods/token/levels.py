@@ -8,12 +8,11 @@ square, ``dim**-0.5``.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from kvsim.methods.turboquant import LOOKUP as LOOKUP
 
 POINTS = 1 << 16
 SEED = 2504_19874
@@ -28,7 +27,7 @@ def magnitudes(dim: int, nbits: int) -> tuple[float, ...]:
     distribution function, whose partial means have a closed form.
 
     >>> magnitudes(128, 2)
-    (0.450927734375, 1.5009765625)
+    (0.452392578125, 1.5048828125)
     """
     number, power = 1 << (nbits - 1), (dim - 3) / 2
     t = np.linspace(0.0, 1.0, POINTS + 1)
@@ -46,7 +45,7 @@ def magnitudes(dim: int, nbits: int) -> tuple[float, ...]:
 
 
 def lookup_table(dim: int, nbits: int, device: torch.device) -> Tensor:
-    """``[LOOKUP]`` int32: what the kernel of :mod:`kvruntime.methods.token.lookup` holds in registers.
+    """``[kvsim.methods.token.LOOKUP]`` int32: what :mod:`kvruntime.methods.token.lookup` holds in registers.
 
     Four tables of the levels' bytes, of four bits low bytes of levels 0 to 3, of 4 to 7, and high bytes alike; of fewer
     bits low bytes, high bytes, and those two again the other way round.  Then, for sixteen words, by how many bits they
@@ -64,7 +63,7 @@ def lookup_table(dim: int, nbits: int, device: torch.device) -> Tensor:
 def thresholds(dim: int, nbits: int) -> tuple[float, ...]:
     """Magnitudes above the nth belong to level n + 1 or higher: midpoints, as float32 has them."""
     levels = magnitudes(dim, nbits)
-    return tuple(float(np.float32((a + b) / 2)) for a, b in zip(levels, levels[1:], strict=False))
+    return tuple(float(np.float32((a + b) / 2)) for a, b in pairwise(levels))
 
 
 def signs(dim: int, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Triton: words of codes to levels, two fields at a time.
 
-Portable: shifts, masks and comparisons, a number at a time.  Else by instructions of NVIDIA's that take two words in one
-register: of Lloyd-Max codes the magnitudes are selectors of ``prmt``, which looks up four bytes at once in a table of
-eight that lies in two registers, the levels' low bytes and then their high bytes; the signs are put on at the end.
+Portable: shifts, masks and comparisons, a number at a time.  Else by instructions of NVIDIA's that take two words in
+one register: of Lloyd-Max codes the magnitudes are selectors of ``prmt``, which looks up four bytes at once in a table
+of eight that lies in two registers, the levels' low bytes and then their high bytes; the signs are put on at the end.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvruntime.methods.token import levels
 from kvruntime.methods.token.words import is_lloyd, piece_section, piece_words, word_sizes
+from kvsim.methods import token as layout
 
 INTERPRETED = triton.knobs.runtime.interpret
-LOOKUP = tl.constexpr(levels.LOOKUP)
+LOOKUP = tl.constexpr(layout.LOOKUP)
 OWN = tl.constexpr("{ .reg .b32 x; mov.u32 x, %laneid; shr.u32 x, x, $2; or.b32 $0, $1, x; }")
 """A number as it is, given 8: in a register of each thread, for ``prmt`` takes none that a warp shares, where it would
 lie else."""
@@ -34,7 +34,7 @@ def field_at(place, fields):
 
 @triton.constexpr_function
 def lloyd_asm(nbits, fields, sizes, j):
-    """PTX: fields ``j`` and ``j + fields / 2`` of two tokens' or channels' words as pairs of float16 in ``$0`` and ``$1``.
+    """PTX: fields ``j`` and ``j + fields / 2`` of two words, tokens' or channels', as pairs of float16.
 
     Operands: the words of each plane, of those whose words have less than 16 bits (``sizes``) by how many to shift, and
     the four tables; what is 32 bits wide comes twice.  None for words that it does not take.
@@ -66,8 +66,8 @@ def lloyd_asm(nbits, fields, sizes, j):
 
 @triton.jit
 def load_tables(lookup_ptr, CODING: tl.constexpr, DIM: tl.constexpr, NUMBER: tl.constexpr):
-    """What a piece's levels are looked up in: four int32 ``[1, 1]``, loaded as tensors, which the compiler lets have the
-    layout of the codes; of codings without levels none."""
+    """What a piece's levels are looked up in: four int32 ``[1, 1]``, loaded as tensors, which the compiler lets have
+    the layout of the codes; of codings without levels none."""
     tables = ()
     if is_lloyd(CODING):
         at = lookup_ptr + LOOKUP * piece_section(CODING, DIM, NUMBER) + tl.arange(0, 1)[:, None]

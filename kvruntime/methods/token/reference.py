@@ -7,8 +7,8 @@ there are), and reads back as ``level(code) * scale``:
 * ``int4``: ``scale = (max(x, 0) - min(x, 0)) / 15``, whose lowest four bits are then replaced by the zero point
   ``round(-min(x, 0) / scale)``, rounding the rest up; ``level = code - zero point``, with the scale that is left.
 * ``lloyd*``: ``y = H (signs * x)`` with a normalised Hadamard matrix H; codes are the nearest levels of ``y / rms y``.
-  ``scale`` is ``rms y``, or with norm correction ``rms y / rms level``, which gives back the vector's own norm.  What is
-  read is turned back.
+  ``scale`` is ``rms y``, or with norm correction ``rms y / rms level``, which gives back the vector's own norm.  What
+  is read is turned back.
 
 ``x`` is clamped to +-``LIMIT`` first.  A vector of zeros has scale 0.  A vector with a NaN has a NaN for its scale and
 reads back as NaN throughout.  ``1 / scale`` is rounded to float32 once a vector; ties go to the even code.
@@ -67,12 +67,12 @@ class Stored(NamedTuple):
     | key_scale, value_scale | [batch_size, num_kv_heads, slots] |
     | lengths | [batch_size] int32: tokens stored |
     | key_signs, value_signs | [dim] int8 of the rotation, or None |
-    | key_lookup, value_lookup | [sections * LOOKUP] int32 (:func:`kvruntime.methods.token.levels.lookup_table`), or None |
+    | key_lookup, value_lookup | [sections * LOOKUP] int32, or None |
     | block_table | [batch_size, num_blocks] int32, or None |
 
-    With a block table the others are pools [pool_size, num_kv_heads, n, ...]: token t of row b lies in slot ``t % n`` of
-    block ``block_table[b, t // n]``.  Rows may share blocks.  Entries for tokens that a row does not have are not
-    looked at.
+    With a block table the others are pools [pool_size, num_kv_heads, n, ...]: token t of row b lies in slot ``t % n``
+    of block ``block_table[b, t // n]``.  Rows may share blocks.  Entries for tokens that a row does not have are not
+    looked at.  ``*_lookup``: :func:`kvruntime.methods.token.levels.lookup_table` of each section.
     """
 
     key_codes: Tensor

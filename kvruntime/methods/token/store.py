@@ -1,8 +1,8 @@
 """Triton: tokens to codes, many at once or one a row (the arithmetic is ``encode``'s of
 :mod:`kvruntime.methods.token.reference`).
 
-``append_kernel``: ``BLOCK_T`` tokens of one row and head, keys or values.  ``step_kernel``: the new token of one row and
-head, rotary embedding on the way.  A vector is chunks of a power of two of channels, each rotated in registers; its
+``append_kernel``: ``BLOCK_T`` tokens of one row and head, keys or values.  ``step_kernel``: the new token of one row
+and head, rotary embedding on the way.  A vector is chunks of a power of two of channels, each rotated in registers; its
 codes leave as 32-bit words.
 """
 
@@ -31,9 +31,8 @@ from kvruntime.methods.token.words import (
     layout_constants,
     num_chunks,
     num_sections,
-    piece_width,
+    piece_fields_of,
     rotation,
-    second_order,
     section_levels,
 )
 
@@ -78,10 +77,22 @@ def store_planes(ptr, code, kept, CODING: tl.constexpr, DIM: tl.constexpr, SECTI
     PLANES: tl.constexpr = chunk_planes(CODING, DIM, SECTION, FIRST)
     store_plane(ptr + PLANES[0][2], code, kept, PLANES[0][0], N, W)
     if len(PLANES) > 1:
-        ORDER: tl.constexpr = second_order(piece_width(W))
-        bit = tl.reshape(code >> PLANES[1][1], (N * (W // piece_width(W)), ORDER[0], ORDER[1], ORDER[2], ORDER[3]))
-        bit = tl.reshape(tl.permute(bit, (0, 2, 3, 1, 4)), (N, W))
-        store_plane(ptr + PLANES[1][2], bit, kept, PLANES[1][0], N, W)
+        store_second(ptr + PLANES[1][2], (code >> PLANES[1][1]) & 1, kept, piece_fields_of(W), N, W)
+
+
+@triton.jit
+def store_second(ptr, bit, kept, F: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+    """A second plane, of one bit (:func:`kvruntime.methods.token.coding.second_order`): a channel's place in its word
+    depends on the channel alone, so that nothing is permuted."""
+    PIECE: tl.constexpr = 16 * F
+    bit = tl.reshape(bit, (N * (W // PIECE), 2, F // 2, 2, 8))
+    low = tl.arange(0, 8)
+    place = low // F * (2 * F) + low % F
+    word = tl.sum(bit << place[None, None, None, None, :], 4)
+    word = tl.sum(word << (16 * tl.arange(0, 2))[None, None, None, :], 3)
+    word = tl.sum(word << (F * tl.arange(0, 2))[None, :, None], 1)
+    ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(ptr[:, None] + tl.arange(0, W // 32)[None, :], tl.reshape(word, (N, W // 32)), mask=kept[:, None])
 
 
 @triton.jit
@@ -249,7 +260,8 @@ def append_kernel(
     stride_xb, stride_xh, stride_xt, stride_sb, stride_sh, stride_st, stride_yb, stride_yh, stride_yt, stride_zb,
     stride_zh, stride_zt, new_length, num_blocks, batch_size, NUM_HEADS: tl.constexpr, KEY_CODING: tl.constexpr,
     VALUE_CODING: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_LEVELS: tl.constexpr,
-    VALUE_LEVELS: tl.constexpr, CORRECTED: tl.constexpr, BLOCK_T: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
+    VALUE_LEVELS: tl.constexpr, CORRECTED: tl.constexpr, BLOCK_T: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """New tokens of one row and head, or of a line with ``starts_ptr`` of one head, tokens of any rows; keys in the
     first plane of the grid, values in the second.  Strides: of keys and values as they come, then of codes and scales
@@ -294,8 +306,8 @@ def step_value(value_ptr, codes_ptr, scale_ptr, signs_ptr, codes_at, scale_at, C
     for i in tl.static_range(num_chunks(DIM)):
         d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
         x = x + (clamped(tl.load(value_ptr + d))[None, :],)
-    store_tokens(x, signs_ptr, codes_ptr + (one + codes_at), scale_ptr + (one + scale_at), one == 0, CODING, DIM, LEVELS,
-                 1, CORRECTED)  # fmt: skip
+    store_tokens(x, signs_ptr, codes_ptr + (one + codes_at), scale_ptr + (one + scale_at), one == 0, CODING, DIM,
+                 LEVELS, 1, CORRECTED)  # fmt: skip
 
 
 @triton.jit
@@ -320,8 +332,8 @@ def step_key(query_ptr, key_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, signs_p
         for i in tl.static_range(num_chunks(DIM)):
             d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
             tl.store(query_at + d[None, :], queries[i], mask=(m < Q_PER_KV)[:, None])
-    store_tokens(x, signs_ptr, codes_ptr + (one + codes_at), scale_ptr + (one + scale_at), one == 0, CODING, DIM, LEVELS,
-                 1, CORRECTED)  # fmt: skip
+    store_tokens(x, signs_ptr, codes_ptr + (one + codes_at), scale_ptr + (one + scale_at), one == 0, CODING, DIM,
+                 LEVELS, 1, CORRECTED)  # fmt: skip
 
 
 @triton.jit
@@ -331,7 +343,8 @@ def step_kernel(
     stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_sb, stride_sh, stride_st, stride_yb, stride_yh,
     stride_yt, stride_zb, stride_zh, stride_zt, num_blocks, NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr,
     KEY_CODING: tl.constexpr, VALUE_CODING: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
+    KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr,
+    ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """The new token of a row and head; the second plane of the grid stores values.  Strides as ``append_kernel``'s."""
     if EARLY:
@@ -348,7 +361,8 @@ def step_kernel(
         slot = (length % PAGE).to(tl.int64)
     if tl.program_id(1) == 1:
         step_value(value_ptr + row.to(tl.int64) * stride_vb + head.to(tl.int64) * stride_vh, value_codes_ptr,
-                   value_scale_ptr, value_signs_ptr, place * stride_yb + head.to(tl.int64) * stride_yh + slot * stride_yt,
+                   value_scale_ptr, value_signs_ptr,
+                   place * stride_yb + head.to(tl.int64) * stride_yh + slot * stride_yt,
                    place * stride_zb + head.to(tl.int64) * stride_zh + slot * stride_zt, VALUE_CODING, VALUE_DIM,
                    VALUE_LEVELS, CORRECTED)  # fmt: skip
     else:
@@ -356,8 +370,9 @@ def step_kernel(
         if ROTARY:
             position = tl.load(positions_ptr + row)
         step_key(query_ptr + row.to(tl.int64) * stride_qb,
-                 key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh, cos_ptr, sin_ptr, key_codes_ptr,
-                 key_scale_ptr, key_signs_ptr, place * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xt,
+                 key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh, cos_ptr, sin_ptr,
+                 key_codes_ptr, key_scale_ptr, key_signs_ptr,
+                 place * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xt,
                  place * stride_sb + head.to(tl.int64) * stride_sh + slot * stride_st, position, head, stride_qh,
                  Q_PER_KV, KEY_CODING, KEY_DIM, KEY_LEVELS, CORRECTED, BLOCK_Q, ROTARY)  # fmt: skip
 

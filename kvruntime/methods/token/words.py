@@ -13,7 +13,6 @@ sections = triton.constexpr_function(coding.sections)  # wrapped, their source c
 planes = triton.constexpr_function(coding.planes)
 chunks = triton.constexpr_function(coding.chunks)
 rotation = triton.constexpr_function(coding.rotation)
-second_order = triton.constexpr_function(coding.second_order)
 
 
 @triton.constexpr_function
@@ -84,9 +83,9 @@ def word_sizes(name, dim, number):
 
 
 @triton.constexpr_function
-def piece_width(width):
-    """Channels of the pieces of a chunk."""
-    return min(width, PIECE)
+def piece_fields_of(width):
+    """Codes that a word of a chunk's pieces has each time that it is read, where the first plane has two bits."""
+    return min(PIECE, width) // 16
 
 
 @triton.constexpr_function
