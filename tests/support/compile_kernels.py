@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -572,9 +571,9 @@ def step_token(name: str, sm: int) -> dict[str, int]:
 def attend_token(name: str, sm: int, dtype: str = "fp16", pool: bool = False) -> dict[str, int]:
     """One query a row; over a pool a line of queries, with fresh tokens."""
     layout = Layout(*CODED[name][:2], CODED[name][2], CODED[name][2])
-    kernel, block_m = token.attend_kernel, token.MOST_M if pool else token.LEAST_M
+    kernel, block_m = token.attend_kernel, token.MOST_M[token.few_bits(layout)] if pool else token.LEAST_M
     more = {
-        "Q_PER_KV": 4, "BLOCK_M": block_m, "TILE": token.plan_tile(layout, torch.float16, block_m), "DOT": tl.float16,
+        "Q_PER_KV": 4, "BLOCK_M": block_m, "TILE": token.plan_tile(layout, block_m), "DOT": tl.float16,
         "NUM_STAGES": token.NUM_STAGES, "EARLY": sm >= 90, "MORE": 0 if pool else 1, "PAGE": 16 if pool else 0,
         "BLOCK_B": 32 if pool else 0, "FAST": True,
     }  # fmt: skip

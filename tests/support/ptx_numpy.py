@@ -12,14 +12,14 @@ import numpy as np
 
 TYPES = {
     "f16": np.float16, "f32": np.float32, "s16": np.int16, "s32": np.int32, "s64": np.int64, "b16": np.uint16,
-    "u16": np.uint16, "b32": np.uint32, "u32": np.uint32, "b64": np.uint64, "u64": np.uint64,
+    "b8": np.uint8, "s8": np.int8, "u8": np.uint8, "u16": np.uint16, "b32": np.uint32, "u32": np.uint32, "b64": np.uint64, "u64": np.uint64,
 }  # fmt: skip
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WIDE = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
 NO_NAN = {"min": np.fmin, "max": np.fmax}
 PLAIN = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs, "min": np.minimum, "max": np.maximum,
+    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "min": np.minimum, "max": np.maximum,
 }  # fmt: skip
 ORDER = {
     "lt": np.less, "gt": np.greater, "le": np.less_equal, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
@@ -202,8 +202,12 @@ class Program:
         if op[0] == "prmt":
             cells = np.concatenate([self.get(name, "b32").view(np.uint8).reshape(-1, 4) for name in x[1:3]], 1)
             select = self.get(x[3], "u32").astype(int)
-            assert not (select & 0x8888).any()
-            return np.stack([cells[self.lane, select >> 4 * i & 7] for i in range(4)], 1).view(np.uint32)[:, 0]
+            bytes_ = [cells[self.lane, select >> 4 * i & 7] for i in range(4)]
+            signs = [np.where(byte > 127, 255, 0).astype(np.uint8) for byte in bytes_]
+            chosen = [np.where(select >> 4 * i & 8, signs[i], bytes_[i]) for i in range(4)]
+            return np.stack(chosen, 1).view(np.uint32)[:, 0]
+        if op[0] == "popc":
+            return np.bitwise_count(self.get(x[1], kind).view(RAW[np.dtype(TYPES[kind]).itemsize])).astype(np.uint32)
         if op[0] == "redux":
             assert (self.get(x[2], "u32") == 2**32 - 1).all()
             value = self.get(x[1], kind).reshape(-1, 32)

@@ -10,7 +10,6 @@ import json
 import sys
 
 import compile_kernels
-import numpy as np
 import torch
 import triton
 from packing_ptx import Memory
@@ -22,7 +21,7 @@ from kvruntime.methods.token.levels import signs
 from kvruntime.methods.token.words import layout_constants
 
 HEADS, TOKENS, SLOTS = 2, 21, 24
-CODED = ("int8", "int4 d80", "e4m3 e5m2", "lloyd3", "lloyd2 lloyd3 d64", "lloyd2.5 lloyd3.5")
+CODED = ("int4 d80", "lloyd3", "lloyd2.5 lloyd3.5")
 
 
 def differing(name: str) -> list[int]:
@@ -74,4 +73,3 @@ def differing(name: str) -> list[int]:
 if __name__ == "__main__":
     for name in sys.argv[1:] or CODED:
         print(json.dumps([name, differing(name)]), flush=True)
-    assert np.array_equal(np.zeros(1), np.zeros(1))

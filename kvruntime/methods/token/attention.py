@@ -48,16 +48,17 @@ from kvruntime.methods.token.words import (
 )
 
 MAX_SPLITS = 128
-LEAST_M, MOST_M = 8, 16
-"""Queries a program, at least and at most: more take all registers."""
-TILES = (64, 32, 16)
-"""Tokens a step of the loop, most first."""
+LEAST_M = 8
+MOST_M = {True: 16, False: 8}
+"""Queries a program, at least, and at most of codes of four bits and fewer, and of others: more take all registers."""
+TILE = 32
+"""Tokens a step of the loop; half where more would take all registers of a thread."""
 NUM_STAGES = 3
 NUM_WARPS = 1
 ROTATED_ROWS = 4
 """Vectors that a program of :func:`rotated` takes."""
-PROGRAMS_PER_SM = 8
-"""Programs of one warp that a multiprocessor runs at once, as the splits are planned."""
+PROGRAMS_PER_SM = {True: 16, False: 10}
+"""Programs of one warp a multiprocessor, as the splits are planned: of codes of four bits at most, and of others."""
 
 
 @triton.jit
@@ -407,19 +408,23 @@ def rotated(x: Tensor, signs: Tensor, size: int) -> Tensor:
     return out
 
 
-def plan_tile(layout: Layout, dtype: torch.dtype, block_m: int) -> int:
-    """Tokens a step of the loop, as many as a thread's registers take: half where codes have more than four bits or are
-    read as several pieces, half where more queries share them."""
+def few_bits(layout: Layout) -> bool:
+    """Whether neither keys nor values have codes of more than four bits."""
+    return all(name == "int4" or name.startswith("lloyd") for name in (layout.key, layout.value))
+
+
+def plan_tile(layout: Layout, block_m: int) -> int:
+    """Tokens a step of the loop."""
     streams = ((layout.key, layout.key_dim), (layout.value, layout.value_dim))
-    small = all(num_pieces(*each) == 1 and num_bytes(*each) * 2 <= each[1] for each in streams)
-    return 32 if dtype == torch.float32 else TILES[int(not small) + int(block_m > LEAST_M)]
+    small = few_bits(layout) and all(num_pieces(*each) == 1 for each in streams)
+    return TILE if small or block_m == LEAST_M else TILE // 2
 
 
 def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
     """Splits of a row: those that end first, where ``at_once`` programs run and each costs two tiles more than it has.
 
-    >>> plan_splits(64, 32768, 64, 1056), plan_splits(8, 32768, 64, 1056), plan_splits(512, 4096, 64, 1056)
-    (16, 128, 2)
+    >>> plan_splits(64, 32768, 32, 2112), plan_splits(8, 32768, 32, 2112), plan_splits(512, 4096, 32, 2112)
+    (32, 128, 4)
     """
     tiles = -(-num_tokens // tile)
 
@@ -455,7 +460,8 @@ def attend(
         query = rotated(query, stored.key_signs, key_turn)
     query = query if query.stride(-1) == 1 else query.contiguous()
     length, q_per_kv = query.shape[2 if starts is None else 0], q_heads // heads
-    alone = starts is None and fresh is None and length == 1 and q_per_kv <= MOST_M
+    most_m = MOST_M[few_bits(layout)]
+    alone = starts is None and fresh is None and length == 1 and q_per_kv <= most_m
     new_key = new_value = counts = None
     strides: tuple[int | None, ...] = (None,) * 6
     if fresh is not None:
@@ -467,8 +473,8 @@ def attend(
         strides = (*line_strides(new_key, starts), *line_strides(new_value, starts))
     table, num_blocks = table_of(stored)
     each = q_per_kv * (1 if alone else length)
-    block_m = max(LEAST_M, min(MOST_M, triton.next_power_of_2(each)))
-    tile = plan_tile(layout, dtype, block_m)
+    block_m = max(LEAST_M, min(most_m, triton.next_power_of_2(each)))
+    tile = plan_tile(layout, block_m)
     blocks, rows = triton.cdiv(each, block_m), batch_size * heads
     if starts is not None:
         blocks, rows = lines.num_blocks(length, batch_size, block_m, q_per_kv), heads
@@ -478,7 +484,7 @@ def attend(
     splits = num_splits
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        splits = plan_splits(rows * blocks, longest, tile, sms * PROGRAMS_PER_SM)
+        splits = plan_splits(rows * blocks, longest, tile, sms * PROGRAMS_PER_SM[few_bits(layout)])
     merged = splits > 1 or value_turn > 0
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
     partial = (
