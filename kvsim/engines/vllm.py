@@ -33,7 +33,7 @@ from kvsim.engines.engine import Engine, Group, Pool
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, StateShape, nbytes
-from kvsim.methods import Fp8, Full, Nvfp4, PerTokenHead, placed
+from kvsim.methods import Fp8, Full, Nvfp4, PerTokenHead, Slot, placed
 from kvsim.methods.by_layer import at
 from kvsim.whole_numbers import check_switch, check_whole
 
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from kvsim.models.model import Model
 
 GIB = 1 << 30
-HELD = (Full, Fp8, PerTokenHead, Nvfp4)
-"""The methods that vLLM stores: --kv-cache-dtype auto, fp8, {int8,int4,fp8}_per_token_head, nvfp4."""
+HELD = (Full, Fp8, PerTokenHead, Nvfp4, Slot)
+"""The methods that vLLM stores: --kv-cache-dtype auto, fp8, {int8,int4,fp8}_per_token_head, nvfp4, turboquant_*,
+ultraquant_4bit."""
 
 INDEX_NBYTES = 132
 """Bytes a token of an index key of 128: fp8 codes and a float32 scale (DeepseekV32IndexerCache)."""
@@ -187,9 +188,10 @@ class Vllm(Engine):
         return ("chunk" if layer.kind == "chunked" else "window"), layer.window
 
     def _page(self, model: Model, layer: LayerShape, method: Method, block_size: int) -> int:
-        if not isinstance(method, HELD):
+        if not isinstance(method, HELD) or getattr(method, "format", "") == "fp8-e5m2":
             raise ValueError(
-                f"vllm does not store {method.name}: it has fp16, bf16, fp32, fp8, fp8-token-head, int8, int4 and nvfp4"
+                f"vllm does not store {method.name}: it has fp16, bf16, fp32, fp8, fp8-token-head, int8, int4, nvfp4, "
+                f"turboquant_k8v4 and its kin, and ultraquant_4bit"
             )
         if not layer.value_dim and isinstance(method, PerTokenHead):
             extra = 4  # a scale pair beside a latent, though it is one vector

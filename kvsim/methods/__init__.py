@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 
 from kvsim.layout import Method
@@ -15,6 +16,7 @@ from kvsim.methods.kivi import Kivi, kivi_boost, kivi_seed
 from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
+from kvsim.methods.slot import TURBOQUANT, ULTRAQUANT, Slot
 from kvsim.methods.token import PerTokenHead, TurboQuant
 from kvsim.nearest import hint
 
@@ -33,6 +35,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "int4": lambda scale_dtype="float32": PerTokenHead("int4", scale_dtype),
     "nvfp4": Nvfp4,
     "turboquant": TurboQuant,
+    **{preset: partial(Slot, preset) for preset in (*TURBOQUANT, ULTRAQUANT)},
     "q8_0": lambda value_type="q8_0": Ggml("q8_0", value_type),
     "q5_1": lambda value_type="q5_1": Ggml("q5_1", value_type),
     "q5_0": lambda value_type="q5_0": Ggml("q5_0", value_type),
@@ -87,6 +90,7 @@ __all__ = [
     "Nvfp4",
     "Paged",
     "PerTokenHead",
+    "Slot",
     "TurboQuant",
     "at",
     "kivi_boost",

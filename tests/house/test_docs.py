@@ -23,7 +23,7 @@ DOCUMENTS = tuple(
     ROOT / name
     for name in (
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
-        *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md"),
+        *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md", "docs/methods.md"),
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"

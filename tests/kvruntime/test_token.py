@@ -324,3 +324,35 @@ def test_pairs_are_looked_up_as_the_reference_reads_them(coding: str, dim: int) 
     assert section == 0
     real = want.isfinite()  # no token has a code that is NaN or infinite
     torch.testing.assert_close(got[real], want[real], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8-token-head", "turboquant"])
+def test_generate_takes_ragged_rows_on_both_paths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps planned on the host and steps that decide nothing there: the same tokens, near those of stock attention,
+    bytes as predicted and all weighed, a rotation's shared tensors too."""
+    pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+    from hf_models import prompt, tiny
+
+    from kvruntime import hf, make_cache
+    from kvruntime.bench.harness.weigh import weigh
+    from kvruntime.hf.cache import argument
+    from kvruntime.hf.models import layer_shapes
+    from kvsim.engines.kvruntime import stored_shape
+    from kvsim.layout import shared_buffers
+
+    monkeypatch.setattr(hf, "_steps_on", lambda device: True)
+    model, inputs = tiny("Llama"), prompt(3, 30, (0, 7, 22))
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    settings |= {"output_logits": True, "pad_token_id": 0}
+    want = model.generate(**inputs, **settings)
+    have = []
+    for compiled in (None, False):
+        cache = make_cache(model, name, compiled=compiled)
+        have.append(model.generate(**inputs, **argument(cache), **settings))
+        shapes = [stored_shape(cache.method, shape) for shape in layer_shapes(model)]
+        size = sum(nbytes(cache.method.buffers(shape, 3, cache.num_provided)) for shape in shapes)
+        assert cache.nbytes == size + nbytes(shared_buffers(cache.method, shapes))
+    assert weigh(cache) == cache.nbytes
+    assert torch.equal(have[0].sequences, have[1].sequences)
+    off = max((a - b).abs().max().item() for a, b in zip(want.logits[:2], have[0].logits[:2], strict=True))
+    assert 0 < off < 0.3

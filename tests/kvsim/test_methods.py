@@ -461,3 +461,38 @@ def test_a_name_of_a_table_is_a_method_again() -> None:
         assert method_named(method.name) == method
     with pytest.raises(LookupError, match="no method is named 'kivi-2bit-g32'"):
         method_named("kivi-2bit-g32")
+
+
+@pytest.mark.parametrize(
+    ("preset", "dim", "size"),
+    [
+        ("turboquant_k8v4", 128, 128 + 64 + 4),
+        ("turboquant_4bit_nc", 128, 64 + 2 + 64 + 4),
+        ("turboquant_k3v4_nc", 128, 48 + 2 + 64 + 4),
+        ("turboquant_3bit_nc", 96, 36 + 2 + 36 + 4),
+        ("ultraquant_4bit", 256, 272),
+    ],
+)
+def test_slots_of_vllm(preset: str, dim: int, size: int) -> None:
+    """Bytes of a token and head by hand; the ends of a model uncompressed under turboquant's presets alone."""
+    layer, method = LayerShape(2, dim, dim), make_method(preset)
+    assert nbytes(method.buffers(layer, 3, 5)) == 3 * 2 * 5 * size
+    ends = [at(method, layer, index, 6) != method for index in range(6)]
+    assert ends == ([False] * 6 if preset == "ultraquant_4bit" else [True, True, False, False, True, True])
+    with pytest.raises(ValueError, match="not a latent"):
+        method.buffers(LayerShape(1, 576, 0), 1, 1)
+
+
+def test_turboquant_counts_its_planes_and_what_layers_share() -> None:
+    layer = LayerShape(8, 128, 64)
+    method = make_method("turboquant", nbits="2.5", value_nbits=3)
+    assert method.name == "turboquant-k2.5v3"
+    assert parts(method.buffers(layer, 1, 10)) == {
+        "key_codes": 80 * 40, "key_scale": 80 * 2, "value_codes": 80 * 24, "value_scale": 80 * 2,
+    }  # fmt: skip
+    shared = {buffer.name: buffer.nbytes for buffer in method.shared_buffers([layer, layer])}
+    assert shared == {"signs_64": 64, "signs_128": 128, "lookup_64_3bit": 144, "lookup_128_2.5bit": 288}
+    with pytest.raises(ValueError, match="nbits 5: allowed are 2, 2.5, 3, 3.5, 4"):
+        make_method("turboquant", nbits=5)
+    with pytest.raises(ValueError, match="2.5 bits halve a head: head dimension 96 is no power of two"):
+        method.buffers(LayerShape(1, 96, 96), 1, 1)
