@@ -355,4 +355,4 @@ def test_generate_takes_ragged_rows_on_both_paths(name: str, monkeypatch: pytest
     assert weigh(cache) == cache.nbytes
     assert torch.equal(have[0].sequences, have[1].sequences)
     off = max((a - b).abs().max().item() for a, b in zip(want.logits[:2], have[0].logits[:2], strict=True))
-    assert 0 < off < 0.3
+    assert 0 < off < 0.4

@@ -492,7 +492,7 @@ def test_turboquant_counts_its_planes_and_what_layers_share() -> None:
     }  # fmt: skip
     shared = {buffer.name: buffer.nbytes for buffer in method.shared_buffers([layer, layer])}
     assert shared == {"signs_64": 64, "signs_128": 128, "lookup_64_3bit": 144, "lookup_128_2.5bit": 288}
-    with pytest.raises(ValueError, match="nbits 5: allowed are 2, 2.5, 3, 3.5, 4"):
+    with pytest.raises(ValueError, match=r"nbits 5: allowed are 2, 2\.5, 3, 3\.5, 4"):
         make_method("turboquant", nbits=5)
-    with pytest.raises(ValueError, match="2.5 bits halve a head: head dimension 96 is no power of two"):
+    with pytest.raises(ValueError, match=r"2\.5 bits halve a head: head dimension 96 is no power of two"):
         method.buffers(LayerShape(1, 96, 96), 1, 1)

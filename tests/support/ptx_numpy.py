@@ -12,14 +12,16 @@ import numpy as np
 
 TYPES = {
     "f16": np.float16, "f32": np.float32, "s16": np.int16, "s32": np.int32, "s64": np.int64, "b16": np.uint16,
-    "b8": np.uint8, "s8": np.int8, "u8": np.uint8, "u16": np.uint16, "b32": np.uint32, "u32": np.uint32, "b64": np.uint64, "u64": np.uint64,
+    "b8": np.uint8, "s8": np.int8, "u8": np.uint8,
+    "u16": np.uint16, "b32": np.uint32, "u32": np.uint32, "b64": np.uint64, "u64": np.uint64,
 }  # fmt: skip
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WIDE = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
 NO_NAN = {"min": np.fmin, "max": np.fmax}
 PLAIN = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "min": np.minimum, "max": np.maximum,
+    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs,
+    "sqrt": np.sqrt, "min": np.minimum, "max": np.maximum,
 }  # fmt: skip
 ORDER = {
     "lt": np.less, "gt": np.greater, "le": np.less_equal, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,

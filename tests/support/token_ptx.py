@@ -1,4 +1,4 @@
-"""Compile the kernel that stores coded tokens for sm_90, run its PTX in NumPy and count what differs from the reference.
+"""Compile the kernel that stores coded tokens for sm_90, run its PTX in NumPy, count what differs from the reference.
 
 JSON lines ``[layout, [bytes that differ of key codes, key scales, value codes, value scales]]``.  Run by
 ``test_packing_ptx.py`` in a process of its own, because the interpreter and the compiler exclude each other.

@@ -89,8 +89,7 @@ class TokenLayer(Rows):
         length = query.shape[2]
         if fresh is None and length != 1:
             raise ValueError(f"{length} queries over stored tokens only: allowed is 1, or give the fresh tokens")
-        if not scores.is_plain and not self.changes_scores(query.device):
-            raise ValueError(f"{self.method.name} on CUDA attends without sinks and softcaps")
+        self._check(scores, query.device)
         new = None
         if fresh is not None:
             counts = [length] * self.batch_size if fresh[2] is None else fresh[2]
@@ -102,6 +101,10 @@ class TokenLayer(Rows):
             return out
         return reference.attend(query, self.stored(), self.layout, scale, new, scores=scores)
 
+    def _check(self, scores: Scores, device: torch.device) -> None:
+        if not scores.is_plain and not self.changes_scores(device):
+            raise ValueError(f"{self.method.name} on CUDA attends without sinks and softcaps")
+
     def step(
         self,
         query: Tensor,
@@ -110,6 +113,7 @@ class TokenLayer(Rows):
         scale: float,
         steps: Steps,
         rotary: tuple[Tensor, Tensor] | None = None,
+        scores: Scores = PLAIN,
     ) -> Tensor:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
@@ -120,7 +124,8 @@ class TokenLayer(Rows):
         if not key.is_cuda:
             query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
-            return self.attend(query, scale)
+            return self.attend(query, scale, scores=scores)
+        self._check(scores, query.device)
         stored = self.stored(steps.lengths)
         _kernels("store").step(query, key, value, stored, self.layout, steps.positions, rotary)
         out: Tensor = _kernels("attention").attend(
