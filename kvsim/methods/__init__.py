@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from inspect import signature
 
 from kvsim.layout import Method
@@ -16,7 +15,7 @@ from kvsim.methods.kivi import Kivi, kivi_boost, kivi_seed
 from kvsim.methods.layer_mix import LayerMix
 from kvsim.methods.nvfp4 import Nvfp4
 from kvsim.methods.paged import Paged
-from kvsim.methods.slot import TURBOQUANT, ULTRAQUANT, Slot
+from kvsim.methods.slot import Slot
 from kvsim.methods.token import PerTokenHead, TurboQuant
 from kvsim.nearest import hint
 
@@ -35,7 +34,11 @@ METHODS: dict[str, Callable[..., Method]] = {
     "int4": lambda scale_dtype="float32": PerTokenHead("int4", scale_dtype),
     "nvfp4": Nvfp4,
     "turboquant": TurboQuant,
-    **{preset: partial(Slot, preset) for preset in (*TURBOQUANT, ULTRAQUANT)},
+    "turboquant_k8v4": lambda: Slot("turboquant_k8v4"),
+    "turboquant_4bit_nc": lambda: Slot("turboquant_4bit_nc"),
+    "turboquant_k3v4_nc": lambda: Slot("turboquant_k3v4_nc"),
+    "turboquant_3bit_nc": lambda: Slot("turboquant_3bit_nc"),
+    "ultraquant_4bit": lambda: Slot("ultraquant_4bit"),
     "q8_0": lambda value_type="q8_0": Ggml("q8_0", value_type),
     "q5_1": lambda value_type="q5_1": Ggml("q5_1", value_type),
     "q5_0": lambda value_type="q5_0": Ggml("q5_0", value_type),

@@ -4,8 +4,8 @@ Read in vLLM's ``TurboQuantConfig.slot_size`` and in the test of ``ultraquant_4b
 
 ``turboquant_k8v4``: fp8 keys.  ``turboquant_4bit_nc``, ``turboquant_k3v4_nc``, ``turboquant_3bit_nc``: keys rotated,
 codes of Lloyd-Max levels and a float16 norm.  Values are not rotated: uniform codes, a float16 scale and zero a token
-and
-head.  Slots have an even number of bytes.  Of a dense model vLLM leaves the first and the last two layers as they are.
+and head.  Slots have an even number of bytes.  Of a dense model vLLM leaves the first and the last two layers as they
+are.
 ``ultraquant_4bit``: e2m1 codes, and a power of two for every 32 of them.
 
 They differ from ``turboquant``, which stores values as it stores keys and leaves no layer out.
