@@ -1,4 +1,4 @@
-"""What ``bench kernels`` times of tokens that are coded one by one."""
+"""What benchmarks call of tokens that are coded one by one.  No layout is timed unless it is asked for."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ import torch
 from torch import Tensor
 
 from kvruntime.methods.token.cache import TokenLayer
-from kvsim.layout import Method
-from kvsim.methods.token import PerTokenHead, TurboQuant
-
-LAYOUTS: tuple[Method, ...] = (
-    PerTokenHead("int8"),
-    PerTokenHead("int4"),
-    PerTokenHead("fp8"),
-    *map(TurboQuant, (2, 2.5, 3, 3.5, 4)),
-)
-ENGINE = (PerTokenHead("fp8"), TurboQuant(3), TurboQuant(4))
-"""What ``bench engine`` takes."""
-PACKED = (PerTokenHead("int8"), PerTokenHead("fp8"), TurboQuant(3), TurboQuant(4))
-"""What storing is timed with."""
-MORE: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-PORTABLE = ("llama-3-8b:8x32k", (TurboQuant(4),))
-"""What is timed without the instructions of NVIDIA's."""
 
 
 def packs(method: Any, num_tokens: int) -> bool:
