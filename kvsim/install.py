@@ -28,6 +28,7 @@ EXTRA = {
     "hqq": "peers",
     "tiny_turboquant": "peers",
     "lm_eval": "harness",
+    "vllm": "vllm",
 }
 """Top-level module -> the smallest extra of pyproject.toml that installs it."""
 

@@ -111,7 +111,7 @@ def test_no_command_leaves_half_a_file(
 
 def test_the_profile_of_calibrate_is_put_in_place_whole(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
-    from kvruntime.calibrate import write
+    from kvruntime.calibrate.card import write
 
     path = tmp_path / "profile.json"
     write(path, {"a": 1})

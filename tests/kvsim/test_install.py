@@ -17,10 +17,10 @@ from kvsim import install
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kvsim", "kvruntime", "validation")
-DISTRIBUTION = {"optimum": "optimum-quanto", "tiny_turboquant": "tiny-turboquant"}
+DISTRIBUTION = {"optimum": "optimum-quanto", "tiny_turboquant": "tiny-turboquant", "lm_eval": "lm-eval"}
 """Module -> distribution, where they differ."""
 
-WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers"}
+WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers", "tqdm"}
 """What comes with transformers."""
 
 PLANNERS = {"fitcheck", "hf_mem", "hf_vram_calc", "kvfit", "llm_analysis", "planner", "ridgepoint"}
