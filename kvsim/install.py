@@ -29,6 +29,7 @@ EXTRA = {
     "tiny_turboquant": "peers",
     "lm_eval": "harness",
     "vllm": "vllm",
+    "distributed": "cluster",
 }
 """Top-level module -> the smallest extra of pyproject.toml that installs it."""
 

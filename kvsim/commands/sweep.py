@@ -151,7 +151,7 @@ def _cluster(address: str) -> Iterator[tuple[Executor, int]]:
     try:
         from distributed import Client
     except ImportError:
-        raise ValueError("--scheduler needs dask's distributed: pip install distributed") from None
+        raise ValueError(f"--scheduler needs dask's distributed: {install_hint('cluster')}") from None
     try:
         client: Any = Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
