@@ -10,6 +10,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvsim import catalog
 from kvsim.engines import ENGINES, Engine, EngineChoice, engine_fields, make_engine
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.layout import Method
@@ -281,10 +282,29 @@ def parse_share(text: str, what: str) -> float:
     return share
 
 
-def parse_card(text: str) -> tuple[Hardware, int | None]:
-    """``h100-sxm`` or ``h100-sxm:2``: a card, and how many share the model.  Raises ``LookupError``, ``ValueError``."""
+TIMES_CARD = re.compile(
+    r"(?P<first>\d{1,4})\s*[x×*]\s*(?P<name>\D.*)|(?P<before>.*\S)\s*[x×*]\s*(?P<last>\d{1,4})", re.I
+)
+
+
+def card_and_count(text: str) -> tuple[str, str | None]:
+    """``h100-sxm:2``, ``2xh100-sxm`` or ``h100-sxmx2`` -> the card's name and how many; a known name has no count."""
     name, colon, count = text.partition(":")
-    if not colon:
+    if colon or catalog.find("hardware", text) is not None:
+        return name, count if colon else None
+    found = TIMES_CARD.fullmatch(text.strip())
+    if found is None:
+        return text, None
+    return (found["name"], found["first"]) if found["name"] else (found["before"], found["last"])
+
+
+def parse_card(text: str) -> tuple[Hardware, int | None]:
+    """``h100-sxm``, ``h100-sxm:2``, ``2xh100`` or ``h100x2``: a card, and how many share the model.
+
+    Raises ``LookupError`` for an unknown card, ``ValueError`` for a count that is none.
+    """
+    name, count = card_and_count(text)
+    if count is None:
         return find_hardware(name), None
     if not re.fullmatch("[0-9]{1,4}", count) or not 1 <= int(count) <= MAX_RANKS:
         allowed = f"CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2"

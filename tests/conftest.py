@@ -30,6 +30,8 @@ def remember_builtins() -> None:
     interpreter._patch_builtin = patch_builtin
 
 
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are, whatever the terminal that runs the tests
+
 try:
     import torch
 

@@ -14,7 +14,7 @@ LAZY: dict[str, str] = {
     "compare": "Methods down, contexts across; with --engines what each engine takes, and why.",
     "explain": "Where every byte comes from: the formulas, with the numbers and their config keys.",
     "plot": "Bytes and compression over context, as PNG or SVG.",
-    "models": "The models that are known, with sources; with NAME all about one.",
+    "models": "The models that are known, with sources; with NAME all about one, or those whose names hold it.",
     "hardware": "The cards that are known, with sources; with NAME all about one.",
     "doctor": "An engine's boot log against prediction, line by line, with causes.",
     "calibrate": "Measures this card (needs the runtime): a profile that takes the place of stated constants.",

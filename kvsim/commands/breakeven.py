@@ -11,6 +11,7 @@ import click
 from kvsim.analysis.breakeven import BreakEven, Runner, by_batch, by_context, by_money
 from kvsim.analysis.plan import NoRoomError
 from kvsim.commandline import Command
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES, Engine
 from kvsim.hardware import Hardware, Price, given, lowest
 from kvsim.layout import Method
@@ -35,8 +36,10 @@ COMPARED, AGAINST = DEFAULT_SPECS["breakeven"], DEFAULT_SPECS["breakeven against
 
 
 @click.command("breakeven", cls=Command)
-@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
-@click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
+@model_option
+@click.option(
+    "--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.", shell_complete=cards
+)
 @click.option("--method", "specs", multiple=True, help=f"Method; repeatable.  [default: {', '.join(COMPARED)}]")
 @click.option("--against", multiple=True, help=f"Method to beat; repeatable.  [default: {', '.join(AGAINST)}]")
 @click.option("--batch", default="1,8,64", show_default=True, help="Sequences, commas between several.")

@@ -19,10 +19,10 @@ from kvsim.commands.flags import (
     inputs_object,
     json_option,
     method_options,
-    model_option,
     show,
     show_json,
 )
+from kvsim.commands.model_choice import model_option
 from kvsim.engines import ENGINES, IDEAL, Engine
 from kvsim.memory.estimate import Estimate, check_sizes, estimate
 from kvsim.methods.defaults import DEFAULT_SPECS

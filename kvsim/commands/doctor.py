@@ -13,6 +13,7 @@ from kvsim import catalog
 from kvsim.analysis.doctor import READERS, Log, diagnose, engine_of, labels
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
+from kvsim.commands.model_choice import cards
 from kvsim.hardware import find_hardware
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
@@ -28,7 +29,7 @@ LOG_NBYTES = 1 << 24
 @click.command("doctor", cls=Command)
 @click.option("--log", "log", required=True, help=f"Boot log of {labels()}; - reads standard input.")
 @click.option("--model", "model_name", help="Model to predict.  [default: as the log names it]")
-@click.option("--gpu", help="Card, where the log does not say its memory.")
+@click.option("--gpu", help="Card, where the log does not say its memory.", shell_complete=cards)
 @json_option
 def command(log: str, model_name: str | None, gpu: str | None, as_json: bool) -> None:
     """An engine's boot log against prediction, line by line, with causes."""

@@ -24,13 +24,13 @@ from kvsim.commands.flags import (
     inputs_object,
     json_option,
     method_options,
-    model_option,
     sharding_options,
     show,
     show_json,
     tokens_a_sequence,
     weights_gathered,
 )
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.commands.request_times import Load, draft_weights, request_times
 from kvsim.engines import ENGINES, Engine, Pool
 from kvsim.hardware import Hardware
@@ -39,9 +39,9 @@ from kvsim.memory.estimate import Estimate, check_sizes
 from kvsim.memory.sharding import Deployment, Sharding, stages
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
-from kvsim.output import text
+from kvsim.output import estimate_screen, text
+from kvsim.output.estimate_screen import Times
 from kvsim.output.schema import envelope, gpu_object, model_object, options_object, row_object
-from kvsim.output.text import Times
 from kvsim.specs import parse_prefix_hits, parse_reserve, parse_size, parse_speculation
 
 if TYPE_CHECKING:
@@ -86,7 +86,11 @@ def _used() -> str:
 @method_options
 @engine_option
 @engine_options
-@click.option("--gpu", help="Say what fits beside the weights on this card, and seconds: h100-sxm, h100-sxm:2.")
+@click.option(
+    "--gpu",
+    help="Say what fits beside the weights on this card, and seconds: h100-sxm, h100-sxm:2.",
+    shell_complete=cards,
+)
 @click.option(
     "--weight-bits", type=float, help="Bits a weight, of every weight.  [default: the config's dtype, else 16]"
 )
@@ -153,7 +157,7 @@ def command(
         flag = "--gpu-memory-utilization"
         if reserve is not None or serving.gpu_memory_utilization is None:
             flag = "--reserve"
-        show(*_blocks(answer, flag))
+        show(*_blocks(answer, model_name, gpu, flag))
     return 1 if answer.space is not None and not any(answer.fits) else 0
 
 
@@ -246,17 +250,25 @@ def _json(answer: Answer) -> dict[str, Any]:
     return out
 
 
-def _blocks(answer: Answer, flag: str) -> list[str]:
-    """What a screen shows; ``flag`` sets the share held back."""
-    load, rows = answer.load, answer.rows
+def _blocks(answer: Answer, name: str, gpu: str | None, flag: str) -> list[str]:
+    """What a screen shows; ``name``, ``gpu``: as typed; ``flag`` sets the share held back."""
+    load, rows, space = answer.load, answer.rows, answer.space
     request = text.request(load.tokens.context, load.batch, answer.chosen.engine.name, answer.prefix)
-    blocks = [text.heading(answer.model), request, text.estimates(rows)]
+    about = [text.heading(answer.model), request]
     if load.sharding != Sharding():
-        blocks.append(text.shares(rows, answer.ranks, load.sharding))
-    if answer.space is not None:
-        blocks.append(text.fits(answer.space, rows, answer.fits, answer.limits, load.sharding.ranks, flag))
-        blocks += [text.pools(rows, answer.pools, load.tokens.longest), text.times(rows, answer.times)]
-    return [*blocks, text.notes(answer.notes), text.not_modelled("estimate")]
+        about.append(estimate_screen.shares(rows, answer.ranks, load.sharding))
+    if space is None:
+        found = [estimate_screen.weighed(name, rows), estimate_screen.methods(rows)]
+    else:
+        needs = [own for own, _ in answer.ranks]
+        where = gpu or space.hardware.id
+        found = [
+            estimate_screen.answered(name, where, space, rows, needs, answer.limits, answer.times),
+            estimate_screen.methods_on_a_card(rows, answer.limits, answer.times),
+        ]
+        about.append(estimate_screen.memory(space, load.sharding.ranks, flag))
+        about.append(estimate_screen.pools(rows, answer.pools, load.tokens.longest))
+    return [*found, *about, text.notes(answer.notes), text.not_modelled("estimate")]
 
 
 def _limits(deployment: Deployment, load: Load, space: Room) -> tuple[int | None, int | None]:

@@ -16,10 +16,10 @@ from kvsim.commands.flags import (
     inputs_object,
     json_option,
     method_options,
-    model_option,
     show,
     show_json,
 )
+from kvsim.commands.model_choice import model_option
 from kvsim.memory.estimate import check_sizes
 from kvsim.models.load import load_model
 from kvsim.output import text as report
@@ -59,6 +59,7 @@ def command(
         return
     show(
         report.heading(model),
+        f"One sequence (residual: every token in full precision):\n\n{report.components(weighed)}",
         report.explanations(numbers, rows),
         report.notes(notes),
         report.not_modelled("explain"),

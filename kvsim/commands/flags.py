@@ -76,9 +76,6 @@ def method_flags(
     return MethodFlags(specs, dtype, kv_cache_dtype, given)
 
 
-model_option = click.option(
-    "--model", "model_name", required=True, help="Catalogue name or alias, config.json, model directory, or hub id."
-)
 batch_option = click.option("--batch", type=int, default=1, show_default=True, help="Sequences.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 method_options = options(
@@ -130,12 +127,20 @@ engine_options = options(
     gathered("flags", dict, "block_size", "max_num_seqs", "max_num_batched_tokens"),
 )
 sharding_options = options(
-    click.option("--tensor-parallel-size", "-tp", type=int, default=1, help="Cards that share every layer."),
-    click.option("--pipeline-parallel-size", "-pp", type=int, default=1, help="Cards that share the layers."),
-    click.option("--data-parallel-size", "-dp", type=int, default=1, help="Replicas; a mixture's experts are shared."),
-    click.option("--decode-context-parallel-size", "-dcp", type=int, default=1, help="Cards that share the tokens."),
-    click.option("--prefill-context-parallel-size", "-pcp", type=int, default=1, help="Further cards that do."),
-    click.option("--enable-expert-parallel", "-ep", is_flag=True, help="Whole experts a card, not a slice of each."),
+    click.option("--tensor-parallel-size", "--tp", "-tp", type=int, default=1, help="Cards that share every layer."),
+    click.option("--pipeline-parallel-size", "--pp", "-pp", type=int, default=1, help="Cards that share the layers."),
+    click.option(
+        "--data-parallel-size", "--dp", "-dp", type=int, default=1, help="Replicas; a mixture's experts are shared."
+    ),
+    click.option(
+        "--decode-context-parallel-size", "--dcp", "-dcp", type=int, default=1, help="Cards that share the tokens."
+    ),
+    click.option(
+        "--prefill-context-parallel-size", "--pcp", "-pcp", type=int, default=1, help="Further cards that do."
+    ),
+    click.option(
+        "--enable-expert-parallel", "--ep", "-ep", is_flag=True, help="Whole experts a card, not a slice of each."
+    ),
     gathered("sharding", Sharding, *(field.name for field in fields(Sharding))),
 )
 

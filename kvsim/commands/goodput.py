@@ -12,6 +12,7 @@ from kvsim.analysis.plan import site
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.commandline import Command
 from kvsim.commands.flags import WeightChoice, gathered, weights_gathered
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES, Engine
 from kvsim.hardware import Hardware, Price, given, lowest
 from kvsim.layout import Method
@@ -42,8 +43,10 @@ AROUND = (0.5, 0.8, 1.1)
 
 
 @click.command("goodput", cls=Command)
-@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
-@click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
+@model_option
+@click.option(
+    "--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.", shell_complete=cards
+)
 @click.option("--slo-ttft", metavar="TIME", help="Longest time to the first token: 2s.")
 @click.option("--slo-tpot", metavar="TIME", help="Longest time per output token: 30ms.")
 @click.option("--share", default=f"{SHARE:.0%}", show_default=True, help="Requests that must keep both.")

@@ -9,13 +9,14 @@ import click
 from kvsim import catalog
 from kvsim.commandline import Command
 from kvsim.commands.flags import json_option, show, show_json
+from kvsim.commands.model_choice import cards
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.output import text
 from kvsim.output.schema import envelope
 
 
 @click.command("hardware", cls=Command)
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=cards)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
     """The cards that are known, with sources; with NAME all about one."""

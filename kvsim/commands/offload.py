@@ -9,6 +9,7 @@ import click
 
 from kvsim.analysis.offload import TIERS, Offload, Tier, offload, tier
 from kvsim.commandline import Command
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware, given, lowest
 from kvsim.models.load import load_model
@@ -21,8 +22,10 @@ WEIGHED = ("fp16", "fp8")
 
 
 @click.command("offload", cls=Command)
-@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
-@click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
+@model_option
+@click.option(
+    "--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.", shell_complete=cards
+)
 @click.option("--method", "specs", multiple=True, help=f"Cache method; repeatable.  [default: {', '.join(WEIGHED)}]")
 @click.option("--ctx", default="4k,32k,128k", show_default=True, help="Tokens of a sequence, commas between several.")
 @click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.analysis.shortcuts import Shortcuts
 from kvsim.commandline import Command
 from kvsim.commands.flags import WeightChoice, gathered, own_cache, weights_gathered
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES, IDEAL, EngineChoice, engine_fields, owner
 from kvsim.hardware import Hardware, Price, given, lowest
 from kvsim.install import install_hint
@@ -25,7 +27,7 @@ from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.models.quantization import WEIGHT_DTYPES, kv_method
-from kvsim.output import plan_screen
+from kvsim.output import plan_screen, rows_file
 from kvsim.output.schema import envelope
 from kvsim.specs import (
     choose_methods,
@@ -53,7 +55,7 @@ PAGED = owner("block_size")
 
 
 @click.command("plan", cls=Command)
-@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
+@model_option
 @click.option(
     "--gpu",
     "gpus",
@@ -61,6 +63,7 @@ PAGED = owner("block_size")
     required=True,
     help="CARD, or CARD:COUNT where COUNT cards share the model (else 1, 2, 4, 8 are tried, more where the weights do "
     "not fit). Repeatable.",
+    shell_complete=cards,
 )
 @click.option("--users", type=int, required=True, help="Requests in flight at once.")
 @click.option("--slo-tpot", metavar="TIME", help="Longest time per output token: 30ms.")
@@ -101,15 +104,18 @@ PAGED = owner("block_size")
 @click.option("--block-size", type=int, help="As vLLM's: tokens a block.")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
-@click.option("--tensor-parallel-size", "-tp", type=click.IntRange(1), help="As vLLM's: share every layer.")
-@click.option("--pipeline-parallel-size", "-pp", type=click.IntRange(1), help="As vLLM's: stages of layers.")
+@click.option("--tensor-parallel-size", "--tp", "-tp", type=click.IntRange(1), help="As vLLM's: share every layer.")
+@click.option("--pipeline-parallel-size", "--pp", "-pp", type=click.IntRange(1), help="As vLLM's: stages of layers.")
 @click.option(
     "--data-parallel-size",
+    "--dp",
     "-dp",
     type=click.IntRange(1),
     help="As vLLM's: attention on so many, a mixture's experts shared.  [default of these four: all that suit]",
 )
-@click.option("--decode-context-parallel-size", "-dcp", type=click.IntRange(1), help="As vLLM's: share tokens.")
+@click.option(
+    "--decode-context-parallel-size", "--dcp", "-dcp", type=click.IntRange(1), help="As vLLM's: share tokens."
+)
 @click.option("--max-num-seqs", type=click.IntRange(1), default=MAX_BATCH, help="As vLLM's: largest batch.")
 @click.option("--max-cards", type=click.IntRange(1), help="Refuse plans with more cards.")
 @click.option(
@@ -119,6 +125,7 @@ PAGED = owner("block_size")
 @click.option("--prefix-hits", help="Share of a prompt found in the cache: 60%, or a trace (JSON Lines, Mooncake's).")
 @click.option("--disaggregated", is_flag=True, help="Prefill and decode on cards of their own, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the rows: .csv, or .json.")
 @weights_gathered
 @gathered("engine", lambda **given: _engine(**given), "engine", "block_size")
 @gathered("layout", lambda **given: _layout(**given), *LAYOUT)
@@ -147,6 +154,7 @@ def command(
     shortcuts: Shortcuts,
     disaggregated: bool,
     as_json: bool,
+    out: Path | None,
 ) -> int:
     """How many cards, which method and batch for so many users within these latencies, and at what price.
 
@@ -156,6 +164,8 @@ def command(
         import numpy  # noqa: F401
     except ImportError:
         raise ValueError(f"plan needs numpy: {install_hint('plan')}") from None
+    if out is not None:
+        rows_file.check(out)
     serving, cards = parse_engine_choice(engine, {}), _cards(gpus, layout)
     own = parse_prices(prices, [card for card, _ in cards])
     model = load_model(model_name)
@@ -179,16 +189,19 @@ def command(
     notes += _spared(shortcuts, ways)
     counted = [(card, count) for card, count in cards if not isinstance(count, Sharding)]
     divided = apart(model, methods, counted, demand, price, **asked_of) if disaggregated else []
+    inputs: dict[str, Any] = {"model": model.name}
+    inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]
+    inputs["layout"] = layout.label if layout else None
+    inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
+    inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held, **_shortcuts_object(shortcuts)}
+    found = envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}
+    if disaggregated:
+        found["disaggregated"] = [_apart_row(way) for way in divided]
+    if out is not None:
+        rows_file.write(out, found)
+        click.echo(f"wrote {out}: {len(ways):,} rows", err=True)
     if as_json:
-        inputs: dict[str, Any] = {"model": model.name}
-        inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]
-        inputs["layout"] = layout.label if layout else None
-        inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
-        inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held, **_shortcuts_object(shortcuts)}
-        out = envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}
-        if disaggregated:
-            out["disaggregated"] = [_apart_row(way) for way in divided]
-        click.echo(json.dumps(out, indent=2))
+        click.echo(json.dumps(found, indent=2))
     else:
         shown = divided if disaggregated else None
         click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes, shown)))

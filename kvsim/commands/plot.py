@@ -14,10 +14,10 @@ from kvsim.commands.flags import (
     inputs_object,
     json_option,
     method_options,
-    model_option,
     show,
     show_json,
 )
+from kvsim.commands.model_choice import model_option
 from kvsim.output import text
 from kvsim.output.schema import envelope, model_object, row_object
 

@@ -10,6 +10,7 @@ import click
 from kvsim.analysis.plan import NoRoomError
 from kvsim.atomic import replace_file
 from kvsim.commandline import Command
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import given
 from kvsim.methods.defaults import DEFAULT_SPECS
@@ -23,8 +24,10 @@ SHOWN = DEFAULT_SPECS["page"]
 
 
 @click.command("report", cls=Command)
-@click.option("--model", "model_name", required=True, help="Catalogue name, config.json, directory, or hub id.")
-@click.option("--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.")
+@model_option
+@click.option(
+    "--gpu", required=True, help="CARD, or CARD:COUNT where COUNT cards share the model.", shell_complete=cards
+)
 @click.option(
     "--method", "specs", multiple=True, help=f"Method; the first is compared with.  [default: {', '.join(SHOWN)}]"
 )

@@ -11,7 +11,7 @@ from kvsim.layout import Method
 from kvsim.memory.capacity import Room, largest_batch, largest_context
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.models.model import Model
-from kvsim.output.text import Times
+from kvsim.output.estimate_screen import Times
 
 if TYPE_CHECKING:
     from kvsim.analysis.prefix_hits import Prompt

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from functools import partial
 from typing import Any
 
 import click
 
 from kvsim import catalog
 from kvsim.commandline import Command
+from kvsim.commands.model_choice import cards, model_option
 from kvsim.install import install_hint
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 
 
 @click.command("serve", cls=Command)
-@click.option("--model", "model_name", help="Model to begin with: catalogue name, config.json, directory, or hub id.")
-@click.option("--gpu", help="Card to begin with.")
+@partial(model_option, required=False)
+@click.option("--gpu", help="Card to begin with.", shell_complete=cards)
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port; 0: any free one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the address as one JSON object.")
 def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -> None:

@@ -16,6 +16,7 @@ import click
 
 from kvsim import catalog
 from kvsim.commandline import Command
+from kvsim.commands.model_choice import cards
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
 from kvsim.install import install_hint
@@ -71,7 +72,9 @@ class Meter:
     help="Tokens: 1k,8k; 16:4k:16 (from:to:step); 1k:1M:*2 (a factor).",
 )
 @click.option("--batch", default="1", show_default=True, metavar="AXIS", help="Sequences, like --ctx.")
-@click.option("--gpu", "gpus", multiple=True, help="Card: what fits, and seconds a token; repeatable.")
+@click.option(
+    "--gpu", "gpus", multiple=True, help="Card: what fits, and seconds a token; repeatable.", shell_complete=cards
+)
 @click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes: {', '.join(ENGINES)}.")
 @click.option("--weight-bits", type=float, help="Bits a weight.  [default: the config's dtype, else 16]")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
@@ -112,6 +115,8 @@ def command(
         raise ValueError("--scheduler goes with --out FILE and without --workers")
     if out is None and not as_json:
         raise ValueError("give --out FILE (.csv, .parquet or .json), or --json for standard output")
+    if out is not None:
+        sweep_file.suffix(out)
     everything = [row["id"] for row in catalog.rows("models")] if "all" in names else list(names)
     methods, _ = choose_methods(specs, {}, None)
     chosen = parse_engine_choice(engine, {})

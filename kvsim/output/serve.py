@@ -21,7 +21,7 @@ from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLES
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.output.page import Answer, Question, answer, as_json, asset, document, link, question_price, sections
-from kvsim.specs import choose_methods, parse_card, parse_reserve, parse_serving, parse_size
+from kvsim.specs import card_and_count, choose_methods, parse_card, parse_reserve, parse_serving, parse_size
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -96,7 +96,7 @@ class FormFields:
     def question(self, own: dict[str, Model]) -> Question:
         """The question asked.  Raises ``ValueError`` or ``LookupError`` for a field that means nothing."""
         model = own.get(self.model) or _catalogued(self.model)
-        counted = ":" in self.gpu
+        counted = card_and_count(self.gpu)[1] is not None
         card, count = parse_card(self.gpu if counted or not self.cards else f"{self.gpu}:{self.cards}")
         if counted and self.cards not in ("", "1", str(count)):
             raise ValueError(f"gpu {self.gpu!r} and cards {self.cards!r}: give the number of cards once")

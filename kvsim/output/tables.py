@@ -1,20 +1,53 @@
-"""The one printer of tables: aligned Markdown for a terminal, compact Markdown for documents, plain columns."""
+"""The one printer of tables: aligned Markdown for a terminal, compact Markdown for documents."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 NUMERAL = "+-0123456789"
 """What the text of a number begins with."""
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A Markdown table with aligned columns: those numbered in ``left`` flush left, the others right."""
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] | None = (0,), most: int | None = None
+) -> str:
+    """A Markdown table with aligned columns: those numbered in ``left`` flush left, the others right.
+
+    None sends columns that hold a number right.  Where the terminal, or ``most``, is narrower than the table, columns
+    that have no room follow in further tables, each with the first column.
+    """
     lines = _full(heads, rows)
     widths = [max(3, width) for width in _widths(lines)]
-    right = [column not in left for column in range(len(heads))]
+    right = _numbers(lines, any) if left is None else [column not in left for column in range(len(heads))]
     rule = ["-" * (width - flag) + ":" * flag for width, flag in zip(widths, right, strict=True)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in _padded([lines[0], rule, *lines[1:]], widths, right))
+    padded = _padded([lines[0], rule, *lines[1:]], widths, right)
+    return "\n\n".join(
+        "\n".join("| " + " | ".join(cells[column] for column in columns) + " |" for cells in padded)
+        for columns in _fitting(widths, min(filter(None, (most, terminal_width())), default=None))
+    )
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal, or of ``COLUMNS``; ``None`` where the output goes to a file or a pipe."""
+    told = os.environ.get("COLUMNS", "")
+    if told.isdigit() and int(told):
+        return int(told)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def _fitting(widths: Sequence[int], most: int | None) -> list[list[int]]:
+    """Which columns stand in one table: as many as ``most`` characters hold, the first in every one."""
+    if most is None or len(widths) < 2:
+        return [list(range(len(widths)))]
+    out = [[0, 1]]
+    for column in range(2, len(widths)):
+        if 4 + sum(widths[each] + 3 for each in (*out[-1], column)) - 3 > most:
+            out.append([0])
+        out[-1].append(column)
+    return out
 
 
 def compact(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] | None = None) -> str:
@@ -26,9 +59,8 @@ def compact(heads: Sequence[str], rows: Iterable[Sequence[str]], left: Collectio
 
 
 def plain(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns two blanks apart, without a rule; one that holds a number goes right.  A row may end early."""
-    lines = _full(heads, rows)
-    return "\n".join("  ".join(cells).rstrip() for cells in _padded(lines, _widths(lines), _numbers(lines, any)))
+    """:func:`table` of measurements: a column that holds a number goes right.  A row may end early."""
+    return table(heads, rows, None)
 
 
 def _full(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[list[str]]:

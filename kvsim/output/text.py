@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvsim.layout import KINDS, LayerShape, layer_label
 from kvsim.memory.estimate import Estimate
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from kvsim.analysis.doctor import Diagnosis
     from kvsim.analysis.explain import Explanation
     from kvsim.catalog import Row
-    from kvsim.engines import Pool
     from kvsim.hardware import Hardware
-    from kvsim.memory.capacity import Room
-    from kvsim.memory.sharding import Sharding
     from kvsim.methods.formulas import Number
     from kvsim.models.model import Model
 
@@ -95,40 +92,8 @@ def notes(lines: Iterable[str]) -> str:
     return "\n".join(f"note: {line}" for line in lines)
 
 
-def estimates(rows: Sequence[Estimate]) -> str:
-    """Two tables: the whole cache, and what a sequence's bytes are."""
-    name, scale = unit(max(row.nbytes for row in rows))
-    read_name, read_scale = unit(max(row.read_nbytes for row in rows))
-    heads = ["method", "stored B/token", "read B/token", f"read {read_name}/step", f"cache {name}", "x fp16"]
-    whole = table(
-        heads,
-        (
-            (
-                row.method.name,
-                count(row.nbytes_per_token),
-                count(row.read_nbytes_per_token),
-                amount(row.read_nbytes, read_scale),
-                amount(row.nbytes, scale),
-                f"{row.compression:.2f}",
-            )
-            for row in rows
-        ),
-    )
-    apart = _apart(rows)
-    return f"{whole}{apart}\n\nOne sequence (residual: every token in full precision):\n\n{_split(rows)}"
-
-
-def _apart(rows: Sequence[Estimate]) -> str:
-    """What no method stores, in a line a kind: the same for every method."""
-    out = ""
-    for what, size in (("constant state", rows[0].state_nbytes), ("index keys", rows[0].index_nbytes)):
-        if size:
-            name, scale = unit(size)
-            out += f"\n\nAnd {amount(size, scale)} {name} of {what} ({size:,} B), which no method stores."
-    return out
-
-
-def _split(rows: Sequence[Estimate]) -> str:
+def components(rows: Sequence[Estimate]) -> str:
+    """What the bytes of one sequence are, a row a method."""
     name, scale = unit(max(row.nbytes // row.batch_size for row in rows))
     heads = ["method", *(f"{kind} {name}" for kind in KINDS[:-1]), "other B", f"total {name}"]
     return table(
@@ -143,116 +108,6 @@ def _split(rows: Sequence[Estimate]) -> str:
             for row in rows
         ),
     )
-
-
-def fits(
-    room: Room,
-    rows: Sequence[Estimate],
-    fitting: Sequence[bool],
-    largest: Sequence[tuple[int | None, int | None]],
-    cards: int = 1,
-    flag: str = "--reserve",
-) -> str:
-    """What fits beside the weights: ``largest`` holds (batch, context) a row; ``flag`` sets the share held back."""
-
-    def gib(nbytes: int) -> str:
-        return f"{nbytes / GIB:,.2f} GiB"
-
-    def band(name: str, size: int) -> str:
-        low, high = room.overhead_band.get(name, (1.0, 1.0))
-        return "" if low == high else f" (estimate: {size * low / GIB:,.2f} to {size * high / GIB:,.2f})"
-
-    least, most = room.cache_band
-    within = f", {least / GIB:,.2f} to {most / GIB:,.2f} within those bands" if most > least else ""
-    batch, ctx = rows[0].batch_size, rows[0].num_tokens
-    share = room.reserve_nbytes / room.memory_nbytes
-    each = f"{cards} x {room.hardware.id}, the fullest" if cards > 1 else room.hardware.id
-    lines = [
-        f"{each}: {gib(room.memory_nbytes)} ({room.hardware.memory_source})",
-        f"  - {gib(room.reserve_nbytes)} held back ({share:.0%}, {flag})",
-        f"  - {gib(room.weight_nbytes)} weights at {room.weight_bits:g} bits",
-        *(f"  - {gib(size)} {name.replace('_', ' ')}{band(name, size)}" for name, size in room.overhead.items()),
-        f"  = {gib(room.cache_nbytes)} for the cache{within}",
-    ]
-    heads = ["method", "fits", f"batch at {ctx:,} tokens", f"tokens at batch {batch:,}"]
-    body = [
-        (
-            row.method.name,
-            "yes" if fit else "no",
-            *("no limit" if number is None else f"{number:,}" for number in pair),
-        )
-        for row, fit, pair in zip(rows, fitting, largest, strict=True)
-    ]
-    return "\n".join(lines) + "\n\n" + table(heads, body)
-
-
-class Times(NamedTuple):
-    """Seconds (value, low, high) of a token and to the first, what bounds a step, and how many sequences run."""
-
-    token: tuple[float, float, float]
-    first: tuple[float, float, float] | None
-    bound: str
-    running: float
-
-
-def times(rows: Sequence[Estimate], known: Sequence[Times | None]) -> str:
-    """Milliseconds a token with their band, tokens a second of all that run, and what bounds the step."""
-    if all(each is None for each in known):
-        return ""
-
-    def short(number: float) -> str:
-        return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-    heads = ["method", "ms/token", "band", "tokens/s", "bound", "s to first", "band"]
-    body = []
-    for row, each in zip(rows, known, strict=True):
-        if each is None:
-            body.append([row.method.name, *["-"] * 6])
-            continue
-        token = [short(1e3 * seconds) for seconds in each.token]
-        first = [short(seconds) for seconds in each.first] if each.first else ["-"] * 3
-        ranges = [f"{low}-{high}" for _, low, high in (token, first)]
-        rate = short(each.running / each.token[0])
-        body.append(
-            [row.method.name, token[0], ranges[0], rate, each.bound, first[0], ranges[1] if each.first else "-"]
-        )
-    return table(heads, body)
-
-
-def shares(rows: Sequence[Estimate], ranks: Sequence[tuple[int, int]], sharding: Sharding) -> str:
-    """Bytes of the fullest rank, and over all of them."""
-    sizes = ", ".join(
-        [
-            *(f"{name.replace('_size', '').replace('_', ' ')} {n}" for name, n in vars(sharding).items() if n > 1),
-            *["expert parallel"] * sharding.enable_expert_parallel,
-        ]
-    )
-    name, scale = unit(max(total for _, total in ranks))
-    heads = ["method", f"fullest card {name}", f"all {sharding.ranks} cards {name}"]
-    body = [
-        (row.method.name, amount(own, scale), amount(total, scale))
-        for row, (own, total) in zip(rows, ranks, strict=True)
-    ]
-    return f"Sharded: {sizes}\n\n{table(heads, body)}"
-
-
-def pools(rows: Sequence[Estimate], known: Sequence[Pool | None], request: int) -> str:
-    """The pool of an engine that has one, in the words of vLLM's log, for requests of so many tokens, whole ones: cards
-    that share tokens hold a part of each."""
-    body = [
-        (
-            row.method.name,
-            f"{pool.num_gpu_blocks:,}",
-            f"{int(pool.concurrency * request):,}",
-            f"{request:,}",
-            f"{pool.concurrency:,.2f}x",
-        )
-        for row, pool in zip(rows, known, strict=True)
-        if pool is not None
-    ]
-    if not body:
-        return ""
-    return table(["method", "GPU blocks", "KV cache tokens", "request tokens", "max concurrency"], body)
 
 
 def engines(rows: Sequence[Estimate], reasons: Sequence[Mapping[str, Any]], contexts: Sequence[int]) -> str:

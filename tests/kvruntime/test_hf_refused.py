@@ -154,6 +154,11 @@ def test_what_is_no_loaded_model(model):
         make_cache(model)
 
 
+def test_a_config_in_place_of_a_model_is_named_by_its_class():
+    with pytest.raises(ValueError, match=r"^model a LlamaConfig: allowed are loaded transformers models$"):
+        make_cache(tiny("Llama").config)
+
+
 def test_the_methods_that_run_are_those_with_a_layer():
     assert {type(METHODS[name]()) for name in names()} == set(LAYERS)
     once = {

@@ -432,7 +432,11 @@ def test_what_does_not_fit_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None
     assert run([*llama, "--gpu", "l4", "--batch", "64", "--method", "fp16"]) == 1
     capsys.readouterr()
     assert run([*llama, "--gpu", "h100", "--batch", "8"]) == 0  # kivi fits, fp16 does not
-    assert "| fp16               |   no |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        "8 sequences of 131,072 tokens do not fit h100 with fp16 (71.28 GiB are missing), but with"
+    )
+    assert "| fp16               | 128.000 |   1.00 |    3 of 8 |" in shown
 
 
 def test_cards_by_count_and_sharding(capsys: pytest.CaptureFixture[str]) -> None:
@@ -515,3 +519,93 @@ def test_what_is_no_size_to_vllm(text: str) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="allowed are whole numbers from 1"):
         parse_size(text)
+
+
+def test_the_model_may_be_the_first_word(capsys: pytest.CaptureFixture[str]) -> None:
+    flag = answer(capsys, "estimate", "--model", "qwen3-8b", "--ctx", "1k")
+    assert answer(capsys, "estimate", "qwen3-8b", "--ctx", "1k") == flag
+    assert answer(capsys, "estimate", "--ctx", "1k", "qwen3-8b") == flag
+    assert run(["explain", "gpt2", "--model", "gpt2-xl"]) == 2
+    assert capsys.readouterr().err == "kvsim: error: the model is given twice: gpt2 and --model gpt2-xl\n"
+    assert run(["breakeven", "--gpu", "h100"]) == 2
+    assert "Missing option '--model': kvsim breakeven qwen3-8b, for one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["h100-sxm:2", "2xh100", "2 x H100", "h100x2", "h100-sxm x2", "2*h100"])
+def test_cards_as_people_write_them(spelling: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = answer(capsys, "estimate", "gpt2", "--gpu", spelling, "--method", "fp16")
+    assert (out["gpu"]["id"], out["inputs"]["tensor_parallel_size"]) == ("h100-sxm", 2)
+
+
+def test_a_card_whose_name_looks_like_a_count_is_that_card() -> None:
+    from kvsim.specs import parse_card
+
+    assert [(parse_card(name)[0].id, parse_card(name)[1]) for name in ("mi300x", "8xmi300x", "mi250x:4", "a100x8")] == [
+        ("mi300x", None),
+        ("mi300x", 8),
+        ("mi250x", 4),
+        ("a100-sxm-80gb", 8),
+    ]
+    with pytest.raises(LookupError, match="unknown GPU 'h1000'"):
+        parse_card("2xh1000")
+    with pytest.raises(ValueError, match="allowed is CARD:COUNT"):
+        parse_card("0xh100")
+
+
+def test_parallel_sizes_as_people_write_them(capsys: pytest.CaptureFixture[str]) -> None:
+    short = answer(capsys, "estimate", "gpt2", "--tp", "2", "--pp", "2", "--dp", "3")
+    assert short == answer(capsys, "estimate", "gpt2", "-tp", "2", "-pp", "2", "-dp", "3")
+    assert short["inputs"]["data_parallel_size"] == 3
+
+
+def test_models_by_a_part_of_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {row["id"] for row in answer(capsys, "models", "qwen")["rows"]}
+    assert "Qwen/Qwen3-8B" in found
+    assert all("qwen" in each.lower() for each in found)
+    assert [row["id"] for row in answer(capsys, "models", "qwen3-8b")["rows"]] == ["Qwen/Qwen3-8B"]
+    assert run(["models", "coder"]) == 0
+    assert "Qwen3-Coder-480B-A35B-Instruct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("estimate qwen3-8", "qwen3-8b"),
+        ("estimate --model meta-llama/", "meta-llama/llama-3.1-8b"),
+        ("plan gpt2 --gpu h200", "h200-sxm"),
+        ("hardware mi3", "mi300x"),
+        ("models llama-3.1", "llama-3.1-8b"),
+        ("est", "estimate"),
+    ],
+)
+def test_a_shell_completes_commands_models_and_cards(words: str, found: str) -> None:
+    from click.shell_completion import ShellComplete
+
+    from kvsim.cli import cli
+
+    *before, begun = words.split()
+    offered = [each.value for each in ShellComplete(cli, {}, "kvsim", "_KVSIM_COMPLETE").get_completions(before, begun)]
+    assert found in offered
+    assert all(each.startswith(begun) for each in offered)
+
+
+def test_one_sentence_says_what_fits_and_what_to_ask_next(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it says is what the rows say; the command that it names is understood."""
+    command = ["estimate", "qwen3-8b", "--gpu", "2xh100", "--ctx", "32k", "--batch", "8", "--method", "fp16"]
+    row = answer(capsys, *command)["rows"][0]
+    assert run(command) == 0
+    said, *_ = capsys.readouterr().out.split("\n\n")
+    first, further = " ".join(said.split()).split(" Next: ")
+    rate, token = row["tokens_per_second"]["value"], 1e3 * row["tpot_seconds"]["value"]
+    most = f"at most {row['max_batch']:,} of them, {rate:,.0f} tokens/s ({token:.3g} ms a token)."
+    assert first == f"8 sequences of 32,768 tokens fit 2xh100 with fp16, {most}"
+    assert further.startswith("kvsim plan qwen3-8b --gpu h100-sxm --users 8 (")
+    assert run(["plan", "qwen3-8b", "--gpu", "h100-sxm", "--users", "8"]) == 0
+
+
+def test_a_sentence_says_how_much_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", "llama-3-70b", "--gpu", "t4"]) == 1
+    assert "The weights leave no room for a cache on t4: " in capsys.readouterr().out
+    assert run(["estimate", "llama-3.1-8b", "--gpu", "l4", "--ctx", "128k", "--batch", "64", "--method", "fp16"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("64 sequences of 131,072 tokens do not fit l4: fp16 lacks the least, 1,01")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -339,3 +340,30 @@ def test_tokens_are_shared_where_latents_would_be_copied(capsys) -> None:
     copied, shared = rows["h200-sxm", "tp8"], rows["h200-sxm", "tp8 dcp8"]
     assert (copied["copies"], shared["copies"]) == (8, 1)
     assert shared["num_cards"] < copied["num_cards"]
+
+
+def test_the_rows_as_a_file(tmp_path, capsys, monkeypatch) -> None:
+    """CSV has a line a row and a column a figure, JSON the whole answer; another name is refused before any work."""
+    command = ["plan", "qwen3-8b", "--gpu", "h100-sxm", "--gpu", "l4", "--users", "8"]
+    assert run([*command, "--out", str(tmp_path / "rows.csv")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"wrote {tmp_path / 'rows.csv'}: {len(csv_rows(tmp_path))} rows\n"
+    assert run([*command, "--json", "--out", str(tmp_path / "rows.json")]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "rows.json").read_text()) == out
+    for line, row in zip(csv_rows(tmp_path), out["rows"], strict=True):
+        assert (line["method"], line["gpu"], line["refusal"]) == (row["method"], row["gpu"], row["refusal"] or "")
+        assert line["tpot_seconds_high"] == (str(row["tpot_seconds"]["high"]) if row["tpot_seconds"] else "")
+        assert "tpot_seconds" not in line
+    monkeypatch.setattr("kvsim.commands.plan.load_model", lambda name: pytest.fail("work before the file's name"))
+    for name, wrong in (
+        ("rows.parquet", "allowed are names that end in .csv or .json"),
+        ("no/rows.csv", "no directory"),
+    ):
+        assert run([*command, "--out", str(tmp_path / name)]) == 2
+        assert wrong in capsys.readouterr().err
+
+
+def csv_rows(folder):
+    with open(folder / "rows.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

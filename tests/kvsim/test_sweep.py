@@ -169,6 +169,7 @@ def test_parquet_holds_the_same(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setattr("kvsim.commands.sweep.load_model", lambda name: pytest.fail("work before the file's name"))
     assert run(["sweep", "--model", "gpt2", "--out", str(tmp_path / "a.parquet")]) == 2
     assert install_hint("parquet") in capfd.readouterr().err
 
