@@ -302,7 +302,8 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
 
 
 @cli.command("generate")
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option("--prompt-file", type=Path, help="Text file with the prompt; -: standard input, as without a PROMPT.")
 @click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
 @method_options
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to generate at most.")
@@ -310,12 +311,16 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
 @click.option(
     "-tp", "--tensor-parallel-size", type=int, default=1, show_default=True, help="Processes, started by torchrun."
 )
+@click.option("--compare", metavar="METHOD", help="Another cache for the same prompt, such as fp16: side by side.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: text and weight, a row a method.")
 @machine_options
-def generate_command(**given: Any) -> int:
+def generate_command(compare: str | None, **given: Any) -> int:
     """Streams text after PROMPT, then says what the cache weighed against fp16."""
     from kvruntime.commands import generate
 
-    return generate(_method(given), **given)
+    dtype = given["dtype"]
+    method, other = _method(given), None if compare is None else chosen_method((compare,), dtype, {})
+    return generate(method, other, **given)
 
 
 @cli.command("selfcheck")

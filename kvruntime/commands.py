@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kvruntime.bench.given import (
     given_or,
     load_given,
     open_results,
+    prompt_given,
     resolve_given,
     say,
 )
@@ -133,11 +135,16 @@ def axes(method: Method, **given: Any) -> int:
     return finish([task(rung, pair) for rung, pair in LADDER.items()], results, tables)
 
 
-def generate(method: Method, **given: Any) -> int:
-    """``kvruntime generate``; its exit code."""
+def generate(method: Method, other: Method | None = None, **given: Any) -> int:
+    """``kvruntime generate``; its exit code.  ``other``: a second method for the same prompt."""
+    from kvruntime.bench.model import generate_report
     from kvruntime.bench.model.generate import generate as run_generate
 
     check_given(given)
+    methods = [method] if other is None else [method, other]
+    if other == method:
+        raise ValueError(f"compare {method.name}: it is what it would be compared with")
+    prompt = prompt_given(given["prompt"], given["prompt_file"])
     device = pick_device(given["device"])
     source = resolve_given(given)
     ranks = given["tensor_parallel_size"]
@@ -146,24 +153,25 @@ def generate(method: Method, **given: Any) -> int:
         from kvruntime.checkpoints.pull import pull
 
         pull("gpt2-tokenizer", say)
-    loaded = load_given(source, device, given, [ours(method)], ranks)
+    loaded = load_given(source, device, given, [ours(each) for each in methods], ranks)
+    names = [each.name for each in methods]
     tell = say if rank == 0 else _nothing
     where = f"{ranks} ranks, first {device}" if ranks > 1 else device
-    tell(f"{source.name}, weights: {source.weights}, {loaded.dtype} on {where}, cache {method.name}")
-    out = run_generate(
-        loaded,
-        ours(method),
-        given["prompt"],
-        max_new_tokens=given["max_new_tokens"],
-        temperature=given["temperature"],
-        seed=given["seed"],
-        **({} if rank == 0 else {"write": _nothing}),
-    )
-    tell(
-        f"{out.num_new} tokens in {out.seconds:.1f} s; the cache, made for {out.num_provided} tokens, weighed "
-        f"{out.nbytes:,} B ({out.nbytes / 2**20:.2f} MiB) against fp16's {out.fp16_nbytes:,} B: "
-        f"{out.fp16_nbytes / out.nbytes:.2f}x smaller"
-    )
+    tell(f"{source.name}, weights: {source.weights}, {loaded.dtype} on {where}, cache {' and '.join(names)}")
+    quiet = {"write": _nothing} if rank or given["as_json"] or other is not None else {}
+    chosen = {name: given[name] for name in ("max_new_tokens", "temperature", "seed")}
+    outs = [run_generate(loaded, ours(each), prompt, **chosen, **quiet) for each in methods]
+    if rank:
+        return 0
+    if given["as_json"]:
+        about = {"schema": "kvruntime.generate/1", "model": source.name, "weights": source.weights}
+        about |= {"dtype": loaded.dtype, "device": device, "prompt": prompt, **chosen}
+        rows = [generate_report.as_row(name, out) for name, out in zip(names, outs, strict=True)]
+        print(json.dumps(about | {"rows": rows}, indent=2))
+    elif other is None:
+        say(generate_report.summary(outs[0]))
+    else:
+        print(generate_report.comparison(names, outs))
     return 0
 
 

@@ -16,6 +16,7 @@ from kvruntime.checkpoints.load import LoadedModel, Source, load, resolve
 from kvsim.engines.kvruntime import MOST
 from kvsim.install import install_hint
 from kvsim.layout import Method
+from kvsim.regular_files import read_named
 from kvsim.specs import parse_dtype
 
 MOST_TEMPERATURE = 100.0
@@ -56,6 +57,33 @@ def check_given(given: dict[str, Any]) -> None:
             raise ValueError(f"{name.replace('_', ' ')} {given[name]}: allowed are {low} to {MOST:,}")
     if "temperature" in given and not 0 <= given["temperature"] <= MOST_TEMPERATURE:
         raise ValueError(f"temperature {given['temperature']:g}: allowed are 0 (greedy) to {MOST_TEMPERATURE:g}")
+
+
+MOST_PROMPT = 64 << 20
+"""Bytes of a prompt."""
+
+
+def prompt_given(prompt: str | None, file: Path | None) -> str:
+    """The prompt: the argument, or the text of ``file`` (``-``: standard input) or of a pipe, less a last newline.
+
+    Raises ``ValueError`` for none, for two, for an empty one and for bytes that are not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise ValueError(f"give a prompt or --prompt-file {file}, not both")
+    if prompt is None:
+        if file is None and (sys.stdin is None or sys.stdin.isatty()):
+            raise ValueError("give a prompt, --prompt-file FILE, or a text on standard input")
+        piped = file is None or str(file) == "-"
+        content = sys.stdin.buffer.read(MOST_PROMPT + 1) if piped else read_named(file, "prompt file", MOST_PROMPT)
+        if len(content) > MOST_PROMPT:
+            raise ValueError(f"the prompt has more than {MOST_PROMPT:,} bytes")
+        try:
+            prompt = content.decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 (byte {error.start})") from None
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return prompt
 
 
 def open_results(given: dict[str, Any], device: str, default: Path) -> Results:

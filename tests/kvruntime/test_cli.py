@@ -1,5 +1,6 @@
 """The command line: the whole benchmark on a tiny model, and every bad input in one line."""
 
+import io
 import json
 import os
 import shutil
@@ -160,6 +161,69 @@ def test_generate_streams_and_weighs(folder, here, capsys):
 
     size = 2 * nbytes(method.buffers(LayerShape(2, 32, 32), 1, 27 + 40))
     assert f"weighed {size:,} B" in shown.err
+
+
+def generate(folder, *words):
+    tiny = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "4", "--residual-length", "32"]
+    return ["generate", *words, *tiny]
+
+
+def test_generate_takes_a_prompt_from_a_file_or_a_pipe(folder, here, capsys, monkeypatch):
+    (here / "prompt.txt").write_text("the cat sat on the mat\n", encoding="utf-8")
+    assert run(generate(folder, "--prompt-file", "prompt.txt", "--json")) == 0
+    of_file = json.loads(capsys.readouterr().out)
+    assert (of_file["schema"], of_file["prompt"]) == ("kvruntime.generate/1", "the cat sat on the mat")
+    pipe = io.TextIOWrapper(io.BytesIO(b"the cat sat on the mat\n"))
+    monkeypatch.setattr(sys, "stdin", pipe)
+    assert run(generate(folder, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["text"] == of_file["rows"][0]["text"]
+
+
+def test_generate_says_where_nothing_was_quantized(folder, here, capsys):
+    """Of 22 prompt and 4 new tokens the last was never fed back; 32 fit the residual."""
+    assert run(generate(folder, "the cat sat on the mat")) == 0
+    assert "25 tokens fit the residual: nothing was quantized" in capsys.readouterr().err
+    assert run(generate(folder, "the cat sat on the mat " * 3)) == 0
+    said = capsys.readouterr().err
+    assert "x smaller" in said
+    assert "nothing was quantized" not in said
+    assert run(generate(folder, "x", "--method", "fp16")[:-2]) == 0
+    assert "nothing was quantized" not in capsys.readouterr().err
+
+
+def test_generate_compares_two_caches(folder, here, capsys):
+    prompt = "the cat sat on the mat " * 3
+    assert run(generate(folder, prompt, "--compare", "fp16", "--json")) == 0
+    ours, full = json.loads(capsys.readouterr().out)["rows"]
+    assert [ours["method"], full["method"]] == ["kivi-2bit-g32-r32", "fp16"]
+    assert (ours["quantized"], full["quantized"]) == (True, False)
+    assert ours["nbytes"] < full["nbytes"] == full["fp16_nbytes"] == ours["fp16_nbytes"]
+    assert run(generate(folder, prompt, "--compare", "fp16")) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split(" | ")[1] == "fp16"
+    assert f"| {full['nbytes'] / 2**20:.2f} |" in shown
+    assert "The texts part at new token" in shown or "The same 4 tokens." in shown
+    assert run(generate(folder, prompt, "--method", "fp16", "--compare", "fp16")[:-2]) == 2
+    assert "compare fp16: it is what it would be compared with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        ([""], "the prompt is empty"),
+        (["--prompt-file", "empty.txt"], "the prompt is empty"),
+        (["x", "--prompt-file", "empty.txt"], "give a prompt or --prompt-file empty.txt, not both"),
+        (["--prompt-file", "none.txt"], "cannot read prompt file none.txt: No such file"),
+        (["--prompt-file", "latin.txt"], "the prompt is not UTF-8 (byte 0)"),
+        (["x", "--compare", "nope"], "unknown method 'nope'"),
+    ],
+)
+def test_a_wrong_prompt_is_refused_before_a_model_is_loaded(words, wrong, folder, here, capsys, monkeypatch):
+    (here / "empty.txt").write_text("\n", encoding="utf-8")
+    (here / "latin.txt").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr("kvruntime.commands.load_given", lambda *_: pytest.fail("a model was loaded"))
+    assert run(generate(folder, *words)) == 2
+    assert wrong in capsys.readouterr().err
 
 
 def test_selfcheck(capsys, monkeypatch):

@@ -13,7 +13,7 @@ from kvruntime.bench.harness.weigh import weigh
 from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.memory import layer_shapes
 from kvruntime.checkpoints.load import LoadedModel, first_not_finite
-from kvsim.layout import nbytes
+from kvsim.layout import Method, nbytes, part_kind, parts
 from kvsim.methods import Full
 
 
@@ -22,6 +22,8 @@ class Generation:
     """``num_tokens`` held by the cache at the end, room for ``num_provided``; ``num_new`` generated in ``seconds``.
 
     ``nbytes`` is measured; ``fp16_nbytes`` is what an uncompressed float16 cache with the same room holds.
+    ``text``, ``ids``: what was generated.  ``quantized``: whether the cache holds codes; ``exact_alone``: it would of
+    a longer text, and holds exact tokens alone of this one.
     """
 
     num_tokens: int
@@ -30,6 +32,10 @@ class Generation:
     seconds: float
     nbytes: int
     fp16_nbytes: int
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    quantized: bool = False
+    exact_alone: bool = False
 
 
 def generate(
@@ -60,6 +66,12 @@ def generate(
         raise ValueError(
             f"{ids.shape[1]} prompt + {max_new_tokens} new tokens exceed the model's {loaded.max_positions} positions"
         )
+    pieces: list[str] = []
+
+    def tell(text: str) -> None:
+        pieces.append(text)
+        write(text)
+
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.inference_mode(), contender.around(loaded.model):
@@ -70,7 +82,7 @@ def generate(
             attention_mask=torch.ones_like(ids),
             **argument(cache),
             max_new_tokens=max_new_tokens,
-            streamer=_Stream(loaded.tokenizer, write),
+            streamer=_Stream(loaded.tokenizer, tell),
             pad_token_id=0,
             **sampling,
         )
@@ -78,7 +90,31 @@ def generate(
     held = out.shape[1] - 1  # the newest token was never fed back
     full = sum(nbytes(Full().buffers(shape, 1, length)) for shape in layer_shapes(loaded.model))
     own = [(*store.tensors.values(), *store.shared.values()) for store in getattr(cache, "stores", ())]
-    return Generation(held, length, out.shape[1] - ids.shape[1], seconds, weigh(own or cache), full)
+    new = tuple(out[0, ids.shape[1] :].tolist())
+    quantized = _holds_codes(loaded, contender.method, held)
+    return Generation(
+        held,
+        length,
+        len(new),
+        seconds,
+        weigh(own or cache),
+        full,
+        "".join(pieces).removesuffix("\n"),
+        new,
+        quantized,
+        not quantized and _holds_codes(loaded, contender.method, LONG),
+    )
+
+
+LONG = 1 << 16
+"""Tokens that are beyond every residual."""
+
+
+def _holds_codes(loaded: LoadedModel, method: Method | None, num_tokens: int) -> bool:
+    if method is None:
+        return False
+    found = (parts(method.buffers(shape, 1, num_tokens)).items() for shape in set(layer_shapes(loaded.model)))
+    return any(size and part_kind(method, part) == "codes" for each in found for part, size in each)
 
 
 def _encode(loaded: LoadedModel, prompt: str) -> torch.Tensor:
