@@ -102,6 +102,7 @@ record_options = options(
     "--only", type=click.Choice(["memory", "speed", "quality"]), multiple=True, help="Not everything. Repeatable."
 )
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="Draw pictures beside the results file.")
 @record_options
 @machine_options
 @click.pass_context

@@ -20,7 +20,7 @@ from kvruntime.bench.given import (
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.model.caches import Contender, ours, plain_attention, stock
-from kvruntime.bench.model.report import tables
+from kvruntime.bench.model.report import figures, tables
 from kvruntime.bench.model.tasks import Quality, Speed, memory_tasks, quality_tasks, speed_tasks, subject
 from kvruntime.checkpoints.load import LoadedModel, Source, pick_device, rank_device, resolve
 from kvruntime.checkpoints.pull import pulled
@@ -76,7 +76,23 @@ def bench(methods: list[Method], **given: Any) -> int:
             judged = loaded if loaded is not None and real == source else load_given(real, device, given, contenders)
             batch = given_or(given["quality_batch"], 4 if cpu else 32)
             tasks += quality_tasks(judged, contenders, _quality(judged, text, given, batch), given["seed"])
-    return finish(tasks, results, tables)
+    code = finish(tasks, results, tables, figures)
+    if code == 0 and given["plots"]:
+        _draw(results.path)
+    return code
+
+
+def _draw(path: Path) -> None:
+    """The pictures of a results file in a folder beside it; a line where they cannot be drawn."""
+    from kvruntime.bench.harness.results import read
+    from kvruntime.bench.plot import draw_all
+
+    try:
+        drawn = draw_all(read(path), path.with_name(f"{path.stem}-plots"), "png")
+    except ValueError as error:
+        say(f"no pictures: {error}")
+    else:
+        print(f"pictures: {drawn[-1]} and {len(drawn) - 1} more")
 
 
 def _speed(given: dict[str, Any], batches: tuple[int, ...], cpu: bool) -> Speed:

@@ -122,10 +122,18 @@ def contenders_given(methods: list[Method], peers: bool) -> tuple[list[Contender
     return contenders, list(missing)
 
 
-def finish(tasks: list[Task], results: Results, tables: Callable[[Sequence[Row]], str]) -> int:
-    """Measures, prints the tables; 1 where a measurement of our own failed otherwise than for want of memory."""
+def finish(
+    tasks: list[Task],
+    results: Results,
+    tables: Callable[[Sequence[Row]], str],
+    figures: Callable[[Row], str] | None = None,
+) -> int:
+    """Measures, says each row's ``figures`` as it ends, prints the tables.
+
+    1 where a measurement of our own failed otherwise than for want of memory.
+    """
     try:
-        rows = run(tasks, results)
+        rows = run(tasks, results, figures=figures)
     except Interruption as stop:
         words = [word for word in sys.argv[1:] if word != "--resume"]
         again = " ".join(["kvruntime", *words, *([] if results.anew else ["--resume"])])

@@ -17,6 +17,11 @@ from kvsim.install import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+COLOURS = ("#0072b2", "#c8500a", "#00805f", "#a8457f", "#8a6d00", "#5b4bb5", "#3d7f91", "#6b6b6b")
+"""Of lines and bars in order, those of kvsim's page: apart for the colour-blind, legible on white."""
 
 
 def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
@@ -33,6 +38,8 @@ def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
             "these results hold no finished memory, speed, quality, attention, step, window or answer rows to draw"
         )
     try:
+        from cycler import cycler
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -41,12 +48,24 @@ def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write {folder}: {error.strerror}") from None
+    with rc_context({"axes.prop_cycle": cycler(color=COLOURS)}):
+        return _draw(results, drawings, folder, suffix, Figure, FigureCanvasAgg)
+
+
+def _draw(
+    results: dict[str, Any],
+    drawings: dict[str, Callable[[Axes], None]],
+    folder: Path,
+    suffix: str,
+    make_figure: Callable[..., Figure],
+    make_canvas: Callable[[Figure], object],
+) -> list[Path]:
     paths = []
     for name, panels in [*((name, [draw]) for name, draw in drawings.items()), ("summary", list(drawings.values()))]:
         columns = min(2, len(panels))
         lines = -(-len(panels) // columns)
-        figure = Figure(figsize=(7.5 * columns, 4.6 * lines), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = make_figure(figsize=(7.5 * columns, 4.6 * lines), layout="constrained")
+        make_canvas(figure)
         places = figure.subplots(lines, columns, squeeze=False).flat
         for draw, place in zip(panels, places, strict=False):
             draw(place)
@@ -86,17 +105,29 @@ def _title(axes: Axes, what: str, row: Row) -> None:
 
 def _lines(axes: Axes, group: list[Row], height: Callable[[Row], float | None]) -> None:
     tokens = sorted({row["num_tokens"] for row in group})
+    ends = []
     for method in dict.fromkeys(row["method"] for row in group):
         own = sorted((row for row in group if row["method"] == method), key=lambda row: row["num_tokens"])
         points = [(row["num_tokens"], height(row)) for row in own]
-        axes.plot(
-            *zip(*[(x, y) for x, y in points if y is not None], strict=True), marker="o", markersize=4, label=method
-        )
+        known = [(x, y) for x, y in points if y is not None]
+        if known:
+            (line,) = axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=method)
+            ends.append((known[-1], method, line.get_color()))
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.set_xlabel("tokens a sequence")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    _label_ends(axes, ends)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, Any]]) -> None:
+    """Each line's name at its last point, those too near one another moved up; room for them on the right."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.42)
+    gap, last = 0.05 * axes.get_ylim()[1], -float("inf")
+    for (x, y), name, colour in sorted(ends, key=lambda end: end[0][1]):
+        last = max(y, last + gap)
+        axes.text(x * 1.08, last, name, color=colour, fontsize=8, va="center")
 
 
 def _memory(axes: Axes, group: list[Row]) -> None:

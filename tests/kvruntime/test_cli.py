@@ -18,7 +18,7 @@ from runtime_tiny import tiny_directory  # noqa: E402
 
 from kvruntime import selfcheck as checking  # noqa: E402
 from kvruntime.bench import given  # noqa: E402
-from kvruntime.bench.harness import tasks  # noqa: E402
+from kvruntime.bench.harness import progress, tasks  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvsim.install import install_hint  # noqa: E402
 from kvsim.layout import nbytes  # noqa: E402
@@ -40,7 +40,20 @@ def here(tmp_path, monkeypatch):
 
 def bench(folder, *words):
     small = ["--ctx", "32,128,300", "--batch", "1,2", "--prompt-tokens", "24", "--decode-tokens", "3", "--repeats", "2"]
-    return ["bench", "--model", str(folder), "--device", "cpu", *small, "--window", "96", "--max-tokens", "400", *words]
+    return [
+        "bench",
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        *small,
+        "--window",
+        "96",
+        "--max-tokens",
+        "400",
+        "--no-plots",
+        *words,
+    ]
 
 
 def test_bench_resume_and_plot(folder, here, capsys, monkeypatch):
@@ -48,7 +61,10 @@ def test_bench_resume_and_plot(folder, here, capsys, monkeypatch):
     assert run(words) == 0
     shown = capsys.readouterr()
     assert "weights: directory tiny" in shown.out
-    assert "[1/18]" in shown.err
+    told = [line for line in shown.err.splitlines() if line.startswith("[")]
+    assert [line.split("]")[0] for line in told] == [f"[{number}/18" for number in range(1, 19)]  # a line a row
+    assert all("MiB" in line or "tokens/s" in line or "perplexity" in line for line in told)
+    assert not (here / "r-plots").exists()
     found = json.loads((here / "r.json").read_text())
     assert {"schema", "device", "versions", "commit", "seed", "command", "updated", "rows"} <= set(found)
     rows = found["rows"]
@@ -84,6 +100,31 @@ def test_bench_resume_and_plot(folder, here, capsys, monkeypatch):
         f"{n}.{s}" for n in ("memory", "compression", "speed", "quality", "summary") for s in ("png", "svg")
     }
     assert all(path.stat().st_size > 5000 for path in (here / "p").iterdir())
+
+
+def test_bench_draws_unless_told_not_to(folder, here, capsys):
+    words = [word for word in bench(folder, "--only", "memory", "--out", "m.json") if word != "--no-plots"]
+    assert run(words) == 0
+    assert "pictures: m-plots/summary.png and 2 more" in capsys.readouterr().out
+    assert {path.name for path in (here / "m-plots").iterdir()} == {"memory.png", "compression.png", "summary.png"}
+
+
+def test_the_time_left_never_rises(monkeypatch, capsys):
+    """Pieces that take longer than their costs say: the time left waits, and does not go up."""
+    now = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    shown = []
+    with progress.Progress([1.0] * 20, told_at_end=True) as meter:
+        for piece in range(20):
+            meter.begin(f"piece {piece}")
+            now[0] += 10.0 if piece < 5 else 90.0
+            meter.end("done")
+            shown += [meter.least]
+    assert shown == sorted(shown, reverse=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20
+    assert lines[0] == "[1/20] piece 0: done  about 4 min left"
+    assert "left" not in lines[-1]
 
 
 def test_interrupted_bench_says_how_to_go_on(folder, here, capsys, monkeypatch):

@@ -6,16 +6,22 @@ import sys
 from time import monotonic
 from types import TracebackType
 
+CAUTION = 1.2
+"""The time left is said to be so many times what the finished share tells, since it may not rise later."""
+
 
 class Progress:
     """``with Progress(costs) as progress``: for each piece of work ``begin(label)``, ``tick(share)``..., ``end()``.
 
     ``costs`` are the expected relative durations of the pieces, in order.  The time left is taken from how long the
-    finished share took.
+    finished share took; what is shown never rises.  Off a terminal a piece is a line: when it begins, or with
+    ``told_at_end`` when it ends, with what it found.
     """
 
-    def __init__(self, costs: list[float]) -> None:
+    def __init__(self, costs: list[float], told_at_end: bool = False) -> None:
         self.costs, self.total = costs, sum(costs) or 1.0
+        self.told_at_end = told_at_end
+        self.least = float("inf")
         self.index, self.finished, self.share = -1, 0.0, 0.0
         self.label = ""
         self.start = monotonic()
@@ -50,7 +56,7 @@ class Progress:
         self.index, self.share, self.label = self.index + 1, 0.0, label
         if self.bar:
             self._show()
-        else:
+        elif not self.told_at_end:
             self.say(f"[{self.index + 1}/{len(self.costs)}] {label}{self._left()}")
 
     def tick(self, share: float) -> None:
@@ -59,10 +65,13 @@ class Progress:
         if self.bar:
             self._show()
 
-    def end(self) -> None:
-        """The current piece is done."""
+    def end(self, found: str = "") -> None:
+        """The current piece is done; ``found``: its figures."""
         self.finished += self.costs[self.index]
         self.share = 0.0
+        if self.told_at_end:
+            left = "" if self.bar or self.index + 1 == len(self.costs) else self._left()
+            self.say(f"[{self.index + 1}/{len(self.costs)}] {self.label}: {found}{left}")
 
     def say(self, line: str) -> None:
         """A line beside the bar."""
@@ -75,7 +84,7 @@ class Progress:
         done = (self.finished + self.share * self.costs[self.index]) / self.total
         if done < 0.02:
             return ""
-        seconds = (monotonic() - self.start) * (1 - done) / done
+        self.least = seconds = min(self.least, CAUTION * (monotonic() - self.start) * (1 - done) / done)
         return f"  about {seconds / 60:.0f} min left" if seconds > 90 else f"  about {seconds:.0f} s left"
 
     def _show(self) -> None:

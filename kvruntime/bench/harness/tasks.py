@@ -42,16 +42,22 @@ class Interruption(Exception):
         self.done, self.total = done, total
 
 
-def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | None = None) -> list[Row]:
+def run(
+    tasks: Iterable[Task],
+    results: Results,
+    told: Callable[[Row], str] | None = None,
+    figures: Callable[[Row], str] | None = None,
+) -> list[Row]:
     """Does every task that ``results`` does not hold yet, recording each as it ends; returns the rows of all tasks.
 
-    ``told``: what to say of a row at once, failed or not.  Raises ``Interruption`` on Ctrl-C, with the file in order.
+    ``told``: what to say of a row at once, failed or not; ``figures``: the same after the task's label, the only line
+    of a task.  Raises ``Interruption`` on Ctrl-C, with the file in order.
     """
     everything = list(tasks)
     todo = [task for task in everything if not results.done(task.key)]
     try:
         results.write()
-        with Progress([task.cost for task in todo]) as progress:
+        with Progress([task.cost for task in todo], figures is not None) as progress:
             if len(todo) < len(everything):
                 progress.say(f"{len(everything) - len(todo)} of {len(everything)} measurements are in {results.path}")
                 other = results.of_other_code()
@@ -65,7 +71,7 @@ def run(tasks: Iterable[Task], results: Results, told: Callable[[Row], str] | No
                     progress.say(told({**task.key, **row}))
                 elif "failed" in row:
                     progress.say(f"failed: {task.label}: {row['failed']}")
-                progress.end()
+                progress.end(figures({**task.key, **row}) if figures is not None else "")
     except KeyboardInterrupt:
         done = sum(results.done(task.key) for task in everything)
         raise Interruption(done, len(everything)) from None

@@ -22,6 +22,17 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(blocks)
 
 
+def figures(row: Row) -> str:
+    """What a row found, in a few words, for the line of progress."""
+    if "failed" in row:
+        return f"failed, {row['failed']}"
+    if row["kind"] == "memory":
+        return f"{row['nbytes'] / MIB:.2f} MiB"
+    if row["kind"] == "speed":
+        return f"{row['tokens_per_second'][0]:.1f} tokens/s, {row['ms_per_token'][0]:.2f} ms a step"
+    return f"perplexity {row['ppl']:.3f}"
+
+
 def compression(row: Row, group: Iterable[Row]) -> float | None:
     """Times smaller than the uncompressed cache with the same tokens, both measured."""
     base = baseline(row, group, "num_tokens", "batch_size")
