@@ -149,7 +149,8 @@ def site(
     )
     if space.cache_nbytes <= 0:
         cards = f"{num_cards} cards" if num_cards > 1 else "one card"
-        raise NoRoomError(f"the weights leave no room for a cache on {cards}")
+        lacking = f"{-space.cache_nbytes / (1 << 30):,.2f} GiB are missing for them alone"
+        raise NoRoomError(f"the weights leave no room for a cache on {cards}: {lacking}")
     return Site(card, num_cards, space.weight_bits, space.cache_nbytes, sharding)
 
 

@@ -1,8 +1,8 @@
 """Charts as inline SVG, nothing fetched: lines over a logarithmic axis, and stacked bars.
 
 Colours are CSS classes (``c0`` ... ``c7`` of lines, ``p0`` ... ``p7`` of bars' parts), so that a page in light or dark
-recolours them; lines also differ in their dashes.  Texts are 12 units of a 420-unit width: legible where the chart
-is as wide as a phone.
+recolours them; lines also differ in their dashes.  Texts are 12 units of a 720-unit width; on a phone the page makes
+them larger and leaves the names at the lines' ends to the legend.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
 
-WIDTH, HEIGHT = 420, 280
-LEFT, RIGHT, TOP, BOTTOM = 50, 14, 12, 40
+WIDTH, HEIGHT = 720, 320
+LEFT, RIGHT, TOP, BOTTOM = 58, 140, 26, 44
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 4", "6 2 1 2")
 
 
@@ -28,6 +28,8 @@ class Line:
     colour: int
     points: tuple[tuple[float, float], ...]
     band: tuple[tuple[float, float, float], ...] = ()
+    full: bool = False
+    """Whether it ends where the memory does."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,19 @@ def binary(number: float) -> str:
 
 
 def lines(
-    title: str, x_name: str, y_name: str, curves: Sequence[Line], rules: Sequence[Rule] = (), log_y: bool = True
+    title: str,
+    x_name: str,
+    y_name: str,
+    curves: Sequence[Line],
+    rules: Sequence[Rule] = (),
+    log_y: bool = True,
+    here: float | None = None,
 ) -> str:
-    """A chart of curves over a logarithmic x axis (doublings); ``title`` is what a screen reader says."""
+    """A chart of curves over a logarithmic x axis (doublings); ``title`` is what a screen reader says.
+
+    ``here``: the x that was asked about, marked on every curve.  Each point says its values on hover; those that were
+    asked about and the ends of memory on focus too.
+    """
     curves = [curve for curve in curves if len(curve.points) > 1]
     if not curves:
         return '<p class="empty">Nothing to draw: no method fits.</p>'
@@ -100,8 +112,53 @@ def lines(
             f'<polyline {_stroke(curve.colour)} points="{_path(curve.points, across, up)}">'
             f"<title>{escape(curve.name)}</title></polyline>"
         )
+    if here is not None and x_low <= here <= x_high:
+        x = across(here)
+        out.append(f'<line class="here" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 4}" text-anchor="middle">asked: {here:,.0f}</text>')
+    for curve in curves:
+        out += [_value(curve, place, here, across, up) for place in range(len(curve.points))]
+    out += _end_names(curves, across, up)
     out.append("</svg>")
     return f"<figure><figcaption>{escape(y_name)}</figcaption>{''.join(out)}{_legend(curves)}</figure>"
+
+
+def _value(
+    curve: Line,
+    place: int,
+    here: float | None,
+    across: Callable[[float], float],
+    up: Callable[[float], float],
+) -> str:
+    """One point with what it says: a dot where it was asked about, a cross where the memory ends."""
+    x, y = curve.points[place]
+    last = curve.full and place == len(curve.points) - 1
+    said = f"{curve.name}: {y:,.4g} at {x:,.0f} tokens" + (", the most that fits" if last else "")
+    at = f'cx="{across(x):.1f}" cy="{up(y):.1f}"'
+    left, top = across(x), up(y)
+    marks = f'<circle class="hit" {at} r="7"/>'
+    if last:
+        marks += f'<path class="end" d="M{left - 4:.1f} {top - 4:.1f}l8 8m0 -8l-8 8"/>'
+    elif x == here:
+        marks += f'<circle class="dot" {at} r="4"/>'
+    shown = last or x == here
+    focus = f' tabindex="0" role="img" aria-label="{escape(said)}"' if shown else ""
+    anchor = "end" if left > (LEFT + WIDTH - RIGHT) / 2 else "start"
+    tip = f'<text class="tip" x="{left:.1f}" y="{max(top - 9, 12):.1f}" text-anchor="{anchor}">{escape(said)}</text>'
+    return f'<g class="point c{curve.colour % 8}"{focus}>{marks}{tip}</g>'
+
+
+def _end_names(curves: Sequence[Line], across: Callable[[float], float], up: Callable[[float], float]) -> list[str]:
+    """Each curve's name at its end, moved up where it would stand on another's."""
+    out: list[str] = []
+    taken: list[tuple[float, float]] = []
+    for curve in sorted(curves, key=lambda curve: -up(curve.points[-1][1])):
+        x, y = across(curve.points[-1][0]) + 8, up(curve.points[-1][1]) + 4
+        while any(abs(x - left) < RIGHT and abs(y - top) < 14 for left, top in taken):
+            y -= 14
+        taken.append((x, y))
+        out.append(f'<text class="name c{curve.colour % 8}" x="{x:.1f}" y="{y:.1f}">{escape(curve.name)}</text>')
+    return out
 
 
 def _path(points: Iterable[tuple[float, float]], across: Callable[[float], float], up: Callable[[float], float]) -> str:
@@ -133,8 +190,8 @@ def _doublings(low: float, high: float) -> list[float]:
     return [float(power) for power in powers[::every]]
 
 
-def _open(title: str, height: int) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+def _open(title: str, height: int, kind: str = "lines") -> str:
+    return f'<svg class="{kind}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
 
 
 def _stroke(colour: int) -> str:
@@ -161,9 +218,9 @@ def bars(
     most = max((sum(parts.values()) for _, parts in rows), default=0)
     if not most:
         return '<p class="empty">Nothing to draw.</p>'
-    step, room = 44, WIDTH - 8 - 74
+    step, room = 44, WIDTH - 8 - 120
     height = step * len(rows) + 4
-    out = [_open(title, height)]
+    out = [_open(title, height, "bars")]
     for place, (name, parts) in enumerate(rows):
         top, at = place * step, 8.0
         out.append(f'<text class="name" x="8" y="{top + 15}">{escape(name)}</text>')

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from kvsim import __version__
 from kvsim.analysis.breakeven import BreakEven, Runner, by_context, by_money
-from kvsim.analysis.plan import NoRoomError
+from kvsim.analysis.plan import NoRoomError, site
 from kvsim.hardware import Hardware, Price, lowest
 from kvsim.layout import Method
 from kvsim.memory.estimate import Estimate, estimate
@@ -84,7 +88,8 @@ def answer(question: Question) -> Answer:
             estimates.append(estimate(share, method, question.batch_size, question.num_tokens, engine))
             runners.append(runner)
         except NoRoomError as error:
-            raise NoRoomError(f"{model.name} on {question.num_cards} x {question.card.id}: {error}") from None
+            more = _more_cards(question)
+            raise NoRoomError(f"{model.name} on {question.num_cards} x {question.card.id}: {error}{more}") from None
         except ValueError as error:
             reasons[method.name] = str(error)
     notes = left_out(reasons)
@@ -102,6 +107,20 @@ def answer(question: Question) -> Answer:
         _contexts(question, runners),
         notes,
     )
+
+
+def _more_cards(question: Question) -> str:
+    """What would do: ``; cards=8 have room``, or nothing where no power of two up to a host's cards does."""
+    count = 2 * question.num_cards
+    while count <= max(8, question.card.host_cards):
+        try:
+            engine = parse_serving(question.engine, question.card, count)
+            site(question.model, question.card, count, question.weight_bits, question.reserve, engine)
+        except ValueError:
+            count *= 2
+        else:
+            return f"; cards={count} have room"
+    return ""
 
 
 def _contexts(question: Question, runners: Sequence[Runner]) -> list[int]:
@@ -199,18 +218,44 @@ def _dollars(runner: Runner, tokens: int, question: Question) -> float | None:
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
-    """An HTML table that scrolls sideways on a narrow screen; the first column names the row."""
+    """An HTML table, on a narrow screen a card a row; the first column names the row.
+
+    Below it a button that copies it, and the same as CSV and JSON, within the page.
+    """
+    rows = list(rows)
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(
+            f'<td data-head="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(heads[1:], row[1:], strict=True)
+        )
+        + "</tr>"
         for row in rows
     )
     after = f'<p class="note">{escape(note)}</p>' if note else ""
     title = escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{after}"
+        f'<div class="data"><div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+        f"<table><caption>{title}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"{_downloads(caption, heads, rows)}</div>{after}"
     )
+
+
+COPY = '<button type="button" class="copy">Copy</button>'
+
+
+def _downloads(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The button, and links to the table as two files that lie in the page itself."""
+    lines = StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([heads, *rows])
+    records = [dict(zip(heads, row, strict=True)) for row in rows]
+    kinds = (("csv", "text/csv", lines.getvalue()), ("json", "application/json", json.dumps(records, indent=1)))
+    name = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-") or "table"
+    links = "".join(
+        f'<a download="{name}.{kind}" href="data:{media};charset=utf-8,{quote(text)}">{kind.upper()}</a>'
+        for kind, media, text in kinds
+    )
+    return f'<div class="tools">{COPY}{links}</div>'
 
 
 def sections(found: Answer) -> str:
@@ -218,6 +263,8 @@ def sections(found: Answer) -> str:
     question = found.question
     return "".join(
         (
+            _answers(found),
+            _navigation(found),
             _summary(found),
             _section("bytes", "What the cache weighs", _bytes(found)),
             _section("fits", "What fits", _fits(found)),
@@ -230,8 +277,42 @@ def sections(found: Answer) -> str:
 
 
 def _footer(question: Question) -> str:
-    command = f": the same on the command line, <code>{escape(command_line(question))}</code>" if question.specs else ""
-    return f'<p class="note">kvsim {__version__}{command}</p>'
+    if not question.specs:
+        return f'<p class="note">kvsim {__version__}</p>'
+    command = f": the same on the command line, <code>{escape(command_line(question))}</code>"
+    return f'<p class="note command">kvsim {__version__}{command} {COPY}</p>'
+
+
+def _answers(found: Answer) -> str:
+    """The first thing that is seen: of every method what fits, how fast, and at what price."""
+    question = found.question
+    tokens, batch = question.num_tokens, question.batch_size
+    blocks = []
+    for place, (runner, one) in enumerate(zip(found.runners, found.estimates, strict=True)):
+        most, fits = runner.max_batch(tokens), one.total_nbytes <= runner.place.cache_nbytes
+        missing = "" if fits else f": {amount(one.total_nbytes - runner.place.cache_nbytes)} are missing"
+        verdict = f"{'fits' if fits else 'does not fit'}: {batch:,} sequences of {tokens:,} tokens{missing}"
+        dollars = _dollars(runner, tokens, question)
+        rate = f"{runner.best_rate(tokens):,.0f}" if most else "-"
+        figures = (
+            ("yes" if fits else "no", verdict),
+            (f"{most:,}", "sequences at most"),
+            (f"{rate} tok/s", "with all of them" + (f", ${dollars:.3f} a million tokens" if dollars else "")),
+        )
+        said = "".join(f"<p><b>{escape(figure)}</b>{escape(what)}</p>" for figure, what in figures)
+        blocks.append(f'<div class="answer c{place % 8}"><h2>{escape(runner.method.name)}</h2>{said}</div>')
+    return f'<div class="answers">{"".join(blocks)}</div>'
+
+
+def _navigation(found: Answer) -> str:
+    places = (
+        ("bytes", "The cache explained"),
+        ("fits", "What fits"),
+        ("speed", "How fast"),
+        ("breakeven", "Break-even"),
+        ("not", "Not modelled"),
+    )
+    return "<nav>" + "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title in places) + "</nav>"
 
 
 def _section(name: str, title: str, content: str) -> str:
@@ -293,7 +374,8 @@ def _fits(found: Answer) -> str:
         chart.Line(
             runner.method.name,
             colour,
-            tuple((float(n), float(runner.max_batch(n))) for n in found.contexts if runner.max_batch(n)),
+            tuple((float(n), float(runner.max_batch(n))) for n in _held(found, runner, 1)),
+            full=_ends(found, runner, 1),
         )
         for colour, runner in enumerate(found.runners)
     ]
@@ -309,7 +391,24 @@ def _fits(found: Answer) -> str:
             )
             for runner, one in zip(found.runners, found.estimates, strict=True)
         ),
-    ) + chart.lines("Largest batch by context, a line a method", "tokens a sequence", "Largest batch", curves)
+    ) + chart.lines(
+        "Largest batch by context, a line a method",
+        "tokens a sequence",
+        "Largest batch (a cross: memory ends)",
+        curves,
+        here=tokens,
+    )
+
+
+def _held(found: Answer, runner: Runner, batch: int) -> list[int]:
+    """The contexts of a curve: those that fit, and the longest that does where it is shorter than the chart."""
+    most = runner.max_context(batch)
+    held = [n for n in found.contexts if n <= most]
+    return [*held, most] if held and held[-1] < most < found.contexts[-1] else held
+
+
+def _ends(found: Answer, runner: Runner, batch: int) -> bool:
+    return runner.max_context(batch) < found.contexts[-1]
 
 
 def _speed(found: Answer) -> str:
@@ -317,14 +416,14 @@ def _speed(found: Answer) -> str:
     tokens, batch = question.num_tokens, question.batch_size
 
     def curve(runner: Runner, banded: bool) -> chart.Line:
-        held = [n for n in found.contexts if n <= runner.max_context(batch)]
-        bands = [(float(n), runner.seconds(batch, n)) for n in held]
+        bands = [(float(n), runner.seconds(batch, n)) for n in _held(found, runner, batch)]
         points = tuple((n, batch / band.value) for n, band in bands)
         return chart.Line(
             runner.method.name,
             found.runners.index(runner),
             points,
             tuple((n, batch / band.high, batch / band.low) for n, band in bands) if banded else (),
+            full=_ends(found, runner, batch),
         )
 
     price = [f"Money: {question.price.label}." if question.price else f"No price of {question.card.id} is listed."]
@@ -358,6 +457,7 @@ def _speed(found: Answer) -> str:
         "tokens a sequence",
         f"Tokens a second at batch {batch:,} (shaded: low to high of {found.runners[0].method.name})",
         [curve(runner, runner is found.runners[0]) for runner in found.runners],
+        here=tokens,
     )
 
 
@@ -385,6 +485,7 @@ def _breakeven(found: Answer) -> str:
             [ratio(runner) for runner in others],
             [chart.Rule(1.0, "as fast")],
             log_y=False,
+            here=found.question.num_tokens,
         ),
         chart.lines(
             f"Tokens a dollar against {base.method.name} by context",
@@ -393,6 +494,7 @@ def _breakeven(found: Answer) -> str:
             [worth(runner) for runner in others],
             [chart.Rule(1.0, "as cheap")],
             log_y=False,
+            here=found.question.num_tokens,
         ),
     )
     rows = (
@@ -410,9 +512,7 @@ def _breakeven(found: Answer) -> str:
         "Tokens a sequence from which a step is 1 % shorter, and from which a token is 1 % cheaper, each method with "
     )
     note += "the largest batch that fits; solved to the token."
-    return f'<div class="pair">{"".join(charts)}</div>' + table(
-        f"Break-even against {base.method.name}", heads, rows, note
-    )
+    return f"{''.join(charts)}" + table(f"Break-even against {base.method.name}", heads, rows, note)
 
 
 def _pays(row: BreakEven) -> str:
@@ -442,7 +542,8 @@ def asset(name: str) -> str:
 
 def document(title: str, body: str, script: str = "", nonce: str = "") -> str:
     """A whole page: style inline, nothing fetched."""
-    code = f'<script nonce="{nonce}">{script}</script>' if script else ""
+    word = f' nonce="{nonce}"' if nonce else ""
+    code = f"<script{word}>{script}</script>" if script else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -455,7 +556,7 @@ def document(title: str, body: str, script: str = "", nonce: str = "") -> str:
 def report(found: Answer) -> str:
     """``kvsim report``: the whole file."""
     title = f"{found.question.model.name} on {found.question.card.id}"
-    return document(f"kvsim: {title}", f"<header><h1>{escape(title)}</h1></header>{sections(found)}")
+    return document(f"kvsim: {title}", f"<header><h1>{escape(title)}</h1></header>{sections(found)}", asset("copy.js"))
 
 
 def question_price(card: Hardware, num_cards: int) -> Price | None:

@@ -10,7 +10,7 @@ import re
 import secrets
 from asyncio import Lock
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -235,7 +235,7 @@ def app(default: FormFields | None = None, own: dict[str, Model] | None = None) 
         asked, found = done
         if isinstance(found, str):
             status, heading = 400, "What a cache costs"
-            body = f'<p class="error" role="alert">{escape(found)}</p>'
+            body = f'<p class="error" role="alert">{_offered(found, asked)}</p>'
         else:
             status, (heading, body) = 200, found
         nonce = secrets.token_urlsafe(12)
@@ -244,7 +244,7 @@ def app(default: FormFields | None = None, own: dict[str, Model] | None = None) 
         html = document(
             f"kvsim: {heading}",
             f'{header}{form(asked, list(models))}<div id="result" aria-live="polite">{body}{share}</div>',
-            asset("page.js"),
+            asset("page.js") + asset("copy.js").replace('"use strict";\n', ""),
             nonce,
         )
         policy = f"{POLICY}; script-src 'nonce-{nonce}'"
@@ -261,6 +261,16 @@ def app(default: FormFields | None = None, own: dict[str, Model] | None = None) 
 
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[host.strip("[]") for host in HOSTS] + ["[::1]"])
     return Starlette(routes=[Route("/", page), Route("/api", api)], middleware=[hosts])
+
+
+def _offered(error: str, asked: FormFields) -> str:
+    """An error as HTML; the change that it names (``cards=8``) is a link to the same question with it."""
+    change = re.search(r"\bcards=(\d+)", error)
+    if change is None:
+        return escape(error)
+    address = link(replace(asked, gpu=card_and_count(asked.gpu)[0], cards=change[1]).pairs)
+    before, after = error[: change.start()], error[change.end() :]
+    return f'{escape(before)}<a href="{escape(address)}">{change[0]}</a>{escape(after)}'
 
 
 def _shown(found: Answer) -> tuple[str, str]:

@@ -410,7 +410,9 @@ def test_weights_that_do_not_fit_are_an_answer(command: str, capsys: pytest.Capt
     """Exit code 1, and the reason on standard output, in JSON too."""
     out = answer(capsys, command, "--model", "llama-3-70b", "--gpu", "t4", code=1)
     assert out["rows"] == []
-    assert out["notes"] == ["meta-llama/Meta-Llama-3-70B on 1 x t4: the weights leave no room for a cache on one card"]
+    (note,) = out["notes"]
+    assert note.startswith("meta-llama/Meta-Llama-3-70B on 1 x t4: the weights leave no room for a cache on one card: ")
+    assert "117.92 GiB are missing" in note
     assert run([command, "--model", "llama-3-70b", "--gpu", "t4"]) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith(out["notes"][0])

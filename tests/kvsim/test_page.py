@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import re
@@ -9,10 +10,12 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from html import unescape
+from html import escape, unescape
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from weakref import ref
 
 import pytest
@@ -20,6 +23,7 @@ import pytest
 from kvsim import catalog
 from kvsim.analysis import breakeven
 from kvsim.analysis.breakeven import Runner, by_context
+from kvsim.analysis.plan import NoRoomError
 from kvsim.cli import run
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware, given
@@ -80,8 +84,8 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_it_is_one_file_that_fetches_nothing(html: str) -> None:
     tree = parse(html)
-    assert tree.addresses == ["data:,"]
-    assert not re.search(r"@import|url\(|<script|http", html)
+    assert all(address.startswith(("data:", "#")) for address in tree.addresses)
+    assert not re.search(r"@import|url\(|<script[^>]|http|fetch\(", html)
     assert {"svg", "table", "style", "figure", "h1", "h2"} <= set(tree.tags)
     assert html.startswith("<!doctype html>")
     assert 'name="viewport"' in html
@@ -89,7 +93,11 @@ def test_it_is_one_file_that_fetches_nothing(html: str) -> None:
 
 def test_charts_have_names_and_tables_captions(html: str) -> None:
     tree = parse(html)
-    assert tree.tags.count("figure") == html.count('role="img" aria-label="') == 5
+    assert (
+        tree.tags.count("figure")
+        == len(re.findall(r'<svg class="\w+" viewBox="[^"]+" role="img" aria-label="', html))
+        == 5
+    )
     assert tree.tags.count("caption") == tree.tags.count("table") == 4
     assert "prefers-color-scheme:dark" in html
 
@@ -359,3 +367,50 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys) -> 
     path = tmp_path / "missing" / "report.html"
     assert run(["report", "--model", "gpt2", "--gpu", "h100-sxm", "--out", str(path)]) == 2
     assert capsys.readouterr().err == f"kvsim: error: cannot write {path}: No such file or directory\n"
+
+
+def test_the_first_fold_has_the_answers(html: str) -> None:
+    """Of each method whether it fits, how many, and how fast with all of them: those of the other rooms."""
+    fold = html[: html.index('<dl class="facts">')]
+    assert fold.count('<div class="answer ') == 4
+    model, card = load_model("llama-3.1-8b"), find_hardware("h100-sxm")
+    runner = Runner(model, make_method("fp16"), card)
+    assert f"<b>{runner.max_batch(32768):,}</b>sequences at most" in fold
+    assert f"<b>{runner.best_rate(32768):,.0f} tok/s</b>" in fold
+    assert "a million tokens" in fold
+
+
+def test_every_table_is_there_as_csv_and_json(html: str) -> None:
+    """Within the page, cell by cell, and with a button that copies it."""
+    tables = re.findall(r'<div class="data">(.*?)</div></div>', html, re.DOTALL)
+    assert len(tables) == html.count("<table>") == 4
+    for each in tables:
+        heads = [unescape(head) for head in re.findall(r'<th scope="col">(.*?)</th>', each)]
+        rows = [
+            [unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", each)[1:]
+        ]
+        files = dict(re.findall(r'download="[a-z0-9-]+\.(csv|json)" href="data:[a-z/]+;charset=utf-8,([^"]*)"', each))
+        assert list(csv.reader(StringIO(unquote(files["csv"])))) == [heads, *rows]
+        assert [list(row.values()) for row in json.loads(unquote(files["json"]))] == rows
+        assert each.count('class="copy"') == 1
+        assert re.findall(r'data-head="(.*?)"', each)[: len(heads) - 1] == [escape(head) for head in heads[1:]]
+
+
+def test_charts_mark_what_was_asked_and_where_memory_ends(html: str) -> None:
+    model, card = load_model("llama-3.1-8b"), find_hardware("h100-sxm")
+    assert html.count("asked: 32,768</text>") == 4
+    ends = [Runner(model, make_method(name), card).max_context(8) for name in ("fp16", "fp8")]
+    for name, most in zip(("fp16", "fp8"), ends, strict=True):
+        assert re.search(rf"{name}: [\d.,]+ at {most:,} tokens, the most that fits", html)
+    focusable = re.findall(r'<g class="point c\d" tabindex="0" role="img" aria-label="([^"]+)"', html)
+    assert any(said.startswith("fp16: ") and said.endswith(" at 32,768 tokens") for said in focusable)
+
+
+def test_too_little_room_says_how_much_is_missing_and_what_would_do() -> None:
+    """What it offers has room, and half of it has none."""
+    with pytest.raises(NoRoomError, match=r"GiB are missing for them alone; cards=4 have room$"):
+        answer(FormFields(model="llama-3.1-405b", gpu="h200-sxm", weight_bits="8").question({}))
+    with pytest.raises(NoRoomError):
+        answer(FormFields(model="llama-3.1-405b", gpu="h200-sxm", weight_bits="8", cards="2").question({}))
+    answer(FormFields(model="llama-3.1-405b", gpu="h200-sxm", weight_bits="8", cards="4").question({}))

@@ -233,6 +233,17 @@ def test_a_taken_port_is_one_line(url: str, capsys) -> None:
     assert capsys.readouterr().err.startswith("kvsim: error: port ")
 
 
+def test_an_error_offers_the_change(url: str) -> None:
+    """The link that it offers leads to an answer, with the rest as it was asked."""
+    status, body, _ = get(f"{url}?model=llama-3.1-405b&gpu=h200-sxm&weight_bits=8&method=fp16&ctx=4k")
+    assert status == 400
+    found = re.search(r'GiB are missing for them alone; <a href="([^"]+)">cards=4</a> have room', body)
+    assert found is not None
+    status, body, _ = get(url + unescape(found[1]))
+    assert status == 200
+    assert "4,096 tokens" in body
+
+
 HANG = 600_000
 """Milliseconds after which a page hangs, on however slow a machine."""
 
