@@ -148,7 +148,7 @@ def methods_on_a_card(rows: Sequence[Estimate], limits: Limits, times: Sequence[
     """The table of a card: what a method takes, how many sequences fit, the longest, and its times with their bands."""
     name, scale = unit(max(row.nbytes for row in rows))
     timed = any(each is not None for each in times)
-    heads = ["method", name, "x fp16", "sequences", "longest"]
+    heads = ["method", name, "x fp16", "fit", "longest"]
     heads += ["ms/token", "tok/s", "s to first"] if timed else []
     body = []
     for row, (batch, longest), each in zip(rows, limits, times, strict=True):
@@ -158,7 +158,7 @@ def methods_on_a_card(rows: Sequence[Estimate], limits: Limits, times: Sequence[
         cells = [row.method.name, amount(row.nbytes, scale), f"{row.compression:.2f}", most]
         cells.append("no limit" if longest is None else f"{longest:,}")
         body.append(cells + (_timed(each) if timed else []))
-    legend = f"sequences: that fit at {rows[0].num_tokens:,} tokens; longest: tokens of each of {rows[0].batch_size:,}"
+    legend = f"fit: sequences of {rows[0].num_tokens:,} tokens that do; longest: tokens of each of {rows[0].batch_size:,}"
     legend += "; times with their bands (low-high)" if timed else ""
     return f"{table(heads, body, most=99)}\n\n{fill(legend, LINE)}{_apart(rows)}"
 

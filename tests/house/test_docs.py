@@ -23,12 +23,14 @@ DOCUMENTS = tuple(
     ROOT / name
     for name in (
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
-        *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md", "docs/methods.md"),
+        *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md", "docs/results.md", "docs/methods.md"),
+        *("docs/transformers.md", "docs/size-a-deployment.md", "docs/halve-memory.md", "docs/compare-methods.md"),
+        "docs/first-hour.md",
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 
 
@@ -61,23 +63,57 @@ def block(kind: str, arguments: str) -> str:
         from validation.documents import speed_tables
 
         return speed_tables.block(arguments)
+    if kind == "extras":
+        from validation.documents import extras_table
+
+        return extras_table.block()
     from kvsim.cli import run
 
+    first = re.match(r"-first (\d+) ", arguments)  # so many paragraphs of it
+    arguments = arguments[first.end() :] if first else arguments
     out = StringIO()
     with redirect_stdout(out):
         assert run(shlex.split(arguments)) == 0
-    return f"```text\n{out.getvalue().strip()}\n```"
+    shown = out.getvalue().strip()
+    if first:
+        shown = "\n\n".join(shown.split("\n\n")[: int(first[1])])
+    return f"```text\n$ kvsim {arguments.strip()}\n\n{shown}\n```" if first else f"```text\n{shown}\n```"
 
 
-def regenerated(text: str) -> str:
-    return BLOCK.sub(lambda match: f"{match[1]}{block(match[2], match[3])}\n{match[5]}", text)
+def regenerated(text: str, path: Path) -> str:
+    """``text`` with its blocks written anew; their links to recorded files lead there from where ``path`` lies."""
+
+    def written(match: re.Match[str]) -> str:
+        made = block(match[2], match[3])
+        if path.parent != ROOT:
+            made = made.replace("](validation/", "](../validation/")
+        return f"{match[1]}{made}\n{match[5]}"
+
+    return BLOCK.sub(written, text)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_the_blocks_are_what_the_code_prints(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(BLOCK.findall(text)) >= 2
-    assert text == regenerated(text)
+    assert BLOCK.findall(text)
+    assert text == regenerated(text, path)
+
+
+def test_the_picture_is_what_is_recorded() -> None:
+    from validation.documents import step_picture
+
+    assert step_picture.PICTURE.read_text(encoding="utf-8") == step_picture.svg()
+    assert "prefers-color-scheme:dark" in step_picture.svg()
+
+
+def test_the_readme_says_how_fast_as_recorded() -> None:
+    """The least and the greatest factor of the table in docs/results.md."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(r"runs ([\d.]+) to ([\d.]+) times as fast as the faster of transformers' own caches", text)
+    assert said is not None
+    table = block("speed", " generate short")
+    factors = [float(factor) for factor in re.findall(r"\(([\d.]+)x\)", table)]
+    assert [float(each) for each in said.groups()] == [min(factors), max(factors)]
 
 
 def test_the_readme_says_what_bits_cost_as_recorded() -> None:
@@ -85,7 +121,7 @@ def test_the_readme_says_what_bits_cost_as_recorded() -> None:
     said = re.search(r"Two bits cost ([\d.]+) % of SmolLM2-135M's perplexity, four cost ([\d.]+) %", text)
     assert said is not None
     for words, nbits in zip(said.groups(), (2, 4), strict=True):
-        table = re.search(rf"\| kivi-{nbits}bit-g32-r128 \| [\d.]+ \| \+([\d.]+)% \|", text)
+        table = re.search(rf"\| kivi-{nbits}bit-g32-r128 \| [\d.]+ \| \+([\d.]+)% \|", block("results", " quality"))
         assert table is not None
         digits = len(words.partition(".")[2])
         assert words == f"{float(table[1]):.{digits}f}"
@@ -95,7 +131,8 @@ def test_the_readme_shows_excerpts_alone() -> None:
     """Whole outputs of benchmarks stand in docs/: the page that a stranger reads holds tables."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- results benchmarks -->" not in text
-    assert len(text.splitlines()) < 400
+    assert len(text.splitlines()) <= 150
+    assert text.index("## When not to compress") < text.index("## Plan") < text.index("## Install")
 
 
 def test_an_unknown_table_of_results_is_refused() -> None:
@@ -124,4 +161,4 @@ def test_every_file_of_an_experiment_is_named() -> None:
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     for document in DOCUMENTS:
-        document.write_text(regenerated(document.read_text(encoding="utf-8")), encoding="utf-8")
+        document.write_text(regenerated(document.read_text(encoding="utf-8"), document), encoding="utf-8")

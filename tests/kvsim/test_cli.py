@@ -436,7 +436,7 @@ def test_what_does_not_fit_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None
     assert run([*llama, "--gpu", "h100", "--batch", "8"]) == 0  # kivi fits, fp16 does not
     shown = capsys.readouterr().out
     assert shown.startswith("8 sequences of 131,072 tokens do not fit h100 with fp16 (71.27 GiB are missing), but with")
-    assert "| fp16               | 128.000 |   1.00 |    3 of 8 |" in shown
+    assert "| fp16               | 128.000 |   1.00 | 3 of 8 |" in shown
 
 
 def test_cards_by_count_and_sharding(capsys: pytest.CaptureFixture[str]) -> None:

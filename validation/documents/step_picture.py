@@ -1,0 +1,74 @@
+"""The README's picture: milliseconds a step of stock ``generate()`` with each cache, from the recorded rows, as SVG.
+
+``python -m validation.documents.step_picture`` writes it anew.  One file for light and dark: the colours follow the
+reader's scheme.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "validation" / "results" / "generate" / "nvidia-h200.json"
+PICTURE = ROOT / "docs" / "step-time.svg"
+MODEL = "llama-3-8b"
+SHOWN = ((1, 32768), (8, 16384), (64, 512))
+"""Batch and tokens of the prompt, a group of bars each."""
+CACHES = (
+    ("transformers-dynamic", "", "DynamicCache"),
+    ("transformers-static", "compiled", "static cache, compiled"),
+    ("kivi-2bit-g64-r64", "", "kvruntime, 2 bits"),
+)
+"""Method, how it runs, and what the picture calls it."""
+WIDTH, LEFT, RIGHT, BAR, GROUP = 720, 210, 70, 18, 92
+STYLE = (
+    "text{font:14px system-ui,sans-serif;fill:#1b1f24}.soft{fill:#57606a}.b0{fill:#8b949e}.b1{fill:#57606a}"
+    ".b2{fill:#0b5cad}"
+    "@media(prefers-color-scheme:dark){text{fill:#e8eaed}.soft{fill:#a3adb8}.b0{fill:#6e7681}.b1{fill:#a3adb8}"
+    ".b2{fill:#6cb6ff}}"
+)
+
+
+def milliseconds(rows: list[dict[str, Any]], method: str, runs: str, batch: int, tokens: int) -> float:
+    """Of a step, the median of its runs.  Raises ``LookupError`` where no row, or more than one, is that."""
+    wanted = {"model": MODEL, "method": method, "runs": runs, "batch_size": batch, "num_tokens": tokens}
+    found = [row for row in rows if row["kind"] == "generate" and all(row.get(k) == v for k, v in wanted.items())]
+    if len(found) != 1:
+        raise LookupError(f"{RESULTS.name} has {len(found)} rows of {wanted}")
+    steps = found[0]["seconds_per_step"]
+    return 1e3 * (median(steps) if isinstance(steps, list) else steps)
+
+
+def svg() -> str:
+    """The picture."""
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
+    figures = [[milliseconds(recorded["rows"], *cache[:2], *size) for cache in CACHES] for size in SHOWN]
+    most, room = max(map(max, figures)), WIDTH - LEFT - RIGHT
+    height = 44 + GROUP * len(SHOWN)
+    title = f"Milliseconds a step of stock generate(), Llama-3-8B in bfloat16 on one {recorded['device']['name']}"
+    size = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+        f"<title>{escape(title)}</title><style>{STYLE}</style>",
+        f'<text x="0" y="18" font-weight="600">{escape(title)}</text>',
+    ]
+    for group, ((batch, tokens), steps) in enumerate(zip(SHOWN, figures, strict=True)):
+        top = 44 + GROUP * group
+        name = f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
+        what = f"batch {batch}, {name} tokens"
+        out.append(f'<text x="0" y="{top + 8}" font-weight="600">{what}</text>')
+        for place, (step, (_, _, label)) in enumerate(zip(steps, CACHES, strict=True)):
+            y, width = top + 14 + place * (BAR + 4), step / most * room
+            factor = f" ({min(steps[:2]) / step:.2f}x)" if place == 2 else ""
+            out.append(f'<text class="soft" x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
+            out.append(f'<rect class="b{place}" x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>')
+            out.append(f'<text x="{LEFT + width + 6:.1f}" y="{y + 14}">{step:.2f}{factor}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(svg(), encoding="utf-8")
