@@ -76,7 +76,9 @@ text_options = options(
     click.option("--window", type=int, default=512, show_default=True, help="Tokens a window; windows do not overlap."),
     click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"),
     click.option(
-        "--max-tokens", type=int, help="Tokens of the text to use.  [default: 4096 on a CPU, else 32768; 0: all]"
+        "--max-tokens",
+        type=int,
+        help="Tokens of the text to use.  [default: 4096 on a CPU, in bench 2048, else 32768; 0: all]",
     ),
 )
 record_options = options(

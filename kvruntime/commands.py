@@ -32,6 +32,8 @@ from kvsim.specs import parse_sizes
 
 REAL = "smollm2-135m"
 """The real model that quality falls back on."""
+BENCH_TOKENS = 2048
+"""Tokens of a text that ``kvruntime bench`` scores on a CPU."""
 
 
 def bench(methods: list[Method], **given: Any) -> int:
@@ -46,6 +48,8 @@ def bench(methods: list[Method], **given: Any) -> int:
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
     cpu = device == "cpu"
+    if cpu:
+        given["max_tokens"] = given_or(given["max_tokens"], BENCH_TOKENS)
     batches = tuple(parse_sizes(given["batch"] or ("1,4" if cpu else "1,8,64"), "batch"))
     if batches[-1] > MOST:
         raise ValueError(f"batch {batches[-1]}: allowed are 1 to {MOST:,}")
