@@ -29,6 +29,8 @@ WEIGHT_FILES = tuple(
     f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
 """Names that transformers looks for, the first that is there is loaded."""
+UNPICKLE = "KVRUNTIME_UNPICKLE"
+"""The environment variable that asks, with ``1``, for pickled weights: tensors alone are read, nothing is run."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
@@ -149,14 +151,27 @@ def load(
         model = _random(source, device, kind)
         folder = pulled("gpt2-tokenizer") if model.config.model_type == "gpt2" else None
         return LoadedModel(source, model, *(_tokenizer(str(folder), False) if folder else (None,)))
-    split = {}
+    split: dict[str, Any] = {}
     if tensor_parallel_size > 1:
         from transformers.distributed import DistributedConfig
 
         split = {"distributed_config": DistributedConfig(tp_size=tensor_parallel_size)}
+    if os.environ.get(UNPICKLE) != "1":
+        _check_not_pickled(source)
+        split["use_safetensors"] = True
     model = pretrained(source.name, source.path, say, dtype=kind, local_files_only=not source.download, **split)
     tokenizer, why_not = _tokenizer(source.path, source.download)
     return LoadedModel(source, model.to(device).eval(), tokenizer, why_not)
+
+
+def _check_not_pickled(source: Source) -> None:
+    """Raises ``ValueError`` for a directory whose weights are pickled files."""
+    folder = Path(str(source.path))
+    if folder.is_dir():
+        first = next((name for name in WEIGHT_FILES if (folder / name).exists()), "")
+        if first.startswith("pytorch_model.bin"):
+            asked = f"convert them to safetensors, or set {UNPICKLE}=1 to read the tensors in them"
+            raise ValueError(f"{source.name}: its weights are pickled ({first}), which is not read unasked: {asked}")
 
 
 def sha256_of(source: Source) -> str:

@@ -133,9 +133,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_checkpoint_that_is_not_whole_is_one_line(name, folder, capsys, tmp_path):
+def test_a_checkpoint_that_is_not_whole_is_one_line(name, folder, capsys, tmp_path, monkeypatch):
     change, message = REFUSED[name]
     change(folder)
+    monkeypatch.setenv("KVRUNTIME_UNPICKLE", "1")
     assert run(["generate", "x", "--model", str(folder), "--device", "cpu", "--max-new-tokens", "1"]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert [line for line in shown if not line.startswith(("loading", "tiny, weights:"))] == shown[-1:]
@@ -144,8 +145,28 @@ def test_a_checkpoint_that_is_not_whole_is_one_line(name, folder, capsys, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_may_be_absent_is(folder, capsys):
+@pytest.mark.parametrize("content", [lambda state: state, lambda state: state | {"z": Evil()}], ids=["tensors", "code"])
+def test_pickled_weights_are_not_read_unasked(content, folder, capsys, tmp_path, monkeypatch):
+    """Not even their first byte is; with the variable, tensors are read and the same text comes."""
+    command = ["generate", "x", "--model", str(folder), "--device", "cpu", "--max-new-tokens", "4"]
+    assert run(command) == 0
+    text = capsys.readouterr().out
+    pickled(folder, content)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+        assert run(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "its weights are pickled (pytorch_model.bin), which is not read unasked" in said
+    assert "KVRUNTIME_UNPICKLE=1" in said
+    monkeypatch.setenv("KVRUNTIME_UNPICKLE", "1")
+    asked = run(command)
+    assert (asked, capsys.readouterr().out) == ((0, text) if content({}) == {} else (2, ""))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_may_be_absent_is(folder, capsys, monkeypatch):
     """Tied embeddings, whichever of the two is there, and pickled tensors."""
+    monkeypatch.setenv("KVRUNTIME_UNPICKLE", "1")
     said = []
     configured(folder, tie_word_embeddings=True)
     without("lm_head")(folder)
