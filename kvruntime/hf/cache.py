@@ -615,8 +615,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     @property
     def step_nbytes(self) -> int:
         """Bytes, beside ``nbytes``, of what steps on the device count and work in: none where the host plans."""
-        counts = getattr(self, "counts", None)
-        return 0 if counts is None else int(counts.nbytes)
+        return sum(int(part.nbytes) for name in ("counts", "graphs") if (part := getattr(self, name, None)) is not None)
 
     @property
     def num_provided(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,8 +61,8 @@ class Weights:
         parameters = list(model.parameters())
         tensors = [*parameters, *model.buffers()]
         self.model_id = id(model)
-        self.first, self.last = parameters[0], parameters[-1]
-        self.ends = self.first.data_ptr(), self.last.data_ptr()
+        self.outer = weakref.ref(parameters[0]), weakref.ref(parameters[-1])  # a cache keeps no weights alive
+        self.ends = parameters[0].data_ptr(), parameters[-1].data_ptr()
         self.addresses = (*map(id, modules), *(tensor.data_ptr() for tensor in tensors))
         hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         counts = [(found, sum(map(own, found.values()))) for found in hooks]
@@ -72,7 +73,8 @@ class Weights:
     @property
     def moved(self) -> bool:
         """A quick look: other weights than these."""
-        return self.ends != (self.first.data_ptr(), self.last.data_ptr())
+        first, last = (outer() for outer in self.outer)
+        return first is None or last is None or self.ends != (first.data_ptr(), last.data_ptr())
 
     @property
     def hooked(self) -> bool:
@@ -105,6 +107,14 @@ class Graphs:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.counts = state["counts"]
         self._forget()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that a graph reads its arguments from and writes its outputs to."""
+        held = self.held
+        tensors = [] if held is None else [*held.tensors, held.mask, *held.leaves]
+        storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     @property
     def state(self) -> str:

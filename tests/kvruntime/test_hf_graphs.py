@@ -20,11 +20,12 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm  # noqa: E4
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from kvruntime import hf, make_cache, restore  # noqa: E402
+from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.hf import fused  # noqa: E402
 from kvruntime.hf.attention import is_own  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.counts import AHEAD, GROWTH, StepCounts  # noqa: E402
-from kvruntime.hf.graphs import Weights  # noqa: E402
+from kvruntime.hf.graphs import Graph, Weights  # noqa: E402
 from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.kernels.gated import silu_product  # noqa: E402
 from kvruntime.kernels.rms_norm import rms_norm  # noqa: E402
@@ -252,9 +253,22 @@ def test_what_a_graph_would_not_see_is_looked_for(stepping):
         assert Weights(model, is_own).hooked  # one that was there before, too
         hook.remove()
     assert not seen.hooked
+    assert weigh(seen) == 0
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert seen.moved
     assert Weights(model, is_own).addresses != seen.addresses
+
+
+def test_what_a_graph_holds_is_weighed_beside_the_cache(stepping):
+    model, inputs = tiny("Llama"), prompt(2, 20, (0, 5))
+    cache = make_cache(model, "kivi", nbits=8)
+    with torch.no_grad():
+        model(**inputs, **argument(cache))
+    outputs = torch.zeros(4, 5, device=DEVICE)
+    graph = Graph(None, (), (), [torch.zeros(3, device=DEVICE)], None, [outputs, outputs[:1], cache], None)
+    cache.graphs.held = graph
+    assert cache.graphs.nbytes == 12 + 80
+    assert weigh(cache) - cache.step_nbytes == cache.nbytes
 
 
 @needs_cuda
