@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from kvsim.finite_json import read_json
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.latency.constants import Constants
-from kvsim.latency.profile import Profile, load_profile
+from kvsim.latency.profile import HOST_LAUNCHED, Profile, load_profile
 from kvsim.latency.roofline import Roofline, Serving
 from kvsim.latency.steps import decode_step, prefill
 from kvsim.layout import Method
@@ -268,7 +268,7 @@ def _timed(
     load = (_model(row["model"]), method, card, row["batch_size"], row["num_tokens"])
     median, low, high = row["seconds_per_step"]
     for name, fixed in ((claim, None), (f"{claim}, calibrated", constants_of(profile, runtime, card))):
-        if name == claim or fixed is not None:
+        if name == claim or (fixed is not None and runtime not in HOST_LAUNCHED):  # whose host was another's
             step = decode_step(*load, Serving(engine=runtime, profile=fixed))
             yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
 
