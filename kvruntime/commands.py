@@ -178,7 +178,7 @@ def generate(method: Method, other: Method | None = None, **given: Any) -> int:
     tell = say if rank == 0 else _nothing
     where = f"{ranks} ranks, first {device}" if ranks > 1 else device
     tell(f"{source.name}, weights: {source.weights}, {loaded.dtype} on {where}, cache {' and '.join(names)}")
-    quiet = {"write": _nothing} if rank or given["as_json"] or other is not None else {}
+    quiet: dict[str, Any] = {"write": _nothing} if rank or given["as_json"] or other is not None else {}
     chosen = {name: given[name] for name in ("max_new_tokens", "temperature", "seed")}
     outs = [run_generate(loaded, ours(each), prompt, **chosen, **quiet) for each in methods]
     if rank:

@@ -73,8 +73,10 @@ def prompt_given(prompt: str | None, file: Path | None) -> str:
     if prompt is None:
         if file is None and (sys.stdin is None or sys.stdin.isatty()):
             raise ValueError("give a prompt, --prompt-file FILE, or a text on standard input")
-        piped = file is None or str(file) == "-"
-        content = sys.stdin.buffer.read(MOST_PROMPT + 1) if piped else read_named(file, "prompt file", MOST_PROMPT)
+        if file is None or str(file) == "-":
+            content = sys.stdin.buffer.read(MOST_PROMPT + 1)
+        else:
+            content = read_named(file, "prompt file", MOST_PROMPT)
         if len(content) > MOST_PROMPT:
             raise ValueError(f"the prompt has more than {MOST_PROMPT:,} bytes")
         try:

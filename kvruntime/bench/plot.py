@@ -38,9 +38,10 @@ def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
             "these results hold no finished memory, speed, quality, attention, step, window or answer rows to draw"
         )
     try:
-        from matplotlib import cycler, rc_context
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.rcsetup import cycler
     except ImportError:
         raise ValueError(f"plot needs matplotlib: {install_hint('plot')}") from None
     try:
