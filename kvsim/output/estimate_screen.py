@@ -158,7 +158,8 @@ def methods_on_a_card(rows: Sequence[Estimate], limits: Limits, times: Sequence[
         cells = [row.method.name, amount(row.nbytes, scale), f"{row.compression:.2f}", most]
         cells.append("no limit" if longest is None else f"{longest:,}")
         body.append(cells + (_timed(each) if timed else []))
-    legend = f"fit: sequences of {rows[0].num_tokens:,} tokens that do; longest: tokens of each of {rows[0].batch_size:,}"
+    one = rows[0]
+    legend = f"fit: sequences of {one.num_tokens:,} tokens that do; longest: tokens of each of {one.batch_size:,}"
     legend += "; times with their bands (low-high)" if timed else ""
     return f"{table(heads, body, most=99)}\n\n{fill(legend, LINE)}{_apart(rows)}"
 
