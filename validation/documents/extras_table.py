@@ -13,6 +13,7 @@ PURPOSE = {
     "plan": "`kvsim plan`, `goodput`, `sweep`",
     "plot": "`kvsim plot`",
     "parquet": "`kvsim sweep --out grid.parquet`",
+    "cluster": "`kvsim sweep --scheduler`: a dask cluster",
     "serve": "`kvsim serve`",
     "runtime": "`kvruntime`, all of it, under transformers",
     "vllm": "the plugin of vLLM",
