@@ -112,7 +112,7 @@ def test_bench_draws_unless_told_not_to(folder, here, capsys):
 def test_the_time_left_never_rises(monkeypatch, capsys):
     """Pieces that take longer than their costs say: the time left waits, and does not go up."""
     now = [0.0]
-    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "clock", lambda: now[0])
     shown = []
     with progress.Progress([1.0] * 20, told_at_end=True) as meter:
         for piece in range(20):

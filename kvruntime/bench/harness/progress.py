@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from time import monotonic
+from time import monotonic as clock
 from types import TracebackType
 
 CAUTION = 1.2
@@ -24,7 +24,7 @@ class Progress:
         self.least = float("inf")
         self.index, self.finished, self.share = -1, 0.0, 0.0
         self.label = ""
-        self.start = monotonic()
+        self.start = clock()
         self.bar = self.task = None
         if sys.stderr.isatty():
             from rich import progress as rich
@@ -84,7 +84,7 @@ class Progress:
         done = (self.finished + self.share * self.costs[self.index]) / self.total
         if done < 0.02:
             return ""
-        self.least = seconds = min(self.least, CAUTION * (monotonic() - self.start) * (1 - done) / done)
+        self.least = seconds = min(self.least, CAUTION * (clock() - self.start) * (1 - done) / done)
         return f"  about {seconds / 60:.0f} min left" if seconds > 90 else f"  about {seconds:.0f} s left"
 
     def _show(self) -> None:
