@@ -34,9 +34,10 @@ def typed(tool: str) -> list[str]:
 
 def parses(group: click.Group, words: list[str]) -> None:
     """Raises ``click.UsageError`` for an option or a command that is not there."""
-    name, command, rest = group.resolve_command(click.Context(group), words)
+    above = click.Context(group, **group.context_settings)
+    name, command, rest = group.resolve_command(above, words)
     assert command is not None
-    command.make_context(name, rest)
+    command.make_context(name, rest, parent=above)
 
 
 @pytest.mark.parametrize("line", typed("kvsim"))

@@ -21,6 +21,7 @@ PLACES = {
     "kvsim/models/gguf_model.py": "GGUF is the format of llama.cpp",
     "kvruntime/methods/__init__.py": "the table of rooms",
     "validation/latency/serving.py": "the table of fitted constants: a row an engine whose loads were measured",
+    "kvsim/install.py": "the table of packages, one of them a program that serves",
     "validation/documents/extras_table.py": "the table of extras, one of them for a program that serves",
     "validation/latency/attention.py": "the kernels of engines that were measured",
 }
