@@ -70,7 +70,7 @@ def mutants(module: str) -> Iterator[Mutant]:
         node, place = list(_places(tree))[number]
         before = ast.unparse(node)
         if isinstance(node, ast.Constant):
-            node.value += 1
+            node.value = int(str(node.value)) + 1
         elif isinstance(node, ast.Compare):
             node.ops[place] = SWAPPED[type(node.ops[place])]()  # type: ignore[call-overload]
         else:
