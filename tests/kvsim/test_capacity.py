@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvsim.engines import Engine, Kvruntime, LlamaCpp, Vllm
 from kvsim.hardware import find_hardware
-from kvsim.layout import Method
+from kvsim.layout import LayerShape, Method, layer_label
 from kvsim.memory.capacity import (
     SEARCH_LIMIT,
     largest_batch,
@@ -18,7 +18,7 @@ from kvsim.memory.capacity import (
     max_context,
     room,
 )
-from kvsim.memory.estimate import cache_nbytes
+from kvsim.memory.estimate import cache_nbytes, estimate
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import Evict, Fp8, Full, Kivi, kivi_seed
 from kvsim.models.load import load_model
@@ -162,3 +162,25 @@ def test_weights_are_weighed_one_way_for_memory_and_time(name: str, bits: float)
     model = load_model(name)
     card = replace(find_hardware("h100"), memory_nbytes=1 << 50)
     assert room(model, card, bits, quantized=True).weight_nbytes == int(weight_nbytes(model, bits))
+
+
+def test_the_band_of_the_room_is_that_of_every_overhead() -> None:
+    """The least room is left where every overhead is at the high end of its band, the most at the low end."""
+    model, card = load_model("gpt2"), find_hardware("h100-sxm")
+    overhead = {"graphs": 1000, "workspace": 300, "exact": 7}
+    space = room(model, card, overhead=overhead, overhead_band={"graphs": (0.5, 1.5), "workspace": (1.0, 3.0)})
+    assert space.cache_band == (space.cache_nbytes - 500 - 600, space.cache_nbytes + 500)
+
+
+def test_a_total_has_state_and_index_keys_in_it() -> None:
+    one = estimate(load_model("deepseek-v3.2"), Full(), 1, 4096)
+    assert one.index_nbytes > 0
+    assert one.total_nbytes == one.nbytes + one.state_nbytes + one.index_nbytes
+    mixed = estimate(load_model("qwen3-next-80b-a3b-instruct"), Full(), 1, 4096)
+    assert mixed.state_nbytes > 0
+    assert mixed.total_nbytes == mixed.nbytes + mixed.state_nbytes
+
+
+def test_a_layer_is_labelled_with_a_stride_only_where_it_has_one() -> None:
+    assert layer_label(LayerShape(8, 128, 128), 2, None) == "2 full layers: 8 kv heads of 128"
+    assert layer_label(LayerShape(8, 128, 128, stride=4), 1, None).endswith("of 128, one entry a 4 tokens")
