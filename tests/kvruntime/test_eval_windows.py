@@ -158,7 +158,7 @@ def test_the_command(tmp_path, capsys):
     off = change(row, base)
     assert off[0] == pytest.approx(row["ppl"] / base["ppl"] - 1)
     assert off[1] <= off[0] <= off[2]
-    line = next(line for line in shown.out.splitlines() if line.startswith("kivi"))
+    line = next(line for line in shown.out.splitlines() if line.startswith("| kivi"))
     assert f"{off[0]:+.2%}" in line
     assert f"{row['kl']:.5f}" in line
     assert "random" not in shown.out

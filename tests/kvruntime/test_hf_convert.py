@@ -184,7 +184,7 @@ def test_what_a_file_cannot_be(tmp_path):
         ({"format": "else"}, "is no cache that kvruntime saved"),
         (
             {"method": {"type": "Popen", "fields": {}}},
-            "of the method Popen: allowed are Full, Kivi, Evict",
+            "of the method Popen: allowed are Full, Kivi, ",
         ),
     ):
         torch.save(state | change, path)

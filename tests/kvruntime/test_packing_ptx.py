@@ -30,16 +30,3 @@ def test_compiled_packing_writes_the_words_of_the_reference() -> None:
     assert {warps for _, warps, *_ in rows} == {1, 4, 8}
     assert {(layers, stored) for _, _, stored, _, layers in rows} == {(1, 0), (1, 37), (3, 0)}
     assert not [row for row in rows if any(row[3])]
-
-
-@pytest.mark.long
-def test_compiled_storing_of_coded_tokens_writes_the_bytes_of_the_reference() -> None:
-    """Zero points and scales, planes of two bits and one, halves of a head with different bits."""
-    here = Path(__file__).parents[1] / "support"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(here.parents[1]), os.environ.get("PYTHONPATH"))))
-    run = subprocess.run([sys.executable, here / "token_ptx.py"], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 3
-    assert not [row for row in rows if any(row[1])]

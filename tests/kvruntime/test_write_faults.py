@@ -15,18 +15,20 @@ pytest.importorskip("matplotlib")
 from made_up_pull import pull_of_made_up
 from write_faults import ERRORS, Killed, everything, failing, remove_all, steps, visible
 
-from kvruntime import calibrate, cli, commands
+from kvruntime import cli, commands
 from kvruntime.bench.given import finish
 from kvruntime.bench.harness.results import Results
 from kvruntime.bench.harness.tasks import Task
+from kvruntime.calibrate import card
 from kvruntime.checkpoints.pull import pulled
 from kvsim.latency.constants import constants
 from validation import cli as validation_cli
 from validation.claims import speed
 from validation.claims import tasks as validation_tasks
-from validation.documents import report
+from validation.documents import figures
 from validation.latency import study
 from validation.planners import compare
+from validation.report import pages
 
 HEADER = {"device": {"name": "card"}, "commit": None}
 
@@ -146,14 +148,14 @@ def test_plots(capsys, tmp_path, monkeypatch):
 
 def test_a_profile(capsys, tmp_path, monkeypatch):
     path = tmp_path / "place" / "profile.json"
-    monkeypatch.setattr(calibrate, "calibrate", lambda out, *rest, **named: calibrate.write(out, {"a": 1}))
+    monkeypatch.setattr(card, "calibrate", lambda out, *rest, **named: card.write(out, {"a": 1}))
     act = lambda: cli.run(["calibrate", "--out", str(path)])  # noqa: E731
     torture(capsys, tmp_path / "place", act, old_or_new(b"old", path.name), lambda: path.write_bytes(b"old"))
 
 
 def test_a_profile_of_what_is_no_number(tmp_path):
     with pytest.raises(ValueError, match="read is nan: JSON holds finite numbers only"):
-        calibrate.write(tmp_path / "profile.json", {"read": float("nan")})
+        card.write(tmp_path / "profile.json", {"read": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
@@ -217,9 +219,9 @@ def test_a_report(capsys, tmp_path, monkeypatch):
     place, rows = tmp_path / "place", tmp_path / "rows.json"
     rows.write_text('{"schema": "validation/1", "rows": []}')
     names = ("agreement.png", "report.md", "report.html")
-    monkeypatch.setattr(report, "draw", lambda rows: {"agreement": b"picture end"})
-    monkeypatch.setattr(report, "markdown", lambda *given: "text end")
-    monkeypatch.setattr(report, "html", lambda *given: "page end")
+    monkeypatch.setattr(figures, "draw", lambda rows: {"agreement": b"picture end"})
+    monkeypatch.setattr(pages, "markdown", lambda *given: "text end")
+    monkeypatch.setattr(pages, "html", lambda *given: "page end")
     act = lambda: validation_cli.run(["report", str(rows), "--out", str(place)])  # noqa: E731
     whole = old_or_new(b"old", *names)
     torture(

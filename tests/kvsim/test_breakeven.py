@@ -190,7 +190,7 @@ def test_nothing_pays_before_something_is_packed() -> None:
     for packed, first in ((make_method("kivi"), 129), (short, 65)):
         methods = packed, make_method("fp16")
         kivi, fp16 = (Runner(load_model("gpt2"), method, H100, engine=ENGINES["kvruntime"]()) for method in methods)
-        assert first <= by_context(kivi, fp16, 1).pays[0][0] <= 256
+        assert first <= by_context(kivi, fp16, 1).pays[0][0] <= 320
         assert by_batch(kivi, fp16, first - 1).pays == ()
 
 

@@ -18,6 +18,7 @@ from kvsim.models.load import load_model
 from kvsim.specs import parse_engine, parse_method
 
 FROM_ZERO = {"max_seq_len", "sink_length", "first", "last", "windows", "boost_nbits"}
+FROM_ZERO |= {"observed", "window", "recent_length"}
 
 
 def _fields(factory: Any, kinds: set[Any]) -> list[str]:

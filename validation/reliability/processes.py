@@ -67,7 +67,18 @@ def _benchmark(device: torch.device, scale: Scale, folder: Path, out: Path) -> l
     model = folder / "model"
     subjects.model(device, scale).save_pretrained(model)
     contexts = ",".join(str(context) for context in range(64, 320, 16))
-    given = ["--model", str(model), "--only", "memory", "--ctx", contexts, "--device", str(device), "--offline"]
+    given = [
+        "--model",
+        str(model),
+        "--only",
+        "memory",
+        "--ctx",
+        contexts,
+        "--device",
+        str(device),
+        "--offline",
+        "--no-plots",
+    ]
     return [*start, *given, "--out", str(out)]
 
 

@@ -267,8 +267,9 @@ def attend_kernel(
         packed_query = ()
         for i in tl.static_range(len(KEY_CHUNKS)):
             d = tl.load(order_ptr + KEY_CHUNKS[i][0] + tl.arange(0, KEY_CHUNKS[i][1])).to(tl.int32)
+            d = tl.minimum(d, KEY_DIM - 1)  # before a first record weights lie there
             packed_query = packed_query + (tl.load(query_at + d[None, :], mask=real[:, None], other=0.0).to(DOT),)
-        d = tl.load(order_ptr + tl.arange(0, BOOSTED)).to(tl.int32)
+        d = tl.minimum(tl.load(order_ptr + tl.arange(0, BOOSTED)).to(tl.int32), KEY_DIM - 1)
         boost_query = tl.load(query_at + d[None, :], mask=real[:, None], other=0.0).to(DOT)
 
     # ---- packed records, a contiguous share of the tiles

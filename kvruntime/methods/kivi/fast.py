@@ -743,11 +743,13 @@ def largest_scale_of(scales):
 
 
 @gluon.jit
-def load_ordered(query_ptr, order_ptr, column, real, SPAN: gl.constexpr):
+def load_ordered(query_ptr, order_ptr, column, real, SPAN: gl.constexpr, DIM: gl.constexpr):
     """The query at the first ``SPAN`` channels of a row's order, as an operand."""
     k = gl.arange(0, SPAN, layout=gl.SliceLayout(0, gl.SliceLayout(2, COLUMNS)))
     place = ((k >> 1) & 3) * (SPAN // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1)
-    channel = gl.load(order_ptr + place).to(gl.int32)[None, :, None]
+    channel = gl.minimum(gl.load(order_ptr + place).to(gl.int32), DIM - 1)[
+        None, :, None
+    ]  # weights, where none is packed
     at, mask = gl.broadcast(column + channel, real)
     return gl.load(query_ptr + at, mask=mask, other=0.0)
 
@@ -805,8 +807,8 @@ def attend_split(
 
     if BOOST_CODES > 0:
         BOOSTED: gl.constexpr = boosted_channels(DIM)
-        ordered_query = load_ordered(query_ptr, order_ptr, column, real, DIM)
-        boosted_query = load_ordered(query_ptr, order_ptr, column, real, BOOSTED)
+        ordered_query = load_ordered(query_ptr, order_ptr, column, real, DIM, DIM)
+        boosted_query = load_ordered(query_ptr, order_ptr, column, real, BOOSTED, DIM)
 
     # ---- the first tiles, if they are not on their way; again those of a record that was packed since
     # they were asked for
