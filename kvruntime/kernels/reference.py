@@ -123,6 +123,30 @@ def padded(line: Tensor, counts: Sequence[int]) -> Tensor:
     return out
 
 
+def check_table(table: Tensor | None, batch_size: int, pool: str) -> None:
+    """Raises ``ValueError`` for a block table of another shape or type; ``pool``: the shape of what it leads to."""
+    if table is not None and (table.dtype != torch.int32 or table.dim() != 2 or len(table) != batch_size):
+        raise ValueError(
+            f"block table {list(table.shape)} of {table.dtype}: expected [{batch_size}, num_blocks] int32 over {pool}"
+        )
+
+
+def table_places(table: Tensor | None, size: int, token: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and slot of tokens ``token [batch_size, n]``, ``size`` a block of ``table``, each ``[batch_size, n]``;
+    something that exists where they are not ``wanted``."""
+    token = torch.where(wanted, token, 0)
+    if table is None:
+        return torch.arange(len(token), device=token.device)[:, None].expand_as(token), token
+    block = table.gather(1, token // size) if token.numel() else token
+    return torch.where(wanted, block, 0).long(), token % size
+
+
+def behind(counts: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """How many tokens of its row come before each of ``length`` columns, whose last ``counts[b]`` are row b's:
+    ``[batch_size, length]``, below 0 of columns that are none of the row's."""
+    return torch.arange(length, device=device) - (length - torch.tensor(counts, device=device)[:, None])
+
+
 def store_slots(key: Tensor, value: Tensor, pool_key: Tensor, pool_value: Tensor, slots: Tensor) -> None:
     """``key`` and ``value`` ``[tokens, num_kv_heads, dim]`` to pools ``[pool_size, num_kv_heads, n, dim]``: token t to
     place ``slots[t] % n`` of page ``slots[t] // n``, or nowhere where ``slots[t]`` is below 0."""

@@ -129,6 +129,23 @@ def test_channels_that_queries_do_not_read_are_not_boosted() -> None:
     assert torch.equal(layer.tensors["key_order"], order)
 
 
+def test_an_order_whose_records_are_forgotten_weighs_nothing() -> None:
+    """A row whose last record leaves chooses its channels anew, as a fresh one does."""
+    method = kivi_boost(dtype="float32", sink_length=0)
+    layer, key, value = new(method, 2), keys(1, 2, 220), normal(2, 2, 2, 220, 64)
+    layer.append(key, value)
+    packed = layer.row_packed[0]
+    kept = layer.tensors["key_order"][1].clone()
+    layer.forget([packed, 0], 0)
+    assert layer.row_packed == [0, packed]
+    assert not layer.tensors["key_order"][0].any()
+    assert torch.equal(layer.tensors["key_order"][1], kept)
+    layer.append(key, value)
+    fresh = new(method, 2)
+    fresh.append(torch.cat([key[:, :, packed:], key], 2), torch.cat([value[:, :, packed:], value], 2))
+    assert torch.equal(layer.tensors["key_order"][0], fresh.tensors["key_order"][0])
+
+
 def test_weights_are_in_proportion() -> None:
     query = torch.tensor([1.0, 0.5, 0.25, 1e-3, 0.0, 0.75]).expand(1, 2, 300, 6).clone()
     query[:, 1] *= 1e4

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from hf_mixed import WINDOW, mixed
-from hf_models import DEVICE, prompt, tiny
+from hf_models import prompt, tiny
 from transformers import DynamicCache, StaticCache
 
 import kvruntime
@@ -51,13 +51,6 @@ def logits(model, cache, inputs, length):
         position = (mask.cumsum(1) - 1)[:, -part.shape[1] :]
         out.append(model(part, attention_mask=mask, position_ids=position, **argument(cache)).logits)
     return torch.cat(out, 1)
-
-
-@pytest.fixture(autouse=True)
-def kernels_have_no_sinks(request):
-    given = [request.getfixturevalue(name) for name in ("family", "name") if name in request.fixturenames]
-    if DEVICE.type == "cuda" and given in (["gpt-oss", "kivi"], ["gpt-oss", "sink"]):
-        pytest.skip("kivi's kernels have no sinks or softcaps")
 
 
 @methods

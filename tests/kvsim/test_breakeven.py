@@ -187,10 +187,10 @@ def test_this_projects_kernels_are_compared_with_16_bit_ones_of_the_same_runs(nu
 def test_nothing_pays_before_something_is_packed() -> None:
     """Within the residual a step reads what a float16 one reads; a few records later bytes outweigh a later start."""
     short = make_method("kivi", group_size=64, residual_length=64)
-    for packed, first in ((make_method("kivi"), 129), (short, 65)):
+    for packed, first, last in ((make_method("kivi"), 129, 129 + 5 * 32), (short, 65, 256)):
         methods = packed, make_method("fp16")
         kivi, fp16 = (Runner(load_model("gpt2"), method, H100, engine=ENGINES["kvruntime"]()) for method in methods)
-        assert first <= by_context(kivi, fp16, 1).pays[0][0] <= 320
+        assert first <= by_context(kivi, fp16, 1).pays[0][0] <= last
         assert by_batch(kivi, fp16, first - 1).pays == ()
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from kvsim.atomic import replace_file
 from kvsim.output.tables import compact
 from validation.claims.compare import stale
 from validation.documents import tables
-from validation.documents.figures import draw
 
 Row = dict[str, Any]
 
@@ -32,24 +29,6 @@ td.number { text-align: right; font-variant-numeric: tabular-nums }
 img { max-width: 100%; display: block; margin: 1rem 0 }
 .scroll { overflow-x: auto } .bad { color: #a00 }
 """
-
-
-def write_report(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """``report.md`` with its PNG files and ``report.html`` in ``folder``; returns what was written.
-
-    Each file is replaced in one step.  Raises ``ValueError`` for a folder that cannot be written.
-    """
-    pictures = draw(rows)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {folder / f"{name}.png": png for name, png in pictures.items()}
-        files[folder / "report.md"] = markdown(rows, list(pictures)).encode()
-        files[folder / "report.html"] = html(rows, pictures).encode()
-        for path, content in files.items():
-            replace_file(path, content, regular=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {error.filename or folder}: {error.strerror}") from None
-    return list(files)
 
 
 def markdown(rows: Sequence[Row], pictures: Sequence[str]) -> str:

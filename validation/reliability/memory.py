@@ -23,7 +23,7 @@ from kvsim.memory.capacity import max_batch
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.models.load import load_config, load_model
 from validation.claims.peak import splits
-from validation.claims.transients import transient
+from validation.claims.transients import predicts, transient
 from validation.reliability import subjects
 from validation.reliability.runs import Broken
 from validation.reliability.subjects import Scale
@@ -51,6 +51,9 @@ def phases(device: torch.device, scale: Scale) -> str:
         models = ("llama-3.2-1b", "gpt2-large") if cuda else (_tiny(Path(folder), scale),)
         for name in models:
             for method in subjects.layouts(device):
+                if not predicts(method):
+                    said.append(f"{Path(name).stem} {method.name}: no peak is predicted")
+                    continue
                 measured = list(
                     _phases(name, method, device, 2048 if cuda and "gpt2" not in name else 512 if cuda else 96)
                 )

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from validation.reliability import subjects
-from validation.reliability.answer import answers
 from validation.reliability.runs import Broken
 from validation.reliability.subjects import Scale
 
@@ -104,11 +103,17 @@ def together(device: torch.device, scale: Scale) -> str:
     tokens = max(24, min(400, scale.decoded // 100))
     command = [sys.executable, "-m", "validation.reliability.answer", "--device", str(device), "--tokens", f"{tokens}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *_paths()))}
-    both = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    want = list(answers(device, tokens))
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    alone, error = start().communicate(timeout=PATIENCE)
+    want = alone.splitlines()
+    if not want:
+        raise Broken(f"a process alone answered nothing: {error.strip().splitlines()[-1:]}")
+    both = [start() for _ in range(2)]
     try:
         said = [process.communicate(timeout=PATIENCE) for process in both]
     finally:

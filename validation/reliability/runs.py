@@ -19,7 +19,7 @@ from kvruntime.engine import Engine
 from kvruntime.hf.cache import argument
 from kvruntime.methods import Layer, make_layer, room_of
 from kvruntime.methods.rows import free_nbytes
-from kvsim.layout import LayerShape, Method, nbytes
+from kvsim.layout import LayerShape, Method, nbytes, shared_buffers
 from validation.reliability import subjects
 from validation.reliability.subjects import Scale
 
@@ -57,9 +57,9 @@ def decoded(device: torch.device, scale: Scale) -> str:
         lengths = engine.positions.tolist()
         if lengths != [16 + done] * 2 or engine.lengths != lengths:
             raise Broken(f"{method.name}: rows hold {lengths}, {engine.lengths} by the host, not {16 + done}")
-        predicted = sum(
-            nbytes(method.buffers(layer.store.shape, 2, scale.decoded + 32)) for layer in engine.cache.layers
-        )
+        shapes = [layer.store.shape for layer in engine.cache.layers]
+        predicted = sum(nbytes(method.buffers(shape, 2, scale.decoded + 32)) for shape in shapes)
+        predicted += nbytes(shared_buffers(method, shapes))
         if engine.nbytes != predicted:
             raise Broken(f"{method.name}: {engine.nbytes:,} B, predicted {predicted:,}")
         if max(errors) > DRIFT[device.type]:
@@ -72,25 +72,36 @@ def decoded(device: torch.device, scale: Scale) -> str:
 
 @torch.inference_mode()
 def _drift(model: Any, engine: Engine) -> float:
-    """How far one step's logits are from the model's own over what the cache holds, by norms; the step is taken."""
-    from transformers import DynamicCache
-
+    """How far one step's logits are from the model's own over what the cache holds after it, the step's own token among
+    it, by norms; the step is taken."""
     engine.cache.settle() if hasattr(engine.cache, "settle") else None
-    for layer in engine.cache.layers:
-        layer.store.catch_up(engine.positions)
-    held = [[layer.store.tokens(row) for row in range(2)] for layer in engine.cache.layers]
     tokens, positions = engine.tokens.clone(), engine.positions.long().clone()
     engine.step()
     found = engine.logits.float()
+    for layer in engine.cache.layers:
+        layer.store.catch_up(engine.positions)
+    held = [[layer.store.tokens(row) for row in range(2)] for layer in engine.cache.layers]
     worst = 0.0
     for row in range(2):
-        stock = DynamicCache()
-        for index, rows in enumerate(held):
-            key, value = (x[None].to(model.dtype) for x in rows[row])
-            stock.update(key, value, index)
+        stock = _as_stored([tuple(x[None].to(model.dtype) for x in rows[row]) for rows in held])
         want = model(tokens[row, None, None], position_ids=positions[row, None, None], **argument(stock)).logits[0, -1]
         worst = max(worst, ((found[row] - want.float()).norm() / want.float().norm()).item())
     return worst
+
+
+def _as_stored(held: list[Any]) -> Any:
+    """A stock cache of all but the newest of ``held``, keys and values a layer; the newest is attended to as it was
+    stored, whatever the model brings."""
+    from transformers import DynamicCache
+
+    class AsStored(DynamicCache):  # type: ignore[misc]
+        def update(self, key: Any, value: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            return held[layer_idx]
+
+    stock = AsStored()
+    for index, (key, value) in enumerate(held):
+        DynamicCache.update(stock, key[:, :, :-1], value[:, :, :-1], index)
+    return stock
 
 
 def out_of_memory(device: torch.device, scale: Scale) -> str:

@@ -60,13 +60,11 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def layouts(device: torch.device) -> tuple[Method, ...]:
-    """The uncompressed cache, and the first examples of every room whose peaks are predicted, exact tokens in the
-    model's type.  Those are the rooms that hold a step's own token exact, as the oracle of the runs has it."""
+    """The uncompressed cache, and the first examples of every room that packs, exact tokens in the model's type."""
     from kvruntime.bench.engine.suite import with_dtype
 
     name = str(dtype_of(device)).removeprefix("torch.")
     rooms = [room for kind, room in LAYERS.items() if kind is not Full]
-    rooms = [room for room in rooms if room.transients is not None]
     own = [room.examples[0] for room in rooms if room.layer.has_steps]  # type: ignore[attr-defined]
     return (Full(name), *(with_dtype(method, name) for method in own))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import Partial, embedded, padded, row_counts
+from kvruntime.kernels.reference import Partial, behind, check_table, embedded, padded, row_counts, table_places
 
 BLOCK_TOKENS = 1024
 
@@ -43,22 +43,12 @@ Fresh = tuple[Tensor, Tensor, Tensor | None]
 
 def check(stored: Stored) -> None:
     """Raises ``ValueError`` for a block table of another shape or type."""
-    table, batch_size = stored.block_table, len(stored.lengths)
-    if table is not None and (table.dtype != torch.int32 or table.dim() != 2 or len(table) != batch_size):
-        raise ValueError(
-            f"block table {list(table.shape)} of {table.dtype}: expected [{batch_size}, num_blocks] int32 over "
-            f"[pool_size, num_kv_heads, n, dim]"
-        )
+    check_table(stored.block_table, len(stored.lengths), "[pool_size, num_kv_heads, n, dim]")
 
 
 def places(stored: Stored, token: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Index and slot of tokens ``token [batch_size, n]``; something that exists where they are not ``wanted``."""
-    token = torch.where(wanted, token, 0)
-    if stored.block_table is None:
-        return torch.arange(len(token), device=token.device)[:, None], token
-    size = stored.key.shape[2]
-    block = stored.block_table.gather(1, token // size) if token.numel() else token
-    return torch.where(wanted, block, 0).long(), token % size
+    return table_places(stored.block_table, stored.key.shape[2], token, wanted)
 
 
 def append(
@@ -80,12 +70,9 @@ def append(
     counts = row_counts(counts, starts, len(stored.lengths), key.shape[2])
     if starts is not None:
         key, value = padded(key, counts), padded(value, counts)
-    length = key.shape[2]
-    number = torch.tensor(counts, device=key.device)[:, None]
-    ahead = torch.arange(length, device=key.device) - (length - number)
+    ahead = behind(counts, key.shape[2], key.device)
     wanted = ahead >= 0
     index, slot = places(stored, stored.lengths[:, None] + ahead, wanted)
-    index = index.expand_as(slot)
     for store, new in ((stored.key, key), (stored.value, value)):
         store[index[wanted], :, slot[wanted]] = new.transpose(1, 2)[wanted].to(store.dtype)
 

@@ -126,7 +126,13 @@ class KiviLayer(Rows):
         _write(lengths[0], self.row_lengths)
         if packed != self.row_packed:
             _write(lengths[1], packed)
+            self._unweigh([row for row, count in enumerate(packed) if count == 0 < self.row_packed[row]])
         self.row_packed = packed
+
+    def _unweigh(self, rows: list[int] | slice) -> None:
+        """``rows`` hold no record any more: their order of channels is no weight of channels."""
+        if rows and self.record.boosted:
+            self.tensors["key_order"][rows] = 0
 
     def attend(
         self,
@@ -320,8 +326,7 @@ class KiviLayer(Rows):
         super().reset()
         self.row_packed = [0] * self.batch_size
         self.tensors["lengths"].zero_()
-        if "key_order" in self.tensors:
-            self.tensors["key_order"].zero_()
+        self._unweigh(slice(None))
 
     def reorder(self, index: Tensor) -> None:
         """Rows become ``index`` (int64, any number of rows, repeats allowed)."""

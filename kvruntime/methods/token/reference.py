@@ -26,7 +26,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import PLAIN, Partial, Scores, embedded, padded, row_counts
+from kvruntime.kernels.reference import (
+    PLAIN,
+    Partial,
+    Scores,
+    behind,
+    check_table,
+    embedded,
+    padded,
+    row_counts,
+    table_places,
+)
 from kvruntime.methods.token.coding import (
     LARGEST,
     LIMIT,
@@ -256,22 +266,12 @@ def decode(codes: Tensor, scale: Tensor, coding: str, dim: int, signs: Tensor | 
 
 def check(stored: Stored) -> None:
     """Raises ``ValueError`` for a block table of another shape or type."""
-    table, batch_size = stored.block_table, len(stored.lengths)
-    if table is not None and (table.dtype != torch.int32 or table.dim() != 2 or len(table) != batch_size):
-        raise ValueError(
-            f"block table {list(table.shape)} of {table.dtype}: expected [{batch_size}, num_blocks] int32 over "
-            f"[pool_size, num_kv_heads, n, ...]"
-        )
+    check_table(stored.block_table, len(stored.lengths), "[pool_size, num_kv_heads, n, ...]")
 
 
 def places(stored: Stored, token: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Index and slot of tokens ``token [batch_size, n]``; something that exists where they are not ``wanted``."""
-    token = torch.where(wanted, token, 0)
-    if stored.block_table is None:
-        return torch.arange(len(token), device=token.device)[:, None].expand_as(token), token
-    size = stored.key_codes.shape[2]
-    block = stored.block_table.gather(1, token // size) if token.numel() else token
-    return torch.where(wanted, block, 0).long(), token % size
+    return table_places(stored.block_table, stored.key_codes.shape[2], token, wanted)
 
 
 def append(
@@ -294,8 +294,7 @@ def append(
     counts = row_counts(counts, starts, len(stored.lengths), key.shape[2])
     if starts is not None:
         key, value = padded(key, counts), padded(value, counts)
-    length = key.shape[2]
-    ahead = torch.arange(length, device=key.device) - (length - torch.tensor(counts, device=key.device)[:, None])
+    ahead = behind(counts, key.shape[2], key.device)
     wanted = ahead >= 0
     index, slot = places(stored, stored.lengths[:, None] + ahead, wanted)
     index, slot = index[wanted], slot[wanted]
