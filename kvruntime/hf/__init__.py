@@ -10,10 +10,9 @@ from kvruntime.hf.biases import warn_of_biases
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
-from kvruntime.hf.exact import Kind
-from kvruntime.hf.models import NAMES, changed_scores, layer_kinds, refuse_scores
+from kvruntime.hf.empty import devices_of, empty_cache, without_steps
+from kvruntime.hf.models import changed_scores, layer_kinds, refuse_scores
 from kvruntime.hf.saved import load_cache, save_cache
-from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
@@ -68,43 +67,16 @@ def make_cache(
         method.buffers(stored_shape(method, shape), 1, 1)  # says what it cannot hold before anything runs
     refuse_scores(model, method)
     warn_of_biases(model, method, shapes)
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    without, layer = _without_steps(method, kinds), room_of(method).layer
-    steps = (
-        compiled is None
-        and not without
-        and len(devices) == 1  # a graph is of one device
-        and _steps_on(devices[0])
-        and layer.has_steps  # type: ignore[attr-defined]
-    )
-    attach(model, replays=steps)
-    if steps:
-        return SteppedCache(method, len(shapes), max_seq_len)
     if not compiled:
-        return Cache(method, kinds if any(kind.keeps or kind.window for kind in kinds) else len(kinds), max_seq_len)
-    without = without or changed_scores(model)
-    if without:
+        return empty_cache(model, method, kinds, max_seq_len, replays=compiled is None)
+    if without := without_steps(method, kinds) or changed_scores(model):
         name = type(model).__name__
         raise ValueError(f"{name} has {without}, which a compiled cache does not run: leave compiled=True out")
     if not room_of(method).layer.has_steps:  # type: ignore[attr-defined]
         raise ValueError(f"{method.name} has no step that a compiled cache could run: leave compiled=True out")
     if max_seq_len is None:
         raise ValueError("max_seq_len None: a compiled cache's buffers do not grow, give the tokens a row will hold")
-    if len(devices) > 1:
+    if len(devices := devices_of(model)) > 1:
         raise ValueError(f"the model lies on {', '.join(devices)}: a compiled cache's steps run on one device")
+    attach(model)
     return CompiledCache(method, len(shapes), max_seq_len)
-
-
-def _steps_on(device: str) -> bool:
-    """Whether decode steps there are worth CUDA graphs."""
-    return device.startswith("cuda")
-
-
-def _without_steps(method: Method, kinds: list[Kind]) -> str:
-    """What of a model's layers no step on the device runs: packed layers alone, of heads that the method packs as they
-    are, do."""
-    others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
-    if any(kind.shape and kind.window for kind in kinds):
-        others.append("windows that are packed")
-    odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
-    return " and ".join(others) or (f"heads of {odd[0].key_dim}" if odd else "")

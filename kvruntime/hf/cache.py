@@ -614,8 +614,9 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     @property
     def step_nbytes(self) -> int:
-        """Bytes, beside ``nbytes``, of what steps on the device count and work in: none where the host plans."""
-        return sum(int(part.nbytes) for name in ("counts", "graphs") if (part := getattr(self, name, None)) is not None)
+        """Bytes, beside ``nbytes``, of what steps count, check and work in."""
+        parts = (self.lengths, self.columns, getattr(self, "counts", None), getattr(self, "graphs", None))
+        return sum(int(part.nbytes) for part in parts if part is not None)
 
     @property
     def num_provided(self) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import cache_utils
 
 from kvruntime.hf import exact
-from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache, CacheLayer, HybridLayer
+from kvruntime.hf.empty import empty_cache, host_planned
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.hf.padding import padding_spans
@@ -62,8 +62,9 @@ def compress(
         if wanted != [bool(kind.shape) for kind in kinds]:
             raise ValueError(f"the cache is not one of {type(model).__name__}: its layers are of other kinds")
         refuse_scores(model, method)
-        attach(model)
-    out = Cache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
+        out = empty_cache(model, method, kinds, max_seq_len)
+    else:
+        out = host_planned(method, kinds, max_seq_len)
     lengths, order = _placed(attention_mask, held[0].keys.shape[0], num_columns, out)
     for ours, theirs in zip(out.layers, layers, strict=True):
         if isinstance(ours, CacheLayer):

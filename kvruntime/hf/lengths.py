@@ -30,3 +30,12 @@ class Lengths:
                 lengths.copy_(torch.tensor(rows, dtype=torch.int32))
             known[:] = rows
         return Steps(lengths, lengths, scratch, store.num_provided)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held."""
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for _, lengths, scratch in self._held.values()
+            for tensor in (lengths, scratch)
+        )

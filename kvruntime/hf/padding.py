@@ -43,6 +43,12 @@ class Columns:
         self._expected: Tensor | None = None
         """:meth:`tokens` of more columns than there are, where some are padding."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that steps are checked by."""
+        held = (self._checked, self._expected)
+        return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
     def step_mask(self, given: Tensor) -> Tensor | None:
         """A mask of one more column, ``given [batch_size, columns]`` bool on a GPU, held against what was cached: all
         rows' newest is a token.  Nothing waits for the device, which stops with the message.

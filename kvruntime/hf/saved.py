@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import cache_utils
 
 from kvruntime.hf import exact
-from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache, CacheLayer
+from kvruntime.hf.empty import empty_cache, host_planned
 from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.methods import LAYERS
 from kvsim.layout import LayerShape, Method
@@ -59,12 +59,13 @@ def load_cache(path: str | Path, model: Any) -> Cache:
     if state.get("version") != VERSION:
         raise ValueError(f"{path} is a saved cache of version {state.get('version')}: this kvruntime reads {VERSION}")
     kinds = layer_kinds(model)
-    cache = Cache(_method(state["method"]), kinds, state["max_seq_len"])
+    method = _method(state["method"])
+    cache = host_planned(method, kinds, state["max_seq_len"])
     own = [(isinstance(layer, CacheLayer), _kept(layer)) for layer in cache.layers]
     if own != [(layer["packed"] is not None, layer["kept"]) for layer in state["layers"]]:
         raise ValueError(f"{path} is not a cache of {type(model).__name__}: its layers are of other kinds")
-    refuse_scores(model, cache.method)
-    attach(model)
+    refuse_scores(model, method)
+    cache = empty_cache(model, method, kinds, state["max_seq_len"])
     cache.columns.padding = [[range(*span) for span in row] for row in state["padding"]]
     for layer, written, device in zip(cache.layers, state["layers"], _devices(model, len(cache.layers)), strict=True):
         if isinstance(layer, CacheLayer):

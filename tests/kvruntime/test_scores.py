@@ -14,7 +14,8 @@ from hf_mixed import MIXED, mixed  # noqa: E402
 from hf_models import DEVICE  # noqa: E402
 from hf_models import prompt as prompt_of  # noqa: E402
 
-from kvruntime import hf, make_cache  # noqa: E402
+from kvruntime import make_cache  # noqa: E402
+from kvruntime.hf import empty  # noqa: E402
 from kvruntime.hf.attention import attention  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.stepped import SteppedCache  # noqa: E402
@@ -198,7 +199,7 @@ def test_the_kernel_of_prompts(length, masked):
 @pytest.mark.parametrize("family", ["gpt-oss", "Gemma 2"])
 def test_a_step_on_the_device_changes_scores(family, monkeypatch):
     """A model whose layers are all full attention: each step is one that a graph could hold."""
-    monkeypatch.setattr(hf, "_steps_on", lambda device: True)
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
     name, arguments, *_ = MIXED[family]
     config = getattr(transformers, name)(**arguments | {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2})
     torch.manual_seed(7)
@@ -233,7 +234,9 @@ def test_what_no_kernel_attends_to_is_refused_by_name(family, what, monkeypatch)
     """A method whose layers do not say that they take scores."""
     model = mixed(family)
     monkeypatch.setattr(KiviLayer, "changes_scores", Rows.changes_scores)
-    with pytest.raises(ValueError, match=f"has {re.escape(what)}, which kivi-2bit-g32-r128 does not run on cpu$"):
+    with pytest.raises(
+        ValueError, match=f"has {re.escape(what)}, which kivi-2bit-g32-r128 does not run on {model.device.type}$"
+    ):
         make_cache(model)
     make_cache(model, "fp16")
 

@@ -1,0 +1,63 @@
+"""An empty cache of the kind that a model's decode steps ask for: steps on the device where one GPU runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvruntime.hf.attention import attach
+from kvruntime.hf.cache import Cache
+from kvruntime.hf.exact import Kind
+from kvruntime.hf.models import NAMES
+from kvruntime.hf.stepped import SteppedCache
+from kvruntime.methods import room_of
+from kvsim.engines.kvruntime import stored_shape
+from kvsim.layout import Method
+
+
+def empty_cache(
+    model: Any, method: Method, kinds: Sequence[Kind], max_seq_len: int | None, replays: bool = True
+) -> Cache:
+    """A cache of layers of ``kinds``; ``model`` attends through it from now on.
+
+    Its decode steps are CUDA graphs where ``model`` lies on one GPU and its layers have such steps; elsewhere, and
+    where ``replays`` is false, the host plans them.
+    """
+    devices = devices_of(model)
+    layer = room_of(method).layer
+    steps = (
+        replays
+        and not without_steps(method, kinds)
+        and len(devices) == 1  # a graph is of one device
+        and steps_on(devices[0])
+        and layer.has_steps  # type: ignore[attr-defined]
+    )
+    attach(model, replays=steps)
+    if steps:
+        return SteppedCache(method, len(kinds), max_seq_len)
+    return host_planned(method, kinds, max_seq_len)
+
+
+def host_planned(method: Method, kinds: Sequence[Kind], max_seq_len: int | None) -> Cache:
+    """A cache whose every step the host plans, of layers of ``kinds``."""
+    return Cache(method, kinds if any(kind.keeps or kind.window for kind in kinds) else len(kinds), max_seq_len)
+
+
+def devices_of(model: Any) -> list[str]:
+    """The devices that a model's parameters lie on."""
+    return sorted({str(parameter.device) for parameter in model.parameters()})
+
+
+def steps_on(device: str) -> bool:
+    """Whether decode steps there are worth CUDA graphs."""
+    return device.startswith("cuda")
+
+
+def without_steps(method: Method, kinds: Sequence[Kind]) -> str:
+    """What of a model's layers no step on the device runs: packed layers alone, of heads that the method packs as they
+    are, do."""
+    others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
+    if any(kind.shape and kind.window for kind in kinds):
+        others.append("windows that are packed")
+    odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
+    return " and ".join(others) or (f"heads of {odd[0].key_dim}" if odd else "")
