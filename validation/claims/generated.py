@@ -85,7 +85,7 @@ class Observer:
             self.decode = {name: max(self.decode.get(name, 0), value) for name, value in peak.items()}
         else:
             self.prefill = peak
-        note(self.trace, self.num_tokens, weigh(self.cache))
+        note(self.trace, self.num_tokens, weigh(self.cache) - self.cache.step_nbytes)
         self.held.restart()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -118,7 +118,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     row = base_row("memory", "generate", name, method, len(cache.layers), device)
     row |= {"weights": f"random (seed {SEED})", "provided": "known", "max_seq_len": known}
     row |= {"prompt_tokens": prompt, "num_tokens": observer.num_tokens}
-    rows = [row | {"every_step": True, "measured": weigh(cache), "trace": observer.trace}]
+    rows = [row | {"every_step": True, "measured": weigh(cache) - cache.step_nbytes, "trace": observer.trace}]
     rows += held.rows(row | {"kind": "held"}, left)
     if modelled(load_config(name)[1]) and predicts(method):
         store = cache.stores[0]
