@@ -238,6 +238,8 @@ def attention(
     scores = _scores(kwargs)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if not (isinstance(key, PendingUpdate) and isinstance(value, PendingUpdate)):
+        if attention_mask is not None and attention_mask.shape[3] == 1 < key.shape[2]:
+            attention_mask = None  # a step's, which sees all of a window
         if not scores.is_plain:
             return _changed(query, key, value, attention_mask, scale, scores), None
         out, _ = sdpa_attention_forward(

@@ -139,7 +139,7 @@ def packed(layers: Sequence[Any]) -> list[CacheLayer]:
 def _columns(layer: Any) -> int | None:
     """Columns that a layer has seen; None where it does not count them."""
     if isinstance(layer, CacheLayer):
-        return layer.num_columns
+        return layer.num_columns + layer.ahead
     return layer.cumulative_length if isinstance(layer, exact.WindowLayer) else None
 
 
@@ -228,6 +228,11 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """What a token brings."""
         self.is_filled = False
         """Whether ``store.shape`` has more channels, zeros: where the method packs multiples."""
+
+    @property
+    def ahead(self) -> int:
+        """Columns held that ``num_columns`` does not count yet."""
+        return 0
 
     @property
     def is_croppable(self) -> bool:
@@ -378,12 +383,12 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"{self.method.name} does not attend with sinks or softcaps on {query.device.type}")
         if fresh is not None:
             fresh = (*self._filled(*fresh[:2]), fresh[2])
-        query = _filled(query, self.store.shape.key_dim)
+        query = filled(query, self.store.shape.key_dim)
         out = self.store.attend(query, scale, fresh, **more)
         return out[..., : self.shape.value_dim]
 
     def _filled(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return _filled(key, self.store.shape.key_dim), _filled(value, self.store.shape.value_dim)
+        return filled(key, self.store.shape.key_dim), filled(value, self.store.shape.value_dim)
 
     def _observed(self, query: Tensor | None) -> Tensor | None:
         """Queries, for a method that asks for them, such that the root of the channels that it sees scales them."""
@@ -391,7 +396,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             return None
         dim = self.store.shape.key_dim
         factor = dim**0.5 * (query.shape[3] ** -0.5 if self.scale is None else self.scale)
-        return _filled(query, dim) if abs(factor - 1) < 1e-6 else _filled(query, dim) * factor
+        return filled(query, dim) if abs(factor - 1) < 1e-6 else filled(query, dim) * factor
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any, scores: Scores = PLAIN
@@ -410,7 +415,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             with torch.inference_mode(False), torch.no_grad():
                 store.provide(needed)
         if self.is_filled:
-            query, (key, value) = _filled(query, store.shape.key_dim), self._filled(key, value)
+            query, (key, value) = filled(query, store.shape.key_dim), self._filled(key, value)
         out = store.step(query, key, value, scale, self.lengths.before(store, query.shape[1]), scores=scores)
         if store.device.type == "cuda":  # elsewhere a step keeps the books
             store.advance(1)
@@ -464,7 +469,7 @@ def _refuse_assignment(to: object) -> None:
         raise ValueError("keys and values of a kvruntime cache are read only: update() stores more of them")
 
 
-def _filled(x: Tensor, dim: int) -> Tensor:
+def filled(x: Tensor, dim: int) -> Tensor:
     """``x [..., channels]`` with zeros up to ``dim`` channels."""
     return x if x.shape[-1] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[-1]))
 

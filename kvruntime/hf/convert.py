@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import cache_utils
 
 from kvruntime.hf import exact
-from kvruntime.hf.cache import Cache, CacheLayer, HybridLayer
+from kvruntime.hf.cache import Cache, CacheLayer
 from kvruntime.hf.empty import empty_cache, host_planned
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.hf.models import layer_kinds, refuse_scores
@@ -69,7 +69,7 @@ def compress(
     for ours, theirs in zip(out.layers, layers, strict=True):
         if isinstance(ours, CacheLayer):
             _fill(ours, theirs, num_columns, lengths, order)
-        if not isinstance(ours, CacheLayer) or isinstance(ours, HybridLayer):
+        if not isinstance(ours, CacheLayer) or isinstance(ours, cache_utils.LinearAttentionLayer):
             _copy(ours, theirs)
     return out
 

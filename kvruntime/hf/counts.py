@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +95,13 @@ class StepLength(Length):
 
     counts: Counts
 
+    @classmethod
+    def of(cls, counts: Counts, length: int) -> StepLength:
+        """``length`` columns, by whose mask ``counts`` goes."""
+        out = cls(length)
+        out.counts = counts
+        return out
+
 
 class StepCounts(Counts):
     """What the steps of a cache count, on the device and on the host."""
@@ -105,6 +113,13 @@ class StepCounts(Counts):
         super().__init__(method, max_seq_len or 0)
         self.is_fixed = max_seq_len is not None
         self.layers: Sequence[CacheLayer] = ()
+        """The packed ones."""
+        self.exact: Sequence[Any] = ()
+        """Those with a window or a state, which stay as they are."""
+        self.replayed = 0
+        """Steps that were replays of a graph, ever."""
+        self.clear_from = 0
+        """Columns from which on no window reaches back to padding."""
         self.ahead = 0
         """Steps that the layers' books do not know of."""
         self.longest = 0
@@ -121,6 +136,9 @@ class StepCounts(Counts):
         self.longest, self.ahead = max(store.row_lengths), 0
         self.max_seq_len = store.num_provided
         super().write(store, num_q_heads, num_columns, columns)
+        padded_to = max((row[-1].stop for row in columns.padding if row), default=0)
+        windows = [layer.sliding_window for layer in self.exact if hasattr(layer, "sliding_window")]
+        self.clear_from = padded_to + max(windows) if padded_to and windows else 0
         self.steps = Steps(self.positions, self.positions, self.scratch, self.max_seq_len)
         self.started = min(store.row_lengths) > 0  # a row without a token may be given padding
         stores = [layer.store for layer in self.layers if layer.is_initialized]
@@ -129,6 +147,28 @@ class StepCounts(Counts):
         addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), self.max_seq_len)
         if addresses != self.addresses:
             self.addresses = addresses
+
+    @property
+    def is_fixed_beside(self) -> bool:
+        """Whether what lies beside the packed layers stays where it is: windows are full, of tokens alone, and nothing
+        records what could come back."""
+        if not self.exact:
+            return True
+        if any(layer.record_past or not getattr(layer, "is_full", True) for layer in self.exact):
+            return False
+        return self.layers[-1].num_columns + self.ahead + 1 >= self.clear_from
+
+    @property
+    def addresses_beside(self) -> tuple[int, ...]:
+        """Of windows and states."""
+        out: list[int] = []
+        for layer in self.exact:
+            if hasattr(layer, "addresses"):
+                out += layer.addresses
+            else:
+                states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+                out += [state.data_ptr() for state in states if state is not None]
+        return tuple(out)
 
     def mask(self, given: Tensor | None) -> Tensor:
         return self.visible if self.tracing else super().mask(given)

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache
-from kvruntime.hf.exact import Kind
+from kvruntime.hf.exact import ExactPart, Kind
 from kvruntime.hf.models import NAMES
 from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import room_of
@@ -23,18 +23,17 @@ def empty_cache(
     Its decode steps are CUDA graphs where ``model`` lies on one GPU and its layers have such steps; elsewhere, and
     where ``replays`` is false, the host plans them.
     """
-    devices = devices_of(model)
-    layer = room_of(method).layer
+    devices, layer = devices_of(model), room_of(method).layer
     steps = (
         replays
-        and not without_steps(method, kinds)
+        and not without_graphs(model, kinds)
         and len(devices) == 1  # a graph is of one device
         and steps_on(devices[0])
         and layer.has_steps  # type: ignore[attr-defined]
     )
     attach(model, replays=steps)
     if steps:
-        return SteppedCache(method, len(kinds), max_seq_len)
+        return SteppedCache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
     return host_planned(method, kinds, max_seq_len)
 
 
@@ -53,9 +52,18 @@ def steps_on(device: str) -> bool:
     return device.startswith("cuda")
 
 
+def without_graphs(model: Any, kinds: Sequence[Kind]) -> str:
+    """What of a model's layers no graph of a step can hold: packed windows, and chunks, which are no windows."""
+    if any(kind.shape and kind.window for kind in kinds):
+        return "windows that are packed"
+    config = model.config.get_text_config(decoder=True)
+    chunked = getattr(config, "attention_chunk_size", None) and any(kind.keeps is ExactPart.WINDOW for kind in kinds)
+    return "chunked attention" if chunked else ""
+
+
 def without_steps(method: Method, kinds: Sequence[Kind]) -> str:
-    """What of a model's layers no step on the device runs: packed layers alone, of heads that the method packs as they
-    are, do."""
+    """What of a model's layers no compiled step runs: packed layers alone, of heads that the method packs as they are,
+    do."""
     others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
     if any(kind.shape and kind.window for kind in kinds):
         others.append("windows that are packed")

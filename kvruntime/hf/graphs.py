@@ -127,7 +127,8 @@ class Graphs:
         if self.busy:
             return forward(*args, **kwargs)
         with self._alone():
-            inputs = None if self.failed else self._inputs(model, args, kwargs)
+            stays = not self.failed and self.counts.is_fixed_beside
+            inputs = self._inputs(model, args, kwargs) if stays else None
             if inputs is None:
                 self.warm, self.num_warm = (), 0
                 self._check_weights(model, own)
@@ -139,9 +140,9 @@ class Graphs:
                 self.held = None
                 return forward(*args, **kwargs)
             counts.make_room()
-            graph = self.held
-            if graph is None or graph.like != inputs.like or graph.addresses != counts.addresses:
-                state = (*inputs.like, counts.addresses)
+            graph, addresses = self.held, (*counts.addresses, *counts.addresses_beside)
+            if graph is None or graph.like != inputs.like or graph.addresses != addresses:
+                state = (*inputs.like, addresses)
                 if state != self.warm:
                     self.held = None
                     self.warm, self.num_warm = state, 0
@@ -150,7 +151,7 @@ class Graphs:
                     with fused(model):  # what the graph will hold is compiled now
                         return forward(*args, **kwargs)
                 with fused(model):
-                    graph = self._capture(inputs, forward, args, kwargs)
+                    graph = self._capture(inputs, addresses, forward, args, kwargs)
                 if graph is None:
                     return forward(*args, **kwargs)
             return self._replay(graph, inputs)
@@ -207,7 +208,9 @@ class Graphs:
             return None  # a model may derive them from the mask
         return Inputs(tuple(like), tensors, mask)
 
-    def _capture(self, inputs: Inputs, forward: Any, args: Any, kwargs: Any) -> Graph | None:
+    def _capture(
+        self, inputs: Inputs, addresses: tuple[int, ...], forward: Any, args: Any, kwargs: Any
+    ) -> Graph | None:
         """The step as a graph; nothing runs.  None, with a warning, where the model's step cannot be captured."""
         counts, device = self.counts, inputs.tensors[0].device
         with torch.inference_mode(False):
@@ -242,7 +245,7 @@ class Graphs:
                 counts.tracing = False
             torch.cuda.current_stream().wait_stream(self.stream)
         leaves, spec = pytree.tree_flatten(out, is_leaf=lambda value: isinstance(value, Cache))
-        self.held = Graph(graph, inputs.like, counts.addresses, static, mask, leaves, spec)
+        self.held = Graph(graph, inputs.like, addresses, static, mask, leaves, spec)
         return self.held
 
     def _fail(self, error: Exception) -> None:
@@ -263,6 +266,7 @@ class Graphs:
         torch._foreach_copy_(graph.tensors, inputs.tensors)
         graph.graph.replay()
         counts.ahead += 1
+        counts.replayed += 1
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.leaves]
         return pytree.tree_unflatten(leaves, graph.spec)
 

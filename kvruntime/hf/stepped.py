@@ -8,15 +8,27 @@ as :mod:`kvruntime.hf.cache` does it, after its books were brought up to date.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from kvruntime.hf.cache import UNCOMPILED, AppendQueue, Books, Cache, CacheLayer, Length, PendingUpdate
+from kvruntime.hf.cache import (
+    UNCOMPILED,
+    AppendQueue,
+    Books,
+    Cache,
+    CacheLayer,
+    HybridLayer,
+    Length,
+    PendingUpdate,
+    filled,
+)
 from kvruntime.hf.counts import StepCounts, StepLength
+from kvruntime.hf.exact import PACKED, ExactPart, Kind, WindowLayer, made
 from kvruntime.hf.graphs import Graphs
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer
@@ -34,6 +46,10 @@ class SteppedLayer(CacheLayer):
     ) -> None:
         super().__init__(method, books, max_seq_len)
         self.counts, self.is_last = counts, is_last
+
+    @property
+    def ahead(self) -> int:
+        return self.counts.ahead
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         run = _update_uncompiled if torch.compiler.is_compiling() else SteppedLayer._update
@@ -85,7 +101,13 @@ class SteppedLayer(CacheLayer):
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: StepCounts, scores: Scores = PLAIN
     ) -> Tensor:
+        if self.is_filled:
+            shape = self.store.shape
+            query, key, value = filled(query, shape.key_dim), filled(key, shape.key_dim), filled(value, shape.value_dim)
         out = self.store.step(query, key, value, scale, steps.steps, scores=scores)
+        if self.is_filled:
+            assert self.shape is not None
+            out = out[..., : self.shape.value_dim]
         self.pending = False
         if self.is_last:
             steps.stepped()
@@ -110,14 +132,101 @@ class SteppedLayer(CacheLayer):
             return length, 0
         if counts.started and query_length == 1 and self.forward.running:
             counts.make_room()
-            step_length = StepLength(length)
-            step_length.counts = counts
-            return step_length, 0
+            return StepLength.of(counts, length), 0
         return Length(length), 0
 
     def reset(self) -> None:
         self.counts.reset()
         super().reset()
+
+
+class SteppedHybrid(HybridLayer, SteppedLayer):  # type: ignore[misc]
+    """A packed layer of steps beside a state, which transformers' layer writes in place."""
+
+    def __init__(
+        self, method: Method, books: Books, max_seq_len: int | None, counts: StepCounts, is_last: bool, num_states: int
+    ) -> None:
+        SteppedLayer.__init__(self, method, books, max_seq_len, counts, is_last)
+        LinearAttentionLayer.__init__(self, number_of_states=num_states)
+
+    def reset(self) -> None:
+        SteppedLayer.reset(self)
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+
+
+class SteppedWindow(WindowLayer):
+    """A window that stays as it is, whose memory keeps its place once it is full, so that a graph may hold its step.
+
+    ``rooms``: keys and values ``[batch_size, num_kv_heads, window, dim]`` of a full window, of which ``keys`` and
+    ``values`` are all but the first token.
+    """
+
+    def __init__(self, window: int, counts: StepCounts) -> None:
+        self.counts = counts
+        self.rooms: dict[str, Tensor] = {}
+        super().__init__(window)
+
+    @property
+    def cumulative_length(self) -> int:
+        """Columns seen: those that came through ``update``, and those of replayed graphs."""
+        return self._seen + self.counts.replayed
+
+    @cumulative_length.setter
+    def cumulative_length(self, to: int) -> None:
+        self._seen = to - self.counts.replayed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a step writes to memory that stays where it is."""
+        return bool(self.rooms)
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of that memory."""
+        return [room.data_ptr() for room in self.rooms.values()]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not self.counts.tracing:
+            if self.record_past:
+                self.rooms = {}
+            return super().update(key_states, value_states, *args, **kwargs)
+        for name, new in (("keys", key_states), ("values", value_states)):
+            room = self.rooms[name]
+            room.copy_(torch.cat([room[:, :, 1:], new], 2))
+        return self.rooms["keys"], self.rooms["values"]
+
+    def _let_go(self) -> None:
+        """Of the memory of tokens that have left the window: what a full one keeps goes to its room."""
+        assert self.keys is not None
+        if self.keys.shape[2] != self.sliding_window - 1 or self.sliding_window < 2:
+            super()._let_go()
+            return
+        for name in ("keys", "values"):
+            kept = getattr(self, name)
+            shape = (*kept.shape[:2], self.sliding_window, kept.shape[3])
+            room = self.rooms.get(name)
+            if room is None or (room.shape, room.dtype, room.device) != (shape, kept.dtype, kept.device):
+                with torch.inference_mode(False):  # a graph writes to it whatever the mode
+                    room = self.rooms[name] = torch.empty(shape, dtype=kept.dtype, device=kept.device)
+            room[:, :, 1:].copy_(kept)
+            setattr(self, name, room[:, :, 1:])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length)
+        if query_length == 1 and self.counts.started and self.counts.is_fixed_beside:
+            return StepLength.of(self.counts, length), 0
+        return length, offset
+
+    def reset(self) -> None:
+        self.rooms = {}
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.rooms = {}
+        super().reorder_cache(beam_idx)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rooms": {}}
 
 
 _update_uncompiled = torch.compiler.disable(SteppedLayer._update, reason=UNCOMPILED)
@@ -126,38 +235,48 @@ _update_uncompiled = torch.compiler.disable(SteppedLayer._update, reason=UNCOMPI
 class SteppedCache(Cache):
     """The cache that ``make_cache`` returns for a model on a GPU."""
 
-    layers: list[SteppedLayer]  # type: ignore[assignment]
-
-    def __init__(self, method: Method, num_layers: int, max_seq_len: int | None = None) -> None:
+    def __init__(self, method: Method, layers: int | Sequence[Kind], max_seq_len: int | None = None) -> None:
         self.counts = StepCounts(method, max_seq_len)
         self.graphs = Graphs(self.counts)
-        super().__init__(method, num_layers, max_seq_len)
-        self.counts.layers = self.layers
+        super().__init__(method, layers, max_seq_len)
+        self.counts.layers = self.packed
+        self._find_exact()
 
-    def _make_layers(self, num_layers: int) -> list[CacheLayer]:
-        last = num_layers - 1
-        return [
-            SteppedLayer(self.method, self._books, self.max_seq_len, self.counts, index == last)
-            for index in range(num_layers)
-        ]
+    def _find_exact(self) -> None:
+        kinds = SteppedWindow, LinearAttentionCacheLayerMixin
+        self.counts.exact = [layer for layer in self.layers if isinstance(layer, kinds)]
+
+    def _make_layers(self, num_layers: int) -> list[Any]:
+        kinds = self.kinds or [PACKED] * num_layers
+        last = max(index for index, kind in enumerate(kinds) if kind is PACKED or kind.shape is not None)
+        return [self._make_layer(kind, index == last) for index, kind in enumerate(kinds)]
+
+    def _make_layer(self, kind: Kind, is_last: bool = False) -> Any:
+        more = self.method, self._books, self.max_seq_len, self.counts, is_last
+        if kind is PACKED or not kind.keeps:
+            return SteppedLayer(*more)
+        if kind.keeps is ExactPart.WINDOW:
+            return SteppedWindow(kind.window, self.counts)
+        return made(kind) if kind.shape is None else SteppedHybrid(*more, kind.num_states)
 
     def hold(self) -> None:
         """A first prompt's keys and values are stored together: a launch of each layer's own costs the host more."""
         self.let_go()  # what an interrupt left
         if torch.compiler.is_compiling() or self.counts.tracing or self.counts.started:
             return
-        if any(layer.num_columns or layer.pending for layer in self.layers):
+        packed = self.counts.layers
+        if any(layer.num_columns or layer.pending for layer in packed):
             return
         held = AppendQueue()
-        for layer in self.layers:
+        for layer in packed:
             layer.held = held
 
     def let_go(self) -> None:
-        last = self.layers[-1]
+        last = self.counts.layers[-1]
         held = last.held
         if held is None:
             return
-        for layer in self.layers:
+        for layer in self.counts.layers:
             layer.held = None
         held.store()
         if last.num_columns:
@@ -186,6 +305,14 @@ class SteppedCache(Cache):
         self.counts.settle()
         return super().__getstate__()
 
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """The columns held, which every layer has seen; while a graph is captured, a tensor."""
+        return self.counts.layers[0].get_seq_length()
+
+    def reset(self) -> None:
+        super().reset()
+        self._find_exact()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         with self._host():
             super().reorder_cache(beam_idx)
@@ -201,5 +328,5 @@ class SteppedCache(Cache):
         self.counts.settle()
         yield
         if self.counts.started:
-            last = self.layers[-1]
+            last = self.counts.layers[-1]
             self.counts.write(last.store, last.num_q_heads, last.num_columns, self.columns)

@@ -16,7 +16,9 @@ from transformers import DynamicCache  # noqa: E402
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.engine import Engine  # noqa: E402
+from kvruntime.hf import empty  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
+from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.methods import LAYERS  # noqa: E402
 from kvsim.engines import Kvruntime  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
@@ -45,7 +47,7 @@ def model(dim: int) -> torch.nn.Module:
 def test_default_options_run_every_head(dim):
     """Stock attention over what the cache says that it holds, one token at a time and several; as predicted to the
     byte."""
-    cache = make_cache(model(dim))
+    cache = make_cache(model(dim), compiled=False)
     ids = prompt(2, 203)["input_ids"]
     with torch.no_grad():
         model(dim)(ids[:, :200], **argument(cache))
@@ -61,6 +63,20 @@ def test_default_options_run_every_head(dim):
     assert store.shape == LayerShape(2, STORED.get(dim, dim), STORED.get(dim, dim))
     predicted = Kvruntime().parts(Model.from_config(model(dim).config.to_dict()), cache.method, 2, cache.num_provided)
     assert weigh(cache) - cache.step_nbytes == cache.nbytes == sum(predicted.values())
+
+
+@pytest.mark.parametrize("dim", STORED)
+def test_filled_heads_step_on_the_device(dim, monkeypatch):
+    """As the host plans it, past a record."""
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
+    ids = prompt(2, 110)["input_ids"]
+    caches = [make_cache(model(dim), nbits=4, residual_length=64, compiled=compiled) for compiled in (None, False)]
+    assert [isinstance(cache, SteppedCache) for cache in caches] == [True, False]
+    with torch.no_grad():
+        for start, stop in ((0, 60), *((at, at + 1) for at in range(60, 108)), (108, 110)):
+            got, want = (model(dim)(ids[:, start:stop], **argument(cache)).logits for cache in caches)
+            torch.testing.assert_close(got, want, atol=5e-5, rtol=1e-4)
+    assert caches[0].counts.started
 
 
 @pytest.mark.parametrize("dim", STORED)

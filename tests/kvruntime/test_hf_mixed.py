@@ -68,7 +68,7 @@ def test_kivi_is_what_it_stores_read_back(family):
     """Prefill, decoding over several flushes and a warm chunk, each against stock attention over the packed layers'
     tokens read back and the others' own."""
     model = mixed(family)
-    cache = make_cache(model, "kivi", nbits=4, group_size=32, residual_length=64)
+    cache = make_cache(model, "kivi", nbits=4, group_size=32, residual_length=64, compiled=False)
     ids = prompt(2, 250)["input_ids"]
     with torch.no_grad():
         model(ids[:, :100], **argument(cache))
@@ -89,7 +89,7 @@ def test_every_step_weighs_what_is_predicted(family, method):
     """Shorter than the window, at it and beyond it; single tokens, chunks, and a growth of the packed layers."""
     model = mixed(family)
     read = Model.from_config(model.config.to_dict())
-    cache, held = make_cache(model, method), 0
+    cache, held = make_cache(model, method, compiled=False), 0
     for length in (WINDOW - 2, 1, 1, 1, 5, 240, 1):
         with torch.no_grad():
             model(prompt(2, length)["input_ids"], **argument(cache))

@@ -52,6 +52,7 @@ SUBJECTS = {
     ),
     "llama-3-8b": Subject("llama-3-8b", "bfloat16", ((1, 32 * K), (8, 16 * K), (64, 512)), conversation=8 * K),
     "gpt2": Subject("gpt2", "float16", ((1, 512), (8, 512), (64, 512))),
+    "gemma-3-4b-it": Subject("gemma-3-4b-it", "bfloat16", ((1, 16 * K), (8, 8 * K))),
     "smollm2-135m": Subject("smollm2-135m", "bfloat16", ((1, 512), (8, 4 * K), (64, 512))),
 }
 DEFAULT = ("llama-3.2-1b", "llama-3-8b")

@@ -1,0 +1,125 @@
+"""Decode steps on the device of models that mix layers: windows keep their place once they are full, states always."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
+
+from hf_mixed import MIXED, WINDOW, mixed
+from hf_models import DEVICE, prompt
+
+from kvruntime import make_cache
+from kvruntime.bench.harness.weigh import weigh
+from kvruntime.hf import empty
+from kvruntime.hf.cache import argument
+from kvruntime.hf.stepped import SteppedCache
+from kvsim.methods import Kivi
+
+KIVI = Kivi(nbits=8, residual_length=32, dtype="float32")
+STEPPED = [family for family in MIXED if family not in ("Llama 4", "MiMo-V2-Flash")]  # no graph; gpt-oss' kinds
+some = pytest.mark.parametrize("family", ["Gemma 3", "gpt-oss", "Qwen3-Next", "LFM2", "Falcon-H1"])
+
+
+@pytest.fixture(autouse=True)
+def stepping(monkeypatch):
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
+
+
+@pytest.mark.parametrize("family", STEPPED)
+def test_generate_gives_the_tokens_of_the_planned_cache(family):
+    """Ragged rows from before the window is full to where it has let go of all padding, and a second turn."""
+    model, inputs, out = mixed(family), prompt(2, 12, (0, 6)), []
+    for compiled in (None, False):
+        cache = make_cache(model, KIVI, compiled=compiled)
+        assert isinstance(cache, SteppedCache) == (compiled is None)
+        first = model.generate(**inputs, **argument(cache), pad_token_id=0, max_new_tokens=14, do_sample=False)
+        more = torch.cat([first, inputs["input_ids"][:, :5]], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(more[:, 12:])], 1)
+        again = {"attention_mask": mask, "pad_token_id": 0, "max_new_tokens": 5, "do_sample": False}
+        out.append(model.generate(more, **again, **argument(cache)))
+        assert weigh(cache) - cache.step_nbytes == cache.nbytes
+    assert torch.equal(*out)
+
+
+def test_chunked_attention_is_planned_by_the_host():
+    """A chunk is no window: what a token sees of it depends on where the token stands."""
+    assert not isinstance(make_cache(mixed("Llama 4"), KIVI), SteppedCache)
+
+
+def replay(model, cache, ids, position):
+    """One token a row as a replayed graph runs it: what the host counts meanwhile is not counted."""
+    counts = cache.counts
+    counts.make_room()
+    counts.tracing = True
+    try:
+        out = model(ids, attention_mask=None, position_ids=position, **argument(cache)).logits
+    finally:
+        counts.tracing = False
+    counts.ahead += 1
+    counts.replayed += 1
+    return out
+
+
+@some
+@torch.no_grad()
+def test_replays_between_steps_of_the_host(family, monkeypatch):
+    """Replays, a chunk that the host stores, replays again: the planned cache's logits, and memory that stays."""
+    model, ids = mixed(family), prompt(2, 60)["input_ids"]
+    cache, planned = make_cache(model, KIVI), make_cache(model, KIVI, compiled=False)
+    at = 0
+    for length in (WINDOW - 2, 1, 1, *["replay"] * 8, 5, 1, *["replay"] * 8, 9, *["replay"] * 3, 1):
+        size = 1 if length == "replay" else length
+        part, position = ids[:, at : at + size], torch.arange(at, at + size, device=DEVICE).expand(2, -1)
+        want = model(part, position_ids=position, **argument(planned)).logits
+        if length == "replay":
+            assert cache.counts.is_fixed_beside
+            before = cache.counts.addresses_beside
+            got = replay(model, cache, part, position)
+            assert cache.counts.addresses_beside == before
+        else:
+            got = model(part, position_ids=position, **argument(cache)).logits
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+        at += size
+        assert cache.get_seq_length() == at
+        assert weigh(cache) - cache.step_nbytes == cache.nbytes
+    windows = [layer for layer in cache.layers if hasattr(layer, "rooms")]
+    assert all(layer.cumulative_length == at and layer.is_full for layer in windows)
+    cache.reset()
+    assert cache.counts.addresses_beside == ()
+    assert cache.counts.is_fixed_beside == (not windows)
+
+
+@torch.no_grad()
+def test_a_window_with_padding_in_it_is_no_graph():
+    model, inputs = mixed("Gemma 3"), prompt(2, WINDOW + 4, (0, 9))
+    cache = make_cache(model, KIVI)
+    model(**inputs, **argument(cache))
+    fixed = []
+    for _ in range(WINDOW):
+        fixed.append(cache.counts.is_fixed_beside)
+        inputs = {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)}
+        step = {"input_ids": torch.ones(2, 1, dtype=torch.long, device=DEVICE), **inputs}
+        model(**step, **argument(cache))
+    clear = 9 + WINDOW - (WINDOW + 4) - 1  # steps until the window holds none of the nine columns of padding
+    assert fixed == [False] * clear + [True] * (WINDOW - clear)
+
+
+@some
+@torch.no_grad()
+def test_nothing_waits_for_the_device_while_a_graph_is_captured(family, monkeypatch):
+    if DEVICE.type != "cpu":
+        pytest.skip("what a GPU would wait for is looked for without one")
+    model, ids = mixed(family), prompt(2, 24)["input_ids"]
+    cache = make_cache(model, "fp32")
+    model(ids[:, :20], **argument(cache))
+    model(ids[:, 20:21], **argument(cache))
+
+    def read(self):
+        raise AssertionError("a capture would wait for the device here")
+
+    for name in ("__bool__", "__int__", "__index__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    replay(model, cache, ids[:, 21:22], torch.full((2, 1), 21))
