@@ -158,7 +158,12 @@ def engine_command(**given: Any) -> int:
 
 
 @bench_command.command("generate")
-@click.option("--model", "models", multiple=True, help="llama-3.2-1b, llama-3-8b, gemma-3-4b-it, gpt2, smollm2-135m. Repeatable.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="llama-3.2-1b, llama-3-8b, gemma-3-4b-it, gpt2, smollm2-135m. Repeatable.",
+)
 @click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}. Repeatable.")
 @click.option("--size", "sizes", multiple=True, help="BATCHxTOKENS of the prompt, no conversation. Repeatable.")
 @click.option("--cache", "caches", type=click.Choice(["dynamic", "static", "ours"]), multiple=True, help="Not all.")
