@@ -15,7 +15,7 @@ from kvruntime import make_cache
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.hf import empty
 from kvruntime.hf.cache import argument
-from kvruntime.hf.stepped import SteppedCache
+from kvruntime.hf.stepped import SteppedCache, SteppedLayer
 from kvsim.methods import Kivi
 
 KIVI = Kivi(nbits=8, residual_length=32, dtype="float32")
@@ -53,11 +53,11 @@ def replay(model, cache, ids, position):
     """One token a row as a replayed graph runs it: what the host counts meanwhile is not counted."""
     counts = cache.counts
     counts.make_room()
-    counts.tracing = True
+    counts.tracing = cache.graphs.busy = True  # no graph but this one
     try:
         out = model(ids, attention_mask=None, position_ids=position, **argument(cache)).logits
     finally:
-        counts.tracing = False
+        counts.tracing = cache.graphs.busy = False
     counts.ahead += 1
     counts.replayed += 1
     return out
@@ -90,6 +90,20 @@ def test_replays_between_steps_of_the_host(family, monkeypatch):
     cache.reset()
     assert cache.counts.addresses_beside == ()
     assert cache.counts.is_fixed_beside == (not windows)
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "Qwen3-Next"])
+@torch.no_grad()
+def test_a_step_that_ends_half_way_is_noticed(family, monkeypatch):
+    model, ids = mixed(family), prompt(1, 20)["input_ids"]
+    cache = make_cache(model, KIVI)
+    model(ids, **argument(cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(SteppedLayer, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, :1], **argument(cache))
+    with pytest.raises(ValueError, match=r"half-way, reset\(\) it$"):
+        model(ids[:, :1], **argument(cache))
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from kvsim.engines import Kvruntime
 from kvsim.methods import Full, Kivi
 from kvsim.models.model import Model
 
+pytestmark = pytest.mark.filterwarnings("ignore:kvruntime. every decode step of this model waits")
+"""Outside generate() transformers runs a float32 model's experts so that no graph can hold them."""
 GENERATE = {"max_new_tokens": 10, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 families = pytest.mark.parametrize("family", MIXED)
 SLIDES = "Gemma 3"
@@ -193,7 +195,7 @@ def test_what_cannot_be_taken_back_is_refused():
 def test_a_forward_that_ends_half_way_is_noticed(family, monkeypatch):
     """States have no count of tokens: that one was written tells."""
     model, ids = mixed(family), prompt(1, 20)["input_ids"]
-    cache = make_cache(model, "fp32")
+    cache = make_cache(model, "fp32", compiled=False)
     with torch.no_grad():
         model(ids, **argument(cache))
         with monkeypatch.context() as patch:
@@ -207,7 +209,7 @@ def test_a_forward_that_ends_half_way_is_noticed(family, monkeypatch):
 
 
 def test_what_a_mixed_cache_says_of_itself():
-    cache = make_cache(mixed(SLIDES), "kivi", residual_length=32)
+    cache = make_cache(mixed(SLIDES), "kivi", residual_length=32, compiled=False)
     with torch.no_grad():
         mixed(SLIDES)(prompt(1, 40)["input_ids"], **argument(cache))
     assert repr(cache).startswith("Cache(kivi-2bit-g32-r32, num_layers=2, packed=1, nbytes=")

@@ -15,6 +15,7 @@ from hf_models import DEVICE, prompt, tiny  # noqa: E402
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.padding import HIDES, Columns  # noqa: E402
+from kvruntime.kernels import launch  # noqa: E402
 from kvruntime.kernels.launch import LaunchRecord, launch_kernel, recorded  # noqa: E402
 from kvruntime.kernels.reference import Scores  # noqa: E402
 from kvruntime.methods import Steps, make_layer  # noqa: E402
@@ -83,10 +84,15 @@ def test_launches_made_again_are_those_of_a_step(on_device, monkeypatch):
     assert copy.deepcopy(layers[1]).again is None
 
 
+@pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("grid", [(5,), (5, 7), (5, 7, 2)], ids=str)
-def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid):
-    """Triton 3.6 reads all three; what is compiled is played here, an address and a number are its values."""
+def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, hooked, monkeypatch):
+    """Triton 3.6 reads all three; what is compiled is played here, an address and a number are its values.  Where a
+    hook is set, Triton's own launch tells it."""
     calls: list[object] = []
+    told: list[object] = []
+    if hooked:
+        monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", told.append)
 
     class Kernel:
         arg_names = ("x_ptr", "n")
@@ -98,9 +104,20 @@ def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid):
             return lambda *_, **__: Compiled()
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
+        def run(self, x, y, z, stream, function, metadata, metadata_for_hooks, enter, leave, *values):
+            assert (function, metadata, enter, leave) == ("function", "metadata", None, None)
+            calls.append(((x, y, z), values))
+
         def __getitem__(self, sizes):
             x, y, z = sizes
-            return lambda *values, stream=None: calls.append(((x, y, z), values))
+
+            def runner(*values, stream=None):
+                told.append(stream)
+                calls.append(((x, y, z), values))
+
+            return runner
 
     x = torch.zeros(4)
 
@@ -109,11 +126,14 @@ def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid):
         return torch.zeros(1)
 
     _, record = recorded(call, [x])
+    (run, values, slots), *_ = record.calls
+    record.calls = [(lambda given: run(*given, stream=0), values, slots)]  # as with addresses, of tensors
     record([x], 1)
-    ((sizes, (values,)),) = calls
+    assert len(told) == hooked
+    ((sizes, values),) = calls
     assert sizes == (*grid, 1, 1)[:3]
     assert values[0] is x
-    assert values[1:] == [3]
+    assert values[1:] == (3,)
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 9}], ids=str)
