@@ -10,7 +10,7 @@ from typing import Any
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.tasks import Interruption, Task, run
 from kvruntime.bench.model.caches import Contender, ours
-from kvruntime.bench.model.peers import find_peers, package_version
+from kvruntime.bench.model.peers import WIDTHS, find_peers, package_version
 from kvruntime.bench.model.tasks import check_methods, went_wrong
 from kvruntime.checkpoints.load import LoadedModel, Source, load, resolve
 from kvsim.engines.kvruntime import MOST
@@ -110,12 +110,15 @@ def load_given(
     return loaded
 
 
-def contenders_given(methods: list[Method], peers: bool) -> tuple[list[Contender], list[Row]]:
-    """The caches of ``methods``, with ``peers`` those of other libraries, and rows that say which are not installed."""
+def contenders_given(
+    methods: list[Method], peers: bool, widths: Sequence[int] = WIDTHS[:1]
+) -> tuple[list[Contender], list[Row]]:
+    """The caches of ``methods``, with ``peers`` those of other libraries in ``widths`` bits, and rows that say which
+    are not installed."""
     contenders = [ours(method) for method in methods]
     missing: list[dict[str, str]] = []
     if peers:
-        there, missing = find_peers()
+        there, missing = find_peers(widths)
         contenders += there
         for row in missing:
             say(f"{row['method']} is left out: {row['package']} is not installed: {install_hint('peers')}")

@@ -72,7 +72,7 @@ class Contender:
 
 def contenders(methods: Sequence[Method], compiled: bool, peers: bool) -> list[Contender]:
     """Transformers' own caches, then each method as it comes and, where asked for, compiled; then other libraries'."""
-    from kvruntime.bench.model.peers import PEERS, find_peers
+    from kvruntime.bench.model.peers import find_peers
 
     out = [
         Contender(STOCK[0], _dynamic, "transformers"),
@@ -83,7 +83,7 @@ def contenders(methods: Sequence[Method], compiled: bool, peers: bool) -> list[C
         if compiled:
             out.append(Contender(method.name, partial(_ours, method, True), runs="compiled", goes_on=False))
     for one in find_peers()[0] if peers else ():
-        if one.name in PEERS and one.name not in STOCK:
+        if one.name not in STOCK:
             out.append(Contender(one.name, one.build, one.package, goes_on=False))
     return out
 

@@ -6,27 +6,35 @@ row, never a failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 from kvruntime.bench.model.caches import Contender, plain_attention, stock
 
-NBITS, GROUP_SIZE, RESIDUAL_LENGTH = 2, 64, 128
+WIDTHS = (2, 4)
+"""Bits of the peers that ``kvruntime eval`` judges; others time those of two bits alone."""
+GROUP_SIZE, RESIDUAL_LENGTH = 64, 128
+AXES = {"quanto": 0, "hqq": 1}
+"""Backend -> the axis that transformers' guide names for it."""
 
 
-def _quantized(backend: str, model: Any, max_seq_len: int) -> Any:
+def _quantized(backend: str, nbits: int, model: Any, max_seq_len: int) -> Any:
     from transformers import QuantizedCache
 
-    return QuantizedCache(backend, model.config, nbits=NBITS, q_group_size=GROUP_SIZE, residual_length=RESIDUAL_LENGTH)
+    axis = AXES[backend]
+    shape = {"axis_key": axis, "axis_value": axis, "q_group_size": GROUP_SIZE, "residual_length": RESIDUAL_LENGTH}
+    return QuantizedCache(backend, model.config, nbits=nbits, **shape)
 
 
-def _turboquant(model: Any, max_seq_len: int) -> Any:
+def _turboquant(nbits: int, model: Any, max_seq_len: int) -> Any:
     from tiny_turboquant import TinyKVCache
 
-    return TinyKVCache(key_bits=2, value_bits=2, block_size=32, value_group_size=32, residual_len=RESIDUAL_LENGTH)
+    groups = {"block_size": 32, "value_group_size": 32, "residual_len": RESIDUAL_LENGTH}
+    return TinyKVCache(key_bits=nbits, value_bits=nbits, **groups)
 
 
 @contextmanager
@@ -46,48 +54,39 @@ def _turboquant_attention(model: Any) -> Iterator[None]:
                 unpatch_model(model)
 
 
-PEERS: dict[str, tuple[str, str, Callable[[], Contender]]] = {
-    "transformers-dynamic": ("transformers", "transformers", stock),
-    "quanto-2bit-g64-r128": (
-        "optimum-quanto",
-        "optimum.quanto",
-        lambda: Contender(
-            "quanto-2bit-g64-r128",
-            lambda model, n: _quantized("quanto", model, n),
-            package="optimum-quanto",
-            around=plain_attention,
-        ),
-    ),
-    "hqq-2bit-g64-r128": (
-        "hqq",
-        "hqq",
-        lambda: Contender(
-            "hqq-2bit-g64-r128", lambda model, n: _quantized("hqq", model, n), package="hqq", around=plain_attention
-        ),
-    ),
-    "tiny-turboquant-2bit-g32-r128": (
-        "tiny-turboquant",
-        "tiny_turboquant",
-        lambda: Contender(
-            "tiny-turboquant-2bit-g32-r128", _turboquant, package="tiny-turboquant", around=_turboquant_attention
-        ),
-    ),
-}
-"""Name -> (distribution, module, how to make it)."""
+def _of_transformers(backend: str, distribution: str, nbits: int) -> Contender:
+    name = f"{backend}-{nbits}bit-g{GROUP_SIZE}-r{RESIDUAL_LENGTH}"
+    return Contender(name, partial(_quantized, backend, nbits), package=distribution, around=plain_attention)
 
 
-def find_peers() -> tuple[list[Contender], list[dict[str, str]]]:
-    """``(contenders that are installed, rows that say which are not)``."""
+def _tiny_turboquant(nbits: int) -> Contender:
+    name = f"tiny-turboquant-{nbits}bit-g32-r{RESIDUAL_LENGTH}"
+    return Contender(name, partial(_turboquant, nbits), package="tiny-turboquant", around=_turboquant_attention)
+
+
+PEERS: tuple[tuple[str, str, Callable[[int], Contender]], ...] = (
+    ("transformers", "transformers", lambda nbits: stock()),
+    ("optimum-quanto", "optimum.quanto", partial(_of_transformers, "quanto", "optimum-quanto")),
+    ("hqq", "hqq", partial(_of_transformers, "hqq", "hqq")),
+    ("tiny-turboquant", "tiny_turboquant", _tiny_turboquant),
+)
+"""Distribution, module, and how to make its cache of so many bits."""
+
+
+def find_peers(widths: Sequence[int] = WIDTHS[:1]) -> tuple[list[Contender], list[dict[str, str]]]:
+    """``(contenders that are installed, rows that say which are not)``: transformers' own uncompressed cache, then the
+    others in each of ``widths`` bits."""
     there, missing = [], []
-    for name, (distribution, module, make) in PEERS.items():
+    for distribution, module, make in PEERS:
         try:
             installed = find_spec(module) is not None
         except ModuleNotFoundError:
             installed = False
-        if installed:
-            there.append(make())
-        else:
-            missing.append({"kind": "missing", "method": name, "package": distribution})
+        for name, one in {one.name: one for one in map(make, widths)}.items():
+            if installed:
+                there.append(one)
+            else:
+                missing.append({"kind": "missing", "method": name, "package": distribution})
     return there, missing
 
 

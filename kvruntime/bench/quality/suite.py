@@ -16,6 +16,7 @@ from kvruntime.bench.given import (
     resolve_given,
 )
 from kvruntime.bench.harness.tasks import Task
+from kvruntime.bench.model.peers import WIDTHS
 from kvruntime.bench.quality.answers import answer_tasks, asked_of
 from kvruntime.bench.quality.report import tables
 from kvruntime.bench.quality.windows import Windows, window_tasks
@@ -43,7 +44,7 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
     results = open_results(given, device, Path("kvruntime-eval.json"))
-    contenders, missing = contenders_given(methods, given["peers"])
+    contenders, missing = contenders_given(methods, given["peers"], WIDTHS)
     results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
     loaded = load_given(resolve_given(given), device, given, contenders)
     if loaded.tokenizer is None:
