@@ -8,6 +8,8 @@ zeros in 16 bits, as kvsim counts; ``held_bits`` are the same.  A SPEC is a name
 ``boost`` stores what ``kivi-boost`` does, as a control: ``key``, ``boost`` and ``value`` bits, ``group``.
 ``shaped`` is ``boost`` where each key channel's rounding error is carried into the channels after it by the covariance
 of the prompt's queries, as GPTQ does for weights; ``damp`` per cent of its mean are added to the diagonal.
+``within``: hundredths of a step by which a channel's outer levels lie inside of its extremes; ``fits``: how often its
+step and zero are then fitted to the codes by least squares.  ``exact=1``, ``exact=2``: keys, or values, in 16 bits.
 ``kvarn`` is KVarN (arXiv 2606.03458): tiles of 128 tokens, rotated, divided by deviations of tokens and of channels in
 turns (16 times, the most even kept), then minima and maxima, keys a channel and values a token.
 ``turbo`` is TurboQuant: rotated, Lloyd-Max levels, a norm.  With ``qjl=1`` the keys' last bit is the sign of random
@@ -57,12 +59,27 @@ def half(x: Tensor) -> Tensor:
     return x.half().float()
 
 
-def between(x: Tensor, top: Any, axis: int) -> Tensor:
-    """``x`` in codes 0 to ``top`` between the minimum and the maximum along ``axis``, read back."""
+def between(x: Tensor, top: Any, axis: int, within: float = 0.0, fits: int = 0) -> Tensor:
+    """``x`` in codes 0 to ``top`` between the minimum and the maximum along ``axis``, read back.
+
+    ``within``: steps by which the outer levels lie inside of these.  ``fits``: how often step and zero are then those
+    of least squares for the codes that they gave.
+    """
     low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-    step, zero = half((high - low) / top), half(low)
-    code = ((x - zero) / torch.where(step > 0, step, 1.0)).round()
-    return torch.minimum(code.clamp(min=0), torch.as_tensor(top, device=x.device)) * step + zero
+    top = torch.as_tensor(top, device=x.device)
+    step = (high - low) / (top + 2 * within)
+    step, zero = half(step), half(low + within * step)
+
+    def codes() -> Tensor:
+        return torch.minimum(((x - zero) / torch.where(step > 0, step, 1.0)).round().clamp(min=0), top)
+
+    for _ in range(fits):
+        code = codes()
+        mean, middle = x.mean(axis, keepdim=True), code.mean(axis, keepdim=True)
+        spread = (code - middle).square().sum(axis, keepdim=True)
+        step = half(((code - middle) * (x - mean)).sum(axis, keepdim=True) / spread.clamp(min=1e-6))
+        zero = half(mean - step * middle)
+    return codes() * step + zero
 
 
 def even(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +121,8 @@ class Quantizer:
         self.sink = number("sink", 0 if kind == "turbo" else 4)
         self.residual = number("residual", 0 if kind == "turbo" else 128)
         self.qjl, self.damp = number("qjl", 0), number("damp", 10)
+        self.within, self.fits = number("within", 0) / 100, number("fits", 0)
+        self.exact = number("exact", 0)
         if given or kind not in ("boost", "kvarn", "turbo", "shaped"):
             raise ValueError(f"{spec}: not understood: {', '.join(given) or kind}")
 
@@ -148,8 +167,10 @@ class Layer(DynamicLayer):
             return
         here = slice(first, last)
         key, value = (x[:, :, here].float().unflatten(2, (-1, q.group)) for x in (self.keys, self.values))
-        self.keys[:, :, here] = self._stored_keys(key).flatten(2, 3).to(self.keys.dtype)
-        self.values[:, :, here] = self._stored_values(value).flatten(2, 3).to(self.values.dtype)
+        if q.exact != 1:
+            self.keys[:, :, here] = self._stored_keys(key).flatten(2, 3).to(self.keys.dtype)
+        if q.exact != 2:
+            self.values[:, :, here] = self._stored_values(value).flatten(2, 3).to(self.values.dtype)
         self.packed = last - q.sink
 
     def _stored_keys(self, key: Tensor) -> Tensor:
@@ -176,7 +197,7 @@ class Layer(DynamicLayer):
         factor = 1 + self.order * (2.0**q.boost - 1)
         top = (factor * 2**q.key - 1)[:, :, None, None]
         if q.kind == "boost":
-            return between(key, top, -2)
+            return between(key, top, -2, q.within, q.fits)
         return self._shaped(key, top)
 
     def _shaped(self, key: Tensor, top: Tensor) -> Tensor:
