@@ -135,7 +135,8 @@ def windows(folder: Path) -> str:
         fed = f"{f'a prompt of {prompt}, then ' if prompt else ''}{first['chunk']} a step"
         fed += f", the reference {first['reference_chunk']}"
         link = f"[{path.name}](../validation/results/quality/{path.name})"
-        parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {circumstances(file)} ({link}):")
+        ran = circumstances({**file, "rows": group})
+        parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {ran} ({link}):")
         parts.append(compact(*windows_cells(group)))
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
@@ -175,7 +176,8 @@ def compared(folder: Path) -> str:
             what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
             how = f"batch {speeds[0]['batch_size']}, {speeds[0]['prompt_tokens']} prompt tokens"
             link = f"[{path.name}](../validation/results/quality/{path.name})"
-            parts += [f"{heading('Compared', first, f'{what}; speed: {how}')}; {circumstances(file)} ({link}):"]
+            ran = circumstances({**file, "rows": [*group, *speeds]})
+            parts += [f"{heading('Compared', first, f'{what}; speed: {how}')}; {ran} ({link}):"]
             parts += [compact(*comparison.comparison_cells(found))]
             parts += [f"```text\n{comparison.recommendation(found)}\n```"]
     return "\n\n".join(parts) or "Nothing is recorded yet."
@@ -189,7 +191,8 @@ def ablation(folder: Path) -> str:
             first = group[0]
             what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
             link = f"[{path.name}](../validation/results/quality/{path.name})"
-            parts += [f"{heading('Ablation', first, what)}; {circumstances(file)} ({link}):"]
+            ran = circumstances({**file, "rows": group})
+            parts += [f"{heading('Ablation', first, what)}; {ran} ({link}):"]
             parts += [compact(*comparison.ablation_cells(group)), compact(*comparison.effect_cells(group))]
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
