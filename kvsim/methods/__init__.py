@@ -65,13 +65,15 @@ def method_named(name: str) -> Method:
 
 
 def make_method(name: str, **options: object) -> Method:
-    """The named method with its options.
+    """The named method with its options; an ``inner`` method may be a name too.
 
     Raises ``LookupError`` for an unknown name and ``ValueError`` for an option the method does not have.
     """
     if name not in METHODS:
         meant = hint(name, METHODS, cutoff=0.4)
         raise LookupError(f"unknown method {name!r}: {meant}allowed are {', '.join(METHODS)}")
+    if isinstance(options.get("inner"), str):
+        options["inner"] = make_method(str(options["inner"]))
     try:
         return METHODS[name](**options)
     except TypeError:

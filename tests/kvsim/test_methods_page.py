@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     "int4": ({},),
     "turboquant": ({}, {"nbits": 2.5}),
     "evict": ({"budget": 300}, {"budget": 300, "policy": "snapkv"},
-              {"budget": 300, "policy": "h2o", "inner": make_method("kivi-boost")}),
+              {"budget": 300, "policy": "h2o", "inner": "kivi-boost"}),
 }  # fmt: skip
 
 
