@@ -1,6 +1,6 @@
 """kvruntime: the cache that kvsim weighs, running under unmodified transformers.
 
-``make_cache(model, "kivi", nbits=2)`` gives what ``model.generate(..., cache=cache)`` takes (``past_key_values`` before
+``make_cache(model, "kivi-boost")`` gives what ``model.generate(..., cache=cache)`` takes (``past_key_values`` before
 transformers 5.24); ``compress`` packs what stock ``generate()`` filled; ``save_cache`` and ``load_cache`` keep it;
 ``Engine(model, "kivi", batch_size=1, max_seq_len=4096)`` decodes without transformers' loop.
 """
