@@ -84,11 +84,27 @@ def test_exact_tokens_are_what_is_held_beyond_the_bits() -> None:
 
 
 def test_tables_without_rows_say_so(tmp_path: Path) -> None:
-    for name in ("windows", "positions", "answers", "compared", "ablation"):
+    for name in ("windows", "prompted", "positions", "answers", "compared", "ablation"):
         assert quality_tables.block(name, tmp_path) == "Nothing is recorded yet."
     assert cells(quality_tables.block("bars", tmp_path))[0][3] == "not recorded"
     with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, bars short, windows"):
         quality_tables.block("bar", tmp_path)
+
+
+def test_what_follows_a_long_prompt_is_judged_alone(tmp_path: Path) -> None:
+    """Half of the window's loss is the prompt's, which is the same for all; the change is that of the other half."""
+    long = {"window": 9, "num_windows": 2, "prompt_length": 5}
+    base = {"by_position": [[1, 4, 1.0, 0, 1.0], [5, 8, 3.0, 0.0, 1.0]]}
+    own = {"by_position": [[1, 4, 1.0, 0, 1.0], [5, 6, 3.3, 0.2, 0.5], [7, 8, 3.5, 0.4, 0.7]]}
+    folder = write(
+        tmp_path / "q", row("fp16", 16, 2.0, 2.0, **long, **base), row("x", 0, 2.2, 2.2, held=4.0, **long, **own)
+    )
+    said = quality_tables.block("prompted", folder)
+    fp16, x = cells(said[said.index("| method") :])
+    assert fp16[:5] == ["fp16", "16.000", "20.086", "", ""]
+    assert x == ["x", "4.000", "29.964", "+49.18%", "+49.18% to +49.18%", "0.3000", "60.00%"]
+    assert quality_tables.block("windows", folder) == "Nothing is recorded yet."
+    assert candidates(folder) == {}
 
 
 def test_what_is_compared_needs_speeds(tmp_path: Path) -> None:

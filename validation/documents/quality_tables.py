@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvruntime.bench.quality import comparison
 from kvruntime.bench.quality.answers import KIND as ANSWERS
 from kvruntime.bench.quality.report import answers_cells, change, position_cells, uncompressed, windows_cells
 from kvruntime.bench.quality.windows import KIND as WINDOWS
+from kvruntime.eval.intervals import perplexity_change
 from kvruntime.eval.tasks import TASKS
 from kvsim.output.tables import compact
 from validation.documents.memory_tables import circumstances
@@ -59,7 +61,9 @@ def candidates(folder: Path) -> dict[int, list[list[Row]]]:
     found: dict[int, list[list[Row]]] = {}
     for _, _, group in window_groups(folder):
         first = group[0]
-        if first["model"] == MODEL and first["text"].startswith(JUDGED) and uncompressed(group) is not None:
+        if is_prompted(group) or uncompressed(group) is None:
+            continue
+        if first["model"] == MODEL and first["text"].startswith(JUDGED):
             found.setdefault(first["window"], []).append(group)
     for window, several in found.items():
         most = max(group[0]["num_tokens"] for group in several)
@@ -125,11 +129,18 @@ def short_bars(folder: Path) -> str:
     return compact(["bits of an element", *(f"windows of {window:,}" for window in BARS[0][1])], body)
 
 
+def is_prompted(group: Sequence[Row]) -> bool:
+    """Whether a group's windows are prompts for the most part, as those are that evicting methods are judged on."""
+    return bool(2 * group[0].get("prompt_length", 0) > group[0]["window"])
+
+
 def windows(folder: Path) -> str:
     """Every text and length of window: bits, perplexity with its interval, KL, agreement."""
     parts = []
     for path, file, group in window_groups(folder):
         first = group[0]
+        if is_prompted(group):
+            continue
         what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {first['num_tokens']:,} tokens"
         prompt = first.get("prompt_length", 0)
         fed = f"{f'a prompt of {prompt}, then ' if prompt else ''}{first['chunk']} a step"
@@ -138,6 +149,43 @@ def windows(folder: Path) -> str:
         ran = circumstances({**file, "rows": group})
         parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {ran} ({link}):")
         parts.append(compact(*windows_cells(group)))
+    return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
+def prompted(folder: Path) -> str:
+    """Of windows that are prompts for the most part: what follows the prompt, which alone reads what was kept."""
+    parts = []
+    for path, file, group in window_groups(folder):
+        base, first = uncompressed(group), group[0]
+        if not is_prompted(group) or base is None:
+            continue
+        prompt, window = first["prompt_length"], first["window"]
+        share = (window - 1) / (window - prompt)
+        body = []
+        for row in sorted(group, key=lambda row: (row is not base, row["held_bits"])):
+            there = [entry for entry in row["by_position"] if entry[0] >= prompt]
+            counts = [last - begin + 1 for begin, last, *_ in there]
+            nll, kl, agreed = (
+                sum(count * entry[place] for count, entry in zip(counts, there, strict=True)) / sum(counts)
+                for place in (2, 3, 4)
+            )
+            cells = [row["method"], f"{row['held_bits']:.3f}", f"{exp(nll):.3f}"]
+            if row is base:
+                cells += ["", ""]
+            else:  # the prompt's own predictions are the same
+                behind = [
+                    theirs + share * (own - theirs)
+                    for own, theirs in zip(row["window_nll"], base["window_nll"], strict=True)
+                ]
+                off, low, high = perplexity_change(behind, base["window_nll"])
+                cells += [f"{off:+.2%}", f"{low:+.2%} to {high:+.2%}"]
+            body.append([*cells, f"{kl:.4f}", f"{agreed:.2%}"])
+        head = ["method", "bits held", "perplexity", "against fp16", "95 % interval", "KL, nats", "top-1"]
+        link = f"[{path.name}](../validation/results/quality/{path.name})"
+        what = f"{first['text']}, {first['num_windows']} windows of {window:,}: a prompt of {prompt:,}, then"
+        what += f" {first['chunk']} a step, scored behind the prompt"
+        ran = circumstances({**file, "rows": group})
+        parts += [f"{heading('Prompted', first, what)}; {ran} ({link}):", compact(head, body)]
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
 
@@ -201,6 +249,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bars": bars,
     "bars short": short_bars,
     "windows": windows,
+    "prompted": prompted,
     "positions": positions,
     "answers": answers,
     "compared": compared,
