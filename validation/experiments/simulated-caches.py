@@ -10,6 +10,8 @@ zeros in 16 bits, as kvsim counts; ``held_bits`` are the same.  A SPEC is a name
 of the prompt's queries, as GPTQ does for weights; ``damp`` per cent of its mean are added to the diagonal.
 ``within``: hundredths of a step by which a channel's outer levels lie inside of its extremes; ``fits``: how often its
 step and zero are then fitted to the codes by least squares.  ``exact=1``, ``exact=2``: keys, or values, in 16 bits.
+``noise``: per cent of half the variance of a score's rounding error, by which the score is lessened: the mean of the
+exponential of a score with an error of variance v is ``exp(v / 2)`` times too large.
 ``kvarn`` is KVarN (arXiv 2606.03458): tiles of 128 tokens, rotated, divided by deviations of tokens and of channels in
 turns (16 times, the most even kept), then minima and maxima, keys a channel and values a token.
 ``turbo`` is TurboQuant: rotated, Lloyd-Max levels, a norm.  With ``qjl=1`` the keys' last bit is the sign of random
@@ -122,7 +124,7 @@ class Quantizer:
         self.residual = number("residual", 0 if kind == "turbo" else 128)
         self.qjl, self.damp = number("qjl", 0), number("damp", 10)
         self.within, self.fits = number("within", 0) / 100, number("fits", 0)
-        self.exact = number("exact", 0)
+        self.exact, self.noise = number("exact", 0), number("noise", 0) / 100
         if given or kind not in ("boost", "kvarn", "turbo", "shaped"):
             raise ValueError(f"{spec}: not understood: {', '.join(given) or kind}")
 
@@ -152,6 +154,8 @@ class Layer(DynamicLayer):
         self.shape: Tensor | None = None
         self.query: Tensor | None = None
         """The prompt's queries, which the attention leaves here."""
+        self.variance: Tensor | None = None
+        """Of every packed key's rounding error, ``[batch_size, num_kv_heads, tokens, dim]``."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
         self._pack()  # the last call's attention has been; what comes now is seen exactly once
@@ -197,6 +201,10 @@ class Layer(DynamicLayer):
         factor = 1 + self.order * (2.0**q.boost - 1)
         top = (factor * 2**q.key - 1)[:, :, None, None]
         if q.kind == "boost":
+            if q.noise:
+                step = (key.amax(-2, keepdim=True) - key.amin(-2, keepdim=True)) / (top + 2 * q.within)
+                found = (step.square() / 12).expand_as(key).flatten(2, 3).to(self.keys.dtype)
+                self.variance = found if self.variance is None else torch.cat([self.variance, found], 2)
             return between(key, top, -2, q.within, q.fits)
         return self._shaped(key, top)
 
@@ -274,12 +282,18 @@ class Watching:
     def __init__(self) -> None:
         self.layers: list[Layer] = []
 
-    def __call__(self, module: Any, query: Tensor, *args: Any, **more: Any) -> Any:
+    def __call__(self, module: Any, query: Tensor, key: Tensor, *args: Any, **more: Any) -> Any:
         if self.layers:
             layer = self.layers[module.layer_idx]
             if layer.query is None:
                 layer.query = query
-        return AttentionInterface()["sdpa"](module, query, *args, **more)
+            if layer.variance is not None:  # as further channels of query and key
+                scale, sink = query.shape[-1] ** -0.5, layer.quantizer.sink
+                less = torch.zeros_like(key)
+                less[:, :, sink : sink + layer.packed] = layer.variance * (-scale / 2 * layer.quantizer.noise)
+                query, key = torch.cat([query, query.square()], -1), torch.cat([key, less], -1)
+                more["scaling"] = scale
+        return AttentionInterface()["sdpa"](module, query, key, *args, **more)
 
 
 WATCHING = Watching()
