@@ -90,7 +90,7 @@ def even(x: Tensor) -> tuple[Tensor, Tensor]:
 
     def unevenness(y: Tensor) -> Tensor:
         parts = [y.std(axis) for axis in (-1, -2)]
-        return sum(part.amax(-1) / part.amin(-1).clamp(min=1e-8) for part in parts)[..., None, None]  # type: ignore[index]
+        return sum(part.amax(-1) / part.amin(-1).clamp(min=1e-8) for part in parts)[..., None, None]
 
     log_token, log_channel = x.new_zeros(*x.shape[:-1], 1), x.new_zeros(*x.shape[:-2], 1, x.shape[-1])
     best = (log_token, log_channel)
@@ -276,7 +276,7 @@ def signs_of_projections(rest: Tensor) -> Tensor:
     return (torch.pi / 2) ** 0.5 / dim * half(rest.norm(dim=-1, keepdim=True)) * (bits @ s)
 
 
-class Watching:
+class Watcher:
     """PyTorch's own attention that leaves a prompt's queries with the cache's layers."""
 
     def __init__(self) -> None:
@@ -296,8 +296,8 @@ class Watching:
         return AttentionInterface()["sdpa"](module, query, key, *args, **more)
 
 
-WATCHING = Watching()
-AttentionInterface.register("watching", WATCHING)
+WATCHER = Watcher()
+AttentionInterface.register("watching", WATCHER)
 AttentionMaskInterface.register("watching", AttentionMaskInterface()["sdpa"])
 
 
@@ -306,7 +306,7 @@ def contender(quantizer: Quantizer) -> Contender:
 
     def build(model: Any, max_seq_len: int) -> Cache:
         layers = [Layer(quantizer) for _ in range(model.config.num_hidden_layers)]
-        WATCHING.layers = layers
+        WATCHER.layers = layers
         return Cache(layers=layers)
 
     @contextmanager
