@@ -207,7 +207,8 @@ def answers(folder: Path) -> str:
             rows = [row for row in rows if "failed" not in row]
             if rows:
                 link = f"[{path.name}](../validation/results/quality/{path.name})"
-                parts += [f"{heading(name, rows[0], task.what)} ({link}):", compact(*answers_cells(rows))]
+                ran = circumstances({**file, "rows": rows})
+                parts += [f"{heading(name, rows[0], task.what)}; {ran} ({link}):", compact(*answers_cells(rows))]
                 parts += [task.caveat.capitalize() + "."] * bool(task.caveat)
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
