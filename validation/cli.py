@@ -208,9 +208,19 @@ def run_(device: str | None, names: tuple[str, ...], record: bool, folder: Path)
 @click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
 @click.option("--run", "names", multiple=True, help="One of them alone. Repeatable.")
 @click.option("--quick", is_flag=True, help="Small, as in CI.  [default: on a CPU]")
+@click.option("--layout", "layouts", multiple=True, help="These layouts alone, by name. Repeatable.")
+@click.option("--model", "models", multiple=True, help="Of memory by phase, these models alone. Repeatable.")
 @click.option("--record", is_flag=True, help="Write validation/results/reliability/<device>.json, merged by row.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write this file instead, merged by row.")
-def reliability(device: str | None, names: tuple[str, ...], quick: bool, record: bool, out: Path | None) -> int:
+def reliability(
+    device: str | None,
+    names: tuple[str, ...],
+    quick: bool,
+    layouts: tuple[str, ...],
+    models: tuple[str, ...],
+    record: bool,
+    out: Path | None,
+) -> int:
     """Takes the cache to its limits: long, out of memory, killed, in company, beside NaN, in any order of calls."""
     from validation.reliability import record as runs
 
@@ -226,6 +236,8 @@ def reliability(device: str | None, names: tuple[str, ...], quick: bool, record:
         quick or device == "cpu",
         _say,
         " ".join(["python -m validation", *sys.argv[1:]]),
+        layouts,
+        models,
     ):
         failed += not row["holds"]
         click.echo(f"{'holds' if row['holds'] else 'FAILS'}  {row['run']}: {row['found']} ({row['seconds']:.1f} s)")

@@ -120,7 +120,7 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     row |= {"prompt_tokens": prompt, "num_tokens": observer.num_tokens}
     rows = [row | {"every_step": True, "measured": weigh(cache) - cache.step_nbytes, "trace": observer.trace}]
     rows += held.rows(row | {"kind": "held"}, left)
-    if modelled(load_config(name)[1]) and predicts(method):
+    if modelled(load_config(name)[1]) and predicts(method, device.type):
         store = cache.stores[0]
         heads, dim = model.config.num_attention_heads, store.shape.key_dim
         query = torch.zeros(1, heads, 1, dim, dtype=model.dtype, device=device)

@@ -26,7 +26,7 @@ def peak_tasks(grid: Grid, device: torch.device) -> list[Task]:
         for name in grid.peak_models
         for method in grid.core
         for num_tokens in grid.peak_lengths
-        if fits(name, method) and predicts(method)
+        if fits(name, method) and predicts(method, device.type)
     ]
 
 

@@ -23,6 +23,8 @@ from kvsim.models.model import Model
 
 IDS = 8
 """Bytes of a token id."""
+LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose forward holds what Llama's does."""
 
 
 def transient(row: dict[str, Any], model: Model, method: Method, shape: LayerShape) -> list[int]:
@@ -53,16 +55,17 @@ def of(method: Method) -> Any:
     return room.transients
 
 
-def predicts(method: Method) -> bool:
-    """Whether peaks of ``method`` are predicted."""
+def predicts(method: Method, device: str) -> bool:
+    """Whether peaks of ``method`` are predicted on ``device`` (cpu or cuda)."""
     from kvruntime.methods import LAYERS
 
-    return type(method) in LAYERS and LAYERS[type(method)].transients is not None
+    own = LAYERS[type(method)].transients if type(method) in LAYERS else None
+    return own is not None and device in getattr(own, "ON", ("cpu", "cuda"))
 
 
 def modelled(config: dict[str, Any]) -> bool:
     """Whether this file knows the forward of the config's family."""
-    return config.get("model_type") in ("gpt2", "llama")
+    return config.get("model_type") in ("gpt2", *LIKE_LLAMA)
 
 
 def prefill(row: dict[str, Any], model: Model, method: Method, shape: LayerShape) -> list[list[int]]:
@@ -109,6 +112,6 @@ def sizes(config: dict[str, Any]) -> tuple[int, int, int]:
     if config.get("model_type") == "gpt2":
         hidden = config["n_embd"]
         return hidden, config.get("n_inner") or 4 * hidden, config["vocab_size"]
-    if config.get("model_type") == "llama":
+    if config.get("model_type") in LIKE_LLAMA:
         return config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    raise ValueError(f"model_type {config.get('model_type')!r}: peaks are predicted for gpt2 and llama")
+    raise ValueError(f"model_type {config.get('model_type')!r}: peaks are predicted for gpt2, {', '.join(LIKE_LLAMA)}")

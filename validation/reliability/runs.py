@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvruntime.methods import Layer, make_layer, room_of
 from kvruntime.methods.rows import free_nbytes
 from kvsim.layout import LayerShape, Method, nbytes, shared_buffers
 from validation.reliability import subjects
+from validation.reliability.found import Broken, Found, each
 from validation.reliability.subjects import Scale
 
 DRIFT = {"cpu": 1e-4, "cuda": 2e-2}
@@ -29,45 +30,41 @@ ATTENTION = {"cpu": 5e-4, "cuda": 1e-2}
 """Of attention: an exact token that is rotated before it is stored may round to the neighbouring number of 16 bits."""
 
 
-class Broken(Exception):
-    """A promise that a run found broken."""
-
-
-def decoded(device: torch.device, scale: Scale) -> str:
+def decoded(device: torch.device, scale: Scale) -> Found:
     """Two rows decode ``scale.decoded`` tokens each with every layout.
 
     Held: the cache's bytes at the end, to the byte; the engine's logits at about a hundredth, a tenth and the end of
     the way, against the model's own forward over the tokens that the cache says that it holds (dequantized): an error
     that grew on the way would show.
     """
-    said = []
     model = subjects.model(device, scale, positions=scale.decoded + 64)
-    for method in subjects.layouts(device):
-        engine = Engine(model, method, batch_size=2, max_seq_len=scale.decoded + 32)
-        generator = torch.Generator().manual_seed(0)
-        engine.prefill(torch.randint(1, 512, (2, 16), generator=generator))
-        stops = sorted({max(8, scale.decoded // 100), max(16, scale.decoded // 10), scale.decoded})
-        errors, done = [], 0
-        for stop in stops:
-            while done < stop - 1:
-                engine.step()
-                done += 1
-            errors.append(_drift(model, engine))
+    return each(subjects.layouts(device, scale), lambda method: _decoded(model, method, device, scale))
+
+
+def _decoded(model: Any, method: Method, device: torch.device, scale: Scale) -> Found:
+    engine = Engine(model, method, batch_size=2, max_seq_len=scale.decoded + 32)
+    generator = torch.Generator().manual_seed(0)
+    engine.prefill(torch.randint(1, 512, (2, 16), generator=generator))
+    stops = sorted({max(8, scale.decoded // 100), max(16, scale.decoded // 10), scale.decoded})
+    errors, done = [], 0
+    for stop in stops:
+        while done < stop - 1:
+            engine.step()
             done += 1
-        lengths = engine.positions.tolist()
-        if lengths != [16 + done] * 2 or engine.lengths != lengths:
-            raise Broken(f"{method.name}: rows hold {lengths}, {engine.lengths} by the host, not {16 + done}")
-        shapes = [layer.store.shape for layer in engine.cache.layers]
-        predicted = sum(nbytes(method.buffers(shape, 2, scale.decoded + 32)) for shape in shapes)
-        predicted += nbytes(shared_buffers(method, shapes))
-        if engine.nbytes != predicted:
-            raise Broken(f"{method.name}: {engine.nbytes:,} B, predicted {predicted:,}")
-        if max(errors) > DRIFT[device.type]:
-            raise Broken(f"{method.name}: logits are off by {', '.join(f'{e:.1e}' for e in errors)} at {stops}")
-        told = " ".join(f"{e:.0e}" for e in errors)
-        said.append(f"{method.name}: {done:,} tokens a row, {predicted:,} B exact, logits off by {told}")
-        del engine
-    return "; ".join(said)
+        errors.append(_drift(model, engine))
+        done += 1
+    lengths = engine.positions.tolist()
+    if lengths != [16 + done] * 2 or engine.lengths != lengths:
+        raise Broken(f"rows hold {lengths}, {engine.lengths} by the host, not {16 + done}")
+    shapes = [layer.store.shape for layer in engine.cache.layers]
+    predicted = sum(nbytes(method.buffers(shape, 2, scale.decoded + 32)) for shape in shapes)
+    predicted += nbytes(shared_buffers(method, shapes))
+    if engine.nbytes != predicted:
+        raise Broken(f"{engine.nbytes:,} B, predicted {predicted:,}")
+    if max(errors) > DRIFT[device.type]:
+        raise Broken(f"logits are off by {', '.join(f'{e:.1e}' for e in errors)} at {stops}")
+    told = " ".join(f"{e:.0e}" for e in errors)
+    return Found(f"{done:,} tokens a row, {predicted:,} B exact, logits off by {told}")
 
 
 @torch.inference_mode()
@@ -104,56 +101,53 @@ def _as_stored(held: list[Any]) -> Any:
     return stock
 
 
-def out_of_memory(device: torch.device, scale: Scale) -> str:
+def out_of_memory(device: torch.device, scale: Scale) -> Found:
     """Memory ends in a prompt and while a cache grows: one line that says what would have fitted, that much does fit,
     and after ``reset()`` the cache answers as a new one.  On a GPU: memory is held until little is left."""
-    if device.type != "cuda":
-        return _out_of_pretended_memory(scale)
-    said = []
-    model = subjects.model(device, scale, positions=1 << 20)
+    cuda = device.type == "cuda"
+    model = subjects.model(device, scale, positions=1 << 20 if cuda else 1024)
+    work = _out_of_memory if cuda else _out_of_pretended_memory
+    return each(subjects.layouts(device, scale), lambda method: work(model, method, device))
+
+
+def _out_of_memory(model: Any, method: Method, device: torch.device) -> Found:
     short = torch.randint(1, 512, (4, 40), generator=torch.Generator().manual_seed(1)).to(device)
-    for method in subjects.layouts(device):
-        want = _answer(model, make_cache(model, method), short)
-        cache = make_cache(model, method)
-        _answer(model, cache, short)
-        cache.reset()
-        hostage = _hold_all_but(device, 96 << 20)
-        try:
-            message = _refused(partial(_provide, cache, 1 << 19))
-            fits = _fits(message)
-            _provide(cache, fits)  # raises where the message promised too much
-            grown = _refused(partial(_grow, model, cache, short, 1 << 19))
-        finally:
-            del hostage
-            torch.cuda.empty_cache()
-        cache.reset()
-        if not torch.equal(_answer(model, cache, short), want):
-            raise Broken(f"{method.name}: after reset() the cache answers otherwise than a new one")
-        said.append(f"{method.name}: {fits:,} tokens would have fitted; growth ended with: {grown[:70]}...")
-        del cache
-    return "; ".join(said)
+    want = _answer(model, make_cache(model, method), short)
+    cache = make_cache(model, method)
+    _answer(model, cache, short)
+    cache.reset()
+    hostage = _hold_all_but(device, 96 << 20)
+    try:
+        message = _refused(partial(_provide, cache, 1 << 19))
+        fits = _fits(message)
+        _provide(cache, fits)  # raises where the message promised too much
+        grown = _refused(partial(_grow, model, cache, short, 1 << 19))
+    finally:
+        del hostage
+        torch.cuda.empty_cache()
+    cache.reset()
+    if not torch.equal(_answer(model, cache, short), want):
+        raise Broken("after reset() the cache answers otherwise than a new one")
+    return Found(f"{fits:,} tokens would have fitted; growth ended with: {grown[:70]}...")
 
 
-def _out_of_pretended_memory(scale: Scale) -> str:
+def _out_of_pretended_memory(model: Any, method: Method, device: torch.device) -> Found:
     """The same where no memory can be taken away: allocations fail as PyTorch's would."""
     from kvruntime.methods import rows
 
-    device, said, real = torch.device("cpu"), [], rows.grown
-    model = subjects.model(device, scale)
+    real = rows.grown
     short = torch.randint(1, 512, (2, 40), generator=torch.Generator().manual_seed(1))
-    for method in subjects.layouts(device):
-        want, cache = _answer(model, make_cache(model, method), short), make_cache(model, method)
-        _answer(model, cache, short)
-        try:
-            rows.grown = _no_memory  # type: ignore[assignment]
-            message = _refused(partial(_provide, cache, 4096))
-        finally:
-            rows.grown = real
-        cache.reset()
-        if not torch.equal(_answer(model, cache, short), want):
-            raise Broken(f"{method.name}: after reset() the cache answers otherwise than a new one")
-        said.append(f"{method.name}: {_fits(message):,} tokens would have fitted")
-    return "; ".join(said)
+    want, cache = _answer(model, make_cache(model, method), short), make_cache(model, method)
+    _answer(model, cache, short)
+    try:
+        rows.grown = _no_memory  # type: ignore[assignment]
+        message = _refused(partial(_provide, cache, 4096))
+    finally:
+        rows.grown = real
+    cache.reset()
+    if not torch.equal(_answer(model, cache, short), want):
+        raise Broken("after reset() the cache answers otherwise than a new one")
+    return Found(f"{_fits(message):,} tokens would have fitted")
 
 
 def _provide(cache: Any, num_tokens: int) -> None:
@@ -209,22 +203,23 @@ def _answer(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return out
 
 
-def beside_nan(device: torch.device, scale: Scale) -> str:
+def beside_nan(device: torch.device, scale: Scale) -> Found:
     """A row whose keys and values are NaN from the first token, or from the middle on: the others' attention stays
     bit for bit what it is without, prompts and single tokens, with every layout of every room."""
+    return each(subjects.every_layout(scale), lambda method: _beside_nan(method, device, scale))
+
+
+def _beside_nan(method: Method, device: torch.device, scale: Scale) -> Found:
     count = 0
-    for method in subjects.every_layout():
-        for start in scale.nan_starts:
-            clean, dirty = (_outputs(method, device, nan_from) for nan_from in (None, start))
-            for one, other in zip(clean, dirty, strict=True):
-                if not torch.equal(one[[0, 2]], other[[0, 2]]):
-                    raise Broken(f"{method.name}: NaN from token {start} of a row changes its neighbours")
-                if not one.isfinite().all():
-                    raise Broken(
-                        f"{method.name}: {(~one.isfinite()).sum()} numbers that are not finite without any NaN"
-                    )
-                count += one.shape[0] - 1
-    return f"{len(subjects.every_layout())} layouts, {count:,} rows beside one of NaN as without it"
+    for start in scale.nan_starts:
+        clean, dirty = (_outputs(method, device, nan_from) for nan_from in (None, start))
+        for one, other in zip(clean, dirty, strict=True):
+            if not torch.equal(one[[0, 2]], other[[0, 2]]):
+                raise Broken(f"NaN from token {start} of a row changes its neighbours")
+            if not one.isfinite().all():
+                raise Broken(f"{(~one.isfinite()).sum()} numbers that are not finite without any NaN")
+            count += one.shape[0] - 1
+    return Found(f"{count:,} rows beside one of NaN as without it")
 
 
 def _outputs(method: Method, device: torch.device, nan_from: int | None) -> list[Tensor]:
@@ -245,17 +240,25 @@ def _outputs(method: Method, device: torch.device, nan_from: int | None) -> list
     return out
 
 
-def fuzzed(device: torch.device, scale: Scale) -> str:
+def fuzzed(device: torch.device, scale: Scale) -> Found:
     """Random sequences of calls on layers of every layout: chunks and single tokens of ragged rows, crops, reordered
     rows, reset.  After each call: lengths, tensors and bytes as predicted; attention against float64 over what the
     layer reads back, and that against the room's oracle, which quantizes the exact tokens by other code.
 
     A crop leaves packed what was packed; from then on the oracle holds what was read back before it.
     """
-    draw = random.Random(0)
-    layouts, calls, worst = subjects.every_layout(), 0, 0.0
+    every = [method.name for method in subjects.every_layout()]
+    numbers: dict[str, list[int]] = {name: [] for name in every}
     for number in range(scale.sequences):
-        method = layouts[number % len(layouts)]
+        numbers[every[number % len(every)]].append(number)
+    return each(subjects.every_layout(scale), lambda method: _fuzzed(method, numbers[method.name], device, scale))
+
+
+def _fuzzed(method: Method, numbers: Sequence[int], device: torch.device, scale: Scale) -> Found:
+    """The sequences of these numbers, each drawn from its own."""
+    calls, worst = 0, 0.0
+    for number in numbers:
+        draw = random.Random(number)
         heads, dim = draw.choice(scale.shapes)
         shape = LayerShape(heads, dim, dim)
         try:
@@ -269,10 +272,8 @@ def fuzzed(device: torch.device, scale: Scale) -> str:
                 worst = max(worst, own.check())
                 calls += 1
         except Exception as error:
-            raise Broken(f"sequence {number}, {method.name}: {own.log}: {type(error).__name__}: {error}") from error
-    return (
-        f"{scale.sequences:,} sequences, {calls:,} calls, {len(layouts)} layouts, attention off by at most {worst:.0e}"
-    )
+            raise Broken(f"sequence {number}: {own.log}: {type(error).__name__}: {error}") from error
+    return Found(f"{len(numbers):,} sequences, {calls:,} calls, attention off by at most {worst:.0e}")
 
 
 class CallSequence:
@@ -388,7 +389,7 @@ class CallSequence:
         return oracle[0][0].float(), oracle[1][0].float()
 
 
-RUNS: dict[str, Callable[[torch.device, Scale], str]] = {
+RUNS: dict[str, Callable[[torch.device, Scale], Found]] = {
     "decoded tokens": decoded,
     "out of memory": out_of_memory,
     "a row of NaN": beside_nan,

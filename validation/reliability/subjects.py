@@ -27,6 +27,10 @@ class Scale(NamedTuple):
     shapes: tuple[tuple[int, int], ...] = ((1, 64), (2, 64), (1, 128), (2, 128))
     """Key/value heads and channels of the layers that are called at random."""
     batches: tuple[int, ...] = (1, 2, 3)
+    layouts: tuple[str, ...] = ()
+    """Those that a run goes through, by name; none: all of its own."""
+    models: tuple[str, ...] = ()
+    """Likewise the models whose memory is weighed by phase."""
 
 
 CARD = Scale(decoded=100_000, sequences=1_000, calls=12, layers=2, shapes=((2, 64),), batches=(3,))
@@ -59,16 +63,25 @@ def dtype_of(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def layouts(device: torch.device) -> tuple[Method, ...]:
+def layouts(device: torch.device, scale: Scale = CI) -> tuple[Method, ...]:
     """The uncompressed cache, and the first examples of every room that packs, exact tokens in the model's type."""
     from kvruntime.bench.engine.suite import with_dtype
 
     name = str(dtype_of(device)).removeprefix("torch.")
     rooms = [room for kind, room in LAYERS.items() if kind is not Full]
     own = [room.examples[0] for room in rooms if room.layer.has_steps]  # type: ignore[attr-defined]
-    return (Full(name), *(with_dtype(method, name) for method in own))
+    return _wanted((Full(name), *(with_dtype(method, name) for method in own)), scale)
 
 
-def every_layout() -> tuple[Method, ...]:
+def every_layout(scale: Scale = CI) -> tuple[Method, ...]:
     """Every example of every room."""
-    return tuple(example for room in LAYERS.values() for example in room.examples)
+    return _wanted(tuple(example for room in LAYERS.values() for example in room.examples), scale)
+
+
+def _wanted(methods: tuple[Method, ...], scale: Scale) -> tuple[Method, ...]:
+    """Those that the scale is limited to.  Raises ``LookupError`` for a name that is none of theirs."""
+    names = [method.name for method in methods]
+    for name in scale.layouts:
+        if name not in names:
+            raise LookupError(f"unknown layout {name!r}: allowed are {', '.join(names)}")
+    return tuple(method for method in methods if not scale.layouts or method.name in scale.layouts)

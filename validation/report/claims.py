@@ -33,6 +33,7 @@ CLAIMS = (
     Claim("peaks", "Peak during generate(): cache, activations, logits", "B", (0.005, 0.01)),
     Claim("peaks of a layer", "Peak of one layer alone: append, attend, grow", "B", (0.01, 0.04)),
     Claim("blocks", "Blocks that CUDA's allocator hands out for these bytes", "B", (0.02, 0.40)),
+    Claim("memory by phase", "What the allocator holds, and at the most, by phase", "B", (0.005, 0.01)),
     Claim("largest batch", "The largest batch that fits a card", "rows", (0.0, 0.0)),
     Claim("attention", "Decode attention of one layer, this project's kernels", "s", (0.06, 0.25)),
     Claim("engine", "A decode step of kvruntime.Engine, as stated", "s", (0.03, 0.10)),

@@ -25,8 +25,9 @@ from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import method_named
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
-from validation.claims import compare
+from validation.claims import compare, phases
 from validation.claims.predict import measured_trace, predict, predicted_trace
+from validation.claims.subjects import rebuild_method
 from validation.recorded import FOLDER
 
 Row = dict[str, Any]
@@ -118,7 +119,7 @@ def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None
 def _file(path: Path) -> dict[str, Any] | None:
     """A record; None for the files of other tools, which have reports of their own."""
     file = read_json(path, "record")
-    if not isinstance(file, dict) or path.parent.name in ("planners", "time", "profiles", "reliability"):
+    if not isinstance(file, dict) or path.parent.name in ("planners", "time", "profiles"):
         return None
     return file
 
@@ -154,6 +155,46 @@ def _weighed(row: Row) -> str:
     if row["kind"] != "peak":
         return "bytes"
     return "peaks" if row["way"] == "generate" else "peaks of a layer"
+
+
+def _limits(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
+    """Rows of ``validation reliability``: the figures of those that have any."""
+    for row in file["rows"]:
+        if not row.get("figures"):
+            found.leave(f"{row['run']} ({row['device']})", "a promise that held or did not, without a figure")
+        for figure in row.get("figures", ()):
+            read = FIGURES[row["run"]]
+            if "/" in figure["model"]:
+                found.leave(f"{row['run']} ({row['device']})", "of a model that was made for the run")
+            else:
+                found.points.append(read(figure, row["device"], f"reliability/{name}"))
+
+
+def _phase(figure: Row, device: str, source: str) -> Point:
+    """What the allocator held, or held at the most, in a phase."""
+    factors = {
+        "model": figure["model"],
+        "method": figure.get("method", {}).get("name", ""),
+        "card": device,
+        "rows": f"{figure.get('batch_size', 1)} rows",
+        "phase": figure["phase"],
+        "what": figure["what"],
+    }
+    size = phases.predicted(figure, _model(figure["model"]))
+    return Point("memory by phase", size, float(figure["measured"]), factors, source)
+
+
+def _planned(figure: Row, device: str, source: str) -> Point:
+    """The largest batch that kvsim says fits a card, which was allocated and stepped, where 3 % more was refused."""
+    method = rebuild_method(figure["method"])
+    factors = {
+        "model": figure["model"],
+        "method": method.name,
+        "size": f"{figure['rows']} x {figure['num_tokens']:,}",
+        "card": device,
+    }
+    batch = phases.planned(_model(figure["model"]), device, method, figure["num_tokens"])
+    return Point("largest batch", float(batch), float(figure["rows"]), factors, source)
 
 
 def _bench(file: dict[str, Any], name: str, found: Collection, calibrated: dict[str, Profile]) -> None:
@@ -326,7 +367,9 @@ KINDS: dict[str, Callable[..., Iterator[Point]]] = {
     "generate": _generated,
     "memory": _memory,
 }
+FIGURES: dict[str, Callable[[Row, str, str], Point]] = {"memory by phase": _phase, "the largest batch": _planned}
 READERS: dict[str, Callable[[dict[str, Any], str, Collection, dict[str, Profile]], None]] = {
     "validation": _bytes,
+    "validation.reliability": _limits,
     "kvruntime.bench": _bench,
 }

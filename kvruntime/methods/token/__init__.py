@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvruntime.methods.room import Room
-from kvruntime.methods.token import benched
+from kvruntime.methods.token import benched, transients
 from kvruntime.methods.token.cache import TokenLayer
 from kvruntime.methods.token.coding import sections
 from kvruntime.methods.token.levels import lookup_table, magnitudes, signs
@@ -90,6 +90,7 @@ ROOM = Room(
     layer=TokenLayer,
     read_back=read_back_numbers,
     examples=tuple(map(PerTokenHead, ("int8", "int4", "fp8"))),
+    transients=transients,
     measures=benched,
     splits=benched.splits,
 )
@@ -98,6 +99,7 @@ TURBOQUANT_ROOM = Room(
     read_back=read_back_levels,
     examples=tuple(map(TurboQuant, (2.5, 3, 4))),
     shared=shared,
+    transients=transients,
     measures=benched,
     splits=benched.splits,
 )

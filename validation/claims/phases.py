@@ -1,0 +1,86 @@
+"""kvsim's bytes for a figure of ``memory by phase``: what the allocator holds now, and held at the most, in a phase.
+
+A figure names its model, method, phase and how many tokens the buffers provide for; nothing else is known of the run.
+``now`` is weights and cache; ``peak`` has the tensors of :mod:`validation.claims.transients` besides, and where a step
+was captured in a CUDA graph what that holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvsim.engines import make_engine
+from kvsim.engines.kvruntime import stored_shape
+from kvsim.hardware import find_hardware
+from kvsim.layout import DTYPE_BITS, LayerShape, Method, nbytes, shared_buffers
+from kvsim.memory.capacity import largest_batch, room
+from kvsim.memory.sharding import Deployment
+from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from validation.claims.subjects import rebuild_method
+from validation.claims.transients import transient
+
+Figure = dict[str, Any]
+
+RESERVE = 0.02
+"""Share of a card's memory that is held back for activations, graphs and the driver where the largest batch is asked
+for: ``--reserve``."""
+GROW = 256
+"""Tokens a row by which a cache grows: a pin."""
+WORKSPACE = 32 << 20
+"""Bytes that PyTorch gives cuBLAS on Hopper for every stream that multiplies: a graph is captured on one of its own."""
+
+
+def predicted(figure: Figure, model: Model | None = None) -> float:
+    """Bytes.  Raises ``ValueError`` for an unknown phase."""
+    model = model or load_model(figure["model"])
+    size = weights(figure, model)
+    if figure["phase"] == "load":
+        return size
+    method = rebuild_method(figure["method"])
+    layers = [stored_shape(method, layer) for layer in model.cache_layers]
+    size += held(method, layers, figure["batch_size"], figure["provided"])
+    size += WORKSPACE * figure.get("graphs", 0)
+    if figure["what"] == "now":
+        return size
+    return size + beside(figure, model, method, layers[0])
+
+
+def weights(figure: Figure, model: Model) -> float:
+    """Bytes of the model's parameters.  Raises ``ValueError`` where their number is not known."""
+    if model.weights is None:
+        raise ValueError(f"model {model.name}: its number of weights is not known")
+    return model.weights.total * DTYPE_BITS[figure["dtype"]] / 8
+
+
+def held(method: Method, layers: list[LayerShape], batch_size: int, provided: int) -> int:
+    """Bytes of the cache with ``provided`` tokens a row."""
+    own = sum(nbytes(method.buffers(layer, batch_size, provided)) for layer in layers)
+    return own + nbytes(shared_buffers(method, layers))
+
+
+def beside(figure: Figure, model: Model, method: Method, layer: LayerShape) -> int:
+    """Bytes of the tensors that are there only at the worst moment of the phase."""
+    phase, batch_size, provided = figure["phase"], figure["batch_size"], figure["provided"]
+    if phase in ("prefill", "reuse", "chunked prefill"):
+        return sum(transient(figure | {"phase": "prefill"}, model, method, layer))
+    step = sum(transient(figure | {"phase": "decode"}, model, method, layer))
+    if phase == "decode":
+        return step
+    if phase == "growth":  # the largest tensor that is still there while it is copied into a larger one
+        before, after = (method.buffers(layer, batch_size, count) for count in (provided - GROW, provided))
+        pairs = zip(before, after, strict=True)
+        return max(step, max((old.nbytes for old, new in pairs if old.shape != new.shape), default=0))
+    if phase == "beams":  # each tensor's rows are picked into a new one
+        return max(step, max(buffer.nbytes for buffer in method.buffers(layer, batch_size, provided)))
+    raise ValueError(f"phase {phase!r}: allowed are load, prefill, chunked prefill, decode, beams, growth and reuse")
+
+
+def planned(model: Model, card: str, method: Method, num_tokens: int) -> int:
+    """Rows of ``num_tokens`` tokens that ``kvsim plan --engine kvruntime --reserve`` says fit beside the weights.
+
+    Raises ``LookupError`` for a card that kvsim does not know.
+    """
+    there = room(model, find_hardware(card), reserve=RESERVE).cache_nbytes
+    engine = make_engine("kvruntime", max_seq_len=num_tokens)
+    return largest_batch(Deployment(model, method, engine), num_tokens, there) or 0
