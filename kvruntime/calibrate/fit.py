@@ -2,7 +2,8 @@
 
 What is fitted predicts by kvsim's own model of time (:func:`kvsim.latency.steps.decode_step`): logarithms of the
 constants by damped least squares of the logarithms of predicted over measured, each held a little to where it starts,
-so that one that the steps say nothing of stays there.
+so that one that the steps say nothing of stays there.  What an attention kernel takes however little it reads is not
+fitted: two engines of one layout that are made one after the other differ by more of a step than it is.
 """
 
 from __future__ import annotations
@@ -108,8 +109,6 @@ def variables(runtime: str, start: Part, steps: Sequence[Step]) -> tuple[list[st
         "wide": start.wide["layer_seconds"],
         "row": start.wide["row_seconds"],
         "cache": full.bandwidth,
-        "merge": full.merge,
-        "packed": packed.fixed,
     }
     for layout, method in layouts(steps).items():
         found[layout] = packed.code_ops + packed.scale_ops * scales_a_code(method, cache_layer(steps, method))
@@ -134,8 +133,7 @@ def part_of(runtime: str, start: Part, found: dict[str, float], steps: Sequence[
     """The part with the fitted constants in it."""
     if runtime != ENGINE:
         return replace(start, layer_seconds=found["layer"], step_seconds=found["step"])
-    full = replace(start.kernels["fp16"], bandwidth=found["cache"], merge=found["merge"])
-    packed = replace(start.kernels["packed"], bandwidth=found["cache"], fixed=found["packed"])
+    full, packed = (replace(start.kernels[name], bandwidth=found["cache"]) for name in ("fp16", "packed"))
     kernels = {"fp16": full}
     ops = {name: found[name] for name in layouts(steps)}
     for name, each in ops.items():
