@@ -46,6 +46,11 @@ def predicted(figure: Figure, model: Model | None = None) -> float:
     return size + beside(figure, model, method, layers[0])
 
 
+def own(figure: Figure) -> float:
+    """The measured bytes without those that the cache says its steps count, check and work in."""
+    return float(figure["measured"] - figure.get("step_nbytes", 0))
+
+
 def weights(figure: Figure, model: Model) -> float:
     """Bytes of the model's parameters.  Raises ``ValueError`` where their number is not known."""
     if model.weights is None:

@@ -22,7 +22,7 @@ from kvsim.layout import Method
 from kvsim.models.load import load_config, load_model
 from kvsim.models.model import Model
 from validation.claims.peak import splits
-from validation.claims.phases import GROW, Figure, predicted
+from validation.claims.phases import GROW, Figure, own, predicted
 from validation.claims.subjects import describe_method, rebuild_method
 from validation.claims.transients import predicts
 from validation.reliability import subjects
@@ -131,15 +131,15 @@ class Weighing:
         longest = self.prompt + self.new
         known = base | {"num_tokens": longest, "provided": longest}
         cache, ids = make_cache(self.model, method, max_seq_len=longest), self._ids(self.prompt)
-        self._phase(known | {"phase": "prefill"}, lambda: self._forward(cache, ids), ids.nbytes)
+        self._phase(known | {"phase": "prefill"}, lambda: self._forward(cache, ids), ids.nbytes, cache)
         graph: Figure = {}
-        self._phase(known | {"phase": "decode"}, lambda: self._decode(cache, graph), ids.nbytes, graph, cache)
+        self._phase(known | {"phase": "decode"}, lambda: self._decode(cache, graph), ids.nbytes, cache, graph)
         cache.reset()
-        self._phase(known | graph | {"phase": "reuse"}, lambda: self._forward(cache, ids), ids.nbytes)
+        self._phase(known | graph | {"phase": "reuse"}, lambda: self._forward(cache, ids), ids.nbytes, cache)
         cache.reset()
         if self.cuda:  # on a CPU the reference reads a warm cache back, which no transient predicts
             chunk = {"phase": "chunked prefill", "prompt_tokens": max(1, self.prompt // CHUNKS)}
-            self._phase(known | graph | chunk, lambda: self._chunks(cache, ids), ids.nbytes)
+            self._phase(known | graph | chunk, lambda: self._chunks(cache, ids), ids.nbytes, cache)
 
     def _beams(self, method: Method, base: Figure) -> None:
         rows, longest = len(BEAMS), self.prompt + self.new
@@ -153,7 +153,7 @@ class Weighing:
                 self._forward(cache, ids, token)
                 cache.reorder_cache(torch.tensor(BEAMS, device=self.device))
 
-        self._phase(known | {"phase": "beams"}, search, ids.nbytes, None, cache)
+        self._phase(known | {"phase": "beams"}, search, ids.nbytes, cache)
 
     def _growth(self, method: Method, base: Figure) -> None:
         provided = -(-self.prompt // GROW) * GROW
@@ -161,24 +161,21 @@ class Weighing:
         self._forward(cache, self._ids(self.prompt))
         self._steps(cache, self.prompt, provided)
         known = base | {"num_tokens": provided + 1, "provided": provided + GROW, "phase": "growth"}
-        self._phase(known, lambda: self._steps(cache, provided, provided + 1), 0, None, cache)
+        self._phase(known, lambda: self._steps(cache, provided, provided + 1), 0, cache)
 
     def _phase(
-        self, fields: Figure, work: Callable[[], object], beside: int, found: Figure | None = None, cache: Any = None
+        self, fields: Figure, work: Callable[[], object], beside: int, cache: Any, found: Figure | None = None
     ) -> None:
         """Notes what is held after ``work`` and the most that was meanwhile.
 
         ``beside``: bytes of prompts that the measurement itself holds.  ``found``: fields that ``work`` fills.
-        ``cache``: whose kernel is asked how many parts it splits the tokens into.
+        ``cache``: tells what its steps count and work in, and its kernel how many parts it splits the tokens into.
         """
         self.held.restart()
         work()
         now, peak = self.held.now[self.counter], self.held.peak[self.counter]
-        fields = fields | (found or {})
-        if cache is not None:
-            fields |= splits(
-                rebuild_method(fields["method"]), cache.stores[0], self._query(cache, fields["batch_size"])
-            )
+        fields = fields | (found or {}) | {"step_nbytes": cache.step_nbytes}
+        fields |= splits(rebuild_method(fields["method"]), cache.stores[0], self._query(cache, fields["batch_size"]))
         for what, measured in (("now", now - beside), ("peak", peak)):
             self._note(fields, what, measured)
 
@@ -187,7 +184,7 @@ class Weighing:
         figure = {"model": self.name, "dtype": self.dtype, "device": self.device.type} | fields
         figure |= {"what": what, "measured": measured}
         want = predicted(figure, self.shape)
-        self.figures.append(figure | {"predicted": want, "error": measured / want - 1})
+        self.figures.append(figure | {"predicted": want, "error": own(figure) / want - 1})
 
     def _say(self, name: str, figures: list[Figure]) -> None:
         worst = max(figures, key=lambda each: abs(each["error"]))

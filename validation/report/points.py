@@ -181,7 +181,7 @@ def _phase(figure: Row, device: str, source: str) -> Point:
         "what": figure["what"],
     }
     size = phases.predicted(figure, _model(figure["model"]))
-    return Point("memory by phase", size, float(figure["measured"]), factors, source)
+    return Point("memory by phase", size, phases.own(figure), factors, source)
 
 
 def _planned(figure: Row, device: str, source: str) -> Point:
