@@ -139,7 +139,7 @@ def fitted(
     for name in PARTS:
         rows = measured.get(name, [])
         try:
-            part = fit.fit(name, rows, base, hardware, start if name == ENGINE else own)
+            part = fit.fit(name, rows, base, hardware, start if name == ENGINE else fit.guess_of(name, own))
         except ValueError as error:
             lacks[name] = str(error)
             continue

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvruntime.calibrate.steps import ENGINE, Step
+from kvruntime.calibrate.steps import ENGINE, GENERATE, NEW, STOCK, Step
 from kvsim.hardware import Hardware
 from kvsim.latency.constants import Constants, constants
 from kvsim.latency.profile import Part, Rates, with_part
@@ -23,9 +23,11 @@ from kvsim.latency.roofline import Serving, method_width, packed_layout, scales_
 from kvsim.latency.steps import decode_step
 from kvsim.layout import Method
 
-HELD = 0.03
-"""How much a constant is held to its start, against a step that is mispredicted."""
+HELD, FEW = 0.03, 0.3
+"""How much a constant is held to its start, against a step that is mispredicted; the same where there are hardly more
+steps than constants, and the start is what other records gave."""
 ROUNDS = 30
+WIDE = {"layer": "wide", "row": "row"}
 FEWEST = 4
 """Steps below which nothing is fitted."""
 
@@ -38,10 +40,9 @@ def fit(runtime: str, steps: Sequence[Step], base: Constants, card: Hardware, st
     least = FEWEST if runtime == ENGINE else 2
     if len(steps) < least:
         raise ValueError(f"{runtime}: {len(steps)} steps were measured, {least} and more are needed")
+    if runtime == NEW:  # the host launches what it does at lengths that it has seen
+        start = replace(start, layer_seconds=base.engine_layer_seconds[STOCK])
     names, first = variables(runtime, start, steps)
-    if runtime != ENGINE:  # two constants, of which a card's first guess says nothing
-        each = min(step.seconds / step.model.num_blocks for step in steps)
-        first = np.array([each / 2, min(step.seconds for step in steps) / 4])
 
     def part_at(point: np.ndarray) -> Part:
         return part_of(runtime, start, dict(zip(names, (first * np.exp(point)).tolist(), strict=True)), steps)
@@ -49,7 +50,7 @@ def fit(runtime: str, steps: Sequence[Step], base: Constants, card: Hardware, st
     def residuals(point: np.ndarray) -> np.ndarray:
         return np.log(predicted(runtime, part_at(point), steps, base, card) / [step.seconds for step in steps])
 
-    found = part_at(damped(residuals, len(names)))
+    found = part_at(damped(residuals, len(names), FEW if runtime == GENERATE else HELD))
     ratios = np.array([step.seconds for step in steps]) / predicted(runtime, found, steps, base, card)
     return replace(found, low=float(ratios.min()), high=float(ratios.max()))
 
@@ -97,10 +98,30 @@ def first_guess(read: float) -> Part:
     )
 
 
+def guess_of(runtime: str, card: Part) -> Part:
+    """Where the fit of a runtime of ``generate()`` starts: PyTorch's stream of weights as it was measured, and what a
+    layer and a step take as stated; of a runtime whose host launches everything, as the card's own layer."""
+    stated = constants()
+    if runtime != GENERATE:
+        return card
+    return replace(
+        card,
+        layer_seconds=stated.engine_layer_seconds[runtime],
+        step_seconds=stated.engine_step_seconds[runtime],
+        wide=stated.engine_wide[runtime],
+    )
+
+
 def variables(runtime: str, start: Part, steps: Sequence[Step]) -> tuple[list[str], np.ndarray]:
     """Names of what is fitted, and where each starts."""
-    if runtime != ENGINE:
-        return ["layer", "step"], np.ones(2)
+    if runtime == GENERATE:
+        wide = start.wide["layer_seconds"], start.wide["row_seconds"]
+        return ["layer", "step", "wide", "row"], np.array([start.layer_seconds, start.step_seconds, *wide])
+    if runtime == NEW:
+        return ["step"], np.array([min(step.seconds for step in steps) / 2])
+    if runtime != ENGINE:  # two constants, of which a card's first guess says nothing
+        each = min(step.seconds / step.model.num_blocks for step in steps)
+        return ["layer", "step"], np.array([each / 2, min(step.seconds for step in steps) / 4])
     full, packed = start.kernels["fp16"], start.kernels["packed"]
     found = {
         "weights": start.weight_bandwidth,
@@ -132,7 +153,9 @@ def cache_layer(steps: Sequence[Step], method: Method) -> Any:
 def part_of(runtime: str, start: Part, found: dict[str, float], steps: Sequence[Step]) -> Part:
     """The part with the fitted constants in it."""
     if runtime != ENGINE:
-        return replace(start, layer_seconds=found["layer"], step_seconds=found["step"])
+        wide = {**start.wide, **{f"{name}_seconds": found[each] for name, each in WIDE.items() if each in found}}
+        layer = found.get("layer", start.layer_seconds)
+        return replace(start, layer_seconds=layer, step_seconds=found["step"], wide=wide)
     full, packed = (replace(start.kernels[name], bandwidth=found["cache"]) for name in ("fp16", "packed"))
     kernels = {"fp16": full}
     ops = {name: found[name] for name in layouts(steps)}
@@ -156,15 +179,16 @@ def line(scales: Sequence[float], ops: Sequence[float]) -> dict[str, float]:
     return {"code_ops": float(at_zero), "scale_ops": float(slope)}
 
 
-def damped(residuals: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
-    """The point ``[size]`` of least squares of ``residuals`` and of the point itself, from zero (Levenberg-Marquardt).
+def damped(residuals: Callable[[np.ndarray], np.ndarray], size: int, held: float = HELD) -> np.ndarray:
+    """The point ``[size]`` of least squares of ``residuals`` and of ``held`` times the point itself, from zero
+    (Levenberg-Marquardt).
 
     >>> damped(lambda point: np.array([100 * (point[0] - 1.0)]), 1).round(4)
     array([1.])
     """
 
     def both(point: np.ndarray) -> np.ndarray:
-        return np.concatenate([residuals(point), HELD * point])
+        return np.concatenate([residuals(point), held * point])
 
     point, damping = np.zeros(size), 1e-2
     errors = both(point)

@@ -29,8 +29,9 @@ LONG_WINDOW = 1024
 """Windows of so many tokens are packed where a model has no other layers; shorter ones stay exact."""
 MOST = (1 << 31) - 1
 """The largest count that an option of a method takes here: kernels count in 32 bits."""
-STEPS = ("engine", "generate")
-"""How steps run: ``kvruntime.Engine``'s own decoder, or the model's own step under stock ``generate()``."""
+STEPS = ("engine", "generate", "compiled")
+"""How steps run: ``kvruntime.Engine``'s own decoder, or the model's own step under stock ``generate()``, as it comes
+or compiled (``make_cache(compiled=True)``)."""
 
 
 def stored(method: object) -> bool:
@@ -82,7 +83,8 @@ def names() -> list[str]:
 @dataclass(frozen=True)
 class Kvruntime(Engine):
     """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256.  ``steps``: how a token is
-    computed, by ``kvruntime.Engine`` or under stock ``generate()``; it changes times, no bytes."""
+    computed, by ``kvruntime.Engine`` or under stock ``generate()``, as it comes or compiled; it changes times, no
+    bytes."""
 
     remainder_first = True
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvsim.models.model import Model
 
 IMPLEMENTATIONS = ("dynamic", "static")
+LENGTHS = ("seen", "new")
 POSITION_NBYTES = 3 * 8
 """Three positions of a token as int64, which Qwen4-Exp's first indexer keeps for all of them."""
 GATE = "gate"
@@ -29,22 +30,32 @@ GATE = "gate"
 @dataclass(frozen=True)
 class Transformers(Engine):
     """``cache_implementation``: ``dynamic`` grows token by token and keeps a window's last W - 1 tokens between steps;
-    ``static`` provides for the final length, a window for W."""
+    ``static`` provides for the final length, a window for W, and its steps are compiled.  ``lengths``: whether the
+    process has run steps of these lengths before (``seen``) or each is its first (``new``), which changes the times of
+    a dynamic cache and no bytes: PyTorch's attention is then planned at every step."""
 
     cache_methods = ()
     runtime = "pytorch"
     remainder_first = True
 
     cache_implementation: str = "dynamic"
+    lengths: str = LENGTHS[0]
 
     def __post_init__(self) -> None:
         if self.cache_implementation not in IMPLEMENTATIONS:
             allowed = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"cache_implementation {self.cache_implementation!r}: allowed are {allowed}")
+        if self.lengths not in LENGTHS:
+            raise ValueError(f"transformers lengths {self.lengths!r}: allowed are {', '.join(LENGTHS)}")
 
     @property
     def name(self) -> str:
         return "transformers"
+
+    @property
+    def timed_as(self) -> str:
+        way = "static" if self.cache_implementation == "static" else self.lengths
+        return self.name if way == LENGTHS[0] else f"{self.name}:{way}"
 
     def parts(self, model: Model, method: Method, batch_size: int, num_tokens: int) -> dict[str, int]:
         """``key`` and ``value`` of all attention layers, ``compressed`` entries and their ``buffer``, ``index_key``,

@@ -26,6 +26,10 @@ class Constants:
     ``index_layer_seconds`` with an indexer, ``narrow_layer_seconds`` where its dense weights have 8 bits or fewer
     (activations are quantized).  ``sequence_seconds``: a sequence of a step (scheduling, sampling, detokenizing).
     ``engine_layer_seconds``: in place of all of these, by engine, and ``engine_step_seconds`` a step besides;
+    ``engine_table_share``: by engine, of ``engine_layer_seconds`` what a layer takes of a model that adds a table of
+    positions and rotates nothing (GPT-2), where the host launches every operation;
+    ``engine_copies``: by engine, what of the cache a step copies before attention reads it: ``cache``, all of it once
+    (a cache that grows by concatenation), or ``heads``, once for every query head where these share keys and values;
     ``engine_wide``: by engine, above how many ``rows`` a step takes ``layer_seconds`` a layer more, and
     ``row_seconds`` a layer and row; ``host_launched``: engines whose layers' seconds are the host's launches, behind
     which the card's work hides; ``overlapped``: by engine, own efficiencies where arithmetic hides behind the weight
@@ -39,7 +43,8 @@ class Constants:
     one direction.
 
     Prompts: ``engine_prompt_seconds``, by engine: what the host takes a layer to launch a prompt's kernels, behind
-    which the card works, in place of ``prefill_seconds``, which are a server's.
+    which the card works, in place of ``prefill_seconds``, which are a server's; ``engine_prompt_passes``: how often a
+    token's hidden state, in 16 bits, goes through memory in a layer, element by element.
 
     Servers: ``chunk_tokens``: prompt tokens a step.  ``prompt_steps``: by engine that runs prompts in steps of their
     own, the share of them that a request waits for.  ``prefill_seconds``, ``prefill_queue``: what a first token waits
@@ -84,6 +89,9 @@ class Constants:
     curve: Curve
     engine_step_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_prompt_seconds: Mapping[str, float] = field(default_factory=dict)
+    engine_prompt_passes: Mapping[str, float] = field(default_factory=dict)
+    engine_table_share: Mapping[str, float] = field(default_factory=dict)
+    engine_copies: Mapping[str, str] = field(default_factory=dict)
     host_launched: tuple[str, ...] = ()
     engines: tuple[str, ...] | None = None
     estimated: tuple[str, ...] = ()

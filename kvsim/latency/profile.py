@@ -36,10 +36,11 @@ PLAUSIBLE = (0.45, 1.15)
 
 ITEM = 1e-8
 """Seconds a multiprocessor takes for a piece in this project's kernels, which split every sequence."""
-PARTS = ("kvruntime", "kvruntime:generate", "transformers")
+PARTS = ("kvruntime", "kvruntime:generate", "transformers", "transformers:new")
 """Runtimes that a part may be of, by the names of their constants: this project's engine; stock ``generate()`` with a
-cache of this project, whose steps are graphs; and with transformers' own, whose kernels the host launches."""
-HOST_LAUNCHED = ("transformers",)
+cache of this project, whose steps are graphs; and with transformers' own, whose kernels the host launches, at lengths
+that the process has seen and at new ones."""
+HOST_LAUNCHED = ("transformers", "transformers:new")
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ class Roofline:
         fixed, model = self.fixed, self.model
         if self.engine in fixed.engine_layer_seconds:
             each = fixed.engine_layer_seconds[self.engine]
+            each *= self.table_share
             return each * model.num_blocks + fixed.engine_step_seconds.get(self.engine, 0.0)
         each = fixed.layer_seconds
         each += fixed.expert_layer_seconds if known_weights(model).routed else 0.0
@@ -140,6 +141,13 @@ class Roofline:
         total = each * model.num_blocks + fixed.latent_layer_seconds * latent
         total += fixed.state_layer_seconds * len(model.state_layers)
         return total + fixed.index_layer_seconds * len(model.index_layers)
+
+    @property
+    def table_share(self) -> float:
+        """Of a layer's launches those that it has in this model: fewer where positions are a table."""
+        weights = known_weights(self.model)
+        has_table = 0 < weights.lookup < weights.embedding  # of positions, which are fewer than words
+        return self.fixed.engine_table_share.get(self.engine, 1.0) if has_table else 1.0
 
     @property
     def weight_efficiency(self) -> float:
@@ -209,6 +217,17 @@ class Roofline:
             seconds, unpack = self.layer_attention(chosen, layer, batch_size, num_tokens, maximum)
             total, beyond = total + count * seconds, beyond + count * unpack
         return total, beyond
+
+    def copies(self, method: Method, batch_size: Any, num_tokens: Any) -> Any:
+        """Seconds of copying the cache before attention reads it: each copy is written and read again."""
+        what, total = self.fixed.engine_copies.get(self.engine), 0.0
+        if what is None:
+            return 0.0 * batch_size * num_tokens
+        for layer, count in Counter(self.model.cache_layers).items():
+            shared = self.model.num_q_heads // layer.num_kv_heads
+            times = 1 if what == "cache" else shared if shared > 1 else 0
+            total = total + count * 2 * times * read_nbytes(method, layer, num_tokens) * batch_size
+        return total / self.ranks / (self.weight_efficiency * self.bandwidth)
 
     def pairs(self, num_queries: Any, num_tokens: Any) -> Any:
         """Seconds of the attention's arithmetic alone, over all layers: so many queries and what each of them sees; 0
@@ -340,7 +359,9 @@ class Roofline:
     def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
         """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
         compute = self.products(num_prompts * new, num_prompts) + num_prompts * self.prompt_attention(num_tokens, new)
-        compute = compute / self.sharding.prefill_context_parallel_size
+        passes = self.fixed.engine_prompt_passes.get(self.engine, 0.0)
+        states = num_prompts * new * self.model.num_blocks * self.model.hidden_size * 2
+        compute = (compute + passes * states / self.bandwidth) / self.sharding.prefill_context_parallel_size
         stream, unpack = self.weights(num_prompts * new)
         return float(compute), float(self.chunks(num_prompts * new) * (stream + unpack))
 

@@ -284,7 +284,7 @@ def _decode_parts(
     parts = {
         "weights": weights,
         "compute": compute,
-        "kv": stream + roofline.states(batch_size),
+        "kv": stream + roofline.states(batch_size) + roofline.copies(method, batch_size, num_tokens),
         "dequantize": widen + unpack,
         "overhead": roofline.overhead(method) + roofline.wide(batch_size) + roofline.sequences(batch_size),
         "communication": roofline.communication(batch_size),
@@ -303,7 +303,7 @@ def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: in
     launches = fixed.engine_prompt_seconds.get(roofline.engine)
     overhead = fixed.prefill_seconds + chunks * roofline.block_seconds
     if launches is not None:  # one forward of the model, launched while the card works; no server before it
-        overhead = max(0.0, launches * roofline.model.num_blocks - max(compute, stream))
+        overhead = max(0.0, launches * roofline.table_share * roofline.model.num_blocks - max(compute, stream))
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),

@@ -3,7 +3,7 @@
 The engine's (``kvruntime bench engine``): its weights stream at ``weight_efficiency`` while its lanes multiply what
 comes (``weight_ops``), a layer takes ``engine_layer_seconds`` besides, and above ``engine_wide``'s rows the products
 are other kernels, in more launches: ``layer_seconds`` a layer and ``row_seconds`` a layer and row more.  Those of stock
-``generate()`` with this project's cache (``kvruntime bench generate``) take so much a layer and a step.
+``generate()`` (``kvruntime bench generate``) are in :mod:`validation.latency.generated_steps`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from validation.latency.held_out import errors
 from validation.latency.own import kernels, recorded_attention
 
 RESULTS = Path(__file__).parents[1] / "results"
-ENGINE, GENERATE = "kvruntime", "kvruntime:generate"
+ENGINE = "kvruntime"
 START = {"weight_efficiency": 0.9, "weight_ops": 12.0, "layer": 7.9e-6, "wide": 4e-6, "row": 1.2e-7}
 BEST_EFFICIENCY = 0.95
 """No stream reaches more of a stated bandwidth: cards read 0.91 to 0.93 of it."""
@@ -54,18 +54,15 @@ class RecordedStep:
 
 
 def load(folder: Path = RESULTS) -> list[RecordedStep]:
-    """The steps of this project's engine, and of ``generate()`` with its cache; other libraries' are left out."""
+    """The steps of this project's engine; other libraries' are left out."""
     steps = []
-    for kind, runtime in (("engine", ENGINE), ("generate", GENERATE)):
-        for path in sorted((folder / kind).glob("*.json")):
-            file = read_json(path, "record")
-            card = find_hardware(file["device"]["name"])
-            for row in file["rows"]:
-                known = row["kind"] in ("step", "generate") and row.get("package") == "kvruntime"
-                compiled = row["kind"] == "generate" and row["runs"]
-                if known and not compiled and "seconds_per_step" in row:
-                    about = runtime, card, load_model(row["model"]), method_named(row["method"])
-                    steps.append(RecordedStep(*about, row["batch_size"], row["num_tokens"], row["seconds_per_step"][0]))
+    for path in sorted((folder / "engine").glob("*.json")):
+        file = read_json(path, "record")
+        card = find_hardware(file["device"]["name"])
+        for row in file["rows"]:
+            if row["kind"] == "step" and row.get("package") == "kvruntime" and "seconds_per_step" in row:
+                about = ENGINE, card, load_model(row["model"]), method_named(row["method"])
+                steps.append(RecordedStep(*about, row["batch_size"], row["num_tokens"], row["seconds_per_step"][0]))
     return steps
 
 
@@ -101,42 +98,16 @@ def with_engine(fixed: Constants, found: dict[str, float]) -> Constants:
     )
 
 
-def fit_generated(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
-    """What a layer and a step take under ``generate()`` with this project's cache."""
-    own = [step for step in steps if step.runtime == GENERATE]
-    if not own:
-        return fixed
-    free = with_generate(fixed, 0.0, 0.0)
-    left = np.array([[step.model.num_blocks / step.seconds, 1 / step.seconds] for step in own])
-    right = np.array([1 - sum(step.parts(free).values()) / step.seconds for step in own])
-    one_model = len({step.model.num_blocks for step in own}) == 1
-    found = np.linalg.lstsq(left[:, :1] if one_model else left, right)[0]
-    layer, step_ = float(f"{max(0.0, found[0]):.4g}"), 0.0 if one_model else float(f"{max(0.0, found[1]):.4g}")
-    return with_generate(fixed, layer, step_)
-
-
-def with_generate(fixed: Constants, layer: float, step: float) -> Constants:
-    return replace(
-        fixed,
-        engine_layer_seconds={**fixed.engine_layer_seconds, GENERATE: layer},
-        engine_step_seconds={**fixed.engine_step_seconds, GENERATE: step},
-    )
-
-
 def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str, Any]]:
     """The fits, and their errors: in sample, by rows, and of each card's constants on every other card's steps."""
-    steps = load(folder)
-    fitted = fit_generated(steps, fit(steps, fixed))
-    engine = [step for step in steps if step.runtime == ENGINE]
-    generated = [step for step in steps if step.runtime == GENERATE]
+    engine = load(folder)
+    fitted = fit(engine, fixed)
     found = {}
     for card in dict.fromkeys(step.card.id for step in engine):
         own = [step for step in engine if step.card.id == card]
         found[f"engine, {card}, few rows"] = of([step for step in own if step.batch_size == 1], fitted)
         found[f"engine, {card}, many rows"] = of([step for step in own if step.batch_size > 1], fitted)
     found["engine, all"] = of(engine, fitted)
-    if generated:
-        found["generate(), all"] = of(generated, fitted)
     return fitted, found | carried(engine, fixed)
 
 

@@ -22,7 +22,7 @@ from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.constants import Constants, constants
 from kvsim.output.tables import compact, plain
 from validation.latency import attention as attention_time
-from validation.latency import engine_steps, own, serving
+from validation.latency import engine_steps, generated_steps, own, prompts, serving
 from validation.latency.held_out import digest
 
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "measured"
@@ -54,7 +54,7 @@ def study(decode: Sequence[Path] = DECODE, attention: Path = ATTENTION) -> tuple
         there.append(attention)
     fixed, more["loads"] = serving.study([path for path in there if path != attention], fixed)
     fixed = shortened(fixed)
-    fixed, more["steps"] = engine_steps.study(fixed)
+    fixed, more["steps"] = steps_study(fixed)
     return fixed, found | more | {"sha256": {path.name: digest(path) for path in there}}
 
 
@@ -65,8 +65,16 @@ def own_study() -> tuple[Constants, dict[str, Any]]:
     fixed = shortened(own.kernels(rows, fixed))
     attention = found["attention"]["recorded"] | own.judged(rows, fixed)
     found["attention"] = found["attention"] | {"recorded": attention, "carried": own.carried(rows, fixed)}
-    fixed, found["steps"] = engine_steps.study(fixed)
+    fixed, found["steps"] = steps_study(fixed)
     return fixed, found
+
+
+def steps_study(fixed: Constants) -> tuple[Constants, dict[str, Any]]:
+    """The recorded steps of this project's engine, and of stock ``generate()`` in all of its ways, and prompts."""
+    fixed, engine = engine_steps.study(fixed)
+    fixed, generated = generated_steps.study(fixed)
+    fixed, read = prompts.study(fixed)
+    return fixed, engine | generated | read
 
 
 def tried(decode: Sequence[Path], attention: Path | None) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def table_of(fixed: Constants) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(CONSTANTS.read_text(encoding="utf-8"))
     for name in fitted_names():
         table["constants"][name] = {"value": getattr(fixed, name), "source": FITTED_ON}
-    for name in ("engine_layer_seconds", "engine_step_seconds", "engine_wide", "overlapped"):
+    for name in BY_ENGINE:
         table["constants"][name]["value"] = dict(getattr(fixed, name))
     for name in ("decode_band", "parallel_band", "prefill_band"):
         source = f"what {serving.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
@@ -122,6 +130,13 @@ def table_of(fixed: Constants) -> dict[str, Any]:
     table["curve"] = {"value": asdict(fixed.curve), "source": attention_time.FITTED_ON}
     table["kernels"] = {name: asdict(kernel) for name, kernel in fixed.kernels.items()}
     return table
+
+
+BY_ENGINE = (
+    *("engine_layer_seconds", "engine_step_seconds", "engine_table_share", "engine_wide", "overlapped"),
+    *("engine_prompt_seconds", "engine_prompt_passes"),
+)
+"""The constants by engine that are fitted on this project's own records."""
 
 
 def record(fixed: Constants, found: dict[str, Any]) -> list[Path]:
@@ -199,9 +214,9 @@ def attention_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def step_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and body: whole steps that were recorded of this project, in sample and from one card to another."""
+    """Head and body: whole steps that were recorded, in sample and from one card to another."""
     body = [_line(name, each) for name, each in found["steps"].items()]
-    return ["steps of this project, in sample and carried", "rows", "mean", "median", "bias", "worst"], body
+    return ["recorded steps, in sample and carried", "rows", "mean", "median", "bias", "worst"], body
 
 
 def bands(found: dict[str, Any]) -> str:

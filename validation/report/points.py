@@ -7,7 +7,7 @@ A *claim* is a kind of prediction: bytes, attention, whole steps.  Points are ma
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from kvsim.finite_json import read_json
 from kvsim.hardware import Hardware, find_hardware
 from kvsim.latency.constants import Constants
-from kvsim.latency.profile import HOST_LAUNCHED, Profile, load_profile
+from kvsim.latency.profile import Profile, load_profile
 from kvsim.latency.roofline import Roofline, Serving
 from kvsim.latency.steps import decode_step, prefill
 from kvsim.layout import Method
@@ -28,6 +28,7 @@ from kvsim.models.model import Model
 from validation.claims import compare, phases
 from validation.claims.predict import measured_trace, predict, predicted_trace
 from validation.claims.subjects import rebuild_method
+from validation.latency.ways import COMPILED, ENGINE, GENERATE, NEW, SEEN, STATIC, prompt_way, ways
 from validation.recorded import FOLDER
 
 Row = dict[str, Any]
@@ -83,10 +84,17 @@ class Left(NamedTuple):
 
 @dataclass
 class Collection:
-    """Points and what was left out of the files read."""
+    """Points, how many rows they were made of, and what was left out of the files read."""
 
     points: list[Point] = field(default_factory=list)
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
+    rows: int = 0
+
+    def take(self, made: Iterable[Point]) -> None:
+        """The points of one row, which is no row of theirs where it gave none."""
+        own = list(made)
+        self.points += own
+        self.rows += bool(own)
 
     def leave(self, what: str, reason: str) -> None:
         self.left[what, reason] += 1
@@ -145,7 +153,7 @@ def _bytes(file: dict[str, Any], name: str, found: Collection, _: dict[str, Prof
                 pairs = [(worst[0][1], worst[1][1])]
         measured, predicted = pairs[0]
         factors["what"] = compare.claim(row)
-        found.points.append(Point(_weighed(row), float(predicted or 0), float(measured), factors, name))
+        found.take([Point(_weighed(row), float(predicted or 0), float(measured), factors, name)])
 
 
 def _weighed(row: Row) -> str:
@@ -160,14 +168,11 @@ def _weighed(row: Row) -> str:
 def _limits(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
     """Rows of ``validation reliability``: the figures of those that have any."""
     for row in file["rows"]:
-        if not row.get("figures"):
-            found.leave(f"{row['run']} ({row['device']})", "a promise that held or did not, without a figure")
-        for figure in row.get("figures", ()):
-            read = FIGURES[row["run"]]
-            if "/" in figure["model"]:
-                found.leave(f"{row['run']} ({row['device']})", "of a model that was made for the run")
-            else:
-                found.points.append(read(figure, row["device"], f"reliability/{name}"))
+        figures = [each for each in row.get("figures", ()) if "/" not in each["model"]]
+        if not figures:
+            why = "of a model that was made for the run" if row.get("figures") else "a promise, without a figure"
+            found.leave(f"{row['run']} ({row['device']})", why)
+        found.take(FIGURES[row["run"]](each, row["device"], f"reliability/{name}") for each in figures)
 
 
 def _phase(figure: Row, device: str, source: str) -> Point:
@@ -219,8 +224,7 @@ def _bench(file: dict[str, Any], name: str, found: Collection, calibrated: dict[
             found.leave(f"{kind} ({device})", "kvsim hardware has no such card")
             continue
         source = f"{file_kind(file, name)}/{name}"
-        for point in read(row, card, source, found, calibrated.get(device)):
-            found.points.append(point)
+        found.take(read(row, card, source, found, calibrated.get(device)))
 
 
 def file_kind(file: dict[str, Any], name: str) -> str:
@@ -283,33 +287,44 @@ def _step(row: Row, card: Hardware, source: str, found: Collection, profile: Pro
     method = _method(row, found)
     if method is None:
         return
-    yield from _timed("engine", "kvruntime", method, row, card, source, profile)
+    yield from _timed("engine", ENGINE, method, row, tuple(row["seconds_per_step"]), card, source, profile)
+
+
+CLAIM_OF = {
+    GENERATE: "generate",
+    COMPILED: "generate, compiled",
+    SEEN: "stock generate",
+    NEW: "stock generate, new lengths",
+    STATIC: "stock generate, compiled",
+}
 
 
 def _generated(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
-    """A step of stock ``generate()``."""
-    runtimes = {"kvruntime": "kvruntime:generate", "transformers": "transformers"}
-    if row.get("runs") or row["method"].startswith("transformers-static"):
-        found.leave("generate, compiled", "no constants of a compiled step were fitted")
+    """Steps of stock ``generate()`` in each way that the row timed, and its prompt."""
+    timed = ways(row)
+    method = method_named("bf16") if row["package"] == "transformers" else _method(row, found) if timed else None
+    if not timed or method is None:
+        found.leave(f"generate of {row['package']}", "another library's cache, or a method of another name")
         return
-    runtime = runtimes.get(row["package"])
-    if runtime is None:
-        found.leave(f"generate of {row['package']}", "another library's cache")
-        return
-    method = method_named("bf16") if runtime == "transformers" else _method(row, found)
-    if method is None:
-        return
-    claim = "generate" if runtime == "kvruntime:generate" else "stock generate"
-    yield from _timed(claim, runtime, method, row, card, source, profile)
+    for runtime, seconds in timed:
+        yield from _timed(CLAIM_OF[runtime], runtime, method, row, seconds, card, source, profile)
+    yield from _prefill(row, card, source, found, profile)
 
 
 def _timed(
-    claim: str, runtime: str, method: Method, row: Row, card: Hardware, source: str, profile: Profile | None
+    claim: str,
+    runtime: str,
+    method: Method,
+    row: Row,
+    seconds: tuple[float, float, float],
+    card: Hardware,
+    source: str,
+    profile: Profile | None,
 ) -> Iterator[Point]:
     load = (_model(row["model"]), method, card, row["batch_size"], row["num_tokens"])
-    median, low, high = row["seconds_per_step"]
+    median, low, high = seconds
     for name, fixed in ((claim, None), (f"{claim}, calibrated", constants_of(profile, runtime, card))):
-        if name == claim or (fixed is not None and runtime not in HOST_LAUNCHED):  # whose host was another's
+        if name == claim or fixed is not None:
             step = decode_step(*load, Serving(engine=runtime, profile=fixed))
             yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
 
@@ -320,10 +335,12 @@ def constants_of(profile: Profile | None, runtime: str, card: Hardware) -> Const
 
 
 def _prefill(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
-    """The time to the first token."""
-    step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine="kvruntime"))
-    median, low, high = row["seconds"]
-    yield Point("first token", step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
+    """The time to the first token: of a prompt that the card bounds, or the host that launches its kernels."""
+    runtime, (median, low, high) = prompt_way(row)
+    if runtime:
+        step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine=runtime))
+        claim = "short prompts" if step.parts["overhead"] else "first token"
+        yield Point(claim, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
 
 
 def _largest(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:

@@ -190,7 +190,8 @@ def measure(clock: Clock, model: Any, one: Contender, size: tuple[int, int], rep
 
     ``first_call_seconds``: ``SHORT`` tokens in a process that has not run this cache at this size, so compiling and
     capturing are in it.  ``seconds_per_step``: from the token ``SHORT`` to the token ``LONG`` of one call, ``[median,
-    min, max]`` of the calls.  ``peak_nbytes``: what PyTorch's allocator held at the most, the weights included.
+    min, max]`` of the calls; ``calls``: each of them, the first of which has lengths that are new to the process.
+    ``peak_nbytes``: what PyTorch's allocator held at the most, the weights included.
     """
     import torch
 
@@ -217,6 +218,7 @@ def measure(clock: Clock, model: Any, one: Contender, size: tuple[int, int], rep
         "first_call_seconds": first,
         "first_token_seconds": [median(starts), min(starts), max(starts)],
         "seconds_per_step": [median(steps), min(steps), max(steps)],
+        "calls": list(steps),
         "tokens_per_second": size[0] / median(steps),
         **kernel,
     }

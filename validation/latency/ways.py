@@ -1,0 +1,55 @@
+"""Which runtime a recorded row of a benchmark timed, by the names of kvsim's constants of time.
+
+| runtime | what it is |
+| --- | --- |
+| ``kvruntime`` | :class:`kvruntime.engine.Engine` |
+| ``kvruntime:generate`` | stock ``generate()``, this project's cache as it comes: a CUDA graph of the model's step |
+| ``kvruntime:compiled`` | the same cache, compiled |
+| ``transformers`` | the dynamic cache, at lengths that the process has seen: the host launches every kernel |
+| ``transformers:new`` | the same at lengths that are new to it: PyTorch plans its attention at every step besides |
+| ``transformers:static`` | the static cache, compiled |
+
+A row of the dynamic cache is two: its first call has only new lengths, the others only seen ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+ENGINE, GENERATE, COMPILED = "kvruntime", "kvruntime:generate", "kvruntime:compiled"
+SEEN, NEW, STATIC = "transformers", "transformers:new", "transformers:static"
+
+
+class Way(NamedTuple):
+    """``seconds`` under a runtime, ``(median, least, most)``."""
+
+    runtime: str
+    seconds: tuple[float, float, float]
+
+
+def ways(row: Mapping[str, Any]) -> list[Way]:
+    """What a row of ``bench generate`` timed steps of; nothing of another library's cache."""
+    middle, low, high = row["seconds_per_step"]
+    package, compiled = row["package"], bool(row.get("runs"))
+    if package == "kvruntime":
+        return [Way(COMPILED if compiled else GENERATE, (middle, low, high))]
+    if package != "transformers":
+        return []
+    if compiled:
+        return [Way(STATIC, (middle, low, high))]
+    first, *others = row.get("calls") or ([high] if row["repeats"] == 1 else [high, low])
+    found = [Way(NEW, (first, first, first))]
+    return found + ([Way(SEEN, (median(others), min(others), max(others)))] if others else [])
+
+
+def prompt_way(row: Mapping[str, Any]) -> Way:
+    """Whose prompt a row timed: no runtime where it is another library's, or no prompt."""
+    none = Way("", (0.0, 0.0, 0.0))
+    if row["kind"] == "prefill" and "seconds" in row:
+        return Way(ENGINE, tuple(row["seconds"]))
+    if row["kind"] != "generate" or "first_token_seconds" not in row:
+        return none
+    found = ways(row)
+    return Way(found[-1].runtime, tuple(row["first_token_seconds"])) if found else none
