@@ -12,7 +12,8 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from validation import cli  # noqa: E402
-from validation.reliability import memory, processes, record, runs, subjects  # noqa: E402
+from validation.reliability import memory, phases, processes, record, runs, subjects  # noqa: E402
+from validation.reliability.findings import Broken, Findings  # noqa: E402
 from validation.run import parts  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -20,10 +21,12 @@ SMALL = subjects.CI._replace(decoded=24, sequences=14, calls=5)
 
 
 def test_a_run_is_a_row_and_a_failure_another(tmp_path, monkeypatch, capsys) -> None:
-    def fails(*_: Any) -> str:
-        raise runs.Broken("nothing\nholds")
+    figures = [{"model": "gpt2", "measured": 1}]
 
-    monkeypatch.setattr(record, "RUNS", {"one": lambda *_: "found", "two": fails})
+    def fails(*_: Any) -> Findings:
+        raise Broken("nothing\nholds", figures)
+
+    monkeypatch.setattr(record, "RUNS", {"one": lambda *_: Findings("found"), "two": fails})
     out = tmp_path / "r.json"
     assert cli.run(["reliability", "--device", "cpu", "--out", str(out)]) == 1
     said = capsys.readouterr().out
@@ -35,47 +38,57 @@ def test_a_run_is_a_row_and_a_failure_another(tmp_path, monkeypatch, capsys) -> 
         ("one", True, "quick"),
         ("two", False, "quick"),
     ]
+    assert [row.get("figures") for row in file["rows"]] == [None, figures]
+    more = ["--run", "one", "--layout", "int8", "--out", str(out)]
+    assert cli.run(["reliability", "--device", "cpu", *more]) == 0  # a row of its own
+    assert len(json.loads(out.read_text(encoding="utf-8"))["rows"]) == 3
+    capsys.readouterr()
     assert cli.run(["reliability", "--run", "three"]) == 2
     assert "unknown run 'three': allowed are one, two" in capsys.readouterr().err
 
 
 def test_tokens_are_decoded_without_drift() -> None:
-    said = runs.decoded(CPU, SMALL)
+    said = runs.decoded(CPU, SMALL).said
     assert "24 tokens a row" in said
     assert "B exact" in said
 
 
 def test_calls_in_any_order_agree_with_the_oracle() -> None:
-    assert runs.fuzzed(CPU, SMALL).startswith("14 sequences")
+    said = runs.fuzzed(CPU, SMALL).said
+    assert "fp16: 2 sequences" in said
+    assert said.count(" sequences, ") == len(subjects.every_layout())
+    with pytest.raises(LookupError, match="unknown layout 'int7': allowed are fp16, "):
+        runs.fuzzed(CPU, SMALL._replace(layouts=("int7",)))
 
 
 def test_nan_stays_in_its_row(monkeypatch) -> None:
-    monkeypatch.setattr(subjects, "every_layout", lambda: subjects.layouts(CPU))
-    assert "as without it" in runs.beside_nan(CPU, SMALL)
+    monkeypatch.setattr(subjects, "every_layout", lambda scale: subjects.layouts(CPU, scale))
+    assert "as without it" in runs.beside_nan(CPU, SMALL).said
 
 
 def test_memory_that_ends_is_said_and_survived() -> None:
-    assert "tokens would have fitted" in runs.out_of_memory(CPU, SMALL)
+    assert "tokens would have fitted" in runs.out_of_memory(CPU, SMALL).said
 
 
 def test_what_fits_fits() -> None:
-    assert "do not" in memory.fits(CPU, SMALL)
+    assert "do not" in memory.fits(CPU, SMALL).said
 
 
-def test_memory_by_phase(monkeypatch) -> None:
-    monkeypatch.setattr(subjects, "layouts", lambda device: real(device)[1:2])
-    assert "worst" in memory.phases(CPU, SMALL)
-
-
-real = subjects.layouts
+def test_memory_by_phase() -> None:
+    """Every figure has the fields that its prediction is made from."""
+    own = SMALL._replace(layouts=("kivi-2bit-g32-r64",))
+    found = phases.phases(CPU, own)
+    assert "worst" in found.said
+    assert {each["phase"] for each in found.figures} == {"load", "prefill", "decode", "reuse", "beams", "growth"}
+    assert not {"predicted", "error"} & set(found.figures[0])
 
 
 def test_a_killed_benchmark_goes_on() -> None:
-    assert "which --resume kept" in processes.killed(CPU, SMALL)
+    assert "which --resume kept" in processes.killed(CPU, SMALL).said
 
 
 def test_two_processes_answer_as_one(monkeypatch) -> None:
-    assert "the same tokens and bytes" in processes.together(CPU, SMALL)
+    assert "the same tokens and bytes" in processes.together(CPU, SMALL).said
 
 
 def test_a_layer_that_forgets_a_token_is_found(monkeypatch) -> None:
@@ -86,7 +99,7 @@ def test_a_layer_that_forgets_a_token_is_found(monkeypatch) -> None:
         stored(self, key, value if key.shape[2] > 1 else value.flip(1), counts, **more)
 
     monkeypatch.setattr(KiviLayer, "_store", wrong)
-    with pytest.raises(runs.Broken, match="attention is off"):
+    with pytest.raises(Broken, match=r"attention is off.*int8: \d sequences"):  # the others go on
         runs.fuzzed(CPU, SMALL)
 
 
@@ -98,7 +111,7 @@ def test_neighbours_of_nan_that_change_are_found(monkeypatch) -> None:
         return out + out.sum() * 0 if out.isnan().any() else out
 
     monkeypatch.setattr(KiviLayer, "attend", leaks)
-    with pytest.raises(runs.Broken, match="changes its neighbours"):
+    with pytest.raises(Broken, match="changes its neighbours"):
         runs.beside_nan(CPU, SMALL)
 
 

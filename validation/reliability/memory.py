@@ -18,7 +18,7 @@ from kvsim.models.load import load_config, load_model
 from validation.claims.phases import planned
 from validation.claims.subjects import describe_method
 from validation.reliability import subjects
-from validation.reliability.found import Broken, Found, each
+from validation.reliability.findings import Broken, Findings, each
 from validation.reliability.phases import phases
 from validation.reliability.subjects import Scale
 
@@ -26,7 +26,7 @@ MORE = 1.03
 NAME, LONG = "llama-3.2-1b", 32768
 
 
-def fits(device: torch.device, scale: Scale) -> Found:
+def fits(device: torch.device, scale: Scale) -> Findings:
     """The largest batch that kvsim says fits, at 32k tokens of Llama-3.2-1B's shape: it is allocated, and steps; 3 %
     more is refused.  On a CPU the same arithmetic within a budget of bytes, and the buffers allocated."""
     if device.type != "cuda":
@@ -35,7 +35,7 @@ def fits(device: torch.device, scale: Scale) -> Found:
     return each(subjects.layouts(device, scale), lambda method: _fits(model, method, device))
 
 
-def _fits(model: Any, method: Method, device: torch.device) -> Found:
+def _fits(model: Any, method: Method, device: torch.device) -> Findings:
     shape = load_model(NAME)
     batch = planned(shape, torch.cuda.get_device_name(device), method, LONG)
     more = int(batch * MORE) + 1
@@ -52,7 +52,7 @@ def _fits(model: Any, method: Method, device: torch.device) -> Found:
         raise Broken(f"{batch} rows fit by prediction, and {more} fit too")
     figure = {"model": NAME, "method": describe_method(method), "num_tokens": LONG, "rows": batch, "refused": more}
     told = f"{batch:,} rows of {LONG:,} tokens fit and step ({predicted:,} B), {more:,} do not"
-    return Found(told, [figure])
+    return Findings(told, [figure])
 
 
 def _stepped(model: Any, method: Method, batch: int) -> Engine:
@@ -79,7 +79,7 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def _fits_budget(method: Method, device: torch.device) -> Found:
+def _fits_budget(method: Method, device: torch.device) -> Findings:
     shape, budget = load_model("gpt2"), 24 << 20
     batch = max_batch(shape, method, 128, budget) or 0
     for count, within in ((batch, True), (int(batch * MORE) + 1, False)):
@@ -89,7 +89,7 @@ def _fits_budget(method: Method, device: torch.device) -> Found:
             nbytes(method.buffers(layer, count, 128)) for layer in shape.cache_layers
         ):
             raise Broken(f"{count} rows hold {held:,} B of {budget:,}")
-    return Found(f"{batch} rows fit {budget >> 20} MiB, {int(batch * MORE) + 1} do not")
+    return Findings(f"{batch} rows fit {budget >> 20} MiB, {int(batch * MORE) + 1} do not")
 
 
-RUNS: dict[str, Callable[[torch.device, Scale], Found]] = {"memory by phase": phases, "the largest batch": fits}
+RUNS: dict[str, Callable[[torch.device, Scale], Findings]] = {"memory by phase": phases, "the largest batch": fits}

@@ -26,7 +26,7 @@ from validation.claims.phases import GROW, Figure, own, predicted
 from validation.claims.subjects import describe_method, rebuild_method
 from validation.claims.transients import predicts
 from validation.reliability import subjects
-from validation.reliability.found import Broken, Found
+from validation.reliability.findings import Broken, Findings
 from validation.reliability.subjects import Scale
 from validation.scales.allocator import Allocator
 
@@ -42,7 +42,7 @@ BEAMS = [0, 0, 1]
 """The row that each of three goes on from."""
 
 
-def phases(device: torch.device, scale: Scale) -> Found:
+def phases(device: torch.device, scale: Scale) -> Findings:
     """Current and peak bytes of the allocator while a model is loaded, a prompt is read whole and in chunks, tokens
     are decoded (on a GPU by a CUDA graph), the cache is used again, reorders beams, and grows; each within a hundredth
     of weights, buffers, the transients of the claims, and what a graph holds."""
@@ -53,7 +53,7 @@ def phases(device: torch.device, scale: Scale) -> Found:
         for name, prompt in names.items():
             if scale.models and name not in scale.models:
                 continue
-            with Weighing(name, prompt, device) as weighing:
+            with ModelPhases(name, prompt, device) as weighing:
                 weighing.load()
                 for method in subjects.layouts(device, scale):
                     if predicts(method, device.type):
@@ -70,7 +70,7 @@ def phases(device: torch.device, scale: Scale) -> Found:
             for each in wrong
         )
         raise Broken(f"{len(wrong)} of {len(figures)} figures: {told}", measured(figures))
-    return Found("; ".join(said), measured(figures))
+    return Findings("; ".join(said), measured(figures))
 
 
 def measured(figures: Sequence[Figure]) -> list[Figure]:
@@ -83,7 +83,7 @@ def bar(figure: Figure) -> float:
     return EXACT if figure["device"] == "cpu" and figure["what"] == "now" else BAR[figure["device"]]
 
 
-class Weighing:
+class ModelPhases:
     """One model on a device, and the figures that were taken of it."""
 
     def __init__(self, name: str, prompt: int, device: torch.device) -> None:
@@ -97,7 +97,7 @@ class Weighing:
         self.model: Any = None
         self.held = Allocator(device)
 
-    def __enter__(self) -> Weighing:
+    def __enter__(self) -> ModelPhases:
         if self.cuda:
             self._first_product()
         self.held.__enter__()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from validation.reliability import subjects
-from validation.reliability.found import Broken, Found
+from validation.reliability.findings import Broken, Findings
 from validation.reliability.subjects import Scale
 
 PATIENCE = 300.0
@@ -24,7 +24,7 @@ PATIENCE = 300.0
 ROOT = Path(__file__).parents[2]
 
 
-def killed(device: torch.device, scale: Scale) -> Found:
+def killed(device: torch.device, scale: Scale) -> Findings:
     """A benchmark is killed once its file holds a row; ``--resume`` keeps what was there and does the rest."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
@@ -54,7 +54,7 @@ def killed(device: torch.device, scale: Scale) -> Found:
         others = [name for name in others if not name.endswith(".lock")]
         if others:
             raise Broken(f"left beside the file: {', '.join(others)}")
-        return Found(f"killed with {before} of {len(rows)} rows in the file, which --resume kept, and did the rest")
+        return Findings(f"killed with {before} of {len(rows)} rows in the file, which --resume kept, and did the rest")
 
 
 def _benchmark(device: torch.device, scale: Scale, folder: Path, out: Path) -> list[str]:
@@ -98,7 +98,7 @@ def _wait_for_rows(process: subprocess.Popen[Any], out: Path) -> int:
     raise Broken(f"no row after {PATIENCE:.0f} s")
 
 
-def together(device: torch.device, scale: Scale) -> Found:
+def together(device: torch.device, scale: Scale) -> Findings:
     """Two processes decode on one device at once, and answer as one alone does, to the token and the byte."""
     tokens = max(24, min(400, scale.decoded // 100))
     command = [sys.executable, "-m", "validation.reliability.answer", "--device", str(device), "--tokens", f"{tokens}"]
@@ -124,7 +124,7 @@ def together(device: torch.device, scale: Scale) -> Found:
             raise Broken(f"a process ended with {process.returncode}: {error.strip().splitlines()[-1:]}")
         if found.split() != " ".join(want).split():
             raise Broken(f"a process answered {_differing(found.splitlines(), want)} otherwise than this one")
-    return Found(f"3 processes, {len(want)} layouts, {3 * tokens} tokens each: the same tokens and bytes")
+    return Findings(f"3 processes, {len(want)} layouts, {3 * tokens} tokens each: the same tokens and bytes")
 
 
 def _differing(found: Sequence[str], want: Sequence[str]) -> str:

@@ -12,13 +12,13 @@ import torch
 from kvruntime.bench.harness.store import Store, rows_as_lines
 from validation.recorded import FOLDER, circumstances, slug
 from validation.reliability import memory, processes, runs, subjects
-from validation.reliability.found import Found
+from validation.reliability.findings import Findings
 from validation.reliability.subjects import Scale
 
 SCHEMA = "validation.reliability/1"
 KEY = ("run", "device", "size", "of")
 
-RUNS: dict[str, Callable[[torch.device, Scale], Found]] = {
+RUNS: dict[str, Callable[[torch.device, Scale], Findings]] = {
     **runs.RUNS,
     "a killed benchmark": processes.killed,
     "two processes": processes.together,

@@ -21,7 +21,7 @@ from kvruntime.methods import Layer, make_layer, room_of
 from kvruntime.methods.rows import free_nbytes
 from kvsim.layout import LayerShape, Method, nbytes, shared_buffers
 from validation.reliability import subjects
-from validation.reliability.found import Broken, Found, each
+from validation.reliability.findings import Broken, Findings, each
 from validation.reliability.subjects import Scale
 
 DRIFT = {"cpu": 1e-4, "cuda": 2e-2}
@@ -30,7 +30,7 @@ ATTENTION = {"cpu": 5e-4, "cuda": 1e-2}
 """Of attention: an exact token that is rotated before it is stored may round to the neighbouring number of 16 bits."""
 
 
-def decoded(device: torch.device, scale: Scale) -> Found:
+def decoded(device: torch.device, scale: Scale) -> Findings:
     """Two rows decode ``scale.decoded`` tokens each with every layout.
 
     Held: the cache's bytes at the end, to the byte; the engine's logits at about a hundredth, a tenth and the end of
@@ -41,7 +41,7 @@ def decoded(device: torch.device, scale: Scale) -> Found:
     return each(subjects.layouts(device, scale), lambda method: _decoded(model, method, device, scale))
 
 
-def _decoded(model: Any, method: Method, device: torch.device, scale: Scale) -> Found:
+def _decoded(model: Any, method: Method, device: torch.device, scale: Scale) -> Findings:
     engine = Engine(model, method, batch_size=2, max_seq_len=scale.decoded + 32)
     generator = torch.Generator().manual_seed(0)
     engine.prefill(torch.randint(1, 512, (2, 16), generator=generator))
@@ -64,7 +64,7 @@ def _decoded(model: Any, method: Method, device: torch.device, scale: Scale) -> 
     if max(errors) > DRIFT[device.type]:
         raise Broken(f"logits are off by {', '.join(f'{e:.1e}' for e in errors)} at {stops}")
     told = " ".join(f"{e:.0e}" for e in errors)
-    return Found(f"{done:,} tokens a row, {predicted:,} B exact, logits off by {told}")
+    return Findings(f"{done:,} tokens a row, {predicted:,} B exact, logits off by {told}")
 
 
 @torch.inference_mode()
@@ -101,7 +101,7 @@ def _as_stored(held: list[Any]) -> Any:
     return stock
 
 
-def out_of_memory(device: torch.device, scale: Scale) -> Found:
+def out_of_memory(device: torch.device, scale: Scale) -> Findings:
     """Memory ends in a prompt and while a cache grows: one line that says what would have fitted, that much does fit,
     and after ``reset()`` the cache answers as a new one.  On a GPU: memory is held until little is left."""
     cuda = device.type == "cuda"
@@ -110,7 +110,7 @@ def out_of_memory(device: torch.device, scale: Scale) -> Found:
     return each(subjects.layouts(device, scale), lambda method: work(model, method, device))
 
 
-def _out_of_memory(model: Any, method: Method, device: torch.device) -> Found:
+def _out_of_memory(model: Any, method: Method, device: torch.device) -> Findings:
     short = torch.randint(1, 512, (4, 40), generator=torch.Generator().manual_seed(1)).to(device)
     want = _answer(model, make_cache(model, method), short)
     cache = make_cache(model, method)
@@ -128,10 +128,10 @@ def _out_of_memory(model: Any, method: Method, device: torch.device) -> Found:
     cache.reset()
     if not torch.equal(_answer(model, cache, short), want):
         raise Broken("after reset() the cache answers otherwise than a new one")
-    return Found(f"{fits:,} tokens would have fitted; growth ended with: {grown[:70]}...")
+    return Findings(f"{fits:,} tokens would have fitted; growth ended with: {grown[:70]}...")
 
 
-def _out_of_pretended_memory(model: Any, method: Method, device: torch.device) -> Found:
+def _out_of_pretended_memory(model: Any, method: Method, device: torch.device) -> Findings:
     """The same where no memory can be taken away: allocations fail as PyTorch's would."""
     from kvruntime.methods import rows
 
@@ -147,7 +147,7 @@ def _out_of_pretended_memory(model: Any, method: Method, device: torch.device) -
     cache.reset()
     if not torch.equal(_answer(model, cache, short), want):
         raise Broken("after reset() the cache answers otherwise than a new one")
-    return Found(f"{_fits(message):,} tokens would have fitted")
+    return Findings(f"{_fits(message):,} tokens would have fitted")
 
 
 def _provide(cache: Any, num_tokens: int) -> None:
@@ -203,13 +203,13 @@ def _answer(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return out
 
 
-def beside_nan(device: torch.device, scale: Scale) -> Found:
+def beside_nan(device: torch.device, scale: Scale) -> Findings:
     """A row whose keys and values are NaN from the first token, or from the middle on: the others' attention stays
     bit for bit what it is without, prompts and single tokens, with every layout of every room."""
     return each(subjects.every_layout(scale), lambda method: _beside_nan(method, device, scale))
 
 
-def _beside_nan(method: Method, device: torch.device, scale: Scale) -> Found:
+def _beside_nan(method: Method, device: torch.device, scale: Scale) -> Findings:
     count = 0
     for start in scale.nan_starts:
         clean, dirty = (_outputs(method, device, nan_from) for nan_from in (None, start))
@@ -219,7 +219,7 @@ def _beside_nan(method: Method, device: torch.device, scale: Scale) -> Found:
             if not one.isfinite().all():
                 raise Broken(f"{(~one.isfinite()).sum()} numbers that are not finite without any NaN")
             count += one.shape[0] - 1
-    return Found(f"{count:,} rows beside one of NaN as without it")
+    return Findings(f"{count:,} rows beside one of NaN as without it")
 
 
 def _outputs(method: Method, device: torch.device, nan_from: int | None) -> list[Tensor]:
@@ -240,7 +240,7 @@ def _outputs(method: Method, device: torch.device, nan_from: int | None) -> list
     return out
 
 
-def fuzzed(device: torch.device, scale: Scale) -> Found:
+def fuzzed(device: torch.device, scale: Scale) -> Findings:
     """Random sequences of calls on layers of every layout: chunks and single tokens of ragged rows, crops, reordered
     rows, reset.  After each call: lengths, tensors and bytes as predicted; attention against float64 over what the
     layer reads back, and that against the room's oracle, which quantizes the exact tokens by other code.
@@ -254,7 +254,7 @@ def fuzzed(device: torch.device, scale: Scale) -> Found:
     return each(subjects.every_layout(scale), lambda method: _fuzzed(method, numbers[method.name], device, scale))
 
 
-def _fuzzed(method: Method, numbers: Sequence[int], device: torch.device, scale: Scale) -> Found:
+def _fuzzed(method: Method, numbers: Sequence[int], device: torch.device, scale: Scale) -> Findings:
     """The sequences of these numbers, each drawn from its own."""
     calls, worst = 0, 0.0
     for number in numbers:
@@ -272,8 +272,9 @@ def _fuzzed(method: Method, numbers: Sequence[int], device: torch.device, scale:
                 worst = max(worst, own.check())
                 calls += 1
         except Exception as error:
-            raise Broken(f"sequence {number}: {own.log}: {type(error).__name__}: {error}") from error
-    return Found(f"{len(numbers):,} sequences, {calls:,} calls, attention off by at most {worst:.0e}")
+            last = ", ".join(own.log[-6:])
+            raise Broken(f"sequence {number}, after {last}: {type(error).__name__}: {error}") from error
+    return Findings(f"{len(numbers):,} sequences, {calls:,} calls, attention off by at most {worst:.0e}")
 
 
 class CallSequence:
@@ -389,7 +390,7 @@ class CallSequence:
         return oracle[0][0].float(), oracle[1][0].float()
 
 
-RUNS: dict[str, Callable[[torch.device, Scale], Found]] = {
+RUNS: dict[str, Callable[[torch.device, Scale], Findings]] = {
     "decoded tokens": decoded,
     "out of memory": out_of_memory,
     "a row of NaN": beside_nan,

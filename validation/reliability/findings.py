@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from kvsim.layout import Method
 
 
-class Found(NamedTuple):
+class Findings(NamedTuple):
     """``said``: in a sentence.  ``figures``: what was measured, each with the fields that a prediction needs."""
 
     said: str
@@ -23,21 +23,23 @@ class Broken(Exception):
         self.figures = figures
 
 
-def each(methods: Iterable[Method], work: Callable[[Method], Found]) -> Found:
+def each(methods: Iterable[Method], work: Callable[[Method], Findings]) -> Findings:
     """``work`` of every layout, put together; one that fails stops none of the others.
 
     Raises ``Broken`` that says of each layout what was found, where one of them failed.
     """
-    said, figures, failed = [], [], 0
+    said: list[str] = []
+    figures: list[dict[str, Any]] = []
+    failed = 0
     for method in methods:
         try:
             found = work(method)
         except Exception as error:  # whatever it is, the promise is not kept
-            found = Found(f"FAILS, {type(error).__name__}: {error}", getattr(error, "figures", ()))
+            found = Findings(f"FAILS, {type(error).__name__}: {error}", getattr(error, "figures", ()))
             failed += 1
         said.append(f"{method.name}: {found.said}")
         figures += found.figures
     told = "; ".join(said)
     if failed:
         raise Broken(told, figures)
-    return Found(told, figures)
+    return Findings(told, figures)
