@@ -70,6 +70,11 @@ SUBJECTS = {
     ),
     "gpt2-large": Subject("gpt2-large", "float16", {1: (512, 1024), 64: (1024,)}),
     "llama-3.2-1b": Subject("llama-3.2-1b", "bfloat16", {1: (2 * K, 32 * K), 8: (8 * K,), 64: (2 * K,)}),
+    "gpt2-medium": Subject("gpt2-medium", "float16", {1: (512, 1024), 16: (1024,)}, prompts=(960,)),
+    "gpt2-xl": Subject("gpt2-xl", "float16", {1: (512, 1024), 32: (1024,)}, prompts=(960,)),
+    "llama-2-7b": Subject(
+        "llama-2-7b", "bfloat16", {1: (1 * K, 4 * K, 16 * K), 4: (4 * K,), 16: (2 * K,)}, (4 * K,), positions=16 * K
+    ),
 }
 DEFAULT = ("gpt2", "llama-3-8b")
 QUICK: dict[str, dict[int, tuple[int, ...]]] = {
@@ -77,6 +82,9 @@ QUICK: dict[str, dict[int, tuple[int, ...]]] = {
     "llama-3-8b": {1: (2 * K, 32 * K)},
     "gpt2-large": {1: (512,)},
     "llama-3.2-1b": {1: (2 * K,)},
+    "gpt2-medium": {1: (512,)},
+    "gpt2-xl": {1: (512,)},
+    "llama-2-7b": {1: (1 * K,)},
 }
 
 

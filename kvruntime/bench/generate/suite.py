@@ -54,6 +54,10 @@ SUBJECTS = {
     "gpt2": Subject("gpt2", "float16", ((1, 512), (8, 512), (64, 512))),
     "gemma-3-4b-it": Subject("gemma-3-4b-it", "bfloat16", ((1, 16 * K), (8, 8 * K))),
     "smollm2-135m": Subject("smollm2-135m", "bfloat16", ((1, 512), (8, 4 * K), (64, 512))),
+    "gpt2-large": Subject("gpt2-large", "float16", ((1, 512), (16, 512))),
+    "qwen3-0.6b": Subject("qwen3-0.6b", "bfloat16", ((1, 1 * K), (16, 2 * K))),
+    "llama-2-7b": Subject("llama-2-7b", "bfloat16", ((1, 2 * K), (8, 2 * K))),
+    "qwen3.5-27b": Subject("qwen3.5-27b", "bfloat16", ((1, 1 * K), (8, 1 * K))),
 }
 DEFAULT = ("llama-3.2-1b", "llama-3-8b")
 
