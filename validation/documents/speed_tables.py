@@ -167,6 +167,9 @@ def generate_cell(name: str, batch_size: int, num_tokens: int, group: Sequence[R
     if row is None:
         return "–"
     best, seconds = generate_report.best_stock(row, group), generate_report.seconds(row)
+    new = generate_report.new_lengths(row)
+    if new is not None:
+        return f"{1e3 * seconds:.2f} ({1e3 * new:.2f})"
     beside = best is not None and is_ours(row)
     return f"{1e3 * seconds:.2f}" + (f" ({ratio(generate_report.seconds(best) / seconds)})" if beside and best else "")
 
