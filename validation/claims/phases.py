@@ -1,8 +1,8 @@
 """kvsim's bytes for a figure of ``memory by phase``: what the allocator holds now, and held at the most, in a phase.
 
 A figure names its model, method, phase and how many tokens the buffers provide for; nothing else is known of the run.
-``now`` is weights and cache; ``peak`` has the tensors of :mod:`validation.claims.transients` besides, and where a step
-was captured in a CUDA graph what that holds.
+``now`` is weights and cache, and where a step was captured in a CUDA graph the ``workspace`` that its stream takes, as
+another stream was seen to take it; ``peak`` has the tensors of :mod:`validation.claims.transients` besides.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ RESERVE = 0.02
 for: ``--reserve``."""
 GROW = 256
 """Tokens a row by which a cache grows: a pin."""
-WORKSPACE = 32 << 20
-"""Bytes that PyTorch gives cuBLAS on Hopper for every stream that multiplies: a graph is captured on one of its own."""
 
 
 def predicted(figure: Figure, model: Model | None = None) -> float:
@@ -40,7 +38,7 @@ def predicted(figure: Figure, model: Model | None = None) -> float:
     method = rebuild_method(figure["method"])
     layers = [stored_shape(method, layer) for layer in model.cache_layers]
     size += held(method, layers, figure["batch_size"], figure["provided"])
-    size += WORKSPACE * figure.get("graphs", 0)
+    size += figure.get("workspace", 0)
     if figure["what"] == "now":
         return size
     return size + beside(figure, model, method, layers[0])

@@ -95,10 +95,13 @@ class ModelPhases:
         self.figures: list[Figure] = []
         self.said: list[str] = []
         self.model: Any = None
+        self.workspace = 0
+        """Bytes that a stream takes once it multiplies."""
         self.held = Allocator(device)
 
     def __enter__(self) -> ModelPhases:
         if self.cuda:
+            self.workspace = workspace(self.device)
             self._first_product()
         self.held.__enter__()
         return self
@@ -240,11 +243,25 @@ class ModelPhases:
     def _decode(self, cache: Any, graph: Figure) -> None:
         self._steps(cache, self.prompt, self.prompt + self.new - 1)
         if getattr(cache, "steps", "") == "CUDA graph":
-            graph["graphs"] = 1
+            graph["workspace"] = self.workspace
 
     def _query(self, cache: Any, batch_size: int) -> torch.Tensor:
         heads, dim = self.model.config.num_attention_heads, cache.stores[0].shape.key_dim
         return torch.zeros(batch_size, heads, 1, dim, dtype=self.model.dtype, device=self.device)
+
+
+def workspace(device: torch.device) -> int:
+    """Bytes that PyTorch gives cuBLAS for a stream's first product, asked of the allocator."""
+    square = torch.ones(64, 64, dtype=subjects.dtype_of(device), device=device)
+    out = torch.empty_like(square)
+    torch.mm(square, square, out=out)  # the library itself
+    torch.cuda.synchronize(device)
+    with Allocator(device) as held, torch.cuda.stream(torch.cuda.Stream(device)):
+        torch.mm(square, square, out=out)
+        torch.cuda.synchronize(device)
+        found = held.now["requested"]
+    torch._C._cuda_clearCublasWorkspaces()
+    return found
 
 
 def _tiny(folder: Path, scale: Scale) -> str:

@@ -118,17 +118,21 @@ def _out_of_memory(model: Any, method: Method, device: torch.device) -> Findings
     cache.reset()
     hostage = _hold_all_but(device, 96 << 20)
     try:
+        asked = make_cache(model, method, max_seq_len=1 << 19)
+        prompt = _fits(_refused(partial(_answer, model, asked, short)))
         message = _refused(partial(_provide, cache, 1 << 19))
         fits = _fits(message)
         _provide(cache, fits)  # raises where the message promised too much
-        grown = _refused(partial(_grow, model, cache, short, 1 << 19))
+        grown = _ended(partial(_grow, model, cache, short, 1 << 19))
     finally:
         del hostage
         torch.cuda.empty_cache()
-    cache.reset()
-    if not torch.equal(_answer(model, cache, short), want):
-        raise Broken("after reset() the cache answers otherwise than a new one")
-    return Findings(f"{fits:,} tokens would have fitted; growth ended with: {grown[:70]}...")
+    for used in (cache, asked):
+        used.reset()
+        if not torch.equal(_answer(model, used, short), want):
+            raise Broken("after reset() the cache answers otherwise than a new one")
+    told = f"{prompt:,} tokens would have fitted before a prompt and {fits:,} in growth, and did"
+    return Findings(f"{told}; prompts in pieces ended with: {grown[:60]}")
 
 
 def _out_of_pretended_memory(model: Any, method: Method, device: torch.device) -> Findings:
@@ -162,10 +166,23 @@ def _no_memory(*_: Any) -> Tensor:
 def _hold_all_but(device: torch.device, left: int) -> list[Tensor]:
     """Tensors that leave ``left`` bytes of the device free."""
     torch.cuda.empty_cache()
-    held = []
-    while (there := free_nbytes(device)) > left + (32 << 20):
-        held.append(torch.empty(min(there - left, 8 << 30), dtype=torch.uint8, device=device))
+    held, most = [], 8 << 30
+    while (there := free_nbytes(device)) > left + (32 << 20) and most > (1 << 20):
+        try:
+            held.append(torch.empty(min(there - left, most), dtype=torch.uint8, device=device))
+        except torch.OutOfMemoryError:
+            most //= 2
     return held
+
+
+def _ended(work: Callable[[], Any]) -> str:
+    """What was said where memory ended: by the cache, or by PyTorch where the model's own tensors did not fit."""
+    try:
+        work()
+    except torch.OutOfMemoryError as error:
+        said = str(error)
+        return said if "would have fitted" in said else f"the model's own tensors: {said.splitlines()[0]}"
+    raise Broken("memory ended and nothing was said")
 
 
 def _refused(work: Callable[[], Any]) -> str:
