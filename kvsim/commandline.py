@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from math import isfinite
+from typing import Any
 
 import click
 
@@ -67,6 +69,22 @@ def refuse_boundless(command: click.Command, context: click.Context) -> None:
 
 def _name(parameter: click.Parameter) -> str:
     return max(parameter.opts, key=len).lstrip("-")
+
+
+class Parsed(click.ParamType):
+    """A type of options that ``parse`` makes of text; what its ``ValueError`` says is what the user reads, under every
+    click: older ones drop what a bare function says."""
+
+    name = "text"
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Command(click.Command):

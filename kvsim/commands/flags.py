@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
+from kvsim.commandline import Parsed
 from kvsim.engines import ENGINES, IDEAL, Engine, engine_fields, label, own_flags, owner
 from kvsim.hardware import Hardware
 from kvsim.memory.estimate import Estimate, estimate
@@ -92,8 +93,12 @@ method_options = options(
     click.option("--sink-length", type=int, help="First tokens kept exact."),
     click.option("--key-nbits", type=int, help="Bits a key code."),
     click.option("--value-nbits", type=int, help="Bits a value code."),
-    click.option("--key-group-size", type=parse_value, metavar="TOKENS", help="Tokens a key scale, or 'sequence'."),
-    click.option("--value-group-size", type=parse_value, metavar="CHANNELS", help="Channels a value scale, or 'head'."),
+    click.option(
+        "--key-group-size", type=Parsed(parse_value), metavar="TOKENS", help="Tokens a key scale, or 'sequence'."
+    ),
+    click.option(
+        "--value-group-size", type=Parsed(parse_value), metavar="CHANNELS", help="Channels a value scale, or 'head'."
+    ),
     click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
     click.option(
         "--kv-cache-dtype",
@@ -120,7 +125,7 @@ engine_options = options(
     click.option("--max-num-seqs", type=int, help="Most sequences at once."),
     click.option(
         "--max-num-batched-tokens",
-        type=lambda text: parse_human(text, "max-num-batched-tokens"),
+        type=Parsed(lambda text: parse_human(text, "max-num-batched-tokens")),
         metavar="TOKENS",
         help=f"Tokens a step ({owner('max_num_batched_tokens')}).  [default: by card]",
     ),

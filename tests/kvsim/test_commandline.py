@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
 
 from kvsim import cli
-from kvsim.commandline import LONGEST, Command, Group, one_line, os_message
+from kvsim.commandline import LONGEST, Command, Group, Parsed, one_line, os_message
 from kvsim.commands import LAZY
+from kvsim.specs import parse_value
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -99,3 +101,13 @@ def test_an_error_of_the_system_names_its_file() -> None:
     assert os_message(FileNotFoundError(2, "No such file or directory", "a.csv")) == "a.csv: No such file or directory"
     assert os_message(OSError(28, "No space left on device")) == "No space left on device"
     assert os_message(OSError("plain")) == "plain"
+
+
+@pytest.mark.parametrize("package", ["kvsim", "kvruntime"])
+def test_what_an_option_refuses_is_said_under_every_click(package: str) -> None:
+    """Of a bare function's ``ValueError`` older ones leave nothing but the value."""
+    types = [param.type for _, command in commands(runs(package).cli) for param in command.params]
+    bare = {type.func for type in types if isinstance(type, click.types.FuncParamType)}
+    assert bare <= {Path}  # refuses nothing
+    with pytest.raises(click.BadParameter, match="allowed are whole numbers up to"):
+        Parsed(parse_value).convert("9" * 20, None, None)
