@@ -10,7 +10,7 @@ from kvruntime.hf.biases import warn_of_biases
 from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
-from kvruntime.hf.empty import devices_of, empty_cache, without_steps
+from kvruntime.hf.empty import attend_through, devices_of, empty_cache, without_steps
 from kvruntime.hf.models import changed_scores, layer_kinds, refuse_scores
 from kvruntime.hf.saved import load_cache, save_cache
 from kvruntime.methods import room_of
@@ -68,7 +68,9 @@ def make_cache(
     refuse_scores(model, method)
     warn_of_biases(model, method, shapes)
     if not compiled:
-        return empty_cache(model, method, kinds, max_seq_len, replays=compiled is None)
+        cache = empty_cache(model, method, kinds, max_seq_len, replays=compiled is None)
+        attend_through(cache, model)
+        return cache
     if without := without_steps(method, kinds) or changed_scores(model):
         name = type(model).__name__
         raise ValueError(f"{name} has {without}, which a compiled cache does not run: leave compiled=True out")

@@ -10,7 +10,7 @@ from transformers import cache_utils
 
 from kvruntime.hf import exact
 from kvruntime.hf.cache import Cache, CacheLayer
-from kvruntime.hf.empty import empty_cache, host_planned
+from kvruntime.hf.empty import attend_through, empty_cache, host_planned
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.hf.padding import padding_spans
@@ -63,6 +63,7 @@ def compress(
             raise ValueError(f"the cache is not one of {type(model).__name__}: its layers are of other kinds")
         refuse_scores(model, method)
         out = empty_cache(model, method, kinds, max_seq_len)
+        attend_through(out, model)
     else:
         out = host_planned(method, kinds, max_seq_len)
     lengths, order = _placed(attention_mask, held[0].keys.shape[0], num_columns, out)

@@ -18,7 +18,7 @@ from kvsim.layout import Method
 def empty_cache(
     model: Any, method: Method, kinds: Sequence[Kind], max_seq_len: int | None, replays: bool = True
 ) -> Cache:
-    """A cache of layers of ``kinds``; ``model`` attends through it from now on.
+    """A cache of layers of ``kinds``, for :func:`attend_through`.
 
     Its decode steps are CUDA graphs where ``model`` lies on one GPU and its layers have such steps; elsewhere, and
     where ``replays`` is false, the host plans them.
@@ -31,10 +31,14 @@ def empty_cache(
         and steps_on(devices[0])
         and layer.has_steps  # type: ignore[attr-defined]
     )
-    attach(model, replays=steps)
     if steps:
         return SteppedCache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
     return host_planned(method, kinds, max_seq_len)
+
+
+def attend_through(cache: Cache, model: Any) -> None:
+    """Lets ``model`` attend through ``cache`` and its like from now on."""
+    attach(model, replays=isinstance(cache, SteppedCache))
 
 
 def host_planned(method: Method, kinds: Sequence[Kind], max_seq_len: int | None) -> Cache:

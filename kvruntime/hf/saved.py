@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from kvruntime.checkpoints.pretrained import first_line
 from kvruntime.hf import exact
 from kvruntime.hf.cache import Cache, CacheLayer
-from kvruntime.hf.empty import empty_cache, host_planned
+from kvruntime.hf.empty import attend_through, empty_cache, host_planned
 from kvruntime.hf.models import layer_kinds, refuse_scores
 from kvruntime.methods import LAYERS
-from kvsim.layout import LayerShape, Method
+from kvsim.atomic import replace_file
+from kvsim.engines.kvruntime import stored_shape
+from kvsim.layout import LayerShape, Method, nbytes
 
 FORMAT = "kvruntime cache"
 VERSION = 1
@@ -29,7 +33,8 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     """Writes ``cache`` to a file that :func:`load_cache` reads, and ``torch.load(path, weights_only=True)``: a plain
     dict of tensors, numbers and text.
 
-    Raises ``ValueError`` for a cache that holds no tokens, or one whose last forward ended half-way.
+    Raises ``ValueError`` for a cache that holds no tokens, or one whose last forward ended half-way, and a path that
+    cannot be written; a file that was there is then as it was.
     """
     if not isinstance(cache, Cache):
         raise ValueError(f"save_cache({type(cache).__name__}): allowed is a cache that make_cache made")
@@ -44,20 +49,45 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "padding": [[[span.start, span.stop] for span in row] for row in cache.columns.padding],
         "layers": [_written(layer) for layer in cache.layers],
     }
-    torch.save(state, path)
+    replace_file(path, lambda file: torch.save(state, file))
 
 
 def load_cache(path: str | Path, model: Any) -> Cache:
     """The cache that :func:`save_cache` wrote, for ``model``, which attends through it as after ``make_cache``.
 
     Its tensors go where the model's layers lie.  No code of the file is run.  Raises ``ValueError`` for a file of
-    another kind or version, and a cache that is not one of ``model``.
+    another kind or version, one that is damaged, and a cache that is not one of ``model``; ``OSError`` for none.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read(path)
+    try:
+        cache = _rebuilt(state, path, model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{path} is a damaged cache ({first_line(error)})") from None
+    attend_through(cache, model)
+    return cache
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The file's contents, each held to its checksum, which ``torch.load`` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"{bad} is not what was written")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of zip, pickle and torch, whatever the bytes make them stumble over
+        raise ValueError(f"{path} is no cache that kvruntime saved, or a damaged one ({first_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache that kvruntime saved")
     if state.get("version") != VERSION:
         raise ValueError(f"{path} is a saved cache of version {state.get('version')}: this kvruntime reads {VERSION}")
+    return state
+
+
+def _rebuilt(state: dict[str, Any], path: str | Path, model: Any) -> Cache:
     kinds = layer_kinds(model)
     method = _method(state["method"])
     cache = host_planned(method, kinds, state["max_seq_len"])
@@ -70,8 +100,21 @@ def load_cache(path: str | Path, model: Any) -> Cache:
     for layer, written, device in zip(cache.layers, state["layers"], _devices(model, len(cache.layers)), strict=True):
         if isinstance(layer, CacheLayer):
             _take_packed(layer, written["packed"], device)
+            _check_lengths(cache, layer, path)
         _take_kept(layer, written["tensors"], written["numbers"], device)
+    cache.forward.check(cache.layers)
     return cache
+
+
+def _check_lengths(cache: Cache, layer: CacheLayer, path: str | Path) -> None:
+    """Raises ``ValueError`` where a layer's rows are not as long as its columns without padding."""
+    store, padding = layer.store, cache.columns.padding
+    lengths = cache.columns.row_lengths(layer.num_columns) if padding else [layer.num_columns] * store.batch_size
+    held = store.row_lengths
+    fit = len(held) == store.batch_size and 0 <= min(held) <= max(held) <= store.num_provided
+    if not fit or store.seq_lengths != lengths:
+        rows = f"rows of {lengths!s:.80} tokens by its padding, {store.seq_lengths!s:.80} by a layer"
+        raise ValueError(f"{path} is a damaged cache: {rows}")
 
 
 def _written(layer: Any) -> dict[str, Any]:
@@ -104,6 +147,10 @@ def _kept(layer: Any) -> str:
 
 def _take_packed(layer: CacheLayer, written: dict[str, Any], device: torch.device) -> None:
     shape = LayerShape(*written["shape"])
+    buffers = layer.method.buffers(stored_shape(layer.method, shape), written["batch_size"], written["num_provided"])
+    found, wanted = sum(tensor.nbytes for tensor in written["tensors"].values()), nbytes(buffers)
+    if found != wanted:  # before memory is asked for
+        raise ValueError(f"the file's tensors of a layer are {found:,} B, its method says {wanted:,}")
     with torch.inference_mode(False):
         layer.make_store(shape, written["batch_size"], device)
         store = layer.store

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import pickle
 import re
 
 import pytest
@@ -17,6 +19,7 @@ from kvruntime import compress, load_cache, make_cache, save_cache
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.hf import empty
 from kvruntime.hf.cache import argument
+from kvruntime.hf.models import layer_kinds
 from kvruntime.hf.stepped import SteppedCache
 from kvsim.methods import Evict, Full, Kivi
 
@@ -211,6 +214,82 @@ def test_what_a_file_cannot_be(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="the file's tensors of a layer are"):
         load_cache(path, model)
+
+
+def damaged(state):
+    """The state with one field gone or of another kind, each field in turn, a name and what became of it."""
+    for path, holder, key in list(fields_of(state)):
+        kept = holder[key]
+        for other in (None, -1, 10**12, "x", [1, 2, 3], 1.5):
+            if type(other) is not type(kept) or other != kept:
+                holder[key] = other
+                yield (*path, key), other
+        del holder[key]
+        yield (*path, key), "gone"
+        holder.insert(key, kept) if isinstance(holder, list) else holder.__setitem__(key, kept)
+
+
+def fields_of(node, path=()):
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield path, node, key
+        if isinstance(node[key], dict | list):
+            yield from fields_of(node[key], (*path, key))
+
+
+def test_a_damaged_file_is_one_line_or_loads_as_it_was(tmp_path, monkeypatch):
+    """Every field of a file, changed or gone; a file that loads all the same holds the rows that it held."""
+    model, path = tiny("Llama"), tmp_path / "cache.pt"
+    cache = make_cache(model, METHODS["evict"])
+    filled(model, cache, 20)
+    save_cache(cache, path)
+    state = torch.load(path, weights_only=True)
+    state["layers"] = state["layers"][:1]  # the others are alike
+    monkeypatch.setattr("kvruntime.hf.saved.layer_kinds", lambda model: layer_kinds(model)[:1])
+    monkeypatch.setattr(torch, "load", lambda *_, **__: state)
+    said, whole = [], load_cache(path, model).layers[0]
+    for where, other in damaged(state):
+        try:
+            layer = load_cache(path, model).layers[0]
+        except ValueError as error:
+            said.append(str(error))
+            continue
+        same = (layer.num_columns, layer.store.seq_lengths) == (whole.num_columns, whole.store.seq_lengths)
+        assert same, (where, other)
+    assert len(said) > 150
+    assert not [each for each in said if "\n" in each or len(each) > 400]
+
+
+def test_a_file_that_is_cut_or_garbage_is_one_line(tmp_path):
+    model, path = tiny("Llama"), tmp_path / "cache.pt"
+    cache = make_cache(model)
+    filled(model, cache, 20)
+    save_cache(cache, path)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for content in (b"", b"hello", whole[:middle], whole[:-9], flipped, pickle.dumps({"format": "kvruntime cache"})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^[^\n]+ a damaged one [^\n]+$"):
+            load_cache(path, model)
+    with pytest.raises(FileNotFoundError):
+        load_cache(tmp_path / "none.pt", model)
+
+
+def test_a_save_that_fails_leaves_the_file_of_before(tmp_path, monkeypatch):
+    model, path = tiny("Llama"), tmp_path / "cache.pt"
+    cache = make_cache(model)
+    filled(model, cache, 20)
+    save_cache(cache, path)
+    before = path.read_bytes()
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match=r"cannot write .*: No space left on device"):
+        save_cache(cache, path)
+    assert (path.read_bytes(), [each.name for each in tmp_path.iterdir()]) == (before, ["cache.pt"])
 
 
 def test_all_of_it_is_public():
