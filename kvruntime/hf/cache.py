@@ -16,7 +16,7 @@ from kvruntime.hf.lengths import Lengths
 from kvruntime.hf.padding import Columns
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_tensors
-from kvruntime.methods.rows import too_many
+from kvruntime.methods.rows import rows_of, too_many
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
 from kvsim.methods.evict import windowed
@@ -666,10 +666,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
                 self.layers[index] = self._make_layer(self.kinds[index])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows become ``beam_idx`` (int64, any number of rows, repeats allowed)."""
-        self.edits += 1
+        """Rows become ``beam_idx`` (int64, any number of rows from one on, repeats allowed).  Raises ``ValueError`` for
+        rows that are not there, before anything changes."""
         index = beam_idx.cpu()  # once, for the host's books of every layer
-        self.columns.reorder(index.tolist())
+        rows = rows_of(index, self.batch_size) if self.stores else index.tolist()
+        self.edits += 1
+        self.columns.reorder(rows)
         for store in self.stores:
             store.reorder(index)
         for layer in self.layers:

@@ -6,6 +6,7 @@ stored and attended to.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -89,6 +90,8 @@ class Rows:
         device: torch.device | str = "cpu",
         shared: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"a batch of {batch_size} rows: allowed are 1 and above")
         self.method, self.shape, self.batch_size = method, shape, batch_size
         self.max_seq_len, self.device = max_seq_len, torch.device(device)
         self.shared = dict(shared or {})
@@ -177,11 +180,28 @@ class Rows:
         provided = tokens_to_provide(num_tokens, self.max_seq_len)
         return provided if self.limit is None else min(provided, self.limit)
 
-    def make_room(self, key: Tensor, lengths: list[int] | None) -> list[int]:
-        """Provides for the tokens of an append; returns how many a row that is."""
-        counts = [key.shape[2]] * self.batch_size if lengths is None else lengths
+    def make_room(self, key: Tensor, lengths: list[int] | None, value: Tensor | None = None) -> list[int]:
+        """Provides for the tokens of an append; returns how many a row that is.  Raises ``ValueError`` for tokens that
+        this layer cannot have."""
+        counts = self.counts(key, lengths, value)
         self.provide(max(n + count for n, count in zip(self.row_lengths, counts, strict=True)))
         return counts
+
+    def counts(self, key: Tensor, lengths: Sequence[int] | None, value: Tensor | None = None) -> list[int]:
+        """How many tokens a row an append brings.  Raises ``ValueError`` for tensors of other shapes than the layer's,
+        and lengths that they do not have."""
+        length, shape = key.shape[2] if key.dim() == 4 else 0, self.shape
+        for name, x, dim in (("keys", key, shape.key_dim), ("values", value, shape.value_dim)):
+            allowed = (self.batch_size, shape.num_kv_heads, length, dim)
+            if x is not None and x.shape != allowed:
+                raise ValueError(
+                    f"{name} {list(x.shape)}: allowed are {list(allowed)}, rows, kv heads, tokens, channels"
+                )
+        if lengths is None:
+            return [length] * self.batch_size
+        if len(lengths) != self.batch_size or not all(isinstance(n, int) and 0 <= n <= length for n in lengths):
+            raise ValueError(f"lengths {list(lengths)!s:.80}: allowed are {self.batch_size}, each from 0 to {length}")
+        return list(lengths)
 
     @staticmethod
     def append_all(held: Sequence[tuple[Any, ...]]) -> None:
@@ -214,12 +234,22 @@ class Rows:
         self.row_lengths = [0] * self.batch_size
 
     def reorder(self, index: Tensor) -> None:
-        """Rows become ``index`` (int64, any number of rows, repeats allowed)."""
-        rows, there = index.tolist(), index.to(self.device)
+        """Rows become ``index`` (int64, any number of rows from one on, repeats allowed)."""
+        rows, there = rows_of(index, self.batch_size), index.to(self.device)
         for name, tensor in self.tensors.items():
             self.tensors[name] = tensor.index_select(self.ROW_AXES.get(name, 0), there)
         self.row_lengths = [self.row_lengths[row] for row in rows]
         self.batch_size = len(rows)
+
+
+def rows_of(index: Tensor, batch_size: int) -> list[int]:
+    """``index`` as a list.  Raises ``ValueError`` where it names no row of ``batch_size``, or none at all."""
+    rows: list[int] = index.tolist() if index.dim() == 1 else []
+    if not rows or not all(isinstance(row, int) and 0 <= row < batch_size for row in rows):
+        raise ValueError(
+            f"rows {index.tolist()!s:.80}: allowed are whole numbers from 0 to {batch_size - 1}, at least one"
+        )
+    return rows
 
 
 def staying(dropped: Tensor, count: int) -> Tensor:
@@ -289,6 +319,8 @@ def too_many(
 
 def free_nbytes(device: torch.device) -> int:
     """Bytes that the device has free and those that PyTorch's allocator holds unused; 0 where nobody says."""
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type != "cuda":
         return 0
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
@@ -298,8 +330,16 @@ def free_nbytes(device: torch.device) -> int:
 
 
 def grown(old: Tensor | None, buffer: Buffer, device: torch.device) -> Tensor:
-    """``buffer`` as a zeroed tensor on ``device`` that begins, in every dimension, with what ``old`` held."""
-    new = torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+    """``buffer`` as a zeroed tensor on ``device`` that begins, in every dimension, with what ``old`` held.
+
+    Raises ``torch.OutOfMemoryError`` where memory ends, on a CPU too.
+    """
+    try:
+        new = torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype), device=device)
+    except RuntimeError as error:  # what PyTorch raises on a CPU
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(f"{buffer.name}: {buffer.nbytes:,} B cannot be had") from error
     if old is not None:
         new[tuple(slice(size) for size in old.shape)] = old
     return new

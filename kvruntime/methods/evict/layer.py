@@ -99,7 +99,9 @@ class EvictLayer(Rows):
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L.  ``query [batch_size, num_q_heads, L,
         key_dim]``: of these tokens, for policies that score.  Raises ``ValueError`` where they are missing.
         """
-        counts = [key.shape[2]] * self.batch_size if lengths is None else list(lengths)
+        counts = self.counts(key, lengths, value)
+        if not any(counts):
+            return
         seen = [seen + count for seen, count in zip(self.seen, counts, strict=True)]
         self.provide(max(seen))
         before, self.seen = self.seen, seen

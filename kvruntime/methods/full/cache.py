@@ -47,7 +47,7 @@ class FullLayer(Rows):
         not stored); ``None`` takes all.
         """
         length = key.shape[2]
-        counts = self.make_room(key, lengths)
+        counts = self.make_room(key, lengths, value)
         ends = [start + count for start, count in zip(self.row_lengths, counts, strict=True)]
         for name, fresh in (("key", key.detach()), ("value", value.detach())):
             store = self.tensors[name]

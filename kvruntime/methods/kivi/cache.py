@@ -55,7 +55,7 @@ class KiviLayer(Rows):
         not stored); ``None`` takes all.  ``query [batch_size, num_q_heads, L, key_dim]``: a prompt's, where channels
         are boosted.
         """
-        counts = self.make_room(key, lengths)
+        counts = self.make_room(key, lengths, value)
         if query is not None and query.shape[2] > 1 and self.wants_query:
             weights = reference.channel_weights(query, self.shape.num_kv_heads, lengths)
             rows = [row for row, count in enumerate(counts) if count]
@@ -76,7 +76,7 @@ class KiviLayer(Rows):
             Rows.append_all(held)
             return
         first, key, value, lengths, *_ = held[0]
-        counts = first.make_room(key, lengths)
+        counts = first.make_room(key, lengths, value)
         first._store(key, value, counts, layers=addresses)
         first._count(counts)
         rest = [layer for layer, *_ in held[1:]]

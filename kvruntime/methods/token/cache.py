@@ -74,7 +74,7 @@ class TokenLayer(Rows):
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
         not stored); ``None`` takes all.
         """
-        counts = self.make_room(key, lengths)
+        counts = self.make_room(key, lengths, value)
         run = _kernels("store").append if key.is_cuda else reference.append
         run(key.detach(), value.detach(), counts, self.stored(), self.layout)
         self.row_lengths = [start + count for start, count in zip(self.row_lengths, counts, strict=True)]
