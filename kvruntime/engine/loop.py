@@ -317,7 +317,7 @@ class Engine:
         torch.cuda.current_stream(self.device).wait_stream(side)
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._forward(size)
         self._graphs[size] = graph, logits
         self.reset()

@@ -24,10 +24,12 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvruntime import paged
-from kvruntime.vllm.settings import NAME, check_block_size, method_of, refuse, refuse_layer
-from kvruntime.vllm.specs import ExactSpec, exact_spec, record_spec
+from kvruntime.vllm.settings import NAME, check_block_size, check_pages, method_of, refuse, refuse_layer
+from kvruntime.vllm.specs import ExactSpec, exact_spec, record_spec, window_spec
+from kvruntime.vllm.windows import attend_window
 from kvsim.layout import LayerShape
 
 ON_CPU = "KVRUNTIME_VLLM_CPU"
@@ -50,6 +52,11 @@ class Rows:
     arrivals: Tensor
     parts: list[Part] | None = field(default=None)
     """Made with the other cache's tables, once a step."""
+
+    @property
+    def most(self) -> int:
+        """Tokens that a row brings, at the most."""
+        return max((b - a for a, b in pairwise(self.begins)), default=1)
 
 
 class Part(NamedTuple):
@@ -108,9 +115,13 @@ class Backend(AttentionBackend):
     def indexes_kv_by_block_stride(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
 
 class RecordBackend(Backend):
-    """The layer's own cache: records."""
+    """The layer's own cache: records, or in a layer with a sliding window its exact tokens."""
 
     @staticmethod
     def get_name() -> str:
@@ -120,13 +131,17 @@ class RecordBackend(Backend):
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, ...]:
-        """Before 0.29: ``[pool_size, num_kv_heads, words]``."""
-        words = PagedImpl.pages[num_kv_heads, head_size].record_nbytes // num_kv_heads // 4
-        return (num_blocks, num_kv_heads, words)
+        """Before 0.29: ``[pool_size, num_kv_heads, words]``; a window's block is no record."""
+        shape = PagedImpl.pages.get((num_kv_heads, head_size))
+        if shape is None or block_size != shape.record_tokens:
+            return ExactBackend.get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size)
+        return (num_blocks, num_kv_heads, shape.record_nbytes // num_kv_heads // 4)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """From 0.29 on."""
+        if isinstance(spec, SlidingWindowSpec):
+            return spec
         return record_spec(spec, PagedImpl.pages[spec.num_kv_heads, spec.head_size])
 
 
@@ -185,7 +200,6 @@ class PagedImpl(AttentionImpl[Rows]):
         refuse(config)
         refuse_layer(
             alibi_slopes=alibi_slopes,
-            sliding_window=sliding_window,
             logits_soft_cap=logits_soft_cap,
             shared_cache_of=kv_sharing_target_layer_name,
             attention_sinks=sinks is not None,
@@ -196,6 +210,9 @@ class PagedImpl(AttentionImpl[Rows]):
         self.num_heads, self.num_kv_heads, self.head_size, self.scale = num_heads, heads, head_size, scale
         self.kv_cache_dtype = kv_cache_dtype
         self.method = method_of(config.additional_config, str(dtype).removeprefix("torch."))
+        self.flash, self.window = flash_attention(dtype), sliding_window
+        if sliding_window is not None:
+            return
         self.shape = check_block_size(
             self.method, LayerShape(heads, head_size, head_size), config.cache_config.block_size
         )
@@ -205,11 +222,13 @@ class PagedImpl(AttentionImpl[Rows]):
         self.exact_name = f"{NAME}_exact.{number}"
         self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
         layers[self.exact_name] = self.exact
-        self.flash = flash_attention(dtype)
         self.room = max(config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
 
-    def record_spec(self, spec: Any) -> Any:
-        return record_spec(spec, self.shape)
+    def cache_spec(self, spec: Any, config: Any) -> Any:
+        """This layer's own cache in place of what vLLM would keep for it."""
+        if self.window is None:
+            return record_spec(spec, self.shape)
+        return window_spec(spec, check_pages(self.pages.values()), config)
 
     def forward(
         self,
@@ -225,16 +244,20 @@ class PagedImpl(AttentionImpl[Rows]):
     ) -> Tensor:
         """``query [tokens, num_heads, head_size]``, ``key`` and ``value`` alike, and ``output``, which is returned."""
         if attn_metadata is None:  # the profiling run, in whose peak the workspace is counted
-            self.workspace(output)
+            if self.window is None:
+                self.workspace(output)
             return output.fill_(0)
         rows = attn_metadata
+        out = output.view(-1, self.num_heads, self.head_size)
+        query, key, value = (x.view(x.shape[0], -1, self.head_size) for x in (query, key, value))
+        if self.window is not None:
+            attend_window(query, key, value, out, kv_cache, rows, self.window, self.scale)
+            return output
         if rows.parts is None:
             rows.parts = self.parts(rows, get_forward_context().attn_metadata[self.exact_name])
         records = kv_cache.view(kv_cache.shape[0], self.num_kv_heads, -1).view(torch.int32)
         exact = self.exact.kv_cache  # [blocks, num_kv_heads, n, 2 * head_size]
         pages = paged.Pages(records, *exact.split(self.head_size, -1))
-        out = output.view(-1, self.num_heads, self.head_size)
-        query, key, value = (x.view(x.shape[0], -1, self.head_size) for x in (query, key, value))
         for part in rows.parts:  # a row may read what another stores in this step: a prefix that both have
             paged.store(self.method, key[part.tokens], value[part.tokens], pages, part.batch)
             paged.pack(self.method, pages, part.batch)

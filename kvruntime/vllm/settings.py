@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -79,3 +79,12 @@ def check_block_size(method: Method, layer: LayerShape, block_size: int) -> page
             f"{NAME}: --block-size {block_size}, allowed is {shape.record_tokens}, the tokens of a {method.name} record"
         )
     return shape
+
+
+def check_pages(shapes: Iterable[paged.PageShape]) -> int:
+    """Bytes of a page, of all layers' records.  Raises ``ValueError`` where no layer packs, or they differ."""
+    found = sorted({shape.record_nbytes for shape in shapes})
+    if len(found) != 1:
+        what = f"records of {found[0]:,} to {found[-1]:,} bytes" if found else "sliding windows alone"
+        raise ValueError(f"{NAME}: a model of {what} in vLLM: allowed are layers whose records are of one size")
+    return found[0]

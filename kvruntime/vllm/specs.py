@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import vllm.v1.kv_cache_interface as interface
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -109,13 +108,31 @@ def exact_spec(shape: PageShape, num_kv_heads: int, head_size: int, dtype: torch
     )
 
 
+def window_spec(spec: Any, page_nbytes: int, config: Any) -> ExactSpec:
+    """A layer's sliding window, in pages of ``page_nbytes``, as many tokens in each as the largest power of two."""
+    token = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
+    if token > page_nbytes:
+        raise ValueError(
+            f"{NAME}: a window's token of {token:,} bytes in vLLM: allowed are up to a record's {page_nbytes:,}"
+        )
+    return ExactSpec(
+        block_size=1 << (page_nbytes // token).bit_length() - 1,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        dtype=spec.dtype,
+        sliding_window=spec.sliding_window,
+        page_size_padded=page_nbytes,
+        chunk_tokens=config.max_in_flight_tokens,
+    )
+
+
 def take_specs() -> None:
-    """Enters the managers of both, and before 0.29 has the plugin's layers give their records' spec."""
+    """Enters the managers of both, and has the plugin's layers give their own specs (before 0.29 of records too)."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(ExactSpec, ExactManager, SlidingWindowSpec)
-    if STATES:
-        return
-    KVCacheSpecRegistry.register(RecordSpec, FullAttentionManager, FullAttentionSpec)
+    if not STATES:
+        KVCacheSpecRegistry.register(RecordSpec, FullAttentionManager, FullAttentionSpec)
     from vllm.model_executor.layers.attention import Attention
 
     if getattr(Attention, NAME, False):
@@ -124,8 +141,9 @@ def take_specs() -> None:
 
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
         spec = stock(self, vllm_config)
-        given = getattr(self.impl, "record_spec", None)
-        return spec if given is None or type(spec) is not interface.FullAttentionSpec else given(spec)
+        given = getattr(self.impl, "cache_spec", None)
+        kinds = (SlidingWindowSpec,) if STATES else (SlidingWindowSpec, FullAttentionSpec)
+        return spec if given is None or type(spec) not in kinds else given(spec, vllm_config)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
     setattr(Attention, NAME, True)

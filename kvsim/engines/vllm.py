@@ -15,7 +15,8 @@ Read in vLLM 0.32.0; what differs in earlier releases is said where it does.
   (``Platform._align_hybrid_block_size``).
 * KIVI is stored by kvruntime's plugin (docs/serving.md).  A layer has two caches of equal pages: records, a block of
   which is one record a head, and exact tokens, as many a block as fit there.  A request of ``n`` tokens takes
-  ``ceil(n / record)`` and ``ceil(min(residual + record, n) / exact) + 1`` blocks.
+  ``ceil(n / record)`` and ``ceil(min(residual + record, n) / exact) + 1`` blocks.  A layer with a window of W keeps its
+  tokens exact in such pages: ``ceil(min(W - 1, n) / exact) + 1`` blocks.
 
 The pool is what ``gpu_memory_utilization`` of the card leaves beside weights, peak activations and what is not
 PyTorch's; those three are estimates, fitted to 59 boot logs of vLLM 0.19.0 on an H100
@@ -25,7 +26,7 @@ PyTorch's; those three are estimates, fitted to 59 boot logs of vLLM 0.19.0 on a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -291,17 +292,34 @@ def _plugin_groups(model: Model, methods: Sequence[Method], no_windows: bool) ->
     first, name = methods[0], methods[0].name
     if model.state_layers or model.index_layers or any(chosen != first for chosen in methods):
         raise ValueError(f"vllm: kvruntime's plugin stores one method in attention layers alone, {name} in all of them")
-    if any(layer.window is not None for layer in model.cache_layers):
-        raise ValueError(f"vllm: kvruntime's plugin holds no windows under {name}")
     if no_windows:
         raise ValueError(f"vllm: kvruntime's plugin holds {name}'s exact tokens as windows: they are disabled")
-    pages = {first.page(layer) for layer in model.cache_layers}  # type: ignore[attr-defined]
-    if len(pages) > 1:
+    packed = [layer for layer in model.cache_layers if layer.window is None]
+    pages = {first.page(layer) for layer in packed}  # type: ignore[attr-defined]
+    if len(pages) != 1:
         raise ValueError(f"vllm: kvruntime's plugin has pages of one size, {name} of these layers has {len(pages)}")
-    tokens, nbytes, exact, residual = pages.pop()
-    count = len(model.cache_layers)
-    size = count * nbytes
-    return Group("full", count, tokens, size), Group("exact", count, exact, size, residual + tokens)
+    tokens, page, exact, residual = pages.pop()
+    counts: dict[tuple[str, int, int], int] = {("full", tokens, 0): len(packed)}
+    counts["exact", exact, residual + tokens] = len(packed)
+    for layer in model.cache_layers:
+        if layer.window is not None:
+            token = nbytes(Full(first.dtype).buffers(replace(layer, window=None), 1, 1))  # type: ignore[attr-defined]
+            if layer.kind == "chunked" or token > page:
+                raise ValueError(f"vllm: kvruntime's plugin holds no {layer.kind} layer of {token:,} B a token")
+            key = "exact", 1 << (page // token).bit_length() - 1, layer.window - 1
+            counts[key] = counts.get(key, 0) + 1
+    size = _group_size(counts.values())
+    return tuple(
+        Group(kind, size, block, size * page, reach or None)
+        for (kind, block, reach), count in counts.items()
+        for _ in range(-(-count // size))
+    )
+
+
+def _group_size(counts: Iterable[int]) -> int:
+    """Layers a group, of as many of each kind."""
+    fewest, most = min(counts := list(counts)), max(counts)
+    return most if most < fewest * PADDING_RATIO else fewest
 
 
 def _state(state: StateShape, model: Model) -> StateShape:
@@ -329,8 +347,7 @@ def _grouped(pages: list[tuple[tuple[str, int | None], int, int]], block_size: i
             longer = widest // page if kind != "state" and widest % page == 0 else 1
             key = (kind, reach, block_size * longer)
             equal[key] = equal.get(key, 0) + count
-    fewest, most = min(equal.values()), max(equal.values())
-    size = most if most < fewest * PADDING_RATIO else fewest
+    size = _group_size(equal.values())
     return tuple(
         Group(kind, size, block, size * widest, reach)
         for (kind, reach, block), count in equal.items()

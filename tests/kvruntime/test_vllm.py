@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 
-import kvruntime.vllm
-from kvruntime.vllm import settings
-from kvsim.layout import LayerShape
+import kvruntime.vllm  # noqa: E402
+from kvruntime import paged  # noqa: E402
+from kvruntime.vllm import settings  # noqa: E402
+from kvruntime.vllm.windows import attend_pages  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi
 
 ROOT = Path(__file__).parents[2]
@@ -97,10 +99,48 @@ def test_what_is_refused_at_start(changed: dict[str, object], why: str) -> None:
 
 
 def test_layers_and_blocks_that_are_refused() -> None:
-    settings.refuse_layer(sliding_window=None, attention_sinks=False, attention_type="")
-    with pytest.raises(ValueError, match=r"not in vLLM with a layer's sliding window 4096"):
-        settings.refuse_layer(sliding_window=4096)
+    settings.refuse_layer(logits_soft_cap=None, attention_sinks=False, attention_type="")
+    with pytest.raises(ValueError, match=r"not in vLLM with a layer's logits soft cap 50"):
+        settings.refuse_layer(logits_soft_cap=50.0)
     layer, method = LayerShape(8, 128, 128), Kivi(dtype="bfloat16")
     assert settings.check_block_size(method, layer, 64).exact_tokens == 8
     with pytest.raises(ValueError, match="--block-size 16, allowed is 64, the tokens of a kivi-2bit-g32-r128 record"):
         settings.check_block_size(method, layer, 16)
+
+
+def test_pages_of_one_size() -> None:
+    shapes = [settings.check_block_size(Kivi(), LayerShape(heads, 128, 128), 64) for heads in (8, 8, 4)]
+    assert settings.check_pages(shapes[:2]) == shapes[0].record_nbytes
+    with pytest.raises(ValueError, match="a model of records of 24,576 to 49,152 bytes in vLLM: allowed are layers"):
+        settings.check_pages(shapes)
+    with pytest.raises(ValueError, match="a model of sliding windows alone in vLLM"):
+        settings.check_pages([])
+
+
+@pytest.mark.parametrize("window", [3, 40, 500])
+def test_a_window_reads_pages(window: int) -> None:
+    """A chunk, a single token and a row that rests, over pages in any order; what has left the window is no page."""
+    heads, groups, dim, size = 2, 2, 16, 4
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(3, heads, 64, dim, generator=generator) for _ in range(2))
+    lengths, counts = [64, 41, 0], [20, 1, 0]
+    table = torch.randperm(48, generator=generator).view(3, 16).int()
+    pool = torch.full((48, heads, size, 2 * dim), float("nan"))
+    for row in range(2):
+        for token in range(max(0, lengths[row] - counts[row] - window + 1), lengths[row]):
+            place = pool[table[row, token // size], :, token % size]
+            place.copy_(torch.cat([key[row, :, token], value[row, :, token]], -1))
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    query = torch.randn(sum(counts), heads * groups, dim, generator=generator)
+    pages = paged.Pages(None, *pool.split(dim, 3))
+    length = torch.tensor(lengths)
+    batch = paged.Batch(starts, length, length, length, None, table, torch.zeros(21), 20)
+    out = torch.empty_like(query)
+    attend_pages(query, pages, batch, window, 0.25, out)
+    for row in range(2):
+        first, last = starts[row], starts[row + 1]
+        t, newest = torch.arange(lengths[row]), torch.arange(lengths[row] - counts[row], lengths[row])[:, None]
+        seen = (t <= newest) & (t > newest - window)
+        k, v = (x[row, :, : lengths[row]].repeat_interleave(groups, 0) for x in (key, value))
+        score = (query[first:last].transpose(0, 1) @ k.mT * 0.25).masked_fill(~seen, float("-inf"))
+        torch.testing.assert_close(out[first:last], (score.softmax(-1) @ v).transpose(0, 1))

@@ -141,6 +141,16 @@ def test_vllm_pages_of_kvruntimes_plugin() -> None:
     assert any("CUSTOM" in note for note in Vllm().notes(llama, Kivi()))
 
 
+def test_vllm_windows_beside_kvruntimes_plugin() -> None:
+    """As vLLM 0.26.0 and 0.32.0 print it of a Gemma 3: 1 GiB, windows of 48 in three layers of five, 4 heads of 64,
+    float32, requests of 1,024 tokens: 43,690 blocks, "KV cache size: 491,632 tokens", 480.11x."""
+    gemma = shaped((2, LayerShape(4, 64, 64)), (3, LayerShape(4, 64, 64, window=48)))
+    pool = Vllm().pool(gemma, Kivi(dtype="float32"), GIB, 1024)
+    assert (pool.num_gpu_blocks, pool.blocks_per_request, pool.num_tokens) == (43690, 16 + 49 + 2 * 13, 491_632)
+    assert f"{pool.concurrency:.2f}" == "480.11"
+    assert [group.num_layers for group in pool.groups] == [2, 2, 2, 2]
+
+
 def test_vllm_sparse_attention_has_its_own_bytes() -> None:
     latent, index = LayerShape(1, 576, 0, kind="mla"), LayerShape(1, 128, 0, kind="indexer")
     model = shaped((61, latent), (61, index))
@@ -289,7 +299,12 @@ def test_kvruntime_leaves_windows_and_states_as_they_are() -> None:
     [
         (Vllm(), Kivi(sink_length=4), LLAMA, "kivi-2bit-g32-r128-s4 in pages: sink_length 4, allowed is 0"),
         (Vllm(disable_hybrid_kv_cache_manager=True), Kivi(), LLAMA, "exact tokens as windows: they are disabled"),
-        (Vllm(), Kivi(), shaped((2, LayerShape(1, 64, 64, window=128))), "plugin holds no windows under kivi-2bit"),
+        (
+            Vllm(),
+            Kivi(),
+            shaped((2, LayerShape(1, 64, 64, window=128))),
+            "pages of one size, kivi-2bit-g32-r128 of these",
+        ),
         (Vllm(), LayerMix(first=1, last=0, inner=Kivi()), LLAMA, "stores one method in attention layers alone"),
         (Vllm(), Paged(), LLAMA, "vllm does not store paged"),
         (Vllm(), Full(), shaped((4, LayerShape(1, 512, 0, stride=4))), "compressed layers are not modelled"),

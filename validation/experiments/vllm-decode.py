@@ -1,10 +1,10 @@
 """Decode steps of vLLM 0.26 on one GPU: kvruntime's plugin, bf16 or fp8, Llama-3-8B's shape, dummy weights.
 
     export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_USE_V2_MODEL_RUNNER=0
-    python vllm-decode.py MODEL '{"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"}'
+    python vllm-decode.py MODEL '{"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"}' [WORKLOADS]
 
-MODEL: a folder with config.json; then the engine's arguments, those of docs/serving.md for the plugin.  Prints a JSON
-line a workload (requests, tokens a prompt, new tokens).  A step of more than 64 tokens, a prompt's chunk, runs no
+MODEL: a folder with config.json; then the engine's arguments, those of docs/serving.md for the plugin; then JSON in
+place of ``WORKLOADS``.  Prints a JSON line a workload (requests, tokens a prompt, new tokens).  A step of more than 64 tokens, a prompt's chunk, runs no
 model, so that prompts cost nothing and pages hold zeros; only steps of decoding are timed, from one call of the
 model to the next.  ``real`` workloads run everything.
 """
@@ -54,7 +54,8 @@ llm = LLM(
     **json.loads(sys.argv[2]),
 )
 generator = torch.Generator().manual_seed(1)
-for count, length, new, real in WORKLOADS:
+print(json.dumps({"blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}), flush=True)
+for count, length, new, real in json.loads(sys.argv[3]) if len(sys.argv) > 3 else WORKLOADS:
     skipping = not real
     calls.clear()
     sampled = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
