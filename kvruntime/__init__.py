@@ -2,6 +2,7 @@
 
 ``make_cache(model, "kivi-boost")`` gives what ``model.generate(..., cache=cache)`` takes (``past_key_values`` before
 transformers 5.24); ``compress`` packs what stock ``generate()`` filled; ``save_cache`` and ``load_cache`` keep it;
+``open_prefixes``, ``put_prefix`` and ``get_prefix`` keep what many prompts begin with;
 ``Engine(model, "kivi", batch_size=1, max_seq_len=4096)`` decodes without transformers' loop.
 """
 
@@ -11,9 +12,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvruntime.engine import Engine
-    from kvruntime.hf import Cache, compress, load_cache, make_cache, restore, save_cache
+    from kvruntime.hf import (
+        Cache,
+        compress,
+        get_prefix,
+        load_cache,
+        make_cache,
+        open_prefixes,
+        put_prefix,
+        restore,
+        save_cache,
+    )
 
-__all__ = ["Cache", "Engine", "compress", "load_cache", "make_cache", "restore", "save_cache"]
+__all__ = [
+    "Cache",
+    "Engine",
+    "compress",
+    "get_prefix",
+    "load_cache",
+    "make_cache",
+    "open_prefixes",
+    "put_prefix",
+    "restore",
+    "save_cache",
+]
 
 
 def __getattr__(name: str) -> object:

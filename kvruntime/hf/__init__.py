@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from kvruntime.hf.attention import attach, restore
@@ -11,16 +10,26 @@ from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
 from kvruntime.hf.empty import attend_through, devices_of, empty_cache, without_steps
-from kvruntime.hf.models import changed_scores, layer_kinds, refuse_scores
+from kvruntime.hf.models import changed_scores, layer_kinds, method_given, refuse_scores
+from kvruntime.hf.prefixes import get_prefix, open_prefixes, put_prefix
 from kvruntime.hf.saved import load_cache, save_cache
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
-from kvsim.methods import METHODS, make_method
 from kvsim.methods.defaults import COMPRESSED
 from kvsim.methods.evict import windowed
 
-__all__ = ["Cache", "compress", "load_cache", "make_cache", "restore", "save_cache"]
+__all__ = [
+    "Cache",
+    "compress",
+    "get_prefix",
+    "load_cache",
+    "make_cache",
+    "open_prefixes",
+    "put_prefix",
+    "restore",
+    "save_cache",
+]
 
 
 def make_cache(
@@ -54,12 +63,7 @@ def make_cache(
     shapes = [kind.shape for kind in kinds if kind.shape is not None]
     if max_seq_len is not None and max_seq_len < 1:
         raise ValueError(f"max_seq_len {max_seq_len}: allowed are 1 and above")
-    if isinstance(method, str):
-        if method in METHODS and "dtype" in inspect.signature(METHODS[method]).parameters:
-            options = {"dtype": str(model.dtype).removeprefix("torch."), **options}
-        method = make_method(method, **options)
-    elif options:
-        raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
+    method = method_given(method, options, model.dtype)
     check_runs(method)
     for window in {kind.window for kind in kinds if kind.shape and kind.window}:
         check_runs(windowed(method, window))

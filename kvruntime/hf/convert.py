@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +11,10 @@ from kvruntime.hf import exact
 from kvruntime.hf.cache import Cache, CacheLayer
 from kvruntime.hf.empty import attend_through, empty_cache, host_planned
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
-from kvruntime.hf.models import layer_kinds, refuse_scores
+from kvruntime.hf.models import layer_kinds, method_given, refuse_scores
 from kvruntime.hf.padding import padding_spans
 from kvruntime.methods import check_runs
 from kvsim.layout import LayerShape, Method
-from kvsim.methods import METHODS, make_method
 from kvsim.methods.defaults import COMPRESSED
 
 
@@ -50,12 +48,7 @@ def compress(
     num_columns, dtype = int(held[0].get_seq_length()), held[0].keys.dtype
     if any(int(layer.get_seq_length()) != num_columns for layer in held):
         raise ValueError("compress: the cache's layers hold unlike numbers of tokens")
-    if isinstance(method, str):
-        if method in METHODS and "dtype" in signature(METHODS[method]).parameters:
-            options = {"dtype": str(dtype).removeprefix("torch."), **options}
-        method = make_method(method, **options)
-    elif options:
-        raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
+    method = method_given(method, options, dtype)
     check_runs(method)
     if model is not None:
         wanted = [bool(kind.shape) for kind in layer_kinds(model)]

@@ -24,6 +24,7 @@ from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.methods import changes_scores
 from kvsim.engines.kvruntime import LONG_WINDOW
 from kvsim.layout import LayerShape, Method
+from kvsim.methods import METHODS, make_method
 
 REFUSED_KEYS = {
     "kv_lora_rank": "multi-head latent attention",
@@ -89,6 +90,20 @@ def layer_shapes(model: Any) -> list[LayerShape]:
         raise ValueError(f"{name} is not supported here: {changed}")
     ranks = tensor_ranks(model)
     return [replace(kind.shape, num_kv_heads=kind.shape.num_kv_heads // ranks) for kind in kinds if kind.shape]
+
+
+def method_given(method: str | Method, options: dict[str, object], dtype: Any) -> Method:
+    """``method`` itself, or the one of that name with ``options`` for its fields, and exact tokens in ``dtype``.
+
+    Raises ``LookupError`` for an unknown name, and ``ValueError`` for an option that it does not take.
+    """
+    if isinstance(method, str):
+        if method in METHODS and "dtype" in inspect.signature(METHODS[method]).parameters:
+            options = {"dtype": str(dtype).removeprefix("torch."), **options}
+        return make_method(method, **options)
+    if options:
+        raise ValueError(f"options {', '.join(sorted(options))}: allowed with a method's name only, not with an object")
+    return method
 
 
 def tensor_ranks(model: Any) -> int:

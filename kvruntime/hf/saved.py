@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ from kvruntime.hf import exact
 from kvruntime.hf.cache import Cache, CacheLayer
 from kvruntime.hf.empty import attend_through, empty_cache, host_planned
 from kvruntime.hf.models import layer_kinds, refuse_scores
-from kvruntime.methods import LAYERS
+from kvruntime.methods import respelled, spelled
 from kvsim.atomic import replace_file
 from kvsim.engines.kvruntime import stored_shape
-from kvsim.layout import LayerShape, Method, nbytes
+from kvsim.layout import LayerShape, nbytes
 
 FORMAT = "kvruntime cache"
 VERSION = 1
-
-TYPES = {kind.__name__: kind for kind in LAYERS}
-"""Method types that a file may name."""
 
 
 def save_cache(cache: Cache, path: str | Path) -> None:
@@ -44,7 +40,7 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     state = {
         "format": FORMAT,
         "version": VERSION,
-        "method": _spelled(cache.method),
+        "method": spelled(cache.method),
         "max_seq_len": cache.max_seq_len,
         "padding": [[[span.start, span.stop] for span in row] for row in cache.columns.padding],
         "layers": [_written(layer) for layer in cache.layers],
@@ -89,7 +85,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 
 def _rebuilt(state: dict[str, Any], path: str | Path, model: Any) -> Cache:
     kinds = layer_kinds(model)
-    method = _method(state["method"])
+    method = respelled(state["method"])
     cache = host_planned(method, kinds, state["max_seq_len"])
     own = [(isinstance(layer, CacheLayer), _kept(layer)) for layer in cache.layers]
     if own != [(layer["packed"] is not None, layer["kept"]) for layer in state["layers"]]:
@@ -97,7 +93,7 @@ def _rebuilt(state: dict[str, Any], path: str | Path, model: Any) -> Cache:
     refuse_scores(model, method)
     cache = empty_cache(model, method, kinds, state["max_seq_len"])
     cache.columns.padding = [[range(*span) for span in row] for row in state["padding"]]
-    for layer, written, device in zip(cache.layers, state["layers"], _devices(model, len(cache.layers)), strict=True):
+    for layer, written, device in zip(cache.layers, state["layers"], devices(model, len(cache.layers)), strict=True):
         if isinstance(layer, CacheLayer):
             _take_packed(layer, written["packed"], device)
             _check_lengths(cache, layer, path)
@@ -148,9 +144,9 @@ def _kept(layer: Any) -> str:
 def _take_packed(layer: CacheLayer, written: dict[str, Any], device: torch.device) -> None:
     shape = LayerShape(*written["shape"])
     buffers = layer.method.buffers(stored_shape(layer.method, shape), written["batch_size"], written["num_provided"])
-    found, wanted = sum(tensor.nbytes for tensor in written["tensors"].values()), nbytes(buffers)
-    if found != wanted:  # before memory is asked for
-        raise ValueError(f"the file's tensors of a layer are {found:,} B, its method says {wanted:,}")
+    size = sum(tensor.nbytes for tensor in written["tensors"].values())
+    if size != nbytes(buffers):  # before memory is asked for
+        raise ValueError(f"the file's tensors of a layer are {size:,} B, its method says {nbytes(buffers):,}")
     with torch.inference_mode(False):
         layer.make_store(shape, written["batch_size"], device)
         store = layer.store
@@ -183,7 +179,7 @@ def _take_kept(layer: Any, tensors: dict[str, Tensor], numbers: dict[str, int], 
             layer.device = device if conv or layer.device is None else layer.device
 
 
-def _devices(model: Any, num_layers: int) -> Iterator[torch.device]:
+def devices(model: Any, num_layers: int) -> Iterator[torch.device]:
     """Where each layer of the model lies."""
     found = getattr(model, "hf_device_map", None) or {}
     layers = {
@@ -196,19 +192,3 @@ def _devices(model: Any, num_layers: int) -> Iterator[torch.device]:
 
 def _numbers(shape: LayerShape) -> list[int]:
     return [shape.num_kv_heads, shape.key_dim, shape.value_dim]
-
-
-def _spelled(method: Method) -> dict[str, Any]:
-    """A method as text and numbers."""
-    values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
-    spelled = {name: _spelled(x) if type(x) in LAYERS else x for name, x in values.items()}
-    return {"type": type(method).__name__, "fields": spelled}
-
-
-def _method(spelled: dict[str, Any]) -> Method:
-    """What :func:`_spelled` wrote.  Raises ``ValueError`` for a type that kvruntime does not run."""
-    if spelled["type"] not in TYPES:
-        raise ValueError(f"a saved cache of the method {spelled['type']}: allowed are {', '.join(TYPES)}")
-    values = {name: _method(x) if isinstance(x, dict) else x for name, x in spelled["fields"].items()}
-    made: Method = TYPES[spelled["type"]](**values)
-    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,6 +31,23 @@ def room_of(method: Method) -> Room:
     if type(method) not in LAYERS:
         raise ValueError(f"kvruntime has no room for the method {getattr(method, 'name', repr(method))}")
     return LAYERS[type(method)]
+
+
+def spelled(method: Method) -> dict[str, Any]:
+    """A method as text and numbers, for files."""
+    values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
+    inside = {name: spelled(x) if type(x) in LAYERS else x for name, x in values.items()}
+    return {"type": type(method).__name__, "fields": inside}
+
+
+def respelled(spelling: Mapping[str, Any]) -> Method:
+    """The method that :func:`spelled` wrote.  Raises ``ValueError`` for a type that kvruntime does not run."""
+    types = {kind.__name__: kind for kind in LAYERS}
+    if spelling["type"] not in types:
+        raise ValueError(f"a saved cache of the method {spelling['type']}: allowed are {', '.join(types)}")
+    values = {name: respelled(x) if isinstance(x, dict) else x for name, x in spelling["fields"].items()}
+    made: Method = types[spelling["type"]](**values)
+    return made
 
 
 def make_layer(
@@ -81,6 +99,8 @@ __all__ = [
     "changes_scores",
     "check_runs",
     "make_layer",
+    "respelled",
     "room_of",
     "shared_tensors",
+    "spelled",
 ]

@@ -43,7 +43,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "kvruntime": (
         ("kernels", "specs"),
         ("methods",),
-        ("hf", "paged"),
+        ("paged",),
+        ("prefix_store",),
+        ("hf",),
         ("engine", "checkpoints", "eval", "vllm"),
         ("kvruntime",),
         ("bench",),

@@ -1,94 +1,24 @@
 """Stateless pages: store, attend and pack as an engine calls them, beside a layer that keeps its own books.
 
-Kernels run in Triton's interpreter where there is no CUDA device (conftest.py).  Pools are poisoned, and tables hold
-places alone that a step may look at.
+Kernels run in Triton's interpreter where there is no CUDA device (conftest.py).
 """
 
 from __future__ import annotations
-
-from importlib import import_module
-from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime import paged  # noqa: E402
-from kvruntime.methods import make_layer, room_of  # noqa: E402
-from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Evict, Full, Kivi, kivi_boost  # noqa: E402
+from paged_engine import DEVICE, GROUP, HEADS, METHODS, ROWS, Engine, engine, line, modules, step  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-HEADS, GROUP, ROWS, MOST, NOWHERE = 2, 2, 3, 192, -(1 << 30)
-METHODS = {
-    "2-bit g32": (Kivi(residual_length=64), 64),
-    "4-bit g64": (Kivi(nbits=4, group_size=64, residual_length=64), 64),
-    "3-bit d96": (Kivi(nbits=3, residual_length=32), 96),
-    "fp16": (Full(), 64),
-}
+from kvruntime import paged  # noqa: E402
+from kvruntime.methods import make_layer  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Evict, Kivi, kivi_boost  # noqa: E402
+
 STEPS = ((64, 40, 5), (1, 33, 4), (1, 1, 1), (70, 1, 0))
 """Tokens that each row brings: prompts; a token, a chunk and drafts; tokens; a chunk, a token, and a row rests."""
-
-
-class Engine(NamedTuple):
-    """The pools of one layer and the tables of its rows."""
-
-    method: object
-    dim: int
-    pages: paged.Pages
-    blocks: torch.Tensor
-    places: torch.Tensor
-
-    def batch(self, before: list[int], counts: tuple[int, ...]) -> paged.Batch:
-        """A step, with the tables' needed places alone."""
-        after = [n + count for n, count in zip(before, counts, strict=True)]
-        size = self.pages.key.shape[2]
-        blocks, places = self.blocks.clone(), self.places.clone()
-        slots = []
-        for row, (n, end) in enumerate(zip(before, after, strict=True)):
-            slots += [int(places[row, t // size]) * size + t % size for t in range(n, end)]
-            needed = {t // size for t in range(paged.num_packed(self.method, n), end)}
-            places[row, [page for page in range(places.shape[1]) if page not in needed]] = NOWHERE
-            if blocks.shape[1]:
-                record = paged.page_shape(self.method, LayerShape(HEADS, self.dim, self.dim)).record_tokens
-                blocks[row, paged.num_packed(self.method, end) // record :] = NOWHERE
-        numbers = torch.tensor([0, *counts]).cumsum(0).int(), torch.tensor(after, dtype=torch.int32)
-        tensors = (x.to(DEVICE) for x in (*numbers, blocks, places, torch.tensor(slots, dtype=torch.int64)))
-        return paged.batch(self.method, *tensors, max(counts))
-
-
-def engine(name: str) -> Engine:
-    method, dim = METHODS[name]
-    shape = paged.page_shape(method, LayerShape(HEADS, dim, dim))
-    generator = torch.Generator().manual_seed(1)
-    tables = []
-    for size in (shape.record_tokens, shape.exact_tokens):
-        each = MOST // size if size else 0
-        order = torch.randperm(ROWS * each + 2, generator=generator)[: ROWS * each]
-        tables.append(order.view(ROWS, each).int())
-    records = None
-    if shape.record_tokens:
-        words = shape.record_nbytes // HEADS // 4
-        records = torch.full((tables[0].numel() + 2, HEADS, words), -7, dtype=torch.int32, device=DEVICE)
-    pool = (tables[1].numel() + 2, HEADS, shape.exact_tokens, 2 * dim)
-    exact = torch.full(pool, float("nan"), dtype=torch.float16, device=DEVICE)
-    return Engine(method, dim, paged.Pages(records, *exact.split(dim, 3)), *tables)
-
-
-def line(seed: int, tokens: int, heads: int, dim: int) -> torch.Tensor:
-    made = torch.randn(tokens, heads, dim, generator=torch.Generator().manual_seed(seed))
-    return made.half().to(DEVICE)
-
-
-def step(one: Engine, run: ModuleType, batch: paged.Batch, seed: int) -> torch.Tensor:
-    tokens = int(batch.starts[-1])
-    key, value = (line(seed + i, tokens, HEADS, one.dim) for i in range(2))
-    query = line(seed + 2, tokens, HEADS * GROUP, one.dim)
-    run.store(one.method, key, value, one.pages, batch)
-    run.pack(one.method, one.pages, batch)
-    return run.attend(one.method, query, key, value, one.pages, batch, 0.125)
 
 
 def near(out: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -98,11 +28,6 @@ def near(out: torch.Tensor, wanted: torch.Tensor) -> None:
 def same(one: Engine, other: Engine) -> bool:
     pairs = [(x, y) for x, y in zip(one.pages, other.pages, strict=True) if x is not None]
     return all(torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in pairs)
-
-
-def modules(method: object) -> tuple[ModuleType, ModuleType]:
-    reference = room_of(method).paged
-    return reference, import_module(f"{reference.__name__}_kernels")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "3-bit d96"])  # its packing: test_pools.py

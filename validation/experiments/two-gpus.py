@@ -1,7 +1,7 @@
 """transformers' tensor parallelism on two GPUs under NCCL, with kvruntime's cache and Engine, beside one process.
 
-    python two-gpus.py MODEL OUT              # one process, on the first GPU: writes OUT.one
-    torchrun --nproc-per-node 2 two-gpus.py MODEL OUT   # after it: writes OUT.0 and OUT.1
+    python two-gpus.py MODEL OUT kivi kivi:nbits=8                              # one process: writes OUT.one
+    torchrun --nproc-per-node 2 two-gpus.py MODEL OUT kivi kivi:nbits=8         # after it: writes OUT.0 and OUT.1
 
 MODEL: a folder of a Llama.  A rank says the bytes that its cache takes and those that kvsim says; how far logits are
 from one process's; tokens of ``generate()`` and of ``Engine``, whose decode step is one CUDA graph; the all-reduces in
@@ -16,6 +16,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,16 +25,16 @@ from transformers import AutoModelForCausalLM
 
 import kvruntime
 from kvruntime.hf.cache import argument
-from kvsim.engines import Kvruntime
+from kvsim.engines import make_engine
 from kvsim.memory.sharding import Deployment, Sharding
-from kvsim.methods import Kivi
 from kvsim.models.load import load_model
+from kvsim.specs import parse_method
 
 LENGTHS, NEW, ROOM = (300, 97, 33), 48, 1024
-path, out = sys.argv[1:]
+path, out, *specs = sys.argv[1:]
 rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 torch.cuda.set_device(rank)
-found = {}
+found: dict[str, dict[str, Any]] = {}
 if size > 1:
     dist.init_process_group("nccl", timeout=timedelta(seconds=60))
 
@@ -96,9 +97,9 @@ def cached(model, name, method, row):
         one = wanted[dtype, name]
         apart = (held[dtype, name] - one).abs().max().item()
         row[f"{name}: logits apart, of"] = [round(apart, 6), round(one.abs().max().item(), 3)]
-    if name == "2 bits":
+    if name == specs[0]:
         split = [Sharding(tensor_parallel_size=size)] if size > 1 else []
-        deployed = Deployment(load_model(f"{path}/config.json"), method, Kvruntime(), *split)
+        deployed = Deployment(load_model(f"{path}/config.json"), method, make_engine("kvruntime"), *split)
         row["bytes"], row["kvsim's"] = cache.nbytes, deployed.rank_nbytes(len(LENGTHS), max(LENGTHS) + 25)
 
 
@@ -126,14 +127,15 @@ def attempt(part, *given, row, **more):
 
 
 wanted = torch.load(f"{out}.pt") if size > 1 else {}
-held = {}
+held: dict[tuple[str, str], torch.Tensor] = {}
 ids = torch.randint(3, 128, (3, 120), generator=torch.Generator().manual_seed(2)).cuda()
 with torch.no_grad():
     for dtype in ("float32", "bfloat16"):
         model = load(getattr(torch, dtype))
-        method = Kivi(dtype=dtype)
+        methods = {spec: parse_method(spec, {}, dtype) for spec in specs}
+        method = methods[specs[0]]
         row = found[dtype] = {"model": type(model).__name__, "layers": model.config.num_hidden_layers}
-        for name, chosen in (("2 bits", method), ("8 bits", Kivi(nbits=8, dtype=dtype)), ("stock", "stock")):
+        for name, chosen in (methods | {"stock": "stock"}).items():
             attempt(cached, model, name, chosen, row=row)
         attempt(stepped, model, method, False, row=row)
         attempt(stepped, model, method, True, row=row)

@@ -4,9 +4,9 @@
     python vllm-decode.py MODEL '{"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"}' [WORKLOADS]
 
 MODEL: a folder with config.json; then the engine's arguments, those of docs/serving.md for the plugin; then JSON in
-place of ``WORKLOADS``.  Prints a JSON line a workload (requests, tokens a prompt, new tokens).  A step of more than 64 tokens, a prompt's chunk, runs no
-model, so that prompts cost nothing and pages hold zeros; only steps of decoding are timed, from one call of the
-model to the next.  ``real`` workloads run everything.
+place of ``WORKLOADS``.  Prints a JSON line a workload (requests, tokens a prompt, new tokens).  A step of more than 64
+tokens, a prompt's chunk, runs no model, so that prompts cost nothing and pages hold zeros; only steps of decoding are
+timed, from one call of the model to the next.  ``real`` workloads run everything.
 """
 
 import json

@@ -5,7 +5,7 @@ Every token is exact, and nothing is packed.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -55,3 +55,14 @@ def attend(method: Full, query: Tensor, key: Tensor, value: Tensor, pages: Pages
     if batch.most == 1:
         return reference.attend(query[: len(batch.lengths), :, None], stored(pages, batch), scale)[:, :, 0]
     return reference.attend(query, stored(pages, batch), scale, (key, value, None), batch.starts)
+
+
+def read_row(layer: Any, row: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of a layer that keeps its books: no records, and a row's ``key`` and ``value [tokens, num_kv_heads, dim]``."""
+    key, value = (x.transpose(0, 1) for x in layer.tokens(row))
+    return None, key, value
+
+
+def write_rows(layer: Any, records: Tensor | None, key: Tensor, value: Tensor) -> None:
+    """The other way, to every row of a layer that holds nothing yet."""
+    layer.append(*(x.transpose(0, 1).expand(layer.batch_size, -1, -1, -1) for x in (key, value)))

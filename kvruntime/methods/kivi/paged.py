@@ -5,7 +5,7 @@ How many tokens of a row are packed is a function of its length alone, so nothin
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -104,3 +104,30 @@ def gather(
             exact = pool[page, :, token % size]
             fresh = new[start : start + after - before]
             out[begin : begin + after] = torch.cat([x.to(out.dtype) for x in (held.transpose(0, 1), exact, fresh)])
+
+
+def read_row(layer: Any, row: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of a layer that keeps its books: a row's ``records [blocks, num_kv_heads, words]``, and its exact ``key`` and
+    ``value [tokens, num_kv_heads, dim]`` behind them."""
+    packed = layer.row_packed[row]
+    token = torch.arange(packed, layer.row_lengths[row], device=layer.device)
+    slot = token % layer.method.residual_length
+    held = layer.tensors
+    exact = (held[name][row][:, slot].transpose(0, 1) for name in ("exact_key", "exact_value"))
+    key, value = exact
+    return held["records"][row, : packed // layer.record.num_tokens], key, value
+
+
+def write_rows(layer: Any, records: Tensor | None, key: Tensor, value: Tensor) -> None:
+    """The other way, to every row of a layer that holds nothing yet."""
+    assert records is not None
+    packed = len(records) * layer.record.num_tokens
+    length = packed + len(key)
+    layer.provide(length)
+    slot = torch.arange(packed, length, device=layer.device) % layer.method.residual_length
+    layer.tensors["records"][:, : len(records)] = records
+    layer.tensors["exact_key"][:, :, slot] = key.transpose(0, 1)
+    layer.tensors["exact_value"][:, :, slot] = value.transpose(0, 1)
+    for i, count in enumerate((length, packed)):
+        layer.tensors["lengths"][i] = count
+    layer.catch_up(layer.tensors["lengths"][0])
