@@ -14,12 +14,13 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """The entry point.  Takes the backend's name CUSTOM and the specs' managers, any number of times."""
+    """The entry point, called any number of times: the backend's name CUSTOM, the specs' managers, the cache types."""
     from kvruntime.vllm.backend import take_name
-    from kvruntime.vllm.specs import take_specs
+    from kvruntime.vllm.specs import take_cache_dtypes, take_specs
 
     take_name()
     take_specs()
+    take_cache_dtypes()
 
 
 __all__ = ["register"]

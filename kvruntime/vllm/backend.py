@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from kvruntime import paged
-from kvruntime.vllm.settings import NAME, check_block_size, check_pages, method_of, refuse, refuse_layer
+from kvruntime.vllm.settings import CACHE_DTYPES, NAME, check_block_size, check_pages, method_of, refuse, refuse_layer
 from kvruntime.vllm.specs import ExactSpec, exact_spec, record_spec, window_spec
 from kvruntime.vllm.windows import attend_window
 from kvsim.layout import LayerShape
@@ -101,7 +101,7 @@ class RowsBuilder(AttentionMetadataBuilder[Rows]):
 
 class Backend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *CACHE_DTYPES]
 
     @staticmethod
     def get_builder_cls() -> type[RowsBuilder]:
@@ -205,11 +205,12 @@ class PagedImpl(AttentionImpl[Rows]):
             attention_sinks=sinks is not None,
             attention_type="" if attn_type == "decoder" else attn_type,
         )
-        dtype = torch.get_default_dtype()
+        dtype = self.dtype = torch.get_default_dtype()
         heads = num_kv_heads or num_heads
         self.num_heads, self.num_kv_heads, self.head_size, self.scale = num_heads, heads, head_size, scale
         self.kv_cache_dtype = kv_cache_dtype
-        self.method = method_of(config.additional_config, str(dtype).removeprefix("torch."))
+        asked = config.cache_config.cache_dtype
+        self.method = method_of(config.additional_config, str(dtype).removeprefix("torch."), asked)
         self.flash, self.window = flash_attention(dtype), sliding_window
         if sliding_window is not None:
             return
@@ -228,7 +229,7 @@ class PagedImpl(AttentionImpl[Rows]):
         """This layer's own cache in place of what vLLM would keep for it."""
         if self.window is None:
             return record_spec(spec, self.shape)
-        return window_spec(spec, check_pages(self.pages.values()), config)
+        return window_spec(spec, check_pages(self.pages.values()), self.dtype, config)
 
     def forward(
         self,

@@ -12,16 +12,24 @@ from kvsim.methods import make_method
 from kvsim.methods.defaults import COMPRESSED
 
 NAME = "kvruntime"
+CACHE_DTYPES = {f"{COMPRESSED}{nbits}": {"method": COMPRESSED, "nbits": nbits} for nbits in (2, 4)}
+"""``--kv-cache-dtype`` by these names, where vLLM takes names from outside (0.33 on): the method's options."""
 DRAFTS = ("ngram", "ngram_gpu", "suffix")
 """Speculative methods without a model, whose drafts bring no layers of their own."""
 
 
-def method_of(additional_config: Any, dtype: str) -> Method:
-    """The method that ``--additional-config`` names, with exact tokens in ``dtype``.
+def method_of(additional_config: Any, dtype: str, cache_dtype: str = "auto") -> Method:
+    """The method that ``--additional-config`` or ``--kv-cache-dtype`` names, with exact tokens in ``dtype``.
 
-    Raises ``ValueError`` where it names none, one that is not known, or one that does not fit pages.
+    Raises ``ValueError`` where they name none, two, one that is not known, or one that does not fit pages.
     """
     given = additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
+    named = CACHE_DTYPES.get(cache_dtype)
+    if named is not None and (given is None or isinstance(given, Mapping)):
+        other = {name: given[name] for name in named if name in (given or {}) and given[name] != named[name]}
+        if other:
+            raise ValueError(f"{NAME}: --kv-cache-dtype {cache_dtype} is {named}, the additional config says {other}")
+        given = named | dict(given or {})
     if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
         raise ValueError(
             "attention backend CUSTOM is kvruntime's: give --additional-config "
@@ -46,7 +54,7 @@ def refuse(config: Any) -> None:
     drafts = getattr(config.speculative_config, "method", None)
     no_windows = scheduler.disable_hybrid_kv_cache_manager
     found = {
-        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", *CACHE_DTYPES),
         "disable_hybrid_kv_cache_manager, which a connector may switch on: exact tokens would stay": no_windows,
         "a KV connector": getattr(config, "kv_transfer_config", None) is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

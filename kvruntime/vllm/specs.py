@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from vllm.config import cache
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvruntime.paged import PageShape
-from kvruntime.vllm.settings import NAME
+from kvruntime.vllm.settings import CACHE_DTYPES, NAME
 
 STATES = "tokens_per_state" in getattr(AttentionSpec, "__dataclass_fields__", {})
 """From 0.29 on a spec says itself how many tokens share a state, and caches are viewed as [blocks, heads, n, content].
@@ -108,9 +109,9 @@ def exact_spec(shape: PageShape, num_kv_heads: int, head_size: int, dtype: torch
     )
 
 
-def window_spec(spec: Any, page_nbytes: int, config: Any) -> ExactSpec:
+def window_spec(spec: Any, page_nbytes: int, dtype: torch.dtype, config: Any) -> ExactSpec:
     """A layer's sliding window, in pages of ``page_nbytes``, as many tokens in each as the largest power of two."""
-    token = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * spec.dtype.itemsize
+    token = spec.num_kv_heads * (spec.head_size + spec.head_size_v) * dtype.itemsize
     if token > page_nbytes:
         raise ValueError(
             f"{NAME}: a window's token of {token:,} bytes in vLLM: allowed are up to a record's {page_nbytes:,}"
@@ -120,11 +121,35 @@ def window_spec(spec: Any, page_nbytes: int, config: Any) -> ExactSpec:
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         head_size_v=spec.head_size_v,
-        dtype=spec.dtype,
+        dtype=dtype,
         sliding_window=spec.sliding_window,
         page_size_padded=page_nbytes,
         chunk_tokens=config.max_in_flight_tokens,
     )
+
+
+def take_cache_dtypes() -> None:
+    """Enters the names of ``--kv-cache-dtype``, where vLLM takes any (0.33 on); plugins are loaded before they are
+    checked."""
+    register = getattr(cache, "register_kv_cache_dtype", None)
+    if register is None:
+        return
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Words:
+        """Of records: exact tokens are in the model's type."""
+
+        name = ""
+
+        def torch_dtype(self) -> torch.dtype:
+            return torch.int32
+
+        def quant_mode(self) -> Any:
+            return KVQuantMode.CUSTOM
+
+    for name in CACHE_DTYPES:
+        if not cache.is_known_kv_cache_dtype(name):
+            register(name)(type(name, (Words,), {"name": name}))
 
 
 def take_specs() -> None:

