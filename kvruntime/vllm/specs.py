@@ -2,7 +2,7 @@
 
 A block of the *records* is one record a head, of a full-attention cache.  A block of the *exact* tokens is as many as
 fit that page, of a sliding window that keeps ``residual_length`` tokens before the next one: the oldest exact token of
-a row of ``n`` tokens is ``n - residual_length``.
+a row of ``n`` tokens is ``n - residual_length``.  A layer with a sliding window has such a cache alone.
 
 A request is admitted with a window and a record's exact tokens.  One chunk in all is kept free besides: a step's new
 tokens are ``max_num_batched_tokens`` at most over all requests, and their blocks fall out of the window with the next
@@ -12,7 +12,8 @@ step (vLLM's own windows count a chunk for every request).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.config import cache
@@ -50,7 +51,9 @@ class ExactSpec(SlidingWindowSpec):
     """A window whose admission counts no chunk."""
 
     record_tokens: int = 0
+    """Of the records beside it; 0: a layer's window, which packs nothing."""
     chunk_tokens: int = 0
+    max_model_len: int = 0
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         tokens = min(self.sliding_window - 1 + self.record_tokens, max_model_len)
@@ -60,17 +63,28 @@ class ExactSpec(SlidingWindowSpec):
     def chunk_blocks(self) -> int:
         return -(-self.chunk_tokens // self.block_size)
 
+    @property
+    def most_blocks(self) -> int:
+        """What one request of ``max_model_len`` needs here, with its records and one chunk."""
+        records = -(-self.max_model_len // self.record_tokens) if self.record_tokens else 0
+        return self.max_admission_blocks_per_request(0, self.max_model_len) + records + self.chunk_blocks
+
 
 class ExactManager(SlidingWindowManager):
     """Admits a request where the blocks of one chunk stay free besides its own."""
 
+    most: ClassVar[WeakKeyDictionary[Any, int]] = WeakKeyDictionary()
+    """Pools -> the blocks that the longest request needs of all groups: in a smaller pool it would wait for ever."""
+
     def __init__(self, kv_cache_spec: ExactSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self.chunk_blocks = kv_cache_spec.chunk_blocks
-        if self.block_pool.num_gpu_blocks <= self.chunk_blocks:
+        self.chunk_blocks, pool = kv_cache_spec.chunk_blocks, self.block_pool
+        self.most[pool] = self.most.get(pool, 1) + kv_cache_spec.most_blocks  # one block of a pool stays empty
+        if pool.num_gpu_blocks < self.most[pool]:
             raise ValueError(
-                f"{NAME}: {self.block_pool.num_gpu_blocks} blocks, of which one step's exact tokens take "
-                f"{self.chunk_blocks}: give more memory or a smaller --max-num-batched-tokens"
+                f"{NAME}: {pool.num_gpu_blocks:,} blocks, of which a request of {kv_cache_spec.max_model_len:,} tokens and "
+                f"one step's exact tokens take {self.most[pool]:,}: give more memory, or a smaller --max-model-len or "
+                f"--max-num-batched-tokens"
             )
 
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
@@ -106,7 +120,14 @@ def exact_spec(shape: PageShape, num_kv_heads: int, head_size: int, dtype: torch
         page_size_padded=shape.record_nbytes,
         record_tokens=shape.record_tokens,
         chunk_tokens=config.max_in_flight_tokens,
+        max_model_len=longest(config.model_config),
     )
+
+
+def longest(model_config: Any) -> int:
+    """``max_model_len``; 0 where vLLM fits it to the memory later."""
+    fitted = getattr(model_config, "original_max_model_len", None) == -1
+    return 0 if fitted else int(model_config.max_model_len)
 
 
 def window_spec(spec: Any, page_nbytes: int, dtype: torch.dtype, config: Any) -> ExactSpec:
@@ -125,6 +146,7 @@ def window_spec(spec: Any, page_nbytes: int, dtype: torch.dtype, config: Any) ->
         sliding_window=spec.sliding_window,
         page_size_padded=page_nbytes,
         chunk_tokens=config.max_in_flight_tokens,
+        max_model_len=longest(config.model_config),
     )
 
 
