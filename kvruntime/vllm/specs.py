@@ -82,8 +82,8 @@ class ExactManager(SlidingWindowManager):
         self.most[pool] = self.most.get(pool, 1) + kv_cache_spec.most_blocks  # one block of a pool stays empty
         if pool.num_gpu_blocks < self.most[pool]:
             raise ValueError(
-                f"{NAME}: {pool.num_gpu_blocks:,} blocks, of which a request of {kv_cache_spec.max_model_len:,} tokens and "
-                f"one step's exact tokens take {self.most[pool]:,}: give more memory, or a smaller --max-model-len or "
+                f"{NAME}: {pool.num_gpu_blocks:,} blocks, a request of {kv_cache_spec.max_model_len:,} tokens and one "
+                f"step's exact tokens take {self.most[pool]:,}: give more memory, or a smaller --max-model-len or "
                 f"--max-num-batched-tokens"
             )
 

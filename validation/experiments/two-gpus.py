@@ -1,12 +1,13 @@
 """transformers' tensor parallelism on two GPUs under NCCL, with kvruntime's cache and Engine, beside one process.
 
-    python two-gpus.py MODEL OUT kivi kivi:nbits=8                              # one process: writes OUT.one
-    torchrun --nproc-per-node 2 two-gpus.py MODEL OUT kivi kivi:nbits=8         # after it: writes OUT.0 and OUT.1
+    python two-gpus.py MODEL OUT kivi                                 # one process: writes OUT.one and OUT.one.pt
+    torchrun --nproc-per-node 2 two-gpus.py MODEL OUT kivi            # at the same time: OUT.0 and OUT.1
+    python two-gpus.py compare OUT                                    # prints what they say, a line of JSON each
 
-MODEL: a folder of a Llama.  A rank says the bytes that its cache takes and those that kvsim says; how far logits are
-from one process's; tokens of ``generate()`` and of ``Engine``, whose decode step is one CUDA graph; the all-reduces in
-a step's graph, as the profiler counts them; and milliseconds a step.  Set NCCL_NVLS_ENABLE=0 where NVLink multicast is
-to stay off.
+MODEL: a folder of a Llama; then methods, the first for all, others for logits alone.  A rank says the bytes that its
+cache takes and those that kvsim says; tokens of ``Engine``, whose decode step is one CUDA graph, the all-reduces in a
+step's graph as the profiler counts them, and milliseconds a step; tokens of ``generate()``.  Set NCCL_NVLS_ENABLE=0
+where NVLink multicast is to stay off.
 """
 
 import json
@@ -30,9 +31,40 @@ from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.models.load import load_model
 from kvsim.specs import parse_method
 
-LENGTHS, NEW, ROOM = (300, 97, 33), 48, 1024
+LENGTHS, PROVIDED, NEW, ROOM = (300, 97, 33), 512, 48, 1024
 path, out, *specs = sys.argv[1:]
 rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+who = str(rank) if size > 1 else "one"
+
+
+def compare():
+    """Ranks with each other and with one process."""
+    seen = {each: json.loads(Path(f"{out}.{each}").read_text()) for each in ("one", "0", "1")}
+    held = {each: torch.load(f"{out}.{each}.pt") for each in seen}
+    for dtype, alone in seen["one"].items():
+        rows = [seen[each].get(dtype, {}) for each in ("0", "1")]
+        told = {"dtype": dtype, "layers": alone["layers"]}
+        for key in ("bytes", "kvsim's", "step"):
+            told[key] = {"one": alone.get(key), "0": rows[0].get(key), "1": rows[1].get(key)}
+        for key in ("engine", "generate"):
+            told[f"{key}: ranks equal, as one"] = [
+                rows[0].get(key) == rows[1].get(key),
+                rows[0].get(key) == alone.get(key),
+            ]
+            pairs = zip(single or [], first or [], strict=False)
+            same = [next((i for i, (x, y) in enumerate(zip(*pair, strict=True)) if x != y), NEW) for pair in pairs]
+            told[f"{key}: tokens before one differs"] = same
+        for name, wanted in held["one"].items():
+            if name[0] == dtype and name in held["0"] and name in held["1"]:
+                apart = [round((held[each][name] - wanted).abs().max().item(), 6) for each in ("0", "1")]
+                told[f"{name[1]}: logits apart, of"] = [*apart, round(wanted.abs().max().item(), 3)]
+        told["failed"] = [failed for row in (alone, *rows) for failed in row.get("failed", [])]
+        print(json.dumps(told), flush=True)
+
+
+if path == "compare":
+    compare()
+    sys.exit()
 torch.cuda.set_device(rank)
 found: dict[str, dict[str, Any]] = {}
 if size > 1:
@@ -55,7 +87,7 @@ def forwards(model, method):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 128, (len(LENGTHS), max(LENGTHS)), generator=generator)
     mask = (torch.arange(max(LENGTHS)) >= max(LENGTHS) - torch.tensor(LENGTHS)[:, None]).long()
-    cache = kvruntime.make_cache(model, method) if method != "stock" else None
+    cache = kvruntime.make_cache(model, method, max_seq_len=PROVIDED) if method != "stock" else None
     given = argument(cache) if cache is not None else {}
     rows, positions = [], (mask.cumsum(-1) - 1).clamp(min=0)
     for count in (0, *[1] * 20, 5):
@@ -90,58 +122,52 @@ def counted(engine):
     return {"all_reduces": reduces / 4, "step_ms": round(1e3 * median(seconds), 3)}
 
 
-def cached(model, name, method, row):
-    logits, cache = forwards(model, method)
+def cached(name, chosen):
+    logits, cache = forwards(model, chosen)
     held[dtype, name] = logits.cpu()
-    if size > 1:
-        one = wanted[dtype, name]
-        apart = (held[dtype, name] - one).abs().max().item()
-        row[f"{name}: logits apart, of"] = [round(apart, 6), round(one.abs().max().item(), 3)]
+    torch.save(held, f"{out}.{who}.pt")
     if name == specs[0]:
         split = [Sharding(tensor_parallel_size=size)] if size > 1 else []
-        deployed = Deployment(load_model(f"{path}/config.json"), method, make_engine("kvruntime"), *split)
-        row["bytes"], row["kvsim's"] = cache.nbytes, deployed.rank_nbytes(len(LENGTHS), max(LENGTHS) + 25)
+        deployed = Deployment(load_model(f"{path}/config.json"), chosen, make_engine("kvruntime"), *split)
+        row["bytes"], row["kvsim's"] = cache.nbytes, deployed.rank_nbytes(len(LENGTHS), PROVIDED)
 
 
-def generated(model, method, row, **more):
-    cache = kvruntime.make_cache(model, method, **more)
-    start = time.perf_counter()
-    made = model.generate(ids, max_new_tokens=NEW, do_sample=False, **argument(cache))[:, ids.shape[1] :].tolist()
-    row["cache"], row["generate"], row["seconds"] = type(cache).__name__, made, round(time.perf_counter() - start, 2)
+def generated(method):
+    cache = kvruntime.make_cache(model, method)
+    made = model.generate(ids, max_new_tokens=NEW, do_sample=False, **argument(cache))[:, ids.shape[1] :]
+    row["cache"], row["generate"] = type(cache).__name__, made.tolist()
 
 
-def stepped(model, method, lean, row):
-    engine = kvruntime.Engine(model, method, batch_size=len(ids), max_seq_len=ROOM, lean=lean)
-    row[f"engine, lean {lean}"] = {"runs": engine.layers, "bytes": engine.nbytes}
-    row[f"engine, lean {lean}"]["tokens"] = engine.generate(ids.tolist(), max_new_tokens=NEW)
-    row[f"engine, lean {lean}"] |= counted(engine)
+def stepped(method):
+    engine = kvruntime.Engine(model, method, batch_size=len(ids), max_seq_len=ROOM)
+    row["engine"] = engine.generate(ids.tolist(), max_new_tokens=NEW)
+    row["step"] = {"runs": engine.layers, "bytes": engine.nbytes} | counted(engine)
 
 
-def attempt(part, *given, row, **more):
+def attempt(part, *given):
     """A part that fails says why; what came before is on disk."""
     try:
-        part(*given, row=row, **more)
+        part(*given)
     except Exception as error:
-        row[f"{part.__name__} {given[1:]} {more}"] = f"{type(error).__name__}: {error}"[:500]
-    Path(f"{out}.{rank if size > 1 else 'one'}").write_text(json.dumps(found))
+        row.setdefault("failed", []).append(f"{who} {part.__name__}: {type(error).__name__}: {error}"[:400])
+    row["seconds"] = round(time.perf_counter() - began, 1)
+    Path(f"{out}.{who}").write_text(json.dumps(found))
 
 
-wanted = torch.load(f"{out}.pt") if size > 1 else {}
+began = time.perf_counter()
 held: dict[tuple[str, str], torch.Tensor] = {}
-ids = torch.randint(3, 128, (3, 120), generator=torch.Generator().manual_seed(2)).cuda()
+ids = torch.randint(3, 128, (3, 160), generator=torch.Generator().manual_seed(2)).cuda()
 with torch.no_grad():
     for dtype in ("float32", "bfloat16"):
         model = load(getattr(torch, dtype))
         methods = {spec: parse_method(spec, {}, dtype) for spec in specs}
-        method = methods[specs[0]]
         row = found[dtype] = {"model": type(model).__name__, "layers": model.config.num_hidden_layers}
+        attempt(cached, specs[0], methods[specs[0]])
+        attempt(stepped, methods[specs[0]])
+        attempt(generated, methods[specs[0]])
         for name, chosen in (methods | {"stock": "stock"}).items():
-            attempt(cached, model, name, chosen, row=row)
-        attempt(stepped, model, method, False, row=row)
-        attempt(stepped, model, method, True, row=row)
-        attempt(generated, model, method, row=row)
-if size == 1:
-    torch.save(held, f"{out}.pt")
-else:
+            if name != specs[0]:
+                attempt(cached, name, chosen)
+if size > 1:
     dist.barrier()
     dist.destroy_process_group()
