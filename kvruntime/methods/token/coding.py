@@ -84,15 +84,23 @@ def second_order(width: int) -> tuple[int, int, int, int]:
     """A shape of a piece's ``width`` channels; with its axes in the order 1, 2, 0, 3 they are as the bits of a second
     plane lie.
 
-    A word of the first plane, of two bits a channel, has ``F`` codes each time that it is read.  The sixteen words that
-    a product takes are the first plane's ``S = 2 F`` words, read ``16 / S`` times.  Of the second plane they are ``F``
-    words, read twice as often, whose bits must be of the same channels.
+    Eight codes share a 16-bit word of the first plane.  The bits of words ``n`` and ``n + width / 16`` are word ``n`` of
+    the second: four times two bits of the one and two of the other.  Shifted by two bits and by one, it has one bit in
+    four of every second code of a word, where selectors of four bits have place for it.
 
     >>> second_order(128), second_order(64)
-    ((2, 8, 1, 8), (2, 4, 2, 4))
+    ((2, 8, 4, 2), (2, 4, 4, 2))
     """
-    fields = min(8, width // 16)
-    return 2, fields, 8 // fields, fields
+    return 2, width // 16, 4, 2
+
+
+def second_place(field: int) -> int:
+    """Where the bit of a word's ``field``-th code lies in the second plane's word, but for its half.
+
+    >>> [second_place(field) for field in range(8)]
+    [0, 1, 4, 5, 8, 9, 12, 13]
+    """
+    return field // 2 * 4 + field % 2
 
 
 def rotation(coding: str, dim: int) -> int:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvruntime.methods.token import coding
 from kvruntime.methods.token.words import is_lloyd, piece_section, piece_words, word_sizes
 from kvsim.methods import token as layout
 
+second_place = triton.constexpr_function(coding.second_place)
 INTERPRETED = triton.knobs.runtime.interpret
 LOOKUP = tl.constexpr(layout.LOOKUP)
 OWN = tl.constexpr("{ .reg .b32 x; mov.u32 x, %laneid; shr.u32 x, x, $2; or.b32 $0, $1, x; }")
@@ -54,8 +56,8 @@ def lloyd_asm(nbits, fields, sizes, j):
     width = 4 if nbits == 4 else 2
     mask = {2: 1, 3: 3, 4: 7}[nbits] * (0x01010101 if apart == 8 else 0x00110011)
     down, near, far = (12, 0x5140, 0x7362) if apart == 8 else (8, 0x6240, 0x7351)
-    first = j if nbits == 3 else width * j + width - 1  # the bit that is the sign
-    second = j + fields // 2 if nbits == 3 else first + apart
+    first = second_place(j) if nbits == 3 else width * j + width - 1  # the bit that is the sign
+    second = second_place(j + fields // 2) if nbits == 3 else first + apart
     body += f"shr.b32 x, w, {width * j}; and.b32 x, x, {mask}; shr.b32 y, x, {down}; or.b32 x, x, y; "
     body += f"prmt.b32 l, ${at}, ${at + 2}, x; prmt.b32 h, ${at + 4}, ${at + 6}, x; "
     for out, order, bit in ((0, near, first), (1, far, second)):
@@ -90,10 +92,15 @@ def load_shifts(lookup_ptr, CODING: tl.constexpr, DIM: tl.constexpr, NUMBER: tl.
     shifts = ()
     for p in tl.static_range(len(SIZES)):
         if SIZES[p] < 16:
-            if FAST and (is_lloyd(CODING) and SIZES[p] > 2):
-                shifts = shifts + (tl.load(lookup_ptr + (4 if SIZES[p] == 8 else 20) + k),)
+            if FAST and (is_lloyd(CODING) and (SIZES[p] == 8 or (SIZES[p] == 4 and p == 1))):
+                shift = tl.load(lookup_ptr + (4 if SIZES[p] == 8 else 20) + k)
+                if SIZES[p] == 8 and p == 1:
+                    shift = shift // 4
+            elif p == 0:
+                shift = k // SIZES[p] * SIZES[p]
             else:
-                shifts = shifts + (k // SIZES[p] * SIZES[p],)
+                shift = k // (2 * SIZES[p]) * (2 * SIZES[p]) + k // SIZES[p] % 2 * 2
+            shifts = shifts + (shift,)
     return shifts
 
 
@@ -144,7 +151,7 @@ def level_of(words, j: tl.constexpr, CODING: tl.constexpr, LEVELS: tl.constexpr,
     if is_lloyd(CODING):
         if NBITS == 3:
             size = field_of(words[0], j, 2)
-            minus = field_of(words[1], j, 1)
+            minus = (words[1] >> second_place(j)) & 1
         else:
             code = field_of(words[0], j, NBITS)
             size = code & ((1 << (NBITS - 1)) - 1)

@@ -87,10 +87,10 @@ def store_second(ptr, bit, kept, F: tl.constexpr, N: tl.constexpr, W: tl.constex
     PIECE: tl.constexpr = 16 * F
     bit = tl.reshape(bit, (N * (W // PIECE), 2, F // 2, 2, 8))
     low = tl.arange(0, 8)
-    place = low // F * (2 * F) + low % F
+    place = low // 2 * 4 + low % 2
     word = tl.sum(bit << place[None, None, None, None, :], 4)
     word = tl.sum(word << (16 * tl.arange(0, 2))[None, None, None, :], 3)
-    word = tl.sum(word << (F * tl.arange(0, 2))[None, :, None], 1)
+    word = tl.sum(word << (2 * tl.arange(0, 2))[None, :, None], 1)
     ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     tl.store(ptr[:, None] + tl.arange(0, W // 32)[None, :], tl.reshape(word, (N, W // 32)), mask=kept[:, None])
 

@@ -1,0 +1,537 @@
+"""Gluon: decode attention over tokens that are coded one by one, in whole numbers on the tensor cores."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
+from kvruntime.methods.token.fast_words import (
+    center_of,
+    halves,
+    key_asm,
+    key_channel,
+    key_constraints,
+    key_types,
+    lanes,
+    num_tables,
+    own_asm,
+    planes_of,
+    tile_copy,
+    token_bytes,
+    value_asm,
+    value_channel,
+    value_constraints,
+    value_layout,
+    value_swizzle,
+    value_types,
+    word_axes,
+)
+
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9, before it
+
+MAGIC = gl.constexpr(12582912.0)
+MAGIC_BITS = gl.constexpr(0x4B400000)
+WEIGHT = gl.constexpr(65535.0)
+WEIGHT_MAGIC = gl.constexpr(8388608.0)
+QUERY = gl.constexpr(32639.0)
+
+
+@gluon.jit
+def divided(x):
+    """``x [..., N]`` as a tuple of ``N`` tensors."""
+    N: gl.constexpr = x.shape[len(x.shape) - 1]
+    HALVES: gl.constexpr = halves(x.shape)
+    if N == 1:
+        parts = (x.reshape(HALVES[0]),)
+    elif N == 2:
+        parts = gl.split(x)
+    else:
+        first, second = gl.split(x.reshape(HALVES[1]).permute(HALVES[2]))
+        parts = divided(first) + divided(second)
+    return parts
+
+
+@gluon.jit
+def mma(a, b, c, UNSIGNED: gl.constexpr):
+    """``c + a b`` of ``mma.m16n8k32``, each register a tensor: ``a`` four, ``b`` two, ``c`` four."""
+    TYPES: gl.constexpr = "s8.u8" if UNSIGNED else "s8.s8"
+    b0 = gl.broadcast(b[0], a[0])[0]
+    b1 = gl.broadcast(b[1], a[0])[0]
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k32.row.col.s32." + TYPES + ".s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+        "{$10, $11, $12, $13};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def swapped(x):
+    """float32 of the lane whose columns are four further on or back."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def transposed(even, odd):
+    """Weights' lowest 16 bits of columns 2 c and 2 c + 1 of row r, as rows 2 c and 2 c + 1 of column r."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 x; prmt.b32 x, $1, $2, 0x5410; movmatrix.sync.aligned.m8n8.trans.b16 $0, x; }",
+        "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def selected(x, order):
+    """Bytes of ``x`` by ``order``, 4 being zero."""
+    order = gl.broadcast(order, x)[0]
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [x, order], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def four_of(registers, AT: gl.constexpr):
+    """Registers ``(rr, hi)`` in the order of a product's: rows first."""
+    return registers[AT], registers[AT + 2], registers[AT + 1], registers[AT + 3]
+
+
+@gluon.jit
+def own_tables(length, LEVELS: gl.constexpr, LAYOUT: gl.constexpr, RANK: gl.constexpr):
+    """Words of the table of levels, each ``[1, ...]`` in a register of each thread."""
+    tables = ()
+    for number in gl.static_range(num_tables(LEVELS)):
+        nothing = gl.full([1] * RANK, length, gl.int32, LAYOUT)
+        tables = tables + (gl.inline_asm_elementwise(
+            own_asm(LEVELS, number), "=r,r", [nothing], dtype=gl.int32, is_pure=True, pack=1
+        ),)  # fmt: skip
+    return tables
+
+
+@gluon.jit
+def spread(tables, x):
+    """Each table as wide as ``x``."""
+    out = ()
+    for i in gl.static_range(len(tables)):
+        out = out + (gl.broadcast(tables[i], x)[0],)
+    return out
+
+
+@gluon.jit
+def copy_plane(stages, codes_ptr, begin, end, PLANE_BYTES: gl.constexpr, FIRST: gl.constexpr, TILE: gl.constexpr,
+               UNIT: gl.constexpr, BYTES: gl.constexpr, CACHE: gl.constexpr):  # fmt: skip
+    """Start copying words of ``UNIT`` bytes ``[TILE, PLANE_BYTES / UNIT]`` from token ``begin`` on."""
+    WORDS: gl.constexpr = PLANE_BYTES // UNIT
+    LAYOUT: gl.constexpr = tile_copy(WORDS, 16 // UNIT)
+    TYPE: gl.constexpr = gl.int16 if UNIT == 2 else gl.int32
+    t = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    w = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    base = codes_ptr.to(gl.pointer_type(TYPE), bitcast=True) + begin * (BYTES // UNIT)
+    at, real = gl.broadcast(t * (BYTES // UNIT) + (w + FIRST // UNIT), begin + t < end)
+    copy_async(stages, base + at, mask=real, cache_modifier=CACHE)
+
+
+@gluon.jit
+def copy_stream(stages, codes_ptr, begin, end, stage, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr,
+                HALVES: gl.constexpr, BYTES: gl.constexpr):  # fmt: skip
+    """Start copying ``TILE`` tokens' codes from token ``begin`` on to a stage of each plane."""
+    PLANES: gl.constexpr = planes_of(CODING, DIM)
+    for p in gl.static_range(len(PLANES)):  # two planes share sectors
+        copy_plane(stages[p].index(stage), codes_ptr, begin, end, PLANES[p][0], PLANES[p][1], TILE, 2 if HALVES else 4,
+                   BYTES, "" if len(PLANES) == 1 else ".ca")  # fmt: skip
+
+
+@gluon.jit
+def key_words(stages, stage, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, PLANE: gl.constexpr):
+    """Words of a plane in lane form: a tuple of ``[TILE / 16, 8, 4]`` for each row (hi) and word of a lane."""
+    AXES: gl.constexpr = word_axes(CODING, PLANE, DIM)
+    M: gl.constexpr = TILE // 16
+    SHAPE: gl.constexpr = [M, 2, 8, AXES[0], 4, AXES[1]]
+    words = stages[PLANE].index(stage).reshape(SHAPE).load(lanes(SHAPE, 2, 4))
+    N: gl.constexpr = AXES[0] * AXES[1]
+    words = words.permute([0, 2, 4, 1, 3, 5]).reshape([M, 8, 4, 2 * N])
+    return divided(words)
+
+
+@gluon.jit
+def key_operands(stages, stage, tables, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, LEVELS: gl.constexpr):
+    """Registers of keys: a tuple, for each row (hi) and step, of (lower, upper)."""
+    LM: gl.constexpr = lanes([TILE // 16, 8, 4], 1, 2)
+    words = key_words(stages, stage, CODING, DIM, TILE, 0)
+    N: gl.constexpr = len(words) // 2
+    out = ()
+    if CODING == "int8":
+        for i in gl.static_range(2 * N):
+            out = out + (gl.convert_layout(words[i], LM, assert_trivial=True),)
+    elif CODING == "lloyd3":
+        second = key_words(stages, stage, CODING, DIM, TILE, 1)
+        for hi in gl.static_range(2):
+            for i in gl.static_range(N):
+                word = gl.convert_layout(words[hi * N + i], LM, assert_trivial=True)
+                other = gl.convert_layout(second[hi], LM, assert_trivial=True)
+                out = out + gl.inline_asm_elementwise(
+                    key_asm(CODING, LEVELS, i), key_constraints(CODING, LEVELS), (word, other) + spread(tables, word), dtype=key_types(CODING),
+                    is_pure=True, pack=1,
+                )  # fmt: skip
+    else:
+        for i in gl.static_range(2 * N):
+            word = gl.convert_layout(words[i], LM, assert_trivial=True)
+            out = out + gl.inline_asm_elementwise(
+                key_asm(CODING, LEVELS, 0), key_constraints(CODING, LEVELS), (word,) + spread(tables, word), dtype=key_types(CODING), is_pure=True,
+                pack=1,
+            )  # fmt: skip
+    return out
+
+
+@gluon.jit
+def value_operands(stages, stage, tables, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, LEVELS: gl.constexpr):
+    """Registers of values: a tuple, for each output of the PTX, its element, rows of 16 tokens and ``(rr, hi)``, of
+    ``[words / 16, 8, 4]``."""
+    PLANES: gl.constexpr = planes_of(CODING, DIM)
+    WORDS: gl.constexpr = PLANES[0][0] // 2
+    OT: gl.constexpr = WORDS // 16
+    M: gl.constexpr = TILE // 16
+    LO: gl.constexpr = lanes([OT, 8, 4], 1, 2)
+    words = stages[0].index(stage).permute([1, 0]).load(value_layout(WORDS, TILE))
+    out = ()
+    if CODING == "lloyd3":
+        second = stages[1].index(stage).permute([1, 0]).load(value_layout(WORDS // 2, TILE))
+        halves = gl.split(words.reshape([2, 8, TILE]).permute([1, 2, 0]))
+        first = ()
+        for rr in gl.static_range(2):
+            first = first + (gl.inline_asm_elementwise(
+                value_asm(CODING, LEVELS, rr), value_constraints(CODING, LEVELS),
+                (gl.convert_layout(halves[rr], value_layout(8, TILE), assert_trivial=True), second)
+                + spread(tables, second),
+                dtype=value_types(CODING), is_pure=True, pack=2,
+            ),)  # fmt: skip
+        found = ()
+        for number in gl.static_range(2):
+            both = gl.join(first[0][number], first[1][number]).permute([2, 0, 1]).reshape([WORDS, TILE])
+            found = found + (both,)
+    elif len(value_types(CODING)) == 1:
+        found = (gl.inline_asm_elementwise(
+            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words), dtype=value_types(CODING)[0],
+            is_pure=True, pack=2,
+        ),)  # fmt: skip
+    else:
+        found = gl.inline_asm_elementwise(
+            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words), dtype=value_types(CODING), is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    for number in gl.static_range(len(found)):
+        x = found[number].reshape([OT, 2, 8, M, 2, 4, 2]).permute([0, 2, 5, 6, 3, 1, 4]).reshape([OT, 8, 4, 8 * M])
+        pieces = divided(x)
+        for i in gl.static_range(8 * M):
+            out = out + (gl.convert_layout(pieces[i], LO, assert_trivial=True),)
+    return out
+
+
+@gluon.jit
+def whole_scores(d, SHAPE: gl.constexpr, LS: gl.constexpr):
+    """Accumulators of a product as float32 ``[M, 8, 4, 2 (hi), 2 (column)]``."""
+    x = gl.join(gl.join(d[0], d[2]), gl.join(d[1], d[3]))
+    x = gl.convert_layout(x, LS, assert_trivial=True)
+    return x.to(gl.float32, bitcast=True) - MAGIC
+
+
+@gluon.jit
+def load_scales(scale_ptr, n, end):
+    return gl.load(scale_ptr + n, mask=n < end, other=0.0)
+
+
+@gluon.jit
+def scale_and_zero(stored, CODING: gl.constexpr):
+    """``(scale, zero point)`` in float32."""
+    zero = stored
+    if CODING == "int4":
+        TYPE: gl.constexpr = stored.dtype
+        SAME: gl.constexpr = gl.int32 if TYPE == gl.float32 else gl.int16
+        bits = stored.to(SAME, bitcast=True)
+        zero = (bits & 15).to(gl.float32)
+        stored = gl.where(stored == stored, bits & ~15, bits).to(SAME).to(TYPE, bitcast=True)
+    return stored.to(gl.float32), zero
+
+
+@gluon.jit(do_not_specialize=["num_splits"])
+def attend_kernel(
+    query_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, lengths_ptr, partial_ptr, lse_ptr,
+    scale_log2, stride_qb, stride_qh, stride_xb, stride_xh, stride_sb, stride_sh, stride_yb, stride_yh, stride_zb,
+    stride_zh, num_splits,
+    NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, KEY_CODING: gl.constexpr, VALUE_CODING: gl.constexpr,
+    DIM: gl.constexpr, KEY_LEVELS: gl.constexpr, VALUE_LEVELS: gl.constexpr, KEY_UNIT: gl.constexpr,
+    VALUE_UNIT: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, MORE: gl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    M: gl.constexpr = TILE // 16
+    STEPS: gl.constexpr = DIM // 32
+    LM: gl.constexpr = lanes([M, 8, 4], 1, 2)
+    LS: gl.constexpr = lanes([M, 8, 4, 2, 2], 1, 2)
+    LQ: gl.constexpr = lanes([STEPS, 2, 4, 8, 4], 3, 4)
+    KEY_PLANES: gl.constexpr = planes_of(KEY_CODING, DIM)
+    VALUE_PLANES: gl.constexpr = planes_of(VALUE_CODING, DIM)
+    KEY_BYTES: gl.constexpr = token_bytes(KEY_CODING, DIM)
+    VALUE_BYTES: gl.constexpr = token_bytes(VALUE_CODING, DIM)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    keys, values = (), ()
+    for p in gl.static_range(len(KEY_PLANES)):
+        keys = keys + (gl.allocate_shared_memory(gl.int32, [STAGES, TILE, KEY_PLANES[p][0] // 4],
+                                                 FLAT),)  # fmt: skip
+    for p in gl.static_range(len(VALUE_PLANES)):
+        values = values + (gl.allocate_shared_memory(gl.int16, [STAGES, TILE, VALUE_PLANES[p][0] // 2],
+                                                     value_swizzle(VALUE_PLANES[p][0] // 2)),)  # fmt: skip
+    split = gl.program_id(0)
+    row = gl.program_id(1) // NUM_HEADS
+    head = gl.program_id(1) % NUM_HEADS
+    length = gl.load(lengths_ptr + row) + MORE
+    row64 = row.to(gl.int64)
+    head64 = head.to(gl.int64)
+    query_ptr += row64 * stride_qb
+    key_codes_ptr += row64 * stride_xb + head64 * stride_xh
+    key_scale_ptr += row64 * stride_sb + head64 * stride_sh
+    value_codes_ptr += row64 * stride_yb + head64 * stride_yh
+    value_scale_ptr += row64 * stride_zb + head64 * stride_zh
+
+    # ---- the first tiles are asked for
+    end = length
+    tiles = (length + TILE - 1) // TILE
+    for index in gl.static_range(STAGES - 1):
+        begin = (split + index * num_splits) * TILE
+        copy_stream(keys, key_codes_ptr, begin, end, index, KEY_CODING, DIM, TILE, False, KEY_BYTES)
+        copy_stream(values, value_codes_ptr, begin, end, index, VALUE_CODING, DIM, TILE, True, VALUE_BYTES)
+        async_copy.commit_group()
+
+    # ---- the query in whole numbers of 16 bits: columns 0..3 have the upper bytes, 4..7 the lower
+    s = gl.arange(0, STEPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, LQ)))))[
+        :, None, None, None, None
+    ]
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, LQ)))))[
+        None, :, None, None, None
+    ]
+    e = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, LQ)))))[
+        None, None, :, None, None
+    ]
+    r = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, LQ)))))[
+        None, None, None, :, None
+    ]
+    c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, LQ)))))[
+        None, None, None, None, :
+    ]
+    channel = query_channel(s, half, e, c, KEY_CODING, DIM)
+    at, real = gl.broadcast((head * Q_PER_KV + (r & 3)) * stride_qh + channel, (r & 3) < Q_PER_KV)
+    query = gl.load(query_ptr + at, mask=real, other=0.0).to(gl.float32)
+    finite = gl.sum(gl.sum(gl.sum(gl.sum(query * 0.0, axis=2), axis=1), axis=0), axis=1)  # [8], NaN where some is not
+    most = gl.max(gl.max(gl.max(gl.max(gl.abs(query), axis=2), axis=1), axis=0), axis=1)
+    most = gl.maximum(most, 1.0e-30)
+    ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, LQ))))
+    most = gl.convert_layout(most, ROWS)
+    finite = gl.convert_layout(finite, ROWS)
+    whole = query * (QUERY / most)[None, None, None, :, None] + MAGIC
+    bits = whole.to(gl.int32, bitcast=True)
+    sums = gl.sum(gl.sum(gl.sum(gl.sum(whole - MAGIC, axis=2), axis=1), axis=0), axis=1)
+    sums = gl.convert_layout(sums, ROWS)
+    upper = gl.broadcast(r < 4, bits)[0]
+    byte = gl.where(upper, (bits + 128) >> 8, bits) & 255
+    packed = gl.sum(byte << (8 * e), axis=2)  # [STEPS, 2, 8, 4]
+    packed = divided(packed.permute([2, 3, 0, 1]).reshape([8, 4, 2 * STEPS]))
+    operand = ()
+    for i in gl.static_range(2 * STEPS):
+        operand = operand + (gl.convert_layout(packed[i], gl.SliceLayout(0, LM), assert_trivial=True)[None, :, :],)
+
+    COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LS)))  # [4, 2]
+    factor = gl.convert_layout((most * (scale_log2 * (KEY_UNIT / QUERY)) + finite).reshape([4, 2]), COLUMN)
+    center = gl.convert_layout((sums * center_of(KEY_CODING)).reshape([4, 2]), COLUMN)
+    sums_at = gl.convert_layout(sums.reshape([4, 2]), COLUMN)
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, LS)))))[
+        None, None, :, None, None
+    ]
+    own = gl.where(lane < 2, 256.0, 1.0)
+    others = gl.where(lane < 2, 1.0, 256.0)
+    place = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(0, LM)))[:, None]
+    even_order = gl.where(place < 4, 0x4341, 0x4240)
+    odd_order = gl.where(place < 4, 0x3414, 0x2404)
+
+    # ---- tokens of a tile: 16 m + 8 hi + r
+    TOKENS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(4, LS))  # [M, 8, 2]
+    token = (
+        gl.arange(0, M, layout=gl.SliceLayout(1, gl.SliceLayout(2, TOKENS)))[:, None, None] * 16
+        + gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, TOKENS)))[None, :, None]
+        + gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, TOKENS)))[None, None, :] * 8
+    )
+    key_next = load_scales(key_scale_ptr, split * TILE + token, end)
+    value_next = load_scales(value_scale_ptr, split * TILE + token, end)
+
+    WORDS: gl.constexpr = VALUE_PLANES[0][0] // 2
+    OT: gl.constexpr = WORDS // 16
+    OUTS: gl.constexpr = len(value_types(VALUE_CODING))
+    ELEMENTS: gl.constexpr = 1 if VALUE_CODING == "int8" else 2
+    LO: gl.constexpr = lanes([OT, 8, 4], 1, 2)
+    acc = ()
+    for _i in gl.static_range(OUTS * ELEMENTS * 2 * 4):
+        acc = acc + (gl.zeros([OT, 8, 4], gl.float32, LO),)
+    SOME: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, LS))  # [8, 4, 2]
+    peak = gl.full([4, 2], -1.0e20, gl.float32, COLUMN)
+    total = gl.zeros([8, 4, 2], gl.float32, SOME)
+    zeros = gl.zeros([8, 4, 2], gl.float32, SOME)
+    key_tables = own_tables(length, KEY_LEVELS, LM, 3)
+    VALUE_WORDS: gl.constexpr = 8 if VALUE_CODING == "lloyd3" else WORDS
+    value_tables = own_tables(length, VALUE_LEVELS, value_layout(VALUE_WORDS, TILE), 2)
+    stage = 0
+    for tile in range(split, tiles, num_splits):
+        async_copy.wait_group(STAGES - 2)
+        free = gl.where(stage == 0, STAGES - 1, stage - 1)
+        ahead = (tile + (STAGES - 1) * num_splits) * TILE
+        copy_stream(keys, key_codes_ptr, ahead, end, free, KEY_CODING, DIM, TILE, False, KEY_BYTES)
+        copy_stream(values, value_codes_ptr, ahead, end, free, VALUE_CODING, DIM, TILE, True, VALUE_BYTES)
+        async_copy.commit_group()
+        key_scale, key_zero = scale_and_zero(key_next, KEY_CODING)
+        value_scale, value_zero = scale_and_zero(value_next, VALUE_CODING)
+        key_next = load_scales(key_scale_ptr, (tile + num_splits) * TILE + token, end)
+        value_next = load_scales(value_scale_ptr, (tile + num_splits) * TILE + token, end)
+
+        # ---- scores
+        rows = key_operands(keys, stage, key_tables, KEY_CODING, DIM, TILE, KEY_LEVELS)
+        zero = gl.full([M, 8, 4], MAGIC_BITS, gl.int32, LM)
+        d = (zero, zero, zero, zero)
+        for i in gl.static_range(STEPS):
+            a = (rows[2 * i], rows[2 * STEPS + 2 * i], rows[2 * i + 1], rows[2 * STEPS + 2 * i + 1])
+            d = mma(a, (operand[2 * i], operand[2 * i + 1]), d, False)
+        score = whole_scores(d, [M, 8, 4, 2, 2], LS)
+        score = swapped(score) * others + (score * own - center[None, None, :, None, :])
+        if KEY_CODING == "int4":
+            score -= key_zero[:, :, None, :, None] * sums_at[None, None, :, None, :]
+        score = score * key_scale[:, :, None, :, None]
+        seen = gl.broadcast((tile * TILE + token < end)[:, :, None, :, None], score)[0]
+        score = gl.where(seen, score, float("-inf"))
+        highest = gl.convert_layout(gl.max(gl.max(gl.max(score, axis=3), axis=0), axis=0), COLUMN, assert_trivial=True)
+        highest = gl.maximum(highest * factor, -1.0e20)
+        new_peak = gl.maximum(peak, highest)
+        alpha = gl.exp2(peak - new_peak)
+        beta = gl.exp2(highest - new_peak)
+        peak = new_peak
+        weight = gl.exp2(score * factor[None, None, :, None, :] - highest[None, None, :, None, :])
+        fresh = gl.convert_layout(gl.sum(gl.sum(weight, axis=3), axis=0), SOME, assert_trivial=True)
+        some_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, SOME), assert_trivial=True)[None, :, :]
+        some_beta = gl.convert_layout(beta, gl.SliceLayout(0, SOME), assert_trivial=True)[None, :, :]
+        total = total * some_alpha + fresh * some_beta
+
+        # ---- weights times scales, over the largest scale
+        largest = gl.max(gl.max(gl.max(value_scale, axis=2), axis=0), axis=0)
+        inverse = gl.where(largest > 0, 1.0 / gl.where(largest > 0, largest, 1.0), 0.0)
+        weight = weight * (value_scale * inverse)[:, :, None, :, None]
+        offset = weight
+        if VALUE_CODING == "int4":
+            offset = weight * value_zero[:, :, None, :, None]
+        fresh = gl.convert_layout(gl.sum(gl.sum(offset, axis=3), axis=0), SOME, assert_trivial=True)
+        zeros = zeros * some_alpha + fresh * (some_beta * largest)
+        weight = (weight * WEIGHT + WEIGHT_MAGIC).to(gl.int32, bitcast=True)
+        even, odd = gl.split(weight)
+        pair = transposed(even, odd)  # [M, 8, 4, 2 (hi)]
+        pairs = divided(pair.permute([1, 2, 0, 3]).reshape([8, 4, 2 * M]))
+
+        # ---- values
+        columns = value_operands(values, stage, value_tables, VALUE_CODING, DIM, TILE, VALUE_LEVELS)
+        zero = gl.full([OT, 8, 4], MAGIC_BITS, gl.int32, LO)
+        fac = beta * (largest * (1.0 / WEIGHT))
+        alphas = gl.split(alpha)
+        factors = gl.split(fac)
+        new_acc = ()
+        for number in gl.static_range(OUTS):
+            for element in gl.static_range(ELEMENTS):
+                for parity in gl.static_range(2):
+                    d = (zero, zero, zero, zero)
+                    for i in gl.static_range(M):
+                        a = four_of(columns, (number * 2 + element) * 4 * M + 4 * i)
+                        b = ()
+                        for hi in gl.static_range(2):
+                            x = gl.convert_layout(pairs[2 * i + hi], gl.SliceLayout(0, LM), assert_trivial=True)
+                            x = selected(x, odd_order if parity == 1 else even_order)
+                            b = b + (gl.convert_layout(x, gl.SliceLayout(0, LO), assert_trivial=True)[None, :, :],)
+                        d = mma(a, b, d, True)
+                    for i in gl.static_range(4):
+                        down = gl.convert_layout(alphas[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                                 assert_trivial=True)[None, None, :]  # fmt: skip
+                        up = gl.convert_layout(factors[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                               assert_trivial=True)[None, None, :]  # fmt: skip
+                        new_acc = new_acc + (acc[((number * ELEMENTS + element) * 2 + parity) * 4 + i] * down + (d[i].to(gl.float32, bitcast=True) - MAGIC) * up,)
+        acc = new_acc
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
+    async_copy.wait_group(0)
+
+    # ---- the part
+    total = gl.convert_layout(gl.sum(total, axis=0), COLUMN, assert_trivial=True)
+    zeros = gl.convert_layout(gl.sum(zeros, axis=0), COLUMN, assert_trivial=True)
+    saw = total != 0.0
+    inverse = gl.where(saw, VALUE_UNIT / gl.where(saw, total, 1.0), 0.0)
+    CENTER: gl.constexpr = 1.0 if VALUE_CODING == "int4" else center_of(VALUE_CODING)
+    shift = gl.split(zeros * CENTER)
+    inverses = gl.split(inverse)
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, LO)))[None, None, :]
+    word = (
+        gl.arange(0, OT, layout=gl.SliceLayout(1, gl.SliceLayout(2, LO)))[:, None, None] * 16
+        + gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LO)))[None, :, None]
+    )
+    own = gl.where(lane < 2, 256.0, 1.0)
+    others = gl.where(lane < 2, 1.0, 256.0)
+    slot = (row64 * NUM_HEADS + head) * Q_PER_KV
+    for number in gl.static_range(OUTS):
+        for element in gl.static_range(ELEMENTS):
+            for parity in gl.static_range(2):
+                for i in gl.static_range(4):
+                    x = acc[((number * ELEMENTS + element) * 2 + parity) * 4 + i]
+                    x = swapped(x) * others + x * own
+                    off = gl.convert_layout(shift[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                            assert_trivial=True)[None, None, :]  # fmt: skip
+                    by = gl.convert_layout(inverses[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                           assert_trivial=True)[None, None, :]  # fmt: skip
+                    x = (x - off) * by
+                    member = 2 * lane + i % 2
+                    d = output_channel(word + 8 * (i // 2), number, element, parity, VALUE_CODING)
+                    at, mask = gl.broadcast(((slot + member) * num_splits + split) * DIM + d, member < Q_PER_KV)
+                    mask = gl.broadcast(mask, x)[0]
+                    gl.store(partial_ptr + at, x, mask=mask)
+    CE: gl.constexpr = COLUMN
+    member = (
+        2 * gl.arange(0, 4, layout=gl.SliceLayout(1, CE))[:, None] + gl.arange(0, 2, layout=gl.SliceLayout(0, CE))[None, :]
+    )
+    lse = gl.where(saw, peak + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
+    gl.store(lse_ptr + (slot + member) * num_splits + split, lse, mask=member < Q_PER_KV)
+
+
+@gluon.jit
+def query_channel(s, half, e, c, CODING: gl.constexpr, DIM: gl.constexpr):
+    if CODING == "int8":
+        VECTORS: gl.constexpr = min(4, DIM // 16)
+        k = s * 2 + half
+        channel = ((k // VECTORS * 4 + c) * VECTORS + k % VECTORS) * 4 + e
+    elif CODING == "int4":
+        channel = ((s // min(4, DIM // 32) * 4 + c) * min(4, DIM // 32) + s % min(4, DIM // 32)) * 8 + 2 * e + half
+    elif CODING == "lloyd4":
+        channel = ((s // min(4, DIM // 32) * 4 + c) * min(4, DIM // 32) + s % min(4, DIM // 32)) * 8 + 4 * half + e
+    elif CODING == "lloyd3":
+        channel = (s // 2 * 4 + c) * 16 + 8 * half + 2 * e + s % 2
+    else:
+        channel = (c * (DIM // 64) + s // 2) * 16 + 8 * half + 2 * e + s % 2
+    return channel
+
+
+@gluon.jit
+def output_channel(word, number, element, parity, CODING: gl.constexpr):
+    if CODING == "int8":
+        channel = 2 * word + parity
+    elif CODING == "int4":
+        channel = 4 * word + 2 * parity + element
+    elif CODING == "lloyd4":
+        channel = 4 * word + 2 * element + parity
+    else:
+        channel = 8 * word + 4 * element + 2 * parity + number
+    return channel
