@@ -26,6 +26,7 @@ from kvruntime.kernels.hadamard import rotate_rows
 from kvruntime.kernels.launch import num_multiprocessors, overlaps
 from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
+from kvruntime.methods.token import fast
 from kvruntime.methods.token.lookup import INTERPRETED, field_at, field_levels, load_shifts, load_tables, unit_of
 from kvruntime.methods.token.reference import Fresh, Layout, Stored
 from kvruntime.methods.token.store import LIMIT, constants, line_strides, strides_of, table_of
@@ -482,10 +483,12 @@ def attend(
     slots = stored.key_codes.shape[2]
     longest = max(1, num_tokens or (slots if num_blocks is None else slots * num_blocks))
     splits = num_splits
+    quick = not portable and fast.supports(query, stored, layout, fresh, starts)
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        splits = plan_splits(rows * blocks, longest, tile, sms * PROGRAMS_PER_SM[few_bits(layout)])
-    merged = splits > 1 or value_turn > 0
+        at_once = fast.PROGRAMS_PER_SM if quick else PROGRAMS_PER_SM[few_bits(layout)]
+        splits = plan_splits(rows * blocks, longest, fast.TILE if quick else tile, sms * at_once)
+    merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
     partial = (
         torch.empty(*out.shape[:-1], splits, layout.value_dim, dtype=torch.float32, device=query.device)
@@ -493,16 +496,20 @@ def attend(
         else out
     )
     wide = dtype == torch.float32
-    attend_kernel[(splits, rows, blocks)](
-        query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.key_lookup,
-        stored.value_lookup, lengths, table, new_key,
-        new_value, counts, starts, partial, lse, scale * LOG2E, *line_strides(query, starts), *strides,
-        *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
-        Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,
-        NUM_STAGES=NUM_STAGES, MORE=int(stepped), BLOCK_B=0 if starts is None else lines.block_b(batch_size),
-        FAST=not (wide or portable), EARLY=(early := overlaps(query)), enable_fp_fusion=True, num_warps=NUM_WARPS,
-        **({"launch_pdl": True} if early else {}),
-    )  # fmt: skip
+    early = overlaps(query)
+    if quick:
+        fast.attend_parts(query, stored, layout, scale, partial, lse, int(stepped))
+    else:
+        attend_kernel[(splits, rows, blocks)](
+            query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.key_lookup,
+            stored.value_lookup, lengths, table, new_key,
+            new_value, counts, starts, partial, lse, scale * LOG2E, *line_strides(query, starts), *strides,
+            *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
+            Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,
+            NUM_STAGES=NUM_STAGES, MORE=int(stepped), BLOCK_B=0 if starts is None else lines.block_b(batch_size),
+            FAST=not (wide or portable), EARLY=early, enable_fp_fusion=True, num_warps=NUM_WARPS,
+            **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
     if merged:
         dim = value_turn or COMBINE_D
         combine_kernel[(out.numel() // layout.value_dim, triton.cdiv(layout.value_dim, dim))](

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
+from kvruntime.kernels.launch import overlaps
+from kvruntime.kernels.merge import HIDDEN, LOG2E
 from kvruntime.methods.token.fast_words import (
     center_of,
     halves,
@@ -32,11 +32,16 @@ from kvruntime.methods.token.fast_words import (
     value_types,
     word_axes,
 )
+from kvruntime.methods.token.levels import level_bytes, steps
+from kvruntime.methods.token.reference import Fresh, Layout, Stored
 
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9, before it
 
+NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # Triton 3.9
 MAGIC = gl.constexpr(12582912.0)
 MAGIC_BITS = gl.constexpr(0x4B400000)
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 WEIGHT = gl.constexpr(65535.0)
 WEIGHT_MAGIC = gl.constexpr(8388608.0)
 QUERY = gl.constexpr(32639.0)
@@ -104,11 +109,11 @@ def four_of(registers, AT: gl.constexpr):
 
 
 @gluon.jit
-def own_tables(length, LEVELS: gl.constexpr, LAYOUT: gl.constexpr, RANK: gl.constexpr):
+def own_tables(positive, LEVELS: gl.constexpr, LAYOUT: gl.constexpr, RANK: gl.constexpr):
     """Words of the table of levels, each ``[1, ...]`` in a register of each thread."""
     tables = ()
     for number in gl.static_range(num_tables(LEVELS)):
-        nothing = gl.full([1] * RANK, length, gl.int32, LAYOUT)
+        nothing = gl.full([1] * RANK, positive, gl.int32, LAYOUT)
         tables = tables + (gl.inline_asm_elementwise(
             own_asm(LEVELS, number), "=r,r", [nothing], dtype=gl.int32, is_pure=True, pack=1
         ),)  # fmt: skip
@@ -125,126 +130,176 @@ def spread(tables, x):
 
 
 @gluon.jit
-def copy_plane(stages, codes_ptr, begin, end, PLANE_BYTES: gl.constexpr, FIRST: gl.constexpr, TILE: gl.constexpr,
-               UNIT: gl.constexpr, BYTES: gl.constexpr, CACHE: gl.constexpr):  # fmt: skip
+def copy_plane(stages, codes_ptr, begin, limit, PLANE_BYTES: gl.constexpr, FIRST: gl.constexpr, TILE: gl.constexpr,
+               UNIT: gl.constexpr, BYTES: gl.constexpr, CACHE: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
     """Start copying words of ``UNIT`` bytes ``[TILE, PLANE_BYTES / UNIT]`` from token ``begin`` on."""
     WORDS: gl.constexpr = PLANE_BYTES // UNIT
     LAYOUT: gl.constexpr = tile_copy(WORDS, 16 // UNIT)
     TYPE: gl.constexpr = gl.int16 if UNIT == 2 else gl.int32
     t = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     w = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    base = codes_ptr.to(gl.pointer_type(TYPE), bitcast=True) + begin * (BYTES // UNIT)
-    at, real = gl.broadcast(t * (BYTES // UNIT) + (w + FIRST // UNIT), begin + t < end)
-    copy_async(stages, base + at, mask=real, cache_modifier=CACHE)
+    base = codes_ptr.to(gl.pointer_type(TYPE), bitcast=True) + begin.to(gl.int64) * (BYTES // UNIT)
+    at, real = gl.broadcast(t.to(gl.int64) * (BYTES // UNIT) + (w + FIRST // UNIT), begin + t < limit)
+    if WHOLE:
+        copy_async(stages, base + at, cache_modifier=CACHE)
+    else:
+        copy_async(stages, base + at, mask=real, cache_modifier=CACHE)
 
 
 @gluon.jit
-def copy_stream(stages, codes_ptr, begin, end, stage, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr,
-                HALVES: gl.constexpr, BYTES: gl.constexpr):  # fmt: skip
-    """Start copying ``TILE`` tokens' codes from token ``begin`` on to a stage of each plane."""
+def copy_stream(stages, scales, codes_ptr, scale_ptr, begin, limit, stage, CODING: gl.constexpr, DIM: gl.constexpr,
+                TILE: gl.constexpr, HALVES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
+    """Start copying ``TILE`` tokens' codes and scales from token ``begin`` on to a stage; none from ``limit`` on."""
     PLANES: gl.constexpr = planes_of(CODING, DIM)
     for p in gl.static_range(len(PLANES)):  # two planes share sectors
-        copy_plane(stages[p].index(stage), codes_ptr, begin, end, PLANES[p][0], PLANES[p][1], TILE, 2 if HALVES else 4,
-                   BYTES, "" if len(PLANES) == 1 else ".ca")  # fmt: skip
+        copy_plane(stages[p].index(stage), codes_ptr, begin, limit, PLANES[p][0], PLANES[p][1], TILE,
+                   2 if HALVES else 4, token_bytes(CODING, DIM), "" if len(PLANES) == 1 else ".ca", WHOLE)  # fmt: skip
+    EACH: gl.constexpr = 4 // scale_ptr.dtype.element_ty.itemsize  # scales a word
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    i = gl.arange(0, TILE // EACH, layout=LAYOUT)
+    at = scale_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (begin // EACH + i)
+    if WHOLE:
+        copy_async(scales.index(stage), at)
+    else:
+        copy_async(scales.index(stage), at, mask=begin + i * EACH < limit)
 
 
 @gluon.jit
-def key_words(stages, stage, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, PLANE: gl.constexpr):
-    """Words of a plane in lane form: a tuple of ``[TILE / 16, 8, 4]`` for each row (hi) and word of a lane."""
+def copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr, value_scale_ptr,
+              tile, limit, stage, KEY_CODING: gl.constexpr, VALUE_CODING: gl.constexpr, DIM: gl.constexpr,
+              TILE: gl.constexpr):  # fmt: skip
+    """Start copying a tile, of which nothing is read from token ``limit`` on."""
+    begin = tile * TILE
+    if begin + TILE <= limit:
+        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, False,
+                    True)  # fmt: skip
+        copy_stream(values, value_scales, value_codes_ptr, value_scale_ptr, begin, limit, stage, VALUE_CODING, DIM,
+                    TILE, True, True)  # fmt: skip
+    elif begin < limit:
+        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, False,
+                    False)  # fmt: skip
+        copy_stream(values, value_scales, value_codes_ptr, value_scale_ptr, begin, limit, stage, VALUE_CODING, DIM,
+                    TILE, True, False)  # fmt: skip
+    async_copy.commit_group()
+
+
+@gluon.jit
+def reinterpreted(memory, TYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Shared memory as another."""
+    if NEW_API:
+        seen = memory.reinterpret(TYPE, SHAPE, LAYOUT)
+    else:
+        seen = memory._reinterpret(TYPE, SHAPE, LAYOUT)
+    return seen
+
+
+@gluon.jit
+def key_words(stages, stage, m, CODING: gl.constexpr, DIM: gl.constexpr, PLANE: gl.constexpr):
+    """Words of a plane of the ``m``th 16 tokens in lane form: a tuple of ``[8, 4]`` for each row (hi) and word of a
+    lane."""
     AXES: gl.constexpr = word_axes(CODING, PLANE, DIM)
-    M: gl.constexpr = TILE // 16
-    SHAPE: gl.constexpr = [M, 2, 8, AXES[0], 4, AXES[1]]
-    words = stages[PLANE].index(stage).reshape(SHAPE).load(lanes(SHAPE, 2, 4))
+    SHAPE: gl.constexpr = [2, 8, AXES[0], 4, AXES[1]]
     N: gl.constexpr = AXES[0] * AXES[1]
-    words = words.permute([0, 2, 4, 1, 3, 5]).reshape([M, 8, 4, 2 * N])
-    return divided(words)
+    STAGES: gl.constexpr = stages[PLANE].shape[0]
+    M: gl.constexpr = stages[PLANE].shape[1] // 16
+    ALL: gl.constexpr = [STAGES * M, 16, stages[PLANE].shape[2]]
+    all_words = reinterpreted(stages[PLANE], gl.int32, ALL, FLAT)
+    words = all_words.index(stage * M + m).reshape(SHAPE).load(lanes(SHAPE, 1, 3))
+    return divided(words.permute([1, 3, 0, 2, 4]).reshape([8, 4, 2 * N]))
 
 
 @gluon.jit
-def key_operands(stages, stage, tables, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, LEVELS: gl.constexpr):
-    """Registers of keys: a tuple, for each row (hi) and step, of (lower, upper)."""
-    LM: gl.constexpr = lanes([TILE // 16, 8, 4], 1, 2)
-    words = key_words(stages, stage, CODING, DIM, TILE, 0)
+def key_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
+    """Registers of 16 keys: a tuple, for each row (hi) and step, of (lower, upper)."""
+    WARP: gl.constexpr = lanes([8, 4], 0, 1)
+    words = key_words(stages, stage, m, CODING, DIM, 0)
     N: gl.constexpr = len(words) // 2
     out = ()
     if CODING == "int8":
         for i in gl.static_range(2 * N):
-            out = out + (gl.convert_layout(words[i], LM, assert_trivial=True),)
+            out = out + (gl.convert_layout(words[i], WARP, assert_trivial=True),)
     elif CODING == "lloyd3":
-        second = key_words(stages, stage, CODING, DIM, TILE, 1)
+        second = key_words(stages, stage, m, CODING, DIM, 1)
         for hi in gl.static_range(2):
             for i in gl.static_range(N):
-                word = gl.convert_layout(words[hi * N + i], LM, assert_trivial=True)
-                other = gl.convert_layout(second[hi], LM, assert_trivial=True)
+                word = gl.convert_layout(words[hi * N + i], WARP, assert_trivial=True)
+                other = gl.convert_layout(second[hi], WARP, assert_trivial=True)
                 out = out + gl.inline_asm_elementwise(
-                    key_asm(CODING, LEVELS, i), key_constraints(CODING, LEVELS), (word, other) + spread(tables, word), dtype=key_types(CODING),
-                    is_pure=True, pack=1,
+                    key_asm(CODING, LEVELS, i), key_constraints(CODING, LEVELS), (word, other) + spread(tables, word),
+                    dtype=key_types(CODING), is_pure=True, pack=1,
                 )  # fmt: skip
     else:
         for i in gl.static_range(2 * N):
-            word = gl.convert_layout(words[i], LM, assert_trivial=True)
+            word = gl.convert_layout(words[i], WARP, assert_trivial=True)
             out = out + gl.inline_asm_elementwise(
-                key_asm(CODING, LEVELS, 0), key_constraints(CODING, LEVELS), (word,) + spread(tables, word), dtype=key_types(CODING), is_pure=True,
-                pack=1,
+                key_asm(CODING, LEVELS, 0), key_constraints(CODING, LEVELS), (word,) + spread(tables, word),
+                dtype=key_types(CODING), is_pure=True, pack=1,
             )  # fmt: skip
     return out
 
 
 @gluon.jit
-def value_operands(stages, stage, tables, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr, LEVELS: gl.constexpr):
-    """Registers of values: a tuple, for each output of the PTX, its element, rows of 16 tokens and ``(rr, hi)``, of
+def value_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
+    """Registers of 16 values: a tuple, for each output of the PTX, its element and ``(rr, hi)``, of
     ``[words / 16, 8, 4]``."""
     PLANES: gl.constexpr = planes_of(CODING, DIM)
     WORDS: gl.constexpr = PLANES[0][0] // 2
     OT: gl.constexpr = WORDS // 16
-    M: gl.constexpr = TILE // 16
     LO: gl.constexpr = lanes([OT, 8, 4], 1, 2)
-    words = stages[0].index(stage).permute([1, 0]).load(value_layout(WORDS, TILE))
+    words = stages[0].index(stage).slice(16 * m, 16).permute([1, 0]).load(value_layout(WORDS, 16))
     out = ()
     if CODING == "lloyd3":
-        second = stages[1].index(stage).permute([1, 0]).load(value_layout(WORDS // 2, TILE))
-        halves = gl.split(words.reshape([2, 8, TILE]).permute([1, 2, 0]))
+        EIGHT: gl.constexpr = value_layout(8, 16)
+        second = stages[1].index(stage).slice(16 * m, 16).permute([1, 0]).load(EIGHT)
+        halves_of = gl.split(words.reshape([2, 8, 16]).permute([1, 2, 0]))
         first = ()
         for rr in gl.static_range(2):
             first = first + (gl.inline_asm_elementwise(
                 value_asm(CODING, LEVELS, rr), value_constraints(CODING, LEVELS),
-                (gl.convert_layout(halves[rr], value_layout(8, TILE), assert_trivial=True), second)
-                + spread(tables, second),
+                (gl.convert_layout(halves_of[rr], EIGHT, assert_trivial=True), second) + spread(tables, second),
                 dtype=value_types(CODING), is_pure=True, pack=2,
             ),)  # fmt: skip
         found = ()
         for number in gl.static_range(2):
-            both = gl.join(first[0][number], first[1][number]).permute([2, 0, 1]).reshape([WORDS, TILE])
-            found = found + (both,)
+            found = found + (gl.join(first[0][number], first[1][number]).permute([2, 0, 1]).reshape([WORDS, 16]),)
     elif len(value_types(CODING)) == 1:
         found = (gl.inline_asm_elementwise(
-            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words), dtype=value_types(CODING)[0],
-            is_pure=True, pack=2,
+            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words),
+            dtype=value_types(CODING)[0], is_pure=True, pack=2,
         ),)  # fmt: skip
     else:
         found = gl.inline_asm_elementwise(
-            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words), dtype=value_types(CODING), is_pure=True,
-            pack=2,
+            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words),
+            dtype=value_types(CODING), is_pure=True, pack=2,
         )  # fmt: skip
     for number in gl.static_range(len(found)):
-        x = found[number].reshape([OT, 2, 8, M, 2, 4, 2]).permute([0, 2, 5, 6, 3, 1, 4]).reshape([OT, 8, 4, 8 * M])
+        x = found[number].reshape([OT, 2, 8, 2, 4, 2]).permute([0, 2, 4, 5, 1, 3]).reshape([OT, 8, 4, 8])
         pieces = divided(x)
-        for i in gl.static_range(8 * M):
+        for i in gl.static_range(8):
             out = out + (gl.convert_layout(pieces[i], LO, assert_trivial=True),)
     return out
 
 
 @gluon.jit
-def whole_scores(d, SHAPE: gl.constexpr, LS: gl.constexpr):
-    """Accumulators of a product as float32 ``[M, 8, 4, 2 (hi), 2 (column)]``."""
-    x = gl.join(gl.join(d[0], d[2]), gl.join(d[1], d[3]))
-    x = gl.convert_layout(x, LS, assert_trivial=True)
-    return x.to(gl.float32, bitcast=True) - MAGIC
+def whole_scores(parts, LAYOUT: gl.constexpr):
+    """Accumulators ``[8, 4, 2 (hi), 2 (column)]`` of each 16 tokens as the float32 that they are ``MAGIC`` more of."""
+    N: gl.constexpr = len(parts)
+    if N == 2:
+        x = gl.join(parts[0], parts[1])
+    elif N == 4:
+        x = gl.join(gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3]))
+    else:
+        x = gl.join(gl.join(gl.join(parts[0], parts[4]), gl.join(parts[2], parts[6])),
+                    gl.join(gl.join(parts[1], parts[5]), gl.join(parts[3], parts[7])))  # fmt: skip
+    x = x.reshape([8, 4, 2, 2, N]).permute([4, 0, 1, 2, 3])
+    return gl.convert_layout(x, LAYOUT, assert_trivial=True).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def load_scales(scale_ptr, n, end):
-    return gl.load(scale_ptr + n, mask=n < end, other=0.0)
+def load_scales(scales, stage, TYPE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """``[M, 8 (r), 2 (hi)]`` of a stage."""
+    ALL: gl.constexpr = [TILE]
+    return reinterpreted(scales.index(stage), TYPE, ALL, LINE).reshape([TILE // 16, 2, 8]).permute([0, 2, 1]).load(LAYOUT)
 
 
 @gluon.jit
@@ -274,14 +329,12 @@ def attend_kernel(
         gdc_wait()
     M: gl.constexpr = TILE // 16
     STEPS: gl.constexpr = DIM // 32
-    LM: gl.constexpr = lanes([M, 8, 4], 1, 2)
+    WARP: gl.constexpr = lanes([8, 4], 0, 1)
     LS: gl.constexpr = lanes([M, 8, 4, 2, 2], 1, 2)
+    LS2: gl.constexpr = lanes([1, 8, 4, 2], 1, 2)
     LQ: gl.constexpr = lanes([STEPS, 2, 4, 8, 4], 3, 4)
     KEY_PLANES: gl.constexpr = planes_of(KEY_CODING, DIM)
     VALUE_PLANES: gl.constexpr = planes_of(VALUE_CODING, DIM)
-    KEY_BYTES: gl.constexpr = token_bytes(KEY_CODING, DIM)
-    VALUE_BYTES: gl.constexpr = token_bytes(VALUE_CODING, DIM)
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     keys, values = (), ()
     for p in gl.static_range(len(KEY_PLANES)):
         keys = keys + (gl.allocate_shared_memory(gl.int32, [STAGES, TILE, KEY_PLANES[p][0] // 4],
@@ -289,6 +342,9 @@ def attend_kernel(
     for p in gl.static_range(len(VALUE_PLANES)):
         values = values + (gl.allocate_shared_memory(gl.int16, [STAGES, TILE, VALUE_PLANES[p][0] // 2],
                                                      value_swizzle(VALUE_PLANES[p][0] // 2)),)  # fmt: skip
+    SCALES: gl.constexpr = TILE * key_scale_ptr.dtype.element_ty.itemsize // 4
+    key_scales = gl.allocate_shared_memory(gl.int32, [STAGES, SCALES], LINE)
+    value_scales = gl.allocate_shared_memory(gl.int32, [STAGES, SCALES], LINE)
     split = gl.program_id(0)
     row = gl.program_id(1) // NUM_HEADS
     head = gl.program_id(1) % NUM_HEADS
@@ -305,10 +361,9 @@ def attend_kernel(
     end = length
     tiles = (length + TILE - 1) // TILE
     for index in gl.static_range(STAGES - 1):
-        begin = (split + index * num_splits) * TILE
-        copy_stream(keys, key_codes_ptr, begin, end, index, KEY_CODING, DIM, TILE, False, KEY_BYTES)
-        copy_stream(values, value_codes_ptr, begin, end, index, VALUE_CODING, DIM, TILE, True, VALUE_BYTES)
-        async_copy.commit_group()
+        copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr,
+                  value_scale_ptr, split + index * num_splits, end, index, KEY_CODING, VALUE_CODING, DIM,
+                  TILE)  # fmt: skip
 
     # ---- the query in whole numbers of 16 bits: columns 0..3 have the upper bytes, 4..7 the lower
     s = gl.arange(0, STEPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, LQ)))))[
@@ -345,18 +400,26 @@ def attend_kernel(
     packed = divided(packed.permute([2, 3, 0, 1]).reshape([8, 4, 2 * STEPS]))
     operand = ()
     for i in gl.static_range(2 * STEPS):
-        operand = operand + (gl.convert_layout(packed[i], gl.SliceLayout(0, LM), assert_trivial=True)[None, :, :],)
+        operand = operand + (gl.convert_layout(packed[i], WARP, assert_trivial=True),)
 
     COLUMN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LS)))  # [4, 2]
     factor = gl.convert_layout((most * (scale_log2 * (KEY_UNIT / QUERY)) + finite).reshape([4, 2]), COLUMN)
-    center = gl.convert_layout((sums * center_of(KEY_CODING)).reshape([4, 2]), COLUMN)
+    center = sums * center_of(KEY_CODING)  # taken off before the sum begins: its upper bytes, and what they leave
+    upper = (center * (1.0 / 256.0) + MAGIC) - MAGIC
+    center = gl.where(gl.arange(0, 8, layout=ROWS) < 4, upper, center - upper * 256.0)
+    center = (MAGIC - center).to(gl.int32, bitcast=True).reshape([4, 2])
+    halves_of = gl.split(gl.convert_layout(center, gl.SliceLayout(0, gl.SliceLayout(1, LS2))))
+    start = ()
+    for i in gl.static_range(2):
+        begun = gl.convert_layout(halves_of[i], gl.SliceLayout(0, WARP), assert_trivial=True)
+        start = start + (gl.broadcast(begun[None, :], gl.zeros([8, 4], gl.int32, WARP))[0],)
     sums_at = gl.convert_layout(sums.reshape([4, 2]), COLUMN)
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, LS)))))[
         None, None, :, None, None
     ]
     own = gl.where(lane < 2, 256.0, 1.0)
     others = gl.where(lane < 2, 1.0, 256.0)
-    place = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(0, LM)))[:, None]
+    place = gl.arange(0, 8, layout=gl.SliceLayout(1, WARP))[:, None]
     even_order = gl.where(place < 4, 0x4341, 0x4240)
     odd_order = gl.where(place < 4, 0x3414, 0x2404)
 
@@ -367,8 +430,6 @@ def attend_kernel(
         + gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, TOKENS)))[None, :, None]
         + gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, TOKENS)))[None, None, :] * 8
     )
-    key_next = load_scales(key_scale_ptr, split * TILE + token, end)
-    value_next = load_scales(value_scale_ptr, split * TILE + token, end)
 
     WORDS: gl.constexpr = VALUE_PLANES[0][0] // 2
     OT: gl.constexpr = WORDS // 16
@@ -382,36 +443,42 @@ def attend_kernel(
     peak = gl.full([4, 2], -1.0e20, gl.float32, COLUMN)
     total = gl.zeros([8, 4, 2], gl.float32, SOME)
     zeros = gl.zeros([8, 4, 2], gl.float32, SOME)
-    key_tables = own_tables(length, KEY_LEVELS, LM, 3)
+    positive = gl.max(most, axis=0).to(gl.int32, bitcast=True)
+    key_tables = own_tables(positive, KEY_LEVELS, WARP, 2)
     VALUE_WORDS: gl.constexpr = 8 if VALUE_CODING == "lloyd3" else WORDS
-    value_tables = own_tables(length, VALUE_LEVELS, value_layout(VALUE_WORDS, TILE), 2)
+    value_tables = own_tables(positive, VALUE_LEVELS, value_layout(VALUE_WORDS, 16), 2)
     stage = 0
     for tile in range(split, tiles, num_splits):
         async_copy.wait_group(STAGES - 2)
         free = gl.where(stage == 0, STAGES - 1, stage - 1)
-        ahead = (tile + (STAGES - 1) * num_splits) * TILE
-        copy_stream(keys, key_codes_ptr, ahead, end, free, KEY_CODING, DIM, TILE, False, KEY_BYTES)
-        copy_stream(values, value_codes_ptr, ahead, end, free, VALUE_CODING, DIM, TILE, True, VALUE_BYTES)
-        async_copy.commit_group()
-        key_scale, key_zero = scale_and_zero(key_next, KEY_CODING)
-        value_scale, value_zero = scale_and_zero(value_next, VALUE_CODING)
-        key_next = load_scales(key_scale_ptr, (tile + num_splits) * TILE + token, end)
-        value_next = load_scales(value_scale_ptr, (tile + num_splits) * TILE + token, end)
+        copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr,
+                  value_scale_ptr, tile + (STAGES - 1) * num_splits, end, free, KEY_CODING, VALUE_CODING, DIM,
+                  TILE)  # fmt: skip
+        key_scale, key_zero = scale_and_zero(
+            load_scales(key_scales, stage, key_scale_ptr.dtype.element_ty, TILE, TOKENS), KEY_CODING
+        )
+        value_scale, value_zero = scale_and_zero(
+            load_scales(value_scales, stage, value_scale_ptr.dtype.element_ty, TILE, TOKENS), VALUE_CODING
+        )
 
         # ---- scores
-        rows = key_operands(keys, stage, key_tables, KEY_CODING, DIM, TILE, KEY_LEVELS)
-        zero = gl.full([M, 8, 4], MAGIC_BITS, gl.int32, LM)
-        d = (zero, zero, zero, zero)
-        for i in gl.static_range(STEPS):
-            a = (rows[2 * i], rows[2 * STEPS + 2 * i], rows[2 * i + 1], rows[2 * STEPS + 2 * i + 1])
-            d = mma(a, (operand[2 * i], operand[2 * i + 1]), d, False)
-        score = whole_scores(d, [M, 8, 4, 2, 2], LS)
-        score = swapped(score) * others + (score * own - center[None, None, :, None, :])
+        sums_of = ()
+        for m in gl.static_range(M):
+            rows = key_operands(keys, stage, m, key_tables, KEY_CODING, DIM, KEY_LEVELS)
+            d = (start[0], start[1], start[0], start[1])
+            for i in gl.static_range(STEPS):
+                a = (rows[2 * i], rows[2 * STEPS + 2 * i], rows[2 * i + 1], rows[2 * STEPS + 2 * i + 1])
+                d = mma(a, (operand[2 * i], operand[2 * i + 1]), d, False)
+            sums_of = sums_of + (gl.join(gl.join(d[0], d[2]), gl.join(d[1], d[3])),)  # [8, 4, 2 (hi), 2 (column)]
+        score = whole_scores(sums_of, LS) - MAGIC
+        score = swapped(score) * others + score * own  # rounded once, so alike in columns n and n + 4
         if KEY_CODING == "int4":
             score -= key_zero[:, :, None, :, None] * sums_at[None, None, :, None, :]
         score = score * key_scale[:, :, None, :, None]
-        seen = gl.broadcast((tile * TILE + token < end)[:, :, None, :, None], score)[0]
-        score = gl.where(seen, score, float("-inf"))
+        if (tile + 1) * TILE > end:
+            real_token = tile * TILE + token < end
+            score = gl.where(gl.broadcast(real_token[:, :, None, :, None], score)[0], score, float("-inf"))
+            value_scale = gl.where(real_token, value_scale, 0.0)
         highest = gl.convert_layout(gl.max(gl.max(gl.max(score, axis=3), axis=0), axis=0), COLUMN, assert_trivial=True)
         highest = gl.maximum(highest * factor, -1.0e20)
         new_peak = gl.maximum(peak, highest)
@@ -439,30 +506,43 @@ def attend_kernel(
         pairs = divided(pair.permute([1, 2, 0, 3]).reshape([8, 4, 2 * M]))
 
         # ---- values
-        columns = value_operands(values, stage, value_tables, VALUE_CODING, DIM, TILE, VALUE_LEVELS)
         zero = gl.full([OT, 8, 4], MAGIC_BITS, gl.int32, LO)
-        fac = beta * (largest * (1.0 / WEIGHT))
+        products = ()
+        for _i in gl.static_range(OUTS * ELEMENTS * 2):
+            products = products + ((zero, zero, zero, zero),)
+        for m in gl.static_range(M):
+            columns = value_operands(values, stage, m, value_tables, VALUE_CODING, DIM, VALUE_LEVELS)
+            b_even, b_odd = (), ()
+            for hi in gl.static_range(2):
+                x = gl.convert_layout(pairs[2 * m + hi], WARP, assert_trivial=True)
+                even_bytes = gl.convert_layout(selected(x, even_order), gl.SliceLayout(0, LO), assert_trivial=True)
+                odd_bytes = gl.convert_layout(selected(x, odd_order), gl.SliceLayout(0, LO), assert_trivial=True)
+                b_even, b_odd = b_even + (even_bytes[None, :, :],), b_odd + (odd_bytes[None, :, :],)
+            new_products = ()
+            for number in gl.static_range(OUTS):
+                for element in gl.static_range(ELEMENTS):
+                    a = four_of(columns, (number * 2 + element) * 4)
+                    for parity in gl.static_range(2):
+                        old = products[(number * ELEMENTS + element) * 2 + parity]
+                        new_products = new_products + (mma(a, b_odd if parity == 1 else b_even, old, True),)
+            products = new_products
+        # two bits fewer, so that its product with MAGIC is exact
+        factor_of = beta * (largest * (1.0 / WEIGHT))
+        factor_of = (factor_of.to(gl.int32, bitcast=True) & -4).to(gl.float32, bitcast=True)
         alphas = gl.split(alpha)
-        factors = gl.split(fac)
+        factors = gl.split(factor_of)
+        magics = gl.split(factor_of * -MAGIC)
         new_acc = ()
-        for number in gl.static_range(OUTS):
-            for element in gl.static_range(ELEMENTS):
-                for parity in gl.static_range(2):
-                    d = (zero, zero, zero, zero)
-                    for i in gl.static_range(M):
-                        a = four_of(columns, (number * 2 + element) * 4 * M + 4 * i)
-                        b = ()
-                        for hi in gl.static_range(2):
-                            x = gl.convert_layout(pairs[2 * i + hi], gl.SliceLayout(0, LM), assert_trivial=True)
-                            x = selected(x, odd_order if parity == 1 else even_order)
-                            b = b + (gl.convert_layout(x, gl.SliceLayout(0, LO), assert_trivial=True)[None, :, :],)
-                        d = mma(a, b, d, True)
-                    for i in gl.static_range(4):
-                        down = gl.convert_layout(alphas[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
-                                                 assert_trivial=True)[None, None, :]  # fmt: skip
-                        up = gl.convert_layout(factors[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
-                                               assert_trivial=True)[None, None, :]  # fmt: skip
-                        new_acc = new_acc + (acc[((number * ELEMENTS + element) * 2 + parity) * 4 + i] * down + (d[i].to(gl.float32, bitcast=True) - MAGIC) * up,)
+        for number in gl.static_range(OUTS * ELEMENTS * 2):
+            for i in gl.static_range(4):
+                down = gl.convert_layout(alphas[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                         assert_trivial=True)[None, None, :]  # fmt: skip
+                up = gl.convert_layout(factors[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                       assert_trivial=True)[None, None, :]  # fmt: skip
+                less = gl.convert_layout(magics[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
+                                         assert_trivial=True)[None, None, :]  # fmt: skip
+                part = products[number][i].to(gl.float32, bitcast=True) * up + less
+                new_acc = new_acc + (acc[number * 4 + i] * down + part,)
         acc = new_acc
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)
@@ -535,3 +615,54 @@ def output_channel(word, number, element, parity, CODING: gl.constexpr):
     else:
         channel = 8 * word + 4 * element + 2 * parity + number
     return channel
+
+
+CODINGS = ("lloyd2", "lloyd3", "lloyd4", "int4", "int8")
+DIMS = {"lloyd2": (128,), "lloyd3": (128,), "lloyd4": (64, 128), "int4": (64, 128), "int8": (64, 128)}
+Q_PER_KV = 4
+TILE = 64
+STAGES = 2
+REGISTERS = 168
+PROGRAMS_PER_SM = 12
+
+
+def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None, starts: Tensor | None) -> bool:
+    """Whether :func:`attend` takes this call."""
+    scales, codes = (stored.key_scale, stored.value_scale), (stored.key_codes, stored.value_codes)
+    return (
+        query.is_cuda
+        and fresh is None
+        and starts is None
+        and stored.block_table is None
+        and query.shape[2] == 1
+        and query.shape[1] // stored.key_codes.shape[1] <= Q_PER_KV
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and layout.key_dim == layout.value_dim
+        and all(layout.key_dim in DIMS.get(name, ()) for name in (layout.key, layout.value))
+        and all(stride * x.element_size() % 4 == 0 for x in scales for stride in x.stride()[:2])
+        and all(stride % 16 == 0 for x in codes for stride in x.stride()[:2])
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def constants(layout: Layout) -> dict[str, object]:
+    """What the kernel is told of a layout at compile time."""
+    out: dict[str, object] = {"KEY_CODING": layout.key, "VALUE_CODING": layout.value, "DIM": layout.key_dim}
+    for stream, name in (("KEY", layout.key), ("VALUE", layout.value)):
+        nbits = int(name.removeprefix("lloyd")) if name.startswith("lloyd") else 0
+        out[f"{stream}_LEVELS"] = level_bytes(layout.key_dim, nbits) if nbits else ()
+        out[f"{stream}_UNIT"] = steps(layout.key_dim, nbits)[0] if nbits else 1.0
+    return out
+
+
+def attend_parts(query: Tensor, stored: Stored, layout: Layout, scale: float, partial: Tensor, lse: Tensor, more: int) -> None:
+    """Each split's output to ``partial [batch_size, num_q_heads, 1, splits, dim]`` and its ``lse``; the query is rotated."""
+    batch_size, q_heads = query.shape[:2]
+    heads, splits = stored.key_codes.shape[1], lse.shape[-1]
+    early = overlaps(query)
+    attend_kernel[(splits, batch_size * heads)](
+        query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.lengths, partial, lse,
+        scale * LOG2E, *query.stride()[:2], *(stride for x in stored[:4] for stride in x.stride()[:2]), splits,
+        NUM_HEADS=heads, Q_PER_KV=q_heads // heads, **constants(layout), TILE=TILE, STAGES=STAGES, EARLY=early,
+        MORE=more, enable_fp_fusion=True, num_warps=1, maxnreg=REGISTERS, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip

@@ -106,7 +106,7 @@ def num_tables(levels):
 @gluon.constexpr_function
 def own_asm(levels, number):
     """PTX: such a word, in a register of each thread: where a warp shares it, ``prmt`` would have it copied first.  The
-    operand is a loaded number that is not negative, which the assembler does not know."""
+    operand is a number of each thread's that is not negative, which the assembler does not know."""
     return f"{{ .reg .b32 x; shr.s32 x, $1, 31; or.b32 $0, x, {table_words(levels)[2 * number]:#x}; }}"
 
 
