@@ -237,7 +237,7 @@ def test_levels_are_means_of_their_cells(dim: int, nbits: int) -> None:
         high = min(high, low + 8)
         mass = integrate.quad(density, low, high)[0]
         mean = integrate.quad(lambda x: x * density(x), low, high)[0] / mass
-        assert abs(mean - level) < 1.5e-3  # float16's last place, and what its rounding moves the thresholds
+        assert abs(mean - level) < (2.5e-2 if nbits == 4 else 5e-3)  # half a step, and what that moves the thresholds
     if dim == 576 and nbits == 2:
         assert np.allclose(levels, (0.4528, 1.5104), atol=5e-3)  # Max (1960), of the normal distribution
 
@@ -306,9 +306,10 @@ def test_pairs_are_looked_up_as_the_reference_reads_them(coding: str, dim: int) 
             here = [each % size if size < 16 else each for each in (k, k + 1)]
             pair = [int.from_bytes(plane[2 * word :][:2].tobytes(), "little") for word in here]
             held.append(pair[0] | pair[1] << 16)
-        for size in sizes:
+        for p, size in enumerate(sizes):
             if size < 16:
-                held += [looked[(4 if size == 8 else 20) + k]] * 2
+                shift = looked[(4 if size == 8 else 20) + k]
+                held += [shift // 4 if p and size == 8 else shift] * 2
         held += [each for table in looked[:4] for each in (table, table)]
         for j in range((fields + 1) // 2):
             asm = lookup.pair_asm(coding, nbits, fields, sizes, j)
@@ -323,7 +324,7 @@ def test_pairs_are_looked_up_as_the_reference_reads_them(coding: str, dim: int) 
                     got[first + channel] = float(number) * lookup.unit_of(coding)
     assert section == 0
     real = want.isfinite()  # no token has a code that is NaN or infinite
-    torch.testing.assert_close(got[real], want[real], rtol=0, atol=0)
+    torch.testing.assert_close(got[real], want[real].half().float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8-token-head", "turboquant"])

@@ -77,6 +77,15 @@ def mma(a, b, c, UNSIGNED: gl.constexpr):
 
 
 @gluon.jit
+def fma(a, b, c):
+    """``a * b + c``, rounded once."""
+    a, b = gl.broadcast(a, b)
+    a, c = gl.broadcast(a, c)
+    a, b = gl.broadcast(a, b)
+    return gl.fma(a, b, c)
+
+
+@gluon.jit
 def swapped(x):
     """float32 of the lane whose columns are four further on or back."""
     return gl.inline_asm_elementwise(
@@ -471,7 +480,7 @@ def attend_kernel(
                 d = mma(a, (operand[2 * i], operand[2 * i + 1]), d, False)
             sums_of = sums_of + (gl.join(gl.join(d[0], d[2]), gl.join(d[1], d[3])),)  # [8, 4, 2 (hi), 2 (column)]
         score = whole_scores(sums_of, LS) - MAGIC
-        score = swapped(score) * others + score * own  # rounded once, so alike in columns n and n + 4
+        score = fma(swapped(score), others, score * own)  # rounded once, so alike in columns n and n + 4
         if KEY_CODING == "int4":
             score -= key_zero[:, :, None, :, None] * sums_at[None, None, :, None, :]
         score = score * key_scale[:, :, None, :, None]
@@ -485,7 +494,7 @@ def attend_kernel(
         alpha = gl.exp2(peak - new_peak)
         beta = gl.exp2(highest - new_peak)
         peak = new_peak
-        weight = gl.exp2(score * factor[None, None, :, None, :] - highest[None, None, :, None, :])
+        weight = gl.exp2(fma(score, factor[None, None, :, None, :], -highest[None, None, :, None, :]))
         fresh = gl.convert_layout(gl.sum(gl.sum(weight, axis=3), axis=0), SOME, assert_trivial=True)
         some_alpha = gl.convert_layout(alpha, gl.SliceLayout(0, SOME), assert_trivial=True)[None, :, :]
         some_beta = gl.convert_layout(beta, gl.SliceLayout(0, SOME), assert_trivial=True)[None, :, :]
@@ -500,7 +509,7 @@ def attend_kernel(
             offset = weight * value_zero[:, :, None, :, None]
         fresh = gl.convert_layout(gl.sum(gl.sum(offset, axis=3), axis=0), SOME, assert_trivial=True)
         zeros = zeros * some_alpha + fresh * (some_beta * largest)
-        weight = (weight * WEIGHT + WEIGHT_MAGIC).to(gl.int32, bitcast=True)
+        weight = gl.fma(weight, gl.full(weight.shape, WEIGHT, gl.float32, LS), gl.full(weight.shape, WEIGHT_MAGIC, gl.float32, LS)).to(gl.int32, bitcast=True)
         even, odd = gl.split(weight)
         pair = transposed(even, odd)  # [M, 8, 4, 2 (hi)]
         pairs = divided(pair.permute([1, 2, 0, 3]).reshape([8, 4, 2 * M]))
@@ -541,8 +550,8 @@ def attend_kernel(
                                        assert_trivial=True)[None, None, :]  # fmt: skip
                 less = gl.convert_layout(magics[i % 2], gl.SliceLayout(0, gl.SliceLayout(1, LO)),
                                          assert_trivial=True)[None, None, :]  # fmt: skip
-                part = products[number][i].to(gl.float32, bitcast=True) * up + less
-                new_acc = new_acc + (acc[number * 4 + i] * down + part,)
+                part = fma(products[number][i].to(gl.float32, bitcast=True), up, less)
+                new_acc = new_acc + (fma(acc[number * 4 + i], down, part),)
         acc = new_acc
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)
