@@ -29,14 +29,17 @@ def rotate_rows(x, N: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def sum_of_squares(x, N: tl.constexpr, WIDTH: tl.constexpr):
-    """``[N]``: of float32 ``x [N, WIDTH]``, halves added until one is left."""
+def sum_of_squares(x, N: tl.constexpr, WIDTH: tl.constexpr, NEIGHBOURS: tl.constexpr = False):
+    """``[N]``: of float32 ``x [N, WIDTH]``, halves or neighbours added until one is left."""
     if INTERPRETED:
         x = x * x
     else:  # rounded before it is added: of a product that is not, every thread would have another sum
         x = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     for i in tl.static_range(log2(WIDTH)):
-        x = tl.sum(tl.reshape(x, (N, 2, WIDTH >> (i + 1))), 1)
+        if NEIGHBOURS:
+            x = tl.sum(tl.reshape(x, (N, WIDTH >> (i + 1), 2)), 2)
+        else:
+            x = tl.sum(tl.reshape(x, (N, 2, WIDTH >> (i + 1))), 1)
     return tl.reshape(x, (N,))
 
 

@@ -47,7 +47,7 @@ from kvruntime.methods.token.coding import (
     second_order,
     sections,
 )
-from kvruntime.methods.token.levels import magnitudes, thresholds
+from kvruntime.methods.token.levels import magnitudes, steps, thresholds
 
 BLOCK_TOKENS = 1024
 TINY = 2.0**-100
@@ -115,12 +115,12 @@ def rotated(x: Tensor, size: int) -> Tensor:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """``[...]`` of ``x [..., dim]``: of each power of two of channels halves are added until one is left."""
+    """``[...]`` of ``x [..., dim]``: of each power of two of channels neighbours are added until one is left."""
     total = x.new_zeros(x.shape[:-1])
     for first, width in chunks(x.shape[-1]):
         part = x[..., first : first + width].square()
         while part.shape[-1] > 1:
-            part = part[..., : part.shape[-1] // 2] + part[..., part.shape[-1] // 2 :]
+            part = part[..., ::2] + part[..., 1::2]
         total = total + part[..., 0]
     return total
 
@@ -186,8 +186,19 @@ def _encode_lloyd(y: Tensor, coding: str, scale_dtype: torch.dtype, corrected: b
     code = torch.cat(codes, -1)
     scale = rms
     if corrected:
-        scale = (squares / sum_of_squares(levels_of(code, coding))).sqrt().clamp(max=LIMIT)
+        scale = (squares / squares_of_levels(code, coding)).sqrt().clamp(max=LIMIT)
     return packed(code, coding), canonical(scale, scale_dtype)
+
+
+def squares_of_levels(code: Tensor, coding: str) -> Tensor:
+    """The sum of the squares of codes' levels, of each section in whole numbers."""
+    total = torch.zeros(code.shape[:-1], device=code.device)
+    for first, count, nbits, _ in sections(coding, dim := code.shape[-1]):
+        unit, numbers = steps(dim, nbits)
+        squares = torch.tensor([(2 * number + 1) ** 2 for number in numbers], device=code.device)
+        part = code[..., first : first + count] & (1 << nbits - 1) - 1
+        total = total + squares[part].sum(-1).float() * (unit * unit / 4)
+    return total
 
 
 def packed(code: Tensor, coding: str) -> Tensor:

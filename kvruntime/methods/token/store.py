@@ -8,6 +8,7 @@ codes leave as 32-bit words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,8 @@ from kvruntime.kernels.hadamard import rotate_rows, sum_of_squares
 from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.lines import rows_of
 from kvruntime.kernels.rotary import embedded_token
-from kvruntime.methods.token import coding
+from kvruntime.methods.token import coding, fast_store
+from kvruntime.methods.token.levels import magnitudes, steps
 from kvruntime.methods.token.reference import Layout, Stored, check
 from kvruntime.methods.token.words import (
     chunk_first,
@@ -114,15 +116,34 @@ def half_of(x, NUMBER: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def nearest(unit, LEVELS: tl.constexpr):
-    """``(code, level)`` of coordinates in units of the root mean square."""
+    """``(code, square)`` of coordinates in units of the root mean square, the level's square in quarters of a unit's."""
     size = tl.abs(unit)
     code = tl.where(unit < 0, len(LEVELS), 0)
-    level = tl.full(unit.shape, LEVELS[0], tl.float32)
+    square = tl.full(unit.shape, square_of(LEVELS, 0), tl.int32)
     for i in tl.static_range(len(LEVELS) - 1):
         above = size > (LEVELS[i] + LEVELS[i + 1]) / 2
         code += above.to(tl.int32)
-        level = tl.where(above, LEVELS[i + 1], level)
-    return code, level
+        square = tl.where(above, square_of(LEVELS, i + 1), square)
+    return code, square
+
+
+@triton.constexpr_function
+def quarter_of(levels, number):
+    """A quarter of the square of the unit of the ``number``th section."""
+    return unit_of(levels[number]) ** 2 / 4
+
+
+@triton.constexpr_function
+def square_of(levels, number):
+    """``(2 n + 1)**2`` of level ``(n + 1/2) unit``."""
+    return round(2 * levels[number] / unit_of(levels)) ** 2
+
+
+@triton.constexpr_function
+def unit_of(levels):
+    """The unit of levels, a multiple of 2**-20: they are odd multiples of half of it."""
+    halves = [round(level * 2.0**21) for level in levels]
+    return 2.0 * math.gcd(*halves) / 2.0**21
 
 
 @triton.jit
@@ -134,25 +155,31 @@ def store_lloyd(x, signs_ptr, codes_ptr, scale_ptr, kept, CODING: tl.constexpr, 
     for i in tl.static_range(num_chunks(DIM)):
         sign = tl.load(signs_ptr + chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))).to(tl.float32)
         y = rotate_rows(x[i] * sign[None, :], N, chunk_width(DIM, i), SIZE)
-        squares += sum_of_squares(y, N, chunk_width(DIM, i))
+        squares += sum_of_squares(y, N, chunk_width(DIM, i), True)
         turned = turned + (y,)
     rms = tl.sqrt_rn(squares * (1 / DIM))
     inverse = inverse_of(rms)[:, None]
-    found = tl.zeros([N], tl.float32)
+    found = tl.zeros([N], tl.int32)  # in quarters of a unit's square, of the first section and the second
+    others = tl.zeros([N], tl.int32)
     for i in tl.static_range(num_chunks(DIM)):
         unit = turned[i] * inverse
-        code, level = nearest(unit, section_levels(LEVELS, 0))
+        code, square = nearest(unit, section_levels(LEVELS, 0))
         if num_sections(CODING, DIM) == 1:
             store_planes(codes_ptr, code, kept, CODING, DIM, 0, chunk_first(DIM, i), N, chunk_width(DIM, i))
         else:
             second, near = nearest(unit, section_levels(LEVELS, 1))
-            level = tl.where((tl.arange(0, DIM) < DIM // 2)[None, :], level, near)
+            in_first = (tl.arange(0, DIM) < DIM // 2)[None, :]
+            others += tl.sum(tl.where(in_first, 0, near), 1)
+            square = tl.where(in_first, square, 0)
             store_planes(codes_ptr, half_of(code, 0, N, DIM), kept, CODING, DIM, 0, 0, N, DIM // 2)
             store_planes(codes_ptr, half_of(second, 1, N, DIM), kept, CODING, DIM, 1, 0, N, DIM // 2)
-        found += sum_of_squares(level, N, chunk_width(DIM, i))
+        found += tl.sum(square, 1)
+    total = found.to(tl.float32) * quarter_of(LEVELS, 0)
+    if num_sections(CODING, DIM) > 1:
+        total += others.to(tl.float32) * quarter_of(LEVELS, 1)
     scale = rms
     if CORRECTED:
-        scale = tl.minimum(tl.sqrt_rn(tl.div_rn(squares, found)), LIMIT)
+        scale = tl.minimum(tl.sqrt_rn(tl.div_rn(squares, total)), LIMIT)
     tl.store(scale_ptr, canonical(scale, squares != squares, scale_ptr.dtype.element_ty), mask=kept)
 
 
@@ -419,6 +446,9 @@ def append(
         counts = None if alike else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
     if not length:
         return
+    if QUICK and quick_supports(key, value, stored, layout, starts):
+        append_quickly(key, value, counts, stored, layout)
+        return
     table, num_blocks = table_of(stored)
     block = max(1, TILE_ELEMENTS // triton.next_power_of_2(max(layout.key_dim, layout.value_dim)))
     append_kernel[(triton.cdiv(length, block), heads * (batch_size if starts is None else 1), 2)](
@@ -427,6 +457,41 @@ def append(
         *line_strides(key, starts), *line_strides(value, starts), *strides_of(stored), length, num_blocks, batch_size,
         **constants(stored, layout), CORRECTED=layout.corrected, BLOCK_T=block,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size), enable_fp_fusion=False, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+QUICK = True
+
+
+def quick_supports(key: Tensor, value: Tensor, stored: Stored, layout: Layout, starts: Tensor | None) -> bool:
+    """Whether :func:`append_quickly` takes these tokens."""
+    return (
+        key.is_cuda
+        and starts is None
+        and stored.block_table is None
+        and layout.key_dim == layout.value_dim == 128
+        and all(name in ("lloyd2", "lloyd3", "lloyd4") for name in (layout.key, layout.value))
+        and all(x.dtype == torch.float16 for x in (key, value))
+        and all(stride % 8 == 0 for x in (key, value) for stride in x.stride()[:3])
+        and all(stride % 16 == 0 for x in (stored.key_codes, stored.value_codes) for stride in x.stride()[:3])
+        and torch.cuda.get_device_capability(key.device) >= (8, 0)
+    )
+
+
+def append_quickly(key: Tensor, value: Tensor, counts: Tensor | None, stored: Stored, layout: Layout) -> None:
+    heads, length = key.shape[1], key.shape[2]
+    fixed: dict[str, object] = {}
+    for stream, name in (("KEY", layout.key), ("VALUE", layout.value)):
+        nbits = int(name.removeprefix("lloyd"))
+        unit, numbers = steps(128, nbits)
+        fixed |= {f"{stream}_NBITS": nbits, f"{stream}_LEVELS": magnitudes(128, nbits)}
+        fixed |= {f"{stream}_NUMBERS": numbers, f"{stream}_UNIT": unit}
+    held = (stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale)
+    strides = (held[0].stride()[:3], held[1].stride()[:2], held[2].stride()[:3], held[3].stride()[:2])
+    fast_store.append_kernel[(triton.cdiv(length, 8 * fast_store.GROUPS), heads * len(stored.lengths), 2)](
+        key, value, *held, stored.key_signs, stored.value_signs, stored.lengths, counts, *key.stride()[:3],
+        *value.stride()[:3], *(stride for each in strides for stride in each), length, NUM_HEADS=heads, **fixed,
+        CORRECTED=layout.corrected, G=fast_store.GROUPS, enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip
 
 
