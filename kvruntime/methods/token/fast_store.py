@@ -30,7 +30,7 @@ def hexadecimal(number):
 
 @gluon.constexpr_function
 def code_asm(nbits, levels, numbers):
-    """PTX: eight coordinates in units of the root mean square to their codes' words.
+    """PTX: the inverse of the root mean square and eight coordinates to their codes' words.
 
     Outputs: of four bits the word, else 16 bits of the first plane; of three bits 16 bits of the second plane, in places
     of its word's first half; and the sum of ``number (number + 1)``, by which the squares of the levels are known.
@@ -45,8 +45,8 @@ def code_asm(nbits, levels, numbers):
             body += "mov.f32 g, 0f4B000000; "
         each = 4 if nbits == 4 else 8
         for place in range(each):
-            x = f"${outs + half * each + place}"
-            body += f"abs.f32 a, {x}; "
+            x = f"${outs + 1 + half * each + place}"
+            body += f"abs.f32 a, {x}; mul.rn.f32 a, a, ${outs}; "
             for low, high in zip(levels, levels[1:]):
                 threshold = hexadecimal(-((low + high) / 2) * 2.0**40)
                 body += f"fma.rn.sat.f32 t, a, {hexadecimal(2.0**40)}, {threshold}; "
@@ -76,7 +76,7 @@ def code_asm(nbits, levels, numbers):
 
 @gluon.constexpr_function
 def code_constraints(nbits):
-    return ",".join(["=&r"] * (3 if nbits == 3 else 2) + ["f"] * 8)
+    return ",".join(["=&r"] * (3 if nbits == 3 else 2) + ["f"] * 9)
 
 
 @gluon.constexpr_function
@@ -120,11 +120,12 @@ def signed_numbers(x, flips):
         )  # fmt: skip
         number = bits.to(gl.float32)
     else:
-        number = x.to(gl.float32)
-        number = gl.where(gl.broadcast(flips, x)[0] != 0, -number, number)
+        bits = gl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2;", "=r,r,r", [x, gl.broadcast(flips, x)[0]], dtype=x.dtype, is_pure=True, pack=2
+        )
         number = gl.inline_asm_elementwise(
-            "{ .reg .f32 x; min.NaN.f32 x, $1, 0f477FE000; max.NaN.f32 $0, x, 0fC77FE000; }", "=f,f", [number],
-            dtype=gl.float32, is_pure=True, pack=1,
+            "{ .reg .f32 x; min.NaN.f32 x, $1, 0f477FE000; max.NaN.f32 $0, x, 0fC77FE000; }", "=f,f",
+            [bits.to(gl.float32)], dtype=gl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     return number
 
@@ -178,8 +179,8 @@ def lloyd_stream(x_ptr, codes_ptr, scale_ptr, signs_ptr, t, kept, stride_t, code
         y = sums_and_differences(y, 7 - i)
     y = gl.convert_layout(y.reshape([G, 8, 4, 32]), ALL, assert_trivial=True)
     c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, ALL))))[None, None, :, None]
-    y = (apart(y, 1) + y * gl.where((c & 1) == 0, 1.0, -1.0))
-    y = (apart(y, 2) + y * gl.where((c & 2) == 0, 1.0, -1.0))
+    y = gl.fma(y, gl.broadcast(gl.where((c & 1) == 0, 1.0, -1.0), y)[0], apart(y, 1))
+    y = gl.fma(y, gl.broadcast(gl.where((c & 2) == 0, 1.0, -1.0), y)[0], apart(y, 2))
     y = y * 128.0**-0.5
     # ---- the root mean square: neighbours are added until one is left
     s = squared(y).reshape([G, 8, 4, 2, 2, 2, 2, 2])
@@ -192,10 +193,10 @@ def lloyd_stream(x_ptr, codes_ptr, scale_ptr, signs_ptr, t, kept, stride_t, code
     usable = rms > TINY
     one = gl.full([G, 8, 4], 1.0, gl.float32, LANE)
     inverse = gl.where(usable, divided_by(one, gl.where(usable, rms, 1.0)), 0.0)
-    unit = y * gl.convert_layout(inverse, gl.SliceLayout(3, ALL), assert_trivial=True)[:, :, :, None]
     # ---- codes
-    eight = parts_of(unit.reshape([G, 8, 4, 4, 8]))
-    own = ()
+    eight = parts_of(y.reshape([G, 8, 4, 4, 8]))
+    own = (gl.broadcast(gl.convert_layout(inverse, gl.SliceLayout(3, WORD), assert_trivial=True)[:, :, :, None],
+                        gl.convert_layout(eight[0], WORD, assert_trivial=True))[0],)  # fmt: skip
     for i in gl.static_range(8):
         own = own + (gl.convert_layout(eight[i], WORD, assert_trivial=True),)
     made = gl.inline_asm_elementwise(code_asm(NBITS, LEVELS, NUMBERS), code_constraints(NBITS), own,

@@ -471,7 +471,7 @@ def quick_supports(key: Tensor, value: Tensor, stored: Stored, layout: Layout, s
         and stored.block_table is None
         and layout.key_dim == layout.value_dim == 128
         and all(name in ("lloyd2", "lloyd3", "lloyd4") for name in (layout.key, layout.value))
-        and all(x.dtype == torch.float16 for x in (key, value))
+        and all(x.dtype in (torch.float16, torch.bfloat16) for x in (key, value))
         and all(stride % 8 == 0 for x in (key, value) for stride in x.stride()[:3])
         and all(stride % 16 == 0 for x in (stored.key_codes, stored.value_codes) for stride in x.stride()[:3])
         and torch.cuda.get_device_capability(key.device) >= (8, 0)
