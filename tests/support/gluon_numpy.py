@@ -14,6 +14,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import ptx_numpy
 import torch
 
 ids = (0, 0, 0)
@@ -27,6 +28,7 @@ class Value:
 
     shape = property(lambda self: list(self.a.shape))
     dtype = property(lambda self: self.a.dtype)
+    type = property(lambda self: SimpleNamespace(layout=None))
 
     def to(self, dtype, bitcast=False):
         if bitcast:
@@ -51,7 +53,8 @@ class Value:
 
 
 def raw(x):
-    return x.a if isinstance(x, Value) else x
+    """NumPy's, or a number of Python's own, which takes the type of what it meets."""
+    return x.a if isinstance(x, Value) else x.value if isinstance(x, Integer | Real) else x
 
 
 def operator(name):
@@ -85,8 +88,12 @@ class Pointer:
     __radd__ = __add__
 
     def to(self, dtype, bitcast):
-        ratio = self.memory.itemsize // np.dtype(dtype).itemsize
-        return Pointer(self.memory.view(dtype), self.at * ratio)
+        at = np.asarray(self.at) * self.memory.itemsize
+        assert not (at % np.dtype(dtype).itemsize).any(), "a pointer that is not aligned"
+        whole = self.memory[
+            : self.memory.nbytes // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize // self.memory.itemsize
+        ]
+        return Pointer(whole.view(dtype), at // np.dtype(dtype).itemsize)
 
 
 class Shared:
@@ -163,8 +170,8 @@ def drawn(pointer, wanted):
     return before
 
 
-def copy_async(shared, pointer, mask=True):
-    shared.a[...] = np.broadcast_to(load(pointer, mask).a, shared.a.shape)
+def copy_async(shared, pointer, mask=True, cache_modifier=""):
+    shared.a[...] = np.broadcast_to(load(pointer, mask).a, shared.a.shape)  # zeros where nothing is copied
 
 
 def mma_v2(a, b, acc):
@@ -276,6 +283,33 @@ def unpack(word, outputs):
 ASM = {"shfl.sync.bfly": swap, "mul.rn.f16x2": rest, "movmatrix": transpose_blocks}
 
 
+def lanes_last(array):
+    """The axes of 8 and 4 that are a warp's lanes moved to the end, and how to move them back; as it is without."""
+    axis = next((i for i in range(array.ndim - 1) if array.shape[i : i + 2] == (8, 4)), array.ndim - 2)
+    return np.moveaxis(array, (axis, axis + 1), (-2, -1)), lambda x: np.moveaxis(x, (-2, -1), (axis, axis + 1))
+
+
+def by_ptx(asm, args, dtypes, pack):
+    """Any inline PTX, run by ``ptx_numpy.py``: registers of two elements hold neighbours along the last axis."""
+    arrays = [lanes_last(x.a)[0] if pack == 1 else x.a for x in args]
+    back = lanes_last(args[0].a)[1] if pack == 1 else lambda x: x
+    shape, number = arrays[0].shape, 0
+    held, outs = {}, []
+    for dtype in dtypes:
+        outs.append([f"${number + i}" for i in range(pack * np.dtype(dtype).itemsize // 4 or 1)])
+        number += len(outs[-1])
+    for array in arrays:
+        raw = np.ascontiguousarray(array).view(np.uint32).reshape(-1, pack * array.itemsize // 4 or 1)
+        for i in range(raw.shape[1]):
+            held[f"${number}"], number = raw[:, i], number + 1
+    left = ptx_numpy.inline(asm, held)
+    found = []
+    for names, dtype in zip(outs, dtypes, strict=True):
+        raw = np.stack([left[name].astype(np.uint32) for name in names], 1)
+        found.append(Value(np.ascontiguousarray(back(raw.view(dtype).reshape(shape)))))
+    return found
+
+
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     if "prefetch" in asm:
         load(args[0])  # it must lie within the tensor
@@ -285,9 +319,13 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     if "fence" in asm:
         return args[0]
     if isinstance(dtype, tuple):
-        assert re.search(r"and\.b32 .* mov\.b32", asm)
-        return unpack(args[0].a, len(dtype))
-    return Value(next(run for name, run in ASM.items() if name in asm)(*(x.a for x in args)).astype(dtype))
+        if re.search(r"and\.b32 .* mov\.b32 \{", asm):
+            return unpack(args[0].a, len(dtype))
+        return tuple(by_ptx(asm, args, dtype, pack))
+    known = next((run for name, run in ASM.items() if name in asm), None)
+    if known is None or (args[0].dtype != np.float16 and args[0].shape[-1] != 8):
+        return by_ptx(asm, args, (dtype,), pack)[0]
+    return Value(known(*(x.a for x in args)).astype(dtype))
 
 
 def unary(function):
@@ -323,13 +361,13 @@ def where(condition, a, b):
 
 
 GL = SimpleNamespace(
-    float16=np.float16, float32=np.float32, int32=np.int32, int64=np.int64, pointer_type=lambda dtype: dtype,
+    float16=np.float16, float32=np.float32, int16=np.int16, int32=np.int32, int64=np.int64, pointer_type=lambda dtype: dtype,
     constexpr=constexpr, shared_memory_descriptor=Shared, program_id=lambda axis: Value(np.int32(ids[axis])),
     arange=lambda start, end, layout=None: Value(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
     load=load, store=store, atomic_add=atomic_add, barrier=lambda: None,
-    join=lambda a, b: Value(np.stack([a.a, b.a], -1)), broadcast=broadcast, where=where,
+    join=lambda a, b: Value(np.stack([a.a, b.a], -1)), split=lambda x: (Value(x.a[..., 0]), Value(x.a[..., 1])), broadcast=broadcast, where=where,
     convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range, static_assert=lambda _: None,
     maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp=unary(np.exp),
     exp2=unary(np.exp2), log2=unary(np.log2),

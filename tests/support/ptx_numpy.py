@@ -44,6 +44,25 @@ def parse(ptx: str) -> tuple[list[str], dict[str, int]]:
     return program, labels
 
 
+def inline(asm: str, operands: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a piece of inline PTX leaves in registers that hold ``operands`` (bits, a number a thread) before."""
+    program = object.__new__(Program)
+    program.registers = {name: value.astype(np.uint64) for name, value in operands.items()}
+    program.lane = np.arange(len(next(iter(operands.values()))))
+    program.active = np.ones(program.lane.shape, bool)
+    asm = re.sub(r"\.reg [^;]*;", "", asm).strip()
+    for line in (asm[1:-1] if asm.startswith("{") else asm).split(";"):
+        op, _, rest = line.strip().partition(" ")
+        if op:
+            program.step(op.split("."), split(rest))
+    return program.registers
+
+
+def split(rest: str) -> list[str]:
+    """The operands of an instruction."""
+    return [x.strip() for x in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+", rest) if x.strip()]
+
+
 def listed(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{} ").split(",")]
 
@@ -116,8 +135,7 @@ class Program:
                     assert self.active.all() or not self.active.any(), f"threads part at {text}"
                     at = self.labels[rest.strip()] if self.active.all() else at
                 elif not op.startswith("bar."):
-                    operands = [x.strip() for x in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+", rest) if x.strip()]
-                    self.step(op.split("."), operands)
+                    self.step(op.split("."), split(rest))
 
     def step(self, op: list[str], x: list[str]) -> None:
         kind = op[-1]
@@ -146,6 +164,19 @@ class Program:
         elif kind == "f16x2":
             table = PLAIN if "NaN" in op else NO_NAN
             self.put(x[0], table[op[0]](self.pairs(x[1]), self.pairs(x[2])).view(np.uint32)[:, 0])
+        elif op[0] == "set":
+            self.put(x[0], compared(op[1], self.get(x[1], kind), self.get(x[2], kind)).astype(TYPES[op[2]]))
+        elif op[0] == "fma" and "sat" in op:
+            a, b, c = (self.get(name, kind).astype(np.longdouble) for name in x[1:])
+            self.put(x[0], np.nan_to_num(np.clip(a * b + c, 0, 1), nan=0).astype(TYPES[kind]))
+        elif op[0] == "dp4a":
+            a, b = (self.get(name, "b32").view(np.uint8).reshape(-1, 4).astype(np.uint32) for name in x[1:3])
+            self.put(x[0], (a * b).sum(1, dtype=np.uint32) + self.get(x[3], "u32"))
+        elif op[0] == "movmatrix":
+            rows = self.get(x[1], "b32").view(np.uint16).reshape(-1, 8, 8)
+            self.put(x[0], np.ascontiguousarray(rows.swapaxes(1, 2)).view(np.uint32).reshape(-1))
+        elif op[0] == "mma":
+            self.product(op, x)
         elif op[0] == "selp":
             self.put(x[0], np.where(self.truth(x[3]), self.get(x[1], kind), self.get(x[2], kind)))
         elif op[0] == "cvt":
@@ -180,6 +211,22 @@ class Program:
                 self.put(name, self.shared[cells].reshape(-1, 4).view(np.uint32)[:, 0])
             else:
                 self.shared[cells.reshape(-1, 4)] = self.get(name, "b32").view(np.uint8).reshape(-1, 4)
+
+    def product(self, op: list[str], x: list[str]) -> None:
+        """``mma.m16n8k32`` of bytes: a register is four of a row (of a column of ``b``), lanes ``4 r + c``."""
+        assert op[3] == "m16n8k32", op
+
+        def registers(operand: str, kind: str) -> np.ndarray:
+            held = [self.get(name, "b32").view(TYPES[kind]).reshape(len(self.lane), -1) for name in listed(operand)]
+            return np.stack(held, 1).reshape(-1, 8, 4, len(held), held[0].shape[1]).astype(np.int64)
+
+        rows = registers(x[1], op[-3]).reshape(-1, 8, 4, 2, 2, 4)  # (r, c, upper half of k, rows 8 .., byte)
+        rows = rows.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 32)
+        columns = registers(x[2], op[-2]).transpose(0, 3, 2, 4, 1).reshape(-1, 32, 8)
+        sums = registers(x[3], op[-1])[..., 0].reshape(-1, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4).reshape(-1, 16, 8)
+        sums = (sums + rows @ columns).astype(np.int32).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
+        for name, value in zip(listed(x[0]), sums.reshape(-1, 4).T, strict=True):
+            self.put(name, value)
 
     def move(self, kind: str, x: list[str]) -> None:
         if kind == "pred":

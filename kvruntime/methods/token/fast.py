@@ -308,7 +308,9 @@ def whole_scores(parts, LAYOUT: gl.constexpr):
 def load_scales(scales, stage, TYPE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr):
     """``[M, 8 (r), 2 (hi)]`` of a stage."""
     ALL: gl.constexpr = [TILE]
-    return reinterpreted(scales.index(stage), TYPE, ALL, LINE).reshape([TILE // 16, 2, 8]).permute([0, 2, 1]).load(LAYOUT)
+    return (
+        reinterpreted(scales.index(stage), TYPE, ALL, LINE).reshape([TILE // 16, 2, 8]).permute([0, 2, 1]).load(LAYOUT)
+    )
 
 
 @gluon.jit
@@ -509,7 +511,9 @@ def attend_kernel(
             offset = weight * value_zero[:, :, None, :, None]
         fresh = gl.convert_layout(gl.sum(gl.sum(offset, axis=3), axis=0), SOME, assert_trivial=True)
         zeros = zeros * some_alpha + fresh * (some_beta * largest)
-        weight = gl.fma(weight, gl.full(weight.shape, WEIGHT, gl.float32, LS), gl.full(weight.shape, WEIGHT_MAGIC, gl.float32, LS)).to(gl.int32, bitcast=True)
+        weight = gl.fma(
+            weight, gl.full(weight.shape, WEIGHT, gl.float32, LS), gl.full(weight.shape, WEIGHT_MAGIC, gl.float32, LS)
+        ).to(gl.int32, bitcast=True)
         even, odd = gl.split(weight)
         pair = transposed(even, odd)  # [M, 8, 4, 2 (hi)]
         pairs = divided(pair.permute([1, 2, 0, 3]).reshape([8, 4, 2 * M]))
@@ -590,7 +594,8 @@ def attend_kernel(
                     gl.store(partial_ptr + at, x, mask=mask)
     CE: gl.constexpr = COLUMN
     member = (
-        2 * gl.arange(0, 4, layout=gl.SliceLayout(1, CE))[:, None] + gl.arange(0, 2, layout=gl.SliceLayout(0, CE))[None, :]
+        2 * gl.arange(0, 4, layout=gl.SliceLayout(1, CE))[:, None]
+        + gl.arange(0, 2, layout=gl.SliceLayout(0, CE))[None, :]
     )
     lse = gl.where(saw, peak + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
     gl.store(lse_ptr + (slot + member) * num_splits + split, lse, mask=member < Q_PER_KV)
@@ -664,7 +669,9 @@ def constants(layout: Layout) -> dict[str, object]:
     return out
 
 
-def attend_parts(query: Tensor, stored: Stored, layout: Layout, scale: float, partial: Tensor, lse: Tensor, more: int) -> None:
+def attend_parts(
+    query: Tensor, stored: Stored, layout: Layout, scale: float, partial: Tensor, lse: Tensor, more: int
+) -> None:
     """Each split's output to ``partial [batch_size, num_q_heads, 1, splits, dim]`` and its ``lse``; the query is rotated."""
     batch_size, q_heads = query.shape[:2]
     heads, splits = stored.key_codes.shape[1], lse.shape[-1]

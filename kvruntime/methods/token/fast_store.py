@@ -9,11 +9,19 @@ of two it is added to the word.
 
 from __future__ import annotations
 
+import struct
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kvruntime.methods.token.fast_words import lanes
+from kvruntime.methods.token.levels import magnitudes, steps
+from kvruntime.methods.token.reference import Layout, Stored
 
+CODINGS = ("lloyd2", "lloyd3", "lloyd4")
+DIM = 128
 GROUPS = 2
 """Times eight tokens that a program codes."""
 LIMIT = gl.constexpr(65504.0)
@@ -23,8 +31,6 @@ TINY = gl.constexpr(2.0**-100)
 @gluon.constexpr_function
 def hexadecimal(number):
     """A float32 as PTX writes it."""
-    import struct
-
     return "0f" + struct.pack(">f", number).hex().upper()
 
 
@@ -295,3 +301,42 @@ def append_kernel(
                      t, kept, stride_vt, row * stride_yb + head * stride_yh + token * stride_yt,
                      row * stride_zb + head * stride_zh + token, VALUE_NBITS, VALUE_LEVELS, VALUE_NUMBERS,
                      VALUE_UNIT, CORRECTED, G)  # fmt: skip
+
+
+def supports(key: Tensor, value: Tensor, stored: Stored, layout: Layout, starts: Tensor | None) -> bool:
+    """Whether :func:`append` takes these tokens."""
+    return (
+        key.is_cuda
+        and starts is None
+        and stored.block_table is None
+        and layout.key_dim == layout.value_dim == DIM
+        and all(name in CODINGS for name in (layout.key, layout.value))
+        and all(x.dtype in (torch.float16, torch.bfloat16) for x in (key, value))
+        and all(stride % 8 == 0 for x in (key, value) for stride in x.stride()[:3])
+        and all(stride % 16 == 0 for x in (stored.key_codes, stored.value_codes) for stride in x.stride()[:3])
+        and torch.cuda.get_device_capability(key.device) >= (8, 0)
+    )
+
+
+def constants(layout: Layout) -> dict[str, object]:
+    """What the kernel is told of a layout at compile time."""
+    out: dict[str, object] = {}
+    for stream, name in (("KEY", layout.key), ("VALUE", layout.value)):
+        nbits = int(name.removeprefix("lloyd"))
+        unit, numbers = steps(DIM, nbits)
+        out |= {f"{stream}_NBITS": nbits, f"{stream}_LEVELS": magnitudes(DIM, nbits)}
+        out |= {f"{stream}_NUMBERS": numbers, f"{stream}_UNIT": unit}
+    return out
+
+
+def append(key: Tensor, value: Tensor, counts: Tensor | None, stored: Stored, layout: Layout) -> None:
+    """Store new tokens behind what each row holds, of what :func:`supports` allows: as
+    :func:`kvruntime.methods.token.store.append`; channels lie contiguous, ``counts`` on the device."""
+    rows, heads, length = len(stored.lengths), key.shape[1], key.shape[2]
+    codes = (*stored.key_codes.stride()[:3], *stored.key_scale.stride()[:2])
+    codes += (*stored.value_codes.stride()[:3], *stored.value_scale.stride()[:2])
+    append_kernel[(-(-length // (8 * GROUPS)), heads * rows, 2)](
+        key, value, *stored[:4], stored.key_signs, stored.value_signs, stored.lengths, counts, *key.stride()[:3],
+        *value.stride()[:3], *codes, length, NUM_HEADS=heads, **constants(layout), CORRECTED=layout.corrected,
+        G=GROUPS, enable_fp_fusion=False, num_warps=1,
+    )  # fmt: skip

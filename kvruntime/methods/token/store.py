@@ -23,7 +23,6 @@ from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.lines import rows_of
 from kvruntime.kernels.rotary import embedded_token
 from kvruntime.methods.token import coding, fast_store
-from kvruntime.methods.token.levels import magnitudes, steps
 from kvruntime.methods.token.reference import Layout, Stored, check
 from kvruntime.methods.token.words import (
     chunk_first,
@@ -446,8 +445,8 @@ def append(
         counts = None if alike else torch.tensor(counts, dtype=torch.int32).to(key.device, non_blocking=True)
     if not length:
         return
-    if QUICK and quick_supports(key, value, stored, layout, starts):
-        append_quickly(key, value, counts, stored, layout)
+    if fast_store.supports(key, value, stored, layout, starts):
+        fast_store.append(key, value, counts, stored, layout)
         return
     table, num_blocks = table_of(stored)
     block = max(1, TILE_ELEMENTS // triton.next_power_of_2(max(layout.key_dim, layout.value_dim)))
@@ -457,41 +456,6 @@ def append(
         *line_strides(key, starts), *line_strides(value, starts), *strides_of(stored), length, num_blocks, batch_size,
         **constants(stored, layout), CORRECTED=layout.corrected, BLOCK_T=block,
         BLOCK_B=0 if starts is None else lines.block_b(batch_size), enable_fp_fusion=False, num_warps=NUM_WARPS,
-    )  # fmt: skip
-
-
-QUICK = True
-
-
-def quick_supports(key: Tensor, value: Tensor, stored: Stored, layout: Layout, starts: Tensor | None) -> bool:
-    """Whether :func:`append_quickly` takes these tokens."""
-    return (
-        key.is_cuda
-        and starts is None
-        and stored.block_table is None
-        and layout.key_dim == layout.value_dim == 128
-        and all(name in ("lloyd2", "lloyd3", "lloyd4") for name in (layout.key, layout.value))
-        and all(x.dtype in (torch.float16, torch.bfloat16) for x in (key, value))
-        and all(stride % 8 == 0 for x in (key, value) for stride in x.stride()[:3])
-        and all(stride % 16 == 0 for x in (stored.key_codes, stored.value_codes) for stride in x.stride()[:3])
-        and torch.cuda.get_device_capability(key.device) >= (8, 0)
-    )
-
-
-def append_quickly(key: Tensor, value: Tensor, counts: Tensor | None, stored: Stored, layout: Layout) -> None:
-    heads, length = key.shape[1], key.shape[2]
-    fixed: dict[str, object] = {}
-    for stream, name in (("KEY", layout.key), ("VALUE", layout.value)):
-        nbits = int(name.removeprefix("lloyd"))
-        unit, numbers = steps(128, nbits)
-        fixed |= {f"{stream}_NBITS": nbits, f"{stream}_LEVELS": magnitudes(128, nbits)}
-        fixed |= {f"{stream}_NUMBERS": numbers, f"{stream}_UNIT": unit}
-    held = (stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale)
-    strides = (held[0].stride()[:3], held[1].stride()[:2], held[2].stride()[:3], held[3].stride()[:2])
-    fast_store.append_kernel[(triton.cdiv(length, 8 * fast_store.GROUPS), heads * len(stored.lengths), 2)](
-        key, value, *held, stored.key_signs, stored.value_signs, stored.lengths, counts, *key.stride()[:3],
-        *value.stride()[:3], *(stride for each in strides for stride in each), length, NUM_HEADS=heads, **fixed,
-        CORRECTED=layout.corrected, G=fast_store.GROUPS, enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip
 
 
