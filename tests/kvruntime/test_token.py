@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 
 from kvruntime.methods import make_layer, room_of  # noqa: E402
 from kvruntime.methods.rows import Steps  # noqa: E402
-from kvruntime.methods.token import attention, fast, lookup, reference, store, words  # noqa: E402
+from kvruntime.methods.token import attention, lookup, reference, store, words  # noqa: E402
 from kvruntime.methods.token.coding import num_bytes, sections  # noqa: E402
 from kvruntime.methods.token.levels import lookup_table as lookup_of  # noqa: E402
 from kvruntime.methods.token.levels import magnitudes, signs, thresholds  # noqa: E402
@@ -145,40 +145,6 @@ def test_pools_and_lines(name: str) -> None:
     torch.testing.assert_close(reference.attend(query, pool, layout, 0.1, fresh, starts), want, rtol=0, atol=1e-3)
     have = attention.attend(query, pool, layout, 0.1, fresh, starts, num_splits=2)
     torch.testing.assert_close(have, want, rtol=0, atol=4e-3)
-
-
-WHOLE_NUMBERS = {
-    "lloyd4 lloyd3 d128": (Layout("lloyd4", "lloyd3", 128, 128), torch.float16),
-    "lloyd3 lloyd2 d128": (Layout("lloyd3", "lloyd2", 128, 128, False), torch.float16),
-    "lloyd2 lloyd4 d128": (Layout("lloyd2", "lloyd4", 128, 128), torch.float16),
-    "lloyd4 d64": (Layout("lloyd4", "lloyd4", 64, 64), torch.float16),
-    "int8 int4 d64": (Layout("int8", "int4", 64, 64), torch.float32),
-    "int4 int8 d128": (Layout("int4", "int8", 128, 128), torch.float32),
-}
-
-
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device: these kernels are Gluon")
-@pytest.mark.parametrize("name", WHOLE_NUMBERS)
-@pytest.mark.parametrize("heads", [2, 6, 8], ids=lambda heads: f"{heads} query heads")
-def test_whole_numbers_agree_with_the_reference(name: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stored bit for bit, and attention over it: ragged rows, one short, in one split and in several."""
-    monkeypatch.setitem(LAYOUTS, name, WHOLE_NUMBERS[name])
-    (mine, layout), (its, _) = empty(name, 400), empty(name, 400)
-    key, value = normal(0, ROWS, HEADS, 390, layout.key_dim), normal(1, ROWS, HEADS, 390, layout.value_dim)
-    key[0, 0, 3], key[1, 1, 5] = 0, key[1, 1, 5] * 100
-    counts = [390, 129, 1]
-    store.append(key, value, counts, mine, layout)
-    reference.append(key, value, counts, its, layout)
-    assert same(mine, its)
-    mine = mine._replace(lengths=torch.tensor(counts, dtype=torch.int32, device=DEVICE))
-    for dtype in (torch.float16, torch.bfloat16):
-        query = normal(3, ROWS, heads, 1, layout.key_dim).to(dtype)
-        assert fast.supports(query, mine, layout, None, None)
-        want = reference.attend(query.float(), mine, layout, 0.1)
-        for splits in (1, 3, None):
-            have = attention.attend(query, mine, layout, 0.1, num_splits=splits)
-            off = 4e-3 if dtype == torch.float16 else 2e-2
-            torch.testing.assert_close(have.float(), want, rtol=0, atol=off)
 
 
 def test_a_bad_block_table_is_refused() -> None:

@@ -6,7 +6,6 @@ On a CUDA device (sm_80 on) they run there, elsewhere in NumPy (gluon_numpy.py, 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +91,19 @@ def test_attention_agrees_with_the_reference(name: str) -> None:
         for splits in (1, 3, None) if ON_CUDA else (1 + odd,):
             have = (attention.attend if ON_CUDA else numpy_attention)(query, stored, layout, 0.1, num_splits=splits)
             torch.testing.assert_close(have.float(), want, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["lloyd4 lloyd3", "int4 int8"])
+def test_a_nan_reaches_the_output(name: str) -> None:
+    """Of a key or a value that is not finite where it was stored: as the reference has it."""
+    layout = LAYOUTS[name]
+    stored = filled(layout)
+    stored.key_scale[0, 0, 3] = stored.value_scale[1, 0, 0] = torch.nan
+    query = normal(3, len(COUNTS), HEADS * 4, 1, layout.key_dim)
+    have = (attention.attend if ON_CUDA else numpy_attention)(query, stored, layout, 0.1, num_splits=2)
+    want = reference.attend(query.float(), stored, layout, 0.1)
+    assert want.isnan().any()
+    assert torch.equal(have.isnan(), want.isnan())
 
 
 def numpy_append(key, value, counts, stored, layout):

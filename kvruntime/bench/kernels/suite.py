@@ -160,6 +160,15 @@ def packing_tasks(bench: Bench, prompt: Shape, steps: Iterable[Shape], methods: 
     compiled = bench.device.type == "cuda"
     out = []
     for method in methods:
+        key = key_of("pack", bench, prompt, dtype=dtype_name(method), method=method.name)
+        out.append(
+            task(
+                key,
+                lambda method=method: measure_pack(bench, prompt, method, compiled=compiled),  # type: ignore[misc]
+                cost=10.0,
+            )
+        )
+    for method in methods:
         for shape in steps:
             key = key_of("append", bench, shape, dtype=dtype_name(method), method=method.name)
             out.append(
@@ -169,15 +178,6 @@ def packing_tasks(bench: Bench, prompt: Shape, steps: Iterable[Shape], methods: 
                     cost=4.0,
                 )
             )
-    for method in methods:
-        key = key_of("pack", bench, prompt, dtype=dtype_name(method), method=method.name)
-        out.append(
-            task(
-                key,
-                lambda method=method: measure_pack(bench, prompt, method, compiled=compiled),  # type: ignore[misc]
-                cost=10.0,
-            )
-        )
     return out
 
 
@@ -212,7 +212,8 @@ def kernels(**given: Any) -> int:
     from kvruntime.checkpoints.load import pick_device
 
     shapes = [make_shape(spec) for spec in given["shapes"] or (QUICK if given["quick"] else SHAPES)]
-    methods = named_methods(given["specs"]) or layouts()
+    named = named_methods(given["specs"])
+    methods = named or layouts()
     device = pick_device(given["device"])
     if not device.startswith("cuda"):
         raise ValueError(f"bench kernels times CUDA graphs: it needs a CUDA device, not {device}")
@@ -236,8 +237,9 @@ def kernels(**given: Any) -> int:
         cases += [Case(make_shape(spec), method) for spec, own in more() for method in own]
     if "pack" in parts:
         steps = [make_shape("llama-3-8b:1x8k"), make_shape("llama-3-8b:64x4k")]
-        tasks += packing_tasks(bench, make_shape("llama-3-8b:1x128k"), steps, packed())
-        cases += [Case(shape, method, steps=True) for shape in steps for method in packed()]
+        stored = named or packed()
+        tasks += packing_tasks(bench, make_shape("llama-3-8b:1x128k"), steps, stored)
+        cases += [Case(shape, method, steps=True) for shape in steps for method in stored]
 
     if given["compile_ahead"]:
         compile_ahead([case for case in dict.fromkeys(cases) if fits(case.shape, case.method)], device, say)
@@ -246,13 +248,13 @@ def kernels(**given: Any) -> int:
 
 
 def named_methods(specs: Sequence[str]) -> list[Method]:
-    """The methods that ``specs`` name.  Raises ``ValueError`` for one whose room has no layouts."""
+    """The methods that ``specs`` name.  Raises ``ValueError`` for one whose room does not say how to measure it."""
     from kvruntime.methods import LAYERS, room_of
     from kvruntime.specs import chosen_methods
 
     methods = chosen_methods(specs, None, {}, baseline=False) if specs else []
     for method in methods:
-        if not room_of(method).benched:
-            timed = ", ".join(kind.__name__.lower() for kind, room in LAYERS.items() if room.benched)
+        if not (room_of(method).benched or room_of(method).measures):
+            timed = ", ".join(kind.__name__.lower() for kind, room in LAYERS.items() if room.benched or room.measures)
             raise ValueError(f"method {method.name}: bench kernels takes {timed} only; float16 is its baseline")
     return methods

@@ -486,8 +486,8 @@ def attend(
     quick = not portable and fast.supports(query, stored, layout, fresh, starts)
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        at_once = fast.PROGRAMS_PER_SM if quick else PROGRAMS_PER_SM[few_bits(layout)]
-        splits = plan_splits(rows * blocks, longest, fast.TILE if quick else tile, sms * at_once)
+        at_once = fast.plan(layout).programs if quick else PROGRAMS_PER_SM[few_bits(layout)]
+        splits = plan_splits(rows * blocks, longest, fast.plan(layout).tile if quick else tile, sms * at_once)
     merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
     partial = (

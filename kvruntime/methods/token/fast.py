@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -15,17 +17,16 @@ from kvruntime.methods.token.fast_words import (
     center_of,
     halves,
     key_asm,
-    key_channel,
     key_constraints,
     key_types,
     lanes,
+    nbits_of,
     num_tables,
     own_asm,
     planes_of,
     tile_copy,
     token_bytes,
     value_asm,
-    value_channel,
     value_constraints,
     value_layout,
     value_swizzle,
@@ -634,10 +635,29 @@ def output_channel(word, number, element, parity, CODING: gl.constexpr):
 CODINGS = ("lloyd2", "lloyd3", "lloyd4", "int4", "int8")
 DIMS = {"lloyd2": (128,), "lloyd3": (128,), "lloyd4": (64, 128), "int4": (64, 128), "int8": (64, 128)}
 Q_PER_KV = 4
-TILE = 64
-STAGES = 2
-REGISTERS = 168
-PROGRAMS_PER_SM = 12
+
+
+class Plan(NamedTuple):
+    """Tokens a step of the loop; steps held in shared memory; registers a thread; programs a multiprocessor."""
+
+    tile: int
+    stages: int
+    registers: int
+    programs: int
+
+
+PLANS = {
+    2: Plan(64, 3, 168, 12),
+    3: Plan(64, 2, 168, 12),
+    4: Plan(64, 2, 168, 12),
+    8: Plan(32, 3, 128, 8),
+}
+"""By the bits of the wider codes."""
+
+
+def plan(layout: Layout) -> Plan:
+    """How the kernel goes about a layout."""
+    return PLANS[max(nbits_of(layout.key), nbits_of(layout.value))]
 
 
 def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None, starts: Tensor | None) -> bool:
@@ -672,13 +692,15 @@ def constants(layout: Layout) -> dict[str, object]:
 def attend_parts(
     query: Tensor, stored: Stored, layout: Layout, scale: float, partial: Tensor, lse: Tensor, more: int
 ) -> None:
-    """Each split's output to ``partial [batch_size, num_q_heads, 1, splits, dim]`` and its ``lse``; the query is rotated."""
+    """Each split's output to ``partial [batch_size, num_q_heads, 1, splits, dim]`` and its logarithm of sums to ``lse``.
+
+    ``query``: rotated as the keys are; ``more``: tokens that a row holds besides those that its length counts."""
     batch_size, q_heads = query.shape[:2]
-    heads, splits = stored.key_codes.shape[1], lse.shape[-1]
+    heads, splits, own = stored.key_codes.shape[1], lse.shape[-1], plan(layout)
     early = overlaps(query)
     attend_kernel[(splits, batch_size * heads)](
         query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.lengths, partial, lse,
         scale * LOG2E, *query.stride()[:2], *(stride for x in stored[:4] for stride in x.stride()[:2]), splits,
-        NUM_HEADS=heads, Q_PER_KV=q_heads // heads, **constants(layout), TILE=TILE, STAGES=STAGES, EARLY=early,
-        MORE=more, enable_fp_fusion=True, num_warps=1, maxnreg=REGISTERS, **({"launch_pdl": True} if early else {}),
+        NUM_HEADS=heads, Q_PER_KV=q_heads // heads, **constants(layout), TILE=own.tile, STAGES=own.stages, EARLY=early,
+        MORE=more, enable_fp_fusion=True, num_warps=1, maxnreg=own.registers, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
