@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil, floor, log10
 from typing import Any
 
 from kvsim.analysis.memory_risk import MemoryRisk
@@ -84,8 +85,8 @@ class Plan:
     ``batch_size``: requests in flight a replica; ``max_batch``: the most that memory and the time limit allow;
     ``batch_bound``: which of them (``memory``, ``latency``), or ``users`` where one replica has them all.
     ``max_context``: tokens a request could have at this batch.  ``cached_tokens``: of the mean prompt, found in the
-    cache.  Seconds are bands.  ``usd_per_mtok``: a million
-    output tokens.
+    cache.  Seconds are bands.  ``usd_per_mtok``: a million output tokens.  ``needs``: where a time limit is what
+    refuses, its name in :class:`Demand` and the seconds that a request alone takes.
     """
 
     method: Method
@@ -107,6 +108,7 @@ class Plan:
     runs_out: float | None = None
     usd_per_mtok: float | None = None
     price: Price | None = None
+    needs: tuple[str, float] | None = None
 
     @property
     def num_cards(self) -> int:
@@ -115,6 +117,14 @@ class Plan:
 
 class NoRoomError(ValueError):
     """The weights leave nothing for a cache."""
+
+
+class TooSlowError(ValueError):
+    """A request alone takes ``seconds``, longer than the ``limit`` of :class:`Demand` allows."""
+
+    def __init__(self, message: str, limit: str, seconds: float) -> None:
+        super().__init__(message)
+        self.limit, self.seconds = limit, seconds
 
 
 def site(
@@ -213,6 +223,8 @@ def plan(
                 way = _priced(way, price(card, way.num_cards))
             except NoRoomError as error:
                 roomy, way = False, replace(way, refusal=str(error))
+            except TooSlowError as error:
+                way = replace(way, refusal=str(error), needs=(error.limit, error.seconds))
             except ValueError as error:
                 way = replace(way, refusal=str(error))
             if way.refusal is None and max_cards is not None and way.num_cards > max_cards:
@@ -258,13 +270,11 @@ def _serve(
     lengths, sharding = demand.lengths, place.sharding
     replicas = sharding.data_parallel_size
     cache = Deployment(shortcuts.held(model), method, engine, sharding)
-    found = shortcuts.found(Deployment(model, method, engine, sharding), place.cache_nbytes)
-    clock = Clock(model, method, place, lengths, engine, shortcuts, found)
+    clock = _clock(model, method, place, lengths, engine, shortcuts)
     ttft = clock.ttft(1)
     if demand.slo_ttft is not None and ttft.value > demand.slo_ttft:
-        raise ValueError(
-            f"time to first token {ttft.value * 1e3:,.0f} ms even alone, over {demand.slo_ttft * 1e3:g} ms"
-        )
+        late = f"time to first token {ttft.value * 1e3:,.0f} ms even alone, over {demand.slo_ttft * 1e3:g} ms"
+        raise TooSlowError(late, "slo_ttft", ttft.value)
     a_rank = replace(cache, sharding=replace(sharding, data_parallel_size=1, enable_expert_parallel=False))
     risk = MemoryRisk(a_rank.rank_nbytes, lengths, place.cache_nbytes, demand.occupancy)
     share = demand.risk if replicas == 1 else 1 - (1 - demand.risk) ** (1 / replicas)  # that one of them runs out
@@ -275,14 +285,14 @@ def _serve(
         )
     by_time = largest(lambda batch: clock.within(batch, demand), by_memory)
     if not by_time:
-        raise ValueError(
-            f"{clock.tpot(1).value * 1e3:,.1f} ms a token even alone, over {(demand.slo_tpot or 0) * 1e3:g} ms"
-        )
+        alone = clock.tpot(1).value
+        slow = f"{alone * 1e3:,.1f} ms a token even alone, over {(demand.slo_tpot or 0) * 1e3:g} ms"
+        raise TooSlowError(slow, "slo_tpot", alone)
     num_replicas = -(-demand.users // by_time)
     batch = -(-demand.users // num_replicas)
     tpot = clock.tpot(batch)
     longest = largest_context(cache, batch, place.cache_nbytes)
-    alone = risk.runs_out(sharding.rank_batch(batch))
+    out = risk.runs_out(sharding.rank_batch(batch))
     return Plan(
         method,
         place.card,
@@ -299,8 +309,53 @@ def _serve(
         copies=copies(model, sharding),
         cached_tokens=clock.cached_tokens,
         tokens_per_second=demand.users / tpot.value,
-        runs_out=alone if replicas == 1 else 1 - (1 - alone) ** replicas,
+        runs_out=out if replicas == 1 else 1 - (1 - out) ** replicas,
     )
+
+
+def _clock(model: Model, method: Method, place: Site, lengths: Lengths, engine: Engine, shortcuts: Shortcuts) -> Clock:
+    found = shortcuts.found(Deployment(model, method, engine, place.sharding), place.cache_nbytes)
+    return Clock(model, method, place, lengths, engine, shortcuts, found)
+
+
+def clock_of(
+    model: Model,
+    way: Plan,
+    lengths: Lengths,
+    weight_bits: float | None = None,
+    reserve: float | None = None,
+    engine: Engine = IDEAL,
+) -> Clock:
+    """The times of one replica of a way that :func:`plan` weighed so, at every batch."""
+    place = site(model, way.card, way.cards_per_replica, weight_bits, reserve, engine, sharding=way.sharding)
+    return _clock(model, way.method, place, lengths, engine, NONE)
+
+
+def nearest(ways: Sequence[Plan], demand: Demand, weigh: Callable[[Demand], list[Plan]]) -> tuple[Demand, Plan] | None:
+    """Where nothing meets the demand: one with the least of its time limits raised that is met, and its first plan.
+
+    ``weigh``: plans of a demand, as they were asked for.  ``None`` where time is not what is lacking.
+    """
+    for _ in range(2):  # a way that misses the first token may miss the others too
+        missed = sorted((way.needs for way in ways if way.needs), key=lambda each: (each[0] != "slo_tpot", each[1]))
+        if not missed:
+            return None
+        limit, seconds = missed[0]
+        demand = replace(demand, **{limit: upward(seconds)})  # type: ignore[arg-type]  # a limit is seconds
+        ways = weigh(demand)
+        if ways and ways[0].refusal is None:
+            return demand, ways[0]
+    return None
+
+
+def upward(seconds: float) -> float:
+    """The next time of three digits, to be written in milliseconds.
+
+    >>> upward(0.045678), upward(1.234567)
+    (0.0457, 1.24)
+    """
+    step = 10.0 ** (floor(log10(seconds * 1e3)) - 2)
+    return float(f"{ceil(seconds * 1e3 / step - 1e-9) * step / 1e3:.6g}")
 
 
 class Clock:

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import click
 
-from kvsim.analysis.breakeven import BreakEven, Runner, by_batch, by_context, by_money
-from kvsim.analysis.plan import NoRoomError
+from kvsim.analysis.breakeven import BreakEven, Runner
 from kvsim.commandline import Command
 from kvsim.commands.model_choice import cards, model_option
-from kvsim.engines import ENGINES, Engine
-from kvsim.hardware import Hardware, Price, given, lowest
-from kvsim.layout import Method
+from kvsim.engines import ENGINES
+from kvsim.hardware import Price, given, lowest
 from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
-from kvsim.models.model import Model
 from kvsim.models.weight_storage import check_weight_bits
 from kvsim.output import text
-from kvsim.output.schema import envelope
+from kvsim.output.comparison import Comparison, comparison_object, dollars
 from kvsim.specs import (
     choose_methods,
-    left_out,
     milliseconds,
     parse_card,
     parse_reserve,
@@ -83,83 +77,10 @@ def command(
     if as_json:
         inputs = {"model": model.name, "gpu": card.id, "cards": ranks, "batch": batches, "ctx": contexts}
         inputs |= {"engine": engine, "reserve": share, "weight_bits": weight_bits, "margin": least}
-        click.echo(json.dumps(_json(comparison, inputs), indent=2))
+        click.echo(json.dumps(comparison_object(comparison, inputs), indent=2))
     else:
         click.echo(_screen(comparison))
     return 1 if comparison.refusal else 0
-
-
-@dataclass
-class Comparison:
-    """Methods against others on one card (``ranks`` of it share the model): who runs, and where which one pays.
-
-    ``refusal``: why nothing fits, else empty.
-    """
-
-    model: Model
-    card: Hardware
-    ranks: int
-    batches: list[int]
-    contexts: list[int]
-    margin: float
-    price: Price | None
-    runners: dict[str, Runner] = field(default_factory=dict)
-    rows: list[BreakEven] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    refusal: str = ""
-
-    def run(
-        self,
-        methods: list[Method],
-        others: list[Method],
-        weight_bits: float | None,
-        share: float | None,
-        engine: Engine,
-        named: bool,
-    ) -> None:
-        """Compares every one of ``methods`` with every one of ``others``.
-
-        Raises ``ValueError`` for a method that was ``named`` and cannot be, and where there is no pair to compare.
-        """
-        reasons: dict[str, str] = {}
-        for method in (*methods, *others):
-            try:
-                runner = Runner(self.model, method, self.card, self.ranks, weight_bits, share, engine)
-            except NoRoomError as error:
-                self.refusal = f"{self.model.name} on {self.ranks} x {self.card.id}: {error}"
-                break
-            except ValueError as error:
-                if named:
-                    raise
-                reasons[method.name] = str(error)
-            else:
-                self.runners[method.name] = runner
-        self.notes = [self.refusal] if self.refusal else left_out(reasons)
-        pairs = [
-            (self.runners[method.name], self.runners[other.name])
-            for method in methods
-            for other in others
-            if method.name in self.runners and other.name in self.runners and method != other
-        ]
-        if not pairs and not self.refusal:
-            same = "no method to compare: --method and --against are the same"
-            raise ValueError("; ".join(self.notes) or same)
-        self.rows = [row for pair in pairs for row in self._compared(*pair)]
-
-    def _compared(self, one: Runner, other: Runner) -> list[BreakEven]:
-        return [
-            *(by_context(one, other, each, self.margin) for each in self.batches),
-            *(by_batch(one, other, each, self.margin) for each in self.contexts),
-            by_money(one, other, self.margin),
-        ]
-
-
-def _json(found: Comparison, inputs: dict[str, Any]) -> dict[str, Any]:
-    out = envelope("breakeven", inputs, found.notes)
-    out["price"] = asdict(found.price) if found.price else None
-    runners = found.runners.values()
-    out["rates"] = [_rate(runner, each, found.price, found.ranks) for runner in runners for each in found.contexts]
-    return out | {"rows": [_row(row) for row in found.rows]}
 
 
 def _screen(found: Comparison) -> str:
@@ -185,37 +106,6 @@ def _screen(found: Comparison) -> str:
 
 def _price_note(card: str, cost: Price | None) -> str:
     return f"price: {cost.label}" if cost else f"no price of {card} is listed: give --price"
-
-
-def _row(row: BreakEven) -> dict[str, Any]:
-    return {
-        "method": row.method.name,
-        "against": row.against.name,
-        "kind": row.kind,
-        "batch": row.batch_size,
-        "ctx": row.num_tokens,
-        "pays_from": row.first,
-        "pays": row.pays,
-        "method_fits_to": row.last,
-        "against_fits_to": row.against_last,
-    }
-
-
-def _rate(runner: Runner, tokens: int, cost: Price | None, ranks: int) -> dict[str, Any]:
-    batch, rate = runner.max_batch(tokens), runner.best_rate(tokens)
-    seconds = runner.seconds(batch, tokens)._asdict() if batch else None
-    return {
-        "method": runner.method.name,
-        "ctx": tokens,
-        "max_batch": batch,
-        "tpot_seconds": seconds,
-        "tokens_per_second": rate,
-        "usd_per_mtok": _dollars(rate, cost, ranks),
-    }
-
-
-def _dollars(rate: float, cost: Price | None, ranks: int) -> float | None:
-    return cost.usd_per_hour * ranks / 3600 / rate * 1e6 if cost and rate else None
 
 
 def _where(row: BreakEven) -> str:
@@ -255,9 +145,9 @@ def _rates(runners: dict[str, Runner], contexts: list[int], cost: Price | None, 
         batch, rate = runner.max_batch(tokens), runner.best_rate(tokens)
         if not batch:
             return runner.method.name, f"{tokens:,}", "0", "-", "-", "-"
-        band, dollars = runner.seconds(batch, tokens), _dollars(rate, cost, ranks)
+        band, each = runner.seconds(batch, tokens), dollars(rate, cost, ranks)
         times = f"{milliseconds(band.value)} ({milliseconds(band.low)}-{milliseconds(band.high)})"
-        price = f"{dollars:,.3f}" if dollars else "-"
+        price = f"{each:,.3f}" if each else "-"
         return runner.method.name, f"{tokens:,}", f"{batch:,}", times, f"{rate:,.0f}", price
 
     heads = ["method", "tokens", "largest batch", "ms a token", "tok/s", "$/Mtok"]

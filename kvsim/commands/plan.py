@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import click
 
 from kvsim.analysis.disaggregated import Disaggregation, apart
 from kvsim.analysis.memory_risk import OCCUPANCIES
-from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, plan
+from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, nearest, plan
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.analysis.shortcuts import Shortcuts
 from kvsim.commandline import Command
@@ -28,7 +27,7 @@ from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.models.quantization import WEIGHT_DTYPES, kv_method
 from kvsim.output import plan_screen, rows_file
-from kvsim.output.schema import envelope
+from kvsim.output.plan_rows import cut, plan_object
 from kvsim.specs import (
     choose_methods,
     parse_card,
@@ -171,10 +170,10 @@ def command(
     model = load_model(model_name)
     longest = parse_human(max_model_len, "max-model-len") if max_model_len is not None else model.max_positions
     asked, untold = lengths
-    cut, notes = _cut(asked, longest)
+    lengths_cut, notes = cut(asked, longest)
     notes = untold + notes
     slos = _seconds(slo_tpot, "slo-tpot"), _seconds(slo_ttft, "slo-ttft")
-    demand = Demand(users, cut, slos[0], slos[1], risk, occupancy)
+    demand = Demand(users, lengths_cut, slos[0], slos[1], risk, occupancy)
     methods, said = _methods(model, specs, kv_cache_dtype, serving)
     notes += said
     if disaggregated and layout is not None:
@@ -185,16 +184,19 @@ def command(
 
     asked_of: dict[str, Any] = {"weight_bits": weights.bits, "quantized": weights.quantized, "reserve": held}
     asked_of |= {"engine": serving.on, "shortcuts": shortcuts}
-    ways = plan(model, methods, cards, demand, price, **asked_of, max_cards=max_cards, max_num_seqs=max_num_seqs)
+    limits: dict[str, Any] = {"max_cards": max_cards, "max_num_seqs": max_num_seqs}
+
+    def weigh(wanted: Demand) -> list[Plan]:
+        return plan(model, methods, cards, wanted, price, **asked_of, **limits)
+
+    ways = weigh(demand)
     notes += _spared(shortcuts, ways)
     counted = [(card, count) for card, count in cards if not isinstance(count, Sharding)]
     divided = apart(model, methods, counted, demand, price, **asked_of) if disaggregated else []
-    inputs: dict[str, Any] = {"model": model.name}
-    inputs["gpus"] = [{"card": card.id, "cards_per_replica": _count(given)} for card, given in cards]
-    inputs["layout"] = layout.label if layout else None
-    inputs |= _demand(demand) | {"max_model_len": longest, "weight_bits": weights.bits, "risk": risk}
-    inputs |= {"occupancy": occupancy, "engine": engine, "reserve": held, **_shortcuts_object(shortcuts)}
-    found = envelope("plan", inputs, notes) | {"rows": [_row(way) for way in ways]}
+    met = bool(divided) or any(way.refusal is None for way in ways)
+    near = [] if met else plan_screen.would_do(demand, nearest(ways, demand, weigh))
+    told = {"max_model_len": longest, "weight_bits": weights.bits, "engine": engine, "reserve": held}
+    found = plan_object(model, cards, layout, demand, told | _shortcuts_object(shortcuts), [*notes, *near], ways)
     if disaggregated:
         found["disaggregated"] = [_apart_row(way) for way in divided]
     if out is not None:
@@ -204,8 +206,8 @@ def command(
         click.echo(json.dumps(found, indent=2))
     else:
         shown = divided if disaggregated else None
-        click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes, shown)))
-    return 0 if divided or any(way.refusal is None for way in ways) else 1
+        click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes, shown, near)))
+    return 0 if met else 1
 
 
 def _engine(engine: str | None, block_size: int | None) -> str:
@@ -316,22 +318,6 @@ def _methods(
     return choose_methods(named or WEIGHED, {}, None)[0], notes
 
 
-def _cut(lengths: Lengths, longest: int | None) -> tuple[Lengths, list[str]]:
-    if longest is None:
-        return lengths, []
-    lengths, share = lengths.cut(longest)
-    return lengths, [f"{share:.2%} of the requests are longer than {longest:,} tokens and cut there"] if share else []
-
-
-def _demand(demand: Demand) -> dict[str, Any]:
-    return {
-        "users": demand.users,
-        "lengths": demand.lengths.label,
-        "slo_tpot_seconds": demand.slo_tpot,
-        "slo_ttft_seconds": demand.slo_ttft,
-    }
-
-
 def _apart_row(way: Disaggregation) -> dict[str, Any]:
     return {
         "method": way.method.name,
@@ -348,34 +334,4 @@ def _apart_row(way: Disaggregation) -> dict[str, Any]:
         "requests_per_second": way.requests_per_second,
         "tokens_per_second": way.tokens_per_second,
         "usd_per_mtok": way.usd_per_mtok,
-    }
-
-
-def _count(given: int | Sharding | None) -> int | None:
-    return given.ranks if isinstance(given, Sharding) else given
-
-
-def _row(way: Plan) -> dict[str, Any]:
-    return {
-        "method": way.method.name,
-        "gpu": way.card.id,
-        "cards_per_replica": way.cards_per_replica,
-        "layout": way.sharding.label,
-        "copies": way.copies,
-        "cached_tokens": way.cached_tokens,
-        "fits": way.refusal is None,
-        "refusal": way.refusal,
-        "num_cards": way.num_cards,
-        "num_replicas": way.num_replicas,
-        "batch_per_replica": way.batch_size,
-        "max_batch": way.max_batch,
-        "batch_bound": way.batch_bound,
-        "max_ctx": way.max_context,
-        "tpot_seconds": way.tpot._asdict() if way.tpot else None,
-        "ttft_seconds": way.ttft._asdict() if way.ttft else None,
-        "bound": way.bound,
-        "tokens_per_second": way.tokens_per_second,
-        "out_of_memory_probability": way.runs_out,
-        "usd_per_mtok": way.usd_per_mtok,
-        "price": asdict(way.price) if way.price else None,
     }

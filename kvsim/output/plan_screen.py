@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvsim.analysis.disaggregated import Disaggregation
 from kvsim.analysis.plan import INPUT_SHARE, Demand, Plan
 from kvsim.memory.sharding import Sharding
 from kvsim.output import text
-from kvsim.specs import milliseconds
+from kvsim.specs import milliseconds, parse_seconds
 
 NOT_APART = "Prefill and decode on cards of their own: nothing meets this demand"
 
 
 def blocks(
-    name: str, demand: Demand, ways: list[Plan], notes: list[str], divided: list[Disaggregation] | None = None
+    name: str,
+    demand: Demand,
+    ways: list[Plan],
+    notes: list[str],
+    divided: list[Disaggregation] | None = None,
+    near: Sequence[str] = (),
 ) -> list[str]:
-    """The screen: what was asked, the headline, the cheapest ways, refusals, notes."""
+    """The screen: what was asked, the headline (``near``: what would do where nothing does), the cheapest ways,
+    refusals, notes."""
+    out = [f"{name}: {asked(demand)}"]
+    good = [way for way in ways if way.refusal is None]
+    if good:
+        out += [headline(good), text.table(HEADS, map(cells, cheapest_ways(good)))]
+    else:
+        out.append("\n".join(["nothing meets this demand", *near]))
+    if divided is not None:
+        out += ["Prefill and decode on cards of their own:", _divided(divided)] if divided else [NOT_APART]
+    refused = refused_ways(ways)
+    if refused:
+        out.append("\n  ".join(["Not possible:", *refused]))
+    out.append(text.notes([*explained(demand, good), *notes]))
+    out.append(text.not_modelled_line("plan"))
+    return out
+
+
+def asked(demand: Demand) -> str:
+    """Users, lengths and limits in a line."""
     limits = [
         f"{what} within {milliseconds(limit)} ms"
         for what, limit in (("a token", demand.slo_tpot), ("the first token", demand.slo_ttft))
         if limit is not None
     ]
-    out = [f"{name}: {demand.users:,} users, {demand.lengths.label}" + "".join(f"; {limit}" for limit in limits)]
-    good = [way for way in ways if way.refusal is None]
-    if good:
-        out += [_headline(good), _table(_best(good))]
-    else:
-        out.append("nothing meets this demand")
-    if divided is not None:
-        out += ["Prefill and decode on cards of their own:", _divided(divided)] if divided else [NOT_APART]
-    refused = _refused(ways)
-    if refused:
-        out.append("\n".join(["Not possible:", *refused]))
+    return f"{demand.users:,} users, {demand.lengths.label}" + "".join(f"; {limit}" for limit in limits)
+
+
+def explained(demand: Demand, good: list[Plan]) -> list[str]:
+    """What the columns mean and the figures rest on."""
     others = {way.card.id: way.card.vendor for way in good if way.card.vendor != "nvidia"}.items()
     prices: dict[str, list[str]] = {}
     for way in good:
         if way.price:
             prices.setdefault(way.price.label, []).append(way.card.id)
-    lines = [
+    return [
         "a token, first token: predicted times, each with its band (low to high)",
         "both count the prompts of the other requests",
         f"first token: of a long prompt; {INPUT_SHARE:.0%} of the prompts are no longer",
@@ -47,14 +66,29 @@ def blocks(
         *(f"{card}: no card of {vendor}'s was timed, its shares of peaks are nvidia's" for card, vendor in others),
         *(f"price of {', '.join(dict.fromkeys(cards))}: {label}" for label, cards in prices.items()),
         *_unpriced(good),
-        *notes,
     ]
-    out.append(text.notes(lines))
-    out.append(text.not_modelled_line("plan"))
-    return out
 
 
-def _place(way: Plan) -> str:
+def would_do(demand: Demand, found: tuple[Demand, Plan] | None) -> list[str]:
+    """What would be met, and by what, where the demand is not: the flags to give."""
+    if found is None:
+        return []
+    near, way = found
+    flags = [
+        f"--{name.replace('_', '-')} {time_text(limit)}"
+        for name in ("slo_tpot", "slo_ttft")
+        if (limit := getattr(near, name)) is not None and limit != getattr(demand, name)
+    ]
+    return [f"{' '.join(flags)} would do: {headline([way])}"]
+
+
+def time_text(seconds: float) -> str:
+    """As ``--slo-tpot`` reads it back: ``45.7ms``."""
+    text = f"{seconds * 1e3:.6g}ms"
+    return text if "e" not in text and parse_seconds(text, "time") == seconds else f"{seconds:f}s"
+
+
+def place(way: Plan) -> str:
     """``8 x h200-sxm dp8 ep``; of one card, or of tensor parallel alone, the card and how many."""
     layout = way.sharding
     plain = layout == Sharding(layout.tensor_parallel_size) and way.copies == 1
@@ -68,13 +102,13 @@ def _unpriced(good: list[Plan]) -> list[str]:
         if not way.price and way.num_cards < fewest.get(way.card.id, way).num_cards + (way.card.id not in fewest):
             fewest[way.card.id] = way
     return [
-        f"no price of {card} is listed: {way.num_cards} would do it ({_place(way)}, {way.method.name}); give --price "
+        f"no price of {card} is listed: {way.num_cards} would do it ({place(way)}, {way.method.name}); give --price "
         f"{card}=DOLLARS"
         for card, way in fewest.items()
     ]
 
 
-def _headline(good: list[Plan]) -> str:
+def headline(good: Sequence[Plan]) -> str:
     """The first, which is the cheapest of those with a price."""
     best = good[0]
     cost = f", ${best.usd_per_mtok:.2f} a million output tokens" if best.usd_per_mtok else ""
@@ -87,7 +121,7 @@ def _headline(good: list[Plan]) -> str:
     )
 
 
-def _best(good: list[Plan]) -> list[Plan]:
+def cheapest_ways(good: list[Plan]) -> list[Plan]:
     """Of the layouts of as many cards with one method the first, which is the cheapest."""
     first: dict[tuple[str, int, str], Plan] = {}
     for way in good:
@@ -95,7 +129,7 @@ def _best(good: list[Plan]) -> list[Plan]:
     return list(first.values())
 
 
-def _refused(ways: list[Plan]) -> list[str]:
+def refused_ways(ways: list[Plan]) -> list[str]:
     """Why, once for all methods and layouts that are refused alike; not where another layout does it."""
     served = {(way.card.id, way.cards_per_replica, way.method.name) for way in ways if way.refusal is None}
     reasons: dict[tuple[str, str], dict[str, None]] = {}
@@ -103,13 +137,13 @@ def _refused(ways: list[Plan]) -> list[str]:
         if way.refusal and (way.card.id, way.cards_per_replica, way.method.name) not in served:
             where = f"{way.cards_per_replica} x {way.card.id}"
             reasons.setdefault((where, way.refusal), {})[way.method.name] = None
-    return [f"  {where}, {', '.join(methods)}: {reason}" for (where, reason), methods in reasons.items()]
+    return [f"{where}, {', '.join(methods)}: {reason}" for (where, reason), methods in reasons.items()]
 
 
 def _layout_notes(good: list[Plan]) -> list[str]:
     """What the layouts are, and what tensor parallelism alone costs where it copies."""
     notes = []
-    labels = {word.rstrip("0123456789") for way in _best(good) for word in way.sharding.label.split()}
+    labels = {word.rstrip("0123456789") for way in cheapest_ways(good) for word in way.sharding.label.split()}
     if "dp" in labels:
         notes.append("dp: data-parallel attention, each card with requests of its own; ep: experts over all cards")
     if any(way.cards_per_replica > way.card.host_cards for way in good):
@@ -155,38 +189,35 @@ def _moment(demand: Demand) -> str:
     return "at its full length" if demand.occupancy == "full" else "at a random moment of its answer"
 
 
-def _table(ways: list[Plan]) -> str:
-    heads = [
-        "plan",
-        "cards",
-        "batch",
-        "most",
-        "bound",
-        "max ctx",
-        "ms a token",
-        "first token ms",
-        "tok/s",
-        "P(out)",
-        "$/Mtok",
-    ]
-    return text.table(
-        heads,
-        (
-            (
-                f"{_place(way)} {way.method.name}",
-                f"{way.num_cards:,}",
-                f"{way.batch_size:,}",
-                f"{way.max_batch:,}",
-                way.batch_bound,
-                f"{way.max_context:,}",
-                _band(way.tpot),
-                _band(way.ttft),
-                f"{way.tokens_per_second:,.0f}",
-                f"{way.runs_out:.1g}" if way.runs_out else "0",
-                f"{way.usd_per_mtok:.3f}" if way.usd_per_mtok else "-",
-            )
-            for way in ways
-        ),
+HEADS = (
+    "plan",
+    "cards",
+    "batch",
+    "most",
+    "bound",
+    "max ctx",
+    "ms a token",
+    "first token ms",
+    "tok/s",
+    "P(out)",
+    "$/Mtok",
+)
+
+
+def cells(way: Plan) -> tuple[str, ...]:
+    """A way under :data:`HEADS`."""
+    return (
+        f"{place(way)} {way.method.name}",
+        f"{way.num_cards:,}",
+        f"{way.batch_size:,}",
+        f"{way.max_batch:,}",
+        way.batch_bound,
+        f"{way.max_context:,}",
+        _band(way.tpot),
+        _band(way.ttft),
+        f"{way.tokens_per_second:,.0f}",
+        f"{way.runs_out:.1g}" if way.runs_out else "0",
+        f"{way.usd_per_mtok:.3f}" if way.usd_per_mtok else "-",
     )
 
 
