@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
 from kvsim.analysis.explain import explain, model_numbers
@@ -23,7 +21,7 @@ from kvsim.commands.model_choice import model_option
 from kvsim.memory.estimate import check_sizes
 from kvsim.models.load import load_model
 from kvsim.output import text as report
-from kvsim.output.schema import envelope, formulas_object, model_object, row_object
+from kvsim.output.schema import envelope, explain_rows, model_object
 from kvsim.specs import parse_size
 
 
@@ -53,9 +51,7 @@ def command(
     notes = [*beyond(model, [tokens]), *left_out]
     if as_json:
         out = envelope("explain", inputs_object(model, batch, chosen, ctx=tokens), notes)
-        out |= {"model": model_object(model), "numbers": [asdict(number) for number in numbers]}
-        out["rows"] = [row_object(row) | formulas_object(text) for row, text in zip(weighed, rows, strict=True)]
-        show_json(out)
+        show_json(out | {"model": model_object(model)} | explain_rows(numbers, weighed, rows))
         return
     show(
         report.heading(model),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from kvsim.analysis.plan import NoRoomError
 from kvsim.atomic import replace_file
 from kvsim.commandline import Command
+from kvsim.commands.flags import gathered
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import given
@@ -17,10 +19,23 @@ from kvsim.methods.defaults import DEFAULT_SPECS
 from kvsim.models.load import load_model
 from kvsim.models.weight_storage import check_weight_bits
 from kvsim.output import text
-from kvsim.output.page import Question, answer, as_json, json_object, question_price, report
-from kvsim.specs import choose_methods, parse_card, parse_reserve, parse_serving, parse_size
+from kvsim.output.page import deployment
+from kvsim.output.page.document import TAB, found, report
+from kvsim.output.page.question import TABS, Question, question_price
+from kvsim.specs import choose_methods, parse_card, parse_reserve, parse_seconds, parse_serving, parse_size
 
 SHOWN = DEFAULT_SPECS["page"]
+PLANNED = ("users", "input_len", "output_len", "slo_tpot", "slo_ttft", "plan_gpus")
+"""Options of the plan's tab."""
+
+
+def planned(plan_gpus: tuple[str, ...], **texts: str | None) -> dict[str, Any]:
+    """What :data:`PLANNED` give :class:`Question`.  Raises ``ValueError`` for what is no number or time."""
+    fields: dict[str, Any] = {"plan_cards": tuple(map(parse_card, plan_gpus))}
+    for name, value in texts.items():
+        parse = parse_seconds if name.startswith("slo") else parse_size
+        fields[name] = None if value is None else parse(value, name.replace("_", "-"))
+    return fields
 
 
 @click.command("report", cls=Command)
@@ -37,6 +52,23 @@ SHOWN = DEFAULT_SPECS["page"]
 @click.option("--engine", default="ideal", show_default=True, help=f"Whose bytes and kernels: {', '.join(ENGINES)}.")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--price", type=float, help="Dollars a card-hour.  [default: the lowest of the dated list prices]")
+@click.option("--users", help="Of the plan: requests in flight at once.  [default: --batch]")
+@click.option("--input-len", help="Of the plan: tokens of a prompt.  [default: --ctx less the answer]")
+@click.option("--output-len", help="Of the plan: tokens of an answer.  [default: 512]")
+@click.option("--slo-tpot", metavar="TIME", help="Of the plan: longest time per output token, 30ms.")
+@click.option("--slo-ttft", metavar="TIME", help="Of the plan: longest time to the first token, 2s.")
+@click.option(
+    "--plan-gpu",
+    "plan_gpus",
+    multiple=True,
+    help="Of the plan: a card to choose from, as --gpu. Repeatable.  [default: --gpu's, in any number]",
+    shell_complete=cards,
+)
+@click.option(
+    "--tab",
+    type=click.Choice(tuple(TABS)),
+    help="The tab that is shown first.  [default: plan where --users is given, else deployment]",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -44,7 +76,8 @@ SHOWN = DEFAULT_SPECS["page"]
     show_default=True,
     help="File.",
 )
-@click.option("--json", "as_object", is_flag=True, help="Print the tables as one JSON object; no file.")
+@click.option("--json", "as_object", is_flag=True, help="Print that tab's figures as one JSON object; no file.")
+@gathered("plan_fields", planned, *PLANNED)
 def command(
     model_name: str,
     gpu: str,
@@ -55,12 +88,14 @@ def command(
     engine: str,
     reserve: str | None,
     price: float | None,
+    plan_fields: dict[str, Any],
+    tab: str | None,
     out: Path,
     as_object: bool,
 ) -> int:
-    """One self-contained HTML file: plots, and the tables behind them.
+    """One self-contained HTML file: plan, deployment, break-even and the cache explained.
 
-    Exit code 1 (and no file) where the weights alone do not fit.
+    Exit code 1 (and no file) where the weights alone do not fit, 1 (with the file) where nothing meets the plan.
     """
     card, count = parse_card(gpu)
     check_weight_bits(weight_bits)
@@ -78,20 +113,23 @@ def command(
         question_price(card, count or 1) if price is None else given(card.id, price),
         specs or SHOWN,
         model_name,
+        tab=tab or ("plan" if plan_fields["users"] else "deployment"),
+        **plan_fields,
     )
     try:
-        found = answer(question)
+        answer = found(question)
     except NoRoomError as error:
         if as_object:
-            click.echo(json.dumps(json_object(question, [str(error)], []), indent=2))
+            click.echo(json.dumps(deployment.json_object(question, [str(error)], []), indent=2))
         else:
             click.echo(f"{error}\n\n{text.not_modelled_line('page')}")
         return 1
+    unmet = 0 if getattr(answer, "good", True) else 1
     if as_object:
-        click.echo(json.dumps(as_json(found), indent=2))
-        return 0
-    page = report(found).encode()
+        click.echo(json.dumps(TAB[question.tab].as_json(answer), indent=2))
+        return unmet
+    page = report(question, answer).encode()
     replace_file(out, page)
-    click.echo(f"wrote {out}: {question.model.name} on {count or 1} x {card.id}, {len(page) / 1024:,.0f} KiB")
+    click.echo(f"wrote {out}: {question.model.name} on {question.place}, {len(page) / 1024:,.0f} KiB")
     click.echo(text.not_modelled_line("page"))
-    return 0
+    return unmet

@@ -33,8 +33,9 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
         import uvicorn  # noqa: F401
     except ImportError:
         raise ValueError(f"serve needs starlette and uvicorn: {install_hint('serve')}") from None
+    from kvsim.output.page.form import FormFields
     from kvsim.output.schema import envelope
-    from kvsim.output.serve import FormFields, app, serve
+    from kvsim.output.serve import app, serve
     from kvsim.specs import parse_card
 
     own: dict[str, Model] = {}
@@ -45,7 +46,7 @@ def command(model_name: str | None, gpu: str | None, port: int, as_json: bool) -
             own[model_name] = load_model(model_name)
     if gpu is not None:
         card, count = parse_card(gpu)
-        given |= {"gpu": card.id, "cards": str(count or 1)}
+        given |= {"gpu": card.id, "cards": str(count or 1), "gpus": card.id}
     host = "127.0.0.1"
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from kvsim.analysis.disaggregated import Disaggregation
@@ -83,9 +84,9 @@ def would_do(demand: Demand, found: tuple[Demand, Plan] | None) -> list[str]:
 
 
 def time_text(seconds: float) -> str:
-    """As ``--slo-tpot`` reads it back: ``45.7ms``."""
-    text = f"{seconds * 1e3:.6g}ms"
-    return text if "e" not in text and parse_seconds(text, "time") == seconds else f"{seconds:f}s"
+    """As ``--slo-tpot`` reads it back: ``45.7ms``, ``3s``."""
+    short = f"{seconds:g}s" if seconds >= 1 else f"{seconds * 1e3:.6g}ms"
+    return short if "e" not in short and parse_seconds(short, "time") == seconds else f"{Decimal(repr(seconds)):f}s"
 
 
 def place(way: Plan) -> str:

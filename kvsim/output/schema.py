@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvsim.analysis.explain import Explanation
     from kvsim.memory.capacity import Room
     from kvsim.memory.estimate import Estimate
+    from kvsim.methods.formulas import Number
     from kvsim.models.model import Model
 
 VERSIONS: dict[str, int] = dict.fromkeys(NOT_MODELLED, 1)
@@ -208,3 +209,11 @@ def gpu_object(space: Room, count: int) -> dict[str, Any]:
         "bandwidth": space.hardware.bandwidth,
         "source": space.hardware.source,
     }
+
+
+def explain_rows(
+    numbers: Sequence[Number], weighed: Sequence[Estimate], explained: Sequence[Explanation]
+) -> dict[str, Any]:
+    """``numbers`` and ``rows`` of ``kvsim.explain/1``."""
+    rows = [row_object(row) | formulas_object(text) for row, text in zip(weighed, explained, strict=True)]
+    return {"numbers": [asdict(number) for number in numbers], "rows": rows}

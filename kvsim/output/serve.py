@@ -6,34 +6,26 @@ catalogue, or are the one that the command was given: a request cannot make the 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
-from asyncio import Lock
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvsim import catalog
-from kvsim.engines import ENGINES
-from kvsim.hardware import given
-from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLES
-from kvsim.models.load import load_model
 from kvsim.models.model import Model
-from kvsim.output.page import Answer, Question, answer, as_json, asset, document, link, question_price, sections
-from kvsim.specs import card_and_count, choose_methods, parse_card, parse_reserve, parse_serving, parse_size
+from kvsim.output.page.document import TAB, Check, document, found, heading, link, navigation, panel, script
+from kvsim.output.page.form import MAX_LENGTH, FormFields, form
+from kvsim.output.page.question import TABS, Question
+from kvsim.specs import card_and_count
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
-BITS = ("", "16", "8", "4")
-MAX_METHODS = 8
-MAX_LENGTH = 400
-"""Characters of a field, and of an error."""
-MAX_TOKENS = 1 << 30
-MAX_BATCH = 1 << 20
 LONG_WORD = re.compile(r"\S{80,}")
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; form-action 'self'; "
@@ -41,175 +33,21 @@ POLICY = (
 )
 LEFT = 499
 """Status of a request whose client has left; nobody reads it."""
+LOOK = 0.05
+"""Seconds between two looks at whether the client is still there."""
 Shown = TypeVar("Shown", dict[str, Any], tuple[str, str])
 HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
-@dataclass(frozen=True)
-class FormFields:
-    """The form's fields, as text."""
-
-    model: str = "llama-3.1-8b"
-    gpu: str = "h100-sxm"
-    cards: str = "1"
-    method: tuple[str, ...] = DEFAULT_SPECS["page"]
-    more: str = ""
-    ctx: str = "32k"
-    batch: str = "8"
-    weight_bits: str = ""
-    engine: str = "ideal"
-    reserve: str = ""
-    price: str = ""
-
-    @classmethod
-    def from_query(cls, pairs: Sequence[tuple[str, str]], default: FormFields) -> tuple[FormFields, str]:
-        """The fields of a query string, and what is wrong with it (empty: nothing); without what is wrong, the others
-        stand.  Fields that it lacks are ``default``'s."""
-        known = cls.__dataclass_fields__
-        fields, methods, wrong = dict(vars(default)), [], []
-        given: set[str] = set()
-        for name, text in pairs:
-            value = text.strip()
-            if name not in known:
-                wrong.append(f"unknown parameter {name[:40]!r}: allowed are {', '.join(known)}")
-            elif len(value) > MAX_LENGTH and value != fields[name]:
-                wrong.append(f"{name} of {len(value):,} characters: allowed are up to {MAX_LENGTH}")
-            elif name == "method":
-                methods.append(value)
-            elif name in given:
-                wrong.append(f"{name} is given twice: {fields[name]!r} and {value!r}")
-            else:
-                fields[name] = value
-            given.add(name)
-        if given & {"method", "more"}:  # the form always sends "more": no method was ticked
-            fields["method"] = tuple(methods)
-        return cls(**fields), wrong[0] if wrong else ""
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The query string's pairs."""
-        out = []
-        for name, value in vars(self).items():
-            out += [(name, each) for each in value] if isinstance(value, tuple) else [(name, value)]
-        return out
-
-    def question(self, own: dict[str, Model]) -> Question:
-        """The question asked.  Raises ``ValueError`` or ``LookupError`` for a field that means nothing."""
-        model = own.get(self.model) or _catalogued(self.model)
-        counted = card_and_count(self.gpu)[1] is not None
-        card, count = parse_card(self.gpu if counted or not self.cards else f"{self.gpu}:{self.cards}")
-        if counted and self.cards not in ("", "1", str(count)):
-            raise ValueError(f"gpu {self.gpu!r} and cards {self.cards!r}: give the number of cards once")
-        specs = [*self.method, *_specs(self.more)]
-        if not specs:
-            raise ValueError("choose a method")
-        if len(specs) > MAX_METHODS:
-            raise ValueError(f"{len(specs)} methods: allowed are up to {MAX_METHODS}")
-        tokens, batch = parse_size(self.ctx, "context"), parse_size(self.batch, "batch")
-        for what, size, most in (("context", tokens, MAX_TOKENS), ("batch", batch, MAX_BATCH)):
-            if size > most:
-                raise ValueError(f"{what} {size:,}: allowed are up to {most:,}")
-        parse_serving(self.engine, card)
-        bits = _number(self.weight_bits, "weight bits", 64)
-        price = _number(self.price, "price", 1e6)
-        return Question(
-            model,
-            card,
-            tuple(choose_methods(specs, {}, None)[0]),
-            tokens,
-            batch,
-            count or 1,
-            bits,
-            self.engine,
-            parse_reserve(self.reserve) if self.reserve else None,
-            question_price(card, count or 1) if price is None else given(card.id, price),
-            tuple(specs),
-            self.model,
-        )
-
-
-def _catalogued(name: str) -> Model:
-    if catalog.find("models", name) is None:
-        raise LookupError(catalog.unknown("models", "model", name, "kvsim models"))
-    return load_model(name)
-
-
-def _specs(text: str) -> list[str]:
-    """Methods with spaces or semicolons between them (their options have the commas)."""
-    return text.replace(";", " ").split()
-
-
-def _number(text: str, what: str, most: float) -> float | None:
-    if not text:
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number <= most:
-        raise ValueError(f"{what} {text!r}: allowed are numbers above 0 to {most:g}")
-    return number
-
-
-def form(asked: FormFields, own: Sequence[str]) -> str:
-    """The form with what was asked."""
-    models = [*own, *(row["id"] for row in catalog.rows("models"))]
-    cards = [row["id"] for row in catalog.rows("hardware")]
-    checks = "".join(
-        f'<label><input type="checkbox" name="method" value="{escape(spec)}"{" checked" * (spec in asked.method)}>'
-        f"{escape(spec)}</label>"
-        for spec in dict.fromkeys((*asked.method, *DEFAULT_SPECS["page offers"]))
-    )
-    return (
-        '<form method="get" action="/" aria-label="What to weigh">'
-        + _listed("model", "Model", asked.model, models)
-        + _listed("gpu", "Card", asked.gpu, cards)
-        + _typed("cards", "Cards that share it", asked.cards, "numeric")
-        + _typed("ctx", "Context, tokens", asked.ctx)
-        + _typed("batch", "Batch, sequences", asked.batch)
-        + _chosen(
-            "weight_bits",
-            "Weights",
-            asked.weight_bits,
-            [(bits, f"{bits} bits" if bits else "as the config says") for bits in BITS],
-        )
-        + _chosen("engine", "Engine", asked.engine, [(name, name) for name in ENGINES])
-        + _typed("reserve", "Memory held back", asked.reserve, "text", "10%, or the engine's")
-        + _typed("price", "Dollars a card-hour", asked.price, "decimal", "list price")
-        + '<fieldset class="wide"><legend>Methods; the others are compared with the first</legend>'
-        + f'<div class="checks">{checks}</div></fieldset>'
-        + _typed("more", "More methods", asked.more, "text", " ".join(EXAMPLES))
-        + "<button>Weigh</button></form>"
-    )
-
-
-def _typed(name: str, label: str, value: str, mode: str = "text", hint: str = "", more: str = "") -> str:
-    wide = " long" if name in ("model", "more") else ""
-    return (
-        f'<label class="field{wide}">{escape(label)}<input name="{name}" value="{escape(value)}" inputmode="{mode}" '
-        f'placeholder="{escape(hint)}" autocomplete="off" spellcheck="false"{more}></label>'
-    )
-
-
-def _listed(name: str, label: str, value: str, names: Sequence[str]) -> str:
-    options = "".join(f'<option value="{escape(each)}">' for each in names)
-    return _typed(name, label, value, more=f' list="{name}s"') + f'<datalist id="{name}s">{options}</datalist>'
-
-
-def _chosen(name: str, label: str, value: str, options: Sequence[tuple[str, str]]) -> str:
-    more = [] if value in dict(options) else [(value, value)]
-    items = "".join(
-        f'<option value="{escape(each)}"{" selected" * (each == value)}>{escape(text)}</option>'
-        for each, text in (*options, *more)
-    )
-    return f'<label class="field">{escape(label)}<select name="{name}">{items}</select></label>'
+class LeftError(Exception):
+    """The client has left: nobody waits for the answer."""
 
 
 def app(default: FormFields | None = None, own: dict[str, Model] | None = None) -> Starlette:
     """The web application: ``/`` is the page, ``/api`` the same as JSON.
 
     ``own``: models beyond the catalogue, by the name that the form shows.  Answers are computed one after the other
-    (they are Python's work alone), none for a client that has left before its turn.
+    (they are Python's work alone); one whose client leaves is given up.
     """
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -219,73 +57,128 @@ def app(default: FormFields | None = None, own: dict[str, Model] | None = None) 
     from starlette.routing import Route
 
     first, models = default or FormFields(), own or {}
-    turn = Lock()
+    turn = asyncio.Lock()
 
-    async def computed(request: Request, show: Callable[[Answer], Shown]) -> tuple[FormFields, Shown | str] | None:
+    async def computed(
+        request: Request, show: Callable[[FormFields, Question, Any], Shown]
+    ) -> tuple[FormFields, Shown | str] | None:
         """What was asked, and what it shows or what is wrong with it; ``None``: nobody waits any more."""
+        gone = Event()
         async with turn:
             if await request.is_disconnected():
                 return None
-            return await run_in_threadpool(_computed, request.query_params.multi_items(), first, models, show)
+            pairs = request.query_params.multi_items()
+            work = asyncio.ensure_future(run_in_threadpool(_computed, pairs, first, models, show, _raises(gone)))
+            while not (await asyncio.wait({work}, timeout=LOOK))[0]:
+                if await request.is_disconnected():
+                    gone.set()
+            try:
+                return work.result()
+            except LeftError:
+                return None
 
     async def page(request: Request) -> Response:
-        done = await computed(request, _shown)
+        done = await computed(request, _page)
         if done is None:
             return Response(status_code=LEFT)
-        asked, found = done
-        if isinstance(found, str):
-            status, heading = 400, "What a cache costs"
-            body = f'<p class="error" role="alert">{_offered(found, asked)}</p>'
+        asked, shown = done
+        if isinstance(shown, str):
+            status, title = 400, "What a cache costs"
+            body = f'<p class="error" role="alert">{_offered(shown, asked)}</p>{_without(shown, asked)}'
         else:
-            status, (heading, body) = 200, found
+            status, (title, body) = 200, shown
         nonce = secrets.token_urlsafe(12)
-        header = f"<header><h1>{escape(heading)}</h1></header>"
+        tabs = navigation([link(replace(asked, tab=name).pairs) for name in TABS], asked.tab)
         share = f'<p class="note"><a href="{escape(link(asked.pairs))}">Link to this page</a></p>'
+        busy = '<p id="busy" role="status" hidden>Computing ... <button type="button">Cancel</button></p>'
         html = document(
-            f"kvsim: {heading}",
-            f'{header}{form(asked, list(models))}<div id="result" aria-live="polite">{body}{share}</div>',
-            asset("page.js") + asset("copy.js").replace('"use strict";\n', ""),
+            f"kvsim: {title}",
+            f'<header><h1>{escape(title)}</h1></header>{tabs}<div id="ask">{form(asked, list(models))}</div>'
+            f'<div class="found">{busy}<div id="result" aria-live="polite">{body}{share}</div></div>',
+            script("copy.js", "charts.js", "page.js"),
             nonce,
+            "asks",
         )
         policy = f"{POLICY}; script-src 'nonce-{nonce}'"
         return HTMLResponse(html, status, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"})
 
     async def api(request: Request) -> Response:
-        done = await computed(request, as_json)
+        done = await computed(request, _object)
         if done is None:
             return Response(status_code=LEFT)
-        asked, found = done
-        if isinstance(found, str):
-            return JSONResponse({"schema": "kvsim.page/1", "inputs": vars(asked), "error": found}, 400)
-        return JSONResponse(found)
+        asked, shown = done
+        if isinstance(shown, str):
+            schema = f"kvsim.{TAB[asked.tab].schema}/1"
+            return JSONResponse({"schema": schema, "inputs": vars(asked), "error": shown}, 400)
+        return JSONResponse(shown)
 
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[host.strip("[]") for host in HOSTS] + ["[::1]"])
     return Starlette(routes=[Route("/", page), Route("/api", api)], middleware=[hosts])
 
 
+def _raises(gone: Event) -> Check:
+    """Ends a work whose client has left."""
+
+    def check() -> None:
+        if gone.is_set():
+            raise LeftError
+
+    return check
+
+
+def _page(asked: FormFields, question: Question, answer: Any) -> tuple[str, str]:
+    """The page's heading and body; above it what an answer of "no" offers."""
+    changes = getattr(answer, "near", None)
+    offer = ""
+    if changes is not None:
+        words = ", ".join(f"{name}={value}" for name, value in changes[1].items())
+        offer = f'<p class="near">Ask again with {_link(_changed(asked, changes[1]), words)}.</p>'
+    return heading(question), offer + panel(question, answer)
+
+
+def _object(asked: FormFields, question: Question, answer: Any) -> dict[str, Any]:
+    return TAB[question.tab].as_json(answer)
+
+
+def _changed(asked: FormFields, changes: dict[str, str]) -> FormFields:
+    return replace(asked, **changes)  # type: ignore[arg-type]  # no field that is a tuple is offered
+
+
+def _link(asked: FormFields, words: str) -> str:
+    return f'<a href="{escape(link(asked.pairs))}">{escape(words)}</a>'
+
+
 def _offered(error: str, asked: FormFields) -> str:
-    """An error as HTML; the change that it names (``cards=8``) is a link to the same question with it."""
-    change = re.search(r"\bcards=(\d+)", error)
-    if change is None:
+    """An error as HTML; the changes that it names (``cards=8``) are a link to the same question with them."""
+    named = list(re.finditer(r"\b(cards|weight_bits)=(\d+)", error))
+    if not named:
         return escape(error)
-    address = link(replace(asked, gpu=card_and_count(asked.gpu)[0], cards=change[1]).pairs)
-    before, after = error[: change.start()], error[change.end() :]
-    return f'{escape(before)}<a href="{escape(address)}">{change[0]}</a>{escape(after)}'
+    start, end = named[0].start(), named[-1].end()
+    changes = {"gpu": card_and_count(asked.gpu)[0]} | {str(each[1]): str(each[2]) for each in named}
+    changed = _changed(asked, changes)
+    return f"{escape(error[:start])}{_link(changed, error[start:end])}{escape(error[end:])}"
 
 
-def _shown(found: Answer) -> tuple[str, str]:
-    """The page's heading and body."""
-    return f"{found.question.model.name} on {found.question.card.id}", sections(found)
+def _without(error: str, asked: FormFields) -> str:
+    """Of a query with what is not known, a link to the rest of it."""
+    if not error.startswith(("unknown parameter", "tab ")):
+        return ""
+    return f'<p class="near">{_link(asked, "The same without it")}: what is known of it was kept.</p>'
 
 
 def _computed(
-    pairs: Sequence[tuple[str, str]], first: FormFields, models: dict[str, Model], show: Callable[[Answer], Shown]
+    pairs: Sequence[tuple[str, str]],
+    first: FormFields,
+    models: dict[str, Model],
+    show: Callable[[FormFields, Question, Any], Shown],
+    check: Check,
 ) -> tuple[FormFields, Shown | str]:
     asked, wrong = FormFields.from_query(pairs, first)
     if wrong:
         return asked, _cut(wrong)
     try:
-        return asked, show(answer(asked.question(models)))
+        question = asked.question(models)
+        return asked, show(asked, question, found(question, check))
     except OverflowError:
         return asked, "a number is too large: its bytes or seconds cannot be computed"
     except (ValueError, LookupError) as error:

@@ -34,8 +34,12 @@ from kvsim.methods import Full, Kivi, make_method
 from kvsim.methods.by_layer import _placed
 from kvsim.models.load import load_model
 from kvsim.output import chart
-from kvsim.output.page import Question, amount, answer, as_json, command_line, report, sections, table
-from kvsim.output.serve import FormFields, form
+from kvsim.output.page import cache, question
+from kvsim.output.page.deployment import answer
+from kvsim.output.page.document import TAB, found, panel, report
+from kvsim.output.page.form import FormFields, form
+from kvsim.output.page.question import TABS, Question, command_line
+from kvsim.output.page.table import amount, table
 
 COMMAND = ["report", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
 VOID = {"meta", "link", "input", "br", "option"}
@@ -85,7 +89,8 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_it_is_one_file_that_fetches_nothing(html: str) -> None:
     tree = parse(html)
     assert all(address.startswith(("data:", "#")) for address in tree.addresses)
-    assert not re.search(r"@import|url\(|<script[^>]|http|fetch\(", html)
+    assert not re.search(r"@import|url\(|<script[^>]|https?:|fetch\(", html)
+    assert all(f'id="{address[1:]}"' in html for address in tree.addresses if address.startswith("#"))
     assert {"svg", "table", "style", "figure", "h1", "h2"} <= set(tree.tags)
     assert html.startswith("<!doctype html>")
     assert 'name="viewport"' in html
@@ -93,12 +98,9 @@ def test_it_is_one_file_that_fetches_nothing(html: str) -> None:
 
 def test_charts_have_names_and_tables_captions(html: str) -> None:
     tree = parse(html)
-    assert (
-        tree.tags.count("figure")
-        == len(re.findall(r'<svg class="\w+" viewBox="[^"]+" role="img" aria-label="', html))
-        == 5
-    )
-    assert tree.tags.count("caption") == tree.tags.count("table") == 4
+    drawn = re.findall(r'<svg class="\w+ (\w+)" viewBox="[^"]+" role="group" aria-label="', html)
+    assert drawn.count("wide") == drawn.count("narrow") == tree.tags.count("figure") == 8
+    assert tree.tags.count("caption") == tree.tags.count("table") > 8
     assert "prefers-color-scheme:dark" in html
 
 
@@ -166,7 +168,7 @@ def test_an_answer_calls_what_costs_seldom(model: str, cards: int, engine: str, 
         patch.setattr(sharding, "stages", counted("stages", sharding.stages))
         patch.setattr(kind, "parts", counted("parts", kind.parts))
         patch.setattr(breakeven, "decode_step", counted("steps", breakeven.decode_step))
-        report(answer(asked))
+        panel(asked, answer(asked))
     assert calls["stages"] <= len(names) + 1
     assert 0 < calls["parts"] <= 2500
     assert 0 < calls["steps"] <= 1500
@@ -187,46 +189,82 @@ def test_a_question_leaves_nothing_behind() -> None:
 FIELDS: list[dict[str, Any]] = [
     {},
     {"model": "QWEN3-32B", "gpu": "H100-SXM", "cards": "4"},
-    {"model": "qwen3-32b", "gpu": "h100-sxm:4", "method": ("fp16",)},
-    {"ctx": "1M", "batch": "3", "weight_bits": "4.123456789"},
-    {"engine": "vllm:block_size=32, max_num_seqs=64", "method": ("fp16", "fp8"), "reserve": "7.5%"},
-    {"engine": "llama.cpp", "method": ("q8_0", "q4_0"), "reserve": "0", "price": "0.1"},
-    {"method": (), "more": "bf16; paged:block_size=16,inner=(kivi:nbits=4) mix", "price": "1e-05"},
-    {"method": ("kivi:nbits=3, group_size=64",), "more": "fp32", "gpu": "l40s", "price": "12.345678901"},
+    {"tab": "deployment", "model": "qwen3-32b", "gpu": "h100-sxm:4", "method": ("fp16",)},
+    {"tab": "breakeven", "ctx": "1M", "batch": "3", "weight_bits": "4.123456789"},
+    {
+        "tab": "deployment",
+        "engine": "vllm:block_size=32, max_num_seqs=64",
+        "method": ("fp16", "fp8"),
+        "reserve": "7.5%",
+    },
+    {"tab": "plan", "engine": "llama.cpp", "method": ("q8_0", "q4_0"), "reserve": "0", "price": "0.1"},
+    {"tab": "cache", "method": (), "more": "bf16; paged:block_size=16,inner=(kivi:nbits=4) mix", "price": "1e-05"},
+    {
+        "tab": "breakeven",
+        "method": ("kivi:nbits=3, group_size=64",),
+        "more": "fp32",
+        "gpu": "l40s",
+        "price": "12.345678901",
+    },
+    {"tab": "plan", "gpus": "l40s:2, mi300x:1", "users": "7", "input_len": "3k", "output_len": "100"},
+    {"tab": "plan", "users": "", "input_len": "", "output_len": "", "slo_tpot": "33.3333333 ms", "slo_ttft": ""},
+    {"tab": "plan", "model": "llama-3.1-405b", "slo_tpot": "1ms", "slo_ttft": "1 ms"},
+    {"tab": "cache", "model": "deepseek-v3.2", "ctx": "8k", "batch": "2"},
 ]
 
 
-def commanded(html: str) -> list[str]:
-    """The words of the footer's command."""
-    words = shlex.split(unescape(re.search(r"<code>([^<]*)</code>", html)[1]))
-    assert words[:2] == ["kvsim", "report"]
+def commanded(html: str, place: int = 0) -> list[str]:
+    """The words of one of the footer's commands."""
+    words = shlex.split(unescape(re.findall(r"<code>([^<]*)</code>", html)[place]))
+    assert words[0] == "kvsim"
     return words[1:]
 
 
 @pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: " ".join(fields))
-def test_the_pages_command_gives_the_pages_figures(fields: dict[str, Any], tmp_path: Path, capsys) -> None:
-    found = answer(FormFields(**fields).question({}))
-    command = commanded(sections(found))
-    assert run([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(found)))
-    assert run([*command, "--out", str(tmp_path / "r.html")]) == 0
-    assert sections(found) in (tmp_path / "r.html").read_text(encoding="utf-8")
+def test_the_footers_commands_give_the_page_and_its_figures(
+    fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first writes the panel to the letter, and the same JSON; the second is the tab's own command."""
+    asked = FormFields(**fields).question({})
+    answered = found(asked)
+    html, document = panel(asked, answered), json.loads(json.dumps(TAB[asked.tab].as_json(answered)))
+    command = commanded(html)
+    code = 0 if getattr(answered, "good", True) else 1
+    assert command[0] == "report"
+    assert run([*command, "--json"]) == code
+    assert json.loads(capsys.readouterr().out) == document
+    assert run([*command, "--out", str(tmp_path / "r.html")]) == code
+    assert html in (tmp_path / "r.html").read_text(encoding="utf-8")
+    if asked.tab != "deployment":
+        capsys.readouterr()
+        assert run([*commanded(html, 1), "--json"]) == code
+        told = json.loads(capsys.readouterr().out)
+        assert told["rows"] == document["rows"]
+        assert told["schema"] == document["schema"]
+
+
+def test_a_reports_own_command_writes_it_again(html: str, tmp_path: Path) -> None:
+    shown = re.search(r'<div class="tab first"[^>]*>(.*?)<div class="tab"', html, re.DOTALL)[1]
+    assert run([*commanded(shown), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
 
 
 def test_a_model_of_ones_own_is_named_as_it_was_given(tmp_path: Path, capsys) -> None:
     file = tmp_path / 'it\'s $(mine); "<b>"' / "config.json"
     file.parent.mkdir()
     file.write_text(json.dumps(catalog.find("models", "gpt2")["config"]), encoding="utf-8")
-    found = answer(
-        FormFields(str(file), method=("fp16", "fp8"), ctx="512").question({str(file): load_model(str(file))})
-    )
-    assert run([*commanded(sections(found)), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(as_json(found)))
+    fields = FormFields("cache", str(file), method=("fp16", "fp8"), ctx="512")
+    asked = fields.question({str(file): load_model(str(file))})
+    for place in (0, 1):
+        assert run([*commanded(panel(asked, found(asked)), place), "--json"]) == 0
+        rows = json.loads(json.dumps(cache.as_json(found(asked))["rows"]))
+        assert json.loads(capsys.readouterr().out)["rows"] == rows
 
 
 def test_every_field_of_the_form_is_in_the_command() -> None:
     other = {"model": "gpt2", "gpu": "h200-sxm", "cards": "2", "method": ("fp16",), "more": "int4", "ctx": "4k"}
-    other |= {"batch": "2", "weight_bits": "8", "engine": "vllm", "reserve": "20%", "price": "2"}
+    other |= {"batch": "2", "weight_bits": "8", "engine": "vllm", "reserve": "20%", "price": "2", "tab": "cache"}
+    other |= {"gpus": "l40s", "users": "3", "input_len": "100", "output_len": "9", "slo_tpot": "", "slo_ttft": "1s"}
     assert other.keys() == FormFields.__dataclass_fields__.keys()
     plain = command_line(FormFields().question({}))
     for name, value in other.items():
@@ -234,8 +272,20 @@ def test_every_field_of_the_form_is_in_the_command() -> None:
 
 
 def test_a_page_of_nothing_typed_names_no_command() -> None:
-    model, card = load_model("gpt2"), find_hardware("h100-sxm")
-    assert "<code>" not in sections(answer(Question(model, card, (make_method("fp16"),), 512, 1)))
+    asked = Question(load_model("gpt2"), find_hardware("h100-sxm"), (make_method("fp16"),), 512, 1)
+    assert "<code>" not in panel(asked, answer(asked))
+
+
+def test_a_report_opens_at_what_was_asked(tmp_path: Path) -> None:
+    """The plan where users are given; a tab that has no answer says why, the others stand."""
+    out = tmp_path / "r.html"
+    assert run([*COMMAND, "--method", "fp16", "--users", "9", "--out", str(out)]) == 0
+    html = out.read_text(encoding="utf-8")
+    assert '<div class="tab first" id="plan">' in html
+    assert 'data-tab="plan" aria-current="page"' in html
+    assert "For 9 users, 32,256 input and 512 output tokens." in html
+    assert 'id="breakeven"><p class="error">nothing to compare: choose two methods or more</p>' in html
+    assert [name for name in TABS if f'id="{name}">' in html] == list(TABS)
 
 
 HOSTILE = "<x-evil onload=\"a\" onclick='b'>&amp;"
@@ -281,20 +331,22 @@ def shown(html: str) -> Shown:
     return tree
 
 
-def test_what_was_typed_is_escaped() -> None:
+@pytest.mark.parametrize("tab", TABS)
+@pytest.mark.parametrize("methods", [1, 3])
+def test_what_was_typed_is_escaped(tab: str, methods: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of a model, a card, methods, an engine, a price and notes, wherever the page prints them."""
-    model, card = replace(load_model("gpt2"), name=HOSTILE), replace(find_hardware("h100-sxm"), id=HOSTILE)
-    methods = Named(), Named(label="2"), make_method("kivi")
-    asked = Question(model, card, methods, 2048, 1, price=given(HOSTILE, 2.0), specs=(HOSTILE,), model_spec=HOSTILE)
-    asked = replace(asked, price=replace(asked.price, provider=HOSTILE))
-    found = answer(asked)
-    found.notes.append(HOSTILE)
-    found.question = replace(asked, engine=HOSTILE)
-    text = shown(report(found)).text
-    assert text.count(HOSTILE) > 30
-    for runners in (1, 2):
-        few = replace(found, runners=found.runners[:runners], estimates=found.estimates[:runners])
-        shown(sections(replace(few, speed=found.speed[: runners - 1], money=found.money[: runners - 1])))
+    monkeypatch.setattr(question, "choose_methods", lambda specs, shared, dtype: ([Named()], False))
+    model = replace(load_model("gpt2"), name=HOSTILE, notes=(HOSTILE,))
+    card, named = replace(find_hardware("h100-sxm"), id=HOSTILE), (Named(), Named(label="2"), make_method("kivi"))
+    price = replace(given(HOSTILE, 2.0), provider=HOSTILE)
+    asked = Question(model, card, named[:methods], 2048, 1, price=price, specs=(HOSTILE,), model_spec=HOSTILE, tab=tab)
+    if (tab, methods) == ("breakeven", 1):  # nothing to compare: the other tabs stand
+        asked = replace(asked, tab="cache")
+    answered = found(asked)
+    if tab != "plan":  # whose charts ask the engine
+        answered.question = replace(asked, engine=HOSTILE)
+    assert shown(panel(asked, answered)).text.count(HOSTILE) > 5
+    shown(report(asked, answered))
 
 
 @pytest.mark.parametrize("place", ["caption", "heads", "row", "cell", "note"])
@@ -320,7 +372,12 @@ def test_a_chart_of_bars_escapes(place: str) -> None:
 
 @pytest.mark.parametrize("name", FormFields.__dataclass_fields__)
 def test_the_form_escapes(name: str) -> None:
-    shown(form(FormFields(**{name: (HOSTILE,) if name == "method" else HOSTILE}), ["gpt2"]))
+    """In every tab, shown or hidden; a tab that is none never comes so far."""
+    if name == "tab":
+        assert FormFields.from_query([("tab", HOSTILE)], FormFields())[0].tab == "plan"
+        return
+    for tab in TABS:
+        shown(form(FormFields(tab, **{name: (HOSTILE,) if name == "method" else HOSTILE}), ["gpt2"]))
     shown(form(FormFields(), [HOSTILE]))
 
 
@@ -356,11 +413,12 @@ def test_charts_of_nothing_say_so() -> None:
 @pytest.mark.parametrize("log", [True, False])
 def test_axes_hold_their_curves(low: float, high: float, log: bool) -> None:
     svg = chart.lines("t", "x", "y", [chart.Line("a", 0, ((256.0, low), (4096.0, high)))], log_y=log)
-    points = re.search(r'polyline[^>]*points="([^"]+)"', svg)[1]
-    for point in points.split():
-        x, y = map(float, point.split(","))
-        assert chart.LEFT - 0.1 <= x <= chart.WIDTH
-        assert chart.TOP - 0.1 <= y <= chart.HEIGHT - chart.BOTTOM + 0.1
+    points = re.findall(r'polyline[^>]*points="([^"]+)"', svg)
+    for frame, line in zip(chart.FRAMES, points, strict=True):
+        for point in line.split():
+            x, y = map(float, point.split(","))
+            assert frame.left - 0.1 <= x <= frame.end + 0.1
+            assert frame.top - 0.1 <= y <= frame.floor + 0.1
 
 
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys) -> None:
@@ -371,7 +429,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys) -> 
 
 def test_the_first_fold_has_the_answers(html: str) -> None:
     """Of each method whether it fits, how many, and how fast with all of them: those of the other rooms."""
-    fold = html[: html.index('<dl class="facts">')]
+    fold = html[html.index('id="deployment"') : html.index('<dl class="facts">')]
     assert fold.count('<div class="answer ') == 4
     model, card = load_model("llama-3.1-8b"), find_hardware("h100-sxm")
     runner = Runner(model, make_method("fp16"), card)
@@ -383,7 +441,7 @@ def test_the_first_fold_has_the_answers(html: str) -> None:
 def test_every_table_is_there_as_csv_and_json(html: str) -> None:
     """Within the page, cell by cell, and with a button that copies it."""
     tables = re.findall(r'<div class="data">(.*?)</div></div>', html, re.DOTALL)
-    assert len(tables) == html.count("<table>") == 4
+    assert len(tables) == len(re.findall("<table[ >]", html)) > 12
     for each in tables:
         heads = [unescape(head) for head in re.findall(r'<th scope="col">(.*?)</th>', each)]
         rows = [
@@ -398,13 +456,22 @@ def test_every_table_is_there_as_csv_and_json(html: str) -> None:
 
 
 def test_charts_mark_what_was_asked_and_where_memory_ends(html: str) -> None:
+    """In both drawings of each; Tab reaches the columns of both, and says the values of every method there."""
     model, card = load_model("llama-3.1-8b"), find_hardware("h100-sxm")
-    assert html.count("asked: 32,768</text>") == 4
-    ends = [Runner(model, make_method(name), card).max_context(8) for name in ("fp16", "fp8")]
-    for name, most in zip(("fp16", "fp8"), ends, strict=True):
-        assert re.search(rf"{name}: [\d.,]+ at {most:,} tokens, the most that fits", html)
-    focusable = re.findall(r'<g class="point c\d" tabindex="0" role="img" aria-label="([^"]+)"', html)
-    assert any(said.startswith("fp16: ") and said.endswith(" at 32,768 tokens") for said in focusable)
+    assert html.count("asked: 32,768</text>") == 8
+    columns = re.findall(r'<g class="column" tabindex="(-?\d)" role="img"><title>([^<]+)</title>', html)
+    reached = [said.split("\n") for tab, said in columns if tab == "0"]
+    for name in ("fp16", "fp8"):
+        runner = Runner(model, make_method(name), card)
+        most = runner.max_context(8)
+        rate = chart.value(runner.rate(8, most))
+        ends = [said for said in reached if said[0] == f"{most:,} tokens"]
+        assert sum(f"{name}: {rate}, where memory ends" in said for said in ends) == 2
+    asked = [said for said in reached if said[0] == "32,768 tokens"]
+    assert len(asked) == 8
+    assert all(len(said) == 5 for said in asked[:4])
+    assert f"fp16: {chart.value(Runner(model, make_method('fp16'), card).rate(8, 32768))}" in asked[2]
+    assert {tab for tab, _ in columns} == {"0", "-1"}
 
 
 def test_too_little_room_says_how_much_is_missing_and_what_would_do() -> None:
