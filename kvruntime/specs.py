@@ -11,9 +11,11 @@ import click
 from kvsim.commandline import Parsed
 from kvsim.engines.kvruntime import check_runs, names
 from kvsim.layout import Method
+from kvsim.methods import METHODS
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS, EXAMPLE
 from kvsim.methods.full import Full
-from kvsim.specs import Value, choose_methods, parse_dtype, parse_value
+from kvsim.nearest import hint
+from kvsim.specs import Value, choose_methods, names_within, parse_dtype, parse_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -68,6 +70,7 @@ def chosen_methods(
     named = {key: value for key, value in given.items() if value is not None and key not in SWEPT}
     swept = [[(key, value) for value in given[key]] for key in SWEPT if given.get(key)]
     out: list[Method] = [Full(kind or "float16")] if baseline else []
+    _check_known(specs)
     for combination in product(*swept):
         shared: dict[str, Value] = {**named, **dict(combination)}
         chosen = specs or (DEFAULT if "nbits" not in shared else (COMPRESSED,))
@@ -75,6 +78,14 @@ def chosen_methods(
     for method in out:
         check_runs(method)
     return list(dict.fromkeys(out))
+
+
+def _check_known(specs: Sequence[str]) -> None:
+    """Raises ``LookupError``, with those that run here, for a name that is no method."""
+    for name in (name for spec in specs for name in names_within(spec)):
+        if name not in METHODS:
+            meant = hint(name, names(), cutoff=0.4)
+            raise LookupError(f"unknown method {name!r}: {meant}allowed are {', '.join(names())}")
 
 
 def chosen_method(specs: Sequence[str], dtype: str | None, given: dict[str, Any]) -> Method:

@@ -8,6 +8,7 @@ import click
 
 from kvsim.analysis.breakeven import BreakEven, Runner
 from kvsim.commandline import Command
+from kvsim.commands.flags import show
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import Price, given, lowest
@@ -79,7 +80,7 @@ def command(
         inputs |= {"engine": engine, "reserve": share, "weight_bits": weight_bits, "margin": least}
         click.echo(json.dumps(comparison_object(comparison, inputs), indent=2))
     else:
-        click.echo(_screen(comparison))
+        show(_screen(comparison))
     return 1 if comparison.refusal else 0
 
 

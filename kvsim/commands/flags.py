@@ -20,6 +20,7 @@ from kvsim.methods.defaults import EXAMPLE, NESTED
 from kvsim.models.model import Model
 from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS, WEIGHT_DTYPES, kv_method, weight_bits_of
 from kvsim.models.weight_storage import check_weight_bits
+from kvsim.output.tables import fitted
 from kvsim.specs import (
     Value,
     choose_methods,
@@ -314,8 +315,8 @@ def inputs_object(model: Model, batch: int, chosen: Selection, **more: Any) -> d
 
 
 def show(*blocks: str) -> None:
-    """Blocks of text with a blank line between, empty ones left out."""
-    click.echo("\n\n".join(block for block in blocks if block))
+    """Blocks of text with a blank line between, empty ones left out, no line wider than the terminal but a table's."""
+    click.echo(fitted("\n\n".join(block for block in blocks if block)))
 
 
 def show_json(out: dict[str, Any]) -> None:

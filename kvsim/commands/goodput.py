@@ -11,7 +11,7 @@ from kvsim.analysis.arrivals import MAX_SEQS, SHARE, WARM, Server, ServiceLevel,
 from kvsim.analysis.plan import site
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.commandline import Command
-from kvsim.commands.flags import WeightChoice, gathered, weights_gathered
+from kvsim.commands.flags import WeightChoice, gathered, show, weights_gathered
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES, Engine
 from kvsim.hardware import Hardware, Price, given, lowest
@@ -125,9 +125,7 @@ def command(
         click.echo(json.dumps(out | {"rows": [_row(*row, place, cost) for row in rows]}, indent=2))
     else:
         title = f"{model.name} on {place.sharding.ranks} x {card.id}: {lengths.label}; {_asked(limits, least)}"
-        click.echo(
-            "\n\n".join([title, _table(rows, place, cost), text.notes(notes), text.not_modelled_line("goodput")])
-        )
+        show(title, _table(rows, place, cost), text.notes(notes), text.not_modelled_line("goodput"))
     return 0 if any(served.share >= least for _, served, _ in rows) else 1
 
 

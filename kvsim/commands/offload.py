@@ -9,6 +9,7 @@ import click
 
 from kvsim.analysis.offload import TIERS, Offload, Tier, offload, tier
 from kvsim.commandline import Command
+from kvsim.commands.flags import show
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware, given, lowest
@@ -86,7 +87,7 @@ def command(
         return 0
     where = ", ".join(f"{each.name} {each.bandwidth / 1e9:g} GB/s" for each in tiers)
     title = f"{model.name} on {count or 1} x {card.id}; each card from {where}"
-    click.echo("\n\n".join([title, _table(rows), text.notes(notes), text.not_modelled_line("offload")]))
+    show(title, _table(rows), text.notes(notes), text.not_modelled_line("offload"))
     return 0
 
 

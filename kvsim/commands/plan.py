@@ -14,7 +14,7 @@ from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, nearest, plan
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.analysis.shortcuts import Shortcuts
 from kvsim.commandline import Command
-from kvsim.commands.flags import WeightChoice, gathered, own_cache, weights_gathered
+from kvsim.commands.flags import WeightChoice, gathered, own_cache, show, weights_gathered
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES, IDEAL, EngineChoice, engine_fields, owner
 from kvsim.hardware import Hardware, Price, given, lowest
@@ -206,7 +206,7 @@ def command(
         click.echo(json.dumps(found, indent=2))
     else:
         shown = divided if disaggregated else None
-        click.echo("\n\n".join(plan_screen.blocks(model.name, demand, ways, notes, shown, near)))
+        show(*plan_screen.blocks(model.name, demand, ways, notes, shown, near))
     return 0 if met else 1
 
 

@@ -11,7 +11,7 @@ import click
 from kvsim.analysis.plan import NoRoomError
 from kvsim.atomic import replace_file
 from kvsim.commandline import Command
-from kvsim.commands.flags import gathered
+from kvsim.commands.flags import gathered, show
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import given
@@ -122,7 +122,7 @@ def command(
         if as_object:
             click.echo(json.dumps(deployment.json_object(question, [str(error)], []), indent=2))
         else:
-            click.echo(f"{error}\n\n{text.not_modelled_line('page')}")
+            show(str(error), text.not_modelled_line("page"))
         return 1
     unmet = 0 if getattr(answer, "good", True) else 1
     if as_object:
@@ -131,5 +131,5 @@ def command(
     page = report(question, answer).encode()
     replace_file(out, page)
     click.echo(f"wrote {out}: {question.model.name} on {question.place}, {len(page) / 1024:,.0f} KiB")
-    click.echo(text.not_modelled_line("page"))
+    show(text.not_modelled_line("page"))
     return unmet

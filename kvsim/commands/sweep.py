@@ -16,6 +16,7 @@ import click
 
 from kvsim import catalog
 from kvsim.commandline import Command
+from kvsim.commands.flags import show
 from kvsim.commands.model_choice import cards
 from kvsim.engines import ENGINES
 from kvsim.hardware import find_hardware
@@ -207,4 +208,4 @@ def _write(
         return
     resumed = f", {there} of {grid.num_chunks} chunks were there" if there else ""
     click.echo(f"wrote {out}: {grid.num_rows:,} rows, {fresh / seconds:,.0f} rows/s{resumed}")
-    click.echo(text.not_modelled_line("sweep"))
+    show(text.not_modelled_line("sweep"))

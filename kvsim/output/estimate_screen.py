@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvsim.memory.estimate import Estimate
-from kvsim.output.tables import table
+from kvsim.output.tables import table, terminal_width
 from kvsim.output.text import GIB, KIB, MIB, amount, count, unit
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ LINE = 96
 """Characters of a line of prose."""
 Limits = Sequence[tuple[int | None, int | None]]
 """The largest batch and the longest context, a pair a row; ``None``: no limit."""
+
+
+def _line() -> int:
+    return min(LINE, terminal_width() or LINE)
 
 
 class Times(NamedTuple):
@@ -84,7 +88,7 @@ def answered(
 
 def _lines(said: str, further: str, name: str) -> str:
     """The sentence, and what to ask next."""
-    return f"{fill(said, LINE)}.\nNext: {further}\n      kvsim explain {shlex.quote(name)} (every byte)"
+    return f"{fill(said, _line())}.\nNext: {further}\n      kvsim explain {shlex.quote(name)} (every byte)"
 
 
 def _fitting(
@@ -161,7 +165,7 @@ def methods_on_a_card(rows: Sequence[Estimate], limits: Limits, times: Sequence[
     one = rows[0]
     legend = f"fit: sequences of {one.num_tokens:,} tokens that do; longest: tokens of each of {one.batch_size:,}"
     legend += "; times with their bands (low-high)" if timed else ""
-    return f"{table(heads, body, most=99)}\n\n{fill(legend, LINE)}{_apart(rows)}"
+    return f"{table(heads, body, most=99)}\n\n{fill(legend, _line())}{_apart(rows)}"
 
 
 def _timed(times: Times | None) -> list[str]:

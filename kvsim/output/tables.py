@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from textwrap import wrap
 
 NUMERAL = "+-0123456789"
 """What the text of a number begins with."""
@@ -36,6 +37,20 @@ def terminal_width() -> int | None:
     if told.isdigit() and int(told):
         return int(told)
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def fitted(text: str) -> str:
+    """A screen with its prose broken at the terminal's width, at words, further lines indented; tables stand."""
+    width = terminal_width()
+    if width is None:
+        return text
+    return "\n".join(line if line.startswith("|") else _broken(line, width) for line in text.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    out = wrap(line, max(width, 20), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(out) if len(line) > width else line
 
 
 def _fitting(widths: Sequence[int], most: int | None) -> list[list[int]]:

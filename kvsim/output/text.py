@@ -250,7 +250,7 @@ def hardware_list(rows: Sequence[Hardware]) -> str:
                 "-" if card.memory_nbytes is None else f"{card.memory_nbytes / GIB:.1f}",
                 "-" if card.bandwidth is None else f"{card.bandwidth / 1e9:,.0f}",
                 scaled(card.fp16_flops, 1e12),
-                short_source(card.source, 28),
+                short_source(card.source, 24),
             )
             for card in rows
         ),
