@@ -14,14 +14,11 @@ from kvruntime.bench.quality.pictures import quality_panels
 from kvruntime.bench.speed_plot import speed_panels
 from kvsim.atomic import replace_file
 from kvsim.install import install_hint
+from kvsim.output.plot import COLOURS, label_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-COLOURS = ("#0072b2", "#c8500a", "#00805f", "#a8457f", "#8a6d00", "#5b4bb5", "#3d7f91", "#6b6b6b")
-"""Of lines and bars in order, those of kvsim's page: apart for the colour-blind, legible on white."""
 
 
 def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
@@ -117,17 +114,7 @@ def _lines(axes: Axes, group: list[Row], height: Callable[[Row], float | None]) 
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.set_xlabel("tokens a sequence")
     axes.set_ylim(bottom=0)
-    _label_ends(axes, ends)
-
-
-def _label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, Any]]) -> None:
-    """Each line's name at its last point, those too near one another moved up; room for them on the right."""
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high * (high / low) ** 0.42)
-    gap, last = 0.05 * axes.get_ylim()[1], -float("inf")
-    for (x, y), name, colour in sorted(ends, key=lambda end: end[0][1]):
-        last = max(y, last + gap)
-        axes.text(x * 1.08, last, name, color=colour, fontsize=8, va="center")
+    label_ends(axes, ends)
 
 
 def _memory(axes: Axes, group: list[Row]) -> None:

@@ -111,6 +111,17 @@ def test_tables_are_aligned_and_narrow(capsys: pytest.CaptureFixture[str]) -> No
             block = []
 
 
+def test_a_picture_names_its_lines_in_colours_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra (matplotlib) is not installed")
+    out = tmp_path / "a.svg"
+    assert run(["plot", "gpt2", "--method", "fp16", "--method", "fp8", "-o", str(out)]) == 0
+    svg = out.read_text(encoding="utf-8")
+    assert svg.count("<!-- fp16 -->") == svg.count("<!-- fp8 -->") == 2  # at the line's end, in both halves
+    assert "legend" not in svg
+    assert "#0072b2" in svg
+    assert "#1f77b4" not in svg
+
+
 def test_compare_and_plot_agree_with_estimate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     compared = answer(capsys, "compare", "--model", "qwen2.5-7b", "--ctx", "4k,1k", "--method", "kivi")

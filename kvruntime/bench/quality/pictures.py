@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from kvruntime.bench.quality.windows import KIND as WINDOWS
 from kvruntime.eval.tasks import TASKS
 from kvsim.atomic import replace_file
 from kvsim.install import install_hint
+from kvsim.output.plot import label_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,18 +75,20 @@ def positions(group: Sequence[Row], axes: Axes) -> None:
     """Perplexity against the uncompressed cache's over a token's position in its window."""
     base = uncompressed(group)
     assert base is not None
+    ends: list[tuple[tuple[float, float], str, Any]] = []
     for row in group:
         if row is base:
             continue
         at = [last for _, last, *_ in row["by_position"]]
         pairs = zip(row["by_position"], base["by_position"], strict=True)
-        axes.plot(at, [100 * float(np.expm1(own[2] - plain[2])) for own, plain in pairs], marker="o", markersize=3,
-                  label=row["method"])  # fmt: skip
+        heights = [100 * float(np.expm1(own[2] - plain[2])) for own, plain in pairs]
+        (line,) = axes.plot(at, heights, marker="o", markersize=3)
+        ends.append(((at[-1], heights[-1]), row["method"], line.get_color()))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("a token's position in its window, up to")
     axes.set_ylabel("perplexity against fp16 (%)")
-    axes.legend(fontsize=6)
+    label_ends(axes, ends)
     axes.set_title(f"Perplexity by position, {group[0]['text']}, windows of {group[0]['window']:,}", fontsize=9)
     axes.grid(alpha=0.3)
 
