@@ -79,7 +79,7 @@ def body(found: Answer) -> str:
             Figure(smaller, f"smaller than {base.method.name}"),
         )
         blocks.append((one.method.name, figures))
-    heading = text.heading(question.model).split("\n")
+    heading = text.heading(question.model).split("\n")[1:]
     return "".join(
         (
             answers(blocks),
