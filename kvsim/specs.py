@@ -305,6 +305,11 @@ def parse_card(text: str) -> tuple[Hardware, int | None]:
     """
     name, count = card_and_count(text)
     if count is None:
+        glued = re.fullmatch(r"(\d{1,4})\s*(\D.*)", text.strip())
+        if glued and catalog.find("hardware", text) is None and catalog.find("hardware", glued[2]) is not None:
+            raise LookupError(
+                f"gpu {brief(text)}: {glued[1]} of them are {glued[1]}x{glued[2]} or {glued[2]}:{glued[1]}"
+            )
         return find_hardware(name), None
     if not re.fullmatch("[0-9]{1,4}", count) or not 1 <= int(count) <= MAX_RANKS:
         allowed = f"CARD:COUNT with a count of 1 to {MAX_RANKS}, such as h100-sxm:2"

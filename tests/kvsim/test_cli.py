@@ -542,6 +542,12 @@ def test_the_model_may_be_the_first_word(capsys: pytest.CaptureFixture[str]) -> 
     assert "Missing option '--model': kvsim breakeven qwen3-8b, for one" in capsys.readouterr().err
 
 
+def test_a_count_stuck_to_a_card_is_answered_with_the_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", "qwen3-8b", "--gpu", "2h100"]) == 2
+    assert capsys.readouterr().err == "kvsim: error: gpu '2h100': 2 of them are 2xh100 or h100:2\n"
+    assert run(["estimate", "qwen3-8b", "--gpu", "4090"]) == 0
+
+
 @pytest.mark.parametrize("spelling", ["h100-sxm:2", "2xh100", "2 x H100", "h100x2", "h100-sxm x2", "2*h100"])
 def test_cards_as_people_write_them(spelling: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = answer(capsys, "estimate", "gpt2", "--gpu", spelling, "--method", "fp16")

@@ -25,6 +25,8 @@ from kvsim.output.plot import label_ends
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NAME_WIDTH, NAME_STEP = 0.3, 0.032
+"""Of a name beside a point: its room, and the step to the next, as shares of the picture."""
 Panel = Callable[["Axes"], None]
 
 
@@ -44,6 +46,7 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, Panel]:
 
 def bits(found: Sequence[list[Row]], axes: Axes) -> None:
     """Perplexity against the uncompressed cache's over the bits of an element, with intervals, a line a window."""
+    named: dict[tuple[float, float], str] = {}
     for group in found:
         base = uncompressed(group)
         own = sorted((row for row in group if row["method"] not in BASE and row["bits"]), key=lambda row: row["bits"])
@@ -53,8 +56,8 @@ def bits(found: Sequence[list[Row]], axes: Axes) -> None:
         x, y, low, high = (np.array(column) for column in zip(*points, strict=True))
         label = f"windows of {group[0]['window']:,}"
         axes.errorbar(x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o", markersize=4, capsize=2, label=label)
-        for row, (at, share, *_) in zip(own, points, strict=True):
-            axes.annotate(row["method"], (at, 100 * share), fontsize=5, xytext=(3, 3), textcoords="offset points")
+        named |= {(at, 100 * share): row["method"] for row, (at, share, *_) in zip(own, points, strict=True)}
+    _name_points(axes, named)
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set_xlabel("bits of an element, everything counted")
     axes.set_ylabel("perplexity against fp16 (%), 95 % intervals")
@@ -62,6 +65,22 @@ def bits(found: Sequence[list[Row]], axes: Axes) -> None:
     first = found[0][0]
     axes.set_title(f"What bits cost on {first['text']}\n{first['model']}, weights: {first['weights']}", fontsize=9)
     axes.grid(alpha=0.3)
+
+
+def _name_points(axes: Axes, named: dict[tuple[float, float], str]) -> None:
+    """Each method's name once, beside its highest point; those too near one another moved up."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high + NAME_WIDTH * (high - low))
+    points = {name: max(point for point, other in named.items() if other == name) for name in named.values()}
+    reach, step = NAME_WIDTH * (high - low), NAME_STEP * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    placed: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(points.items(), key=lambda each: each[1][1]):
+        at = y
+        for left, height in placed:
+            if abs(left - x) < reach and abs(height - at) < step:
+                at = height + step
+        placed.append((x, at))
+        axes.annotate(name, (x, y), (x + 0.01 * (high - low), at), fontsize=6, va="center")
 
 
 def change_of(row: Row, base: Row | None) -> tuple[float, float, float]:
