@@ -47,11 +47,9 @@ def compare():
         for key in ("bytes", "kvsim's", "step"):
             told[key] = {"one": alone.get(key), "0": rows[0].get(key), "1": rows[1].get(key)}
         for key in ("engine", "generate"):
-            told[f"{key}: ranks equal, as one"] = [
-                rows[0].get(key) == rows[1].get(key),
-                rows[0].get(key) == alone.get(key),
-            ]
-            pairs = zip(single or [], first or [], strict=False)
+            first, second, single = (each.get(key) for each in (*rows, alone))
+            told[f"{key}: ranks equal, as one"] = [first == second, first == single]
+            pairs = list(zip(single or [], first or [], strict=False))
             same = [next((i for i, (x, y) in enumerate(zip(*pair, strict=True)) if x != y), NEW) for pair in pairs]
             told[f"{key}: tokens before one differs"] = same
         for name, wanted in held["one"].items():
