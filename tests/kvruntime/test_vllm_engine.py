@@ -133,7 +133,7 @@ def test_chunks_drafts_and_a_pool_that_is_too_small(folder: Path) -> None:
     rows = replayed(folder, served(folder, period=20, speculative_config=ngram))
     agree(rows)
     assert sum(row.again for row in rows) > 10
-    few = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 64, "async_scheduling": False}
+    few = {"num_gpu_blocks_override": 68, "max_num_batched_tokens": 64, "async_scheduling": False}
     found = served(folder, lengths=[40, 36, 44, 30], new=60, options={"residual_length": 64}, **few)
     rows = replayed(folder, found, residual_length=64)
     agree(rows)
