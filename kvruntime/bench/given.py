@@ -145,6 +145,7 @@ def finish(
         say(f"interrupted: {stop.done} of {stop.total} measurements are in {results.path}; go on with: {again}")
         return 130
     rows += [row for row in results.rows if row["kind"] in ("missing", "skipped")]
-    print(tables(rows))
+    with results.shown():
+        print(tables(rows))
     print(f"\nrecorded in {results.path}")
     return 1 if went_wrong(rows) else 0

@@ -23,6 +23,7 @@ PLACES = {
     "validation/latency/serving.py": "the table of fitted constants: a row an engine whose loads were measured",
     "kvsim/install.py": "the table of packages, one of them a program that serves",
     "validation/documents/extras_table.py": "the table of extras, one of them for a program that serves",
+    "validation/reliability/mutant_subjects.py": "the files that are mutated, and their tests",
     "validation/latency/attention.py": "the kernels of engines that were measured",
 }
 """Where a method or an engine may be named outside its own room, and why."""

@@ -117,3 +117,14 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "Ablation" in drawn or len(drawn) > 20_000
     assert command(folder, out, "--picture", str(tmp_path / "x.pdf"), "--resume") == 2
     assert "x.pdf: allowed are names that end in .png or .svg" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command(folder, tmp_path / "other.json", "--picture", str(tmp_path / "file" / "x.svg")) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert not (tmp_path / "other.json").exists()  # refused before anything is measured
+
+    for of, change in ((0, {"elements": "x"}), (0, {"window_nll": [1.0]}), (2, {"tokens_per_second": []})):
+        file = json.loads(out.read_text())
+        file["rows"][of + 1].update(change)
+        (tmp_path / "damaged.json").write_text(json.dumps(file))
+        assert command(folder, tmp_path / "damaged.json", "--resume") == 2
+        assert "damaged.json holds a row that no table can show" in capsys.readouterr().err

@@ -243,6 +243,10 @@ def test_refusals(tmp_path):
         read(path)
     with pytest.raises(ValueError, match="is a directory"):
         Results(tmp_path, HEADER)
+    for name, value in (("device", "x"), ("device", None), ("versions", [1])):
+        path.write_text(json.dumps({"schema": SCHEMA, "rows": [], name: value}))
+        with pytest.raises(ValueError, match=re.escape(f"is damaged: its {name} is {value!r}")):
+            Results(path, HEADER, resume=True)
     with pytest.raises(ValueError, match="cannot write"):
         Results(path / "below" / "r.json", HEADER)
 

@@ -6,7 +6,8 @@ import hashlib
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +50,22 @@ class Results:
     def rows(self, rows: list[Row]) -> None:
         self.store.rows = rows
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """While tables are made of the rows: what those of an earlier file lack or have of another kind is one
+        ``ValueError`` that names the file."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if self.store.found is None:
+                raise
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.path} holds a row that no table can show ({what}): give another --out") from error
+
     def _take_over(self, old: Mapping[str, Any]) -> None:
+        for name in ("device", "versions"):
+            if not isinstance(old.get(name, {}), dict):
+                raise ValueError(f"{self.path} is damaged: its {name} is {old[name]!r:.40}")
         here, there = (head.get("device", {}).get("name") for head in (self.header, old))
         if here != there:
             raise ValueError(f"{self.path} was recorded on {there}, this is {here}: give another --out")

@@ -82,6 +82,7 @@ def carry_out(
     except DeviceLost as error:
         say(f"the device is lost to this process ({error}); go on with {again}, which leaves what failed to the end")
         code = AGAIN
-    print(tables(results.rows))
+    with results.shown():
+        print(tables(results.rows))
     print(f"\nrecorded in {results.path}")
     return code

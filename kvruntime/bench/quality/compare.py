@@ -61,6 +61,7 @@ def compare(methods: list[Method], **given: Any) -> int:
         tasks += window_tasks(loaded, grid, text_windows(loaded, text, fewer), given["seed"], ABLATION)
     code = finish(tasks, results, tables)
     if given["picture"] is not None and code != 130:
-        draw_comparison(results.rows, given["picture"])
+        with results.shown():
+            draw_comparison(results.rows, given["picture"])
         say(f"wrote {given['picture']}")
     return code

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvruntime.bench.harness.results import Row
+from kvruntime.bench.harness.store import check_writable
 from kvruntime.bench.harness.tables import BASE, groups
 from kvruntime.bench.quality import comparison as compared
 from kvruntime.bench.quality.answers import KIND as ANSWERS
@@ -165,13 +166,15 @@ def draw_comparison(rows: Sequence[Row], path: Path) -> None:
 def check_picture(path: Path) -> str:
     """The kind of picture that the name asks for.
 
-    Raises ``ValueError`` for a name that is no ``.png`` or ``.svg``, or without matplotlib.
+    Raises ``ValueError`` for a name that is no ``.png`` or ``.svg``, a path that cannot be written, or without
+    matplotlib.
     """
     suffix = path.suffix.removeprefix(".")
     if suffix not in ("png", "svg"):
         raise ValueError(f"picture {path}: allowed are names that end in .png or .svg")
     if find_spec("matplotlib") is None:
         raise ValueError(f"a picture needs matplotlib: {install_hint('plot')}")
+    check_writable(path)
     return suffix
 
 
