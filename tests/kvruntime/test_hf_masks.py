@@ -145,6 +145,7 @@ def test_every_layer_reads_the_mask_once_and_nobody_keeps_it():
     gc.collect()
     assert gone() is None
     assert seen.read(causal(torch.ones(2, 9, dtype=torch.bool), 0), 0, 9, 2) is None
+    assert seen.padding == [[], []]  # read again: what the same columns were before is gone
 
 
 def test_calls_that_are_refused(warm):

@@ -64,6 +64,27 @@ def test_no_tokens_and_no_rows(spec: str) -> None:
         make_layer(parse_method(spec, {}), SHAPE, 0, None, torch.device("cpu"))
 
 
+@every_method
+def test_fresh_tokens_without_lengths_are_all_of_them(spec: str) -> None:
+    layer = filled(spec)
+    some, every = (layer.attend(QUERY, 0.125, (KEY, VALUE, lengths)) for lengths in ([5, 5], None))
+    assert torch.equal(some, every)
+
+
+def test_the_least_length_of_a_crop_is_said_and_allowed() -> None:
+    """Of the longest row, where another has fewer exact tokens after what is packed: 34 of 290, 44 of 300."""
+    layer = make_layer(parse_method("kivi:residual_length=64", {}), SHAPE, 2, None, torch.device("cpu"))
+    key = torch.randn(2, 2, 300, 64, generator=torch.Generator().manual_seed(1))
+    layer.append(key, key, [300, 290])
+    with pytest.raises(ValueError, match="cannot crop to 0 tokens: allowed are 266 and above") as refused:
+        layer.crop(0)
+    least = int(str(refused.value).split("allowed are ")[1].split()[0])
+    with pytest.raises(ValueError, match="the rest is packed"):
+        layer.crop(least - 1)
+    layer.crop(least)
+    assert max(layer.row_lengths) == least
+
+
 def test_rows_that_a_cache_does_not_have_change_nothing() -> None:
     cache = Cache(parse_method("int8", {}), 2)
     for index in range(2):

@@ -73,7 +73,8 @@ def test_a_layer_is_as_it_was(method, first: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "held", "free"), [(1, 0, 10**6), (4, 0, 10**6), (4, 8192, 3 * 10**5), (2, 0, 9)]
+    ("num_layers", "held", "free"),
+    [(1, 0, 10**6), (4, 0, 10**6), (4, 8192, 3 * 10**5), (2, 10**5, 4 * 10**5), (2, 0, 9)],
 )
 def test_what_would_have_fitted_fits_and_a_block_more_does_not(
     num_layers: int, held: int, free: int, monkeypatch: pytest.MonkeyPatch

@@ -30,6 +30,19 @@ def test_products_are_the_bytes(method: Kivi, num_tokens: int) -> None:
     }
 
 
+def test_numbers_are_the_factors_of_their_name() -> None:
+    """Where a product's factor is shown as a number with its origin too."""
+    model, shown = load_model("gpt2-medium"), set()
+    for name in METHODS:
+        found = explain(model, make_method(name), 3, 2048)
+        numbers = {number.name: number.value for number in found.numbers}
+        factors = {label: value for formula in found.formulas for value, label in formula.factors}
+        both = numbers.keys() & factors.keys() - {"bytes"}  # of numbers of several kinds
+        assert {label: numbers[label] for label in both} == {label: factors[label] for label in both}, name
+        shown |= {(label, numbers[label]) for label in both}
+    assert {("rows", 24 * 3 * 16), ("boosted", 16), ("boost bits", 2)} <= shown
+
+
 def test_numbers_name_their_config_keys() -> None:
     origins = {number.name: number.origin for number in model_numbers(load_model("llama-3-8b"), 2, 100)}
     assert origins == {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from kvsim.layout import Buffer, LayerShape, nbytes, part_kind, parts
+from kvsim.layout import Buffer, LayerShape, edges, mean_read_nbytes, nbytes, part_kind, parts
 from kvsim.memory.estimate import estimate
 from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, method_named, placed
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS
@@ -202,6 +202,7 @@ def test_the_options_at_their_defaults_are_plain_kivi(num_tokens: int) -> None:
 def test_a_group_that_does_not_divide_the_head() -> None:
     with pytest.raises(ValueError, match="value group size 48 does not divide head dimension 64"):
         Kivi(value_group_size=48).buffers(LayerShape(1, 64, 64), 1, 100)
+    assert [Kivi(group_size=64).value_group(dim) for dim in (128, 96, 80)] == [64, 32, 16]  # the largest that does
     with pytest.raises(ValueError, match="head dimension 72 cannot be packed"):
         Kivi().buffers(LayerShape(1, 72, 72), 1, 100)
     with pytest.raises(LookupError, match="did you mean kivi"):
@@ -259,6 +260,37 @@ def test_eviction_keeps_the_budget() -> None:
     assert nbytes(composed.buffers(layer, 2, 10_000)) == nbytes(Kivi(nbits=2).buffers(layer, 2, 256))
     with pytest.raises(ValueError, match="sink_length 300: allowed are 0 to the budget 256"):
         Evict(budget=256, sink_length=300)
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"sink_length": 4}, {"policy": "snapkv"}], ids=str)
+def test_a_window_of_its_own_is_of_the_newest(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="window 8: allowed are a budget, with policy recent and no sink"):
+        Evict(**{"budget": 64, "window": 8, "sink_length": 0} | options)  # type: ignore[arg-type]
+
+
+def test_the_least_budget_is_one_beyond_the_sink() -> None:
+    Evict(ratio=0.5).check_runs()
+    Evict(budget=5, sink_length=4).check_runs()
+    with pytest.raises(ValueError, match="budget 4: allowed are 5 and above over fp16"):
+        Evict(budget=4, sink_length=4).check_runs()
+
+
+def test_evictions_mean_read_has_the_scores() -> None:
+    layer, method = LayerShape(2, 64, 64), Evict(budget=40, policy="h2o")
+    assert mean_read_nbytes(method, layer, 3, 100) == sum(method.read_parts(layer, 3, 100).values())
+    assert method.read_parts(layer, 3, 100)["scores"] == 3 * 2 * 36 * 4
+
+
+def test_lengths_at_which_a_layout_changes() -> None:
+    """Around the residual of 128, the exact 132, a record of 64 more; of what a method says, from 1 to the longest."""
+    method = Kivi(nbits=2, group_size=32, residual_length=128, sink_length=4)
+    assert edges(method, 1000) == [127, 128, 129, 131, 132, 133, 195, 196, 197, 255]
+
+    class Says(Full):
+        def edges(self, longest: int) -> list[int]:
+            return [0, 1, 7, longest, longest + 1]
+
+    assert edges(Says(), 9) == [1, 7, 9]
 
 
 def test_eviction_by_scores_and_by_ratio() -> None:

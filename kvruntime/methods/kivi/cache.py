@@ -341,13 +341,11 @@ class KiviLayer(Rows):
         drop = max(self.row_lengths) - num_tokens
         if drop <= 0:
             return
-        sink = self.method.sink_length
-        for length, packed in zip(self.row_lengths, self.row_packed, strict=True):
-            if length - drop < (sink + packed if packed else 0):
-                least = max(self.row_lengths) - (length - sink - packed if packed else length)
-                raise ValueError(
-                    f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed"
-                )
+        sink, rows = self.method.sink_length, zip(self.row_lengths, self.row_packed, strict=True)
+        exact = min(length - (sink + packed if packed else 0) for length, packed in rows)
+        if drop > exact:
+            least = max(self.row_lengths) - exact
+            raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed")
         self.row_lengths = [length - drop for length in self.row_lengths]
         self._write_lengths(self.row_packed)
 
