@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvsim.commandline import Parsed
+from kvsim.commandline import TextType
 from kvsim.engines.kvruntime import check_runs, names
 from kvsim.layout import Method
 from kvsim.methods import METHODS
@@ -50,10 +50,13 @@ method_options = options(
     click.option("--key-nbits", type=int, help="Bits a key code."),
     click.option("--value-nbits", type=int, help="Bits a value code."),
     click.option(
-        "--key-group-size", type=Parsed(parse_value), metavar="TOKENS", help="Tokens a key scale, or 'sequence'."
+        "--key-group-size", type=TextType(parse_value), metavar="TOKENS", help="Tokens a key scale, or 'sequence'."
     ),
     click.option(
-        "--value-group-size", type=Parsed(parse_value), metavar="CHANNELS", help="Channels a value scale, or 'head'."
+        "--value-group-size",
+        type=TextType(parse_value),
+        metavar="CHANNELS",
+        help="Channels a value scale, or 'head'.",
     ),
     click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
 )

@@ -71,7 +71,7 @@ def _name(parameter: click.Parameter) -> str:
     return max(parameter.opts, key=len).lstrip("-")
 
 
-class Parsed(click.ParamType):  # type: ignore[type-arg]
+class TextType(click.ParamType):  # type: ignore[type-arg]
     """A type of options that ``parse`` makes of text; what its ``ValueError`` says is what the user reads, under every
     click: older ones drop what a bare function says."""
 

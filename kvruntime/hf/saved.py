@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from kvruntime.checkpoints.pretrained import first_line
 from kvruntime.hf import exact
 from kvruntime.hf.cache import Cache, CacheLayer
 from kvruntime.hf.empty import attend_through, empty_cache, host_planned
@@ -60,9 +59,14 @@ def load_cache(path: str | Path, model: Any) -> Cache:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"{path} is a damaged cache ({first_line(error)})") from None
+        raise ValueError(f"{path} is a damaged cache ({_first_line(error)})") from None
     attend_through(cache, model)
     return cache
+
+
+def _first_line(error: Exception) -> str:
+    """Of what was raised, its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # of zip, pickle and torch, whatever the bytes make them stumble over
-        raise ValueError(f"{path} is no cache that kvruntime saved, or a damaged one ({first_line(error)})") from None
+        raise ValueError(f"{path} is no cache that kvruntime saved, or a damaged one ({_first_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is no cache that kvruntime saved")
     if state.get("version") != VERSION:

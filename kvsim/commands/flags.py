@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
-from kvsim.commandline import Parsed
+from kvsim.commandline import TextType
 from kvsim.engines import ENGINES, IDEAL, Engine, engine_fields, label, own_flags, owner
 from kvsim.hardware import Hardware
 from kvsim.memory.estimate import Estimate, estimate
@@ -95,10 +95,13 @@ method_options = options(
     click.option("--key-nbits", type=int, help="Bits a key code."),
     click.option("--value-nbits", type=int, help="Bits a value code."),
     click.option(
-        "--key-group-size", type=Parsed(parse_value), metavar="TOKENS", help="Tokens a key scale, or 'sequence'."
+        "--key-group-size", type=TextType(parse_value), metavar="TOKENS", help="Tokens a key scale, or 'sequence'."
     ),
     click.option(
-        "--value-group-size", type=Parsed(parse_value), metavar="CHANNELS", help="Channels a value scale, or 'head'."
+        "--value-group-size",
+        type=TextType(parse_value),
+        metavar="CHANNELS",
+        help="Channels a value scale, or 'head'.",
     ),
     click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
     click.option(
@@ -126,7 +129,7 @@ engine_options = options(
     click.option("--max-num-seqs", type=int, help="Most sequences at once."),
     click.option(
         "--max-num-batched-tokens",
-        type=Parsed(lambda text: parse_human(text, "max-num-batched-tokens")),
+        type=TextType(lambda text: parse_human(text, "max-num-batched-tokens")),
         metavar="TOKENS",
         help=f"Tokens a step ({owner('max_num_batched_tokens')}).  [default: by card]",
     ),

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from kvsim import cli
-from kvsim.commandline import LONGEST, Command, Group, Parsed, one_line, os_message
+from kvsim.commandline import LONGEST, Command, Group, TextType, one_line, os_message
 from kvsim.commands import LAZY
 from kvsim.specs import parse_value
 
@@ -110,4 +110,4 @@ def test_what_an_option_refuses_is_said_under_every_click(package: str) -> None:
     bare = {type.func for type in types if isinstance(type, click.types.FuncParamType)}
     assert bare <= {Path}  # refuses nothing
     with pytest.raises(click.BadParameter, match="allowed are whole numbers up to"):
-        Parsed(parse_value).convert("9" * 20, None, None)
+        TextType(parse_value).convert("9" * 20, None, None)
