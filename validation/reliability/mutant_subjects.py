@@ -30,11 +30,7 @@ CACHES = _tests(
     *("boost", "evict", "evict_scores", "full", "head_dims", "hf_convert", "hf_honesty", "hf_interface", "hf_masks"),
     *("hf_mixed", "hf_prompts", "hf_stateful", "hf_windows", "out_of_memory", "paged", "reference", "token"),
 )
-KERNELS = _tests("kvruntime", *("boost", "kernels", "paged", "reference", "token"))
-OTHER = ("cache.py", "paged.py", "claims.py", "benched.py", "transients.py")
-"""Caches, which have their own group, and what benchmarks ask of a method."""
-SLOW = ("fast.py", "fast_plan.py", "step.py", "lookup.py")
-"""Kernels whose tests run instruction by instruction in NumPy, or in the interpreter for minutes."""
+PACKERS = _tests("kvruntime", "boost", "reference", "token", "paged")
 GROUPS = {
     "formulas": Group(
         (*_files("kvsim/methods", "*.py"), "kvsim/layout.py", "kvsim/memory/estimate.py", "kvsim/memory/capacity.py"),
@@ -48,12 +44,12 @@ GROUPS = {
         ),
         (*CACHES, *_tests("validation", "reliability")),
     ),
-    "packers and kernels": Group(
+    "packers": Group(
         (
-            *_files("kvruntime/methods/kivi", "[!_]*.py", without=(*OTHER, *SLOW)),
-            *_files("kvruntime/methods/token", "[!_]*.py", without=(*OTHER, *SLOW)),
-            *_files("kvruntime/kernels", "reference.py", "slots.py", "merge.py", "hadamard.py"),
+            *_files("kvruntime/methods", "*/reference.py", "*/words.py", "*/coding.py", "*/levels.py"),
+            "kvruntime/kernels/reference.py",
         ),
-        KERNELS,
+        PACKERS,
     ),
 }
+"""Triton kernels are not among them: their tests take minutes in the interpreter, a mutant each."""

@@ -15,7 +15,8 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,16 +183,15 @@ def copied(folder: Path) -> None:
 
 
 def score(
-    name: str, sample: Sequence[tuple[str, int]], folder: Path, cover: dict[str, Any], seconds: float
+    name: str, sample: Sequence[tuple[str, int]], folder: Path, asked: Callable[[Mutant], tuple[list[str], float]]
 ) -> list[dict[str, Any]]:
-    """A row a mutant of the sample: whether it is found, by how many tests it is reached."""
+    """A row a mutant of the sample: whether it is found by the tests that ``asked`` says, in its seconds."""
     rows = []
     for done, (module, number) in enumerate(sample, 1):
         one = mutant(module, (ROOT / module).read_text(encoding="utf-8"), number)
-        tests = list(reaching(cover, module, one.lines, seconds))
-        took = sum(cover[test]["seconds"] for test in tests)
+        tests, seconds = asked(one)
         row = {"module": module, "number": number, "line": one.lines[0], "before": one.before, "after": one.after}
-        row |= {"tests": len(tests), "found": found(one, folder, tests, 20 + SLOWER * took)}
+        row |= {"tests": len(tests), "found": found(one, folder, tests, seconds)}
         rows.append(row)
         verdict = "found" if row["found"] else "equivalent" if reason(row) else "SURVIVES"
         print(f"[{name} {done}/{len(sample)}] {verdict}  {one.shown} ({len(tests)} tests)", flush=True)
@@ -212,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=40, help="Mutants of a group to run.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="The recorded survivors only, beside what was found.")
+    parser.add_argument("--test", action="append", default=[], help="With --again: these files, instead of all tests.")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="Of a mutant's tests, the quickest first.")
     parser.add_argument("--cover", type=Path, help="JSON file that keeps which test reaches which line.")
     parser.add_argument("--out", type=Path, default=RECORD, help="JSON file with the score and every mutant.")
@@ -226,8 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sample = random.Random(given.seed).sample(every, min(given.sample, len(every)))
             if before:
                 sample = [_again(row) for row in before["mutants"] if not row["found"]]
-            cover = _cover(name, folder, given.cover)
-            rows = score(name, sample, folder, cover, given.seconds)
+            cover = None if given.test else _cover(name, folder, given.cover)
+            asked = partial(_asked, cover, given.seconds) if cover is not None else lambda _: (given.test, 10 * SECONDS)
+            rows = score(name, sample, folder, asked)
             first = sum(row["found"] for row in rows)
             if before:
                 rows, first = [*(row for row in before["mutants"] if row["found"]), *rows], before["found_at_first"]
@@ -235,6 +237,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept(given.out, name, row | {"found_at_first": first, "mutants": rows})
             print(f"{name}: {sum(row['found'] for row in rows)} of {len(rows)} mutants found ({len(every)} possible)")
     return 0
+
+
+def _asked(cover: dict[str, Any], seconds: float, mutant: Mutant) -> tuple[list[str], float]:
+    """The tests that reach a mutant, and after how long they hang."""
+    tests = list(reaching(cover, mutant.module, mutant.lines, seconds))
+    return tests, 20 + SLOWER * sum(cover[test]["seconds"] for test in tests)
 
 
 def _again(row: Any) -> tuple[str, int]:
