@@ -25,6 +25,8 @@ Figure = dict[str, Any]
 RESERVE = 0.02
 """Share of a card's memory that is held back for activations, graphs and the driver where the largest batch is asked
 for: ``--reserve``."""
+QUEUE = 64 << 20
+"""Bytes of keys and values that are stored as soon as so many wait: a pin."""
 GROW = 256
 """Tokens a row by which a cache grows: a pin."""
 
@@ -66,7 +68,7 @@ def beside(figure: Figure, model: Model, method: Method, layer: LayerShape) -> i
     """Bytes of the tensors that are there only at the worst moment of the phase."""
     phase, batch_size, provided = figure["phase"], figure["batch_size"], figure["provided"]
     if phase in ("prefill", "reuse", "chunked prefill"):
-        return sum(transient(figure | {"phase": "prefill"}, model, method, layer))
+        return sum(transient(figure | {"phase": "prefill"}, model, method, layer)) + queued(figure, model, layer)
     step = sum(transient(figure | {"phase": "decode"}, model, method, layer))
     if phase == "decode":
         return step
@@ -77,6 +79,18 @@ def beside(figure: Figure, model: Model, method: Method, layer: LayerShape) -> i
     if phase == "beams":  # each tensor's rows are picked into a new one
         return max(step, max(buffer.nbytes for buffer in method.buffers(layer, batch_size, provided)))
     raise ValueError(f"phase {phase!r}: allowed are load, prefill, chunked prefill, decode, beams, growth and reuse")
+
+
+def queued(figure: Figure, model: Model, layer: LayerShape) -> int:
+    """Bytes of a first prompt's keys and values that wait on a GPU, beside a layer's forward, to be stored together;
+    of GPT-2 with their queries, which they are views of."""
+    if figure["device"] == "cpu":
+        return 0
+    tokens = figure["batch_size"] * figure["prompt_tokens"] * DTYPE_BITS[figure["dtype"]] // 8
+    each = tokens * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
+    waiting = min(len(model.cache_layers), -(-QUEUE // each) - 1)
+    fused = model.weights is not None and model.weights.lookup > 0  # one product for queries, keys and values
+    return int(waiting * (3 * model.hidden_size * tokens if fused else each))
 
 
 def planned(model: Model, card: str, method: Method, num_tokens: int) -> int:
