@@ -9,6 +9,7 @@ tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory 
 """
 
 import fnmatch
+import json
 import re
 import shlex
 import sys
@@ -114,6 +115,32 @@ def test_the_readme_says_how_fast_as_recorded() -> None:
     table = block("speed", " generate short")
     factors = [float(factor) for factor in re.findall(r"\(([\d.]+)x\)", table)]
     assert [float(each) for each in said.groups()] == [min(factors), max(factors)]
+
+
+def test_the_readme_says_what_serving_gains_as_recorded() -> None:
+    """Requests at once, and the step of 32 requests of 16k tokens, of the run in the experiments."""
+    engines = json.loads((EXPERIMENTS / "h200-vllm.json").read_text(encoding="utf-8"))["engines"]
+    two, half, eighth = (engines[name] for name in ("kivi-2bit-g32-r128", "bf16", "fp8"))
+    steps = [
+        next(row["step_ms"] for row in each["rows"] if (row["requests"], row["prompt"]) == (32, 16384))
+        for each in (two, half, eighth)
+    ]
+    found = two["concurrency"] / half["concurrency"], steps[1] / steps[0], steps[2] / steps[0]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(r"holds ([\d.]+) times as many .* decode ([\d.]+) times .* bf16, ([\d.]+) times as in fp8", text)
+    assert said is not None
+    assert list(said.groups()) == [f"{each:.1f}" for each in found]
+
+
+def test_the_readme_says_how_far_peaks_are_off_as_recorded() -> None:
+    from validation.report.points import collect
+
+    points = collect([ROOT / "validation" / "results" / "nvidia-h100-80gb-hbm3.json"], []).points
+    worst = max(abs(point.error) for point in points if point.claim == "peaks")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = re.search(r"under stock `generate\(\)` lie within ([\d.]+) %", text)
+    assert said is not None
+    assert 0.5 * float(said[1]) < 100 * worst <= float(said[1])
 
 
 def test_the_readme_says_what_bits_cost_as_recorded() -> None:
