@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from validation import cli  # noqa: E402
-from validation.reliability import memory, phases, processes, record, runs, subjects  # noqa: E402
+from validation.reliability import memory, phases, processes, record, resident, runs, subjects  # noqa: E402
 from validation.reliability.findings import Broken, Findings  # noqa: E402
 from validation.run import parts  # noqa: E402
 
@@ -68,6 +68,17 @@ def test_nan_stays_in_its_row(monkeypatch) -> None:
 
 def test_memory_that_ends_is_said_and_survived() -> None:
     assert "tokens would have fitted" in runs.out_of_memory(CPU, SMALL).said
+
+
+def test_filled_layers_are_resident(monkeypatch) -> None:
+    monkeypatch.setattr(resident, "WEIGHED", 12 << 20)
+    own = SMALL._replace(layouts=("fp32", "int8"))
+    found = resident.resident(CPU, own)
+    assert [each["layers"] for each in found.figures] == [2, 6]
+    assert found.said.count("times as many") == 2
+    monkeypatch.setattr(resident, "BAND", (1.2, 1.3))
+    with pytest.raises(Broken, match="fp32: FAILS"):
+        resident.resident(CPU, own._replace(layouts=("fp32",)))
 
 
 def test_what_fits_fits() -> None:

@@ -119,6 +119,25 @@ def test_a_break_even_is_where_all_longer_contexts_are_shorter_steps() -> None:
     assert pages.breakevens([*never, point("k", 2048, 2.0, 0.5)])[1][0][3:5] == ["none", "1,024"]
 
 
+def test_by_a_profile_layouts_break_even_within_a_step_of_the_grid(found) -> None:
+    """Of every card that has a profile, as measured on whole steps of models that calibration did not see."""
+    table = pages.breakevens(found.points)
+    assert table is not None
+    profiled = [line for line in table[1] if line[5] != "no profile"]
+    assert len(profiled) >= 3
+    assert all(int(line[7]) <= 1 for line in profiled), profiled
+
+
+def test_the_times_cover_a_grid(found) -> None:
+    """Layouts, rows, contexts, heads and models; the engine, stock generate() compiled and plain, and prompts."""
+    timed = coverage.timed(found.points)
+    assert len(timed) >= 360
+    assert {point.claim for point in timed} == set(coverage.TIMED)
+    assert len({coverage.heads(point) for point in timed}) >= 7
+    assert len({coverage.layout(point) for point in timed}) >= 10
+    assert len({point.factors["model"] for point in timed}) >= 8
+
+
 def test_the_coverage_counts_every_timed_point_once(found) -> None:
     _, body = coverage.axes(found.points)
     assert body[-1][:3] == ["all", "points", str(len(coverage.timed(found.points)))]

@@ -81,6 +81,12 @@ def beside(figure: Figure, model: Model, method: Method, layer: LayerShape) -> i
     raise ValueError(f"phase {phase!r}: allowed are load, prefill, chunked prefill, decode, beams, growth and reuse")
 
 
+def resident_nbytes(figure: Figure) -> int:
+    """Bytes of ``layers`` filled layers of a model, made for ``num_tokens`` tokens."""
+    layer, method = load_model(figure["model"]).cache_layers[0], rebuild_method(figure["method"])
+    return figure["layers"] * nbytes(method.buffers(layer, 1, figure["num_tokens"]))
+
+
 def queued(figure: Figure, model: Model, layer: LayerShape) -> int:
     """Bytes of a first prompt's keys and values that wait on a GPU, beside a layer's forward, to be stored together;
     of GPT-2 with their queries, which they are views of."""

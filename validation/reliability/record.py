@@ -11,7 +11,7 @@ import torch
 
 from kvruntime.bench.harness.store import Store, rows_as_lines
 from validation.recorded import FOLDER, circumstances, slug
-from validation.reliability import memory, processes, runs, subjects
+from validation.reliability import memory, processes, resident, runs, subjects
 from validation.reliability.findings import Findings
 from validation.reliability.subjects import Scale
 
@@ -23,6 +23,7 @@ RUNS: dict[str, Callable[[torch.device, Scale], Findings]] = {
     "a killed benchmark": processes.killed,
     "two processes": processes.together,
     **memory.RUNS,
+    "resident memory": resident.resident,
 }
 
 

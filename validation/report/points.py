@@ -384,7 +384,24 @@ KINDS: dict[str, Callable[..., Iterator[Point]]] = {
     "generate": _generated,
     "memory": _memory,
 }
-FIGURES: dict[str, Callable[[Row, str, str], Point]] = {"memory by phase": _phase, "the largest batch": _planned}
+
+
+def _resident(figure: Row, device: str, source: str) -> Point:
+    """What filled layers add to the process, as the operating system counts it."""
+    factors = {
+        "model": figure["model"],
+        "method": figure["method"]["name"],
+        "card": device,
+        "tokens": f"{figure['num_tokens']:,} tokens",
+    }
+    return Point("resident memory", float(phases.resident_nbytes(figure)), float(figure["measured"]), factors, source)
+
+
+FIGURES: dict[str, Callable[[Row, str, str], Point]] = {
+    "memory by phase": _phase,
+    "the largest batch": _planned,
+    "resident memory": _resident,
+}
 READERS: dict[str, Callable[[dict[str, Any], str, Collection, dict[str, Profile]], None]] = {
     "validation": _bytes,
     "validation.reliability": _limits,
