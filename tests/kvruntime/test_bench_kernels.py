@@ -225,7 +225,7 @@ def test_rows_ratios_and_failures(tmp_path, monkeypatch, capsys) -> None:
     tasks += suite.packing_tasks(BENCH, SMALL, [SMALL], methods[:1])
     assert session.carry_out(tasks, results, report.line, report.tables) == 0
     rows = results.rows
-    assert [row["kind"] for row in rows] == ["sdpa", "sdpa", "full", "attend", "append", "pack"]
+    assert [row["kind"] for row in rows] == ["sdpa", "sdpa", "full", "attend", "pack", "append"]
     assert rows[1]["failed"] == "RuntimeError: No available kernel."
     for row in rows[2:4]:
         assert report.speedup(row, rows) == pytest.approx(1.0 / row["seconds"][0])
@@ -344,7 +344,7 @@ BAD = {
     "model": (["--shape", "gpt5:1x1k"], "unknown shape 'gpt5:1x1k'"),
     "size": (["--shape", "gpt2:1k"], "expected MODEL:BATCHxTOKENS"),
     "tokens": (["--shape", "gpt2:1xk"], "tokens 'k'"),
-    "method": (["--method", "fp16"], "takes kivi only"),
+    "method": (["--method", "fp16"], "float16 is its baseline"),
     "device": (["--device", "tpu"], "allowed here are"),
 }
 

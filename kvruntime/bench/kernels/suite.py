@@ -247,6 +247,11 @@ def kernels(**given: Any) -> int:
         return carry_out(tasks, results, line, tables)
 
 
+def is_timed(room: Any) -> bool:
+    """Whether a room has layouts to time, or can be measured in all that is timed where a layout is named."""
+    return bool(room.benched) or hasattr(room.measures, "storer")
+
+
 def named_methods(specs: Sequence[str]) -> list[Method]:
     """The methods that ``specs`` name.  Raises ``ValueError`` for one whose room does not say how to measure it."""
     from kvruntime.methods import LAYERS, room_of
@@ -254,7 +259,7 @@ def named_methods(specs: Sequence[str]) -> list[Method]:
 
     methods = chosen_methods(specs, None, {}, baseline=False) if specs else []
     for method in methods:
-        if not (room_of(method).benched or room_of(method).measures):
-            timed = ", ".join(kind.__name__.lower() for kind, room in LAYERS.items() if room.benched or room.measures)
-            raise ValueError(f"method {method.name}: bench kernels takes {timed} only; float16 is its baseline")
+        if not is_timed(room_of(method)):
+            timed = ", ".join(room.examples[0].name for room in LAYERS.values() if is_timed(room))
+            raise ValueError(f"method {method.name}: bench kernels takes {timed} and their kin; float16 is its baseline")
     return methods
