@@ -361,13 +361,15 @@ def where(condition, a, b):
 
 
 GL = SimpleNamespace(
-    float16=np.float16, float32=np.float32, int16=np.int16, int32=np.int32, int64=np.int64, pointer_type=lambda dtype: dtype,
+    float16=np.float16, float32=np.float32, int16=np.int16, int32=np.int32, int64=np.int64,
+    pointer_type=lambda dtype: dtype,
     constexpr=constexpr, shared_memory_descriptor=Shared, program_id=lambda axis: Value(np.int32(ids[axis])),
     arange=lambda start, end, layout=None: Value(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout=None: Value(np.zeros(shape, dtype)),
     full=lambda shape, value, dtype, layout=None: Value(np.full(shape, value, dtype)),
     load=load, store=store, atomic_add=atomic_add, barrier=lambda: None,
-    join=lambda a, b: Value(np.stack([a.a, b.a], -1)), split=lambda x: (Value(x.a[..., 0]), Value(x.a[..., 1])), broadcast=broadcast, where=where,
+    join=lambda a, b: Value(np.stack([a.a, b.a], -1)), split=lambda x: (Value(x.a[..., 0]), Value(x.a[..., 1])),
+    broadcast=broadcast, where=where,
     convert_layout=lambda x, layout, assert_trivial=False: x, static_range=range, static_assert=lambda _: None,
     maximum=binary(np.fmax), minimum=binary(np.fmin), abs=unary(np.abs), exp=unary(np.exp),
     exp2=unary(np.exp2), log2=unary(np.log2),

@@ -261,5 +261,5 @@ def named_methods(specs: Sequence[str]) -> list[Method]:
     for method in methods:
         if not is_timed(room_of(method)):
             timed = ", ".join(room.examples[0].name for room in LAYERS.values() if is_timed(room))
-            raise ValueError(f"method {method.name}: bench kernels takes {timed} and their kin; float16 is its baseline")
+            raise ValueError(f"method {method.name}: bench kernels takes {timed} and the like; float16 is its baseline")
     return methods

@@ -84,9 +84,9 @@ def second_order(width: int) -> tuple[int, int, int, int]:
     """A shape of a piece's ``width`` channels; with its axes in the order 1, 2, 0, 3 they are as the bits of a second
     plane lie.
 
-    Eight codes share a 16-bit word of the first plane.  The bits of words ``n`` and ``n + width / 16`` are word ``n`` of
-    the second: four times two bits of the one and two of the other.  Shifted by two bits and by one, it has one bit in
-    four of every second code of a word, where selectors of four bits have place for it.
+    Eight codes share a 16-bit word of the first plane.  The bits of words ``n`` and ``n + width / 16`` are word ``n``
+    of the second: four times two bits of the one and two of the other.  Shifted by two bits and by one, it has one bit
+    in four of every second code of a word, where selectors of four bits have place for it.
 
     >>> second_order(128), second_order(64)
     ((2, 8, 4, 2), (2, 4, 4, 2))

@@ -692,7 +692,7 @@ def constants(layout: Layout) -> dict[str, object]:
 def attend_parts(
     query: Tensor, stored: Stored, layout: Layout, scale: float, partial: Tensor, lse: Tensor, more: int
 ) -> None:
-    """Each split's output to ``partial [batch_size, num_q_heads, 1, splits, dim]`` and its logarithm of sums to ``lse``.
+    """Each split's output to ``partial [batch_size, num_q_heads, 1, splits, dim]``, its logarithm of sums to ``lse``.
 
     ``query``: rotated as the keys are; ``more``: tokens that a row holds besides those that its length counts."""
     batch_size, q_heads = query.shape[:2]

@@ -3,13 +3,11 @@
 
 Lane ``4 r + c`` of a warp has channels ``32 c`` to ``32 c + 31`` of token ``r``, so five of seven levels of a rotation
 of 128 channels are sums in registers, two exchange numbers between lanes, and codes leave as whole words.  A code is
-found by comparisons that are sums: ``sat((|x| - threshold) 2**40)`` is 1 above a threshold and else 0, and times a power
-of two it is added to the word.
+found by comparisons that are sums: ``sat((|x| - threshold) 2**40)`` is 1 above a threshold and else 0, and times a
+power of two it is added to the word.
 """
 
 from __future__ import annotations
-
-import struct
 
 import torch
 from torch import Tensor
@@ -31,6 +29,8 @@ TINY = gl.constexpr(2.0**-100)
 @gluon.constexpr_function
 def hexadecimal(number):
     """A float32 as PTX writes it."""
+    import struct  # the compiler of kernels takes no functions of the module's
+
     return "0f" + struct.pack(">f", number).hex().upper()
 
 
@@ -38,8 +38,8 @@ def hexadecimal(number):
 def code_asm(nbits, levels, numbers):
     """PTX: the inverse of the root mean square and eight coordinates to their codes' words.
 
-    Outputs: of four bits the word, else 16 bits of the first plane; of three bits 16 bits of the second plane, in places
-    of its word's first half; and the sum of ``number (number + 1)``, by which the squares of the levels are known.
+    Outputs: of four bits the word, else 16 bits of the first plane; of three bits 16 bits of the second plane, in the
+    places of its word's first half; and the sum of ``number (number + 1)``, which gives the squares of the levels.
     """
     outs = 3 if nbits == 3 else 2
     first = {2: 2, 3: 2, 4: 4}[nbits]  # bits of the first plane
@@ -53,8 +53,8 @@ def code_asm(nbits, levels, numbers):
         for place in range(each):
             x = f"${outs + 1 + half * each + place}"
             body += f"abs.f32 a, {x}; mul.rn.f32 a, a, ${outs}; "
-            for low, high in zip(levels, levels[1:]):
-                threshold = hexadecimal(-((low + high) / 2) * 2.0**40)
+            for i in range(len(levels) - 1):
+                threshold = hexadecimal(-((levels[i] + levels[i + 1]) / 2) * 2.0**40)
                 body += f"fma.rn.sat.f32 t, a, {hexadecimal(2.0**40)}, {threshold}; "
                 body += f"fma.rn.f32 f, t, {hexadecimal(2.0 ** (first * place))}, f; "
             body += f"set.lt.f32.f32 t, {x}, 0f00000000; "
@@ -276,8 +276,8 @@ def append_kernel(
     lengths_ptr, counts_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_xb, stride_xh,
     stride_xt, stride_sb, stride_sh, stride_yb, stride_yh, stride_yt, stride_zb, stride_zh, new_length,
     NUM_HEADS: gl.constexpr, KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_LEVELS: gl.constexpr,
-    VALUE_LEVELS: gl.constexpr, KEY_NUMBERS: gl.constexpr, VALUE_NUMBERS: gl.constexpr, KEY_UNIT: gl.constexpr, VALUE_UNIT: gl.constexpr, CORRECTED: gl.constexpr,
-    G: gl.constexpr,
+    VALUE_LEVELS: gl.constexpr, KEY_NUMBERS: gl.constexpr, VALUE_NUMBERS: gl.constexpr, KEY_UNIT: gl.constexpr,
+    VALUE_UNIT: gl.constexpr, CORRECTED: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """New tokens of one row and head, as :func:`kvruntime.methods.token.store.append_kernel` has them."""
     AT: gl.constexpr = gl.SliceLayout(2, lanes([G, 8, 4], 1, 2))

@@ -4,9 +4,8 @@ codes into bytes.
 An operand of ``mma.m16n8k32`` is four bytes a register.  *Lane form*: a tensor with an axis of 8 (``r``) and one of 4
 (``c``) that are the lanes ``4 r + c`` of the warp; all other axes are registers.
 
-A *step* of keys is two registers a row, in which lane c has channels ``key_channel(step, half, e, c)``.  Values come
-transposed, a 16-bit word of two tokens in a register; a *group* is one register a word, whose bytes are two channels of
-two tokens.
+A *step* of keys is two registers a row.  Values come transposed, a 16-bit word of two tokens in a register; what is
+made of it is one register or several, whose bytes are two channels of two tokens.
 """
 
 from __future__ import annotations
@@ -72,22 +71,6 @@ def word_axes(name, plane, dim):
     if nbits_of(name) == 3:
         return words, 1
     return max(1, words // 4), min(4, words)
-
-
-@gluon.constexpr_function
-def key_channel(name, step, half, e, c, dim):
-    """Channel of byte ``e`` (tensors) of register ``half`` of a step."""
-    nbits = nbits_of(name)
-    if name == "int8":
-        vectors = min(4, dim // 16)
-        word = ((step * 2 + half) // vectors * 4 + c) * vectors + (step * 2 + half) % vectors
-        return 4 * word + e
-    if nbits == 4:
-        vectors = min(4, dim // 32)
-        word = (step // vectors * 4 + c) * vectors + step % vectors
-        return 8 * word + (4 * half + e if name != "int4" else 2 * e + half)
-    word = step // 2 * 4 + c if nbits == 3 else c * (dim // 64) + step // 2
-    return 16 * word + 8 * half + 2 * e + step % 2
 
 
 @gluon.constexpr_function
@@ -214,18 +197,6 @@ def value_constraints(name, levels):
 @gluon.constexpr_function
 def value_types(name):
     return (gl.int32,) * (2 if name in ("lloyd2", "lloyd3") else 1)
-
-
-@gluon.constexpr_function
-def value_channel(name, number, e, parity, word):
-    """Channel that an accumulator holds: of output ``number`` of the PTX, its element ``e``, bytes of a ``parity``."""
-    if name == "int8":
-        return 2 * word + parity
-    if name == "int4":
-        return 4 * word + 2 * parity + e
-    if name == "lloyd4":
-        return 4 * word + 2 * e + parity
-    return 8 * word + 4 * e + 2 * parity + number
 
 
 @gluon.constexpr_function

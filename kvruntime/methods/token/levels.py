@@ -20,8 +20,8 @@ SEED = 2504_19874
 
 
 LARGEST_STEP = {2: 127, 3: 127, 4: 63}
-"""A positive level is so many steps and a half at most: all levels of 2 and 3 bits are bytes and a half, those of 4 bits
-seven bits and a half, because a kernel joins two tables of them (:mod:`kvruntime.methods.token.fast_words`)."""
+"""A positive level is so many steps and a half at most: with its sign it fits a byte, of 4 bits seven bits, because a
+kernel joins two tables of them (:mod:`kvruntime.methods.token.fast_words`)."""
 
 
 def best_levels(dim: int, nbits: int) -> NDArray[np.float64]:

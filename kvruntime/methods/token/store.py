@@ -115,7 +115,7 @@ def half_of(x, NUMBER: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def nearest(unit, LEVELS: tl.constexpr):
-    """``(code, square)`` of coordinates in units of the root mean square, the level's square in quarters of a unit's."""
+    """``(code, square)`` of coordinates in units of the root mean square, squares of levels in quarters of a unit's."""
     size = tl.abs(unit)
     code = tl.where(unit < 0, len(LEVELS), 0)
     square = tl.full(unit.shape, square_of(LEVELS, 0), tl.int32)
