@@ -661,7 +661,7 @@ def plan(layout: Layout) -> Plan:
 
 
 def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None, starts: Tensor | None) -> bool:
-    """Whether :func:`attend` takes this call."""
+    """Whether :func:`attend_parts` takes this call."""
     scales, codes = (stored.key_scale, stored.value_scale), (stored.key_codes, stored.value_codes)
     return (
         query.is_cuda
