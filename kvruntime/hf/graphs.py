@@ -65,7 +65,7 @@ class Weights:
         self.ends = parameters[0].data_ptr(), parameters[-1].data_ptr()
         self.addresses = (*map(id, modules), *(tensor.data_ptr() for tensor in tensors))
         hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        counts = [(found, sum(map(own, found.values()))) for found in hooks]
+        counts = [(weakref.ref(found), sum(map(own, found.values()))) for found in hooks]  # which lead to the model
         self.hooks = [found for found, count in counts if not count]
         self.own = [(found, count) for found, count in counts if count]
         """Of the modules that have the cache's own hooks, how many of these."""
@@ -79,7 +79,7 @@ class Weights:
     @property
     def hooked(self) -> bool:
         """Whether a module has a hook that a graph would not run."""
-        if any(self.hooks) or any(len(found) != count for found, count in self.own):
+        if any(found() for found in self.hooks) or any(len(found() or ()) != count for found, count in self.own):
             return True
         return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 
@@ -257,6 +258,11 @@ def test_what_a_graph_would_not_see_is_looked_for(stepping):
     model.lm_head.weight.data = model.lm_head.weight.data.clone()
     assert seen.moved
     assert Weights(model, is_own).addresses != seen.addresses
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None  # what is seen of a model does not keep it
+    assert seen.moved
 
 
 def test_what_a_graph_holds_is_weighed_beside_the_cache(stepping):

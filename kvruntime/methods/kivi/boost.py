@@ -24,7 +24,6 @@ from kvruntime.methods.kivi.quantize import (
 )
 from kvruntime.methods.kivi.words import boosted_channels, chunks, value_param_offset
 
-
 INSIDE = tl.constexpr(reference.INSIDE)
 
 

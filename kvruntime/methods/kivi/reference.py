@@ -49,7 +49,7 @@ from kvsim.methods.packing import channel_chunks
 
 LIMIT = 32704.0
 INSIDE = 0.0
-"""Steps of a boosted channel's codes by which its outer levels lie inside of its extremes: all other values of the group
+"""Steps of a boosted channel's codes by which its outer levels lie inside of its extremes: a group's other values
 have a finer step.  A power of two, so that what kernels add of it is exact."""
 WEIGHING = 256
 """The prompt's last tokens whose queries say what key channels weigh."""
