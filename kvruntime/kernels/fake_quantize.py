@@ -9,10 +9,9 @@ CHANNEL, TOKEN = "channel", "token"
 """The axis along which a group lies in order of tokens: ``group_size`` tokens of a channel, or channels of a token."""
 
 
-def fake_quantize(x: Tensor, nbits: int, group_size: int, axis: str, inside: float = 0.0) -> Tensor:
+def fake_quantize(x: Tensor, nbits: int, group_size: int, axis: str) -> Tensor:
     """``x [..., tokens, channels]`` quantized and read back; float16 scale and minimum a group, as stored.
 
-    ``inside``: steps by which the outer levels lie inside of a group's extremes.
     Raises ``ValueError`` when the group does not divide the tokens (``channel``) or the channels (``token``).
     """
     dim = {CHANNEL: -2, TOKEN: -1}[axis]
@@ -22,7 +21,6 @@ def fake_quantize(x: Tensor, nbits: int, group_size: int, axis: str, inside: flo
         )
     groups = x.float().unflatten(dim, (-1, group_size))
     low, high = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
-    scale = ((high - low) / (2**nbits - 1 + 2 * inside)).half().float()
-    zero = (low + inside * scale).half().float()
+    scale, zero = ((high - low) / (2**nbits - 1)).half().float(), low.half().float()
     code = ((groups - zero) * torch.where(scale > 0, 1 / scale, 0.0)).clamp(0, 2**nbits - 1).round()
     return (code * scale + zero).reshape(x.shape).to(x.dtype)

@@ -9,7 +9,7 @@ from kvruntime.kernels.fake_quantize import CHANNEL, TOKEN, fake_quantize
 from kvruntime.methods.kivi import benched, paged, transients
 from kvruntime.methods.kivi.cache import KiviLayer
 from kvruntime.methods.kivi.claims import CLAIMS
-from kvruntime.methods.kivi.reference import INSIDE, STEPS
+from kvruntime.methods.kivi.reference import STEPS
 from kvruntime.methods.room import Room
 from kvsim.methods.kivi import SEQUENCE, Kivi, kivi_boost
 from kvsim.methods.packing import boosted_channels
@@ -41,8 +41,8 @@ def read_back(method: Kivi, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
             ahead = (span[..., None, :] > span[..., None]).sum(-1)  # of equals the lower channels come first
             ahead += (span[..., None, :] == span[..., None]).tril(-1).sum(-1)
             mask = (ahead < boosted_channels(x.shape[3]))[:, :, None]
-            longer = fake_quantize(old, nbits + method.boost_nbits, size, axis, INSIDE)
-            old = torch.where(mask, longer, fake_quantize(old, nbits, size, axis, INSIDE))
+            longer = fake_quantize(old, nbits + method.boost_nbits, size, axis)
+            old = torch.where(mask, longer, fake_quantize(old, nbits, size, axis))
         else:
             old = fake_quantize(old, nbits, size, axis)
         out.append(torch.cat([x[:, :, :sink].float(), old, x[:, :, packed:].float()], 2))

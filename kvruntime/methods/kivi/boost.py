@@ -24,8 +24,6 @@ from kvruntime.methods.kivi.quantize import (
 )
 from kvruntime.methods.kivi.words import boosted_channels, chunks, value_param_offset
 
-INSIDE = tl.constexpr(reference.INSIDE)
-
 
 @triton.constexpr_function
 def step_of(nbits):
@@ -73,11 +71,10 @@ def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new
 def boosted_params(low, high, has_nan, factor, NBITS: tl.constexpr):
     """``(float16 scale, zero, inverse of a long code's step, the highest long code)``."""
     top = factor * (1 << NBITS) - 1.0
-    scale = tl.div_rn(high - low, (top + 2 * INSIDE) / factor).to(tl.float16)
-    zero = (low + scale.to(tl.float32) * (INSIDE / factor)).to(tl.float16)
+    scale = tl.div_rn(high - low, top / factor).to(tl.float16)
     nan = tl.full(scale.shape, float("nan"), tl.float16)
     scale = tl.where(has_nan, nan, scale)
-    return scale, tl.where(has_nan, nan, zero), inverse_of(scale) * factor, top
+    return scale, tl.where(has_nan, nan, low.to(tl.float16)), inverse_of(scale) * factor, top
 
 
 @triton.jit

@@ -16,8 +16,7 @@ Boosted key channels: a row's key channels are packed in the order of ``key_orde
 the widest range in its first record times the weight that the prompt's queries give them.  Those have codes of
 ``boost_nbits`` more bits, whose lower bits lie in a plane of their own::
 
-    scale = float16((max x - min x) * 2**boost / (2**(nbits + boost) - 1 + 2 INSIDE))
-    zero = float16(min x + INSIDE * scale / 2**boost)
+    scale = float16((max x - min x) * 2**boost / (2**(nbits + boost) - 1))
     long code = clamp(round_half_even((x - zero) / scale * 2**boost), 0, 2**(nbits + boost) - 1)
 
 Rotated values: everything of the value side that is stored is rotated (:func:`rotated`), exact tokens too, and
@@ -48,9 +47,6 @@ from kvsim.methods.kivi import Record
 from kvsim.methods.packing import channel_chunks
 
 LIMIT = 32704.0
-INSIDE = 0.0
-"""Steps of a boosted channel's codes by which its outer levels lie inside of its extremes: a group's other values
-have a finer step.  A power of two, so that what kernels add of it is exact."""
 WEIGHING = 256
 """The prompt's last tokens whose queries say what key channels weigh."""
 TOP_WEIGHT = 31
@@ -174,8 +170,8 @@ def pack_boosted(key: Tensor, record: Record) -> tuple[Tensor, Tensor, Tensor, T
     top = factor * 2**record.key_nbits - 1
     low, high = (x.float().clamp(-LIMIT, LIMIT) for x in (key.amin(-2), key.amax(-2)))
     nan = low.isnan()
-    scale = ((high - low) / ((top + 2 * INSIDE) / factor)).half().masked_fill(nan, torch.nan)
-    zero = (low + scale.float() * (INSIDE / factor)).half().masked_fill(nan, torch.nan)
+    scale = ((high - low) / (top / factor)).half().masked_fill(nan, torch.nan)
+    zero = low.half().masked_fill(nan, torch.nan)
     inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0) * factor
     level = (key.float().clamp(-LIMIT, LIMIT) - zero.float().unsqueeze(-2)) * inverse.unsqueeze(-2)
     code = torch.where(level.isnan(), 0.0, level).clamp(0).minimum(top).round().int()
