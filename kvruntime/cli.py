@@ -15,7 +15,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, options
+from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, options, parse_length
 from kvsim import __version__
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.install import missing_hint
@@ -210,7 +210,11 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--lm-eval", multiple=True, help="A task of lm-evaluation-harness, gsm8k. Repeatable.")
 @click.option("--lm-eval-include", help="Folder with lm_eval tasks of your own.")
 @click.option(
-    "--length", type=int, multiple=True, help="Tokens of a task's prompts. Repeatable.  [default: 1k, 2k, 4k]"
+    "--length",
+    type=parse_length,
+    metavar="TOKENS",
+    multiple=True,
+    help="Tokens of a task's prompts, such as 2k. Repeatable.  [default: 1k, 2k, 4k]",
 )
 @click.option("--depths", type=int, default=5, show_default=True, help="Places of a needle, from start to end.")
 @click.option("--examples", type=int, help="Examples a part of a task, or of a file.  [default: the task's, or all]")

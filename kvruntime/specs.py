@@ -15,7 +15,7 @@ from kvsim.methods import METHODS
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS, EXAMPLE
 from kvsim.methods.full import Full
 from kvsim.nearest import hint
-from kvsim.specs import Value, choose_methods, names_within, parse_dtype, parse_value
+from kvsim.specs import Value, choose_methods, names_within, parse_dtype, parse_size, parse_value
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,6 +62,11 @@ method_options = options(
 )
 
 
+def parse_length(text: str) -> int:
+    """Tokens of a prompt: ``2048``, ``2k``.  Raises ``ValueError``."""
+    return parse_size(text, "length")
+
+
 def chosen_methods(
     specs: Sequence[str], dtype: str | None, given: dict[str, Any], *, baseline: bool = True
 ) -> list[Method]:
@@ -99,4 +104,4 @@ def chosen_method(specs: Sequence[str], dtype: str | None, given: dict[str, Any]
     return methods[0]
 
 
-__all__ = ["check_runs", "chosen_method", "chosen_methods", "method_options", "options"]
+__all__ = ["check_runs", "chosen_method", "chosen_methods", "method_options", "options", "parse_length"]

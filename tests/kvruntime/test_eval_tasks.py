@@ -329,6 +329,8 @@ def test_the_command_answers_tasks(tmp_path, capsys):
         (["--task", "gsm8k", "--task", "lambada", "--data", "x"], "data x: allowed is TASK=PATH of gsm8k, lambada"),
         (["--task", "needle", "--length", "256"], "length 256: allowed are 1 to 255, below the model's 256 positions"),
         (["--task", "needle", "--length", "20"], "length 20: allowed are"),
+        (["--task", "needle", "--length", "1k"], "length 1024: allowed are 1 to 255"),
+        (["--task", "needle", "--length", "x"], "length 'x': allowed are whole numbers"),
         (["--task", "needle", "--depths", "0"], "depths 0: allowed are 1 to"),
     ],
 )
