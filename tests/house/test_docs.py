@@ -4,7 +4,7 @@
 tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
 ``<!-- quality ... -->`` those of ``kvruntime eval``,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
-``<!-- planners -->`` the recorded head-to-head of planners.
+``<!-- planners -->`` the recorded head-to-head of planners, ``<!-- mutants -->`` the recorded score of the tests.
 ``python tests/house/test_docs.py`` writes all of them anew.
 """
 
@@ -26,12 +26,12 @@ DOCUMENTS = tuple(
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
         *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md", "docs/results.md", "docs/methods.md"),
         *("docs/transformers.md", "docs/size-a-deployment.md", "docs/halve-memory.md", "docs/compare-methods.md"),
-        "docs/first-hour.md",
+        *("docs/first-hour.md", "docs/reliability.md"),
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 )
 
 
@@ -64,6 +64,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.documents import speed_tables
 
         return speed_tables.block(arguments)
+    if kind == "mutants":
+        from validation.documents import mutants_table
+
+        return mutants_table.block()
     if kind == "extras":
         from validation.documents import extras_table
 

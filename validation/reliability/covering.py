@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +39,9 @@ def run_tests(folder: Path, tests: Sequence[str], seconds: float, plugins: Seque
 
     The child's output is in ``folder / "pytest.log"``.
     """
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does not use
+        child = os.fork()
     if not child:
         code = 70
         try:

@@ -226,13 +226,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             before = json.loads(given.out.read_text(encoding="utf-8"))["groups"][name] if given.again else None
             sample = random.Random(given.seed).sample(every, min(given.sample, len(every)))
             if before:
-                sample = [_again(row) for row in before["mutants"] if not row["found"]]
+                left = [(row, _again(row)) for row in before["mutants"] if not row["found"]]
+                sample, gone = [at for _, at in left if at], [row | {"gone": True} for row, at in left if not at]
             cover = None if given.test else _cover(name, folder, given.cover)
             asked = partial(_asked, cover, given.seconds) if cover is not None else lambda _: (given.test, 10 * SECONDS)
             rows = score(name, sample, folder, asked)
             first = sum(row["found"] for row in rows)
             if before:
-                rows, first = [*(row for row in before["mutants"] if row["found"]), *rows], before["found_at_first"]
+                rows = [*(row for row in before["mutants"] if row["found"]), *rows, *gone]
+                first = before["found_at_first"]
             row = {"possible": len(every), "seed": given.seed if not before else before["seed"]}
             kept(given.out, name, row | {"found_at_first": first, "mutants": rows})
             print(f"{name}: {sum(row['found'] for row in rows)} of {len(rows)} mutants found ({len(every)} possible)")
@@ -245,15 +247,13 @@ def _asked(cover: dict[str, Any], seconds: float, mutant: Mutant) -> tuple[list[
     return tests, 20 + SLOWER * sum(cover[test]["seconds"] for test in tests)
 
 
-def _again(row: Any) -> tuple[str, int]:
-    """A recorded mutant in its module as it is now: of those that read alike the nearest by number.  Raises
-    ``LookupError`` where there is none."""
+def _again(row: Any) -> tuple[str, int] | None:
+    """A recorded mutant in its module as it is now: of those that read alike the nearest by number; None where what it
+    changed is gone."""
     module, source = row["module"], (ROOT / row["module"]).read_text(encoding="utf-8")
     alike = [at for at, (_, node, _) in enumerate(_places(ast.parse(source))) if ast.unparse(node) == row["before"]]
     alike = [at for at in alike if mutant(module, source, at).after == row["after"]]
-    if not alike:
-        raise LookupError(f"{module} has no {row['before']!r} any more: run a new sample")
-    return module, min(alike, key=lambda at: abs(at - row["number"]))
+    return (module, min(alike, key=lambda at: abs(at - row["number"]))) if alike else None
 
 
 def _cover(name: str, folder: Path, path: Path | None) -> dict[str, Any]:
