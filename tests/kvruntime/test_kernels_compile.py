@@ -45,6 +45,7 @@ def test_all_compile_without_spills() -> None:
         *("linear", "dense", "stream", "add_norm", "rms_norm", "rotate", "silu_product", "choose"),
         *("pack_pool", "store_pool", "attend_pool", "advance_pool", "attend_full_pool", "append_full_pool"),
         *("append_token", "step_token", "attend_token", "rotate_token", "append_token_pool", "attend_token_pool"),
+        *("attend_token_whole", "append_token_whole"),
         *("pages", "pages_single", "gather", "store_slots"),
         *("attend_scores", "attend_full_scores", "prompt", "prompt_masked"),
     }

@@ -34,6 +34,8 @@ from kvruntime.methods.full import decode
 from kvruntime.methods.kivi import append, attention, paged_kernels, step, words
 from kvruntime.methods.kivi import pack as quantize
 from kvruntime.methods.token import attention as token
+from kvruntime.methods.token import fast as token_fast
+from kvruntime.methods.token import fast_store as token_fast_store
 from kvruntime.methods.token import store as token_store
 from kvruntime.methods.token.reference import Layout
 from kvruntime.methods.token.words import layout_constants
@@ -106,6 +108,8 @@ CODED = {  # coding of keys and of values, head dimension, type of scales
     "e4m3 e5m2": ("e4m3", "e5m2", 64, "fp32"),
     "lloyd4": ("lloyd4", "lloyd4", 128, "fp16"),
     "lloyd3": ("lloyd3", "lloyd3", 128, "fp16"),
+    "lloyd2": ("lloyd2", "lloyd2", 128, "fp16"),
+    "int4": ("int4", "int4", 128, "fp32"),
     "lloyd2 lloyd3 d64": ("lloyd2", "lloyd3", 64, "fp16"),
     "lloyd2.5 lloyd3.5": ("lloyd2.5", "lloyd3.5", 128, "fp16"),
     "lloyd4 d256": ("lloyd4", "lloyd4", 256, "fp16"),
@@ -594,6 +598,33 @@ def append_token_pool(name: str, sm: int) -> dict[str, int]:
     return append_token(name, sm, pool=True)
 
 
+def attend_token_whole(name: str, sm: int) -> dict[str, int]:
+    """In whole numbers."""
+    key, value, dim, scale = CODED[name]
+    layout = Layout(key, value, dim, dim)
+    own = token_fast.plan(layout)
+    types = arguments(
+        token_fast.attend_kernel, "fp16", key_scale_ptr=f"*{scale}", value_scale_ptr=f"*{scale}", partial_ptr="*fp32",
+        lse_ptr="*fp32", scale_log2="fp32",
+    )  # fmt: skip
+    constants = token_fast.constants(layout) | {
+        "NUM_HEADS": 8, "Q_PER_KV": 4, "TILE": own.tile, "STAGES": own.stages, "EARLY": sm >= 90, "MORE": 1,
+    }  # fmt: skip
+    return resources(token_fast.attend_kernel, types, constants, sm, 1, maxnreg=own.registers)
+
+
+def append_token_whole(name: str, sm: int) -> dict[str, int]:
+    """Lloyd-Max codes of many tokens, in registers."""
+    key, value, dim, scale = CODED[name]
+    types = arguments(
+        token_fast_store.append_kernel, "bf16", key_scale_ptr=f"*{scale}", value_scale_ptr=f"*{scale}"
+    )  # fmt: skip
+    constants = token_fast_store.constants(Layout(key, value, dim, dim))
+    constants |= {"NUM_HEADS": 8, "CORRECTED": True, "G": token_fast_store.GROUPS}
+    types.pop("counts_ptr")
+    return resources(token_fast_store.append_kernel, types, constants, sm, 1, enable_fp_fusion=False)
+
+
 def rotate_token(name: str, sm: int) -> dict[str, int]:
     dim = CODED[name][2]
     constants = {"DIM": dim, "SIZE": dim & -dim, "N": token.ROTATED_ROWS, "EARLY": sm >= 90}
@@ -635,6 +666,8 @@ ENGINE = {
     append_token: CODED,
     step_token: CODED,
     attend_token: CODED,
+    attend_token_whole: {name: CODED[name] for name in ("int8", "int4", "lloyd4", "lloyd3", "lloyd2")},
+    append_token_whole: {name: CODED[name] for name in ("lloyd4", "lloyd3", "lloyd2")},
     rotate_token: {name: CODED[name] for name in ("lloyd4", "lloyd4 d256")},
     append_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},
     attend_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},

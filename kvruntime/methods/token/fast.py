@@ -41,6 +41,7 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # Triton 3.9
 MAGIC = gl.constexpr(12582912.0)
 MAGIC_BITS = gl.constexpr(0x4B400000)
+NAN_LSE = gl.constexpr(1.0e20)
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 WEIGHT = gl.constexpr(65535.0)
@@ -249,6 +250,15 @@ def key_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.constex
 
 
 @gluon.jit
+def third_planes(words, second, tables, CODING: gl.constexpr, LEVELS: gl.constexpr, PLACE: gl.constexpr):
+    """Of eight words of two bits a code and the words of third bits: registers for each parity of the codes."""
+    return gl.inline_asm_elementwise(
+        value_asm(CODING, LEVELS, PLACE), value_constraints(CODING, LEVELS), (words, second) + spread(tables, second),
+        dtype=value_types(CODING), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
 def value_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
     """Registers of 16 values: a tuple, for each output of the PTX, its element and ``(rr, hi)``, of
     ``[words / 16, 8, 4]``."""
@@ -261,17 +271,12 @@ def value_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.const
     if CODING == "lloyd3":
         EIGHT: gl.constexpr = value_layout(8, 16)
         second = stages[1].index(stage).slice(16 * m, 16).permute([1, 0]).load(EIGHT)
-        halves_of = gl.split(words.reshape([2, 8, 16]).permute([1, 2, 0]))
-        first = ()
-        for rr in gl.static_range(2):
-            first = first + (gl.inline_asm_elementwise(
-                value_asm(CODING, LEVELS, rr), value_constraints(CODING, LEVELS),
-                (gl.convert_layout(halves_of[rr], EIGHT, assert_trivial=True), second) + spread(tables, second),
-                dtype=value_types(CODING), is_pure=True, pack=2,
-            ),)  # fmt: skip
+        low, high = gl.split(words.reshape([2, 8, 16]).permute([1, 2, 0]))
+        lower = third_planes(gl.convert_layout(low, EIGHT, assert_trivial=True), second, tables, CODING, LEVELS, 0)
+        upper = third_planes(gl.convert_layout(high, EIGHT, assert_trivial=True), second, tables, CODING, LEVELS, 1)
         found = ()
         for number in gl.static_range(2):
-            found = found + (gl.join(first[0][number], first[1][number]).permute([2, 0, 1]).reshape([WORDS, 16]),)
+            found = found + (gl.join(lower[number], upper[number]).permute([2, 0, 1]).reshape([WORDS, 16]),)
     elif len(value_types(CODING)) == 1:
         found = (gl.inline_asm_elementwise(
             value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words),
@@ -283,8 +288,7 @@ def value_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.const
             dtype=value_types(CODING), is_pure=True, pack=2,
         )  # fmt: skip
     for number in gl.static_range(len(found)):
-        x = found[number].reshape([OT, 2, 8, 2, 4, 2]).permute([0, 2, 4, 5, 1, 3]).reshape([OT, 8, 4, 8])
-        pieces = divided(x)
+        pieces = divided(found[number].reshape([OT, 2, 8, 2, 4, 2]).permute([0, 2, 4, 5, 1, 3]).reshape([OT, 8, 4, 8]))
         for i in gl.static_range(8):
             out = out + (gl.convert_layout(pieces[i], LO, assert_trivial=True),)
     return out
@@ -420,11 +424,10 @@ def attend_kernel(
     upper = (center * (1.0 / 256.0) + MAGIC) - MAGIC
     center = gl.where(gl.arange(0, 8, layout=ROWS) < 4, upper, center - upper * 256.0)
     center = (MAGIC - center).to(gl.int32, bitcast=True).reshape([4, 2])
-    halves_of = gl.split(gl.convert_layout(center, gl.SliceLayout(0, gl.SliceLayout(1, LS2))))
-    start = ()
-    for i in gl.static_range(2):
-        begun = gl.convert_layout(halves_of[i], gl.SliceLayout(0, WARP), assert_trivial=True)
-        start = start + (gl.broadcast(begun[None, :], gl.zeros([8, 4], gl.int32, WARP))[0],)
+    even_start, odd_start = gl.split(gl.convert_layout(center, gl.SliceLayout(0, gl.SliceLayout(1, LS2))))
+    nothing = gl.zeros([8, 4], gl.int32, WARP)
+    even_start = nothing + gl.convert_layout(even_start, gl.SliceLayout(0, WARP), assert_trivial=True)[None, :]
+    odd_start = nothing + gl.convert_layout(odd_start, gl.SliceLayout(0, WARP), assert_trivial=True)[None, :]
     sums_at = gl.convert_layout(sums.reshape([4, 2]), COLUMN)
     lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, LS)))))[
         None, None, :, None, None
@@ -477,7 +480,7 @@ def attend_kernel(
         sums_of = ()
         for m in gl.static_range(M):
             rows = key_operands(keys, stage, m, key_tables, KEY_CODING, DIM, KEY_LEVELS)
-            d = (start[0], start[1], start[0], start[1])
+            d = (even_start, odd_start, even_start, odd_start)
             for i in gl.static_range(STEPS):
                 a = (rows[2 * i], rows[2 * STEPS + 2 * i], rows[2 * i + 1], rows[2 * STEPS + 2 * i + 1])
                 d = mma(a, (operand[2 * i], operand[2 * i + 1]), d, False)
@@ -537,7 +540,7 @@ def attend_kernel(
                 for element in gl.static_range(ELEMENTS):
                     a = four_of(columns, (number * 2 + element) * 4)
                     for parity in gl.static_range(2):
-                        old = products[(number * ELEMENTS + element) * 2 + parity]
+                        old: gl.tuple = products[(number * ELEMENTS + element) * 2 + parity]
                         new_products = new_products + (mma(a, b_odd if parity == 1 else b_even, old, True),)
             products = new_products
         # two bits fewer, so that its product with MAGIC is exact
@@ -599,6 +602,7 @@ def attend_kernel(
         + gl.arange(0, 2, layout=gl.SliceLayout(0, CE))[None, :]
     )
     lse = gl.where(saw, peak + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
+    lse = gl.where(total == total, lse, NAN_LSE)  # a part that is not a number hides all others
     gl.store(lse_ptr + (slot + member) * num_splits + split, lse, mask=member < Q_PER_KV)
 
 

@@ -98,6 +98,15 @@ def apart(x, BIT: gl.constexpr):
 
 
 @gluon.jit
+def across(x, sign, BIT: gl.constexpr):
+    """``x * sign``, which is exact, and the number of the lane that differs in a bit: their sum or difference."""
+    ASM: gl.constexpr = "{ .reg .b32 t; shfl.sync.bfly.b32 t, $1, 1, 31, -1; fma.rn.f32 $0, $1, $2, t; }"
+    OTHER: gl.constexpr = "{ .reg .b32 t; shfl.sync.bfly.b32 t, $1, 2, 31, -1; fma.rn.f32 $0, $1, $2, t; }"
+    return gl.inline_asm_elementwise(ASM if BIT == 1 else OTHER, "=f,f,f", [x, gl.broadcast(sign, x)[0]],
+                                     dtype=gl.float32, is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def squared(x):
     """Rounded before it is added."""
     return gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
@@ -185,8 +194,8 @@ def lloyd_stream(x_ptr, codes_ptr, scale_ptr, signs_ptr, t, kept, stride_t, code
         y = sums_and_differences(y, 7 - i)
     y = gl.convert_layout(y.reshape([G, 8, 4, 32]), ALL, assert_trivial=True)
     c = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, ALL))))[None, None, :, None]
-    y = gl.fma(y, gl.broadcast(gl.where((c & 1) == 0, 1.0, -1.0), y)[0], apart(y, 1))
-    y = gl.fma(y, gl.broadcast(gl.where((c & 2) == 0, 1.0, -1.0), y)[0], apart(y, 2))
+    y = across(y, gl.where((c & 1) == 0, 1.0, -1.0), 1)
+    y = across(y, gl.where((c & 2) == 0, 1.0, -1.0), 2)
     y = y * 128.0**-0.5
     # ---- the root mean square: neighbours are added until one is left
     s = squared(y).reshape([G, 8, 4, 2, 2, 2, 2, 2])
