@@ -14,7 +14,9 @@ from runtime_tiny import tiny_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from kvruntime import get_prefix, make_cache, open_prefixes, paged, put_prefix  # noqa: E402
+from kvruntime.hf import prefixes  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
+from kvruntime.methods import room_of  # noqa: E402
 from kvruntime.prefix_store import PrefixStore, from_pages, read, to_pages  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Evict, Full, Kivi  # noqa: E402
@@ -105,6 +107,19 @@ def test_a_prefix_in_pages(name, tmp_path):
     assert torch.equal(*outs)
     outs = [step(one, reference, one.batch([len(tokens) + 3, 0, 0], (40, 0, 0)), 19) for one in (first, second)]
     assert torch.equal(*outs)
+
+
+def test_a_prefix_goes_where_its_layer_lies(model, tmp_path, monkeypatch):
+    """The store's tensors are the host's, a layer's on its own device."""
+    prompt, store, seen = ids(60), open_prefixes(tmp_path, model, SHORT), []
+    cache = make_cache(model, SHORT)
+    logits(model, cache, [prompt[:50]])
+    put_prefix(store, cache, prompt[:50])
+    monkeypatch.setattr(prefixes, "devices", lambda model, count: [torch.device("meta")] * count)
+    monkeypatch.setattr(room_of(SHORT).paged, "write_rows", lambda layer, *held: seen.append((layer.device, held)))
+    get_prefix(store, model, prompt)
+    assert len(seen) == 2
+    assert all(x.device == device == torch.device("meta") for device, held in seen for x in held)
 
 
 def test_files_that_are_not_read(model, tmp_path):
