@@ -185,3 +185,24 @@ def test_numbers_at_the_edges() -> None:
     assert got_value[1, 11].isnan().all()
     assert got_value[1, 12].isfinite().all()
     assert got_value[1, 12].abs().max() <= 8 * reference.LIMIT
+
+
+def test_a_range_below_the_least_scale_has_code_zero() -> None:
+    """Of a scale that float16 rounds to nothing there is no inverse: what it reads is its zero, whatever the code."""
+    record = Kivi(nbits=2, boost_nbits=2, rotate_values=True, group_size=64).record(LayerShape(1, 64, 64))
+    key = torch.zeros(1, 64, 64)
+    key[:, ::2] = 1e-8
+    codes, low, scale, zero = reference.pack_boosted(key, record)
+    assert not codes.any()
+    assert not low.any()
+    assert not scale.any()
+    assert not zero.any()
+
+
+@pytest.mark.parametrize(
+    ("channel", "width", "group", "whole"),
+    [(0, 64, 32, True), (32, 64, 32, True), (0, 64, 48, False), (0, 32, 64, False), (16, 64, 32, False)],
+)
+def test_a_chunk_of_whole_value_groups(channel: int, width: int, group: int, whole: bool) -> None:
+    words = pytest.importorskip("kvruntime.methods.kivi.words", reason="Triton is not installed")
+    assert words.whole_groups(channel, width, group) is whole

@@ -47,6 +47,25 @@ def test_kernels_agree_with_the_reference(name: str) -> None:
         assert (wanted.pages.records != -7).any()
 
 
+@pytest.mark.parametrize("name", ["2-bit g32", "fp16"])
+def test_what_pages_held_before_does_not_matter(name: str) -> None:
+    """An engine hands pages on as they are: another request's NaN, in exact tokens and in scales, reaches no answer."""
+    for run in modules(engine(name).method):
+        outs = []
+        for is_dirty in (False, True):
+            one, before = engine(name), [0] * ROWS
+            if is_dirty:
+                for pool in one.pages:
+                    if pool is not None:
+                        pool.fill_(float("nan") if pool.dtype.is_floating_point else -1)
+            for turn, counts in enumerate(STEPS[:2]):
+                batch = one.batch(before, counts)
+                outs.append(step(one, run, batch, 10 * turn))
+                before = batch.lengths.tolist()
+        assert all(torch.equal(x, y) for x, y in zip(outs[:2], outs[2:], strict=True))
+        assert all(x.isfinite().all() for x in outs)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_as_a_layer_that_keeps_its_books(name: str) -> None:
     """Row by row the outputs of the layer under transformers, given the same chunks, and the same packed tokens."""

@@ -16,6 +16,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "edge + more",
         "edge - more",
     ): "`more` is -1, 0 and 1",
+    (
+        "kvruntime/methods/token/levels.py",
+        "POINTS + 1",
+        "POINTS - 1",
+    ): "the levels are the same to the last step on a grid of 65,535 points",
+    (
+        "kvruntime/methods/token/levels.py",
+        "found - levels",
+        "found + levels",
+    ): "the iteration ends after 2,000 turns, at the same levels",
 }
 """``(module, before, after)`` -> why nobody can tell them apart."""
 ON_GPU: dict[tuple[str, str, str], str] = {
