@@ -185,3 +185,12 @@ def test_the_command(tmp_path, capsys):
     assert "harder than decoding" in shown
     assert run([*words, "--nbits", "2", "--bound", "0"]) == 2
     assert "bound 0: allowed are numbers above 0" in capsys.readouterr().err
+    broken = planted()
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    broken.save_pretrained(tmp_path)
+    for form in ([], ["--json"]):
+        assert run([*words, "--nbits", "2", *form]) == 2
+        shown = capsys.readouterr()
+        assert "is nan: the weights, or what was computed with them, overflowed" in shown.err
+        assert not shown.out

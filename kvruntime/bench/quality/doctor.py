@@ -13,7 +13,7 @@ from kvruntime.checkpoints.load import LoadedModel, pick_device
 from kvruntime.eval.bits import packed_bits
 from kvruntime.eval.sensitivity import LayerFinding, Proposal, Study
 from kvruntime.eval.text import load_text, token_windows
-from kvsim.finite_json import json_text
+from kvsim.finite_json import json_text, not_finite
 from kvsim.layout import Method
 from kvsim.output.tables import plain
 
@@ -45,8 +45,11 @@ def doctor(methods: list[Method], **given: Any) -> int:
     uniform = study.uniform()
     proposal = study.propose(findings, uniform, given["bound"])
     seconds = perf_counter() - start
+    whole = as_json(loaded, study, findings, uniform, proposal, given["bound"])
+    if (wrong := not_finite(whole)) is not None:
+        raise ValueError(f"{wrong}: the weights, or what was computed with them, overflowed")
     if given["as_json"]:
-        print(json_text(as_json(loaded, study, findings, uniform, proposal, given["bound"]), indent=1))
+        print(json_text(whole, indent=1))
     else:
         print(report(loaded, study, findings, uniform, proposal, given["bound"], seconds))
     return 0
