@@ -270,6 +270,8 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     head, body = pages.verdict_table(judged)
     click.echo(plain([head[0], *head[2:]], [[line[0], *line[2:]] for line in body if line[2] != "0"]))
     click.echo(pages.summary(judged))
+    if runs := reliability_rows(files):
+        click.echo(pages.kept(runs))
     return 1 if failures(found.points) else 0
 
 

@@ -317,6 +317,10 @@ def too_many(
     )
 
 
+ROUNDING = 16 << 20
+"""Bytes of a card that no tensor gets, though they are free: blocks are whole, and in one piece."""
+
+
 def free_nbytes(device: torch.device) -> int:
     """Bytes that the device has free and those that PyTorch's allocator holds unused; 0 where nobody says."""
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
@@ -326,7 +330,8 @@ def free_nbytes(device: torch.device) -> int:
     reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     share = torch.cuda.get_per_process_memory_fraction(device)
-    return max(0, min(free, int(share * total) - reserved)) + reserved - allocated
+    there = max(0, min(free, int(share * total) - reserved)) + reserved - allocated
+    return max(0, there - ROUNDING)
 
 
 def grown(old: Tensor | None, buffer: Buffer, device: torch.device) -> Tensor:

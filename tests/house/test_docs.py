@@ -26,12 +26,13 @@ DOCUMENTS = tuple(
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
         *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md", "docs/results.md", "docs/methods.md"),
         *("docs/transformers.md", "docs/size-a-deployment.md", "docs/halve-memory.md", "docs/compare-methods.md"),
-        *("docs/first-hour.md", "docs/reliability.md"),
+        *("docs/first-hour.md", "docs/reliability.md", "docs/validation.md"),
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants)(.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability)(.*?) -->\n)(.*?)(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -68,6 +69,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.documents import mutants_table
 
         return mutants_table.block()
+    if kind == "reliability":
+        from validation.documents import reliability_table
+
+        return reliability_table.table()
     if kind == "extras":
         from validation.documents import extras_table
 

@@ -145,6 +145,20 @@ def test_the_coverage_counts_every_timed_point_once(found) -> None:
     assert any("4 of 128" in each for each in heads)
 
 
+def test_runs_that_failed_are_said() -> None:
+    rows = [{"run": "a", "device": "card", "holds": held} for held in (True, False, False)]
+    assert pages.kept(rows) == "2 of 3 reliability runs FAIL as recorded: a (card)."
+    assert pages.kept(rows[:1]) == "All 1 reliability runs hold as recorded."
+
+
+def test_memory_by_phase_of_a_card_is_predicted_anew(found) -> None:
+    """Every figure of the H200's run: what is held, and the most, of four layouts in six phases and of loading."""
+    own = [point for point in found.points if point.claim == "memory by phase"]
+    assert len(own) >= 50
+    assert {point.factors["phase"] for point in own} >= {"load", "chunked prefill", "decode", "reuse", "beams", "growth"}
+    assert len({point.factors["method"] for point in own} - {""}) == 4
+
+
 def test_claims_have_one_name_each() -> None:
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
 

@@ -18,15 +18,17 @@ from kvsim.memory.sharding import Deployment
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from validation.claims.subjects import rebuild_method
-from validation.claims.transients import transient
+from validation.claims.transients import of, prefill, transient
 
 Figure = dict[str, Any]
 
-RESERVE = 0.02
+RESERVE, FIRST_RESERVE = 0.03, 0.02
 """Share of a card's memory that is held back for activations, graphs and the driver where the largest batch is asked
-for: ``--reserve``."""
+for: ``--reserve``; and in records that do not say."""
 QUEUE = 64 << 20
 """Bytes of keys and values that are stored as soon as so many wait: a pin."""
+CHUNKS = 4
+"""Pieces in which a prompt is read: a pin."""
 GROW = 256
 """Tokens a row by which a cache grows: a pin."""
 
@@ -35,8 +37,9 @@ def predicted(figure: Figure, model: Model | None = None) -> float:
     """Bytes.  Raises ``ValueError`` for an unknown phase."""
     model = model or load_model(figure["model"])
     size = weights(figure, model)
-    if figure["phase"] == "load":
-        return size
+    if figure["phase"] == "load":  # a head is made before it is tied to the embedding
+        tied = model.weights is not None and not model.weights.head and figure["what"] == "peak"
+        return size + tied * model.weights.embedding * DTYPE_BITS[figure["dtype"]] / 8  # type: ignore[union-attr]
     method = rebuild_method(figure["method"])
     layers = [stored_shape(method, layer) for layer in model.cache_layers]
     size += held(method, layers, figure["batch_size"], figure["provided"])
@@ -68,7 +71,9 @@ def beside(figure: Figure, model: Model, method: Method, layer: LayerShape) -> i
     """Bytes of the tensors that are there only at the worst moment of the phase."""
     phase, batch_size, provided = figure["phase"], figure["batch_size"], figure["provided"]
     if phase in ("prefill", "reuse", "chunked prefill"):
-        return sum(transient(figure | {"phase": "prefill"}, model, method, layer)) + queued(figure, model, layer)
+        first = sum(transient(figure | {"phase": "prefill"}, model, method, layer)) + queued(figure, model, layer)
+        later = chunked(figure, model, method, layer) if phase == "chunked prefill" else 0
+        return max(first, later)
     step = sum(transient(figure | {"phase": "decode"}, model, method, layer))
     if phase == "decode":
         return step
@@ -79,6 +84,17 @@ def beside(figure: Figure, model: Model, method: Method, layer: LayerShape) -> i
     if phase == "beams":  # each tensor's rows are picked into a new one
         return max(step, max(buffer.nbytes for buffer in method.buffers(layer, batch_size, provided)))
     raise ValueError(f"phase {phase!r}: allowed are load, prefill, chunked prefill, decode, beams, growth and reuse")
+
+
+def chunked(figure: Figure, model: Model, method: Method, layer: LayerShape) -> int:
+    """Bytes of the last chunk's attention over what is stored, beside what storing it takes; 0 of a method whose
+    kernels attend without tensors of their own."""
+    chunk = getattr(of(method), "chunk", None)
+    if chunk is None or figure["device"] == "cpu":
+        return 0
+    stored = (CHUNKS - 1) * figure["prompt_tokens"]
+    storing = prefill(figure, model, method, layer)[1]
+    return sum(storing) + sum(chunk(figure, model, layer, stored))
 
 
 def resident_nbytes(figure: Figure) -> int:
@@ -99,11 +115,11 @@ def queued(figure: Figure, model: Model, layer: LayerShape) -> int:
     return int(waiting * (3 * model.hidden_size * tokens if fused else each))
 
 
-def planned(model: Model, card: str, method: Method, num_tokens: int) -> int:
+def planned(model: Model, card: str, method: Method, num_tokens: int, reserve: float = RESERVE) -> int:
     """Rows of ``num_tokens`` tokens that ``kvsim plan --engine kvruntime --reserve`` says fit beside the weights.
 
     Raises ``LookupError`` for a card that kvsim does not know.
     """
-    there = room(model, find_hardware(card), reserve=RESERVE).cache_nbytes
+    there = room(model, find_hardware(card), reserve=reserve).cache_nbytes
     engine = make_engine("kvruntime", max_seq_len=num_tokens)
     return largest_batch(Deployment(model, method, engine), num_tokens, there) or 0

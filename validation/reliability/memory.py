@@ -15,7 +15,7 @@ from kvsim.layout import Method, nbytes
 from kvsim.memory.capacity import max_batch
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.models.load import load_config, load_model
-from validation.claims.phases import planned
+from validation.claims.phases import RESERVE, planned
 from validation.claims.subjects import describe_method
 from validation.reliability import subjects
 from validation.reliability.findings import Broken, Findings, each
@@ -50,7 +50,14 @@ def _fits(model: Any, method: Method, device: torch.device) -> Findings:
     _free()
     if _steps(model, method, more):
         raise Broken(f"{batch} rows fit by prediction, and {more} fit too")
-    figure = {"model": NAME, "method": describe_method(method), "num_tokens": LONG, "rows": batch, "refused": more}
+    figure = {
+        "model": NAME,
+        "method": describe_method(method),
+        "num_tokens": LONG,
+        "rows": batch,
+        "refused": more,
+        "reserve": RESERVE,
+    }
     told = f"{batch:,} rows of {LONG:,} tokens fit and step ({predicted:,} B), {more:,} do not"
     return Findings(told, [figure])
 

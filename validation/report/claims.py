@@ -49,7 +49,7 @@ CLAIMS = (
         of="blocks",
         keep=lambda point: point.measured < SMALL,
     ),
-    Claim("memory by phase", "What the allocator holds, and at the most, by phase", "B", (0.005, 0.01)),
+    Claim("memory by phase", "What the allocator holds, and at the most, by phase", "B", (0.001, 0.005)),
     Claim("resident memory", "What a filled cache adds to the process on a CPU", "B", (0.03, 0.08)),
     Claim("largest batch", "The largest batch that fits a card", "rows", (0.0, 0.0)),
     Claim("attention", "Decode attention of one layer, this project's kernels", "s", (0.06, 0.25)),

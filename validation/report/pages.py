@@ -73,7 +73,7 @@ def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[d
     out.append(Section("What the recorded times cover", [], coverage.axes(found.points)))
     out.append(Section("What was not covered", [], coverage.gaps(found)))
     if runs:
-        out.append(Section("Reliability", [], reliability_table(runs)))
+        out.append(Section("Reliability", [kept(runs)], reliability_table(runs)))
     return out
 
 
@@ -84,6 +84,15 @@ def summary(judged: Sequence[Verdict]) -> str:
     if failed:
         return f"{len(failed)} of {len(judged)} claims FAIL over {count:,} recorded figures: {', '.join(failed)}."
     return f"All {len(judged)} claims hold over {count:,} recorded figures, by today's predictions."
+
+
+def kept(runs: Sequence[dict[str, Any]]) -> str:
+    """One sentence over the recorded runs of reliability: how many promises were kept, and which were not."""
+    broken = dict.fromkeys(f"{row['run']} ({row['device']})" for row in runs if not row["holds"])
+    count = sum(not row["holds"] for row in runs)
+    if broken:
+        return f"{count} of {len(runs)} reliability runs FAIL as recorded: {', '.join(broken)}."
+    return f"All {len(runs)} reliability runs hold as recorded."
 
 
 def verdict_table(judged: Sequence[Verdict]) -> Table:

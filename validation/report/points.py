@@ -198,7 +198,8 @@ def _planned(figure: Row, device: str, source: str) -> Point:
         "size": f"{figure['rows']} x {figure['num_tokens']:,}",
         "card": device,
     }
-    batch = phases.planned(_model(figure["model"]), device, method, figure["num_tokens"])
+    reserve = figure.get("reserve", phases.FIRST_RESERVE)
+    batch = phases.planned(_model(figure["model"]), device, method, figure["num_tokens"], reserve)
     return Point("largest batch", float(batch), float(figure["rows"]), factors, source)
 
 

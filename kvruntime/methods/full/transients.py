@@ -33,3 +33,13 @@ def attend(row: dict[str, Any], model: Model, method: Full, shape: LayerShape) -
     channels = row["batch_size"] * shape.num_kv_heads * (shape.key_dim + shape.value_dim)
     scores = row["batch_size"] * model.num_q_heads * block * 4
     return [out * element] if stored == element else [channels // 2 * block * 4, scores, scores, scores]
+
+
+def chunk(row: dict[str, Any], model: Model, shape: LayerShape, stored: int) -> list[int]:
+    """``row["prompt_tokens"]`` queries a row over ``stored`` tokens and their own: blockwise in float32, of a block the
+    scores, those less the largest, and their exponentials; queries, results and a block's values."""
+    queries = row["batch_size"] * model.num_q_heads * row["prompt_tokens"]
+    block = min(stored, BLOCK)
+    scores = queries * block * 4
+    values = row["batch_size"] * shape.num_kv_heads * block * shape.value_dim * 4
+    return [scores, scores, scores, queries * shape.key_dim * 4, queries * shape.value_dim * 4, values]
