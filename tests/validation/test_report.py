@@ -155,7 +155,8 @@ def test_memory_by_phase_of_a_card_is_predicted_anew(found) -> None:
     """Every figure of the H200's run: what is held, and the most, of four layouts in six phases and of loading."""
     own = [point for point in found.points if point.claim == "memory by phase"]
     assert len(own) >= 50
-    assert {point.factors["phase"] for point in own} >= {"load", "chunked prefill", "decode", "reuse", "beams", "growth"}
+    phases = {point.factors["phase"] for point in own}
+    assert phases == {"load", "prefill", "chunked prefill", "decode", "reuse", "beams", "growth"}
     assert len({point.factors["method"] for point in own} - {""}) == 4
 
 
