@@ -27,7 +27,7 @@ HELD, FEW = 0.03, 0.3
 """How much a constant is held to its start, against a step that is mispredicted; the same where there are hardly more
 steps than constants, and the start is what other records gave."""
 ROUNDS = 30
-WIDE = {"layer": "wide", "row": "row"}
+WIDE = {"layer": "wide", "channel": "channel"}
 FEWEST = 4
 """Steps below which nothing is fitted."""
 
@@ -115,8 +115,8 @@ def guess_of(runtime: str, card: Part) -> Part:
 def variables(runtime: str, start: Part, steps: Sequence[Step]) -> tuple[list[str], np.ndarray]:
     """Names of what is fitted, and where each starts."""
     if runtime == GENERATE:
-        wide = start.wide["layer_seconds"], start.wide["row_seconds"]
-        return ["layer", "step", "wide", "row"], np.array([start.layer_seconds, start.step_seconds, *wide])
+        wide = start.wide["layer_seconds"], start.wide["channel_seconds"]
+        return ["layer", "step", "wide", "channel"], np.array([start.layer_seconds, start.step_seconds, *wide])
     if runtime == NEW:
         return ["step"], np.array([min(step.seconds for step in steps) / 2])
     if runtime != ENGINE:  # two constants, of which a card's first guess says nothing

@@ -31,7 +31,8 @@ class Constants:
     ``engine_copies``: by engine, what of the cache a step copies before attention reads it: ``cache``, all of it once
     (a cache that grows by concatenation), or ``heads``, once for every query head where these share keys and values;
     ``engine_wide``: by engine, above how many ``rows`` a step takes ``layer_seconds`` a layer more, and
-    ``row_seconds`` a layer and row; ``host_launched``: engines whose layers' seconds are the host's launches, behind
+    ``row_seconds`` a layer and row, ``channel_seconds`` a layer, row and channel of the hidden state;
+    ``host_launched``: engines whose layers' seconds are the host's launches, behind
     which the card's work hides; ``overlapped``: by engine, own efficiencies where arithmetic hides behind the weight
     stream, and ``weight_ops``, a lane's operations for a weight, where products multiply without matrix units.
     ``quantize_seconds``: more a layer whose cache is quantized, by width or engine and width as ``kernels``.

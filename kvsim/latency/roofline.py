@@ -284,7 +284,8 @@ class Roofline:
         more = self.fixed.engine_wide.get(self.engine)
         if more is None:
             return 0.0
-        each = more["layer_seconds"] + more.get("row_seconds", 0.0) * batch_size
+        a_row = more.get("row_seconds", 0.0) + more.get("channel_seconds", 0.0) * self.model.hidden_size
+        each = more["layer_seconds"] + a_row * batch_size
         return (batch_size > more["rows"]) * (each * self.model.num_blocks)  # of a bool, or an array
 
     def overhead(self, method: Method) -> float:

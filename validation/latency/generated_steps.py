@@ -19,18 +19,18 @@ from kvsim.models.load import load_model
 from validation.latency.engine_steps import RESULTS, RecordedStep, of
 from validation.latency.ways import COMPILED, GENERATE, NEW, SEEN, STATIC, ways
 
-WIDE = {"layer_seconds": "wide", "row_seconds": "row"}
+WIDE = {"layer_seconds": "wide", "channel_seconds": "channel"}
 """Of ``engine_wide``, the fitted number each is."""
 START: dict[str, dict[str, float]] = {
-    GENERATE: {"efficiency": 0.74, "layer": 3.3e-5, "step": 4.8e-4, "wide": 6e-6, "row": 4e-7},
+    GENERATE: {"efficiency": 0.74, "layer": 3.3e-5, "step": 4.8e-4, "wide": 6e-6, "channel": 2e-10},
     COMPILED: {"layer": 1e-4, "wide": 4e-5},
     SEEN: {"layer": 7.5e-4, "step": 8e-4, "table": 0.57},
     NEW: {"step": 4.7e-2},
-    STATIC: {"efficiency": 0.8, "layer": 7e-5, "step": 5e-4, "wide": 9e-6, "row": 1e-6},
+    STATIC: {"efficiency": 0.8, "layer": 7e-5, "step": 5e-4, "wide": 9e-6, "channel": 5e-10},
 }
-"""What is fitted of each way, in this order, and where it starts: seconds of a layer and of a step, and of each layer
-and row where there is more than one; the share of the bandwidth at which weights stream; the share of a layer's seconds
-that one takes in a model with a table of positions."""
+"""What is fitted of each way, in this order, and where it starts: seconds of a layer and of a step, and where there is
+more than one row of each layer, and of each layer, row and channel; the share of the bandwidth at which weights stream;
+the share of a layer's seconds that one takes in a model with a table of positions."""
 
 
 def load(folder: Path = RESULTS) -> list[RecordedStep]:
