@@ -117,3 +117,16 @@ def test_a_cache_goes_on_after_reset(method: str, first: int, monkeypatch: pytes
             model(torch.cat([long, long], 1), position_ids=torch.arange(480)[None] % 256, **argument(cache))
     cache.reset()
     assert torch.equal(answer(cache), want)
+
+
+def test_a_card_has_some_bytes_that_no_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last MiB that a driver calls free are in pieces: promised to a tensor, they were refused on an H200."""
+    for name, value in (("memory_reserved", 300 << 20), ("memory_allocated", 260 << 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    card = torch.device("cuda")
+    for free, wanted in ((100 << 20, 124 << 20), (0, 24 << 20)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 33))
+        assert rows.free_nbytes(card) == wanted
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300 << 20)
+    assert rows.free_nbytes(card) == 0

@@ -49,10 +49,11 @@ def _resident(method: Method, device: torch.device) -> Findings:
     filled()  # what PyTorch's operators keep for another time
     before = _held()
     layers = [filled() for _ in range(count)]
-    figure["measured"] = _held() - before
+    measured = _held() - before
     del layers
+    figure["measured"] = measured
     predicted = resident_nbytes(figure)
-    ratio = figure["measured"] / predicted
+    ratio = measured / predicted
     told = f"{count} layers of {TOKENS:,} tokens, {predicted:,} B, resident {ratio:.3f} times as many"
     if not BAND[0] <= ratio <= BAND[1]:
         raise Broken(told, [figure])
