@@ -51,7 +51,9 @@ def phases(device: torch.device, scale: Scale) -> Findings:
     figures: list[Figure] = []
     said = []
     with tempfile.TemporaryDirectory() as folder:
-        names = MODELS if device.type == "cuda" else {_tiny(Path(folder), scale): PROMPT["cpu"]}
+        names = {_tiny(Path(folder), scale): PROMPT["cpu"]}
+        if device.type == "cuda":
+            names = MODELS if scale.models else dict(list(MODELS.items())[: scale.weighed])
         for name, prompt in names.items():
             if scale.models and name not in scale.models:
                 continue

@@ -27,13 +27,15 @@ class Scale(NamedTuple):
     shapes: tuple[tuple[int, int], ...] = ((1, 64), (2, 64), (1, 128), (2, 128))
     """Key/value heads and channels of the layers that are called at random."""
     batches: tuple[int, ...] = (1, 2, 3)
+    weighed: int = 1
+    """Models whose memory is weighed by phase on a card."""
     layouts: tuple[str, ...] = ()
     """Those that a run goes through, by name; none: all of its own."""
     models: tuple[str, ...] = ()
     """Likewise the models whose memory is weighed by phase."""
 
 
-CARD = Scale(decoded=100_000, sequences=1_000, calls=12, layers=2, shapes=((2, 64),), batches=(3,))
+CARD = Scale(decoded=100_000, sequences=1_000, calls=12, layers=2, shapes=((2, 64),), batches=(3,), weighed=3)
 """One shape and batch of random calls: kernels are compiled for each, some seconds a layout."""
 CI = Scale(decoded=64, sequences=21, calls=6, layers=2, nan_starts=(170,))
 

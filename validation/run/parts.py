@@ -25,6 +25,9 @@ SHAPES = (
     *("--shape", "gpt2:8x1k"),
 )
 
+LIMITS = ("--run", "memory by phase", "--run", "the largest batch", "--run", "resident memory")
+"""The runs of reliability that have figures; all of them take a card five minutes, most of it compiling."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -61,7 +64,7 @@ PARTS = (
         "generate",
         cuda=True,
     ),
-    Part("reliability", ("validation", "reliability", "--quick", "--out", "{file}"), 90, "reliability"),
+    Part("reliability", ("validation", "reliability", "--quick", *LIMITS, "--out", "{file}"), 90, "reliability"),
 )
 """In this order: what predicts first, then what it predicts.  Together they should take ten minutes."""
 MOST = 1.5
