@@ -16,14 +16,15 @@ from kvruntime.kernels.merge import HIDDEN, LOG2E
 from kvruntime.methods.token.fast_words import (
     center_of,
     halves,
+    held_bytes,
     key_asm,
     key_constraints,
+    key_swizzle,
     key_types,
     lanes,
     nbits_of,
     num_tables,
     own_asm,
-    planes_of,
     tile_copy,
     token_bytes,
     value_asm,
@@ -141,30 +142,34 @@ def spread(tables, x):
 
 
 @gluon.jit
-def copy_plane(stages, codes_ptr, begin, limit, PLANE_BYTES: gl.constexpr, FIRST: gl.constexpr, TILE: gl.constexpr,
-               UNIT: gl.constexpr, BYTES: gl.constexpr, CACHE: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
-    """Start copying words of ``UNIT`` bytes ``[TILE, PLANE_BYTES / UNIT]`` from token ``begin`` on."""
-    WORDS: gl.constexpr = PLANE_BYTES // UNIT
+def copy_codes(codes, codes_ptr, begin, limit, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr,
+               UNIT: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
+    """Start copying ``TILE`` tokens' codes from token ``begin`` on, as words of ``UNIT`` bytes: neighbouring lanes copy
+    neighbouring bytes, and of tokens whose bytes are no power of two some lanes copy nothing."""
+    WORDS: gl.constexpr = held_bytes(CODING, DIM) // UNIT
+    REAL: gl.constexpr = token_bytes(CODING, DIM) // UNIT
     LAYOUT: gl.constexpr = tile_copy(WORDS, 16 // UNIT)
     TYPE: gl.constexpr = gl.int16 if UNIT == 2 else gl.int32
     t = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     w = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    base = codes_ptr.to(gl.pointer_type(TYPE), bitcast=True) + begin.to(gl.int64) * (BYTES // UNIT)
-    at, real = gl.broadcast(t.to(gl.int64) * (BYTES // UNIT) + (w + FIRST // UNIT), begin + t < limit)
-    if WHOLE:
-        copy_async(stages, base + at, cache_modifier=CACHE)
+    base = codes_ptr.to(gl.pointer_type(TYPE), bitcast=True) + begin.to(gl.int64) * REAL
+    at, real = gl.broadcast(t.to(gl.int64) * REAL + w, begin + t < limit)
+    if WORDS > REAL:
+        if WHOLE:
+            copy_async(codes, base + at, mask=gl.broadcast(w < REAL, at)[0])
+        else:
+            copy_async(codes, base + at, mask=real & (w < REAL))
+    elif WHOLE:
+        copy_async(codes, base + at)
     else:
-        copy_async(stages, base + at, mask=real, cache_modifier=CACHE)
+        copy_async(codes, base + at, mask=real)
 
 
 @gluon.jit
-def copy_stream(stages, scales, codes_ptr, scale_ptr, begin, limit, stage, CODING: gl.constexpr, DIM: gl.constexpr,
-                TILE: gl.constexpr, HALVES: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
+def copy_stream(codes, scales, codes_ptr, scale_ptr, begin, limit, stage, CODING: gl.constexpr, DIM: gl.constexpr,
+                TILE: gl.constexpr, UNIT: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
     """Start copying ``TILE`` tokens' codes and scales from token ``begin`` on to a stage; none from ``limit`` on."""
-    PLANES: gl.constexpr = planes_of(CODING, DIM)
-    for p in gl.static_range(len(PLANES)):  # two planes share sectors
-        copy_plane(stages[p].index(stage), codes_ptr, begin, limit, PLANES[p][0], PLANES[p][1], TILE,
-                   2 if HALVES else 4, token_bytes(CODING, DIM), "" if len(PLANES) == 1 else ".ca", WHOLE)  # fmt: skip
+    copy_codes(codes.index(stage), codes_ptr, begin, limit, CODING, DIM, TILE, UNIT, WHOLE)
     EACH: gl.constexpr = 4 // scale_ptr.dtype.element_ty.itemsize  # scales a word
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     i = gl.arange(0, TILE // EACH, layout=LAYOUT)
@@ -182,15 +187,15 @@ def copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes
     """Start copying a tile, of which nothing is read from token ``limit`` on."""
     begin = tile * TILE
     if begin + TILE <= limit:
-        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, False,
+        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, 4,
                     True)  # fmt: skip
         copy_stream(values, value_scales, value_codes_ptr, value_scale_ptr, begin, limit, stage, VALUE_CODING, DIM,
-                    TILE, True, True)  # fmt: skip
+                    TILE, 2, True)  # fmt: skip
     elif begin < limit:
-        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, False,
+        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, 4,
                     False)  # fmt: skip
         copy_stream(values, value_scales, value_codes_ptr, value_scale_ptr, begin, limit, stage, VALUE_CODING, DIM,
-                    TILE, True, False)  # fmt: skip
+                    TILE, 2, False)  # fmt: skip
     async_copy.commit_group()
 
 
@@ -205,38 +210,27 @@ def reinterpreted(memory, TYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.co
 
 
 @gluon.jit
-def key_words(stages, stage, m, CODING: gl.constexpr, DIM: gl.constexpr, PLANE: gl.constexpr):
-    """Words of a plane of the ``m``th 16 tokens in lane form: a tuple of ``[8, 4]`` for each row (hi) and word of a
-    lane."""
-    AXES: gl.constexpr = word_axes(CODING, PLANE, DIM)
+def key_operands(codes, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
+    """Registers of the ``m``th 16 keys: a tuple, for each row (hi) and step, of (lower, upper)."""
+    WARP: gl.constexpr = lanes([8, 4], 0, 1)
+    AXES: gl.constexpr = word_axes(CODING, DIM)
     SHAPE: gl.constexpr = [2, 8, AXES[0], 4, AXES[1]]
     N: gl.constexpr = AXES[0] * AXES[1]
-    STAGES: gl.constexpr = stages[PLANE].shape[0]
-    M: gl.constexpr = stages[PLANE].shape[1] // 16
-    ALL: gl.constexpr = [STAGES * M, 16, stages[PLANE].shape[2]]
-    all_words = reinterpreted(stages[PLANE], gl.int32, ALL, FLAT)
-    words = all_words.index(stage * M + m).reshape(SHAPE).load(lanes(SHAPE, 1, 3))
-    return divided(words.permute([1, 3, 0, 2, 4]).reshape([8, 4, 2 * N]))
-
-
-@gluon.jit
-def key_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
-    """Registers of 16 keys: a tuple, for each row (hi) and step, of (lower, upper)."""
-    WARP: gl.constexpr = lanes([8, 4], 0, 1)
-    words = key_words(stages, stage, m, CODING, DIM, 0)
-    N: gl.constexpr = len(words) // 2
+    ALL: gl.constexpr = [codes.shape[0] * codes.shape[1] // 16, 16, codes.shape[2]]
+    held = reinterpreted(codes, gl.int32, ALL, key_swizzle(CODING, DIM))
+    words = held.index(stage * (codes.shape[1] // 16) + m).reshape(SHAPE).load(lanes(SHAPE, 1, 3))
+    words = divided(words.permute([1, 3, 0, 2, 4]).reshape([8, 4, 2 * N]))
     out = ()
     if CODING == "int8":
         for i in gl.static_range(2 * N):
             out = out + (gl.convert_layout(words[i], WARP, assert_trivial=True),)
     elif CODING == "lloyd3":
-        second = key_words(stages, stage, m, CODING, DIM, 1)
         for hi in gl.static_range(2):
-            for i in gl.static_range(N):
+            for i in gl.static_range(2):
                 word = gl.convert_layout(words[hi * N + i], WARP, assert_trivial=True)
-                other = gl.convert_layout(second[hi], WARP, assert_trivial=True)
+                second = gl.convert_layout(words[hi * N + 2], WARP, assert_trivial=True)
                 out = out + gl.inline_asm_elementwise(
-                    key_asm(CODING, LEVELS, i), key_constraints(CODING, LEVELS), (word, other) + spread(tables, word),
+                    key_asm(CODING, LEVELS, i), key_constraints(CODING, LEVELS), (word, second) + spread(tables, word),
                     dtype=key_types(CODING), is_pure=True, pack=1,
                 )  # fmt: skip
     else:
@@ -259,19 +253,21 @@ def third_planes(words, second, tables, CODING: gl.constexpr, LEVELS: gl.constex
 
 
 @gluon.jit
-def value_operands(stages, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
+def value_operands(codes, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
     """Registers of 16 values: a tuple, for each output of the PTX, its element and ``(rr, hi)``, of
     ``[words / 16, 8, 4]``."""
-    PLANES: gl.constexpr = planes_of(CODING, DIM)
-    WORDS: gl.constexpr = PLANES[0][0] // 2
+    HELD: gl.constexpr = held_bytes(CODING, DIM) // 2
+    WORDS: gl.constexpr = HELD // 2 if CODING == "lloyd3" else HELD
     OT: gl.constexpr = WORDS // 16
     LO: gl.constexpr = lanes([OT, 8, 4], 1, 2)
-    words = stages[0].index(stage).slice(16 * m, 16).permute([1, 0]).load(value_layout(WORDS, 16))
+    words = codes.index(stage).slice(16 * m, 16).permute([1, 0]).load(value_layout(HELD, 16))
     out = ()
     if CODING == "lloyd3":
         EIGHT: gl.constexpr = value_layout(8, 16)
-        second = stages[1].index(stage).slice(16 * m, 16).permute([1, 0]).load(EIGHT)
-        low, high = gl.split(words.reshape([2, 8, 16]).permute([1, 2, 0]))
+        first, others = gl.split(words.reshape([2, 16, 16]).permute([1, 2, 0]))
+        low, high = gl.split(first.reshape([2, 8, 16]).permute([1, 2, 0]))
+        second, _unused = gl.split(others.reshape([2, 8, 16]).permute([1, 2, 0]))
+        second = gl.convert_layout(second, EIGHT, assert_trivial=True)
         lower = third_planes(gl.convert_layout(low, EIGHT, assert_trivial=True), second, tables, CODING, LEVELS, 0)
         upper = third_planes(gl.convert_layout(high, EIGHT, assert_trivial=True), second, tables, CODING, LEVELS, 1)
         found = ()
@@ -349,15 +345,10 @@ def attend_kernel(
     LS: gl.constexpr = lanes([M, 8, 4, 2, 2], 1, 2)
     LS2: gl.constexpr = lanes([1, 8, 4, 2], 1, 2)
     LQ: gl.constexpr = lanes([STEPS, 2, 4, 8, 4], 3, 4)
-    KEY_PLANES: gl.constexpr = planes_of(KEY_CODING, DIM)
-    VALUE_PLANES: gl.constexpr = planes_of(VALUE_CODING, DIM)
-    keys, values = (), ()
-    for p in gl.static_range(len(KEY_PLANES)):
-        keys = keys + (gl.allocate_shared_memory(gl.int32, [STAGES, TILE, KEY_PLANES[p][0] // 4],
-                                                 FLAT),)  # fmt: skip
-    for p in gl.static_range(len(VALUE_PLANES)):
-        values = values + (gl.allocate_shared_memory(gl.int16, [STAGES, TILE, VALUE_PLANES[p][0] // 2],
-                                                     value_swizzle(VALUE_PLANES[p][0] // 2)),)  # fmt: skip
+    keys = gl.allocate_shared_memory(gl.int32, [STAGES, TILE, held_bytes(KEY_CODING, DIM) // 4],
+                                     key_swizzle(KEY_CODING, DIM))  # fmt: skip
+    VALUE_HELD: gl.constexpr = held_bytes(VALUE_CODING, DIM) // 2
+    values = gl.allocate_shared_memory(gl.int16, [STAGES, TILE, VALUE_HELD], value_swizzle(VALUE_HELD))
     SCALES: gl.constexpr = TILE * key_scale_ptr.dtype.element_ty.itemsize // 4
     key_scales = gl.allocate_shared_memory(gl.int32, [STAGES, SCALES], LINE)
     value_scales = gl.allocate_shared_memory(gl.int32, [STAGES, SCALES], LINE)
@@ -446,7 +437,7 @@ def attend_kernel(
         + gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, TOKENS)))[None, None, :] * 8
     )
 
-    WORDS: gl.constexpr = VALUE_PLANES[0][0] // 2
+    WORDS: gl.constexpr = VALUE_HELD // 2 if VALUE_CODING == "lloyd3" else VALUE_HELD
     OT: gl.constexpr = WORDS // 16
     OUTS: gl.constexpr = len(value_types(VALUE_CODING))
     ELEMENTS: gl.constexpr = 1 if VALUE_CODING == "int8" else 2
@@ -651,17 +642,18 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    2: Plan(64, 3, 168, 12),
-    3: Plan(64, 2, 168, 12),
-    4: Plan(64, 2, 168, 12),
-    8: Plan(32, 3, 128, 8),
+    "lloyd2": Plan(128, 2, 255, 8),
+    "lloyd3": Plan(64, 2, 168, 12),
+    "lloyd4": Plan(64, 2, 168, 12),
+    "int4": Plan(128, 2, 255, 6),
+    "int8": Plan(64, 2, 255, 6),
 }
-"""By the bits of the wider codes."""
+"""As measured on an H200; of three bits as of four, of which it has the copies."""
 
 
 def plan(layout: Layout) -> Plan:
-    """How the kernel goes about a layout."""
-    return PLANS[max(nbits_of(layout.key), nbits_of(layout.value))]
+    """How the kernel goes about a layout: by the coding of more bits."""
+    return PLANS[max(layout.key, layout.value, key=nbits_of)]
 
 
 def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None, starts: Tensor | None) -> bool:

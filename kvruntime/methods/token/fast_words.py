@@ -57,17 +57,16 @@ def center_of(name):
 
 
 @gluon.constexpr_function
-def planes_of(name, dim):
-    """``(bytes of a token, byte at which it begins)`` of each plane."""
-    if nbits_of(name) == 3:
-        return ((dim // 4, 0), (dim // 8, dim // 4))
-    return ((dim * nbits_of(name) // 8, 0),)
+def held_bytes(name, dim):
+    """Bytes of a token in shared memory: those that it has, to a power of two."""
+    return 1 << (token_bytes(name, dim) - 1).bit_length()
 
 
 @gluon.constexpr_function
-def word_axes(name, plane, dim):
-    """``(I, V)``: lane c of a row has words ``(i * 4 + c) * V + v`` of a plane."""
-    words = planes_of(name, dim)[plane][0] // 16  # of a lane
+def word_axes(name, dim):
+    """``(I, V)``: lane c of a row has words ``(i * 4 + c) * V + v`` of what is held; of three bits i 0 and 1 are of the
+    first plane, 2 of the second."""
+    words = held_bytes(name, dim) // 16  # of a lane
     if nbits_of(name) == 3:
         return words, 1
     return max(1, words // 4), min(4, words)
@@ -76,7 +75,8 @@ def word_axes(name, plane, dim):
 @gluon.constexpr_function
 def table_words(levels):
     """The bytes of codes' levels, four in a word: two words, of sixteen levels four."""
-    raw = levels * (8 // len(levels)) if len(levels) < 8 else levels
+    raw = [int(byte) for byte in levels]
+    raw = raw + raw if len(raw) < 8 else raw
     return tuple(sum((byte & 255) << 8 * i for i, byte in enumerate(raw[at : at + 4])) for at in range(0, len(raw), 4))
 
 
@@ -214,6 +214,14 @@ def value_layout(words, tile):
 def value_swizzle(words):
     """Shared memory of ``[tokens, words]`` 16-bit words, swizzled for ldmatrix: the banks are 64 of them wide."""
     return gl.SwizzledSharedLayout(8, max(1, 64 // words), max(1, min(8, words // 8)), [1, 0])
+
+
+@gluon.constexpr_function
+def key_swizzle(name, dim):
+    """Shared memory of ``[tokens, words]`` 32-bit words: of three bits a lane reads single words, so rows are moved."""
+    if nbits_of(name) == 3:
+        return gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+    return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
 
 @gluon.constexpr_function
