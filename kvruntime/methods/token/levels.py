@@ -50,9 +50,10 @@ def steps(dim: int, nbits: int) -> tuple[float, tuple[int, ...]]:
     """``(unit, numbers)``: levels are ``(number + 1/2) * unit``, so that products can be taken in whole numbers.
 
     Of all units the one of least squared error, weighted by how often a level is met; a multiple of 2**-20, with which
-    every level is a float32.  The squared error of the best levels grows by 0.002 % (2 and 3 bits) and 0.35 % (4 bits).
+    every level is a float32.  The best levels' squared error grows by 0.004 % (2 and 3 bits) and 0.6 % (4 bits) at most.
 
-    >>> steps(128, 2)
+    >>> steps(128, 2)[1]
+    (33, 111)
     """
     levels = best_levels(dim, nbits)
     often = np.diff(np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2, [np.inf]]))
@@ -70,7 +71,8 @@ def magnitudes(dim: int, nbits: int) -> tuple[float, ...]:
     """The positive levels, ascending, as float32 has them: they stand for themselves and, with a minus, for the other
     half.
 
-    >>> magnitudes(128, 2)
+    >>> [round(level, 4) for level in magnitudes(128, 2)]
+    [0.4523, 1.5055]
     """
     unit, numbers = steps(dim, nbits)
     return tuple((number + 0.5) * unit for number in numbers)
