@@ -8,6 +8,7 @@ it comes, and with one whose every step the host plans; and how its steps ran.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -16,12 +17,12 @@ import transformers
 
 from kvruntime import make_cache
 from kvruntime.bench.generate.suite import Clock
-from kvsim.methods import Kivi
+from kvruntime.methods.kivi.benched import LAYOUTS
 from kvsim.models.load import load_config
 
 SUBJECTS = {"gemma-3-4b-it": (34, 1, 16384), "gpt-oss-20b": (6, 1, 8192), "Qwen3.5-27B": (8, 1, 2048)}
 """Name -> layers, batch size, tokens of the prompt."""
-METHOD = Kivi(nbits=2, group_size=64, residual_length=64, dtype="bfloat16")
+METHOD = replace(LAYOUTS[3], dtype="bfloat16")
 FIRST, LAST = 8, 40
 
 
