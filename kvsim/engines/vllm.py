@@ -34,7 +34,7 @@ from kvsim.engines.engine import Engine, Group, Pool
 from kvsim.engines.ideal import Ideal
 from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, StateShape, nbytes
-from kvsim.methods import Fp8, Full, Nvfp4, PerTokenHead, Slot, placed
+from kvsim.methods import Fp8, Full, LayerMix, Nvfp4, PerTokenHead, Slot, placed
 from kvsim.methods.by_layer import at
 from kvsim.whole_numbers import check_switch, check_whole
 
@@ -134,7 +134,7 @@ class Vllm(Engine):
         groups = self.groups(model, method)
         block = block_nbytes(groups)
         total = batch_size * self.blocks(groups, num_tokens) * block
-        out = Ideal().parts(model, method, batch_size, num_tokens)
+        out = Ideal().parts(model, self.stored(model, method), batch_size, num_tokens)
         if model.index_layers:
             out = {name: size for name, size in out.items() if not name.startswith("index_")}
             out["index_key"] = INDEX_NBYTES * batch_size * num_tokens * len(model.index_layers)
@@ -150,9 +150,9 @@ class Vllm(Engine):
 
     def groups(self, model: Model, method: Method) -> tuple[Group, ...]:
         """The groups of layers; raises ``ValueError`` for a method or layer that vLLM does not have."""
-        kinds = [chosen for _, chosen in placed(method, model.cache_layers)]
-        if any(hasattr(chosen, "page") for chosen in kinds):
-            return _plugin_groups(model, kinds, self.disable_hybrid_kv_cache_manager)
+        kinds = placed(method, model.cache_layers)
+        if any(hasattr(chosen, "page") for _, chosen in kinds):
+            return _plugin_groups(model, list(kinds), self.disable_hybrid_kv_cache_manager)
         block_size = self._block_size(model, method)
         pages = [
             (self._bucket(layer), self._page(model, layer, chosen, block_size), count)
@@ -167,6 +167,13 @@ class Vllm(Engine):
             widest = max(max(page for _, page, _ in pages), max(page for _, page, _ in states))
             states = [(bucket, widest, count) for bucket, _, count in states]
         return _grouped([*pages, *states], block_size)
+
+    def stored(self, model: Model, method: Method) -> Method:
+        """Windows stay exact beside what the plugin packs."""
+        if not hasattr(method, "page") or all(layer.window is None for layer in model.cache_layers):
+            return method
+        exact = Full(method.dtype)  # type: ignore[attr-defined]
+        return LayerMix(first=0, last=0, windows=1, exact=exact, inner=method)
 
     def _block_size(self, model: Model, method: Method) -> int:
         """Tokens a block, after vLLM has fitted it to sparse attention and to states."""
@@ -213,7 +220,7 @@ class Vllm(Engine):
             elif group.kind == "window":
                 assert group.reach is not None
                 total += -(-min(group.reach - 1 + batched, num_tokens) // group.block_size) + 1
-            elif group.kind == "exact":
+            elif group.kind in ("exact", "exact window"):
                 assert group.reach is not None
                 total += -(-min(group.reach, num_tokens) // group.block_size) + 1
             elif group.kind == "chunk":
@@ -266,8 +273,7 @@ class Vllm(Engine):
         if len(groups) > 1:
             listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             out.append(f"{len(groups)} groups of {groups[0].num_layers} layers share the pool: {listed}")
-            layers = len(model.cache_layers) + len(model.state_layers)
-            padded = sum(group.num_layers for group in groups) - layers
+            padded = padding_layers(model, groups)
             if padded > 0:
                 out.append(f"{padded} padding layers make the groups equal")
         if kinds["exact"]:
@@ -275,8 +281,10 @@ class Vllm(Engine):
             out.append("by kvruntime's plugin: --attention-backend CUSTOM, a block is one record a head")
             out.append(
                 f"a request is admitted with {exact.reach} exact tokens in blocks of {exact.block_size} and one more; "
-                f"one chunk of {self.concurrent_batches * self.max_num_batched_tokens:,} tokens is kept free in all"
+                f"one chunk of {self.concurrent_batches * self.max_num_batched_tokens:,} tokens is kept free for all"
             )
+        if kinds["exact window"]:
+            out.append("windows are not packed: a window of W keeps W - 1 exact tokens and one more block")
         if kinds["window"]:
             batched = self.concurrent_batches * self.max_num_batched_tokens
             out.append(f"a window of W keeps W - 1 + {batched:,} tokens (max_num_batched_tokens) and one more block")
@@ -287,10 +295,13 @@ class Vllm(Engine):
         return tuple(out)
 
 
-def _plugin_groups(model: Model, methods: Sequence[Method], no_windows: bool) -> tuple[Group, ...]:
-    """Of methods that kvruntime's plugin stores (docs/serving.md): records, and the exact tokens of the same layers."""
-    first, name = methods[0], methods[0].name
-    if model.state_layers or model.index_layers or any(chosen != first for chosen in methods):
+def _plugin_groups(model: Model, kinds: Sequence[tuple[LayerShape, Method]], no_windows: bool) -> tuple[Group, ...]:
+    """Of methods that kvruntime's plugin stores (docs/serving.md): records, the exact tokens of the same layers, and
+    windows."""
+    first = next(chosen for _, chosen in kinds if hasattr(chosen, "page"))
+    name, exact = first.name, Full(first.dtype)  # type: ignore[attr-defined]
+    others = [chosen for layer, chosen in kinds if chosen != first and (layer.window is None or chosen != exact)]
+    if model.state_layers or model.index_layers or others:
         raise ValueError(f"vllm: kvruntime's plugin stores one method in attention layers alone, {name} in all of them")
     if no_windows:
         raise ValueError(f"vllm: kvruntime's plugin holds {name}'s exact tokens as windows: they are disabled")
@@ -298,15 +309,15 @@ def _plugin_groups(model: Model, methods: Sequence[Method], no_windows: bool) ->
     pages = {first.page(layer) for layer in packed}  # type: ignore[attr-defined]
     if len(pages) != 1:
         raise ValueError(f"vllm: kvruntime's plugin has pages of one size, {name} of these layers has {len(pages)}")
-    tokens, page, exact, residual = pages.pop()
+    tokens, page, exact_tokens, residual = pages.pop()
     counts: dict[tuple[str, int, int], int] = {("full", tokens, 0): len(packed)}
-    counts["exact", exact, residual + tokens] = len(packed)
+    counts["exact", exact_tokens, residual + tokens] = len(packed)
     for layer in model.cache_layers:
         if layer.window is not None:
-            token = nbytes(Full(first.dtype).buffers(replace(layer, window=None), 1, 1))  # type: ignore[attr-defined]
+            token = nbytes(exact.buffers(replace(layer, window=None), 1, 1))
             if layer.kind == "chunked" or token > page:
                 raise ValueError(f"vllm: kvruntime's plugin holds no {layer.kind} layer of {token:,} B a token")
-            key = "exact", 1 << (page // token).bit_length() - 1, layer.window - 1
+            key = "exact window", 1 << (page // token).bit_length() - 1, layer.window - 1
             counts[key] = counts.get(key, 0) + 1
     size = _group_size(counts.values())
     return tuple(
@@ -314,6 +325,12 @@ def _plugin_groups(model: Model, methods: Sequence[Method], no_windows: bool) ->
         for (kind, block, reach), count in counts.items()
         for _ in range(-(-count // size))
     )
+
+
+def padding_layers(model: Model, groups: Sequence[Group]) -> int:
+    """Layers of groups that stand for none of the model's; those that are packed stand in two groups."""
+    twice = sum(layer.window is None for layer in model.cache_layers) if any(g.kind == "exact" for g in groups) else 0
+    return sum(group.num_layers for group in groups) - len(model.cache_layers) - len(model.state_layers) - twice
 
 
 def _group_size(counts: Iterable[int]) -> int:

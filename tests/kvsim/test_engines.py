@@ -138,7 +138,9 @@ def test_vllm_pages_of_kvruntimes_plugin() -> None:
         pool = Vllm().pool(llama, Kivi(bits, dtype="bfloat16"), 100 * GIB, 32768)
         assert pool.blocks_per_request == blocks
         assert pool.num_tokens / plain.num_tokens > least
-    assert any("CUSTOM" in note for note in Vllm().notes(llama, Kivi()))
+    notes = " ".join(Vllm().notes(llama, Kivi()))
+    assert "CUSTOM" in notes
+    assert "padding" not in notes
 
 
 def test_vllm_windows_beside_kvruntimes_plugin() -> None:
@@ -149,6 +151,14 @@ def test_vllm_windows_beside_kvruntimes_plugin() -> None:
     assert (pool.num_gpu_blocks, pool.blocks_per_request, pool.num_tokens) == (43690, 16 + 49 + 2 * 13, 491_632)
     assert f"{pool.concurrency:.2f}" == "480.11"
     assert [group.num_layers for group in pool.groups] == [2, 2, 2, 2]
+    stored = Vllm().stored(gemma, Kivi(dtype="float32"))
+    assert Vllm().groups(gemma, stored) == pool.groups
+    taken = Vllm().parts(gemma, Kivi(dtype="float32"), 1, 1024)
+    assert sum(taken.values()) == (pool.blocks_per_request + 1) * pool.block_nbytes
+    assert taken["key"] == 3 * 48 * 4 * 64 * 4
+    notes = Vllm().notes(gemma, Kivi(dtype="float32"))
+    assert "1 padding layers make the groups equal" in notes  # as vLLM's log says of this model
+    assert any("windows are not packed" in note for note in notes)
 
 
 def test_vllm_sparse_attention_has_its_own_bytes() -> None:

@@ -32,7 +32,7 @@ from kvsim.analysis.doctor.log import (
     rank_of,
 )
 from kvsim.engines.engine import Pool
-from kvsim.engines.vllm import OVERHEAD_BAND, Vllm, block_nbytes, server_defaults
+from kvsim.engines.vllm import OVERHEAD_BAND, Vllm, block_nbytes, padding_layers, server_defaults
 from kvsim.hardware import Hardware
 from kvsim.layout import LayerShape, Method
 from kvsim.memory.capacity import room
@@ -471,8 +471,7 @@ class _Boot:
             self._add(found, "block size", "tokens", size, number(found[1][1]), why)
         found = self.log.find(rf"Add {NUMBER} padding layers")
         if found is not None:
-            held = len(self.stage.cache_layers) + len(self.stage.state_layers)
-            padding = sum(group.num_layers for group in groups) - held
+            padding = padding_layers(self.stage, groups)
             why = f"{len(groups)} groups of {groups[0].num_layers} layers"
             self._add(found, "padding layers", "layers", padding, number(found[1][1]), why)
 
