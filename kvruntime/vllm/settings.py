@@ -37,6 +37,9 @@ def method_of(additional_config: Any, dtype: str, cache_dtype: str = "auto") -> 
             f'\'{{"{NAME}": {{"method": "{COMPRESSED}", "nbits": 2}}}}\''
         )
     options = dict(given)
+    for key in options:
+        if not isinstance(key, str):
+            raise ValueError(f"{NAME}: option {key!r:.40}: allowed are names of options")
     name = options.pop("method")
     try:
         method = make_method(name, **options)

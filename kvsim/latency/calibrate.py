@@ -34,7 +34,9 @@ def calibrate(
     command = [sys.executable, "-m", "kvruntime", "calibrate", "--out", str(out), "--seconds", str(seconds)]
     command += ["--device", device] if device else []
     failure = ""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as run:
         for line in run.stderr or ():
             if line.startswith(FAILED):
                 failure = line.removeprefix(FAILED).strip()

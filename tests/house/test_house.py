@@ -177,6 +177,17 @@ MAX_COMMAND = 80
 """Lines of a command's function."""
 
 
+def test_what_a_process_says_need_not_be_text() -> None:
+    """What drivers, compilers and pip print in whatever encoding does not end a command: ``errors="replace"``."""
+    strict = []
+    for path in source_names.modules().values():
+        for node in ast.walk(source_names.tree(path)):
+            names = {word.arg for word in node.keywords} if isinstance(node, ast.Call) else set()
+            if "text" in names and "errors" not in names and re.search(r"\.(run|Popen)$", ast.unparse(node.func)):
+                strict.append(f"{path.relative_to(source_names.ROOT)}:{node.lineno}")
+    assert not strict
+
+
 def test_no_command_is_a_whole_program() -> None:
     lengths = {}
     for package in ALLOWED:

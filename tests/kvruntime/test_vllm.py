@@ -70,6 +70,7 @@ def test_options() -> None:
         ({"kvruntime": {"nbits": 2}}, "attention backend CUSTOM is kvruntime's: give"),
         ({"kvruntime": {"method": "kivvi"}}, "kvruntime: unknown method 'kivvi'"),
         ({"kvruntime": {"method": "kivi", "bits": 2}}, "kvruntime: method 'kivi' does not take bits"),
+        ({"kvruntime": {"method": "kivi", None: 5}}, "kvruntime: option None: allowed are names of options"),
         ({"kvruntime": {"method": "kivi", "nbits": 5}}, "kvruntime: nbits 5: allowed are"),
         ({"kvruntime": {"method": "fp8"}}, "kvruntime does not run the method fp8"),
         ({"kvruntime": {"method": "kivi", "sink_length": 4}}, "in pages: sink_length 4, allowed is 0"),

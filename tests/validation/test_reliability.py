@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -137,6 +138,14 @@ def test_the_parts_of_a_run_by_device() -> None:
     assert len(left) == len(parts.PARTS) - len(here)
     with pytest.raises(LookupError, match="unknown part 'all'"):
         parts.chosen("cpu", ["all"])
+
+
+def test_a_part_may_say_bytes_that_are_no_text() -> None:
+    """A compiler's or a driver's own words, in whatever encoding: told as far as they can be, the part's code kept."""
+    said: list[str] = []
+    words = [sys.executable, "-c", "import sys; sys.stderr.buffer.write(b'caf\\xe9\\n'); sys.exit(3)"]
+    assert parts._process(words, 60, said.append) == (3, "caf\ufffd")
+    assert said == ["caf\ufffd"]
 
 
 def test_a_run_reports_what_its_parts_left_behind(tmp_path, monkeypatch, capsys) -> None:

@@ -110,6 +110,7 @@ def ask(name: str, folder: Path, configs: dict[str, Any]) -> dict[str, Any]:
             input=json.dumps({"ctx": CONTEXT, "configs": configs}),
             capture_output=True,
             text=True,
+            errors="replace",
             env=environment,
             timeout=SECONDS,
             check=False,

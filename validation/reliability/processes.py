@@ -29,7 +29,9 @@ def killed(device: torch.device, scale: Scale) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "bench.json"
         command = _benchmark(device, scale, Path(folder), out)
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
         try:
             before = _wait_for_rows(process, out)
             process.send_signal(signal.SIGKILL)
@@ -40,7 +42,13 @@ def killed(device: torch.device, scale: Scale) -> Findings:
             raise Broken(f"the benchmark ended with {process.returncode} before it was killed")
         held = json.loads(out.read_text(encoding="utf-8"))["rows"]  # whole, whenever it was killed
         run = subprocess.run(
-            [*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
+            [*command, "--resume"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+            check=False,
         )
         if run.returncode:
             raise Broken(f"--resume ended with {run.returncode}: {run.stderr.strip().splitlines()[-1:]}")
@@ -106,7 +114,13 @@ def together(device: torch.device, scale: Scale) -> Findings:
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
 
     alone, error = start().communicate(timeout=PATIENCE)

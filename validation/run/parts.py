@@ -117,7 +117,9 @@ def carry_out(
 def _process(command: Sequence[str], seconds: float, say: Callable[[str], None]) -> tuple[int | None, str]:
     """Exit code, None where it was stopped after ``seconds``, and the last line that it said."""
     last, stopped = "", threading.Event()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
 
         def stop() -> None:
             stopped.set()

@@ -217,7 +217,7 @@ def _commit() -> str | None:
 
 def _output(command: list[str]) -> str | None:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return run.stdout.strip() or None
