@@ -194,8 +194,8 @@ class Profile:
         """The stated constants with what was measured in their place, as shares of ``hardware``'s peaks (default:
         of the measured ones), for the engines of the profile's runtime and of its parts alone.
 
-        Without a part of its own, what a layer costs stock ``generate()`` stays as stated: there the host launches
-        every kernel, and a card's figures are measured in CUDA graphs.
+        Without a part of its own, what a layer and a step cost stock ``generate()`` stays as stated: there the host
+        launches every kernel, and a card's figures are measured in CUDA graphs.
 
         Raises ``ValueError`` where the measured bandwidth is not that of such a card.
         """
@@ -221,7 +221,11 @@ class Profile:
                 if name in engines_of(self.runtime)
             },
             engine_wide={},
-            engine_step_seconds={},
+            engine_step_seconds={
+                name: seconds
+                for name, seconds in stated.engine_step_seconds.items()
+                if name in engines_of(self.runtime)
+            },
             overlapped={},
             sequence_seconds=0.0,  # no server's host
             expert_efficiency=self.weight_bandwidth / peak,

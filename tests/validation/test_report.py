@@ -38,7 +38,7 @@ def test_no_recorded_row_is_passed_over_in_silence(found) -> None:
     """Each row of each file is a point (or several), or is counted with its reason."""
     rows = 0
     for path in FOLDER.rglob("*.json"):
-        if path.parent.name in ("planners", "time", "profiles"):
+        if path.parent.name in ("planners", "time", "profiles") or path.name == "mutants.json":
             continue
         own = json.loads(path.read_text(encoding="utf-8"))["rows"]
         rows += sum(row.get("kind") not in ("missing", "skipped", "ceiling") for row in own)

@@ -124,12 +124,15 @@ def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None
     return found
 
 
+OTHERS = ("mutants.json",)
+"""Records of tests, not of measurements."""
+
+
 def _file(path: Path) -> dict[str, Any] | None:
     """A record; None for the files of other tools, which have reports of their own."""
     file = read_json(path, "record")
-    if not isinstance(file, dict) or path.parent.name in ("planners", "time", "profiles"):
-        return None
-    return file
+    own = path.parent.name in ("planners", "time", "profiles") or path.name in OTHERS
+    return None if own or not isinstance(file, dict) else file
 
 
 def _bytes(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
