@@ -31,8 +31,8 @@ DOCUMENTS = tuple(
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability)(.*?) -->\n)"
-    r"(.*?)(<!-- end -->)",
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability)(.*?) -->\n)(.*?)"
+    r"(<!-- end -->)",
     re.DOTALL,
 )
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvsim.finite_json import read_json
 from kvsim.output.tables import compact
 from validation.recorded import FOLDER
-from validation.report.records import reliability_rows
 
 Row = dict[str, Any]
 
+SCHEMA = "validation.reliability/1"
 MOST = 420
 """Characters of what a line found."""
 
@@ -20,7 +21,8 @@ MOST = 420
 def table(folder: Path = FOLDER / "reliability") -> str:
     """Rows of one run on one device are one line, which holds where all of them do; Markdown."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in reliability_rows(sorted(folder.glob("*.json"), reverse=True)):
+    files = [read_json(path, "record") for path in sorted(folder.glob("*.json"), reverse=True)]
+    for row in (row for file in files if file["schema"] == SCHEMA for row in file["rows"]):
         groups.setdefault((row["device"], row["size"], row["run"]), []).append(row)
     body = [[run, device, size, verdict(rows), found(rows)] for (device, size, run), rows in groups.items()]
     return compact(["run", "device", "size", "verdict", "found"], body, left=(0, 1, 2, 3, 4))
