@@ -132,7 +132,8 @@ class Verdict:
         """``holds`` or what is beyond which bound."""
         if not any(self.claim.bars):
             return "holds: no difference" if self.holds else f"FAILS: {self.worst:.2%} off, where nothing may be"
-        kept = f"mean {self.mean:.1%} of {self.claim.bars[0]:.1%}, worst {self.worst:.1%} of {self.claim.bars[1]:.0%}"
+        most = f"{self.claim.bars[1]:.{0 if self.claim.bars[1] >= 0.01 else 1}%}"
+        kept = f"mean {self.mean:.1%} of {self.claim.bars[0]:.1%}, worst {self.worst:.1%} of {most}"
         return f"{'holds' if self.holds else 'FAILS'}: {kept}"
 
 
