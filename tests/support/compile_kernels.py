@@ -108,11 +108,13 @@ CODED = {  # coding of keys and of values, head dimension, type of scales
     "e4m3 e5m2": ("e4m3", "e5m2", 64, "fp32"),
     "lloyd4": ("lloyd4", "lloyd4", 128, "fp16"),
     "lloyd3": ("lloyd3", "lloyd3", 128, "fp16"),
-    "lloyd2": ("lloyd2", "lloyd2", 128, "fp16"),
-    "int4": ("int4", "int4", 128, "fp32"),
     "lloyd2 lloyd3 d64": ("lloyd2", "lloyd3", 64, "fp16"),
     "lloyd2.5 lloyd3.5": ("lloyd2.5", "lloyd3.5", 128, "fp16"),
     "lloyd4 d256": ("lloyd4", "lloyd4", 256, "fp16"),
+}
+WHOLE_NUMBERS = {name: CODED[name] for name in ("int8", "lloyd4", "lloyd3")} | {
+    "int4": ("int4", "int4", 128, "fp32"),
+    "lloyd2": ("lloyd2", "lloyd2", 128, "fp16"),
 }
 HIDDEN = {"llama": (4096, False, "bf16"), "gemma": (2560, True, "fp16"), "exact": (2048, False, "fp32")}
 """Hidden states of the fused parts of a model's step: channels, a weight that counts from one, type."""
@@ -600,7 +602,7 @@ def append_token_pool(name: str, sm: int) -> dict[str, int]:
 
 def attend_token_whole(name: str, sm: int) -> dict[str, int]:
     """In whole numbers."""
-    key, value, dim, scale = CODED[name]
+    key, value, dim, scale = WHOLE_NUMBERS[name]
     layout = Layout(key, value, dim, dim)
     own = token_fast.plan(layout)
     types = arguments(
@@ -615,7 +617,7 @@ def attend_token_whole(name: str, sm: int) -> dict[str, int]:
 
 def append_token_whole(name: str, sm: int) -> dict[str, int]:
     """Lloyd-Max codes of many tokens, in registers."""
-    key, value, dim, scale = CODED[name]
+    key, value, dim, scale = WHOLE_NUMBERS[name]
     types = arguments(
         token_fast_store.append_kernel, "bf16", key_scale_ptr=f"*{scale}", value_scale_ptr=f"*{scale}"
     )  # fmt: skip
@@ -666,8 +668,8 @@ ENGINE = {
     append_token: CODED,
     step_token: CODED,
     attend_token: CODED,
-    attend_token_whole: {name: CODED[name] for name in ("int8", "int4", "lloyd4", "lloyd3", "lloyd2")},
-    append_token_whole: {name: CODED[name] for name in ("lloyd4", "lloyd3", "lloyd2")},
+    attend_token_whole: WHOLE_NUMBERS,
+    append_token_whole: {name: WHOLE_NUMBERS[name] for name in ("lloyd4", "lloyd3", "lloyd2")},
     rotate_token: {name: CODED[name] for name in ("lloyd4", "lloyd4 d256")},
     append_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},
     attend_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},

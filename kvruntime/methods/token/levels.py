@@ -50,7 +50,7 @@ def steps(dim: int, nbits: int) -> tuple[float, tuple[int, ...]]:
     """``(unit, numbers)``: levels are ``(number + 1/2) * unit``, so that products can be taken in whole numbers.
 
     Of all units the one of least squared error, weighted by how often a level is met; a multiple of 2**-20, with which
-    every level is a float32.  The best levels' squared error grows by 0.004 % (2 and 3 bits) and 0.6 % (4 bits) at most.
+    every level is a float32.  The squared error grows by 0.004 % (2 and 3 bits) and 0.6 % (4 bits) at most.
 
     >>> steps(128, 2)[1]
     (33, 111)
