@@ -306,7 +306,7 @@ def _plugin_groups(model: Model, kinds: Sequence[tuple[LayerShape, Method]], no_
     if no_windows:
         raise ValueError(f"vllm: kvruntime's plugin holds {name}'s exact tokens as windows: they are disabled")
     packed = [layer for layer in model.cache_layers if layer.window is None]
-    pages = {first.page(layer) for layer in packed}  # type: ignore[attr-defined]
+    pages = {first.page(layer) for layer in packed}
     if len(pages) != 1:
         raise ValueError(f"vllm: kvruntime's plugin has pages of one size, {name} of these layers has {len(pages)}")
     tokens, page, exact_tokens, residual = pages.pop()

@@ -33,14 +33,14 @@ def _quantized(backend: str, nbits: int, model: Any, max_seq_len: int) -> Any:
 def _turboquant(nbits: int, model: Any, max_seq_len: int) -> Any:
     from tiny_turboquant import TinyKVCache
 
-    class Fitted(TinyKVCache):  # type: ignore[misc]
+    class Adapter(TinyKVCache):  # type: ignore[misc]
         """Under transformers 5.24, which gives ``update`` more than 0.18 takes; it makes no use of it."""
 
         def update(self, key: Any, value: Any, layer: int, *_: Any, **more: Any) -> Any:
             return super().update(key, value, layer)
 
     groups = {"block_size": 32, "value_group_size": 32, "residual_len": RESIDUAL_LENGTH}
-    return Fitted(key_bits=nbits, value_bits=nbits, **groups)
+    return Adapter(key_bits=nbits, value_bits=nbits, **groups)
 
 
 @contextmanager
