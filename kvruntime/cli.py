@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, options, parse_length
 from kvsim import __version__
-from kvsim.commandline import Group, one_line, os_message
+from kvsim.commandline import Group, TextType, one_line, os_message
 from kvsim.install import missing_hint
 from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLE
 
@@ -211,7 +211,7 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--lm-eval-include", help="Folder with lm_eval tasks of your own.")
 @click.option(
     "--length",
-    type=parse_length,
+    type=TextType(parse_length),
     metavar="TOKENS",
     multiple=True,
     help="Tokens of a task's prompts, such as 2k. Repeatable.  [default: 1k, 2k, 4k]",

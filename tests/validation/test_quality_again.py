@@ -23,11 +23,11 @@ from kvruntime.eval.intervals import perplexity_change  # noqa: E402
 from kvruntime.eval.text import load_text, token_windows  # noqa: E402
 from kvruntime.eval.windows import score_windows  # noqa: E402
 from kvsim.specs import parse_method  # noqa: E402
-from validation.documents.quality_tables import QUALITY  # noqa: E402
+from validation.recorded import FOLDER  # noqa: E402
 
 MODEL = "smollm2-135m"
 TEXT = Path(__file__).parents[3] / "shared" / "eval" / "wiki.test.raw"
-RECORD = QUALITY / "cpu-smollm2-wikitext2.json"
+RECORD = FOLDER / "slices" / "cpu-smollm2-wikitext2.json"
 METHOD = parse_method("kivi-boost", {})
 
 
