@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ class PrefixStore:
         about = self._about | {"tokens": len(tokens), "sha256": hash_of(tokens)}
         about["crc32"] = {name: crc_of(x) for name, x in given.items()}
         path = self.path(tokens)
-        written = path.with_name(f".{path.name}.{os.getpid()}")
+        written = path.with_name(f".{path.name}.{token_hex(6)}")
         try:
             save_file(given, written, {"kvruntime": json.dumps(about)})
             os.replace(written, path)

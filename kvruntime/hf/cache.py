@@ -21,7 +21,7 @@ from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
 from kvsim.methods.evict import windowed
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 """Of what a pickled cache holds."""
 
 HELD_NBYTES = 64 * 2**20

@@ -120,7 +120,9 @@ class Graphs:
     def state(self) -> str:
         if self.failed:
             return f"plain, {self.failed}"
-        return "CUDA graph" if self.held is not None else "plain so far"
+        if self.held is not None:
+            return "CUDA graph"
+        return "plain so far" if self.counts.is_fixed_beside else "plain until windows are full"
 
     def run(self, model: Any, own: Callable[[Any], bool], forward: Any, args: Any, kwargs: Any) -> Any:
         """``forward(*args, **kwargs)``, or the replay of a step that is like it."""
@@ -128,6 +130,8 @@ class Graphs:
             return forward(*args, **kwargs)
         with self._alone():
             stays = not self.failed and self.counts.is_fixed_beside
+            if not stays:
+                self.held = None
             inputs = self._inputs(model, args, kwargs) if stays else None
             if inputs is None:
                 self.warm, self.num_warm = (), 0
@@ -238,6 +242,7 @@ class Graphs:
                     finally:
                         graph.capture_end()
             except Exception as error:
+                self.took_back()
                 self._fail(error)
                 _mend()
                 return None
@@ -247,6 +252,11 @@ class Graphs:
         leaves, spec = pytree.tree_flatten(out, is_leaf=lambda value: isinstance(value, Cache))
         self.held = Graph(graph, inputs.like, addresses, static, mask, leaves, spec)
         return self.held
+
+    def took_back(self) -> None:
+        """A capture ended early: nothing ran, so no layer is ahead of another."""
+        books = self.counts.layers[-1].forward
+        books.unfinished, books.states = False, 0
 
     def _fail(self, error: Exception) -> None:
         first: BaseException = error

@@ -45,12 +45,17 @@ def open_prefixes(folder: str | Path, model: Any, method: str | Method = COMPRES
 def put_prefix(store: PrefixStore, cache: Any, tokens: Sequence[int], row: int = 0) -> Path:
     """Keeps what ``row`` of ``cache`` holds, which is exactly ``tokens``: the cache right after a prompt.
 
-    Raises ``ValueError`` for a cache of another method, or one that holds another number of tokens.
+    Raises ``ValueError`` for a cache of another method, one that holds another number of tokens, and a row with
+    padding, whose keys may have been turned for other positions.
     """
     if not isinstance(cache, Cache) or cache.method != store.method:
         held = cache.method.name if isinstance(cache, Cache) else type(cache).__name__
         raise ValueError(f"a cache of {held} for a store of {store.method.name}")
     cache.forward.check(cache.layers)
+    if any(cache.columns.padding[row : row + 1]):
+        raise ValueError(
+            f"row {row} of the cache has padding: allowed are rows whose first token is their first column"
+        )
     layers = []
     for layer in cache.layers:
         count = 0

@@ -21,7 +21,7 @@ from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, nbytes
 
 FORMAT = "kvruntime cache"
-VERSION = 1
+VERSION = 2
 
 
 def save_cache(cache: Cache, path: str | Path) -> None:

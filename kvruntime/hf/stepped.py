@@ -199,6 +199,7 @@ class SteppedWindow(WindowLayer):
         """Of the memory of tokens that have left the window: what a full one keeps goes to its room."""
         assert self.keys is not None
         if self.keys.shape[2] != self.sliding_window - 1 or self.sliding_window < 2:
+            self.rooms = {}
             super()._let_go()
             return
         for name in ("keys", "values"):
@@ -213,6 +214,8 @@ class SteppedWindow(WindowLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         length, offset = super().get_mask_sizes(query_length)
+        if torch.compiler.is_compiling() or not self.counts.layers[-1].forward.running:
+            return length, offset
         if query_length == 1 and self.counts.started and self.counts.is_fixed_beside:
             return StepLength.of(self.counts, length), 0
         return length, offset

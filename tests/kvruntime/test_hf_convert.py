@@ -200,7 +200,7 @@ def test_what_a_file_cannot_be(tmp_path):
         load_cache(path, mixed("Gemma 3"))
     state = torch.load(path, weights_only=True)
     for change, message in (
-        ({"version": 9}, "is a saved cache of version 9: this kvruntime reads 1"),
+        ({"version": 9}, "is a saved cache of version 9: this kvruntime reads 2"),
         ({"format": "else"}, "is no cache that kvruntime saved"),
         (
             {"method": {"type": "Popen", "fields": {}}},

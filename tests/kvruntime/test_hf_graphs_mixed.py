@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -10,8 +12,9 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 
 from hf_mixed import MIXED, WINDOW, mixed
 from hf_models import DEVICE, prompt
+from transformers import DynamicCache
 
-from kvruntime import make_cache
+from kvruntime import make_cache, restore
 from kvruntime.bench.harness.weigh import weigh
 from kvruntime.hf import empty
 from kvruntime.hf.cache import argument
@@ -137,3 +140,49 @@ def test_nothing_waits_for_the_device_while_a_graph_is_captured(family, monkeypa
     for name in ("__bool__", "__int__", "__index__", "item", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, read)
     replay(model, cache, ids[:, 21:22], torch.full((2, 1), 21))
+
+
+@torch.no_grad()
+def test_a_window_that_was_cropped_keeps_no_place():
+    """A graph would read the tokens that were taken back."""
+    model, ids = mixed("Gemma 3"), prompt(2, WINDOW + 4)["input_ids"]
+    cache = make_cache(model, KIVI)
+    model(ids[:, : WINDOW - 1], **argument(cache))
+    assert cache.counts.is_fixed_beside
+    cache.crop(-3)
+    assert not cache.counts.is_fixed_beside
+    planned = make_cache(model, KIVI, compiled=False)
+    model(ids[:, : WINDOW - 4], **argument(planned))
+    for at in range(WINDOW - 4, WINDOW + 4):
+        got, want = (model(ids[:, at : at + 1], **argument(one)).logits for one in (cache, planned))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert cache.counts.is_fixed_beside
+
+
+@torch.no_grad()
+def test_a_model_without_our_attention_reads_a_full_window():
+    """After restore() its own masks count the window's columns as transformers' own layer says."""
+    model = copy.deepcopy(mixed("Gemma 3"))
+    ids = prompt(2, 3 * WINDOW)["input_ids"]
+    cache, past = make_cache(model, KIVI), DynamicCache(config=model.config)
+    for one in (cache, past):
+        model(ids[:, : 2 * WINDOW + 3], **argument(one))
+        model(ids[:, 2 * WINDOW + 3 : 2 * WINDOW + 4], **argument(one))
+    restore(model)
+    got, want = (model(ids[:, 2 * WINDOW + 4 : 2 * WINDOW + 5], **argument(one)).logits for one in (cache, past))
+    assert (got - want).abs().max() < 0.05  # of 8 bits; a masked window is off by far more
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "Qwen3-Next"])
+@torch.no_grad()
+def test_a_capture_that_fails_leaves_the_books_alone(family, monkeypatch):
+    """What it wrote to states and lengths has not run."""
+    model, ids = mixed(family), prompt(2, 30)["input_ids"]
+    cache = make_cache(model, KIVI)
+    model(ids[:, :20], **argument(cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(SteppedLayer, "step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            replay(model, cache, ids[:, 20:21], torch.full((2, 1), 20, device=DEVICE))
+    cache.graphs.took_back()
+    assert model(ids[:, 20:21], **argument(cache)).logits.isfinite().all()

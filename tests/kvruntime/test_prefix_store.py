@@ -163,6 +163,12 @@ def test_what_is_not_kept(model, tmp_path):
         put_prefix(store, cache, prompt[:39])
     with pytest.raises(ValueError, match=r"a cache of kivi-2bit-g32-r128 for a store of kivi-2bit-g32-r32"):
         put_prefix(store, make_cache(model), prompt)
+    padded, mask = make_cache(model, SHORT), torch.ones(1, 45, dtype=torch.long)
+    mask[:, :5] = 0
+    with torch.no_grad():
+        model(torch.tensor([[0] * 5 + prompt]), attention_mask=mask, **argument(padded))
+    with pytest.raises(ValueError, match="row 0 of the cache has padding"):
+        put_prefix(store, padded, prompt)
     with pytest.raises(ValueError, match="does not fit an engine's pages"):
         open_prefixes(tmp_path, model, Evict(budget=64))
     with pytest.raises(ValueError, match="in pages: sink_length 4, allowed is 0"):
