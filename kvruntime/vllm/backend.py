@@ -217,9 +217,11 @@ class PagedImpl(AttentionImpl[Rows]):
         self.shape = check_block_size(
             self.method, LayerShape(heads, head_size, head_size), config.cache_config.block_size
         )
-        self.pages[heads, head_size] = self.shape
         layers = config.compilation_config.static_forward_context
         number = sum(isinstance(layer, ExactCache) for layer in layers.values())
+        if not number:  # the first of an engine: what another of this process had is none of it
+            self.pages.clear()
+        self.pages[heads, head_size] = self.shape
         self.exact_name = f"{NAME}_exact.{number}"
         self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
         layers[self.exact_name] = self.exact
