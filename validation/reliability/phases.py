@@ -46,8 +46,8 @@ BEAMS = [0, 0, 1]
 
 def phases(device: torch.device, scale: Scale) -> Findings:
     """Current and peak bytes of the allocator while a model is loaded, a prompt is read whole and in chunks, tokens
-    are decoded (on a GPU by a CUDA graph), the cache is used again, reorders beams, and grows; each within a hundredth
-    of weights, buffers, the transients of the claims, and what a graph holds."""
+    are decoded (on a GPU by a CUDA graph), the cache is used again, reorders beams, and grows; each within :func:`bar`
+    (a hundredth on a GPU) of weights, buffers, the transients of the claims, and what a graph holds."""
     figures: list[Figure] = []
     said = []
     with tempfile.TemporaryDirectory() as folder:
@@ -63,13 +63,13 @@ def phases(device: torch.device, scale: Scale) -> Findings:
                     if predicts(method, device.type):
                         weighing.run(method)
                     else:
-                        said.append(f"{Path(name).stem} {method.name}: no peak is predicted")
+                        said.append(f"{called(name)} {method.name}: no peak is predicted")
                 figures += weighing.figures
                 said += weighing.said
     wrong = [figure for figure in figures if abs(figure["error"]) > bar(figure)]
     if wrong:
         told = ", ".join(
-            f"{Path(each['model']).stem} {each.get('method', {}).get('name', '')} {each['phase']} {each['what']} "
+            f"{' '.join(filter(None, (called(each['model']), each.get('method', {}).get('name'))))} {each['phase']} {each['what']} "
             f"{each['measured']:,} B, {each['error']:+.2%}"
             for each in wrong
         )
@@ -80,7 +80,12 @@ def phases(device: torch.device, scale: Scale) -> Findings:
 def measured(figures: Sequence[Figure]) -> list[Figure]:
     """Without what was predicted: that is made anew from the other fields.  A model of this run has no file to name."""
     kept = [{name: value for name, value in each.items() if name not in ("predicted", "error")} for each in figures]
-    return [each | {"model": TINY} if "/" in each["model"] else each for each in kept]
+    return [each | {"model": called(each["model"])} for each in kept]
+
+
+def called(model: str) -> str:
+    """A model's name, dots and all; the tiny one's is the path of its configuration."""
+    return TINY if "/" in model else model
 
 
 def bar(figure: Figure) -> float:
@@ -197,7 +202,7 @@ class ModelPhases:
     def _say(self, name: str, figures: list[Figure]) -> None:
         worst = max(figures, key=lambda each: abs(each["error"]))
         where = f"{worst['error']:+.3%} ({worst['phase']}, {worst['what']})"
-        self.said.append(f"{Path(self.name).stem} {name or 'load'}: {len(figures)} figures, worst {where}")
+        self.said.append(f"{called(self.name)} {name or 'load'}: {len(figures)} figures, worst {where}")
 
     def _warm(self, method: Method) -> None:
         """Kernels are compiled and the default stream's workspaces are there before anything is weighed."""
