@@ -208,7 +208,9 @@ def answers(folder: Path) -> str:
             if rows:
                 link = f"[{path.name}](../validation/results/quality/{path.name})"
                 ran = circumstances({**file, "rows": rows})
-                parts += [f"{heading(name, rows[0], task.what)}; {ran} ({link}):", compact(*answers_cells(rows))]
+                count = sum(len(row["scores"]) for row in rows if row["method"] == rows[0]["method"])
+                what = f"{task.what}, {count} examples"
+                parts += [f"{heading(name, rows[0], what)}; {ran} ({link}):", compact(*answers_cells(rows))]
                 parts += [task.caveat.capitalize() + "."] * bool(task.caveat)
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
