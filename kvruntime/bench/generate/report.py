@@ -34,7 +34,7 @@ def best_stock(row: Row, rows: Iterable[Row]) -> Row | None:
 
 def seconds(row: Row) -> float:
     """Of a step, the median of the calls, or of a conversation.  Of the dynamic cache the fastest call: in the first,
-    lengths are new to the process, and PyTorch plans its attention for each of them (:func:`new_lengths`)."""
+    lengths are new to the process, and probably PyTorch plans its attention for each (:func:`new_lengths`)."""
     if row["kind"] != "generate":
         return float(row["seconds"])
     return float(row["seconds_per_step"][row["method"] == STOCK[0]])
