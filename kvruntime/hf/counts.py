@@ -144,9 +144,7 @@ class StepCounts(Counts):
         stores = [layer.store for layer in self.layers if layer.is_initialized]
         held = [tensor for one in stores for tensor in one.tensors.values()]
         here = self.positions, self.scratch, self.num_columns, self.visible
-        addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), self.max_seq_len)
-        if addresses != self.addresses:
-            self.addresses = addresses
+        self.addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), self.max_seq_len)
 
     @property
     def is_fixed_beside(self) -> bool:
@@ -230,6 +228,11 @@ class StepCounts(Counts):
         self.num_columns.add_(1)
         if not self.tracing:
             self.ahead += 1
+
+    def replay(self) -> None:
+        """A graph has stored one more token a row in every layer, and counted on the device alone."""
+        self.ahead += 1
+        self.replayed += 1
 
     def reset(self) -> None:
         self.started, self.ahead, self.longest = False, 0, 0

@@ -275,8 +275,7 @@ class Graphs:
         counts.check(inputs.mask)
         torch._foreach_copy_(graph.tensors, inputs.tensors)
         graph.graph.replay()
-        counts.ahead += 1
-        counts.replayed += 1
+        counts.replay()
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.leaves]
         return pytree.tree_unflatten(leaves, graph.spec)
 

@@ -61,8 +61,7 @@ def replay(model, cache, ids, position):
         out = model(ids, attention_mask=None, position_ids=position, **argument(cache)).logits
     finally:
         counts.tracing = cache.graphs.busy = False
-    counts.ahead += 1
-    counts.replayed += 1
+    counts.replay()
     return out
 
 

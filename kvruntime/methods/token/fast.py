@@ -627,7 +627,6 @@ def output_channel(word, number, element, parity, CODING: gl.constexpr):
     return channel
 
 
-CODINGS = ("lloyd2", "lloyd3", "lloyd4", "int4", "int8")
 DIMS = {"lloyd2": (128,), "lloyd3": (128,), "lloyd4": (64, 128), "int4": (64, 128), "int8": (64, 128)}
 Q_PER_KV = 4
 
