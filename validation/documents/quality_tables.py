@@ -208,11 +208,22 @@ def answers(folder: Path) -> str:
             if rows:
                 link = f"[{path.name}](../validation/results/quality/{path.name})"
                 ran = circumstances({**file, "rows": rows})
-                count = sum(len(row["scores"]) for row in rows if row["method"] == rows[0]["method"])
-                what = f"{task.what}, {count} examples"
+                what = f"{task.what}, {shared_examples(rows)} examples that all methods answered"
                 parts += [f"{heading(name, rows[0], what)}; {ran} ({link}):", compact(*answers_cells(rows))]
                 parts += [task.caveat.capitalize() + "."] * bool(task.caveat)
     return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
+def shared_examples(rows: Sequence[Row]) -> int:
+    """How many examples of a task's rows every one of their methods answered."""
+    answered: dict[str, set[str]] = {}
+    for row in rows:
+        answered.setdefault(row["examples_sha256"], set()).add(row["method"])
+    methods = {row["method"] for row in rows}
+    first = rows[0]["method"]
+    return sum(
+        len(row["scores"]) for row in rows if row["method"] == first and answered[row["examples_sha256"]] == methods
+    )
 
 
 def compared(folder: Path) -> str:

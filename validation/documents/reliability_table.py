@@ -22,7 +22,7 @@ PART = re.compile(r"; (?=[\w.(),+-]+(?: [\w.(),+-]+)?: )")
 
 
 def table(folder: Path = FOLDER / "reliability") -> str:
-    """Rows of one run on one device are one line, which holds where all of them do, and what measured them; Markdown."""
+    """Rows of one run on one device are a line, which holds where all of them do; below it what measured them."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     sources: list[str] = []
     for path in sorted(folder.glob("*.json"), reverse=True):

@@ -68,11 +68,7 @@ def phases(device: torch.device, scale: Scale) -> Findings:
                 said += weighing.said
     wrong = [figure for figure in figures if abs(figure["error"]) > bar(figure)]
     if wrong:
-        told = ", ".join(
-            f"{' '.join(filter(None, (called(each['model']), each.get('method', {}).get('name'))))} {each['phase']} {each['what']} "
-            f"{each['measured']:,} B, {each['error']:+.2%}"
-            for each in wrong
-        )
+        told = ", ".join(told_of(figure) for figure in wrong)
         raise Broken(f"{len(wrong)} of {len(figures)} figures: {told}", measured(figures))
     return Findings("; ".join(said), measured(figures))
 
@@ -81,6 +77,12 @@ def measured(figures: Sequence[Figure]) -> list[Figure]:
     """Without what was predicted: that is made anew from the other fields.  A model of this run has no file to name."""
     kept = [{name: value for name, value in each.items() if name not in ("predicted", "error")} for each in figures]
     return [each | {"model": called(each["model"])} for each in kept]
+
+
+def told_of(figure: Figure) -> str:
+    """Whose figure it is, what was measured, and how far that is off."""
+    of = " ".join(filter(None, (called(figure["model"]), figure.get("method", {}).get("name"))))
+    return f"{of} {figure['phase']} {figure['what']} {figure['measured']:,} B, {figure['error']:+.2%}"
 
 
 def called(model: str) -> str:

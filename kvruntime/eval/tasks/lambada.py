@@ -30,6 +30,6 @@ TASK = EvalTask(
     "the last word of a passage, scored token by token",
     parts,
     NEEDS,
-    caveat="passages of about 80 tokens lie within the exact newest tokens of most methods, for which they are a control, "
-    "not a test; a method without exact tokens is tested by them",
+    caveat="passages of about 80 tokens lie within the exact newest tokens of most methods, for which they are a "
+    "control, not a test; a method without exact tokens is tested by them",
 )
