@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from validation import cli  # noqa: E402
+from validation.documents import reliability_table  # noqa: E402
 from validation.reliability import memory, phases, processes, record, runs, subjects  # noqa: E402
 from validation.reliability.findings import Broken, Findings  # noqa: E402
 from validation.run import parts  # noqa: E402
@@ -112,6 +113,19 @@ def test_memory_by_phase() -> None:
     assert "worst" in found.said
     assert {each["phase"] for each in found.figures} == {"load", "prefill", "decode", "reuse", "beams", "growth"}
     assert not {"predicted", "error"} & set(found.figures[0])
+
+
+def test_the_documents_table_shows_whatever_fails() -> None:
+    held = "; ".join(f"kivi-{bits}bit(fp16): {'1' * 90}" for bits in range(9))
+    row = {"found": f"Broken: {held}; last-one: FAILS, OutOfMemoryError: no; reset() the cache, or give it fewer"}
+    shown = reliability_table.found([row])
+    assert shown.startswith("last-one: FAILS, OutOfMemoryError: no; kivi-0bit(fp16): 1")
+    assert shown.endswith("; and 6 more that hold")
+    cut = {"found": "llama-3  load peak 1 B", "figures": [{"model": "llama-3.2-1b"}]}
+    assert reliability_table.found([cut]) == "llama-3.2-1b load peak 1 B"
+    assert phases.told_of({"model": "qwen3-0.6b", "phase": "load", "what": "now", "measured": 1000, "error": 0.5}) == (
+        "qwen3-0.6b load now 1,000 B, +50.00%"
+    )
 
 
 def test_a_killed_benchmark_goes_on() -> None:
