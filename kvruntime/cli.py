@@ -15,9 +15,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, options, parse_length
+from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, parse_length
 from kvsim import __version__
 from kvsim.commandline import Group, TextType, one_line, os_message
+from kvsim.commands.flags import options
 from kvsim.install import missing_hint
 from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLE
 

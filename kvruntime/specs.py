@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from kvsim.commandline import TextType
+from kvsim.commands.flags import LAYOUT_FLAGS, options
 from kvsim.engines.kvruntime import check_runs, names
 from kvsim.layout import Method
 from kvsim.methods import METHODS
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS, EXAMPLE
 from kvsim.methods.full import Full
 from kvsim.nearest import hint
-from kvsim.specs import Value, choose_methods, names_within, parse_dtype, parse_size, parse_value
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from kvsim.specs import Value, choose_methods, names_within, parse_dtype, parse_size
 
 DEFAULT = DEFAULT_SPECS["kvruntime"]
 SEED = click.IntRange(0, (1 << 63) - 1)
 SWEPT = ("nbits", "group_size", "residual_length")
 """Options that may be given more than once: every combination is one method."""
-
-
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several click options as one decorator."""
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(decorators):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 method_options = options(
@@ -46,19 +33,7 @@ method_options = options(
     click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
     click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),
     click.option("--residual-length", type=int, multiple=True, help="Newest tokens kept exact. Repeatable."),
-    click.option("--sink-length", type=int, help="First tokens kept exact."),
-    click.option("--key-nbits", type=int, help="Bits a key code."),
-    click.option("--value-nbits", type=int, help="Bits a value code."),
-    click.option(
-        "--key-group-size", type=TextType(parse_value), metavar="TOKENS", help="Tokens a key scale, or 'sequence'."
-    ),
-    click.option(
-        "--value-group-size",
-        type=TextType(parse_value),
-        metavar="CHANNELS",
-        help="Channels a value scale, or 'head'.",
-    ),
-    click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
+    *LAYOUT_FLAGS,
 )
 
 

@@ -78,19 +78,7 @@ def method_flags(
     return MethodFlags(specs, dtype, kv_cache_dtype, given)
 
 
-batch_option = click.option("--batch", type=int, default=1, show_default=True, help="Sequences.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-method_options = options(
-    click.option(
-        "--method",
-        "specs",
-        multiple=True,
-        help=f"{', '.join(METHODS)}; or with its options, {EXAMPLE}; one inside another in "
-        f"parentheses, {NESTED}. Repeatable.",
-    ),
-    click.option("--nbits", type=int, help="Bits a code: 1, 2, 3, 4 or 8."),
-    click.option("--group-size", type=int, help="Elements that share a scale."),
-    click.option("--residual-length", type=int, help="Newest tokens kept exact."),
+LAYOUT_FLAGS = (
     click.option("--sink-length", type=int, help="First tokens kept exact."),
     click.option("--key-nbits", type=int, help="Bits a key code."),
     click.option("--value-nbits", type=int, help="Bits a value code."),
@@ -104,6 +92,23 @@ method_options = options(
         help="Channels a value scale, or 'head'.",
     ),
     click.option("--dtype", help="Type of exact tokens: fp16, bf16 or fp32.  [default: fp16]"),
+)
+"""Of a method's layout, as both tools take them."""
+
+batch_option = click.option("--batch", type=int, default=1, show_default=True, help="Sequences.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+method_options = options(
+    click.option(
+        "--method",
+        "specs",
+        multiple=True,
+        help=f"{', '.join(METHODS)}; or with its options, {EXAMPLE}; one inside another in "
+        f"parentheses, {NESTED}. Repeatable.",
+    ),
+    click.option("--nbits", type=int, help="Bits a code: 1, 2, 3, 4 or 8."),
+    click.option("--group-size", type=int, help="Elements that share a scale."),
+    click.option("--residual-length", type=int, help="Newest tokens kept exact."),
+    *LAYOUT_FLAGS,
     click.option(
         "--kv-cache-dtype",
         "--kv-dtype",

@@ -22,7 +22,7 @@ from kvsim.models.load import load_config
 
 SUBJECTS = {"gemma-3-4b-it": (34, 1, 16384), "gpt-oss-20b": (6, 1, 8192), "Qwen3.5-27B": (8, 1, 2048)}
 """Name -> layers, batch size, tokens of the prompt."""
-METHOD = replace(LAYOUTS[3], dtype="bfloat16")
+METHOD = replace(LAYOUTS[3], residual_length=64, dtype="bfloat16")
 FIRST, LAST = 8, 40
 
 

@@ -38,7 +38,8 @@ class FullLayer(Rows):
     @property
     def kernel(self) -> str:
         """What attends."""
-        return "PyTorch's scaled_dot_product_attention"
+        stock = "PyTorch's scaled_dot_product_attention"
+        return f"Triton in steps, {stock} elsewhere" if self.device.type == "cuda" else stock
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None = None, query: Tensor | None = None) -> None:
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
