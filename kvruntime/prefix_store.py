@@ -16,12 +16,10 @@ and version, method, shapes, the model's name, the hash of the tokens, and each 
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +27,7 @@ from torch import Tensor
 
 from kvruntime import paged
 from kvruntime.methods import spelled
+from kvsim.atomic import replace_file
 from kvsim.layout import LayerShape, Method
 
 FORMAT, VERSION = "kvruntime prefix", 1
@@ -89,7 +88,7 @@ class PrefixStore:
 
         Raises ``ValueError`` for tensors of other shapes or types than the method says.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         own = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}  # views may share memory
         given = {name: x.detach().to(**own) for name, x in _named(layers).items()}
@@ -97,12 +96,7 @@ class PrefixStore:
         about = self._about | {"tokens": len(tokens), "sha256": hash_of(tokens)}
         about["crc32"] = {name: crc_of(x) for name, x in given.items()}
         path = self.path(tokens)
-        written = path.with_name(f".{path.name}.{token_hex(6)}")
-        try:
-            save_file(given, written, {"kvruntime": json.dumps(about)})
-            os.replace(written, path)
-        finally:
-            written.unlink(missing_ok=True)
+        replace_file(path, save(given, {"kvruntime": json.dumps(about)}), sync=False)  # each tensor has its digest
         return path
 
     def get(self, tokens: Sequence[int], device: torch.device | str = "cpu", *, check: bool = True) -> Prefix | None:
@@ -115,14 +109,19 @@ class PrefixStore:
         if not length:
             return None
         path = self.path(tokens[:length])
-        about, given = read(path)
+        try:
+            about, given = read(path)
+        except FileNotFoundError:  # taken away meanwhile
+            return None
         wanted = self._about | {"tokens": length, "sha256": hash_of(tokens[:length])}
         wrong = [name for name, value in wanted.items() if about.get(name) != value]
         if wrong:
             raise ValueError(f"{path} is a prefix of another {', '.join(wrong)} than its name says")
         self._check(given, length, str(path))
         if check:
-            bad = [name for name, x in given.items() if about["crc32"].get(name) != crc_of(x)]
+            digests = about.get("crc32")
+            known = digests if isinstance(digests, dict) else {}
+            bad = [name for name, x in given.items() if known.get(name) != crc_of(x)]
             if bad:
                 raise ValueError(f"{path} is damaged: {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}")
         placed = {name: x.to(device) for name, x in given.items()}
@@ -163,6 +162,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("kvruntime", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError(f"{path} is no prefix that kvruntime kept")
             if about.get("format") == FORMAT and about.get("version") == VERSION:
                 return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:

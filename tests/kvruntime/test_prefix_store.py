@@ -146,6 +146,11 @@ def test_files_that_are_not_read(model, tmp_path):
     ):
         save_file(tensors, path, {"kvruntime": json.dumps(about | change)})
         refused(why)
+    for value in (None, [], 7):
+        save_file(tensors, path, {"kvruntime": json.dumps(about | {"crc32": value})})
+        refused("is damaged: ")
+    save_file(tensors, path, {"kvruntime": "[1]"})
+    refused("is no prefix that kvruntime kept")
     save_file(tensors, path)
     refused("is no prefix that kvruntime kept")
     save_file(tensors | {"keys.0": tensors["keys.0"][1:].clone()}, path, {"kvruntime": json.dumps(about)})
