@@ -57,7 +57,10 @@ def steps_on(device: str) -> bool:
 
 
 def without_graphs(model: Any, kinds: Sequence[Kind]) -> str:
-    """What of a model's layers no graph of a step can hold: packed windows, and chunks, which are no windows."""
+    """What of a model's layers no graph of a step can hold: packed windows, chunks, which are no windows, and those of
+    a pipeline's stage, whose first or last layer may be elsewhere."""
+    if getattr(model, "_pp_stage", None) is not None:
+        return "pipeline stages"
     if any(kind.shape and kind.window for kind in kinds):
         return "windows that are packed"
     config = model.config.get_text_config(decoder=True)

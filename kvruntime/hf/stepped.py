@@ -310,7 +310,8 @@ class SteppedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The columns held, which every layer has seen; while a graph is captured, a tensor."""
-        return self.counts.layers[0].get_seq_length()
+        first = self.counts.layers[0]
+        return first.get_seq_length() if first.is_initialized else super().get_seq_length(layer_idx)
 
     def reset(self) -> None:
         super().reset()

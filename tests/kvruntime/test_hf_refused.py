@@ -9,7 +9,7 @@ from inspect import signature
 import pytest
 import torch
 import transformers
-from hf_models import GQA, tiny
+from hf_models import DEVICE, GQA, tiny
 from hf_refused import REFUSED, refused
 
 from kvruntime import make_cache
@@ -51,7 +51,7 @@ def test_layers_of_cross_attention_are_named():
 @pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
 def test_what_would_change_the_scores_is_refused_where_a_layer_attends(name):
     """The second line of defence, for a model whose config did not say so."""
-    model, ids = copy.deepcopy(tiny("Llama")), torch.arange(8)[None]
+    model, ids = copy.deepcopy(tiny("Llama")), torch.arange(8, device=DEVICE)[None]
     attend, cache = model.model.layers[1].self_attn.forward, make_cache(model)
     model.model.layers[1].self_attn.forward = lambda *args, **more: attend(*args, **more, **{name: torch.ones(1)})
     with torch.no_grad(), pytest.raises(ValueError, match=f"LlamaAttention attends with {name}, which a kvruntime"):
@@ -91,7 +91,7 @@ def test_a_window_that_no_token_leaves_is_full_attention(case):
 def test_a_window_is_noticed_where_a_layer_attends_too():
     """The second line of defence, for a model whose config did not say so; and rows that outgrow a long window."""
     model = copy.deepcopy(tiny("Mistral"))
-    ids = torch.arange(40)[None]
+    ids = torch.arange(40, device=DEVICE)[None]
     make_cache(model)
     for window, positions, fails in ((64, 512, True), (None, 512, False), (512, 512, False), (39, 30, True)):
         for module in model.modules():
@@ -171,7 +171,7 @@ def test_the_methods_that_run_are_those_with_a_layer():
 
 def test_a_cache_of_another_model_is_refused():
     """More layers than it has, or other heads while it holds tokens; reset, it takes other heads."""
-    model, ids = tiny("Llama"), torch.arange(40)[None]
+    model, ids = tiny("Llama"), torch.arange(40, device=DEVICE)[None]
     wide = copy.deepcopy(model.config)
     wide.num_key_value_heads = 1
     deep = copy.deepcopy(model.config)
@@ -183,12 +183,12 @@ def test_a_cache_of_another_model_is_refused():
             (wide, "1 kv heads of 32 for a cache that holds 2 kv heads of 32: reset"),
             (deep, "layer 2 of a model for a cache of 2: make one for this model"),
         ):
-            other = type(model)(config).eval()
+            other = type(model)(config).eval().to(DEVICE)
             make_cache(other)
             with pytest.raises(ValueError, match=message):
                 other(ids, **argument(cache if config is wide else make_cache(model)))
         cache.reset()
-        other = type(model)(wide).eval()
+        other = type(model)(wide).eval().to(DEVICE)
         alone = make_cache(other)
         want, have = (other(ids, **argument(one)).logits for one in (alone, cache))
     assert torch.equal(want, have)
@@ -204,4 +204,4 @@ def test_what_the_options_mean():
     assert make_cache(model, Kivi(nbits=8)).method == Kivi(nbits=8)
     cache = make_cache(model, max_seq_len=300)
     assert (cache.nbytes, cache.num_provided, cache.get_seq_length(), cache.get_max_length()) == (0, 0, 0, 300)
-    assert repr(cache) == "Cache(kivi-2bit-g32-r128, num_layers=2, nbytes=0)"
+    assert repr(cache).startswith("Cache(kivi-2bit-g32-r128, num_layers=2, nbytes=0")

@@ -84,7 +84,7 @@ def test_the_caches_repr_says_it(slow: str) -> None:
     assert "kernel" not in repr(cache)
     with torch.no_grad():
         model(**prompt(1, 9), **argument(cache))
-    assert f"kernel={slow})" in repr(cache)
+    assert f"kernel={slow}" in repr(cache)
 
 
 def test_selfcheck_says_it(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,5 +100,5 @@ def test_bench_says_it(slow: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(f"bench --model {tiny_directory(tmp_path)} --only speed {size} --out {out}".split()) == 0
     said = {row["method"]: row.get("kernel") for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
     assert said["kivi-2bit-g32-r128"] == slow
-    assert said["fp16"] == "PyTorch's scaled_dot_product_attention"
+    assert "PyTorch's scaled_dot_product_attention" in said["fp16"]
     assert f"kivi-2bit-g32-r128: {slow}" in capsys.readouterr().out
