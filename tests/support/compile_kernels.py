@@ -570,7 +570,8 @@ def append_token(name: str, sm: int, pool: bool = False) -> dict[str, int]:
 
 def step_token(name: str, sm: int) -> dict[str, int]:
     more = {"CORRECTED": True, "Q_PER_KV": 4, "BLOCK_Q": 4, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 0}
-    types, constants = coded(name, token_store.step_kernel, "bf16", more, ("table_ptr", "num_blocks"))
+    absent = ("table_ptr", "num_blocks") + (() if CODED[name][0].startswith("lloyd") else ("turned_ptr",))
+    types, constants = coded(name, token_store.step_kernel, "bf16", more, absent, turned_ptr="*fp16")
     return resources(token_store.step_kernel, types, constants, sm, 1, enable_fp_fusion=False)
 
 

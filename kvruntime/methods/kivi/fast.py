@@ -52,7 +52,6 @@ from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.attention import rotated
 from kvruntime.methods.kivi.fast_plan import (
-    MAX_PARTS,
     MAX_REGISTERS,
     MAX_ROWS,
     PROGRAMS_PER_SM,
@@ -62,6 +61,7 @@ from kvruntime.methods.kivi.fast_plan import (
     constants,
     merges,
     padded,
+    plan_merge,
     plan_splits,
     programs_per_sm,
     spare,
@@ -1523,14 +1523,13 @@ def attend(
     if arrivals is not None or whole:
         return out
     parts = splits // (batch_size * blocks) + 2 if block_b else splits
-    block_s = min(MAX_PARTS, triton.next_power_of_2(parts))
-    block_d = record.rotation or min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
+    block_s, block_d, warps = plan_merge(parts, dim, record.rotation)
     launch_kernel(
         combine_kernel, (batch_size * q_heads * length, dim // block_d), partial, lse, stored.packed, draws, out,
         chunks, batch_size, splits, num_queries, NUM_HEADS=heads,
         Q_PER_KV=fixed["Q_PER_KV"], HEADS=fixed["HEADS"], DIM=dim, BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_S=block_s,
         EARLY=early, ROTATION=record.rotation,
-        enable_fp_fusion=merge.FUSED_MERGE, num_warps=4 if block_s * block_d >= 1024 else 1,
+        enable_fp_fusion=merge.FUSED_MERGE, num_warps=warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

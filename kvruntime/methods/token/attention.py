@@ -29,7 +29,7 @@ from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combi
 from kvruntime.methods.token import fast
 from kvruntime.methods.token.lookup import INTERPRETED, field_at, field_levels, load_shifts, load_tables, unit_of
 from kvruntime.methods.token.reference import Fresh, Layout, Stored
-from kvruntime.methods.token.store import LIMIT, constants, line_strides, strides_of, table_of
+from kvruntime.methods.token.store import LIMIT, constants, line_strides, product_dtype, strides_of, table_of
 from kvruntime.methods.token.words import (
     chunk_first,
     chunk_width,
@@ -399,7 +399,7 @@ def rotate_kernel(x_ptr, signs_ptr, out_ptr, num_rows, DIM: tl.constexpr, SIZE: 
 def rotated(x: Tensor, signs: Tensor, size: int) -> Tensor:
     """``x [..., dim]`` as codes' coordinates are, contiguous, in the type of the products."""
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.float32 if x.dtype == torch.float32 else torch.float16)
+    out = torch.empty_like(x, dtype=product_dtype(x))
     dim, early = x.shape[-1], overlaps(x)
     num_rows, each = x.numel() // dim, ROTATED_ROWS
     rotate_kernel[(triton.cdiv(num_rows, each),)](
@@ -446,11 +446,13 @@ def attend(
     num_tokens: int | None = None,
     num_splits: int | None = None,
     portable: bool = INTERPRETED,
+    turned: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores: the tensors are :func:`kvruntime.methods.token.reference.attend`'s.
 
     ``num_tokens``: the most that a row will hold; it plans the splits (default: what is provided for).  ``num_splits``:
-    another number of them.  ``portable``: without instructions of NVIDIA's.
+    another number of them.  ``portable``: without instructions of NVIDIA's.  ``turned``: the query as
+    :func:`kvruntime.methods.token.store.step` left it, of codings that rotate.
     """
     lengths, heads = stored.lengths, stored.key_codes.shape[1]
     batch_size, q_heads, dtype = len(lengths), query.shape[1], query.dtype
@@ -458,7 +460,7 @@ def attend(
         rotation(*each) for each in ((layout.key, layout.key_dim), (layout.value, layout.value_dim))
     )
     if key_turn:
-        query = rotated(query, stored.key_signs, key_turn)
+        query = rotated(query, stored.key_signs, key_turn) if turned is None else turned
     query = query if query.stride(-1) == 1 else query.contiguous()
     length, q_per_kv = query.shape[2 if starts is None else 0], q_heads // heads
     most_m = MOST_M[few_bits(layout)]

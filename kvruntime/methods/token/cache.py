@@ -44,8 +44,16 @@ class TokenLayer(Rows):
 
     @property
     def kernel(self) -> str:
-        """What attends."""
-        return "Triton" if self.device.type == "cuda" else "PyTorch reference"
+        """What attends to one query a row of up to four query heads a key: the PyTorch reference, the kernel in whole
+        numbers, or the other one, and of a layout that the first would read why."""
+        if self.device.type != "cuda":
+            return "PyTorch reference"
+        fast = _kernels("fast")
+        if not fast.holds(self.layout, 1, torch.float16):
+            return "Triton"
+        if not fast.aligned(self.num_provided, self.tensors["key_scale"].element_size()):
+            return f"Triton: max_seq_len {self.num_provided} is odd, whole numbers take an even one"
+        return "Triton, whole numbers"
 
     @classmethod
     def changes_scores(cls, device: torch.device) -> bool:
@@ -127,9 +135,9 @@ class TokenLayer(Rows):
             return self.attend(query, scale, scores=scores)
         self._check(scores, query.device)
         stored = self.stored(steps.lengths)
-        _kernels("store").step(query, key, value, stored, self.layout, steps.positions, rotary)
+        turned = _kernels("store").step(query, key, value, stored, self.layout, steps.positions, rotary)
         out: Tensor = _kernels("attention").attend(
-            query, stored, self.layout, scale, stepped=True, num_tokens=steps.num_tokens
+            query, stored, self.layout, scale, stepped=True, num_tokens=steps.num_tokens, turned=turned
         )
         return out
 

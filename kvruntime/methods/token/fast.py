@@ -655,6 +655,21 @@ def plan(layout: Layout) -> Plan:
     return PLANS[max(layout.key, layout.value, key=nbits_of)]
 
 
+def holds(layout: Layout, q_per_kv: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel reads these codings for so many queries a key."""
+    return (
+        q_per_kv <= Q_PER_KV
+        and dtype in (torch.float16, torch.bfloat16)
+        and layout.key_dim == layout.value_dim
+        and all(layout.key_dim in DIMS.get(name, ()) for name in (layout.key, layout.value))
+    )
+
+
+def aligned(num_slots: int, scale_nbytes: int) -> bool:
+    """Whether every row's scales begin at whole words: those of two bytes not where a row has an odd number."""
+    return num_slots * scale_nbytes % 4 == 0
+
+
 def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None, starts: Tensor | None) -> bool:
     """Whether :func:`attend_parts` takes this call."""
     scales, codes = (stored.key_scale, stored.value_scale), (stored.key_codes, stored.value_codes)
@@ -664,11 +679,8 @@ def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None,
         and starts is None
         and stored.block_table is None
         and query.shape[2] == 1
-        and query.shape[1] // stored.key_codes.shape[1] <= Q_PER_KV
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and layout.key_dim == layout.value_dim
-        and all(layout.key_dim in DIMS.get(name, ()) for name in (layout.key, layout.value))
-        and all(stride * x.element_size() % 4 == 0 for x in scales for stride in x.stride()[:2])
+        and holds(layout, query.shape[1] // stored.key_codes.shape[1], query.dtype)
+        and all(aligned(stride, x.element_size()) for x in scales for stride in x.stride()[:2])
         and all(stride % 16 == 0 for x in codes for stride in x.stride()[:2])
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )

@@ -22,6 +22,7 @@ from kvruntime.kernels.hadamard import rotate_rows, sum_of_squares
 from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.lines import rows_of
 from kvruntime.kernels.rotary import embedded_token
+from kvruntime.kernels.rotary import rotated as embedded_at
 from kvruntime.methods.token import coding, fast_store
 from kvruntime.methods.token.reference import Layout, Stored, check
 from kvruntime.methods.token.words import (
@@ -339,8 +340,8 @@ def step_value(value_ptr, codes_ptr, scale_ptr, signs_ptr, codes_at, scale_at, C
 @triton.jit
 def step_key(query_ptr, key_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, signs_ptr, codes_at, scale_at, position, head,
              stride_qh, Q_PER_KV: tl.constexpr, CODING: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
-             CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr, ROTARY: tl.constexpr):  # fmt: skip
-    """The key, and with ``ROTARY`` the query heads that share it, embedded in place."""
+             CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr, ROTARY: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
+    """The key, and with ``ROTARY`` and ``OWN`` the query heads that share it, embedded in place."""
     one = tl.zeros([1], tl.int64)
     x = ()
     queries = ()
@@ -352,7 +353,7 @@ def step_key(query_ptr, key_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, signs_p
         x = x + (clamped(key)[None, :],)
         queries = queries + (query,)
     tl.debug_barrier()  # all halves are read before one is written
-    if ROTARY:
+    if ROTARY and OWN:
         m = tl.arange(0, BLOCK_Q)
         query_at = query_ptr + (head * Q_PER_KV + m)[:, None].to(tl.int64) * stride_qh
         for i in tl.static_range(num_chunks(DIM)):
@@ -363,16 +364,37 @@ def step_key(query_ptr, key_ptr, cos_ptr, sin_ptr, codes_ptr, scale_ptr, signs_p
 
 
 @triton.jit
+def step_query(query_ptr, turned_ptr, cos_ptr, sin_ptr, signs_ptr, position, stride_qh, DIM: tl.constexpr,
+               SIZE: tl.constexpr, Q_PER_KV: tl.constexpr, BLOCK_Q: tl.constexpr, ROTARY: tl.constexpr):  # fmt: skip
+    """Query heads that share a key, embedded with ``ROTARY`` and rotated as keys are, to ``turned_ptr``."""
+    m = tl.arange(0, BLOCK_Q)
+    real = (m < Q_PER_KV)[:, None]
+    for i in tl.static_range(num_chunks(DIM)):
+        d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
+        heads_ptr = query_ptr + m[:, None].to(tl.int64) * stride_qh
+        if ROTARY:
+            cos = tl.load(cos_ptr + position * DIM + d).to(tl.float32)
+            sin = tl.load(sin_ptr + position * DIM + d).to(tl.float32)
+            query = embedded_at(heads_ptr, d[None, :], real, cos[None, :], sin[None, :], DIM)
+        else:
+            query = tl.load(heads_ptr + d[None, :], mask=real, other=0.0)
+        sign = tl.load(signs_ptr + d).to(tl.float32)
+        turned = clamped(rotate_rows(query.to(tl.float32) * sign[None, :], BLOCK_Q, chunk_width(DIM, i), SIZE))
+        tl.store(turned_ptr + m[:, None] * DIM + d[None, :], turned.to(turned_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def step_kernel(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr,
-    key_signs_ptr, value_signs_ptr, lengths_ptr, positions_ptr, table_ptr, stride_qb, stride_qh, stride_kb, stride_kh,
-    stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_sb, stride_sh, stride_st, stride_yb, stride_yh,
+    query_ptr, key_ptr, value_ptr, turned_ptr, cos_ptr, sin_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr,
+    value_scale_ptr, key_signs_ptr, value_signs_ptr, lengths_ptr, positions_ptr, table_ptr, stride_qb, stride_qh,
+    stride_kb, stride_kh, stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_sb, stride_sh, stride_st, stride_yb, stride_yh,
     stride_yt, stride_zb, stride_zh, stride_zt, num_blocks, NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr,
     KEY_CODING: tl.constexpr, VALUE_CODING: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr,
     ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The new token of a row and head; the second plane of the grid stores values.  Strides as ``append_kernel``'s."""
+    """The new token of a row and head; the second plane of the grid stores values, the third, where there is one,
+    rotates queries to ``turned_ptr [rows, heads, DIM]``.  Strides as ``append_kernel``'s."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -395,12 +417,20 @@ def step_kernel(
         position = length
         if ROTARY:
             position = tl.load(positions_ptr + row)
-        step_key(query_ptr + row.to(tl.int64) * stride_qb,
-                 key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh, cos_ptr, sin_ptr,
-                 key_codes_ptr, key_scale_ptr, key_signs_ptr,
-                 place * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xt,
-                 place * stride_sb + head.to(tl.int64) * stride_sh + slot * stride_st, position, head, stride_qh,
-                 Q_PER_KV, KEY_CODING, KEY_DIM, KEY_LEVELS, CORRECTED, BLOCK_Q, ROTARY)  # fmt: skip
+        query_ptr += row.to(tl.int64) * stride_qb
+        if tl.program_id(1) == 0:
+            step_key(query_ptr, key_ptr + row.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh, cos_ptr,
+                     sin_ptr, key_codes_ptr, key_scale_ptr, key_signs_ptr,
+                     place * stride_xb + head.to(tl.int64) * stride_xh + slot * stride_xt,
+                     place * stride_sb + head.to(tl.int64) * stride_sh + slot * stride_st, position, head, stride_qh,
+                     Q_PER_KV, KEY_CODING, KEY_DIM, KEY_LEVELS, CORRECTED, BLOCK_Q, ROTARY,
+                     turned_ptr is None)  # fmt: skip
+        elif turned_ptr is not None:
+            first = (head * Q_PER_KV).to(tl.int64)
+            step_query(query_ptr + first * stride_qh,
+                       turned_ptr + (row.to(tl.int64) * (NUM_HEADS * Q_PER_KV) + first) * KEY_DIM, cos_ptr, sin_ptr,
+                       key_signs_ptr, position, stride_qh, KEY_DIM, rotation(KEY_CODING, KEY_DIM), Q_PER_KV, BLOCK_Q,
+                       ROTARY)  # fmt: skip
 
 
 def constants(stored: Stored, layout: Layout) -> dict[str, object]:
@@ -408,6 +438,11 @@ def constants(stored: Stored, layout: Layout) -> dict[str, object]:
     check(stored)
     page = 0 if stored.block_table is None else stored.key_codes.shape[2]
     return layout_constants(layout) | {"NUM_HEADS": stored.key_codes.shape[1], "PAGE": page}
+
+
+def product_dtype(query: Tensor) -> torch.dtype:
+    """The type in which rotated queries are multiplied."""
+    return torch.float32 if query.dtype == torch.float32 else torch.float16
 
 
 def strides_of(stored: Stored) -> tuple[int, ...]:
@@ -467,20 +502,25 @@ def step(
     layout: Layout,
     positions: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
-) -> None:
+) -> Tensor | None:
     """The new token of every row to its place: :func:`kvruntime.methods.token.reference.step`, whose tensors these are.
 
-    Channels lie contiguous.
+    Channels lie contiguous.  Of codings that rotate, the queries as attention takes them: embedded and rotated,
+    contiguous, in the type of the products, and those given are left as they are; else None.
     """
     batch_size, heads = key.shape[:2]
+    turned = None
+    if rotation(layout.key, layout.key_dim):
+        turned = torch.empty(query.shape, dtype=product_dtype(query), device=query.device)
     cos, sin = rotary if rotary is not None else (None, None)
     table, num_blocks = table_of(stored)
     q_per_kv = query.shape[1] // heads
-    step_kernel[(batch_size * heads, 2)](
-        query, key, value, cos, sin, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale,
+    step_kernel[(batch_size * heads, 2 if turned is None else 3)](
+        query, key, value, turned, cos, sin, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale,
         stored.key_signs, stored.value_signs, stored.lengths, positions, table, *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], *strides_of(stored), num_blocks, **constants(stored, layout), Q_PER_KV=q_per_kv,
         CORRECTED=layout.corrected, BLOCK_Q=triton.next_power_of_2(q_per_kv), ROTARY=rotary is not None,
         EARLY=(early := overlaps(key)), enable_fp_fusion=False, num_warps=1,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+    return turned

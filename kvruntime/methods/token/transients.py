@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from kvruntime.methods.token.cache import layout_of
 from kvruntime.methods.token.coding import rotation
 from kvsim.layout import DTYPE_BITS, LayerShape
@@ -32,7 +34,7 @@ def attend(row: dict[str, Any], model: Model, method: Any, shape: LayerShape) ->
     """One query a row over what is stored, beside the query; ``row["num_splits"]``: parts that are merged."""
     layout, splits = layout_of(method, shape), row.get("num_splits", 1)
     queries = row["batch_size"] * model.num_q_heads
-    merged = splits > 1 or rotation(layout.value, layout.value_dim) > 0
+    merged = splits > 1 or rotation(layout.value, layout.value_dim) > 0 or whole_numbers(row, model, method, shape)
     turned = [queries * shape.key_dim * 2] if rotation(layout.key, layout.key_dim) else []
     partial = [queries * splits * shape.value_dim * 4] if merged else []
     return [
@@ -42,3 +44,13 @@ def attend(row: dict[str, Any], model: Model, method: Any, shape: LayerShape) ->
         *partial,
         row["batch_size"] * LENGTH,
     ]
+
+
+def whole_numbers(row: dict[str, Any], model: Model, method: Any, shape: LayerShape) -> bool:
+    """Whether the kernel in whole numbers attends, whose parts are merged also where there is one."""
+    from kvruntime.methods.token import fast
+
+    nbytes = next(buffer.nbytes for buffer in method.buffers(LayerShape(1, shape.key_dim, shape.value_dim), 1, 1)
+                  if buffer.name == "key_scale")  # fmt: skip
+    q_per_kv, dtype = model.num_q_heads // shape.num_kv_heads, getattr(torch, row["dtype"])
+    return fast.holds(layout_of(method, shape), q_per_kv, dtype) and fast.aligned(row.get("max_seq_len") or 0, nbytes)
