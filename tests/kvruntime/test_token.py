@@ -267,6 +267,10 @@ OPERATIONS = {
     "shr": lambda a, b: a >> min(b, 32),
     "prmt": lambda a, b, c: sum((b << 32 | a) >> 8 * (c >> 4 * i & 7) << 8 * i & 255 << 8 * i for i in range(4)),
     "sub.rn": lambda a, b: halves_of(np.subtract(*(np.array([x], np.uint32).view(np.float16) for x in (a, b)))),
+    "mul.rn": lambda a, b: halves_of(np.multiply(*(np.array([x], np.uint32).view(np.float16) for x in (a, b)))),
+    "cvt.rn.f16x2.e4m3x2": lambda a: halves_of(
+        torch.tensor([a & 255, a >> 8], dtype=torch.uint8).view(torch.float8_e4m3fn).half().numpy()
+    ),
 }  # fmt: skip
 
 
@@ -277,6 +281,10 @@ def emulated(asm: str, operands: list[int]) -> list[int]:
         if not line.strip() or line.strip().startswith(".reg"):
             continue
         operation, _, given = line.strip().partition(" ")
+        if given.startswith("{"):  # both halves of a register
+            low, high, source = (each.strip(" {}") for each in given.split(","))
+            held[low], held[high] = held[source] & 0xFFFF, held[source] >> 16
+            continue
         target, *sources = (each.strip() for each in given.split(","))
         values = [held[each] if each in held else int(each, 0) for each in sources]
         held[target] = OPERATIONS[re.sub(r"\.(b32|f16x2)$", "", operation)](*values)
@@ -284,11 +292,12 @@ def emulated(asm: str, operands: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("coding", "dim"),
-    [("lloyd4", 128), ("lloyd3", 128), ("lloyd2", 128), ("lloyd3", 64), ("lloyd2", 64), ("lloyd4", 64)]
-    + [(name, 64) for name in ("int8", "int4", "e4m3", "e5m2")],
+    ("coding", "dim", "fp8"),
+    [(f"lloyd{bits}", dim, False) for bits, dim in ((4, 128), (3, 128), (2, 128), (3, 64), (2, 64), (4, 64))]
+    + [(name, 64, False) for name in ("int8", "int4", "e4m3", "e5m2")]
+    + [("e4m3", 64, True)],
 )
-def test_pairs_are_looked_up_as_the_reference_reads_them(coding: str, dim: int) -> None:
+def test_pairs_are_looked_up_as_the_reference_reads_them(coding: str, dim: int, fp8: bool) -> None:
     """NVIDIA's instructions, emulated: every field of every word of random codes gives the reference's level."""
     raw = np.random.Generator(np.random.PCG64(0)).integers(0, 256, num_bytes(coding, dim), dtype=np.uint8)
     scale = torch.tensor(8, dtype=torch.int32).view(torch.float32) if coding == "int4" else torch.tensor(1.0)
@@ -316,7 +325,7 @@ def test_pairs_are_looked_up_as_the_reference_reads_them(coding: str, dim: int) 
                 held += [shift // 4 if p and size == 8 else shift] * 2
         held += [each for table in looked[:4] for each in (table, table)]
         for j in range((fields + 1) // 2):
-            asm = lookup.pair_asm(coding, nbits, fields, sizes, j)
+            asm = lookup.pair_asm(coding, nbits, fields, sizes, j, fp8)
             assert asm is not None
             assert len(held) + 2 == lookup.operands(coding, sizes).count(",") + 1
             for field, result in zip((j, j + fields // 2), emulated(asm, held), strict=True):

@@ -582,7 +582,7 @@ def attend_token(name: str, sm: int, dtype: str = "fp16", pool: bool = False) ->
     more = {
         "Q_PER_KV": 4, "BLOCK_M": block_m, "TILE": token.plan_tile(layout, block_m), "DOT": tl.float16,
         "NUM_STAGES": token.NUM_STAGES, "EARLY": sm >= 90, "MORE": 0 if pool else 1, "PAGE": 16 if pool else 0,
-        "BLOCK_B": 32 if pool else 0, "FAST": True,
+        "BLOCK_B": 32 if pool else 0, "FAST": 2 if sm >= 89 else 1,
     }  # fmt: skip
     absent = {"counts_ptr"} if pool else {"num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"}
     if not pool:

@@ -163,7 +163,7 @@ def attend_kernel(
     ``MORE``: tokens that a row holds besides those that its length counts.
     Optional: ``table_ptr``, for each row ``num_blocks`` places of ``PAGE`` tokens; ``new_key_ptr`` and what belongs to
     it, fresh tokens; ``starts_ptr``, where each row begins in the line that queries and fresh tokens are.  ``FAST``:
-    levels are looked up in pairs, by instructions of NVIDIA's."""
+    levels are looked up in pairs, by instructions of NVIDIA's, with 2 by those that read fp8."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -409,6 +409,11 @@ def rotated(x: Tensor, signs: Tensor, size: int) -> Tensor:
     return out
 
 
+def reads_fp8(device: torch.device) -> bool:
+    """Whether a device has instructions that read fp8."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def few_bits(layout: Layout) -> bool:
     """Whether neither keys nor values have codes of more than four bits."""
     return all(name == "int4" or name.startswith("lloyd") for name in (layout.key, layout.value))
@@ -509,7 +514,7 @@ def attend(
             *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
             Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,
             NUM_STAGES=NUM_STAGES, MORE=int(stepped), BLOCK_B=0 if starts is None else lines.block_b(batch_size),
-            FAST=not (wide or portable), EARLY=early, enable_fp_fusion=True, num_warps=NUM_WARPS,
+            FAST=0 if wide or portable else 1 + reads_fp8(query.device), EARLY=early, enable_fp_fusion=True, num_warps=NUM_WARPS,
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     if merged:

@@ -105,8 +105,8 @@ def load_shifts(lookup_ptr, CODING: tl.constexpr, DIM: tl.constexpr, NUMBER: tl.
 
 
 @triton.constexpr_function
-def number_asm(name, fields, j):
-    """:func:`lloyd_asm` of the other codings."""
+def number_asm(name, fields, j, fp8):
+    """:func:`lloyd_asm` of the other codings; ``fp8``: by the instruction that reads e4m3."""
     body = ""
     if name == "int4" and fields == 4:
         for out in (0, 1):
@@ -120,6 +120,11 @@ def number_asm(name, fields, j):
             body += f"shr.b32 x, $2, {8 * out}; and.b32 x, x, 0x00ff00ff; xor.b32 x, x, 0x64806480; "
             body += f"sub.rn.f16x2 ${out}, x, y; "
         return "{ .reg .b32 x, y; mov.b32 y, 0x64806480; " + body + "}"
+    if name == "e4m3" and fp8:
+        body = "prmt.b32 x, $2, 0, 0x3120; mov.b32 {l, h}, x; "
+        for out, half in ((0, "l"), (1, "h")):
+            body += f"cvt.rn.f16x2.e4m3x2 x, {half}; mul.rn.f16x2 ${out}, x, y; "
+        return "{ .reg .b32 x, y; .reg .b16 l, h; mov.b32 y, 0x1c001c00; " + body + "}"  # 2**-8, as unit_of says
     if name == "e4m3":
         for out, shift in ((0, "shl.b32 x, $2, 7; shl.b32 y, $2, 8; "), (1, "shr.b32 x, $2, 1; mov.b32 y, $2; ")):
             body += shift + f"and.b32 x, x, 0x3f803f80; and.b32 y, y, 0x80008000; or.b32 ${out}, x, y; "
@@ -128,8 +133,8 @@ def number_asm(name, fields, j):
 
 
 @triton.constexpr_function
-def pair_asm(name, nbits, fields, sizes, j):
-    return lloyd_asm(nbits, fields, sizes, j) if name.startswith("lloyd") else number_asm(name, fields, j)
+def pair_asm(name, nbits, fields, sizes, j, fp8):
+    return lloyd_asm(nbits, fields, sizes, j) if name.startswith("lloyd") else number_asm(name, fields, j, fp8)
 
 
 @triton.constexpr_function
@@ -179,8 +184,8 @@ def field_levels(words, shifts, tables, j: tl.constexpr, CODING: tl.constexpr, L
     """Field ``j`` of words and, of several, the one half of them further on: a tuple of levels of type ``DOT``.
 
     ``shifts``: by how many bits the words of each plane of less than 16 are to be shifted first; ``tables``: of the
-    section."""
-    ASM: tl.constexpr = pair_asm(CODING, NBITS, FIELDS, SIZES, j)
+    section.  ``FAST``: 1 by instructions of every NVIDIA device's, 2 by those that read fp8 too."""
+    ASM: tl.constexpr = pair_asm(CODING, NBITS, FIELDS, SIZES, j, FAST == 2)
     if FAST and ASM is not None:
         found = tl.inline_asm_elementwise(ASM, operands(CODING, SIZES), words + shifts + tables,
                                           dtype=(tl.float16, tl.float16), is_pure=True, pack=2)  # fmt: skip
