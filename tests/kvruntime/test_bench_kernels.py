@@ -195,6 +195,18 @@ def test_the_layouts_of_any_room_are_timed(monkeypatch) -> None:
     assert toy in engine_suite.methods_of("float16")
 
 
+def test_eviction_is_timed_over_what_is_left() -> None:
+    """Its bytes are those of the method inside, of the tokens kept; what a step stores is refused by name."""
+    shape = replace(SMALL, num_q_heads=4, num_kv_heads=1, batch_size=1)
+    (method,) = suite.named_methods(["evict:policy=recent,budget=290,inner=kivi-boost"])
+    row = attention.measure_attend(BENCH, shape, method)
+    assert row["nbytes_read"] == sum(method.read_parts(shape.layer, 1, 320).values()) <= row["nbytes_held"]
+    assert 132 < row["kept_tokens"] <= 290
+    assert 0 < row["relative_error"] < 2e-3
+    with pytest.raises(ValueError, match="a token is stored by its host"):
+        packing.measure_append(BENCH, shape, method)
+
+
 def test_ceilings_count_bytes() -> None:
     assert read_ceiling(BENCH, 1 << 16)["nbytes"] == 1 << 16
     assert copy_ceiling(BENCH, 1 << 16)["nbytes"] == 2 << 16

@@ -7,6 +7,7 @@ NVIDIA's: there the portable lookup is tested, and the other by an emulation of 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 
 from kvruntime.methods import make_layer, room_of  # noqa: E402
 from kvruntime.methods.rows import Steps  # noqa: E402
-from kvruntime.methods.token import attention, lookup, reference, store, words  # noqa: E402
+from kvruntime.methods.token import attention, lookup, reference, store, transients, words  # noqa: E402
 from kvruntime.methods.token.coding import num_bytes, sections  # noqa: E402
 from kvruntime.methods.token.levels import lookup_table as lookup_of  # noqa: E402
 from kvruntime.methods.token.levels import magnitudes, signs, thresholds  # noqa: E402
@@ -24,6 +25,7 @@ from kvruntime.methods.token.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape, nbytes  # noqa: E402
 from kvsim.methods import PerTokenHead, TurboQuant  # noqa: E402
 from kvsim.methods.token import LOOKUP  # noqa: E402
+from kvsim.models.load import load_model  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = {
@@ -224,6 +226,24 @@ def test_what_a_layer_cannot_hold_is_refused() -> None:
         make_layer(TurboQuant(), LayerShape(1, 576, 0), 1, 64, DEVICE)
     with pytest.raises(ValueError, match="scale_dtype bfloat16 cannot hold a zero point"):
         make_layer(PerTokenHead("int4", "bfloat16"), LayerShape(2, 64, 64), 1, 64, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_tokens", "merged"),
+    [
+        (PerTokenHead("int8"), 33, True),
+        (PerTokenHead("int4", "float16"), 32, True),
+        (PerTokenHead("int4", "float16"), 33, False),
+        (PerTokenHead("fp8"), 32, False),
+        (TurboQuant(3), 33, True),
+    ],
+)
+def test_a_kernel_s_parts_live_beside_its_output(method: Any, num_tokens: int, merged: bool) -> None:
+    """Of one split too where the kernel in whole numbers attends, and where the merge rotates."""
+    model = load_model("llama-3-8b")
+    row = {"batch_size": 2, "dtype": "float16", "num_splits": 1, "max_seq_len": num_tokens}
+    sizes = transients.attend(row, model, method, model.cache_layers[0])
+    assert (2 * 32 * 128 * 4 in sizes) == merged
 
 
 @pytest.mark.parametrize("dim", [64, 128, 576])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,10 @@ from runtime_tiny import tiny_directory  # noqa: E402
 from kvruntime import make_cache, selfcheck  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
-from kvruntime.methods import LAYERS, kivi  # noqa: E402
+from kvruntime.methods import LAYERS, kivi, make_layer  # noqa: E402
 from kvruntime.methods.kivi import cache as room  # noqa: E402
-from kvsim.methods import Kivi  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import Kivi, PerTokenHead, TurboQuant  # noqa: E402
 
 ABSENT = ModuleNotFoundError("No module named 'triton.experimental.gluon'", name="triton.experimental.gluon")
 BROKEN = (
@@ -69,6 +71,23 @@ def test_a_layer_says_which_kernel_attends(
     monkeypatch.setattr(room, "_kernels", lambda name: SimpleNamespace(holds=lambda record: holds))
     layer = SimpleNamespace(device=torch.device(device), record=None)
     assert kivi.KiviLayer.kernel.fget(layer) == said
+
+
+@pytest.mark.parametrize(
+    ("method", "dim", "tokens", "said"),
+    [
+        (TurboQuant(3), 128, 4096, "Triton, whole numbers"),
+        (TurboQuant(3), 128, 4097, "Triton (rows of 4,097 tokens: whole numbers take an even number)"),
+        (PerTokenHead("int8"), 128, 4097, "Triton, whole numbers"),
+        (TurboQuant(3), 64, 4096, "Triton"),
+        (PerTokenHead("fp8"), 128, 4096, "Triton"),
+    ],
+)
+def test_a_layer_of_coded_tokens_says_which_kernel_attends(method: Any, dim: int, tokens: int, said: str) -> None:
+    layer = make_layer(method, LayerShape(1, dim, dim), 1, tokens, torch.device("cpu"))
+    assert layer.kernel == "PyTorch reference"
+    layer.device = torch.device("cuda")
+    assert layer.kernel == said
 
 
 @pytest.fixture

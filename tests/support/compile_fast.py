@@ -198,12 +198,15 @@ def attend_queries_scores(name: str, sm: int) -> dict[str, int]:
 def combine(name: str, sm: int, given: tuple[str, ...] = DRAWN, parts: int = 64, shares: bool = True) -> dict[str, int]:
     method, dim, q_per_kv, dtype = METHODS[name]
     block_d = dim & -dim
+    warps = 4 if parts * block_d >= 1024 else 1
+    if method.rotate_values:
+        parts, block_d, warps = fast_plan.plan_merge(2 * parts, dim, block_d)
     constants = {
         "NUM_HEADS": 8, "Q_PER_KV": q_per_kv, "HEADS": q_per_kv, "DIM": dim, "BLOCK_B": 32 if shares else 0,
         "BLOCK_D": block_d, "BLOCK_S": parts, "EARLY": sm >= 90,
         "ROTATION": block_d if method.rotate_values else 0,
     }  # fmt: skip
-    options = {"num_warps": 4 if parts * block_d >= 1024 else 1, "enable_fp_fusion": merge.FUSED_MERGE}
+    options = {"num_warps": warps, "enable_fp_fusion": merge.FUSED_MERGE}
     return build(fast.combine_kernel, ASTSource, arguments(fast.combine_kernel, dtype, given), constants, sm, **options)
 
 

@@ -249,7 +249,7 @@ def kernels(**given: Any) -> int:
 
 def is_timed(room: Any) -> bool:
     """Whether a room has layouts to time, or can be measured in all that is timed where a layout is named."""
-    return bool(room.benched) or hasattr(room.measures, "storer")
+    return bool(room.benched) or hasattr(room.measures, "about")
 
 
 def named_methods(specs: Sequence[str]) -> list[Method]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kvruntime.methods.evict import benched
 from kvruntime.methods.evict.layer import EvictLayer
 from kvruntime.methods.room import Claims, Room
 from kvsim.layout import LayerShape
@@ -47,5 +48,6 @@ ROOM = Room(
     read_back=read_back,
     examples=(EXAMPLE,),
     claims=CLAIMS,
+    measures=benched,
     unpaged="what is kept moves to other slots, and a table holds tokens by their positions",
 )

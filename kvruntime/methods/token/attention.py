@@ -514,8 +514,8 @@ def attend(
             *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
             Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,
             NUM_STAGES=NUM_STAGES, MORE=int(stepped), BLOCK_B=0 if starts is None else lines.block_b(batch_size),
-            FAST=0 if wide or portable else 1 + reads_fp8(query.device), EARLY=early, enable_fp_fusion=True, num_warps=NUM_WARPS,
-            **({"launch_pdl": True} if early else {}),
+            FAST=0 if wide or portable else 1 + reads_fp8(query.device), EARLY=early, enable_fp_fusion=True,
+            num_warps=NUM_WARPS, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     if merged:
         dim = value_turn or COMBINE_D

@@ -52,7 +52,7 @@ class TokenLayer(Rows):
         if not fast.holds(self.layout, 1, torch.float16):
             return "Triton"
         if not fast.aligned(self.num_provided, self.tensors["key_scale"].element_size()):
-            return f"Triton: max_seq_len {self.num_provided} is odd, whole numbers take an even one"
+            return f"Triton (rows of {self.num_provided:,} tokens: whole numbers take an even number)"
         return "Triton, whole numbers"
 
     @classmethod
