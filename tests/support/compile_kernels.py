@@ -105,7 +105,7 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}  # t
 CODED = {  # coding of keys and of values, head dimension, type of scales
     "int8": ("int8", "int8", 128, "fp32"),
     "int4 d80": ("int4", "int4", 80, "fp16"),
-    "e4m3 e5m2": ("e4m3", "e5m2", 64, "fp32"),
+    "e4m3 e5m2": ("e4m3", "e5m2", 128, "fp32"),
     "lloyd4": ("lloyd4", "lloyd4", 128, "fp16"),
     "lloyd3": ("lloyd3", "lloyd3", 128, "fp16"),
     "lloyd2 lloyd3 d64": ("lloyd2", "lloyd3", 64, "fp16"),

@@ -3,6 +3,7 @@ unless it is asked for.  Policies that score ask for a prompt's queries, which a
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -13,9 +14,7 @@ from kvsim.methods.evict import Evict
 
 def inside(method: Any) -> Any:
     """What the room of the method inside measures.  Raises ``ValueError`` for one that has no such."""
-    from kvruntime.methods import room_of
-
-    own = room_of(method).measures
+    own = import_module("kvruntime.methods").room_of(method).measures
     if own is None:
         raise ValueError(f"method {method.name}: its room does not say how its attention is timed under eviction")
     return own

@@ -60,6 +60,10 @@ ROTATED_ROWS = 4
 """Vectors that a program of :func:`rotated` takes."""
 PROGRAMS_PER_SM = {True: 16, False: 10}
 """Programs of one warp a multiprocessor, as the splits are planned: of codes of four bits at most, and of others."""
+LARGE_TILE, LARGE_PROGRAMS = 64, 6
+"""Those of few queries a row over fp8."""
+MERGE_WARPS = 4
+"""More are slower: the attention of the layer after finds fewer registers."""
 
 
 @triton.jit
@@ -419,9 +423,16 @@ def few_bits(layout: Layout) -> bool:
     return all(name == "int4" or name.startswith("lloyd") for name in (layout.key, layout.value))
 
 
+def is_fp8(layout: Layout) -> bool:
+    """Whether keys and values are fp8."""
+    return all(name in ("e4m3", "e5m2") for name in (layout.key, layout.value))
+
+
 def plan_tile(layout: Layout, block_m: int) -> int:
     """Tokens a step of the loop."""
     streams = ((layout.key, layout.key_dim), (layout.value, layout.value_dim))
+    if is_fp8(layout) and block_m == LEAST_M:
+        return LARGE_TILE
     small = few_bits(layout) and all(num_pieces(*each) == 1 for each in streams)
     return TILE if small or block_m == LEAST_M else TILE // 2
 
@@ -447,6 +458,7 @@ def attend(
     scale: float,
     fresh: Fresh | None = None,
     starts: Tensor | None = None,
+    *,
     stepped: bool = False,
     num_tokens: int | None = None,
     num_splits: int | None = None,
@@ -493,7 +505,8 @@ def attend(
     quick = not portable and fast.supports(query, stored, layout, fresh, starts)
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        at_once = fast.plan(layout).programs if quick else PROGRAMS_PER_SM[few_bits(layout)]
+        at_once = LARGE_PROGRAMS if tile == LARGE_TILE else PROGRAMS_PER_SM[few_bits(layout)]
+        at_once = fast.plan(layout).programs if quick else at_once
         splits = plan_splits(rows * blocks, longest, fast.plan(layout).tile if quick else tile, sms * at_once)
     merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
@@ -523,6 +536,6 @@ def attend(
             partial, lse, out, splits, VALUE_DIM=layout.value_dim, BLOCK_D=dim,
             BLOCK_S=triton.next_power_of_2(splits), ROTATION=value_turn,
             signs_ptr=stored.value_signs if value_turn else None, enable_fp_fusion=FUSED_MERGE,
-            num_warps=8 if dim > 64 else 4, EARLY=early, **({"launch_pdl": True} if early else {}),
+            num_warps=MERGE_WARPS, EARLY=early, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
