@@ -78,6 +78,7 @@ NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # T
 CHUNK = gl.constexpr(16)
 HIDDEN = gl.constexpr(-1.0e30)
 TWICE_LOG2E = gl.constexpr(2 * merge.LOG2E)
+MAX_PARTS_AT_ONCE = tl.constexpr(256)
 HEADROOM = gl.constexpr(8.0)
 EXACT_UNITS = gl.constexpr(2)
 DRAWN = gl.constexpr(8)
@@ -1297,6 +1298,9 @@ def attend_kernel(
                 at += (block // of_head).to(gl.int64) * num_slots * DIM
                 ask_for(exact_key_ptr + at)
                 ask_for(exact_value_ptr + at)
+            if BOOST_CODES > 0:
+                lines = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * (DIM // 32)
+                ask_for(order_ptr + (block // of_head).to(gl.int64) * DIM + lines)
             if table_ptr is None:
                 tile = split + (STAGES - 1) * num_splits
                 if (
@@ -1364,6 +1368,36 @@ def attend_kernel(
             unit += stop - start
 
 
+@triton.jit
+def weighed_at_once(partial_ptr, lse_ptr, first, parts, d, HEADS: tl.constexpr, DIM: tl.constexpr,
+                    BLOCK_S: tl.constexpr):  # fmt: skip
+    """Parts merged, of which a program has all channels ``d``: all their weights are known before the first is read, so
+    that threads have sums of their own until the end."""
+    peak = tl.full([], HIDDEN, tl.float32)
+    total = tl.zeros([], tl.float32)
+    for begin in range(0, parts, MAX_PARTS_AT_ONCE):
+        s = begin + tl.arange(0, MAX_PARTS_AT_ONCE)
+        lse = tl.load(lse_ptr + first + s * HEADS, mask=s < parts, other=HIDDEN)
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        total = total * tl.exp2(peak - new_peak) + tl.sum(tl.where(lse > HIDDEN, tl.exp2(lse - new_peak), 0.0), 0)
+        peak = new_peak
+    summed = tl.zeros([BLOCK_S, d.shape[0]], tl.float32)
+    s = tl.arange(0, BLOCK_S)
+    at = first + s * HEADS
+    lse = tl.load(lse_ptr + at, mask=s < parts, other=HIDDEN)
+    part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=(s < parts)[:, None], other=0.0)
+    for begin in range(0, parts, BLOCK_S):
+        s = begin + BLOCK_S + tl.arange(0, BLOCK_S)
+        at = first + s * HEADS
+        next_lse = tl.load(lse_ptr + at, mask=s < parts, other=HIDDEN)
+        next_part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=(s < parts)[:, None], other=0.0)
+        weight = tl.where(lse > HIDDEN, tl.exp2(lse - peak), 0.0)
+        summed += part * weight[:, None]
+        lse = next_lse
+        part = next_part
+    return tl.sum(summed, 0) / tl.where(total > 0, total, 1.0)
+
+
 @triton.jit(do_not_specialize=["chunks", "batch_size", "num_splits", "num_queries"])
 def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks, batch_size, num_splits, num_queries,
                    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -1401,21 +1435,24 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks,
     if draws_ptr is not None:  # left as they were found
         if (tl.program_id(1) == 0) & (member % HEADS == 0):
             tl.store(draws_ptr + block, 0)
-    peak = tl.full([], HIDDEN, tl.float32)
-    total = tl.zeros([], tl.float32)
-    out = tl.zeros([BLOCK_D], tl.float32)
-    for begin in range(0, parts, BLOCK_S):
-        s = begin + tl.arange(0, BLOCK_S)
-        at = (slot + s) * HEADS + member % HEADS
-        part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=(s < parts)[:, None], other=0.0)
-        lse = tl.load(lse_ptr + at, mask=s < parts, other=HIDDEN)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        weight = tl.where(lse > HIDDEN, tl.exp2(lse - new_peak), 0.0)
-        alpha = tl.exp2(peak - new_peak)
-        peak = new_peak
-        total = total * alpha + tl.sum(weight, 0)
-        out = out * alpha + tl.sum(part * weight[:, None], 0)
-    out = out / tl.where(total > 0, total, 1.0)
+    if ROTATION > 0:
+        out = weighed_at_once(partial_ptr, lse_ptr, slot * HEADS + member % HEADS, parts, d, HEADS, DIM, BLOCK_S)
+    else:
+        peak = tl.full([], HIDDEN, tl.float32)
+        total = tl.zeros([], tl.float32)
+        out = tl.zeros([BLOCK_D], tl.float32)
+        for begin in range(0, parts, BLOCK_S):
+            s = begin + tl.arange(0, BLOCK_S)
+            at = (slot + s) * HEADS + member % HEADS
+            part = tl.load(partial_ptr + at[:, None] * DIM + d[None, :], mask=(s < parts)[:, None], other=0.0)
+            lse = tl.load(lse_ptr + at, mask=s < parts, other=HIDDEN)
+            new_peak = tl.maximum(peak, tl.max(lse, 0))
+            weight = tl.where(lse > HIDDEN, tl.exp2(lse - new_peak), 0.0)
+            alpha = tl.exp2(peak - new_peak)
+            peak = new_peak
+            total = total * alpha + tl.sum(weight, 0)
+            out = out * alpha + tl.sum(part * weight[:, None], 0)
+        out = out / tl.where(total > 0, total, 1.0)
     if ROTATION > 0:
         out = rotate_rows(out.reshape((1, BLOCK_D)), 1, BLOCK_D, ROTATION).reshape((BLOCK_D,))
     tl.store(out_ptr + query_head * DIM + d, out.to(out_ptr.dtype.element_ty))
