@@ -1,4 +1,4 @@
-"""The command line: ``python -m validation run | memory | speed | quality | reliability | report | time``.
+"""The command line: ``python -m validation run | memory | speed | quality | reliability | report | time`` and more.
 
 A bad input is one line on stderr and exit code 2; a cache that does not weigh what was predicted is exit code 1.
 """
@@ -15,7 +15,7 @@ import click
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.finite_json import json_text
 from kvsim.install import missing_hint
-from kvsim.specs import parse_sizes
+from kvsim.specs import parse_size, parse_sizes
 
 MOST = (1 << 31) - 1
 """The largest count that an option takes."""
@@ -313,6 +313,33 @@ def time_(
     for line in wrong:
         _say(line)
     return 1 if wrong else 0
+
+
+@cli.command("all-reduce")
+@click.option("--size", "sizes", multiple=True, help="Bytes: 2k, 64M. Repeatable.  [default: 2 KiB to 64 MiB]")
+@click.option("--record", is_flag=True, help="Write validation/results/ranks/<device>.json, merged by row.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write this file instead, merged by row.")
+def all_reduce_(sizes: tuple[str, ...], record: bool, out: Path | None) -> int:
+    """Seconds of an all-reduce by size, under torchrun: a process a device, of any number."""
+    from validation.ranks.runs import all_reduces
+
+    return all_reduces([parse_size(size, "size") for size in sizes], record, out)
+
+
+@cli.command("tensor-parallel")
+@click.option("--model", default="llama-3-70b", show_default=True, help="A catalogue name or a config.json.")
+@click.option("--layers", type=click.IntRange(1, MOST), help="Of its layers so many.  [default: all]")
+@click.option("--size", default="8x32k", show_default=True, help="BATCHxTOKENS.")
+@click.option("--dtype", default="bf16", show_default=True, help="Of weights and exact tokens: fp16, bf16 or fp32.")
+@click.option("--method", "specs", multiple=True, help="kivi:nbits=4. Repeatable.  [default: exact, 2 and 4 bits]")
+@click.option("--way", "ways", multiple=True, help="model, engine, silent. Repeatable.  [default: all]")
+@click.option("--record", is_flag=True, help="Write validation/results/ranks/<device>.json, merged by row.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write this file instead, merged by row.")
+def tensor_parallel_(record: bool, out: Path | None, **given: Any) -> int:
+    """Decode steps of a shape split over ranks, under torchrun: equal tokens, bytes a rank, seconds a step."""
+    from validation.ranks.runs import tensor_parallel
+
+    return tensor_parallel(given, record, out)
 
 
 def _say(line: str) -> None:

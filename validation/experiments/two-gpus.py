@@ -10,6 +10,7 @@ step's graph as the profiler counts them, and milliseconds a step; tokens of ``g
 where NVLink multicast is to stay off.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -63,6 +64,7 @@ def compare():
 if path == "compare":
     compare()
     sys.exit()
+faulthandler.dump_traceback_later(30, repeat=True)  # where a rank waits, if it does
 torch.cuda.set_device(rank)
 found: dict[str, dict[str, Any]] = {}
 if size > 1:

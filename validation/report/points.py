@@ -131,7 +131,7 @@ OTHERS = ("mutants.json",)
 def _file(path: Path) -> dict[str, Any] | None:
     """A record; None for the files of other tools, which have reports of their own."""
     file = read_json(path, "record")
-    own = path.parent.name in ("planners", "time", "profiles") or path.name in OTHERS
+    own = path.parent.name in ("planners", "ranks", "time", "profiles") or path.name in OTHERS
     return None if own or not isinstance(file, dict) else file
 
 
