@@ -64,7 +64,8 @@ def join() -> Group:
     device = torch.device("cuda", local) if there else torch.device("cpu")
     if there:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if there else "gloo", timeout=timedelta(seconds=SECONDS))
+    own = {"backend": "nccl", "device_id": device} if there else {"backend": "gloo"}
+    dist.init_process_group(**own, timeout=timedelta(seconds=SECONDS))
     return Group(int(os.environ["RANK"]), ranks, device)
 
 

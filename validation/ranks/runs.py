@@ -63,7 +63,8 @@ def tensor_parallel(given: dict[str, Any], record: bool, out: Path | None) -> in
     for way in given["ways"] or names:
         for row in load.rows(names[way], methods if way != "silent" else methods[:2]):
             rows.add({**row, **about})
-            wrong += row.get("equal_tokens") is False or row.get("nbytes") != row.get("kvsim_nbytes")
+            differs = row.get("equal_tokens") is False or row.get("nbytes") != row.get("kvsim_nbytes")
+            wrong += differs or "failed" in row
     leave()
     return 1 if wrong else 0
 

@@ -41,16 +41,21 @@ class Load:
             raise ValueError(f"{num_tokens} tokens: allowed are {WARM + STEPS * PASSES + 1} and above")
 
     def rows(self, way: str, methods: Sequence[Method]) -> Iterator[Row]:
-        """A row a method; of the model's own forward one of the stock cache first."""
-        if way == "model":
-            yield self.row(way, None)
-        for method in methods:
-            yield self.row(way, method)
+        """A row a method; of the model's own forward one of the stock cache first.  One that fails says why."""
+        for method in (None, *methods) if way == WAYS[0] else methods:
+            try:
+                yield self.row(way, method)
+            except (RuntimeError, ValueError) as error:
+                failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                yield self.about(way, method) | {"failed": failed}
+
+    def about(self, way: str, method: Method | None) -> Row:
+        about: Row = {"kind": "step", "way": way, "method": STOCK if method is None else method.name}
+        return about | {"batch_size": self.batch_size, "num_tokens": self.num_tokens}
 
     def row(self, way: str, method: Method | None) -> Row:
         """Seconds a step ``[median, least, most]`` of the slowest rank, bytes a rank, and whether tokens are equal."""
-        found: Row = {"kind": "step", "way": way, "method": STOCK if method is None else method.name}
-        found |= {"batch_size": self.batch_size, "num_tokens": self.num_tokens}
+        found = self.about(way, method)
         release()
         self.group.wait()
         with torch.no_grad(), silent() if way == WAYS[2] else _as_it_is():
