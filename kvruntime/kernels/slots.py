@@ -9,7 +9,7 @@ from torch import Tensor
 BLOCK_T = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr"])
 def store_slots_kernel(
     key_ptr, value_ptr, pool_key_ptr, pool_value_ptr, slots_ptr, stride_kt, stride_kh, stride_vt, stride_vh, stride_xb,
     stride_xh, stride_xt, stride_yb, stride_yh, stride_yt, num_tokens,

@@ -179,6 +179,8 @@ class PagedImpl(AttentionImpl[Rows]):
     pages: ClassVar[dict[tuple[int, int], paged.PageShape]] = {}
     """Heads and head dimension -> the pages of such layers: vLLM asks a class for them."""
     workspaces: ClassVar[dict[tuple[Any, ...], Tensor]] = {}
+    compiled: ClassVar[set[tuple[Any, ...]]] = set()
+    """Of which layers a step's kernels were compiled."""
 
     def __init__(
         self,
@@ -249,6 +251,7 @@ class PagedImpl(AttentionImpl[Rows]):
         if attn_metadata is None:  # the profiling run, in whose peak the workspace is counted
             if self.window is None:
                 self.workspace(output)
+                self.compile_step(query)
             return output.fill_(0)
         rows = attn_metadata
         out = output.view(-1, self.num_heads, self.head_size)
@@ -260,7 +263,12 @@ class PagedImpl(AttentionImpl[Rows]):
             rows.parts = self.parts(rows, get_forward_context().attn_metadata[self.exact_name])
         records = kv_cache.view(kv_cache.shape[0], self.num_kv_heads, -1).view(torch.int32)
         exact = self.exact.kv_cache  # [blocks, num_kv_heads, n, 2 * head_size]
-        pages = paged.Pages(records, *exact.split(self.head_size, -1))
+        self.step(query, key, value, out, paged.Pages(records, *exact.split(self.head_size, -1)), rows)
+        return output
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, pages: paged.Pages, rows: Rows) -> None:
+        """Stores, packs and attends, ``rows.parts`` one by one."""
+        assert rows.parts is not None
         for part in rows.parts:  # a row may read what another stores in this step: a prefix that both have
             paged.store(self.method, key[part.tokens], value[part.tokens], pages, part.batch)
             paged.pack(self.method, pages, part.batch)
@@ -273,7 +281,35 @@ class PagedImpl(AttentionImpl[Rows]):
                 paged.attend(self.method, q, k, v, pages, batch, self.scale, out=into, arrivals=rows.arrivals)
             else:
                 into[: len(q)] = paged.attend(self.method, q, k, v, pages, batch, self.scale)
-        return output
+
+    def compile_step(self, like: Tensor) -> None:
+        """A step of a row that brings a token and one that brings several, in a page of its own: kernels are compiled
+        at start, and no request waits for them."""
+        heads, dim = self.num_kv_heads, self.head_size
+        kind = (like.device, like.dtype, self.num_heads, heads, dim, self.method)
+        if kind in self.compiled or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self.compiled.add(kind)
+        record, page = self.shape.record_tokens, self.exact.spec.block_size
+        many = min(2 * record, self.room)
+        begins, lengths = [0, 1, 1 + many], [1, many]
+
+        def rows(size: int) -> Rows:
+            starts, held = (torch.tensor(each, dtype=torch.int32, device=like.device) for each in (begins, lengths))
+            table = torch.zeros(2, -(-self.room // size), dtype=torch.int32, device=like.device)
+            slots = torch.full((1 + many,), -1, dtype=torch.int64, device=like.device)
+            arrivals = torch.zeros(4 * self.num_heads, dtype=torch.int32, device=like.device)
+            return Rows(starts, held, table, slots, 1, begins, lengths, arrivals)
+
+        both = rows(record)
+        both.parts = self.parts(both, rows(page))
+        words = self.shape.record_nbytes // heads // 4
+        records = torch.zeros(1, heads, words, dtype=torch.int32, device=like.device)
+        exact = torch.zeros(1, heads, page, 2 * dim, dtype=self.dtype, device=like.device)
+        query, key, value, out = (
+            like.new_zeros(1 + many, n, dim) for n in (self.num_heads, heads, heads, self.num_heads)
+        )
+        self.step(query, key, value, out, paged.Pages(records, *exact.split(dim, -1)), both)
 
     def workspace(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values of one layer's rows, ``[room, num_kv_heads, head_size]`` each; None where no one reads it."""

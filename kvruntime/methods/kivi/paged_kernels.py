@@ -30,8 +30,11 @@ from kvruntime.methods.kivi.words import chunks, record_constants
 from kvruntime.methods.room import Batch, Pages
 from kvsim.methods.kivi import Kivi
 
+ANYWHERE = ["starts_ptr", "lengths_ptr", "slots_ptr", "block_table_ptr", "exact_table_ptr"]
+"""What an engine slices from row to row: no step compiles a kernel anew because of where they begin."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["stride_block", "stride_page"], do_not_specialize_on_alignment=ANYWHERE)
 def pages_kernel(
     key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, starts_ptr, lengths_ptr, slots_ptr,
     block_table_ptr, exact_table_ptr, stride_kt, stride_kh, stride_vt, stride_vh, stride_xb, stride_xh, stride_xt,
@@ -88,7 +91,10 @@ def pages_kernel(
               ROTATION)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_block", "stride_page", "batch_size"],
+    do_not_specialize_on_alignment=["starts_ptr", "begins_ptr", "before_ptr", "packed_ptr", *ANYWHERE[3:]],
+)
 def gather_kernel(
     key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, records_ptr, starts_ptr, before_ptr, packed_ptr, begins_ptr,
     block_table_ptr, exact_table_ptr, out_key_ptr, out_value_ptr, stride_kt, stride_kh, stride_vt, stride_vh, stride_xb,
