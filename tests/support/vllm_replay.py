@@ -69,7 +69,8 @@ def replay(model: Any, row: dict[str, Any], method: str = "kivi", **options: Any
         assert before == held
         held += len(tokens)
         with torch.no_grad():
-            return model(torch.tensor([tokens]), use_cache=True, **argument(cache)).logits[0].log_softmax(-1)
+            given = torch.tensor([tokens], device=model.device)
+            return model(given, use_cache=True, **argument(cache)).logits[0].float().log_softmax(-1)
 
     for number, (before, tokens) in enumerate(last):
         if before != held or not number:
