@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,34 @@ def test_the_engine_has_its_ranks_heads_and_no_stages(ranks: tuple[Path, list[di
         assert split["nbytes"] == split["after"]  # as many heads from the start as the first prompt brings
         assert whole["nbytes"] / 2 <= split["nbytes"] < whole["nbytes"] * 0.51
         assert "LlamaForCausalLM is split into pipeline stages" in seen["pp"]["engine"]["error"]
+
+
+def test_what_ranks_measure(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """The same rows on both: an all-reduce a size; steps of stock and own caches, whose tokens and bytes are right."""
+    first, second = (seen["ranks"] for seen in ranks[1])
+    assert [row.get("seconds") for row in first] == [row.get("seconds") for row in second]
+    reduces, steps = ([row for row in first if row["kind"] == kind] for kind in ("all_reduce", "step"))
+    assert [row["nbytes"] for row in reduces] == [2048, 65536]
+    ways = [(row["way"].split()[-1], row["method"]) for row in steps]
+    own = ["fp32", "kivi-2bit-g32-r32"]
+    assert ways == [("model", name) for name in ("DynamicCache", *own)] + [
+        (way, name) for way in ("engine", "all-reduces") for name in own
+    ]
+    for row in steps:
+        assert row["method"] == "DynamicCache" or row["nbytes"] == row["kvsim_nbytes"], row
+        assert row["way"].endswith("all-reduces") or row["equal_tokens"], row
+
+
+def test_a_curve_is_fitted_for_any_number_of_ranks() -> None:
+    from validation.ranks.all_reduce import fitted
+
+    sizes = [2 << power for power in range(10, 26)]
+    rows = [
+        {"ranks": n, "nbytes": nbytes, "seconds": [3e-6 * log2(2 * n) + 2 * (n - 1) / n * nbytes / 2e11]}
+        for n in (2, 4, 8)
+        for nbytes in sizes
+    ]
+    assert fitted(rows) == pytest.approx((3e-6, 2e11))
 
 
 def test_the_command_under_torchrun(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -95,6 +95,24 @@ def command(path: str, *more: str) -> str:
     return out.getvalue()
 
 
+def measured(rank: int, size: int) -> list[dict[str, Any]]:
+    """Rows of ``python -m validation all-reduce`` and ``tensor-parallel``, of few bytes and a shape that is tiny."""
+    from runtime_tiny import SIZES
+    from transformers import LlamaConfig
+
+    from kvsim.methods import Full, Kivi
+    from validation.ranks.all_reduce import curve
+    from validation.ranks.group import Group
+    from validation.ranks.model import split_model
+    from validation.ranks.steps import WAYS, Load
+
+    group = Group(rank, size, torch.device("cpu"))
+    model = split_model(LlamaConfig(**SIZES), group, torch.float32)
+    load = Load(group, model, 2, 60)
+    methods = [Full("float32"), Kivi(dtype="float32", residual_length=32)]
+    return [*curve(group, (2048, 65536)), *(row for way in WAYS for row in load.rows(way, methods))]
+
+
 def main(path: str, out: str) -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -111,6 +129,7 @@ def main(path: str, out: str) -> None:
         results[kind] = seen(
             AutoModelForCausalLM.from_pretrained(path, distributed_config=config, **load).eval(), wanted
         )
+    results["ranks"] = measured(rank, size)
     Path(f"{out}.{rank}").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
