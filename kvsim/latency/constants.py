@@ -41,7 +41,7 @@ class Constants:
     ``attention_efficiency`` of attention's.  ``vector_ops``: operations to unpack a code.
 
     Cards: ``link_seconds``: an all-reduce however short, times log2(2 x cards); ``link_efficiency``: share of a link's
-    one direction.
+    one direction; ``engine_link``: both (``seconds``, ``efficiency``) by engine that reduces by NCCL.
 
     Prompts: ``engine_prompt_seconds``, by engine: what the host takes a layer to launch a prompt's kernels, behind
     which the card works, in place of ``prefill_seconds``, which are a server's; ``engine_prompt_passes``: how often a
@@ -93,6 +93,7 @@ class Constants:
     engine_prompt_passes: Mapping[str, float] = field(default_factory=dict)
     engine_table_share: Mapping[str, float] = field(default_factory=dict)
     engine_copies: Mapping[str, str] = field(default_factory=dict)
+    engine_link: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     host_launched: tuple[str, ...] = ()
     engines: tuple[str, ...] | None = None
     estimated: tuple[str, ...] = ()

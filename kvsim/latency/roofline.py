@@ -324,9 +324,11 @@ class Roofline:
         nbytes = 2 * num_tokens * self.model.hidden_size
         ring = 2 * (self.ranks - 1) / self.ranks * nbytes
         far = self.ranks > self.wires.host_cards
-        near = self.fixed.link_efficiency * self.hardware.link_bandwidth / 2
+        own = self.fixed.engine_link.get(self.engine.partition(":")[0], {})
+        near = own.get("efficiency", self.fixed.link_efficiency) * self.hardware.link_bandwidth / 2
         ring = ring / (NETWORK_EFFICIENCY * NETWORK_BANDWIDTH if far else near)
-        return 2 * self.model.num_blocks * (self.fixed.link_seconds * log2(2 * self.ranks) + ring)
+        short = own.get("seconds", self.fixed.link_seconds) * log2(2 * self.ranks)
+        return 2 * self.model.num_blocks * (short + ring)
 
     def exchanges(self, num_tokens: Any, prompt: bool = False) -> Any:
         """Seconds of sending tokens to experts on other replicas' cards, queries to those that share their tokens,

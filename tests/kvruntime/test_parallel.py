@@ -109,7 +109,7 @@ def test_what_ranks_measure(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
 
 
 def test_a_curve_is_fitted_for_any_number_of_ranks() -> None:
-    from validation.ranks.all_reduce import fitted
+    from validation.ranks.fit import fitted
 
     sizes = [2 << power for power in range(10, 26)]
     rows = [

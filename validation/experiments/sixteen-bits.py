@@ -42,7 +42,7 @@ def chosen(prompt, method, options):
     return row
 
 
-for method, options in (("kivi", {"nbits": 2}), ("kivi", {"nbits": 4}), ("kivi", {"nbits": 8}), ("fp16", {})):
+for method, options in (("kivi", {"nbits": 2}), ("kivi", {"nbits": 4}), ("kivi", {"nbits": 8}), ("fp32", {})):
     rows = [chosen(prompt, method, options) for prompt in prompts]
     for dtype in (torch.float16, torch.bfloat16):
         half = LlamaForCausalLM(model.config).eval()

@@ -22,7 +22,7 @@ from kvsim.latency.attention_curve import Curve, Kernel
 from kvsim.latency.constants import Constants, constants
 from kvsim.output.tables import compact, plain
 from validation.latency import attention as attention_time
-from validation.latency import engine_steps, generated_steps, own, prompts, serving
+from validation.latency import engine_steps, generated_steps, links, own, prompts, serving
 from validation.latency.held_out import digest
 
 MEASURED = Path(__file__).resolve().parents[3] / "shared" / "measured"
@@ -74,7 +74,8 @@ def steps_study(fixed: Constants) -> tuple[Constants, dict[str, Any]]:
     fixed, engine = engine_steps.study(fixed)
     fixed, generated = generated_steps.study(fixed)
     fixed, read = prompts.study(fixed)
-    return fixed, engine | generated | read
+    fixed, split = links.study(fixed)
+    return fixed, engine | generated | read | split
 
 
 def tried(decode: Sequence[Path], attention: Path | None) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def table_of(fixed: Constants) -> dict[str, Any]:
 
 BY_ENGINE = (
     *("engine_layer_seconds", "engine_step_seconds", "engine_table_share", "engine_wide", "overlapped"),
-    *("engine_prompt_seconds", "engine_prompt_passes"),
+    *("engine_prompt_seconds", "engine_prompt_passes", "engine_link"),
 )
 """The constants by engine that are fitted on this project's own records."""
 

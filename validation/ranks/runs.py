@@ -12,7 +12,8 @@ from kvruntime.specs import chosen_methods
 from kvsim.layout import Method
 from kvsim.methods import Full
 from kvsim.specs import parse_dtype
-from validation.ranks.all_reduce import SIZES, curve, fitted
+from validation.ranks.all_reduce import SIZES, curve
+from validation.ranks.fit import fitted
 from validation.ranks.group import Rows, chosen_path, join, leave, say
 
 METHODS = ("kivi:nbits=2,group_size=64", "kivi:nbits=4")

@@ -1,0 +1,94 @@
+"""All-reduces that were recorded (``python -m validation all-reduce``), and steps of models split over ranks.
+
+This project's engine and transformers reduce by NCCL, two all-reduces a layer.  ``engine_link`` has what one takes
+however short, times log2(2 x ranks), and the share of a link's one direction that a ring reaches: both fitted on the
+curve of CUDA graphs, as a decode step holds them.  The servers' ``link_seconds`` and ``link_efficiency`` are fitted on
+published loads, because they reduce short messages by kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvruntime.bench.harness.store import Row
+from kvsim.finite_json import read_json
+from kvsim.hardware import find_hardware
+from kvsim.latency.constants import Constants
+from kvsim.latency.roofline import Serving
+from kvsim.latency.steps import decode_step
+from kvsim.memory.sharding import Sharding
+from kvsim.methods import Full, method_named
+from kvsim.models.load import load_model
+from validation.latency.held_out import errors
+from validation.ranks.fit import fitted
+
+RESULTS = Path(__file__).parents[1] / "results"
+ENGINES = ("kvruntime", "transformers")
+"""Those whose all-reduces are NCCL's."""
+TIMED_AS = {"model": "kvruntime:generate", "engine": "kvruntime:compiled"}
+"""Whose constants a way's steps have, of a split model: its own modules, launched by the host or in one graph."""
+
+
+def load(folder: Path = RESULTS) -> list[Row]:
+    """The rows of every device with links that were recorded."""
+    rows: list[Row] = []
+    for path in sorted((folder / "ranks").glob("*.json")):
+        rows += [row for row in read_json(path, "record")["rows"] if "failed" not in row]
+    return rows
+
+
+def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str, Any]]:
+    """``engine_link`` by the recorded curve, its errors, and those of split models' steps with it."""
+    rows = load(folder)
+    curve = [row for row in rows if row["kind"] == "all_reduce" and row["way"] == "graph"]
+    if not curve:
+        return fixed, {}
+    card = find_hardware(curve[0]["device"])
+    assert card.link_bandwidth is not None
+    seconds, speed = fitted(curve)
+    link = {"seconds": float(f"{seconds:.4g}"), "efficiency": float(f"{2 * speed / card.link_bandwidth:.4g}")}
+    fixed = replace(fixed, engine_link=dict.fromkeys(ENGINES, link))
+    measured = np.array([row["seconds"][0] for row in curve])
+    predicted = np.array([_seconds(row, seconds, speed) for row in curve])
+    found = {f"all-reduces, {card.id}, 2 KiB to 64 MiB": errors(predicted, measured)}
+    steps = [row for row in rows if row["kind"] == "step" and (row["way"] in TIMED_AS)]
+    for way in dict.fromkeys(row["way"] for row in steps):
+        own = [row for row in steps if row["way"] == way]
+        times = [sum(parts(row, fixed).values()) for row in own]
+        name = f"split over {own[0]['ranks']} x {card.id}, {way}"
+        found[name] = errors(np.array(times), np.array([row["seconds_per_step"][0] for row in own]))
+    return fixed, found
+
+
+def parts(row: Row, fixed: Constants) -> dict[str, float]:
+    """kvsim's seconds by part of a recorded step of a split model."""
+    stock = row["method"] == "DynamicCache"
+    model = load_model(row["model"])
+    model = replace(model, layers=model.layers[: row["num_layers"]])
+    method = Full(row["dtype"]) if stock else method_named(row["method"])
+    split = Sharding(tensor_parallel_size=row["ranks"])
+    serving = Serving(engine="transformers" if stock else TIMED_AS[row["way"]], profile=fixed, sharding=split)
+    load = (model, method, find_hardware(row["device"]), row["batch_size"], row["num_tokens"])
+    return decode_step(*load, serving).parts
+
+
+def _seconds(row: Row, latency: float, speed: float) -> float:
+    ranks = row["ranks"]
+    return float(latency * np.log2(2 * ranks) + 2 * (ranks - 1) / ranks * row["nbytes"] / speed)
+
+
+def reduced(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Steps of ``Engine`` and the seconds of each that all-reduces take: it less the same step without any."""
+    names = ("model", "num_layers", "method", "batch_size", "num_tokens", "ranks", "device")
+    silent = {
+        tuple(row[name] for name in names): row["seconds_per_step"][0]
+        for row in rows
+        if row.get("way") == "engine without all-reduces"
+    }
+    own = [(row, tuple(row[name] for name in names)) for row in rows if row.get("way") == "engine"]
+    return [(row, row["seconds_per_step"][0] - silent[key]) for row, key in own if key in silent]
