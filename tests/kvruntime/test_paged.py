@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 from paged_engine import DEVICE, GROUP, HEADS, METHODS, ROWS, Engine, engine, line, modules, step  # noqa: E402
 
 from kvruntime import paged  # noqa: E402
+from kvruntime.kernels import slots  # noqa: E402
 from kvruntime.methods import make_layer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Evict, Kivi, kivi_boost  # noqa: E402
@@ -232,3 +233,45 @@ def test_pages_of_an_8b_model() -> None:
 def test_refused_by_name(method: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         paged.page_shape(method, LayerShape(8, 128, 128))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="kernels are compiled on a CUDA device alone")
+def test_no_step_compiles_a_kernel_anew() -> None:
+    """Of rows wherever an engine slices them, and of any number: what the first step compiled is all there is."""
+    method, heads, dim, most = Kivi(), 2, 128, 130
+    shape = paged.page_shape(method, LayerShape(heads, dim, dim))
+    records = torch.zeros(1, heads, shape.record_nbytes // heads // 4, dtype=torch.int32, device=DEVICE)
+    exact = torch.zeros(1, heads, shape.exact_tokens, 2 * dim, dtype=torch.float16, device=DEVICE)
+    pages = paged.Pages(records, *exact.split(dim, 3))
+    _, run = modules(method)
+    kernels = (run.pages_kernel, run.gather_kernel, slots.store_slots_kernel)
+
+    def compiled(first: int, counts: list[int]) -> list[int]:
+        """A step of rows behind ``first`` that bring a token each: kernels there are after it."""
+        begins = torch.tensor([*range(first), *(first + sum(counts[:i]) for i in range(len(counts) + 1))])
+        starts, total = begins.int().to(DEVICE), first + sum(counts)
+        lengths = torch.tensor([1] * first + counts, dtype=torch.int32, device=DEVICE)
+        tables = (torch.zeros(len(lengths), -(-most // n), dtype=torch.int32, device=DEVICE) for n in (64, 8))
+        places = torch.full((total,), -1, dtype=torch.int64, device=DEVICE)
+        line = torch.zeros(total, heads, dim, dtype=torch.float16, device=DEVICE)
+        given = (starts[first:] - first, lengths[first:], *(table[first:] for table in tables), places[first:])
+        batch = paged.batch(method, *given, max(counts))
+        paged.store(method, line[first:], line[first:], pages, batch)
+        paged.pack(method, pages, batch)
+        if max(counts) > 1:
+            into = tuple(torch.zeros(sum(counts), heads, dim, dtype=torch.float16, device=DEVICE) for _ in range(2))
+            paged.gather(method, line[first:], line[first:], pages, batch, batch.starts, into)
+        else:
+            query = torch.zeros(len(counts), 4 * heads, dim, dtype=torch.float16, device=DEVICE)
+            arrivals = torch.zeros(2 * len(counts) * 4 * heads, dtype=torch.int32, device=DEVICE)
+            more = {"out": torch.empty_like(query), "arrivals": arrivals}
+            paged.attend(method, query, line[first:], line[first:], pages, batch, 0.1, **more)
+            assert not more["out"].any()
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    compiled(0, [1])
+    first = compiled(1, [most])
+    for count in (1, 2, 3, 16):
+        for ahead in (0, 1, 2, 4):
+            assert compiled(ahead, [most] * count) == first, (ahead, count)
+            assert compiled(ahead, [1] * count) == first, (ahead, count)
