@@ -15,6 +15,7 @@ import click
 from kvsim.commandline import Group, one_line, os_message
 from kvsim.finite_json import json_text
 from kvsim.install import missing_hint
+from kvsim.methods.defaults import EXAMPLE
 from kvsim.specs import parse_size, parse_sizes
 
 MOST = (1 << 31) - 1
@@ -331,7 +332,7 @@ def all_reduce_(sizes: tuple[str, ...], record: bool, out: Path | None) -> int:
 @click.option("--layers", type=click.IntRange(1, MOST), help="Of its layers so many.  [default: all]")
 @click.option("--size", default="8x32k", show_default=True, help="BATCHxTOKENS.")
 @click.option("--dtype", default="bf16", show_default=True, help="Of weights and exact tokens: fp16, bf16 or fp32.")
-@click.option("--method", "specs", multiple=True, help="kivi:nbits=4. Repeatable.  [default: exact, 2 and 4 bits]")
+@click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}; the exact cache always takes part.")
 @click.option("--way", "ways", multiple=True, help="model, engine, silent. Repeatable.  [default: all]")
 @click.option("--record", is_flag=True, help="Write validation/results/ranks/<device>.json, merged by row.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write this file instead, merged by row.")

@@ -55,6 +55,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "validation": (
         ("scales", "recorded"),
+        ("ranks",),
         ("claims",),
         ("documents", "planners"),
         ("latency",),

@@ -52,7 +52,7 @@ def kept(steps: list[Step], length: int) -> list[Step]:
     return [(start, tokens[: length - start]) for start, tokens in steps if start < length]
 
 
-def replay(model: Any, row: dict[str, Any], method: str = "kivi", **options: Any) -> Apart:
+def replay(model: Any, row: dict[str, Any], method: Any = "kivi", **options: Any) -> Apart:
     """A row's last round in ``model``, float32.  A prefix that was hit comes as the steps of the round that stored it,
     and so does what a preempted request computes again; what the scheduler took back is not computed."""
     whole, first = row["prompt"] + row["tokens"], len(row["prompt"])

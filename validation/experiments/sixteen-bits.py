@@ -1,6 +1,6 @@
 """What 16 bits alone do to log probabilities behind a cache of few bits: transformers in 16 against 32 bits.
 
-    PYTHONPATH=.:tests/support python sixteen-bits.py [DEVICE]
+    PYTHONPATH=.:tests/support python sixteen-bits.py DEVICE METHOD...
 
 The random Llama, prompts and lengths of docs/serving.md.  Tokens are chosen in float32 with each cache, and replayed
 in float16 and bfloat16 with the same.  No engine takes part, so what differs is rounding.
@@ -15,9 +15,10 @@ from vllm_replay import replay
 
 import kvruntime
 from kvruntime.hf.cache import argument
+from kvsim.specs import parse_method
 
 LENGTHS, NEW = [150, 97, 600, 5, 1000, 129], 60
-device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+device, *specs = sys.argv[1:]
 torch.manual_seed(0)
 SHAPE = {
     "vocab_size": 128, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -28,9 +29,9 @@ generator = torch.Generator().manual_seed(3)
 prompts = [torch.randint(3, 128, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def chosen(prompt, method, options):
+def chosen(prompt, method):
     """Greedy tokens in float32 and their log probabilities, token by token as an engine decodes."""
-    cache = kvruntime.make_cache(model, method, **options)
+    cache = kvruntime.make_cache(model, method)
     row = {"prompt": prompt, "tokens": [], "logprobs": [], "cached": 0}
     given = torch.tensor([prompt], device=device)
     for _ in range(NEW):
@@ -42,14 +43,14 @@ def chosen(prompt, method, options):
     return row
 
 
-for method, options in (("kivi", {"nbits": 2}), ("kivi", {"nbits": 4}), ("kivi", {"nbits": 8}), ("fp32", {})):
-    rows = [chosen(prompt, method, options) for prompt in prompts]
-    for dtype in (torch.float16, torch.bfloat16):
+for spec in specs:
+    rows = [chosen(prompt, parse_method(spec, {}, "float32")) for prompt in prompts]
+    for dtype in ("float16", "bfloat16"):
         half = LlamaForCausalLM(model.config).eval()
         half.load_state_dict(model.state_dict())
-        half = half.to(device, dtype)
-        apart = [replay(half, row, method, **options) for row in rows]
+        half = half.to(device, getattr(torch, dtype))
+        apart = [replay(half, row, parse_method(spec, {}, dtype)) for row in rows]
         mean = sum(row.mean for row in apart) / len(apart)
-        told = {"method": method, **options, "dtype": str(dtype), "greedy": sum(row.greedy for row in apart)}
+        told = {"method": spec, "dtype": dtype, "greedy": sum(row.greedy for row in apart)}
         told |= {"tokens": NEW * len(prompts), "mean": round(mean, 5), "worst": [round(row.worst, 4) for row in apart]}
         print(json.dumps(told), flush=True)

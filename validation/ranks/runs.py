@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvruntime.bench.engine.suite import size_of, with_dtype
-from kvruntime.specs import chosen_methods
-from kvsim.layout import Method
-from kvsim.methods import Full
+from kvruntime.bench.engine.suite import chosen, size_of
 from kvsim.specs import parse_dtype
 from validation.ranks.all_reduce import SIZES, curve
 from validation.ranks.fit import fitted
 from validation.ranks.group import Rows, chosen_path, join, leave, say
-
-METHODS = ("kivi:nbits=2,group_size=64", "kivi:nbits=4")
 
 
 def all_reduces(sizes: Sequence[int], record: bool, out: Path | None) -> int:
@@ -50,7 +45,7 @@ def tensor_parallel(given: dict[str, Any], record: bool, out: Path | None) -> in
             raise LookupError(f"unknown way {way!r}: allowed are {', '.join(names)}")
     batch_size, num_tokens = size_of(given["size"])
     dtype = parse_dtype(given["dtype"])
-    methods = methods_of(given["specs"], dtype)
+    methods = chosen(given["specs"], dtype)
     config = config_of(given["model"], given["layers"], num_tokens)
     group = join()
     rows = Rows(group, chosen_path(group, record, out), _command())
@@ -68,12 +63,6 @@ def tensor_parallel(given: dict[str, Any], record: bool, out: Path | None) -> in
             wrong += differs or "failed" in row
     leave()
     return 1 if wrong else 0
-
-
-def methods_of(specs: Sequence[str], dtype: str) -> list[Method]:
-    """The exact cache first, then the methods named, exact tokens in ``dtype``."""
-    named = chosen_methods(specs or METHODS, None, {}, baseline=False)
-    return [Full(dtype), *(with_dtype(method, dtype) for method in named)]
 
 
 def _local(weight: Any) -> Any:

@@ -17,7 +17,7 @@ from kvruntime.bench.harness.session import release
 from kvruntime.bench.harness.store import Row
 from kvruntime.hf.cache import argument
 from kvruntime.hf.models import layer_shapes
-from kvsim.engines import Kvruntime
+from kvsim.engines import make_engine
 from kvsim.layout import Method
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.models.model import Model
@@ -79,7 +79,7 @@ class Load:
         """kvsim's bytes of a rank."""
         model = Model.from_config(self.model.config.to_dict())
         split = Sharding(tensor_parallel_size=self.group.ranks)
-        engine = Kvruntime(max_seq_len=self.num_tokens)
+        engine = make_engine("kvruntime", max_seq_len=self.num_tokens)
         return Deployment(model, method, engine, split).rank_nbytes(self.batch_size, self.num_tokens)
 
     def timed(self, step: Callable[[], Any]) -> list[float]:
