@@ -1,0 +1,353 @@
+"""Bits by layer at an equal mean: what each layer's keys and values cost in few bits, and the choice of least divergence.
+
+``python bits-by-layer.py TEXT OUT`` measures on TEXT; ``--read OUT`` takes what an earlier run measured.  Everything is
+a whole forward of a window in which each query sees what decoding one token at a time would show it: the first tokens
+and the newest exact, those between as ``kivi-boost`` reads them back.  So a window costs one forward, not one a token.
+
+A key option is ``2+2x16g64``: bits, bits more of so many channels, tokens a group; ``w12`` behind it puts the outer
+levels of channels without more bits 12 hundredths of a step inside of the extremes, ``f1`` fits their step and zero to
+the codes by least squares (once).  A value option is the bits of rotated values: ``3``; ``3l`` has Lloyd-Max levels and
+``3f`` a scale of least squares for its codes.  ``e`` is exact.  A choice is ``KEY,VALUE``, for all layers alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from math import exp
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from kvruntime.checkpoints.load import load, pick_device, resolve
+from kvruntime.eval.text import load_text, token_windows
+from kvruntime.methods.kivi.reference import STEPS, channel_order, channel_weights
+from kvruntime.methods.token.levels import magnitudes
+from kvruntime.methods.token.reference import rotated
+
+SINK, RESIDUAL, PROMPT = 4, 128, 128
+KEY = re.compile(r"(\d)\+(\d)x(\d+)g(\d+)(?:w(\d+))?(?:f(\d))?")
+EXACT = "e"
+Choice = tuple[str, str]
+
+
+def half(x: Tensor) -> Tensor:
+    return x.half().float()
+
+
+def key_bits(option: str) -> float:
+    """Bits of a key element in heads of 64, scales and zeros in 16 bits."""
+    if option == EXACT:
+        return 16.0
+    bits, boost, channels, group, *_ = _key(option)
+    return bits + boost * channels / 64 + 32 / group
+
+
+def value_bits(option: str) -> float:
+    return 16.0 if option == EXACT else int(option[0]) + 0.25
+
+
+def bits_of(choices: Sequence[Choice]) -> float:
+    return sum(key_bits(key) + value_bits(value) for key, value in choices) / (2 * len(choices))
+
+
+def _key(option: str) -> tuple[int, ...]:
+    found = KEY.fullmatch(option)
+    if found is None:
+        raise ValueError(f"key option {option!r}: allowed are such as 2+2x16g64, and {EXACT!r}")
+    return tuple(int(part or 0) for part in found.groups())
+
+
+def stored_keys(key: Tensor, query: Tensor, option: str) -> Tensor:
+    """Keys ``[B, H, T, D]`` read back; those of no whole record stay as they are."""
+    bits, boost, channels, group, within, fits = _key(option)
+    record = max(group, 64)
+    count = (key.shape[2] - SINK) // record * record
+    if count <= 0:
+        return key
+    x = key[:, :, SINK : SINK + count].float()
+    order = channel_order(x[:, :, :record], channels, channel_weights(query[:, :, :PROMPT], key.shape[1]))
+    chosen = torch.zeros(*key.shape[:2], key.shape[3], device=key.device)
+    chosen = chosen.scatter(2, order[..., :channels].long(), 1.0)[:, :, None, None]
+    x = x.unflatten(2, (-1, group))
+    top = (1 + chosen * (2.0**boost - 1)) * 2**bits - 1
+    inside = (1 - chosen) * within / 100
+    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    step = (high - low) / (top + 2 * inside)
+    step, zero = half(step), half(low + inside * step)
+
+    def codes() -> Tensor:
+        return torch.minimum(((x - zero) / torch.where(step > 0, step, 1.0)).round().clamp(min=0), top)
+
+    for _ in range(fits):
+        code = codes()
+        mean, middle = x.mean(-2, keepdim=True), code.mean(-2, keepdim=True)
+        spread = (code - middle).square().sum(-2, keepdim=True)
+        fitted = half(((code - middle) * (x - mean)).sum(-2, keepdim=True) / spread.clamp(min=1e-6))
+        few = chosen < 0.5
+        step, zero = torch.where(few, fitted, step), torch.where(few, half(mean - fitted * middle), zero)
+    out = key.clone()
+    out[:, :, SINK : SINK + count] = (codes() * step + zero).flatten(2, 3).to(key.dtype)
+    return out
+
+
+def stored_values(value: Tensor, option: str) -> Tensor:
+    bits, kind = int(option[0]), option[1:]
+    y = rotated(value, value.shape[-1])
+    rms = y.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-7)
+    if kind == "l":
+        positive = torch.tensor(magnitudes(y.shape[-1], bits), device=y.device, dtype=torch.float32)
+        code = torch.bucketize((y / rms).abs(), (positive[1:] + positive[:-1]) / 2)
+        level = positive[code] * torch.where(y < 0, -1.0, 1.0)
+        scale = half((level * y).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True))
+        return rotated(level * scale, value.shape[-1]).to(value.dtype)
+    scale = half(rms * STEPS[bits])
+    top = 2**bits - 1
+    level = ((y / scale.clamp(min=1e-7)).floor() + 2 ** (bits - 1)).clamp(0, top) - top / 2
+    if kind == "f":
+        scale = half((level * y).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True))
+    return rotated(level * scale, value.shape[-1]).to(value.dtype)
+
+
+def seen_packed(length: int, record: int, device: torch.device) -> Tensor:
+    """``[T, T]`` bool: which tokens lie in records when a token has been appended."""
+    over = (torch.arange(1, length + 1, device=device) - SINK - RESIDUAL).clamp(min=0)
+    packed = (over + record - 1) // record * record
+    token = torch.arange(length, device=device) - SINK
+    return (token >= 0) & (token < packed[:, None])
+
+
+class Simulated:
+    """PyTorch's attention over exact and stored tokens, as ``choices`` say layer by layer; None: all exact."""
+
+    def __init__(self) -> None:
+        self.choices: Sequence[Choice] | None = None
+        self.masks: dict[tuple[int, int], Tensor] = {}
+
+    def mask(self, length: int, record: int, device: torch.device) -> Tensor:
+        """``[T, 2 T]``: exact tokens, then stored ones."""
+        if (length, record) not in self.masks:
+            packed = seen_packed(length, record, device)
+            causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            self.masks[length, record] = torch.cat([causal & ~packed, packed], 1)
+        return self.masks[length, record]
+
+    def __call__(self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
+        choice = (EXACT, EXACT) if self.choices is None else self.choices[module.layer_idx]
+        groups = query.shape[1] // key.shape[1]
+        if choice == (EXACT, EXACT):
+            k, v = (x.repeat_interleave(groups, 1) for x in (key, value))
+            out = torch.nn.functional.scaled_dot_product_attention(query, k, v, is_causal=True)
+            return out.transpose(1, 2).contiguous(), None
+        record = 64 if choice[0] == EXACT else max(64, _key(choice[0])[3])
+        few_k = key if choice[0] == EXACT else stored_keys(key, query, choice[0])
+        few_v = value if choice[1] == EXACT else stored_values(value, choice[1])
+        k, v = (torch.cat(pair, 2).repeat_interleave(groups, 1) for pair in ((key, few_k), (value, few_v)))
+        mask = self.mask(key.shape[2], record, key.device)
+        out = torch.nn.functional.scaled_dot_product_attention(query, k, v, attn_mask=mask)
+        return out.transpose(1, 2).contiguous(), None
+
+
+SIMULATED = Simulated()
+AttentionInterface.register("simulated", SIMULATED)
+AttentionMaskInterface.register("simulated", lambda *args, **more: None)
+
+
+LOGITS = 8192
+"""Tokens whose probabilities are held at a time."""
+
+
+class Job:
+    """A choice whose divergence is asked for, layers before ``first`` exact, and the sums over the windows seen."""
+
+    def __init__(self, name: str, choices: Sequence[Choice], first: int = 0) -> None:
+        self.name, self.choices, self.first = name, choices, first
+        self.nll: list[float] = []
+        self.kl: list[float] = []
+        """A window's mean each."""
+
+
+class Judge:
+    """A model whose attention is :class:`Simulated`, layer after layer."""
+
+    def __init__(self, model: Any) -> None:
+        model.set_attn_implementation("simulated")
+        self.model = model
+        self.exact: list[float] = []
+        """A window's mean negative log-likelihood each."""
+
+    def __call__(self, ids: Tensor, jobs: Sequence[Job]) -> None:
+        """Adds what ``jobs`` cost on windows ``ids [N, T]``."""
+        keep = sorted({job.first for job in jobs} - {0})
+        SIMULATED.choices = None
+        inputs: dict[int, Tensor] = {}
+        theirs = self._run(ids, 0, None, inputs, keep)
+        self.exact += self._against(theirs, theirs, ids)[0]
+        for job in jobs:
+            SIMULATED.choices = job.choices
+            own = self._run(ids, job.first, inputs.get(job.first), {}, ())
+            nll, kl = self._against(own, theirs, ids)
+            job.nll += nll
+            job.kl += kl
+
+    def _run(
+        self, ids: Tensor, first: int, states: Tensor | None, inputs: dict[int, Tensor], keep: Sequence[int]
+    ) -> Tensor:
+        """The last states; layers before ``first`` gave ``states``.  ``inputs``: where those of layers ``keep`` go."""
+        inner = self.model.model
+        if states is None:
+            states = inner.embed_tokens(ids)
+        position = torch.arange(ids.shape[1], device=ids.device)[None]
+        rotary = inner.rotary_emb(states, position)
+        for index, layer in enumerate(inner.layers):
+            if index < first:
+                continue
+            if index in keep:
+                inputs[index] = states
+            states = layer(states, attention_mask=None, position_ids=position, position_embeddings=rotary)
+            states = states[0] if isinstance(states, tuple) else states
+        return torch.as_tensor(inner.norm(states))
+
+    def _against(self, own: Tensor, theirs: Tensor, ids: Tensor) -> tuple[list[float], list[float]]:
+        nll = kl = 0.0
+        size = max(1, LOGITS // len(ids))
+        for start in range(0, ids.shape[1] - 1, size):
+            here = slice(start, min(start + size, ids.shape[1] - 1))
+            mine, exact = (self.model.lm_head(x[:, here]).float().log_softmax(-1) for x in (own, theirs))
+            target = ids[:, here.start + 1 : here.stop + 1, None]
+            nll = nll - mine.gather(-1, target).double().sum((1, 2))
+            kl = kl + (exact.exp() * (exact - mine)).sum(-1).double().sum(1)
+        count = ids.shape[1] - 1
+        return (nll / count).tolist(), (kl / count).tolist()
+
+
+KEYS = ("2+1x16g64", "2+2x16g128", "2+2x16g64", "2+2x32g64", "3+1x16g128", "3+1x16g64", "3+2x16g128", "3+2x16g64")
+VALUES = ("2", "3", "4")
+SETS = {
+    "three": (("2+2x16g64", "3+1x16g64", "3+2x16g64"), VALUES),
+    "g128": (("2+1x16g64", "2+2x16g128", "2+2x16g64", "3+1x16g128", "3+1x16g64", "3+2x16g128", "3+2x16g64"), VALUES),
+    "half": (("2+2x16g64", "2+2x32g64", "3+1x16g64", "3+2x16g64"), VALUES),
+    "all": (KEYS, VALUES),
+    "pairs": (("2+2x16g64", "3+1x16g64"), ("2", "3", "4")),
+}
+"""Options among which a choice is made: few are few kernels to build."""
+
+
+def allocate(
+    errors: dict[str, list[float]], options: tuple[Sequence[str], Sequence[str]], budget: float
+) -> list[Choice]:
+    """The choice by layer of least error together within ``budget`` mean bits, by steps along each side's convex hull.
+
+    ``errors``: option -> its error in each layer, key options by name and values as ``v3``.
+    """
+    layers = len(next(iter(errors.values())))
+    sides = []
+    for layer in range(layers):
+        for which, name, bits in ((0, "{}", key_bits), (1, "v{}", value_bits)):
+            points = sorted((bits(o), errors[name.format(o)][layer], o) for o in options[which])
+            hull: list[tuple[float, float, str]] = []
+            for point in points:
+                if hull and point[1] >= hull[-1][1]:
+                    continue
+                if hull and point[0] == hull[-1][0]:
+                    hull.pop()
+                while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], point):
+                    hull.pop()
+                hull.append(point)
+            sides.append(hull)
+    at = [0] * len(sides)
+    left = 2 * layers * budget - sum(hull[0][0] for hull in sides)
+    while True:
+        steps = [
+            (_slope(hull[i], hull[i + 1]), side)
+            for side, (hull, i) in enumerate(zip(sides, at, strict=True))
+            if i + 1 < len(hull) and hull[i + 1][0] - hull[i][0] <= left + 1e-9
+        ]
+        if not steps:
+            break
+        side = max(steps)[1]
+        left -= sides[side][at[side] + 1][0] - sides[side][at[side]][0]
+        at[side] += 1
+    picked = [hull[i][2] for hull, i in zip(sides, at, strict=True)]
+    return list(zip(picked[::2], picked[1::2], strict=True))
+
+
+def _slope(a: tuple[float, float, str], b: tuple[float, float, str]) -> float:
+    """Error taken away a bit."""
+    return (a[1] - b[1]) / max(b[0] - a[0], 1e-9)
+
+
+def main() -> None:
+    words = argparse.ArgumentParser()
+    words.add_argument("text", type=Path)
+    words.add_argument("out", type=Path)
+    for name, default in (("window", 2048), ("max-tokens", 32768), ("rows", 32), ("skip-tokens", 0)):
+        words.add_argument(f"--{name}", type=int, default=default)
+    words.add_argument("--read", type=Path)
+    words.add_argument("--sensitivity", action="store_true")
+    words.add_argument("--budget", type=float, action="append", default=[])
+    words.add_argument("--set", action="append", default=[])
+    words.add_argument("--choice", action="append", default=[])
+    words.add_argument("--seconds", type=float, default=1e9, help="after which no further windows are begun")
+    given = words.parse_args()
+    start = perf_counter()
+    device = torch.device(pick_device(None))
+    loaded = load(resolve("smollm2-135m", offline=True, say=print), str(device), None, print)
+    most = given.skip_tokens + given.max_tokens if given.max_tokens else 0
+    ids = token_windows(loaded.tokenizer, load_text(given.text), given.window, most)
+    ids = ids[given.skip_tokens // given.window :].to(device)
+    layers = loaded.model.config.num_hidden_layers
+    jobs: list[Job] = []
+    if given.sensitivity:
+        exact = (EXACT, EXACT)
+        for name, option in (*((k, (k, EXACT)) for k in KEYS), *((f"v{v}", (EXACT, v)) for v in VALUES)):
+            for layer in range(layers):
+                jobs.append(Job(name, [exact] * layer + [option] + [exact] * (layers - layer - 1), layer))
+    for text in given.choice:
+        key, _, value = text.partition(",")
+        jobs.append(Job(text, [(key, value)] * layers))
+    if given.budget:
+        errors = json.loads(given.read.read_text())["errors"]
+        for budget in given.budget:
+            jobs += [Job(f"{name} {budget}", allocate(errors, SETS[name], budget)) for name in given.set or SETS]
+    judge = Judge(loaded.model)
+    with torch.inference_mode():
+        for some in ids.split(max(1, given.rows * 1024 // given.window)):
+            judge(some, jobs)
+            print(f"{len(judge.exact)} of {len(ids)} windows, {perf_counter() - start:.0f} s", flush=True)
+            given.out.write_text(json.dumps(figures(given, device, ids, judge, jobs), indent=None))
+            if perf_counter() - start > given.seconds:
+                break
+    for row in figures(given, device, ids, judge, jobs)["choices"]:
+        print(f"{row['name']:34s} {row['bits']:.4f} bits {row['loss_percent']:+.3f} % KL {row['kl']:.5f}")
+
+
+def figures(given: argparse.Namespace, device: torch.device, ids: Tensor, judge: Judge, jobs: Sequence[Job]) -> Any:
+    """What is kept: ``errors`` of single layers, and ``choices`` for all."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    nll = sum(judge.exact) / len(judge.exact)
+    out: dict[str, Any] = {"device": name, "torch": torch.__version__, "argv": sys.argv[1:], "text": given.text.name}
+    out |= {"windows": list(ids.shape), "windows_seen": len(judge.exact), "exact_ppl": exp(nll)}
+    out |= {"errors": {}, "choices": []}
+    for job in jobs:
+        kl = sum(job.kl) / len(job.kl)
+        if any(choice == (EXACT, EXACT) for choice in job.choices):
+            out["errors"].setdefault(job.name, []).append(kl)
+            continue
+        loss = 100 * (exp(sum(job.nll) / len(job.nll) - nll) - 1)
+        row = {"name": job.name, "bits": bits_of(job.choices), "loss_percent": loss, "kl": kl}
+        row |= {"choices": job.choices} if len(set(job.choices)) > 1 else {}
+        out["choices"].append(row)
+    return out
+
+
+if __name__ == "__main__":
+    main()
