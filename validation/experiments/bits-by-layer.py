@@ -1,4 +1,4 @@
-"""Bits by layer at an equal mean: what each layer's keys and values cost in few bits, and the choice of least divergence.
+"""Bits by layer at an equal mean: what each layer's keys and values cost in few bits, and the best choice.
 
 ``python bits-by-layer.py TEXT OUT`` measures on TEXT; ``--read OUT`` takes what an earlier run measured.  Everything is
 a whole forward of a window in which each query sees what decoding one token at a time would show it: the first tokens
