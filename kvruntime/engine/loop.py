@@ -22,6 +22,7 @@ from kvruntime.hf.models import layer_shapes, refuse_stages, tensor_ranks
 from kvruntime.methods import Steps, room_of
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
+from kvsim.methods import in_order
 from kvsim.methods.defaults import COMPRESSED
 
 SMALLEST_BUCKET = 512
@@ -60,10 +61,11 @@ class Engine:
         refuse_stages(model)
         self.cache = make_cache(model, method, max_seq_len=max_seq_len, compiled=False, **options)
         self.method, self.device = self.cache.method, next(model.parameters()).device
-        if self.device.type == "cuda" and not room_of(self.method).layer.has_steps:  # type: ignore[attr-defined]
-            raise ValueError(f"{self.method.name} has no step that the engine could capture in a CUDA graph")
         shapes = layer_shapes(model)
-        if any(stored_shape(self.method, shape) != shape for shape in shapes):
+        methods = in_order(self.method, shapes)
+        if self.device.type == "cuda" and not room_of(methods[0]).layer.has_steps:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.method.name} has no step that the engine could capture in a CUDA graph")
+        if any(stored_shape(method, shape) != shape for method, shape in zip(methods, shapes, strict=True)):
             raise ValueError(
                 f"heads of {shapes[0].key_dim}: the engine takes those that {self.method.name} packs as they are"
             )

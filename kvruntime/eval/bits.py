@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsim.layout import LayerShape, Method, nbytes, shared_buffers
+from kvsim.methods import placed
 
 LONG = 1 << 17
 """Tokens at which a cache counts as long: exact tokens and what rows share are then a thousandth."""
@@ -17,8 +18,9 @@ def elements_a_token(shapes: Sequence[LayerShape]) -> int:
 
 def held_nbytes(method: Method, shapes: Sequence[LayerShape], num_tokens: int) -> int:
     """Bytes of one sequence of ``num_tokens`` in all layers, what layers share included."""
-    buffers = [buffer for shape in shapes for buffer in method.buffers(shape, 1, num_tokens)]
-    return nbytes(buffers) + nbytes(shared_buffers(method, shapes))
+    each = placed(method, tuple(shapes)).items()
+    held = sum(count * nbytes(chosen.buffers(shape, 1, num_tokens)) for (shape, chosen), count in each)
+    return held + nbytes(shared_buffers(method, shapes))
 
 
 def held_bits(method: Method, shapes: Sequence[LayerShape], num_tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kvruntime.hf.attention import attach, restore
@@ -10,12 +11,14 @@ from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
 from kvruntime.hf.empty import attend_through, devices_of, empty_cache, without_steps
+from kvruntime.hf.exact import Kind
 from kvruntime.hf.models import changed_scores, layer_kinds, method_given, refuse_scores
 from kvruntime.hf.prefixes import get_prefix, open_prefixes, put_prefix
 from kvruntime.hf.saved import load_cache, save_cache
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
+from kvsim.methods import in_order
 from kvsim.methods.defaults import COMPRESSED
 from kvsim.methods.evict import windowed
 
@@ -65,10 +68,12 @@ def make_cache(
         raise ValueError(f"max_seq_len {max_seq_len}: allowed are 1 and above")
     method = method_given(method, options, model.dtype)
     check_runs(method)
+    methods = in_order(method, shapes)
+    _refuse_mixed(method, methods, kinds)
     for window in {kind.window for kind in kinds if kind.shape and kind.window}:
         check_runs(windowed(method, window))
-    for shape in set(shapes):
-        method.buffers(stored_shape(method, shape), 1, 1)  # says what it cannot hold before anything runs
+    for shape, each in set(zip(shapes, methods, strict=True)):
+        each.buffers(stored_shape(each, shape), 1, 1)  # says what it cannot hold before anything runs
     refuse_scores(model, method)
     warn_of_biases(model, method, shapes)
     if not compiled:
@@ -78,7 +83,11 @@ def make_cache(
     if without := without_steps(method, kinds) or changed_scores(model):
         name = type(model).__name__
         raise ValueError(f"{name} has {without}, which a compiled cache does not run: leave compiled=True out")
-    if not room_of(method).layer.has_steps:  # type: ignore[attr-defined]
+    if len(set(methods)) > 1:
+        raise ValueError(
+            f"{method.name} stores layers in unlike ways: leave compiled=True out"
+        )
+    if not room_of(methods[0]).layer.has_steps:  # type: ignore[attr-defined]
         raise ValueError(f"{method.name} has no step that a compiled cache could run: leave compiled=True out")
     if max_seq_len is None:
         raise ValueError("max_seq_len None: a compiled cache's buffers do not grow, give the tokens a row will hold")
@@ -86,3 +95,9 @@ def make_cache(
         raise ValueError(f"the model lies on {', '.join(devices)}: a compiled cache's steps run on one device")
     attach(model)
     return CompiledCache(method, len(shapes), max_seq_len)
+
+
+def _refuse_mixed(method: Method, methods: Sequence[Method], kinds: Sequence[Kind]) -> None:
+    """Raises ``ValueError`` for a choice by layer where layers that are not packed alike would count among them."""
+    if len(set(methods)) > 1 and any(kind.keeps or kind.window for kind in kinds):
+        raise ValueError(f"{method.name}: allowed is a mix by layer where all layers are full attention")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 
 from kvruntime.hf import exact
-from kvruntime.hf.exact import PACKED, Kind
+from kvruntime.hf.exact import PACKED, Kind, packed_shapes
 from kvruntime.hf.lengths import Lengths
 from kvruntime.hf.padding import Columns
 from kvruntime.kernels.reference import PLAIN, Scores
@@ -19,6 +19,7 @@ from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_t
 from kvruntime.methods.rows import rows_of, too_many
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
+from kvsim.methods import in_order
 from kvsim.methods.evict import windowed
 
 STATE_VERSION = 4
@@ -148,13 +149,13 @@ class SharedTensors:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self.made: dict[tuple[LayerShape, torch.device], Mapping[str, Tensor]] = {}
+        self.made: dict[tuple[Method, LayerShape, torch.device], Mapping[str, Tensor]] = {}
 
     def of(self, method: Method, shape: LayerShape, device: torch.device) -> Mapping[str, Tensor]:
-        """Those of layers of ``shape`` on ``device``."""
-        if (shape, device) not in self.made:
-            self.made[shape, device] = shared_tensors(method, [shape] * self.num_layers, device)
-        return self.made[shape, device]
+        """Those of layers of ``shape`` under ``method`` on ``device``."""
+        if (method, shape, device) not in self.made:
+            self.made[method, shape, device] = shared_tensors(method, [shape] * self.num_layers, device)
+        return self.made[method, shape, device]
 
 
 class Books(NamedTuple):
@@ -532,19 +533,23 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def _books(self) -> Books:
         return Books(self.columns, self.forward, self.shared, self.lengths)
 
-    def _make_layers(self, num_layers: int) -> list[Any]:
-        return [self._make_layer(kind) for kind in self.kinds or [PACKED] * num_layers]
+    def _methods(self, kinds: Sequence[Kind]) -> list[Method]:
+        """What stores each layer of ``kinds``; of one that is not packed, any."""
+        chosen = iter(in_order(self.method, packed_shapes(kinds)))
+        return [self.method if kind.shape is None and kind.keeps else next(chosen) for kind in kinds]
 
-    def _make_layer(self, kind: Kind) -> Any:
+    def _make_layers(self, num_layers: int) -> list[Any]:
+        kinds = self.kinds or [PACKED] * num_layers
+        return [self._make_layer(*each) for each in zip(kinds, self._methods(kinds), strict=True)]
+
+    def _make_layer(self, kind: Kind, method: Method) -> Any:
         if not kind.keeps:
-            layer = CacheLayer(
-                windowed(self.method, kind.window) if kind.window else self.method, self._books, self.max_seq_len
-            )
+            layer = CacheLayer(windowed(method, kind.window) if kind.window else method, self._books, self.max_seq_len)
             layer.window = kind.window or None
             return layer
         if kind.shape is None:
             return exact.made(kind)
-        return HybridLayer(self.method, self._books, self.max_seq_len, kind.num_states)
+        return HybridLayer(method, self._books, self.max_seq_len, kind.num_states)
 
     @property
     def packed(self) -> list[CacheLayer]:
@@ -663,7 +668,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
             if isinstance(layer, CacheLayer):
                 layer.reset()
             elif self.kinds:
-                self.layers[index] = self._make_layer(self.kinds[index])
+                self.layers[index] = self._make_layer(self.kinds[index], self.method)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows become ``beam_idx`` (int64, any number of rows from one on, repeats allowed).  Raises ``ValueError`` for

@@ -7,12 +7,13 @@ from typing import Any
 
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache
-from kvruntime.hf.exact import ExactPart, Kind
+from kvruntime.hf.exact import ExactPart, Kind, packed_shapes
 from kvruntime.hf.models import NAMES
 from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
+from kvsim.methods import in_order
 
 
 def empty_cache(
@@ -23,7 +24,7 @@ def empty_cache(
     Its decode steps are CUDA graphs where ``model`` lies on one GPU and its layers have such steps; elsewhere, and
     where ``replays`` is false, the host plans them.
     """
-    devices, layer = devices_of(model), room_of(method).layer
+    devices, layer = devices_of(model), room_of(in_order(method, packed_shapes(kinds))[0]).layer
     steps = (
         replays
         and not without_graphs(model, kinds)

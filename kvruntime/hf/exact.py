@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -38,6 +39,13 @@ class Kind:
 PACKED = Kind()
 """Full attention of whatever shape comes."""
 EMPTY = Kind(keeps=ExactPart.EMPTY)
+ANY = LayerShape(1, 16, 16)
+"""Stands for a shape that is not known yet, where a method is asked by a layer's place."""
+
+
+def packed_shapes(kinds: Sequence[Kind]) -> list[LayerShape]:
+    """The shapes of those that are packed, in order."""
+    return [kind.shape or ANY for kind in kinds if kind.shape is not None or not kind.keeps]
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]

@@ -252,10 +252,14 @@ class SteppedCache(Cache):
     def _make_layers(self, num_layers: int) -> list[Any]:
         kinds = self.kinds or [PACKED] * num_layers
         last = max(index for index, kind in enumerate(kinds) if kind is PACKED or kind.shape is not None)
-        return [self._make_layer(kind, index == last) for index, kind in enumerate(kinds)]
+        methods = self._methods(kinds)
+        return [
+            self._make_layer(kind, method, index == last)
+            for index, (kind, method) in enumerate(zip(kinds, methods, strict=True))
+        ]
 
-    def _make_layer(self, kind: Kind, is_last: bool = False) -> Any:
-        more = self.method, self._books, self.max_seq_len, self.counts, is_last
+    def _make_layer(self, kind: Kind, method: Method, is_last: bool = False) -> Any:
+        more = method, self._books, self.max_seq_len, self.counts, is_last
         if kind is PACKED or not kind.keeps:
             return SteppedLayer(*more)
         if kind.keeps is ExactPart.WINDOW:

@@ -14,7 +14,7 @@ from kvruntime.methods.room import Layer, Room
 from kvruntime.methods.rows import Fresh, Steps, make_shared
 from kvsim.engines.kvruntime import check_runs
 from kvsim.layout import LayerShape, Method, shared_buffers
-from kvsim.methods import Evict, Full, Kivi, PerTokenHead, TurboQuant
+from kvsim.methods import Evict, Full, Kivi, LayerMix, PerTokenHead, TurboQuant
 
 LAYERS: dict[type, Room] = {
     Full: full.ROOM,
@@ -24,6 +24,8 @@ LAYERS: dict[type, Room] = {
     Evict: evict.ROOM,
 }
 """Method type -> its room, one row a method."""
+SPELLED: tuple[type, ...] = (*LAYERS, LayerMix)
+"""Method types that files may hold: a mix says by which of them each layer is stored."""
 
 
 def room_of(method: Method) -> Room:
@@ -36,13 +38,13 @@ def room_of(method: Method) -> Room:
 def spelled(method: Method) -> dict[str, Any]:
     """A method as text and numbers, for files."""
     values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
-    inside = {name: spelled(x) if type(x) in LAYERS else x for name, x in values.items()}
+    inside = {name: spelled(x) if type(x) in SPELLED else x for name, x in values.items()}
     return {"type": type(method).__name__, "fields": inside}
 
 
 def respelled(spelling: Mapping[str, Any]) -> Method:
     """The method that :func:`spelled` wrote.  Raises ``ValueError`` for a type that kvruntime does not run."""
-    types = {kind.__name__: kind for kind in LAYERS}
+    types = {kind.__name__: kind for kind in SPELLED}
     if spelling["type"] not in types:
         raise ValueError(f"a saved cache of the method {spelling['type']}: allowed are {', '.join(types)}")
     values = {name: respelled(x) if isinstance(x, dict) else x for name, x in spelling["fields"].items()}

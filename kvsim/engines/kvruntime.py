@@ -42,7 +42,13 @@ def stored(method: object) -> bool:
 
 def check_runs(method: object) -> None:
     """Raises ``ValueError`` for what is no method, one that kvruntime has no room for, a count beyond ``MOST``, or what
-    the method's own ``check_runs`` refuses."""
+    the method's own ``check_runs`` refuses.
+
+    A mix by layer runs where its layers are of one kind of method, of which they share nothing.
+    """
+    if isinstance(method, LayerMix):
+        check_mix(method)
+        return
     if not stored(method):
         name = getattr(method, "name", repr(method))
         raise ValueError(f"kvruntime does not run the method {name}: allowed are {', '.join(names())}")
@@ -52,6 +58,22 @@ def check_runs(method: object) -> None:
     own = getattr(method, "check_runs", None)
     if own is not None:
         own()
+
+
+def check_mix(mix: LayerMix) -> None:
+    """Raises ``ValueError`` where kvruntime does not run ``mix``."""
+    parts, kinds = [mix.exact, mix.inner], set()
+    while parts:
+        part = parts.pop()
+        if isinstance(part, LayerMix):
+            parts += [part.exact, part.inner]
+            continue
+        check_runs(part)
+        kinds.add(type(part))
+        if hasattr(part, "inner") or hasattr(part, "shared_buffers"):
+            raise ValueError(f"{part.name} in a mix: kvruntime mixes methods that hold no other and share nothing")
+    if len(kinds) > 1:
+        raise ValueError(f"{mix.name}: kvruntime mixes one kind of method, such as kivi with other bits")
 
 
 def stored_shape(method: Method, layer: LayerShape) -> LayerShape:

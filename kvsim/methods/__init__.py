@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import signature
 
 from kvsim.layout import Method
-from kvsim.methods.by_layer import at, placed
+from kvsim.methods.by_layer import at, in_order, placed
 from kvsim.methods.evict import Evict
 from kvsim.methods.fp8 import Fp8
 from kvsim.methods.full import Full
@@ -98,6 +98,7 @@ __all__ = [
     "Slot",
     "TurboQuant",
     "at",
+    "in_order",
     "kivi_boost",
     "kivi_seed",
     "make_method",

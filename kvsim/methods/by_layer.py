@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from kvsim.layout import LayerShape, Method
@@ -16,6 +16,11 @@ def at(method: Method, layer: LayerShape, index: int, num_layers: int) -> Method
     """What ``method`` is for ``layer``, the ``index``-th of ``num_layers`` with a cache."""
     chosen = getattr(method, "at", None)
     return method if chosen is None else chosen(layer, index, num_layers)
+
+
+def in_order(method: Method, layers: Sequence[LayerShape]) -> list[Method]:
+    """What ``method`` is for each of ``layers``, first to last."""
+    return [at(method, layer, index, len(layers)) for index, layer in enumerate(layers)]
 
 
 @lru_cache(maxsize=256)

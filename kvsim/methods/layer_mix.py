@@ -1,8 +1,10 @@
-"""A mix by layer: the first and last layers (and, if asked, those with a window) one way, all others another."""
+"""A mix by layer: the first, the last and the named layers one way (if asked, those with a window), others another."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from kvsim.layout import Buffer, LayerShape, Method
 from kvsim.methods.by_layer import at
@@ -10,14 +12,18 @@ from kvsim.methods.full import Full
 from kvsim.methods.kivi import Kivi
 from kvsim.whole_numbers import check_whole
 
+RANGES = re.compile(r"\d{1,4}(-\d{1,4})?(\+\d{1,4}(-\d{1,4})?)*")
+
 
 @dataclass(frozen=True)
 class LayerMix:
-    """``exact`` stores the ``first`` and the ``last`` layers with a cache, ``inner`` those between.
+    """``exact`` stores the ``first`` and the ``last`` layers with a cache and those named, ``inner`` the others.
 
+    ``layers``: numbers from 0 and ranges, ends included, with ``+`` between them: ``3+7-9``; empty for none.
     ``windows``: 1 lets ``exact`` store every layer with a window too (for methods that hold full attention only).
-    Layers are counted among those with a cache.  Ask :func:`kvsim.methods.by_layer.placed` for the method of a layer:
-    a layer whose place is not known cannot be weighed, and ``buffers`` says so with ``ValueError``.
+    Layers are counted among those with a cache.  ``inner`` may be a mix, for more than two ways.  Ask
+    :func:`kvsim.methods.by_layer.placed` for the method of a layer: a layer whose place is not known cannot be weighed,
+    and ``buffers`` says so with ``ValueError``.
     """
 
     first: int = 2
@@ -25,21 +31,44 @@ class LayerMix:
     windows: int = 0
     exact: Method = field(default_factory=Full)
     inner: Method = field(default_factory=Kivi)
+    layers: str | int = ""
 
     def __post_init__(self) -> None:
         for label, given in (("first", self.first), ("last", self.last)):
             check_whole(label, given, least=0)
         if type(self.windows) is not int or self.windows not in (0, 1):
             raise ValueError(f"windows {str(self.windows)[:40]}: allowed are 0 and 1")
+        object.__setattr__(self, "layers", str(self.layers))
+        if self.layers and not RANGES.fullmatch(str(self.layers)):
+            raise ValueError(f"layers {str(self.layers)[:40]!r}: allowed are numbers and ranges such as 3+7-9")
+        for part in str(self.layers).split("+") if self.layers else ():
+            low, _, high = part.partition("-")
+            if int(high or low) < int(low):
+                raise ValueError(f"layers {part!r}: allowed are ranges from the lower number to the higher")
+
+    @cached_property
+    def numbers(self) -> frozenset[int]:
+        """The layers that ``layers`` names."""
+        out: set[int] = set()
+        for part in str(self.layers).split("+") if self.layers else ():
+            low, _, high = part.partition("-")
+            out.update(range(int(low), int(high or low) + 1))
+        return frozenset(out)
 
     @property
     def name(self) -> str:
         windows = "-w" if self.windows else ""
-        return f"mix-{self.first}-{self.last}{windows}({self.exact.name},{self.inner.name})"
+        layers = f"-l{self.layers}" if self.layers else ""
+        return f"mix-{self.first}-{self.last}{layers}{windows}({self.exact.name},{self.inner.name})"
 
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Method:
-        """The method of one place (:func:`kvsim.methods.by_layer.at`)."""
-        outer = index < self.first or index >= num_layers - self.last
+        """The method of one place (:func:`kvsim.methods.by_layer.at`).
+
+        Raises ``ValueError`` where ``layers`` names one that the model does not have.
+        """
+        if self.numbers and max(self.numbers) >= num_layers:
+            raise ValueError(f"layers {self.layers}: allowed are 0 to {num_layers - 1} of {num_layers} with a cache")
+        outer = index < self.first or index >= num_layers - self.last or index in self.numbers
         chosen = self.exact if outer or (self.windows and layer.window is not None) else self.inner
         return at(chosen, layer, index, num_layers)
 

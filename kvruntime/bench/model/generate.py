@@ -14,7 +14,7 @@ from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.memory import layer_shapes
 from kvruntime.checkpoints.load import LoadedModel, first_not_finite
 from kvsim.layout import Method, nbytes, part_kind, parts
-from kvsim.methods import Full
+from kvsim.methods import Full, placed
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ LONG = 1 << 16
 def _holds_codes(loaded: LoadedModel, method: Method | None, num_tokens: int) -> bool:
     if method is None:
         return False
-    found = (parts(method.buffers(shape, 1, num_tokens)).items() for shape in set(layer_shapes(loaded.model)))
-    return any(size and part_kind(method, part) == "codes" for each in found for part, size in each)
+    return any(
+        size and part_kind(chosen, part) == "codes"
+        for shape, chosen in placed(method, tuple(layer_shapes(loaded.model)))
+        for part, size in parts(chosen.buffers(shape, 1, num_tokens)).items()
+    )
 
 
 def _encode(loaded: LoadedModel, prompt: str) -> torch.Tensor:

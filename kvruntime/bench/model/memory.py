@@ -12,6 +12,7 @@ from kvruntime.bench.harness.weigh import weigh
 from kvruntime.bench.model.caches import Contender
 from kvruntime.checkpoints.load import LoadedModel
 from kvsim.layout import LayerShape, nbytes, parts, shared_buffers
+from kvsim.methods import in_order
 
 FORWARD, FILLED = "forward", "filled"
 
@@ -48,7 +49,8 @@ def measure_memory(
         row |= {"how": how, "nbytes_after_prefill": after_prefill, "nbytes": weigh(cache)} | allocator.read("decode")
     if contender.method is not None:
         shapes = layer_shapes(loaded.model)
-        predicted = [contender.method.buffers(shape, batch_size, num_tokens) for shape in shapes]
+        methods = zip(in_order(contender.method, shapes), shapes, strict=True)
+        predicted = [method.buffers(shape, batch_size, num_tokens) for method, shape in methods]
         predicted.append(shared_buffers(contender.method, shapes))
         row["predicted_nbytes"] = sum(nbytes(buffers) for buffers in predicted)
         row["error"] = row["nbytes"] / row["predicted_nbytes"] - 1

@@ -11,6 +11,7 @@ from kvruntime.bench.harness.tasks import OUT_OF_MEMORY, Task
 from kvruntime.bench.model.caches import Contender
 from kvruntime.bench.model.peers import package_version
 from kvruntime.checkpoints.load import LoadedModel
+from kvsim.methods import placed
 
 
 def went_wrong(rows: Iterable[Row]) -> bool:
@@ -137,7 +138,7 @@ def check_methods(loaded: LoadedModel, contenders: list[Contender]) -> None:
     """Raises ``ValueError`` for a method or model that cannot be run, before anything is measured."""
     from kvruntime.bench.model.memory import layer_shapes
 
-    for shape in set(layer_shapes(loaded.model)):
-        for contender in contenders:
-            if contender.method is not None:
-                contender.method.buffers(shape, 1, 1)
+    for contender in contenders:
+        if contender.method is not None:
+            for shape, method in placed(contender.method, tuple(layer_shapes(loaded.model))):
+                method.buffers(shape, 1, 1)

@@ -1,0 +1,114 @@
+"""Layers stored in unlike ways, by their place in the model: under ``generate()``, in files, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
+pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
+
+from hf_models import DEVICE, prompt, tiny  # noqa: E402
+
+from kvruntime import Engine, load_cache, make_cache, save_cache  # noqa: E402
+from kvruntime.bench.harness.weigh import weigh  # noqa: E402
+from kvruntime.eval.bits import held_nbytes, packed_bits  # noqa: E402
+from kvruntime.hf import empty  # noqa: E402
+from kvruntime.hf.cache import argument  # noqa: E402
+from kvruntime.hf.models import layer_shapes  # noqa: E402
+from kvsim.methods import Evict, Full, Kivi, LayerMix, make_method  # noqa: E402
+
+FEW, MORE = (Kivi(2, sink_length=4, residual_length=64, dtype="float32", rotate_values=True, **bits)
+             for bits in ({"boost_nbits": 2}, {"key_nbits": 3, "value_nbits": 3, "boost_nbits": 1}))  # fmt: skip
+MIX = LayerMix(first=0, last=0, layers=1, exact=MORE, inner=FEW)
+GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 40}
+
+
+def own(family="Llama"):
+    return copy.deepcopy(tiny(family))
+
+
+@torch.no_grad()
+def filled(model, method, length=150):
+    cache = make_cache(model, method)
+    model(prompt(2, length)["input_ids"], **argument(cache))
+    return cache
+
+
+def test_each_layer_holds_what_its_own_method_stores():
+    """Without attention's output no layer sees what another stored: each must hold a uniform cache's tensors."""
+    model = own()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    mixed, few, more = (filled(model, method) for method in (MIX, FEW, MORE))
+    for ours, theirs in zip(mixed.packed, (few.packed[0], more.packed[1]), strict=True):
+        assert ours.store.tensors.keys() == theirs.store.tensors.keys()
+        assert all(torch.equal(x, theirs.store.tensors[name]) for name, x in ours.store.tensors.items())
+    assert few.packed[1].store.tensors["records"].shape != more.packed[1].store.tensors["records"].shape
+
+
+def test_generate_steps_and_weighs_as_planned(monkeypatch):
+    """Ragged rows: the tokens of the cache that the host plans, and the bytes of each layer's own method."""
+    model, inputs, out = own(), prompt(2, 90, (0, 11)), []
+    for steps in (True, False):
+        monkeypatch.setattr(empty, "steps_on", lambda device, steps=steps: steps)
+        cache = make_cache(model, MIX)
+        out.append(model.generate(**inputs, **argument(cache), **GREEDY))
+        assert [layer.store.method for layer in cache.packed] == [FEW, MORE]
+    assert torch.equal(*out)
+    weighed = make_cache(model, MIX, max_seq_len=256)
+    with torch.no_grad():
+        model(inputs["input_ids"][:1], **argument(weighed))
+    assert weigh(weighed) == held_nbytes(MIX, layer_shapes(model), 256)
+
+
+def test_bits_are_the_mean_of_the_layers():
+    shapes = layer_shapes(tiny("Llama"))
+    both = [packed_bits(method, shapes) for method in (FEW, MORE)]
+    assert packed_bits(MIX, shapes) == sum(both) / 2
+    assert packed_bits(LayerMix(first=0, last=0, exact=MORE, inner=FEW), shapes) == both[0]
+
+
+def test_a_saved_mix_goes_on(tmp_path):
+    model = own()
+    nested = LayerMix(first=0, last=0, layers="0", exact=FEW, inner=LayerMix(first=0, last=1, exact=MORE, inner=FEW))
+    cache = filled(model, nested)
+    save_cache(cache, tmp_path / "mix")
+    loaded = load_cache(tmp_path / "mix", model)
+    assert loaded.method == nested
+    assert [layer.method for layer in loaded.packed] == [FEW, MORE]
+    token = prompt(2, 1)["input_ids"]
+    with torch.no_grad():
+        logits = [model(token, **argument(held)).logits for held in (cache, loaded)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the engine's graphs: tests/kvruntime/test_engine.py")
+def test_the_engine_runs_a_mix():
+    model, inputs = own(), prompt(1, 80)
+    cache = make_cache(model, MIX)
+    want = model.generate(**inputs, **argument(cache), **GREEDY)[0, 80:].tolist()
+    engine = Engine(model, MIX, batch_size=1, max_seq_len=256, lean=False)
+    assert engine.generate(inputs["input_ids"].tolist(), max_new_tokens=40)[0] == want
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        (LayerMix(first=1, last=0, exact=Full(), inner=Kivi()), "mixes one kind of method"),
+        (LayerMix(exact=Evict(budget=256), inner=Evict(budget=512)), "methods that hold no other"),
+        (LayerMix(exact=make_method("turboquant"), inner=make_method("turboquant")), "share nothing"),
+        (LayerMix(first=0, last=0, layers="1+2", exact=MORE, inner=FEW), r"layers 1\+2: allowed are 0 to 1 of 2"),
+        (LayerMix(exact=make_method("q8_0"), inner=FEW), "does not run the method q8_0"),
+    ],
+)
+def test_what_is_no_mix_is_refused_in_one_line(mix, message):
+    with pytest.raises(ValueError, match=message):
+        make_cache(tiny("Llama"), mix)
+
+
+def test_no_compiled_step_holds_a_mix():
+    with pytest.raises(ValueError, match="stores layers in unlike ways"):
+        make_cache(tiny("Llama"), MIX, max_seq_len=256, compiled=True)
