@@ -84,9 +84,7 @@ def make_cache(
         name = type(model).__name__
         raise ValueError(f"{name} has {without}, which a compiled cache does not run: leave compiled=True out")
     if len(set(methods)) > 1:
-        raise ValueError(
-            f"{method.name} stores layers in unlike ways: leave compiled=True out"
-        )
+        raise ValueError(f"{method.name} stores layers in unlike ways: leave compiled=True out")
     if not room_of(methods[0]).layer.has_steps:  # type: ignore[attr-defined]
         raise ValueError(f"{method.name} has no step that a compiled cache could run: leave compiled=True out")
     if max_seq_len is None:
