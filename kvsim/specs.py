@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
+from dataclasses import fields as dataclass_fields
 from functools import lru_cache
 from math import isfinite, nan
 from pathlib import Path
@@ -141,6 +143,24 @@ def parse_method(spec: str, shared: Mapping[str, Value], dtype: str | None = Non
         else:
             options[field] = parse_dtype(value) if field == "dtype" else parse_value(value)
     return make_method(name, **options)
+
+
+def method_spec(method: Method) -> str:
+    """The spec that :func:`parse_method` reads as ``method``: its name and the options that are not the usual ones.
+
+    Raises ``LookupError`` for a method that no name makes by its fields.
+    """
+    name = next((name for name, make in METHODS.items() if make is type(method)), None)
+    if name is None:
+        raise LookupError(f"{method.name}: no name makes it by its fields")
+    options = []
+    for field in dataclass_fields(method):  # type: ignore[arg-type]
+        value = getattr(method, field.name)
+        usual = field.default_factory() if field.default_factory is not MISSING else field.default
+        if value != usual:
+            text = f"({method_spec(value)})" if field.type == "Method" else str(int(value) if value is True else value)
+            options.append(f"{field.name}={text}")
+    return f"{name}:{','.join(options)}" if options else name
 
 
 def parse_engine(spec: str, shared: Mapping[str, Any]) -> Engine:

@@ -24,6 +24,7 @@ from kvruntime.hf.models import layer_shapes
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
+from kvsim.methods.layer_mix import mixed
 
 NAME = "kvruntime_sensitivity"
 OUTLIER = 15.0
@@ -59,6 +60,11 @@ class Proposal:
     methods: tuple[Method, ...]
     kl: float
     bits: float
+
+    @property
+    def method(self) -> Method:
+        """The method that stores each layer so."""
+        return mixed(self.methods)
 
     @property
     def ranges(self) -> list[tuple[int, int, Method]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -58,8 +59,9 @@ class LayerMix:
     @property
     def name(self) -> str:
         windows = "-w" if self.windows else ""
+        outer = f"-{self.first}-{self.last}" if self.first or self.last or not self.layers else ""
         layers = f"-l{self.layers}" if self.layers else ""
-        return f"mix-{self.first}-{self.last}{layers}{windows}({self.exact.name},{self.inner.name})"
+        return f"mix{outer}{layers}{windows}({self.exact.name},{self.inner.name})"
 
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Method:
         """The method of one place (:func:`kvsim.methods.by_layer.at`).
@@ -77,3 +79,25 @@ class LayerMix:
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         raise ValueError(f"{self.name}: a mix stores layers by their place in the model, and this one's is not known")
+
+
+def mixed(methods: Sequence[Method]) -> Method:
+    """The method that stores layer after layer as ``methods`` say: a mix of named layers, or the one that all have."""
+    by_count = sorted(dict.fromkeys(methods), key=methods.count, reverse=True)
+    out = by_count[0]
+    for each in by_count[1:]:
+        out = LayerMix(
+            first=0, last=0, layers=_ranges([i for i, m in enumerate(methods) if m == each]), exact=each, inner=out
+        )
+    return out
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending ``numbers`` as ``layers`` takes them: ``[3, 7, 8, 9]`` -> ``3+7-9``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "+".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)

@@ -12,6 +12,7 @@ from runtime_tiny import SIZES, tiny_directory, tiny_model  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from kvruntime import make_cache  # noqa: E402
+from kvruntime.bench.quality.doctor import how_stored  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 from kvruntime.eval.sensitivity import Proposal, Study, read_back  # noqa: E402
 from kvruntime.hf.biases import key_bias_ratios  # noqa: E402
@@ -157,6 +158,14 @@ def test_heads_that_are_filled_up_come_back_in_their_size():
 def test_runs_of_layers():
     a, b = LADDER[:2]
     assert Proposal((a, a, b, a), 0.0, 0.0).ranges == [(0, 1, a), (2, 2, b), (3, 3, a)]
+
+
+def test_a_proposal_is_printed_as_a_method():
+    a, b, exact = LADDER
+    proposal = Proposal((a, b, a), 0.0, 0.0)
+    mix = "mix:first=0,last=0,exact=(kivi:nbits=4,residual_length=32),inner=(kivi:residual_length=32),layers=1"
+    assert how_stored(proposal.method) == f"as a method: {mix}"
+    assert "mixes one kind of method" in how_stored(Proposal((a, exact, a), 0.0, 0.0).method)
 
 
 def test_the_command(tmp_path, capsys):

@@ -11,8 +11,9 @@ from kvsim.layout import Buffer, LayerShape, edges, mean_read_nbytes, nbytes, pa
 from kvsim.memory.estimate import estimate
 from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, method_named, placed
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS
+from kvsim.methods.layer_mix import mixed
 from kvsim.models.load import load_model
-from kvsim.specs import parse_method
+from kvsim.specs import method_spec, parse_method
 
 MIB = 1 << 20
 
@@ -349,6 +350,31 @@ def test_a_mix_goes_by_place() -> None:
         mix.buffers(model.cache_layers[0], 1, 10)
     nested = Paged(16, LayerMix(first=12, inner=Kivi()))
     assert estimate(model, nested, 2, 100).nbytes == 2 * 12 * 12 * 112 * 2 * 64 * 2
+
+
+def test_a_mix_names_layers() -> None:
+    layer = LayerShape(2, 64, 64)
+    mix = LayerMix(first=0, last=1, layers="1+3-4", exact=make_method("int8"), inner=Full())
+    chosen = [at(mix, layer, index, 7) == make_method("int8") for index in range(7)]
+    assert chosen == [False, True, False, True, True, False, True]
+    with pytest.raises(ValueError, match=r"layers 1\+3-4: allowed are 0 to 3 of 4 with a cache"):
+        at(mix, layer, 0, 4)
+    for bad in ("3-", "1,2", "-1", "x", "1++2"):
+        with pytest.raises(ValueError, match="allowed are numbers and ranges such as 3"):
+            LayerMix(layers=bad)
+    with pytest.raises(ValueError, match="from the lower number to the higher"):
+        LayerMix(layers="5-3")
+
+
+def test_methods_by_layer_are_a_mix_and_its_spec() -> None:
+    layer, kinds = LayerShape(2, 64, 64), [Kivi(), Kivi(4, sink_length=4), Kivi(3, rotate_values=True)]
+    methods = [kinds[i] for i in (0, 0, 1, 2, 2, 0, 1)]
+    mix = mixed(methods)
+    assert [at(mix, layer, index, 7) for index in range(7)] == methods
+    assert parse_method(method_spec(mix), {}) == mix
+    assert mixed(methods[:2]) == kinds[0]
+    with pytest.raises(LookupError, match="no name makes it"):
+        method_spec(make_method("int8"))
 
 
 def test_windows_may_stay_exact_in_a_mix() -> None:

@@ -13,9 +13,11 @@ from kvruntime.checkpoints.load import LoadedModel, pick_device
 from kvruntime.eval.bits import packed_bits
 from kvruntime.eval.sensitivity import LayerFinding, Proposal, Study
 from kvruntime.eval.text import load_text, token_windows
+from kvsim.engines.kvruntime import check_runs
 from kvsim.finite_json import json_text, not_finite
 from kvsim.layout import Method
 from kvsim.output.tables import plain
+from kvsim.specs import method_spec
 
 TOKENS = 512
 ROWS = 1
@@ -105,9 +107,18 @@ def proposal_text(proposal: Proposal | None, bound: float) -> str:
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         lines.append(f"  {layers}: {method.name} ({last - first + 1} of {len(proposal.methods)})")
     if len(set(proposal.methods)) > 1:
-        lines.append("make_cache stores every layer alike: take the first method above that is within the bound")
+        lines.append(how_stored(proposal.method))
     lines.append("simulated: every token reads its whole past as stored, which is harder than decoding")
     return "\n".join(lines)
+
+
+def how_stored(mix: Method) -> str:
+    """How a choice by layer is asked for, or that it cannot be."""
+    try:
+        check_runs(mix)
+        return f"as a method: {method_spec(mix)}"
+    except (LookupError, ValueError) as error:
+        return f"not stored so ({error}): take the first method above that is within the bound"
 
 
 def as_json(
@@ -128,6 +139,7 @@ def as_json(
     chosen = None
     if proposal is not None:
         chosen = {"methods": [m.name for m in proposal.methods], "kl": proposal.kl, "bits": proposal.bits}
+        chosen["method"] = proposal.method.name
     return {
         "model": loaded.source.name, "weights": loaded.source.weights, "model_sha256": loaded.sha256,
         "dtype": loaded.dtype, "tokens": study.ids.numel(), "methods": names, "bits": bits, "layers": layers,
