@@ -261,12 +261,18 @@ def compare_command(**given: Any) -> int:
 @click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
 @method_options
 @click.option("--bound", type=float, default=0.05, show_default=True, help="KL divergence allowed, nats a token.")
+@click.option(
+    "--bits",
+    "mean_bits",
+    type=float,
+    help="Instead of a bound: the least divergence within so many bits an element, in the mean of the layers.",
+)
 @click.option("--text", "text_path", type=Path, help="UTF-8 text to look at.  [default: Python's language reference]")
 @click.option("--tokens", type=int, help="Tokens to look at.  [default: 512]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @machine_options
 def doctor_command(**given: Any) -> int:
-    """Names layers whose keys have large biases or outliers, and proposes bits by layer for a bound."""
+    """Names layers whose keys have large biases or outliers, and proposes bits by layer for a bound, or for a mean."""
     from kvruntime.bench.quality.doctor import doctor
 
     return doctor(_methods(given, "kvruntime doctor"), **given)

@@ -114,11 +114,13 @@ class Study:
         biases += [0.0] * (len(self.shapes) - len(biases))
         return [LayerFinding(index, biases[index], outliers[index], errors[index]) for index in sorted(errors)]
 
-    def divergence(self, methods: Sequence[Method]) -> float:
-        """KL divergence from the exact model, nats a token, with ``methods`` layer by layer; one forward."""
+    def divergence(self, methods: Sequence[Method | None]) -> float:
+        """KL divergence from the exact model, nats a token, with ``methods`` layer by layer (None: exact); one forward,
+        after :meth:`layers`."""
 
         def simulate(index: int, attend: Callable[[Tensor, Tensor], Tensor], key: Tensor, value: Tensor) -> Tensor:
-            return attend(*read_back(methods[index], self.shapes[index], key, value))
+            method = methods[index]
+            return attend(key, value) if method is None else attend(*read_back(method, self.shapes[index], key, value))
 
         own = self._log_probabilities(simulate)
         kl = torch.nn.functional.kl_div(own, self.exact, reduction="none", log_target=True).sum(-1)
@@ -153,6 +155,44 @@ class Study:
             scale = measured.kl / max(1e-30, self._error(findings, level))
         return min([best, *(one for one in uniform if one.kl <= bound)], key=lambda one: one.bits)
 
+    def alone(self) -> list[tuple[float, ...]]:
+        """Of each layer the divergence with that layer alone stored by each method, nats a token; a forward each."""
+        out = []
+        for layer in range(len(self.shapes)):
+            row = []
+            for method in self.methods:
+                chosen: list[Method | None] = [None] * len(self.shapes)
+                chosen[layer] = method
+                row.append(self.divergence(chosen))
+            out.append(tuple(row))
+        return out
+
+    def propose_within(self, alone: Sequence[Sequence[float]], bits: float) -> Proposal:
+        """The choice by layer of the least divergence together, where layers' divergences ``alone`` add up, within a
+        mean of ``bits``: from the fewest bits on, the step that takes away the most a bit, as long as one fits.
+
+        Raises ``ValueError`` for ``bits`` below those of the smallest method.
+        """
+        each = [[self._bits([method], [shape]) for method in self.methods] for shape in self.shapes]
+        sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes]
+        level, left = [0] * len(each), bits * sum(sizes)
+        left -= sum(of[0] * size for of, size in zip(each, sizes, strict=True))
+        if left < -1e-9 * sum(sizes):
+            raise ValueError(f"bits {bits:g}: allowed are those of {self.methods[0].name} and above, {each[0][0]:.3f}")
+        while True:
+            steps = [
+                ((alone[i][at] - alone[i][to]) / more, i, to, more)
+                for i, at in enumerate(level)
+                for to in range(at + 1, len(self.methods))
+                if 0 < (more := (each[i][to] - each[i][at]) * sizes[i]) <= left + 1e-9 * sum(sizes)
+            ]
+            gain, layer, to, more = max(steps, default=(0.0, 0, 0, 0.0))
+            if gain <= 0:
+                break
+            level[layer], left = to, left - more
+        chosen = tuple(self.methods[index] for index in level)
+        return Proposal(chosen, self.divergence(chosen), self._bits(chosen))
+
     def _least(self, findings: Sequence[LayerFinding], error: float) -> list[int]:
         """The method of each layer, raised one by one until their errors are at most ``error`` together."""
         level = [0] * len(findings)
@@ -174,9 +214,11 @@ class Study:
     def _error(findings: Sequence[LayerFinding], level: Sequence[int]) -> float:
         return sum(finding.errors[at] for finding, at in zip(findings, level, strict=True))
 
-    def _bits(self, methods: Sequence[Method]) -> float:
-        sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes]
-        pairs = zip(methods, self.shapes, sizes, strict=True)
+    def _bits(self, methods: Sequence[Method], shapes: Sequence[LayerShape] | None = None) -> float:
+        """The mean of an element, of ``shapes`` or of all layers."""
+        shapes = self.shapes if shapes is None else shapes
+        sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes]
+        pairs = zip(methods, shapes, sizes, strict=True)
         return sum(packed_bits(method, [shape]) * size for method, shape, size in pairs) / sum(sizes)
 
     def _log_probabilities(self, look: Callable[..., Tensor]) -> Tensor:

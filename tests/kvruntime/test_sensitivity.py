@@ -1,5 +1,6 @@
 """Large key biases: the one line of ``make_cache``, the layers that ``doctor`` names, bits by layer within a bound."""
 
+import itertools
 import json
 import warnings
 
@@ -18,6 +19,7 @@ from kvruntime.eval.sensitivity import Proposal, Study, read_back  # noqa: E402
 from kvruntime.hf.biases import key_bias_ratios  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Evict, Full, Kivi  # noqa: E402
+from kvsim.specs import parse_method  # noqa: E402
 
 LADDER = (Kivi(nbits=2, residual_length=32), Kivi(nbits=4, residual_length=32), Full("float32"))
 PLANTED = 2
@@ -160,6 +162,23 @@ def test_runs_of_layers():
     assert Proposal((a, a, b, a), 0.0, 0.0).ranges == [(0, 1, a), (2, 2, b), (3, 3, a)]
 
 
+def test_a_mean_of_bits_goes_where_it_saves_most(ids):
+    """None of the choices of as many bits has less error, where single layers' errors add up."""
+    study = Study(planted(), ids, LADDER[:2])
+    study.layers()
+    alone = study.alone()
+    few, more = (one.bits for one in study.uniform())
+    chosen = study.propose_within(alone, few + (more - few) * 0.6)
+    assert chosen.bits == pytest.approx(few + (more - few) / 2)
+    assert chosen.methods.count(LADDER[1]) == 2
+    assert chosen.kl == study.divergence(chosen.methods)
+    sums = [sum(alone[i][i in raised] for i in range(4)) for raised in itertools.combinations(range(4), 2)]
+    assert sum(of[LADDER.index(one)] for of, one in zip(alone, chosen.methods, strict=True)) == pytest.approx(min(sums))
+    assert study.propose_within(alone, few).methods == (LADDER[0],) * 4
+    with pytest.raises(ValueError, match=r"bits 1: allowed are those of kivi-2bit-g32-r32 and above, 3\.000"):
+        study.propose_within(alone, 1.0)
+
+
 def test_a_proposal_is_printed_as_a_method():
     a, b, exact = LADDER
     proposal = Proposal((a, b, a), 0.0, 0.0)
@@ -188,6 +207,11 @@ def test_the_command(tmp_path, capsys):
     assert found["methods"] == ["kivi-2bit-g32-r32", "kivi-8bit-g32-r32", "fp16"]
     assert [layer["layer"] for layer in found["layers"] if layer["named"]] == [PLANTED]
     assert found["proposal"]["kl"] <= found["bound"] == 0.05
+    assert run([*words, "--nbits", "2", "--nbits", "8", "--bits", "6.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["methods"] == ["kivi-2bit-g32-r32", "kivi-8bit-g32-r32"]
+    assert found["proposal"]["bits"] <= found["mean_bits"] == 6.5
+    assert parse_method(found["proposal"]["spec"], {}).name.startswith("mix-l")
     assert run([*words, "--nbits", "2", "--bound", "1e-4"]) == 0
     shown = capsys.readouterr().out
     assert f"layer {PLANTED}: key biases of" in shown

@@ -1,4 +1,5 @@
-"""``kvruntime doctor``: which layers' keys stand out, and bits by layer for a bound on the divergence."""
+"""``kvruntime doctor``: which layers' keys stand out, and bits by layer: the fewest for a bound on the divergence, or
+the least divergence for a mean of bits."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from kvruntime.eval.text import load_text, token_windows
 from kvsim.engines.kvruntime import check_runs
 from kvsim.finite_json import json_text, not_finite
 from kvsim.layout import Method
+from kvsim.methods import Full
 from kvsim.output.tables import plain
 from kvsim.specs import method_spec
 
@@ -32,6 +34,10 @@ def doctor(methods: list[Method], **given: Any) -> int:
     check_given(given)
     if not given["bound"] > 0:
         raise ValueError(f"bound {given['bound']:g}: allowed are numbers above 0, nats a token")
+    if (bits := given["mean_bits"]) is not None:
+        if not bits > 0:
+            raise ValueError(f"bits {bits:g}: allowed are numbers above 0")
+        methods = [method for method in methods if not isinstance(method, Full)] or methods  # no mix has both
     device = pick_device(given["device"])
     start = perf_counter()
     loaded = load_given(resolve_given(given), device, given, [ours(method) for method in methods])
@@ -45,15 +51,18 @@ def doctor(methods: list[Method], **given: Any) -> int:
     study = Study(loaded.model, ids, tuple(methods))
     findings = study.layers()
     uniform = study.uniform()
-    proposal = study.propose(findings, uniform, given["bound"])
+    if bits is None:
+        proposal = study.propose(findings, uniform, given["bound"])
+    else:
+        proposal = study.propose_within(study.alone(), bits)
     seconds = perf_counter() - start
-    whole = as_json(loaded, study, findings, uniform, proposal, given["bound"])
+    whole = as_json(loaded, study, findings, uniform, proposal, given["bound"], bits)
     if (wrong := not_finite(whole)) is not None:
         raise ValueError(f"{wrong}: the weights, or what was computed with them, overflowed")
     if given["as_json"]:
         print(json_text(whole, indent=1))
     else:
-        print(report(loaded, study, findings, uniform, proposal, given["bound"], seconds))
+        print(report(loaded, study, findings, uniform, proposal, given["bound"], bits, seconds))
     return 0
 
 
@@ -64,6 +73,7 @@ def report(
     uniform: Sequence[Proposal],
     proposal: Proposal | None,
     bound: float,
+    bits: float | None,
     seconds: float,
 ) -> str:
     """Everything that was found, as text."""
@@ -73,7 +83,7 @@ def report(
     named = [finding for finding in findings if finding.named]
     lines += [f"layer {finding.index}: {finding.named}" for finding in named]
     lines += ["" if named else "no layer's keys have large biases or outlying channels", layers_table(study, findings)]
-    lines += ["", "every layer alike:", uniform_table(study, uniform, bound)]
+    lines += ["", "every layer alike:", uniform_table(study, uniform, bound, bits)]
     lines += ["", proposal_text(proposal, bound)]
     return "\n".join(lines)
 
@@ -90,12 +100,13 @@ def layers_table(study: Study, findings: Sequence[LayerFinding]) -> str:
     return f"{plain(head, body)}\n{note}"
 
 
-def uniform_table(study: Study, uniform: Sequence[Proposal], bound: float) -> str:
-    body = [
-        [one.methods[0].name, f"{one.bits:.3f}", f"{one.kl:.5f}", "within" if one.kl <= bound else "beyond"]
-        for one in uniform
-    ]
-    return plain(["method", "bits", "KL, nats a token", f"the bound of {bound:g}"], body)
+def uniform_table(study: Study, uniform: Sequence[Proposal], bound: float, bits: float | None) -> str:
+    body = []
+    for one in uniform:
+        fits = one.kl <= bound if bits is None else one.bits <= bits
+        body.append([one.methods[0].name, f"{one.bits:.3f}", f"{one.kl:.5f}", "within" if fits else "beyond"])
+    limit = f"the bound of {bound:g}" if bits is None else f"the mean of {bits:g} bits"
+    return plain(["method", "bits", "KL, nats a token", limit], body)
 
 
 def proposal_text(proposal: Proposal | None, bound: float) -> str:
@@ -114,11 +125,19 @@ def proposal_text(proposal: Proposal | None, bound: float) -> str:
 
 def how_stored(mix: Method) -> str:
     """How a choice by layer is asked for, or that it cannot be."""
+    spec, why = stored_spec(mix)
+    return (
+        f"not stored so ({why}): take the first method above that is within" if spec is None else f"as a method: {spec}"
+    )
+
+
+def stored_spec(method: Method) -> tuple[str | None, str]:
+    """The spec of a method that caches store, else ``None`` and why there is none."""
     try:
-        check_runs(mix)
-        return f"as a method: {method_spec(mix)}"
+        check_runs(method)
+        return method_spec(method), ""
     except (LookupError, ValueError) as error:
-        return f"not stored so ({error}): take the first method above that is within the bound"
+        return None, str(error)
 
 
 def as_json(
@@ -128,6 +147,7 @@ def as_json(
     uniform: Sequence[Proposal],
     proposal: Proposal | None,
     bound: float,
+    mean_bits: float | None,
 ) -> dict[str, Any]:
     """Everything that was found, as one object."""
     names = [method.name for method in study.methods]
@@ -139,9 +159,9 @@ def as_json(
     chosen = None
     if proposal is not None:
         chosen = {"methods": [m.name for m in proposal.methods], "kl": proposal.kl, "bits": proposal.bits}
-        chosen["method"] = proposal.method.name
+        chosen["spec"] = stored_spec(proposal.method)[0]
     return {
         "model": loaded.source.name, "weights": loaded.source.weights, "model_sha256": loaded.sha256,
         "dtype": loaded.dtype, "tokens": study.ids.numel(), "methods": names, "bits": bits, "layers": layers,
-        "uniform_kl": [one.kl for one in uniform], "bound": bound, "proposal": chosen,
+        "uniform_kl": [one.kl for one in uniform], "bound": bound, "mean_bits": mean_bits, "proposal": chosen,
     }  # fmt: skip
