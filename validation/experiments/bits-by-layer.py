@@ -17,11 +17,13 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from math import exp
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -32,6 +34,10 @@ from kvruntime.eval.text import load_text, token_windows
 from kvruntime.methods.kivi.reference import STEPS, channel_order, channel_weights
 from kvruntime.methods.token.levels import magnitudes
 from kvruntime.methods.token.reference import rotated
+from kvsim.layout import Method
+from kvsim.methods import kivi_boost
+from kvsim.methods.layer_mix import mixed
+from kvsim.specs import method_spec
 
 SINK, RESIDUAL, PROMPT = 4, 128, 128
 KEY = re.compile(r"(\d)\+(\d)x(\d+)g(\d+)(?:w(\d+))?(?:f(\d))?")
@@ -285,39 +291,99 @@ def _slope(a: tuple[float, float, str], b: tuple[float, float, str]) -> float:
     return (a[1] - b[1]) / max(b[0] - a[0], 1e-9)
 
 
+def few(errors: dict[str, list[float]], budget: float, count: int) -> list[Choice]:
+    """The choice by layer of least error together within ``budget`` mean bits, among the choices of at most ``count``
+    pairs of measured options of groups of 64 and 16 channels with more bits, which today's kernels read."""
+    keys = [name for name in errors if name.endswith("x16g64")]
+    pairs = [(key, name[1:]) for key in keys for name in errors if name.startswith("v")]
+    cost = np.array([[k + v for k, v in zip(errors[key], errors[f"v{value}"], strict=True)] for key, value in pairs])
+    bits = np.array([bits_of([pair]) for pair in pairs])
+    best: tuple[float, list[Choice]] = (float("inf"), [])
+    for some in combinations(range(len(pairs)), count):
+        c, b = cost[list(some)], bits[list(some)]
+        if b.min() > budget:
+            continue
+        low, high = 1e-8, 1.0  # the price of a bit
+        for _ in range(24):
+            price = (low * high) ** 0.5
+            fits = b[(c + price * b[:, None]).argmin(0)].mean() <= budget + 1e-9
+            low, high = (low, price) if fits else (price, high)
+        at = (c + high * b[:, None]).argmin(0)
+        total = c[at, range(len(at))].sum()
+        if total < best[0] + 1e-4 and b[at].mean() <= budget + 1e-9:  # what is left of the budget
+            spend(at, c, b, budget)
+            best = min(best, (c[at, range(len(at))].sum(), [pairs[some[i]] for i in at]))
+    return best[1]
+
+
+def spend(at: Any, cost: Any, bits: Any, budget: float) -> None:
+    """Raises layers of ``at`` in place, the largest gain first, while the budget lets it."""
+    while True:
+        left = budget * len(at) - bits[at].sum() + 1e-9
+        gain = np.where(bits[:, None] - bits[at] <= left, cost[at, range(len(at))] - cost, 0.0)
+        to, layer = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[to, layer] <= 0:
+            return
+        at[layer] = to
+
+
+def spec_of(choices: Sequence[Choice]) -> str:
+    """What kvruntime's commands take as ``--method``."""
+    return method_spec(mixed([boost_of(*choice) for choice in choices]))
+
+
+def boost_of(key: str, value: str) -> Method:
+    bits, boost, _, group, *_ = _key(key)
+    return kivi_boost(key_nbits=bits, boost_nbits=boost, value_nbits=int(value), group_size=group)
+
+
 def main() -> None:
     words = argparse.ArgumentParser()
     words.add_argument("text", type=Path)
     words.add_argument("out", type=Path)
     for name, default in (("window", 2048), ("max-tokens", 32768), ("rows", 32), ("skip-tokens", 0)):
         words.add_argument(f"--{name}", type=int, default=default)
-    words.add_argument("--read", type=Path)
+    words.add_argument("--read", type=Path, action="append", default=[])
     words.add_argument("--sensitivity", action="store_true")
     words.add_argument("--budget", type=float, action="append", default=[])
     words.add_argument("--set", action="append", default=[])
     words.add_argument("--choice", action="append", default=[])
+    words.add_argument("--count", type=int, action="append", default=[], help="so many methods in all layers")
+    words.add_argument("--key", action="append", default=[], help="of --sensitivity, in place of all")
+    words.add_argument("--value", action="append", default=[], help="of --sensitivity, in place of all")
+    words.add_argument("--specs", action="store_true", help="only the choices of what was read, as methods")
     words.add_argument("--seconds", type=float, default=1e9, help="after which no further windows are begun")
     given = words.parse_args()
+    errors: dict[str, list[float]] = {}
+    for path in given.read:
+        errors |= json.loads(path.read_text())["errors"]
+    if given.specs:
+        for budget in given.budget:
+            for count in given.count:
+                choices = few(errors, budget, count)
+                print(f"{budget} {count} {bits_of(choices):.4f} {spec_of(choices)}")
+        return
     start = perf_counter()
     device = torch.device(pick_device(None))
     loaded = load(resolve("smollm2-135m", offline=True, say=print), str(device), None, print)
-    most = given.skip_tokens + given.max_tokens if given.max_tokens else 0
+    most = given.skip_tokens + given.max_tokens if given.max_tokens else None
     ids = token_windows(loaded.tokenizer, load_text(given.text), given.window, most)
     ids = ids[given.skip_tokens // given.window :].to(device)
     layers = loaded.model.config.num_hidden_layers
     jobs: list[Job] = []
     if given.sensitivity:
         exact = (EXACT, EXACT)
-        for name, option in (*((k, (k, EXACT)) for k in KEYS), *((f"v{v}", (EXACT, v)) for v in VALUES)):
+        keys, values = (given.key, given.value) if given.key or given.value else (KEYS, VALUES)
+        for name, option in (*((k, (k, EXACT)) for k in keys), *((f"v{v}", (EXACT, v)) for v in values)):
             for layer in range(layers):
                 jobs.append(Job(name, [exact] * layer + [option] + [exact] * (layers - layer - 1), layer))
     for text in given.choice:
         key, _, value = text.partition(",")
         jobs.append(Job(text, [(key, value)] * layers))
-    if given.budget:
-        errors = json.loads(given.read.read_text())["errors"]
-        for budget in given.budget:
-            jobs += [Job(f"{name} {budget}", allocate(errors, SETS[name], budget)) for name in given.set or SETS]
+    for budget in given.budget:
+        sets = given.set if given.set or given.count else SETS
+        jobs += [Job(f"{name} {budget}", allocate(errors, SETS[name], budget)) for name in sets]
+        jobs += [Job(f"{count} methods {budget}", few(errors, budget, count)) for count in given.count]
     judge = Judge(loaded.model)
     with torch.inference_mode():
         for some in ids.split(max(1, given.rows * 1024 // given.window)):
