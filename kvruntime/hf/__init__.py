@@ -98,4 +98,4 @@ def make_cache(
 def _refuse_mixed(method: Method, methods: Sequence[Method], kinds: Sequence[Kind]) -> None:
     """Raises ``ValueError`` for a choice by layer where layers that are not packed alike would count among them."""
     if len(set(methods)) > 1 and any(kind.keeps or kind.window for kind in kinds):
-        raise ValueError(f"{method.name}: allowed is a mix by layer where all layers are full attention")
+        raise ValueError(f"{method.name}: allowed is a choice by layer where all layers are full attention")

@@ -35,7 +35,8 @@ from kvruntime.methods.kivi.reference import STEPS, channel_order, channel_weigh
 from kvruntime.methods.token.levels import magnitudes
 from kvruntime.methods.token.reference import rotated
 from kvsim.layout import Method
-from kvsim.methods import kivi_boost
+from kvsim.methods import make_method
+from kvsim.methods.defaults import COMPRESSED
 from kvsim.methods.layer_mix import mixed
 from kvsim.specs import method_spec
 
@@ -131,7 +132,7 @@ def seen_packed(length: int, record: int, device: torch.device) -> Tensor:
     return (token >= 0) & (token < packed[:, None])
 
 
-class Simulated:
+class Simulation:
     """PyTorch's attention over exact and stored tokens, as ``choices`` say layer by layer; None: all exact."""
 
     def __init__(self) -> None:
@@ -162,7 +163,7 @@ class Simulated:
         return out.transpose(1, 2).contiguous(), None
 
 
-SIMULATED = Simulated()
+SIMULATED = Simulation()
 AttentionInterface.register("simulated", SIMULATED)
 AttentionMaskInterface.register("simulated", lambda *args, **more: None)
 
@@ -182,7 +183,7 @@ class Job:
 
 
 class Judge:
-    """A model whose attention is :class:`Simulated`, layer after layer."""
+    """A model whose attention is :class:`Simulation`, layer after layer."""
 
     def __init__(self, model: Any) -> None:
         model.set_attn_implementation("simulated")
@@ -334,7 +335,10 @@ def spec_of(choices: Sequence[Choice]) -> str:
 
 def boost_of(key: str, value: str) -> Method:
     bits, boost, _, group, *_ = _key(key)
-    return kivi_boost(key_nbits=bits, boost_nbits=boost, value_nbits=int(value), group_size=group)
+    widths = {"nbits": bits, "boost_nbits": boost, "value_nbits": int(value)}
+    return make_method(
+        COMPRESSED, **widths, group_size=group, residual_length=RESIDUAL, sink_length=SINK, rotate_values=1
+    )
 
 
 def main() -> None:
