@@ -46,7 +46,8 @@ def make_cache(
     """A cache for ``model``, which from now on attends through it wherever it is given one (:func:`restore` ends that).
 
     ``method``: a name, with the method's fields as ``options`` (``nbits=2, group_size=32, residual_length=128``;
-    ``dtype``, that of the exact tokens, is the model's unless said otherwise), or a kvsim method object.
+    ``dtype``, that of the exact tokens, is the model's unless said otherwise), a spec as commands take it
+    (``kivi:nbits=4,group_size=64``), or a kvsim method object.
     ``max_seq_len``: tokens a row to allocate for at once; None grows in blocks of 256.  Batch size and device are
     learnt from the first forward.  With any other cache, or none, the model runs as before.
     ``compiled``: None: where the model lies on one GPU, its decode steps are CUDA graphs of what it runs itself

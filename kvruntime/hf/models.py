@@ -25,6 +25,7 @@ from kvruntime.methods import changes_scores
 from kvsim.engines.kvruntime import LONG_WINDOW
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import METHODS, make_method
+from kvsim.specs import parse_method
 
 REFUSED_KEYS = {
     "kv_lora_rank": "multi-head latent attention",
@@ -93,10 +94,17 @@ def layer_shapes(model: Any) -> list[LayerShape]:
 
 
 def method_given(method: str | Method, options: dict[str, object], dtype: Any) -> Method:
-    """``method`` itself, or the one of that name with ``options`` for its fields, and exact tokens in ``dtype``.
+    """``method`` itself, or the one of that name with ``options`` for its fields, or of that spec (``kivi:nbits=4``);
+    exact tokens in ``dtype``.
 
     Raises ``LookupError`` for an unknown name, and ``ValueError`` for an option that it does not take.
     """
+    if isinstance(method, str) and ":" in method:
+        if options:
+            raise ValueError(
+                f"options {', '.join(sorted(options))}: allowed with a method's name only, not with a spec"
+            )
+        return parse_method(method, {}, str(dtype).removeprefix("torch."))
     if isinstance(method, str):
         if method in METHODS and "dtype" in inspect.signature(METHODS[method]).parameters:
             options = {"dtype": str(dtype).removeprefix("torch."), **options}

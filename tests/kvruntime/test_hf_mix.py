@@ -109,6 +109,16 @@ def test_what_is_no_mix_is_refused_in_one_line(mix, message):
         make_cache(tiny("Llama"), mix)
 
 
+def test_a_mix_may_be_a_spec():
+    spec = "mix:first=0,last=0,layers=1,exact=(kivi:nbits=4),inner=kivi"
+    cache = make_cache(tiny("Llama"), spec)
+    assert [layer.method for layer in cache.packed] == [Kivi(dtype="float32"), Kivi(nbits=4, dtype="float32")]
+    with pytest.raises(ValueError, match="options nbits: allowed with a method's name only, not with a spec"):
+        make_cache(tiny("Llama"), spec, nbits=2)
+    with pytest.raises(ValueError, match="option 'layer=1' is not one of"):
+        make_cache(tiny("Llama"), "mix:layer=1")
+
+
 def test_no_compiled_step_holds_a_mix():
     with pytest.raises(ValueError, match="stores layers in unlike ways"):
         make_cache(tiny("Llama"), MIX, max_seq_len=256, compiled=True)
