@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 
 from hf_models import DEVICE, prompt, tiny  # noqa: E402
 
-from kvruntime import Engine, load_cache, make_cache, save_cache  # noqa: E402
+from kvruntime import Engine, load_cache, make_cache, paged, save_cache  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.eval.bits import held_nbytes, packed_bits  # noqa: E402
 from kvruntime.hf import empty  # noqa: E402
@@ -117,6 +117,12 @@ def test_a_mix_may_be_a_spec():
         make_cache(tiny("Llama"), spec, nbits=2)
     with pytest.raises(ValueError, match="option 'layer=1' is not one of"):
         make_cache(tiny("Llama"), "mix:layer=1")
+
+
+def test_what_takes_no_mix_says_so():
+    for refused in (lambda: paged.check(MIX), lambda: make_cache(tiny("Llama"), Evict(budget=256, inner=MIX))):
+        with pytest.raises(ValueError, match="the method .*mix-l1"):
+            refused()
 
 
 def test_no_compiled_step_holds_a_mix():
