@@ -206,7 +206,9 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
 @click.option("--prompt-length", type=int, help="Tokens of a window fed at once, first; 0: none.  [default: 128]")
 @click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
-@click.option("--task", multiple=True, help="needle, passkey, ruler, lambada, gsm8k or longbench. Repeatable.")
+@click.option(
+    "--task", multiple=True, help="needle, passkey, ruler, agreement, lambada, gsm8k or longbench. Repeatable."
+)
 @click.option("--data", multiple=True, help="TASK=PATH: the file or folder of lambada, gsm8k or longbench. Repeatable.")
 @click.option("--lm-eval", multiple=True, help="A task of lm-evaluation-harness, gsm8k. Repeatable.")
 @click.option("--lm-eval-include", help="Folder with lm_eval tasks of your own.")
@@ -222,6 +224,7 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--plain", is_flag=True, help="Prompts as they are, without the model's chat template.")
 @click.option("--batch", type=int, help="Sequences run together.  [default: 4 on a CPU, else 32]")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@click.option("--peer", multiple=True, help="These alone: quanto, hqq, tiny-turboquant, transformers. Repeatable.")
 @record_options
 @machine_options
 def eval_command(**given: Any) -> int:
@@ -248,6 +251,7 @@ def eval_command(**given: Any) -> int:
 @click.option("--ablation-tokens", type=int, help="Tokens of its text.  [default: 2048 on a CPU, else 32768]")
 @click.option("--picture", type=Path, help="PNG or SVG of bytes a token, quality and speed.")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@click.option("--peer", multiple=True, help="These alone: quanto, hqq, tiny-turboquant, transformers. Repeatable.")
 @record_options
 @machine_options
 def compare_command(**given: Any) -> int:

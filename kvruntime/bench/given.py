@@ -111,14 +111,14 @@ def load_given(
 
 
 def contenders_given(
-    methods: list[Method], peers: bool, widths: Sequence[int] = WIDTHS[:1]
+    methods: list[Method], peers: bool, widths: Sequence[int] = WIDTHS[:1], names: Sequence[str] = ()
 ) -> tuple[list[Contender], list[Row]]:
-    """The caches of ``methods``, with ``peers`` those of other libraries in ``widths`` bits, and rows that say which
-    are not installed."""
+    """The caches of ``methods``, with ``peers`` those of other libraries in ``widths`` bits, or of the libraries
+    ``names`` alone, and rows that say which are not installed."""
     contenders = [ours(method) for method in methods]
     missing: list[dict[str, str]] = []
-    if peers:
-        there, missing = find_peers(widths)
+    if peers or names:
+        there, missing = find_peers(widths, names)
         contenders += there
         for row in missing:
             say(f"{row['method']} is left out: {row['package']} is not installed: {install_hint('peers')}")

@@ -53,9 +53,23 @@ class Answerer:
 
         Raises ``ValueError`` where a prompt and its answer exceed the model's positions.
         """
+        found = self.answer(prompts, max_new_tokens, stop, tick)
+        return [before(self.tokenizer.decode(row, skip_special_tokens=True), stop) for row in found]
+
+    def answer(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        tick: Tick = lambda _: None,
+    ) -> list[list[int]]:
+        """The token ids of the greedy answer to each prompt, padded where a batch went on.
+
+        Raises ``ValueError`` where a prompt and its answer exceed the model's positions.
+        """
         from kvruntime.hf.cache import argument
 
-        answers: list[str] = []
+        answers: list[list[int]] = []
         for first in range(0, len(prompts), self.batch):
             rows = prompts[first : first + self.batch]
             ids, mask = self._left_padded(rows)
@@ -75,8 +89,7 @@ class Answerer:
                     stopping_criteria=stops,
                     pad_token_id=self._pad(),
                 )
-            for row in out[:, ids.shape[1] :]:
-                answers.append(before(self.tokenizer.decode(row, skip_special_tokens=True), stop))
+            answers += out[:, ids.shape[1] :].tolist()
             tick(len(rows) / len(prompts))
         return answers
 

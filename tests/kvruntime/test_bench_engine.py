@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -157,6 +158,47 @@ def test_peers_run_in_the_same_harness(subject, tmp_path, monkeypatch, capsys) -
     row = next(row for row in results.rows if row["kind"] == "step")
     assert (row["method"], row["package"], row["steps"]) == ("transformers-dynamic", "transformers", 4)
     assert "missing: hqq" in capsys.readouterr().out
+
+
+def test_peers_by_name_come_in_the_bits_that_they_have(monkeypatch) -> None:
+    from kvruntime.bench.model import peers
+
+    monkeypatch.setattr(peers, "find_spec", lambda module: None)
+    there, missing = peers.find_peers(peers.WIDTHS, ["tiny-turboquant", "hqq", "hqq"])
+    assert there == []
+    assert [row["method"] for row in missing] == [
+        *(f"tiny-turboquant-{nbits}bit-g32-r128" for nbits in (2, 3, 4)),
+        *(f"hqq-{nbits}bit-g64-r128" for nbits in (2, 4)),
+    ]
+    with pytest.raises(LookupError, match="unknown peer 'qanto': did you mean quanto"):
+        peers.find_peers(names=["qanto"])
+
+
+def test_a_peers_row_says_whether_it_was_fused(monkeypatch) -> None:
+    """tiny-turboquant's fused decode takes tokens by ``ingest``, PyTorch's attention by ``update``."""
+    from types import ModuleType
+
+    from kvruntime.bench.harness.tables import of_kernel
+    from kvruntime.bench.model import peers
+
+    class TinyKVCache:
+        def __init__(self, **options: int) -> None:
+            self.taken: list[tuple] = []
+
+        def update(self, *given: object) -> None:
+            self.taken.append(given)
+
+        ingest = update
+
+    module = ModuleType("tiny_turboquant")
+    module.TinyKVCache = TinyKVCache
+    monkeypatch.setitem(sys.modules, "tiny_turboquant", module)
+    cache = peers.PEERS["tiny-turboquant"].make(3).build(None, 8)
+    cache.update("key", "value", 0, {"more": 1})
+    assert cache.taken == [("key", "value", 0)]
+    assert of_kernel(cache) == {"kernel": peers.UNFUSED}
+    cache.ingest("key", "value", 0)
+    assert of_kernel(cache) == {"kernel": peers.FUSED}
 
 
 def test_the_whole_command(subject, tmp_path, monkeypatch, capsys) -> None:

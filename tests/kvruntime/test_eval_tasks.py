@@ -320,6 +320,23 @@ def test_the_command_answers_tasks(tmp_path, capsys):
     assert (tmp_path / "plots" / "passkey.png").stat().st_size > 5000
 
 
+def test_an_answer_agrees_up_to_its_first_other_token(tmp_path, capsys):
+    from kvruntime.bench.quality.answers import shared_start
+
+    assert [shared_start(own, [5, 6, 7]) for own in ([5, 6, 7, 8], [5, 6, 8], [4, 6, 7], [5], [])] == [3, 2, 0, 1, 0]
+    folder, out = tiny_directory(tmp_path), tmp_path / "rows.json"
+    (tmp_path / "prose.txt").write_text("It was so. He went on and on. " * 40)
+    more = ("--task", "agreement", "--text", str(tmp_path / "prose.txt"), "--length", "230", "--examples", "2")
+    assert command(folder, out, *more) == 0, capsys.readouterr().err
+    assert " ".join(TASKS["agreement"].caveat.split()) in " ".join(capsys.readouterr().out.split())
+    plain, packed = json.loads(out.read_text())["rows"]
+    assert (plain["length"], plain["max_new_tokens"], plain["chat"]) == (230, 256 - 230, False)
+    assert plain["scores"] == [1, 1]  # the same kernels, on a CPU
+    assert all(0 <= score < 1 and (26 * score).is_integer() for score in packed["scores"])
+    assert command(folder, out, *more[:-3], "256", "--examples", "1") == 2
+    assert "256" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -330,7 +330,12 @@ def peer_tasks(models: Models, subject: Subject) -> tuple[list[Task], list[Row]]
         models.free()
         run = partial(measure_speed, models.loaded(subject), contender, batch_size)
         found = run(prompt_tokens=context - decoded, decode_tokens=decoded, warmup=1, repeats=2, seed=models.seed)
-        return {"steps": decoded, **figures([seconds / decoded for seconds in found["decode_runs"]], batch_size)}
+        said = {name: found[name] for name in ("kernel",) if name in found}
+        return {
+            "steps": decoded,
+            **figures([seconds / decoded for seconds in found["decode_runs"]], batch_size),
+            **said,
+        }
 
     there, missing = find_peers()
     out = []

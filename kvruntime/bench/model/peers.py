@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvruntime.bench.model.caches import Contender, plain_attention, stock
+from kvsim.nearest import hint
 
-WIDTHS = (2, 4)
-"""Bits of the peers that ``kvruntime eval`` judges; others time those of two bits alone."""
+WIDTHS = (2, 3, 4)
+"""Bits of the peers that ``kvruntime eval`` and ``compare`` judge, where they have them; others take two alone."""
 GROUP_SIZE, RESIDUAL_LENGTH = 64, 128
 AXES = {"quanto": 0, "hqq": 1}
 """Backend -> the axis that transformers' guide names for it."""
+UNFUSED = "unfused: read back whole, then PyTorch's attention"
+FUSED = "its own fused decode"
 
 
 def _quantized(backend: str, nbits: int, model: Any, max_seq_len: int) -> Any:
@@ -27,17 +30,29 @@ def _quantized(backend: str, nbits: int, model: Any, max_seq_len: int) -> Any:
 
     axis = AXES[backend]
     shape = {"axis_key": axis, "axis_value": axis, "q_group_size": GROUP_SIZE, "residual_length": RESIDUAL_LENGTH}
-    return QuantizedCache(backend, model.config, nbits=nbits, **shape)
+    cache = QuantizedCache(backend, model.config, nbits=nbits, **shape)
+    cache.kernel = UNFUSED
+    return cache
 
 
 def _turboquant(nbits: int, model: Any, max_seq_len: int) -> Any:
     from tiny_turboquant import TinyKVCache
 
     class Adapter(TinyKVCache):  # type: ignore[misc]
-        """Under transformers 5.24, which gives ``update`` more than 0.18 takes; it makes no use of it."""
+        """Under transformers 5.24, which gives ``update`` more than 0.18 takes; it makes no use of it.
+
+        ``kernel``: what attended to one query a row.  The fused decode takes tokens by ``ingest``, everything else by
+        ``update`` alone.
+        """
+
+        kernel = UNFUSED
 
         def update(self, key: Any, value: Any, layer: int, *_: Any, **more: Any) -> Any:
             return super().update(key, value, layer)
+
+        def ingest(self, *given: Any, **more: Any) -> Any:
+            self.kernel = FUSED
+            return super().ingest(*given, **more)
 
     groups = {"block_size": 32, "value_group_size": 32, "residual_len": RESIDUAL_LENGTH}
     return Adapter(key_bits=nbits, value_bits=nbits, **groups)
@@ -70,29 +85,47 @@ def _tiny_turboquant(nbits: int) -> Contender:
     return Contender(name, partial(_turboquant, nbits), package="tiny-turboquant", around=_turboquant_attention)
 
 
-PEERS: tuple[tuple[str, str, Callable[[int], Contender]], ...] = (
-    ("transformers", "transformers", lambda nbits: stock()),
-    ("optimum-quanto", "optimum.quanto", partial(_of_transformers, "quanto", "optimum-quanto")),
-    ("hqq", "hqq", partial(_of_transformers, "hqq", "hqq")),
-    ("tiny-turboquant", "tiny_turboquant", _tiny_turboquant),
-)
-"""Distribution, module, and how to make its cache of so many bits."""
+class Peer(NamedTuple):
+    """A library: its distribution and module, and the bits for which ``make`` gives its cache."""
+
+    distribution: str
+    module: str
+    widths: tuple[int, ...]
+    make: Callable[[int], Contender]
 
 
-def find_peers(widths: Sequence[int] = WIDTHS[:1]) -> tuple[list[Contender], list[dict[str, str]]]:
+PEERS: dict[str, Peer] = {
+    "transformers": Peer("transformers", "transformers", WIDTHS, lambda nbits: stock()),
+    "quanto": Peer("optimum-quanto", "optimum.quanto", (2, 4), partial(_of_transformers, "quanto", "optimum-quanto")),
+    "hqq": Peer("hqq", "hqq", (2, 4), partial(_of_transformers, "hqq", "hqq")),
+    "tiny-turboquant": Peer("tiny-turboquant", "tiny_turboquant", (2, 3, 4), _tiny_turboquant),
+}
+"""Name -> library; transformers' own cache is uncompressed."""
+
+
+def find_peers(
+    widths: Sequence[int] = WIDTHS[:1], names: Sequence[str] = ()
+) -> tuple[list[Contender], list[dict[str, str]]]:
     """``(contenders that are installed, rows that say which are not)``: transformers' own uncompressed cache, then the
-    others in each of ``widths`` bits."""
+    others in those of ``widths`` bits that they have.
+
+    ``names``: these alone.  Raises ``LookupError`` for a name that is none.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise LookupError(f"unknown peer {name!r}: {hint(name, PEERS)}allowed are {', '.join(PEERS)}")
     there, missing = [], []
-    for distribution, module, make in PEERS:
+    for peer in [PEERS[name] for name in dict.fromkeys(names)] or PEERS.values():
         try:
-            installed = find_spec(module) is not None
+            installed = find_spec(peer.module) is not None
         except ModuleNotFoundError:
             installed = False
-        for name, one in {one.name: one for one in map(make, widths)}.items():
+        ways = map(peer.make, [width for width in widths if width in peer.widths])
+        for name, one in {one.name: one for one in ways}.items():
             if installed:
                 there.append(one)
             else:
-                missing.append({"kind": "missing", "method": name, "package": distribution})
+                missing.append({"kind": "missing", "method": name, "package": peer.distribution})
     return there, missing
 
 

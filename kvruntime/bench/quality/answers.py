@@ -12,7 +12,7 @@ from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.session import release
 from kvruntime.bench.harness.tables import BASE
 from kvruntime.bench.harness.tasks import Task, Tick
-from kvruntime.bench.model.caches import Contender
+from kvruntime.bench.model.caches import Contender, stock
 from kvruntime.bench.model.memory import layer_shapes
 from kvruntime.bench.model.tasks import subject
 from kvruntime.checkpoints.load import LoadedModel
@@ -66,6 +66,7 @@ def answer_tasks(
 ) -> list[Task]:
     """One a part and contender, all contenders of a part after one another."""
     chat = chat and bool(getattr(loaded.tokenizer, "chat_template", None))
+    led: dict[str, list[list[int]]] = {}
 
     def task(part: Part, contender: Contender) -> Task:
         key = {"kind": KIND, **subject(loaded, contender, asked.seed), "task": name, "part": part.name, **part.about}
@@ -73,7 +74,7 @@ def answer_tasks(
         key |= {"max_new_tokens": part.max_new_tokens, "chat": chat and part.chat}
         steps = -(-len(part.examples) // batch) * (part.max_new_tokens or 4)
         work = steps * 20 + sum(len(example.prompt) for example in part.examples) / 4
-        measure = partial(measure_answers, loaded, contender, part, batch, chat and part.chat)
+        measure = partial(measure_answers, loaded, contender, part, batch, chat and part.chat, led)
         return Task(
             key, measure, cost=work * (1 if contender.name in BASE else 2), guest=contender.package != "kvruntime"
         )
@@ -81,10 +82,23 @@ def answer_tasks(
     return [task(part, contender) for part in TASKS[name].parts(asked) for contender in contenders]
 
 
-def measure_answers(loaded: LoadedModel, contender: Contender, part: Part, batch: int, chat: bool, tick: Tick) -> Row:
-    """The row's figures: ``score`` (mean of ``scores``), what was answered, tokens of a prompt, bits, seconds."""
+def measure_answers(
+    loaded: LoadedModel,
+    contender: Contender,
+    part: Part,
+    batch: int,
+    chat: bool,
+    led: dict[str, list[list[int]]],
+    tick: Tick,
+) -> Row:
+    """The row's figures: ``score`` (mean of ``scores``), what was answered, tokens of a prompt, bits, seconds.
+
+    ``led``: what transformers' own uncompressed cache answered to a part, by its digest, filled as it is asked for.
+    """
     start = perf_counter()
     longest = 0
+    if part.follows and part.sha256 not in led:
+        led[part.sha256] = _lead(loaded, part, batch, chat)
 
     def build(num_tokens: int) -> Any:
         nonlocal longest
@@ -93,7 +107,10 @@ def measure_answers(loaded: LoadedModel, contender: Contender, part: Part, batch
 
     with contender.around(loaded.model):
         who = Answerer(loaded.model, loaded.tokenizer, build, batch)
-        row = _continued(who, part, tick) if part.continues else _generated(who, part, chat, tick)
+        if part.follows:
+            row = _followed(who, part, led[part.sha256], chat, tick)
+        else:
+            row = _continued(who, part, tick) if part.continues else _generated(who, part, chat, tick)
     release()
     if contender.method is not None:
         shapes = layer_shapes(loaded.model)
@@ -117,6 +134,26 @@ def _continued(who: Answerer, part: Part, tick: Tick) -> Row:
     texts = [example.answers[0] if greedy else "" for (_, greedy), example in zip(found, part.examples, strict=True)]
     scores = [part.score(text, example) for text, example in zip(texts, part.examples, strict=True)]
     return {"scores": scores, "prompt_tokens": _mean([c for c, _ in pairs]), "target_nll": [-nll for nll, _ in found]}
+
+
+def _lead(loaded: LoadedModel, part: Part, batch: int, chat: bool) -> list[list[int]]:
+    """The part's answers under transformers' own uncompressed cache."""
+    plain = stock()
+    with plain.around(loaded.model):
+        who = Answerer(loaded.model, loaded.tokenizer, partial(plain.build, loaded.model), batch)
+        return who.answer([who.encode(example.prompt, chat) for example in part.examples], part.max_new_tokens)
+
+
+def _followed(who: Answerer, part: Part, led: Sequence[list[int]], chat: bool, tick: Tick) -> Row:
+    prompts = [who.encode(example.prompt, chat) for example in part.examples]
+    found = who.answer(prompts, part.max_new_tokens, tick=tick)
+    scores = [shared_start(own, theirs) / len(theirs) for own, theirs in zip(found, led, strict=True)]
+    return {"scores": scores, "prompt_tokens": _mean(prompts)}
+
+
+def shared_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens of ``other`` come before the first that ``one`` has not."""
+    return next((i for i, (a, b) in enumerate(zip(other, one, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _pair(who: Answerer, example: Example) -> tuple[list[int], list[int]]:

@@ -20,6 +20,7 @@ from kvruntime.bench.given import (
 )
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.model.caches import ours
+from kvruntime.bench.model.peers import WIDTHS
 from kvruntime.bench.model.tasks import Speed, speed_tasks
 from kvruntime.bench.quality.comparison import ABLATION, ablation_methods, tables
 from kvruntime.bench.quality.pictures import check_picture, draw_comparison
@@ -39,7 +40,7 @@ def compare(methods: list[Method], **given: Any) -> int:
     cpu = device == "cpu"
     text = load_text(given["text_path"])
     results = open_results(given, device, Path("kvruntime-compare.json"))
-    contenders, missing = contenders_given(methods, given["peers"])
+    contenders, missing = contenders_given(methods, given["peers"], WIDTHS, given["peer"])
     results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
     loaded = load_given(resolve_given(given), device, given, contenders)
     if loaded.tokenizer is None:

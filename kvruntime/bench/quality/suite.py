@@ -44,7 +44,7 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
     results = open_results(given, device, Path("kvruntime-eval.json"))
-    contenders, missing = contenders_given(methods, given["peers"], WIDTHS)
+    contenders, missing = contenders_given(methods, given["peers"], WIDTHS, given["peer"])
     results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
     loaded = load_given(resolve_given(given), device, given, contenders)
     if loaded.tokenizer is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvruntime.eval.tasks import gsm8k, lambada, longbench, needle, passkey, ruler
+from kvruntime.eval.tasks import agreement, gsm8k, lambada, longbench, needle, passkey, ruler
 from kvruntime.eval.tasks.task import EvalTask, Example, Part, TaskRequest
 from kvsim.nearest import hint
 
@@ -10,6 +10,7 @@ TASKS: dict[str, EvalTask] = {
     "needle": needle.TASK,
     "passkey": passkey.TASK,
     "ruler": ruler.TASK,
+    "agreement": agreement.TASK,
     "lambada": lambada.TASK,
     "gsm8k": gsm8k.TASK,
     "longbench": longbench.TASK,

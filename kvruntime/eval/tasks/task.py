@@ -34,7 +34,9 @@ class Part:
     """The examples that one row of results is of.
 
     ``about``: what tells it from the task's other parts (``depth``, ``length``).  ``continues``: the answer is scored
-    as a continuation of the prompt instead of generated.  ``chat``: whether prompts go into the model's chat template
+    as a continuation of the prompt instead of generated.  ``follows``: the right answer is the one that the model gives
+    under transformers' own uncompressed cache, and the score is the share of its tokens before the first other one.
+    ``chat``: whether prompts go into the model's chat template
     where it has one.  ``stop``: texts that end an answer.
     """
 
@@ -44,6 +46,7 @@ class Part:
     max_new_tokens: int
     about: Mapping[str, Any] = field(default_factory=dict)
     continues: bool = False
+    follows: bool = False
     chat: bool = True
     stop: tuple[str, ...] = ()
 
