@@ -25,7 +25,7 @@ def row(method: str, bits: float, *nll: float, held: float | None = None, window
         "text_sha256": "x", "window": window, "num_windows": len(nll), "num_tokens": len(nll) * (window - 1),
         "chunk": 1, "reference_chunk": 128, "bits": bits, "held_bits": exact if held is None else held, "ppl": 2.0,
         "kl": 0.1, "agreement": 0.9, "window_nll": list(nll), "by_position": [[1, window - 1, 1.0, 0.1, 0.9]],
-        "method": method, **more,
+        "method": method, "package": "kvruntime", **more,
     }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_exact_tokens_are_what_is_held_beyond_the_bits() -> None:
 
 
 def test_tables_without_rows_say_so(tmp_path: Path) -> None:
-    for name in ("windows", "prompted", "positions", "answers", "compared", "ablation"):
+    for name in ("windows", "prompted", "positions", "answers", "peers", "compared", "ablation"):
         assert quality_tables.block(name, tmp_path) == "Nothing is recorded yet."
     assert cells(quality_tables.block("bars", tmp_path))[0][3] == "not recorded"
     with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, bars short, windows"):
@@ -105,6 +105,32 @@ def test_what_follows_a_long_prompt_is_judged_alone(tmp_path: Path) -> None:
     assert x == ["x", "4.000", "29.964", "+49.18%", "+49.18% to +49.18%", "0.3000", "60.00%"]
     assert quality_tables.block("windows", folder) == "Nothing is recorded yet."
     assert candidates(folder) == {}
+
+
+def test_other_libraries_stand_beside_the_best_of_no_more_bits(tmp_path: Path) -> None:
+    library = {"package": "hqq"}
+    folder = write(
+        tmp_path / "q",
+        row("fp16", 16, 3.0, 3.2),
+        row("hqq-2bit", 2.5, 3.3, 3.5, held=2.6, **library),
+        row("hqq-4bit", 4.5, 3.01, 3.2, held=4.6, **library),
+        row("kivi-2bit-g64-r128", 2.5, 3.2, 3.4),
+        row("small", 2.5, 3.1, 3.3),
+        row("better, larger", 2.6, 3.0, 3.2),
+        row("coded", 2.25, 3.4, 3.4, held=2.25),
+    )
+    found = {(theirs, counted): rest for _, theirs, counted, *rest in cells(quality_tables.block("peers", folder))}
+    assert found["hqq-2bit", "bits 2.500"][1:] == ["small", "2.500", "+10.52%", "ahead (-18.1%)"]
+    assert found["hqq-2bit", "bits held 2.600"][1:3] == ["coded", "2.250"]
+    assert found["hqq-2bit", "bits held 2.600"][4].startswith("level")
+    assert found["hqq-4bit", "bits 4.500"][1] == "better, larger"
+    assert found["hqq-4bit", "bits held 4.600"][1:] == ["better, larger", "4.327", "+0.00%", "level (-0.5%)"]
+    assert found["kivi-2bit-g64-r128", "bits 2.500"][1] == "small"
+    bare = write(folder, row("fp16", 16, 3.0), row("x", 2.0, 3.0), row("quanto", 1.5, 3.1, **library))
+    assert {tuple(line[4:]) for line in cells(quality_tables.block("peers", bare))} == {
+        ("none of so few", "", "", "not judged"),
+        ("none of so few", "", "", "not judged"),
+    }
 
 
 def test_what_is_compared_needs_speeds(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from math import exp
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from kvruntime.bench.harness.results import Row, read
@@ -33,6 +35,10 @@ MODEL = "smollm2-135m"
 """The model that bars are of."""
 JUDGED = "wiki"
 """How the name of the text begins that bars are of."""
+PLAIN_KIVI = re.compile(r"kivi-\d+bit-g\d+-r\d+$")
+"""Names of KIVI as its paper has it: judged beside other libraries, not among ours."""
+COUNTED = {"bits": "bits", "bits held": "held_bits"}
+"""What is equal where methods are compared -> the field of a row."""
 EXACT = 136
 """Most exact tokens of a method that a bar takes: bars were set with a residual of 128 and four first tokens, which the
 bits of an element do not show."""
@@ -226,6 +232,44 @@ def shared_examples(rows: Sequence[Row]) -> int:
     )
 
 
+def peers(folder: Path) -> str:
+    """Every other library's cache, and plain KIVI, beside the best of ours that has no more bits: of a further element,
+    and of all that is held at the window."""
+    body = []
+    for _, _, group in window_groups(folder):
+        if not any(is_library(row) for row in group):
+            continue
+        base = uncompressed(group)
+        here = f"{group[0]['num_windows']} x {group[0]['window']:,}"
+        judged = [row for row in group if 0 < row["bits"] < 16 and (is_library(row) or PLAIN_KIVI.match(row["method"]))]
+        own = [row for row in group if 0 < row["bits"] < 16 and row not in judged]
+        for theirs in sorted(judged, key=lambda row: (not is_library(row), row["method"])):
+            for name, counted in COUNTED.items():
+                within = [row for row in own if row[counted] <= theirs[counted] + 5e-4]
+                chosen = min(within, key=lambda row: fmean(row["window_nll"]), default=None)
+                off = change(theirs, base)
+                cells = [
+                    here,
+                    theirs["method"],
+                    f"{name} {theirs[counted]:.3f}",
+                    "" if off is None else f"{off[0]:+.2%}",
+                ]
+                if chosen is None:
+                    body.append([*cells, "none of so few", "", "", "not judged"])
+                    continue
+                ours, less = change(chosen, base), perplexity_change(chosen["window_nll"], theirs["window_nll"])
+                cells += [chosen["method"], f"{chosen[counted]:.3f}", "" if ours is None else f"{ours[0]:+.2%}"]
+                verdict = "ahead" if less[2] < 0 else "level" if less[1] <= 0 else "behind"
+                body.append([*cells, f"{verdict} ({less[0]:+.1%})"])
+    head = ["windows", "theirs", "counted", "perplexity", "ours, of no more", "its bits", "perplexity", "verdict"]
+    return compact(head, body) if body else "Nothing is recorded yet."
+
+
+def is_library(row: Row) -> bool:
+    """Whether a row is of another library's compressed cache."""
+    return row["package"] != "kvruntime" and row["bits"] < 16
+
+
 def compared(folder: Path) -> str:
     """Bytes a token, quality and speed of every method, of the recordings that have speeds, and what they support."""
     parts = []
@@ -266,6 +310,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "prompted": prompted,
     "positions": positions,
     "answers": answers,
+    "peers": peers,
     "compared": compared,
     "ablation": ablation,
 }
