@@ -126,6 +126,8 @@ def test_other_libraries_stand_beside_the_best_of_no_more_bits(tmp_path: Path) -
     assert found["hqq-4bit", "bits 4.500"][1] == "better, larger"
     assert found["hqq-4bit", "bits held 4.600"][1:] == ["better, larger", "4.327", "+0.00%", "level (-0.5%)"]
     assert found["kivi-2bit-g64-r128", "bits 2.500"][1] == "small"
+    folder = write(folder, row("fp16", 16, 3.0), row("hqq-2bit", 2.5, 3.3, kernel="unfused", **library))
+    assert quality_tables.block("windows", folder).endswith("kernels: hqq-2bit: unfused")
     bare = write(folder, row("fp16", 16, 3.0), row("x", 2.0, 3.0), row("quanto", 1.5, 3.1, **library))
     assert {tuple(line[4:]) for line in cells(quality_tables.block("peers", bare))} == {
         ("none of so few", "", "", "not judged"),

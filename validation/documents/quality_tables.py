@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from kvruntime.bench.harness.results import Row, read
-from kvruntime.bench.harness.tables import groups
+from kvruntime.bench.harness.tables import groups, kernels
 from kvruntime.bench.model.report import heading
 from kvruntime.bench.quality import comparison
 from kvruntime.bench.quality.answers import KIND as ANSWERS
@@ -155,6 +155,7 @@ def windows(folder: Path) -> str:
         ran = circumstances({**file, "rows": group})
         parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {ran} ({link}):")
         parts.append(compact(*windows_cells(group)))
+        parts += [said] if (said := kernels(group).strip()) else []
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import exp
 
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.tables import BASE, groups
+from kvruntime.bench.harness.tables import BASE, groups, kernels
 from kvruntime.bench.model.report import heading, note
 from kvruntime.bench.quality.answers import KIND as ANSWERS
 from kvruntime.bench.quality.windows import KIND
@@ -64,7 +64,7 @@ def windows_table(group: list[Row]) -> str:
     first = group[0]
     fed = f"{first['num_tokens']:,} tokens scored, {first['chunk']} a step through the cache"
     what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {fed}"
-    return "\n".join([heading("perplexity", first, what), plain(*windows_cells(group)), CONTROL])
+    return "\n".join([heading("perplexity", first, what), plain(*windows_cells(group)) + kernels(group), CONTROL])
 
 
 def position_cells(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
