@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 def draw_all(results: dict[str, Any], folder: Path, suffix: str) -> list[Path]:
     """Writes ``memory``, ``compression``, ``speed``, ``quality``, or of ``bench kernels`` and ``bench engine``
-    ``roofline``, ``speedup`` and ``latency``, of ``eval`` ``bits``, ``positions`` and grids; and ``summary``; as
-    ``.png`` or ``.svg``.
+    ``roofline``, ``speedup`` and ``latency``, of ``eval`` and ``compare`` ``bits``, ``positions``, grids,
+    ``comparison`` and ``ablation``; and ``summary``; as ``.png`` or ``.svg``.
 
     A kind without rows is left out, of the summary too.  Raises ``ValueError`` when there is nothing to draw, for a
     folder that cannot be written, or without matplotlib.

@@ -20,6 +20,7 @@ from kvruntime.bench.quality.comparison import (  # noqa: E402
     frontier,
     recommended,
 )
+from kvruntime.bench.quality.pictures import quality_panels  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
 
 
@@ -115,6 +116,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     drawn = picture.read_text()
     assert drawn.startswith("<?xml")
     assert "Ablation" in drawn or len(drawn) > 20_000
+    assert set(quality_panels(rows)) == {"bits", "positions", "comparison", "ablation"}  # those of ``kvruntime plot``
     assert command(folder, out, "--picture", str(tmp_path / "x.pdf"), "--resume") == 2
     assert "x.pdf: allowed are names that end in .png or .svg" in capsys.readouterr().err
     (tmp_path / "file").touch()

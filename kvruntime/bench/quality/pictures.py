@@ -1,4 +1,4 @@
-"""Pictures of ``kvruntime eval``'s rows: quality over bits, over positions, and grids of depth and length."""
+"""Pictures of rows of ``kvruntime eval`` and ``compare``: quality over bits, positions, bytes; grids of needles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ Panel = Callable[["Axes"], None]
 
 
 def quality_panels(rows: Sequence[Row]) -> dict[str, Panel]:
-    """Name -> drawing, of whatever ``rows`` hold: ``bits``, ``positions``, and one a task on a grid."""
+    """Name -> drawing, of whatever ``rows`` hold: ``bits``, ``positions``, one a task on a grid, and of ``kvruntime
+    compare`` ``comparison`` and ``ablation``."""
     out: dict[str, Panel] = {}
     found = [group for group in groups(rows, WINDOWS) if uncompressed(group) is not None and len(group) > 1]
     if found:
@@ -42,6 +43,11 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, Panel]:
         cells = [row for row in rows if row["kind"] == ANSWERS and row["task"] == name and "failed" not in row]
         if task.grid and cells:
             out[name] = partial(grid, cells)
+    timed = next((group for group in found if compared.speeds_of(rows, group)), None)
+    if timed is not None:
+        out["comparison"] = partial(comparison, rows, timed)
+    for study in groups(rows, compared.ABLATION)[:1]:
+        out["ablation"] = partial(ablation, study)
     return out
 
 
