@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvruntime.calibrate.steps import ENGINE, GENERATE, NEW, STOCK, Step
+from kvruntime.calibrate.steps import COMPILED, ENGINE, GENERATE, NEW, STOCK, Step
 from kvsim.hardware import Hardware
 from kvsim.latency.constants import Constants, constants
 from kvsim.latency.profile import Part, Rates, with_part
@@ -28,6 +28,8 @@ HELD, FEW = 0.03, 0.3
 steps than constants, and the start is what other records gave."""
 ROUNDS = 30
 WIDE = {"layer": "wide", "channel": "channel"}
+GRAPHS = (GENERATE, COMPILED)
+"""Runtimes of ``generate()`` whose steps are CUDA graphs."""
 FEWEST = 4
 """Steps below which nothing is fitted."""
 
@@ -50,7 +52,7 @@ def fit(runtime: str, steps: Sequence[Step], base: Constants, card: Hardware, st
     def residuals(point: np.ndarray) -> np.ndarray:
         return np.log(predicted(runtime, part_at(point), steps, base, card) / [step.seconds for step in steps])
 
-    found = part_at(damped(residuals, len(names), FEW if runtime == GENERATE else HELD))
+    found = part_at(damped(residuals, len(names), FEW if runtime in GRAPHS else HELD))
     ratios = np.array([step.seconds for step in steps]) / predicted(runtime, found, steps, base, card)
     return replace(found, low=float(ratios.min()), high=float(ratios.max()))
 
@@ -102,7 +104,7 @@ def guess_of(runtime: str, card: Part) -> Part:
     """Where the fit of a runtime of ``generate()`` starts: PyTorch's stream of weights as it was measured, and what a
     layer and a step take as stated; of a runtime whose host launches everything, as the card's own layer."""
     stated = constants()
-    if runtime != GENERATE:
+    if runtime not in GRAPHS:
         return card
     return replace(
         card,
@@ -114,9 +116,9 @@ def guess_of(runtime: str, card: Part) -> Part:
 
 def variables(runtime: str, start: Part, steps: Sequence[Step]) -> tuple[list[str], np.ndarray]:
     """Names of what is fitted, and where each starts."""
-    if runtime == GENERATE:
-        wide = start.wide["layer_seconds"], start.wide["channel_seconds"]
-        return ["layer", "step", "wide", "channel"], np.array([start.layer_seconds, start.step_seconds, *wide])
+    if runtime in GRAPHS:
+        wide = {each: start.wide[f"{name}_seconds"] for name, each in WIDE.items() if f"{name}_seconds" in start.wide}
+        return ["layer", "step", *wide], np.array([start.layer_seconds, start.step_seconds, *wide.values()])
     if runtime == NEW:
         return ["step"], np.array([min(step.seconds for step in steps) / 2])
     if runtime != ENGINE:  # two constants, of which a card's first guess says nothing

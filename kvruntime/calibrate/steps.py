@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import Full
 from kvsim.models.model import Model
 
-ENGINE, GENERATE, STOCK, NEW = "kvruntime", "kvruntime:generate", "transformers", "transformers:new"
+ENGINE, GENERATE, COMPILED = "kvruntime", "kvruntime:generate", "kvruntime:compiled"
+STOCK, NEW = "transformers", "transformers:new"
 """The runtimes, by the names of their constants of time."""
 K = 1024
 
@@ -162,7 +164,7 @@ def steps(plan: Plan, device: torch.device, say: Callable[[str], None]) -> Itera
         model = Model.from_config(config)
         weights = 2 * sum(getattr(model.weights, part) for part in ("dense", "head", "embedding"))
         if (there := free(device)) < weights + RESERVE:
-            for runtime in (ENGINE, GENERATE, STOCK, NEW):
+            for runtime in (ENGINE, GENERATE, COMPILED, STOCK, NEW):
                 yield runtime, f"{name}: {there >> 20:,} MiB are free, its weights take {weights >> 20:,}"
             continue
         source = Source(f"calibration-{name}", "random (seed 0)", config=config)
@@ -172,6 +174,8 @@ def steps(plan: Plan, device: torch.device, say: Callable[[str], None]) -> Itera
             yield from of_generate(plan, name, subject, model, loaded.model, device)
         finally:
             del loaded
+            if device.type == "cuda":
+                torch.compiler.reset()  # what was compiled holds the weights
             release()
 
 
@@ -199,23 +203,51 @@ def of_engine(
 
 def of_generate(
     plan: Plan, name: str, subject: Subject, model: Model, loaded: Any, device: torch.device
-) -> Iterator[Step]:
-    """Steps of stock ``generate()``: with a packed cache as it comes, then with transformers' own, twice: a second call
-    has only lengths that the first has had."""
-    clock = generate.Clock(str(device))
-    parts = generate.contenders(plan.packed[-1:], compiled=False, peers=False)
-    named = {GENERATE: (parts[-1], plan.packed[-1]), STOCK: (parts[0], Full(plan.dtype))}
-    for runtime, (contender, method) in named.items():
-        for batch_size, context in subject.generated:
-            short, long = plan.tokens
-            ids = generate.prompt(loaded, batch_size, context - long, 0)
-            clock(loaded, ids, short, contender.cache(loaded, context))  # compiles and captures
-            tokens = context - long + (long + short) // 2
-            for each in (NEW, STOCK) if runtime == STOCK else (runtime,):
-                times, _ = clock(loaded, ids, long, contender.cache(loaded, context))
-                seconds = (times[long - 1] - times[short - 1]) / (long - short)
-                yield Step(each, name, model, method, batch_size, tokens, seconds, seconds, seconds)
+) -> Iterator[Step | tuple[str, str]]:
+    """Steps of stock ``generate()``: with a packed cache as it comes, with transformers' own, and with the packed one
+    compiled.  A second call of transformers' own has only lengths that the first has had."""
+    cuda, packed = device.type == "cuda", plan.packed[-1]
+    dynamic, _, ours, *compiled = generate.contenders((packed,), compiled=cuda, peers=False)
+    found = [(GENERATE, ours, packed), (STOCK, dynamic, Full(plan.dtype))]
+    found += [(COMPILED, each, packed) for each in compiled]
+    for runtime, contender, method in found:
+        try:
+            for size in subject.generated:
+                yield from _calls(plan, name, model, loaded, runtime, contender, method, size, device)
+        except Exception as error:
+            if runtime != COMPILED:
+                raise
+            said = (str(error).strip().splitlines() or [""])[0]
+            yield COMPILED, f"{name}: {type(error).__name__}: {said}"  # it needs compilers that not every machine has
         release()
+    if not compiled:
+        yield COMPILED, f"{name}: generate() compiles on CUDA alone, not on {device.type}"
+
+
+def _calls(
+    plan: Plan,
+    name: str,
+    model: Model,
+    loaded: Any,
+    runtime: str,
+    contender: generate.Contender,
+    method: Method,
+    size: Size,
+    device: torch.device,
+) -> Iterator[Step]:
+    """The steps of one size: the median of calls, the first of transformers' own apart."""
+    clock, (batch_size, context), (short, long) = generate.Clock(str(device)), size, plan.tokens
+    ids = generate.prompt(loaded, batch_size, context - long, 0)
+    clock(loaded, ids, short, contender.cache(loaded, context))  # compiles and captures
+    taken = []
+    for _ in range(plan.repeats + (runtime == STOCK)):
+        times, _ = clock(loaded, ids, long, contender.cache(loaded, context))
+        taken.append((times[long - 1] - times[short - 1]) / (long - short))
+    about = name, model, method, batch_size, context - long + (long + short) // 2
+    if runtime == STOCK:
+        first = taken.pop(0)
+        yield Step(NEW, *about, first, first, first)
+    yield Step(runtime, *about, median(taken), min(taken), max(taken))
 
 
 def free(device: torch.device) -> int:

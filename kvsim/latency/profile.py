@@ -36,10 +36,10 @@ PLAUSIBLE = (0.45, 1.15)
 
 ITEM = 1e-8
 """Seconds a multiprocessor takes for a piece in this project's kernels, which split every sequence."""
-PARTS = ("kvruntime", "kvruntime:generate", "transformers", "transformers:new")
+PARTS = ("kvruntime", "kvruntime:generate", "kvruntime:compiled", "transformers", "transformers:new")
 """Runtimes that a part may be of, by the names of their constants: this project's engine; stock ``generate()`` with a
-cache of this project, whose steps are graphs; and with transformers' own, whose kernels the host launches, at lengths
-that the process has seen and at new ones."""
+cache of this project, whose steps are graphs, as it comes and compiled; and with transformers' own, whose kernels the
+host launches, at lengths that the process has seen and at new ones."""
 HOST_LAUNCHED = ("transformers", "transformers:new")
 
 

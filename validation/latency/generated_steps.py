@@ -23,7 +23,7 @@ WIDE = {"layer_seconds": "wide", "channel_seconds": "channel"}
 """Of ``engine_wide``, the fitted number each is."""
 START: dict[str, dict[str, float]] = {
     GENERATE: {"efficiency": 0.74, "layer": 3.3e-5, "step": 4.8e-4, "wide": 6e-6, "channel": 2e-10},
-    COMPILED: {"layer": 1e-4, "wide": 4e-5},
+    COMPILED: {"layer": 5e-5, "step": 1e-3, "wide": 4e-5},
     SEEN: {"layer": 7.5e-4, "step": 8e-4, "table": 0.57},
     NEW: {"step": 4.7e-2},
     STATIC: {"efficiency": 0.8, "layer": 7e-5, "step": 5e-4, "wide": 9e-6, "channel": 5e-10},
