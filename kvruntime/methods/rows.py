@@ -303,11 +303,14 @@ def too_many(
     def size(tokens: int) -> int:
         return nbytes(method.buffers(shape, batch_size, tokens))
 
+    def taken(tokens: int) -> int:
+        return sum(block_nbytes(buffer.nbytes, device) for buffer in method.buffers(shape, batch_size, tokens))
+
     there = free_nbytes(device)
     least, most = 0, num_tokens // GROW_TOKENS
     while least < most:  # blocks that fit: all layers', and the one that grows beside what it holds
         middle = (least + most + 1) // 2
-        fits = num_layers * size(middle * GROW_TOKENS) + held <= there + num_layers * held
+        fits = num_layers * taken(middle * GROW_TOKENS) + held <= there + num_layers * held
         least, most = (middle, most) if fits else (least, middle - 1)
     return (
         f"out of memory: {num_tokens:,} tokens a row, batch {batch_size}, take "
@@ -319,18 +322,35 @@ def too_many(
 
 ROUNDING = 16 << 20
 """Bytes of a card that no tensor gets, though they are free: blocks are whole, and in one piece."""
+MIB = 1 << 20
+
+
+def block_nbytes(size: int, device: torch.device) -> int:
+    """Bytes of a card that PyTorch's allocator takes for a tensor of ``size``: whole 2 MiB from 10 MiB on, and of 1 MiB
+    to 10 its share of the 20 MiB that such tensors are cut from.  As many as it has elsewhere.
+
+    >>> [block_nbytes(size << 20, torch.device("cuda")) >> 20 for size in (1, 3, 7, 11)]
+    [1, 3, 10, 12]
+    """
+    if device.type != "cuda" or size <= MIB:
+        return size
+    return 20 * MIB // (20 * MIB // size) if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
 
 
 def free_nbytes(device: torch.device) -> int:
-    """Bytes that the device has free and those that PyTorch's allocator holds unused; 0 where nobody says."""
+    """Bytes that the device has free in whole pieces; 0 where nobody says.
+
+    What PyTorch's allocator holds unused is given back first.  What is left of it then lies between tensors that are
+    used, where a large one does not fit.
+    """
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type != "cuda":
         return 0
-    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     share = torch.cuda.get_per_process_memory_fraction(device)
-    there = max(0, min(free, int(share * total) - reserved)) + reserved - allocated
+    there = min(free, int(share * total) - torch.cuda.memory_reserved(device))
     return max(0, there - ROUNDING)
 
 

@@ -120,13 +120,29 @@ def test_a_cache_goes_on_after_reset(method: str, first: int, monkeypatch: pytes
 
 
 def test_a_card_has_some_bytes_that_no_tensor_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last MiB that a driver calls free are in pieces: promised to a tensor, they were refused on an H200."""
-    for name, value in (("memory_reserved", 300 << 20), ("memory_allocated", 260 << 20)):
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    """The last MiB that a driver calls free are in pieces, and what the allocator keeps lies between tensors: promised
+    to a tensor, they were refused on an H200."""
+    reserved, given = [340 << 20], 0
+
+    def empty_cache() -> None:
+        nonlocal given
+        given += 1
+        reserved[0] = 300 << 20
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved[0])
     card = torch.device("cuda")
-    for free, wanted in ((100 << 20, 124 << 20), (0, 24 << 20)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 33))
+    for free, share, wanted in ((100 << 20, 1.0, 84 << 20), (0, 1.0, 0), (1 << 30, 0.5, 196 << 20)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 30))
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share)
         assert rows.free_nbytes(card) == wanted
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300 << 20)
-    assert rows.free_nbytes(card) == 0
+    assert given == 3
+
+
+def test_what_is_promised_on_a_card_is_counted_in_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tensors in 39 MiB: of 8 MiB each they would fit, but only two such are cut from a block of 20."""
+    monkeypatch.setattr(rows, "free_nbytes", lambda device: 39 << 20)
+    said = rows.too_many(Full("float16"), LayerShape(1, 4096, 4096), 1, 1 << 20, torch.device("cuda"), 2)
+    found = re.search(r"held: ([\d,]+) tokens a row would have fitted", said)
+    assert found
+    assert int(found[1].replace(",", "")) == 768

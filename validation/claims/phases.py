@@ -42,8 +42,11 @@ def predicted(figure: Figure, model: Model | None = None) -> float:
         return size + tied * model.weights.embedding * DTYPE_BITS[figure["dtype"]] / 8  # type: ignore[union-attr]
     method = rebuild_method(figure["method"])
     layers = [stored_shape(method, layer) for layer in model.cache_layers]
-    size += held(method, layers, figure["batch_size"], figure["provided"])
     size += figure.get("workspace", 0)
+    if figure["phase"] == "prefill" and figure["what"] == "peak":
+        size += filling(figure, model, method, layers)
+        return size + sum(transient(figure, model, method, layers[0]))
+    size += held(method, layers, figure["batch_size"], figure["provided"])
     if figure["what"] == "now":
         return size
     return size + beside(figure, model, method, layers[0])
@@ -103,16 +106,29 @@ def resident_nbytes(figure: Figure) -> int:
     return figure["layers"] * nbytes(method.buffers(layer, 1, figure["num_tokens"]))
 
 
+def filling(figure: Figure, model: Model, method: Method, layers: list[LayerShape]) -> int:
+    """The most bytes of the cache and of what waits to be stored while a cache's first prompt is read: a layer's
+    buffers are made when the prompt comes to it."""
+    made = [held(method, layers[:count], figure["batch_size"], figure["provided"]) for count in range(len(layers) + 1)]
+    each, together = waiting(figure, model, layers[0])
+    return max(made[count] + count % together * each for count in range(1, len(made)))
+
+
 def queued(figure: Figure, model: Model, layer: LayerShape) -> int:
-    """Bytes of a first prompt's keys and values that wait on a GPU, beside a layer's forward, to be stored together;
-    of GPT-2 with their queries, which they are views of."""
+    """The most bytes of a prompt's keys and values that wait, beside a layer's forward, to be stored together."""
+    each, together = waiting(figure, model, layer)
+    return min(len(model.cache_layers), together - 1) * each
+
+
+def waiting(figure: Figure, model: Model, layer: LayerShape) -> tuple[int, int]:
+    """Bytes of a layer's keys and values that wait on a GPU, of GPT-2 with their queries, which they are views of; and
+    of how many layers they are stored together.  On a CPU none waits."""
     if figure["device"] == "cpu":
-        return 0
+        return 0, 1
     tokens = figure["batch_size"] * figure["prompt_tokens"] * DTYPE_BITS[figure["dtype"]] // 8
     each = tokens * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
-    waiting = min(len(model.cache_layers), -(-QUEUE // each) - 1)
     fused = model.weights is not None and model.weights.lookup > 0  # one product for queries, keys and values
-    return int(waiting * (3 * model.hidden_size * tokens if fused else each))
+    return int(3 * model.hidden_size * tokens if fused else each), -(-QUEUE // each)
 
 
 def planned(model: Model, card: str, method: Method, num_tokens: int, reserve: float = RESERVE) -> int:

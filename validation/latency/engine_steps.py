@@ -27,6 +27,7 @@ from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from validation.latency.held_out import errors
 from validation.latency.own import kernels, recorded_attention
+from validation.latency.ways import served
 
 RESULTS = Path(__file__).parents[1] / "results"
 ENGINE = "kvruntime"
@@ -50,7 +51,7 @@ class RecordedStep:
     def parts(self, fixed: Constants) -> dict[str, float]:
         """kvsim's seconds by part."""
         load = (self.model, self.method, self.card, self.batch_size, self.num_tokens)
-        return decode_step(*load, Serving(engine=self.runtime, profile=fixed)).parts
+        return decode_step(*load, Serving(engine=served(self.runtime), profile=fixed)).parts
 
 
 def load(folder: Path = RESULTS) -> list[RecordedStep]:

@@ -18,8 +18,16 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
+from kvsim.engines import Engine, make_engine
+
 ENGINE, GENERATE, COMPILED = "kvruntime", "kvruntime:generate", "kvruntime:compiled"
 SEEN, NEW, STATIC = "transformers", "transformers:new", "transformers:static"
+
+
+def served(runtime: str) -> Engine | str:
+    """What stores a model's layers under a runtime: this project's cache leaves windows and states exact."""
+    engine, _, steps = runtime.partition(":")
+    return make_engine(engine, steps=steps) if engine == ENGINE and steps else runtime
 
 
 class Way(NamedTuple):

@@ -53,10 +53,8 @@ def phases(device: torch.device, scale: Scale) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         names = {_tiny(Path(folder), scale): PROMPT["cpu"]}
         if device.type == "cuda":
-            names = MODELS if scale.models else dict(list(MODELS.items())[: scale.weighed])
+            names = chosen(device, scale)
         for name, prompt in names.items():
-            if scale.models and name not in scale.models:
-                continue
             with ModelPhases(name, prompt, device) as weighing:
                 weighing.load()
                 for method in subjects.layouts(device, scale):
@@ -71,6 +69,14 @@ def phases(device: torch.device, scale: Scale) -> Findings:
         told = ", ".join(told_of(figure) for figure in wrong)
         raise Broken(f"{len(wrong)} of {len(figures)} figures: {told}", measured(figures))
     return Findings("; ".join(said), measured(figures))
+
+
+def chosen(device: torch.device, scale: Scale) -> dict[str, int]:
+    """The catalogue's models that a run weighs on ``device``, and the tokens of their prompts."""
+    if device.type != "cuda":
+        return {}
+    wanted = scale.models or tuple(MODELS)[: scale.weighed]
+    return {name: prompt for name, prompt in MODELS.items() if name in wanted}
 
 
 def measured(figures: Sequence[Figure]) -> list[Figure]:

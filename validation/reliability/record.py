@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvruntime.bench.harness.store import Store, rows_as_lines
+from kvsim.models.load import load_model
 from validation.recorded import FOLDER, circumstances, slug
-from validation.reliability import memory, processes, resident, runs, subjects
+from validation.reliability import memory, phases, processes, resident, runs, subjects
 from validation.reliability.findings import Findings
 from validation.reliability.subjects import Scale
+
+if TYPE_CHECKING:
+    from kvruntime.bench.kernels.precompile import Case
 
 SCHEMA = "validation.reliability/1"
 KEY = ("run", "device", "size", "of")
@@ -47,8 +51,10 @@ def rows(
     place = torch.device(device)
     scale = (subjects.CI if quick else subjects.CARD)._replace(layouts=tuple(layouts), models=tuple(models))
     facts = circumstances(device, command)
-    if place.type == "cuda" and MANY & set(names):
-        _compile(device, scale, say)
+    if place.type == "cuda" and (cases := kernels(place, scale, names)):
+        from kvruntime.bench.kernels.precompile import compile_ahead
+
+        compile_ahead(cases, device, say)
     for name in names:
         started = time.perf_counter()
         say(f"{name} ...")
@@ -69,13 +75,22 @@ def rows(
         yield row | ({"figures": list(figures)} if figures else {})
 
 
-def _compile(device: str, scale: Scale, say: Callable[[str], None]) -> None:
-    """The kernels of the layouts that the runs go through, in several processes."""
+def kernels(device: torch.device, scale: Scale, names: Collection[str]) -> list[Case]:
+    """What the runs of these names attend and store with, to be compiled in several processes."""
     from kvruntime.bench.kernels.attention import Shape
-    from kvruntime.bench.kernels.precompile import Case, compile_ahead
+    from kvruntime.bench.kernels.precompile import Case
 
-    shape = Shape("reliability", 4, 2, 64, 3, 512)
-    compile_ahead([Case(shape, method) for method in subjects.every_layout(scale)], device, say)
+    out = []
+    if MANY & set(names):
+        out += [Case(Shape("reliability", 4, 2, 64, 3, 512), method) for method in subjects.every_layout(scale)]
+    if "memory by phase" in names:
+        for name, prompt in phases.chosen(device, scale).items():
+            model = load_model(name)
+            layer = model.cache_layers[0]
+            heads = (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
+            shapes = [Shape(name, *heads, rows, prompt) for rows in (1, len(phases.BEAMS))]
+            out += [Case(shape, each, steps=True) for shape in shapes for each in subjects.layouts(device, scale)]
+    return out
 
 
 def keep(path: Path, found: Sequence[Any]) -> None:

@@ -28,7 +28,7 @@ from kvsim.models.model import Model
 from validation.claims import compare, phases
 from validation.claims.predict import measured_trace, predict, predicted_trace
 from validation.claims.subjects import rebuild_method
-from validation.latency.ways import COMPILED, ENGINE, GENERATE, NEW, SEEN, STATIC, prompt_way, ways
+from validation.latency.ways import COMPILED, ENGINE, GENERATE, NEW, SEEN, STATIC, prompt_way, served, ways
 from validation.recorded import FOLDER
 
 Row = dict[str, Any]
@@ -329,7 +329,7 @@ def _timed(
     median, low, high = seconds
     for name, fixed in ((claim, None), (f"{claim}, calibrated", constants_of(profile, runtime, card))):
         if name == claim or fixed is not None:
-            step = decode_step(*load, Serving(engine=runtime, profile=fixed))
+            step = decode_step(*load, Serving(engine=served(runtime), profile=fixed))
             yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
 
 

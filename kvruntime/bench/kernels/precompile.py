@@ -76,7 +76,7 @@ def run_once(bench: Bench, case: Case) -> None:
     own = room_of(method).measures
     tokens = Tokens(bench, shape, dtype_of(method))
     layer = make_layer(method, shape.layer, shape.batch_size, longest, bench.device)
-    layer.append(*tokens.pair(min(longest - 4, own.filling(method) if own else FILLING)))
+    layer.append(*tokens.pair(min(longest - 4, own.filling(method) if hasattr(own, "filling") else FILLING)))
     query = tokens.draw(shape.num_q_heads, 1)
     if own:
         own.attend(layer, query, shape.scale, own.scratch(layer, shape.num_q_heads))
