@@ -168,10 +168,20 @@ def engine_command(**given: Any) -> int:
 @click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}. Repeatable.")
 @click.option("--size", "sizes", multiple=True, help="BATCHxTOKENS of the prompt, no conversation. Repeatable.")
 @click.option("--cache", "caches", type=click.Choice(["dynamic", "static", "ours"]), multiple=True, help="Not all.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="Runs of each size, after a first one.")
+@click.option(
+    "--call",
+    "calls",
+    type=click.Choice(["greedy", "padded", "sampled", "drafted", "conversation"]),
+    multiple=True,
+    help="Kinds of calls. Repeatable.  [default: greedy, conversation]",
+)
+@click.option("--repeats", type=int, default=3, show_default=True, help="Timed calls of each cache, in turns.")
 @click.option("--quick", is_flag=True, help="Two sizes a model, no conversation.")
 @click.option("--compiled", is_flag=True, help="make_cache(..., compiled=True) too: half a minute a size.")
-@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@click.option("--plain", is_flag=True, help="make_cache(..., compiled=False) too: the host plans every step.")
+@click.option("--pulled", is_flag=True, help="Real weights, of a model that `kvruntime pull` fetched.")
+@click.option("--peers", is_flag=True, help="Other libraries' caches too, timed once: quanto, hqq, tiny-turboquant.")
+@click.option("--lock", type=Path, help="Several commands with one FILE: first calls side by side, timed ones alone.")
 @record_options
 @click.option("--device", help="cuda, cuda:1.  [default: cuda]")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and tokens.")

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from runtime_tiny import tiny_directory  # noqa: E402
 
 from kvruntime.bench.engine.suite import Models  # noqa: E402
-from kvruntime.bench.generate import report, suite  # noqa: E402
+from kvruntime.bench.generate import calls, report, rounds, suite  # noqa: E402
 from kvruntime.bench.harness import session  # noqa: E402
 from kvruntime.bench.harness.results import Results  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
@@ -18,27 +18,37 @@ from kvsim.methods import Kivi  # noqa: E402
 
 
 def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(suite, "LONG", 10)
+    monkeypatch.setattr(rounds, "LONG", 9)
     monkeypatch.setattr(suite, "TURNS", 2)
+    for module in (session, rounds):
+        monkeypatch.setattr(module, "release", lambda: None)  # a whole collection of garbage after every call
     folder = tiny_directory(tmp_path / "tiny")
     subject = suite.Subject(str(folder), "float32", ((1, 24), (2, 16)), conversation=20)
-    parts = suite.contenders((Kivi(group_size=32, residual_length=32, dtype="float32"),), False, False)
+    method = Kivi(group_size=32, residual_length=64, dtype="float32")
+    own = suite.contenders((method,), False, False, True)
+    parts = [*own, suite.Contender("broken", lambda *_: 1 / 0, "hqq", goes_on=False)]
     results = Results(tmp_path / "g.json", {"device": {"name": "here"}})
-    tasks = suite.subject_tasks(Models("cpu"), subject, parts, suite.Clock("cpu"), 1)
+    kinds = (calls.GREEDY, calls.PADDED, calls.DRAFTED, calls.CONVERSATION)
+    turns = rounds.Turns(tmp_path / "lock")
+    asked = suite.Asked(kinds, 2, turns)
+    tasks = suite.subject_tasks(Models("cpu"), subject, parts, suite.Clock("cpu"), asked, results)
     assert session.carry_out(tasks, results, report.line, report.tables) == 0
-    assert not [row for row in results.rows if "failed" in row]
-    steps = [row for row in results.rows if row["kind"] == "generate"]
-    assert [(row["method"], row["batch_size"]) for row in steps] == [
-        (name, batch) for batch in (1, 2) for name in (*report.STOCK, "kivi-2bit-g32-r32")
-    ]
-    assert all(row["first_token_seconds"][0] > 0 for row in steps)
-    ours = [row for row in steps if row["method"] not in report.STOCK]
-    assert [row["kernel"] for row in steps if "kernel" in row] == ["PyTorch reference"] * len(ours)
+    turns.close()
+    failed = {(row["method"], row["call"]) for row in results.rows if "failed" in row}
+    assert failed == {("broken", call) for call in kinds[:3]}
+    steps = [row for row in results.rows if row["kind"] == "generate" and "failed" not in row]
+    greedy = [(row["method"], row["runs"], row["batch_size"]) for row in steps if row["call"] == "greedy"]
+    assert greedy == [(one.name, one.runs, batch) for batch in (1, 2) for one in own]
+    assert {row["batch_size"] for row in steps if row["call"] == calls.DRAFTED} == {1}
+    assert all(row["first_token_seconds"][0] > 0 and row["beside"] for row in steps)
+    timed = {row["method"]: len(row["calls"]) for row in steps}
+    assert timed == {report.STOCK[0]: 3, report.STOCK[1]: 2, method.name: 2}
+    assert {row.get("kernel") for row in steps if row["method"] == method.name} == {"PyTorch reference"}
     talks = [row for row in results.rows if row["kind"] == "conversation"]
-    assert [row["method"] for row in talks] == [report.STOCK[0], "kivi-2bit-g32-r32"]
+    assert [row["method"] for row in talks] == [report.STOCK[0], method.name]
     shown = capsys.readouterr().out
-    assert "of best stock" in shown
-    assert "2 turns on one cache" in shown
+    for words in ("of best stock", "2 turns on one cache", "2 x 16 padded", "greedy, broken: ZeroDivisionError"):
+        assert words in shown
 
 
 def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import ceil
+from statistics import median
 
 from kvruntime.bench.engine.report import groups
 from kvruntime.bench.harness.results import Row
@@ -19,30 +20,54 @@ STOCK = ("transformers-dynamic", "transformers-static")
 """What an uncompressed cache costs: as it comes, and compiled by ``generate()``."""
 
 
+QUANTIZED = ("optimum-quanto", "hqq")
+"""The libraries under transformers' own quantized cache."""
+SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
+
+
 def label(row: Row) -> str:
     """The cache, and how its steps run where there are several ways."""
     return f"{row['method']}, {row['runs']}" if row["runs"] else str(row["method"])
 
 
+def call(row: Row) -> str:
+    """What kind of call a row timed: ``greedy`` and others."""
+    return str(row.get("call", "greedy"))
+
+
+def same_size(row: Row, rows: Iterable[Row]) -> list[Row]:
+    """Finished rows of transformers' own caches, the quantized ones too, at a row's size and under its kind of call."""
+    own = (one for one in done(rows, row["kind"]) if one["method"] in STOCK or one.get("package") in QUANTIZED)
+    return [one for one in own if call(one) == call(row) and all(one[name] == row[name] for name in SIZE)]
+
+
 def best_stock(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The faster of transformers' own caches at the same size; None before one was measured."""
-    same = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
-    own = [other for other in done(rows, row["kind"]) if other["method"] in STOCK]
-    there = [other for other in own if all(other[name] == row[name] for name in same)]
-    return min(there, key=seconds, default=None)
+    """The fastest of transformers' own caches at the same size; None before one was measured."""
+    return min(same_size(row, rows), key=seconds, default=None)
 
 
 def seconds(row: Row) -> float:
-    """Of a step, the median of the calls, or of a conversation.  Of the dynamic cache the fastest call: in the first,
-    lengths are new to the process, and probably PyTorch plans its attention for each (:func:`new_lengths`)."""
+    """Of a step, the median of the calls, or of a conversation.  Of the dynamic cache without its first call: lengths
+    are new to the process there, and probably PyTorch plans its attention for each (:func:`new_lengths`)."""
+    return spread(row)[0]
+
+
+def spread(row: Row) -> tuple[float, float, float]:
+    """:func:`seconds`, and the least and the most of as many calls."""
     if row["kind"] != "generate":
-        return float(row["seconds"])
-    return float(row["seconds_per_step"][row["method"] == STOCK[0]])
+        return (float(row["seconds"]),) * 3
+    middle, least, most = map(float, row["seconds_per_step"])
+    if row["method"] != STOCK[0]:
+        return middle, least, most
+    seen = row.get("calls", [])[1:] or [least]
+    return median(seen), min(seen), max(seen)
 
 
 def new_lengths(row: Row) -> float | None:
-    """Seconds of a step of the dynamic cache at lengths that are new to the process: of its slowest call."""
-    return float(row["seconds_per_step"][2]) if row["kind"] == "generate" and row["method"] == STOCK[0] else None
+    """Seconds of a step of the dynamic cache at lengths that are new to the process: of its first call."""
+    if row["kind"] != "generate" or row["method"] != STOCK[0]:
+        return None
+    return float(row["calls"][0] if "calls" in row else row["seconds_per_step"][2])
 
 
 def tokens_per_second(row: Row) -> float:
@@ -63,15 +88,21 @@ def tables(rows: Sequence[Row]) -> str:
     """A table a model, and what failed."""
     blocks = [generate_table(group) for group in groups(rows, "generate")]
     blocks += [conversation_table(group) for group in groups(rows, "conversation")]
-    blocks += [note(row) for row in rows if "failed" in row]
+    blocks += [absent(row) for row in rows if "failed" in row or row["kind"] == "missing"]
     return "\n\n".join(blocks)
+
+
+def absent(row: Row) -> str:
+    """One line on a measurement that is not there."""
+    if row["kind"] != "generate":
+        return note(row)
+    at = f"{row['model']} {row['batch_size']} x {size(row['num_tokens'])} {call(row)}"
+    return f"failed: {at}, {label(row)}: {row['failed']}"
 
 
 def pays_from(row: Row, rows: Iterable[Row]) -> str:
     """New tokens after which this cache's first call and steps have taken less time than any of transformers' own."""
-    same = ("model", "weights", "dtype", "batch_size", "num_tokens")
-    own = [one for one in done(rows, "generate") if one["method"] in STOCK]
-    stock = [one for one in own if all(one[name] == row[name] for name in same)]
+    stock = [one for one in same_size(row, rows) if one is not row]
     if row["method"] in STOCK or not stock:
         return ""
     if any(seconds(one) <= seconds(row) for one in stock):
@@ -81,24 +112,38 @@ def pays_from(row: Row, rows: Iterable[Row]) -> str:
 
 
 def generate_table(group: Sequence[Row]) -> str:
+    """The greedy calls, then the others."""
     body = []
-    for row in group:
+    for row in sorted(group, key=lambda row: call(row) != "greedy"):
         best = best_stock(row, group)
         share = "" if best is None or row["method"] in STOCK else ratio(seconds(best) / seconds(row))
-        cells = [f"{row['batch_size']} x {size(row['num_tokens'])}", label(row), f"{1e3 * seconds(row):.2f}", share]
+        at = f"{row['batch_size']} x {size(row['num_tokens'])} {call(row)}".removesuffix(" greedy")
+        middle, least, most = (1e3 * value for value in spread(row))
+        cells = [at, label(row), f"{middle:.2f}", f"{least:.2f} to {most:.2f}", share]
         cells += [f"{tokens_per_second(row):,.0f}", f"{1e3 * row['first_token_seconds'][0]:,.0f}"]
         peak = f"{row['peak_nbytes'] / GIB:.1f}" if "peak_nbytes" in row else ""
         new = new_lengths(row)
         cells.append("" if new is None else f"{1e3 * new:.2f}")
         body.append([*cells, f"{row['first_call_seconds']:.1f}", peak, pays_from(row, group)])
-    head = ["prompt", "cache", "ms/step", "of best stock", "tok/s", "first token ms", "new lengths ms", "first call s"]
-    head += ["peak GiB", "pays from"]
-    return (
-        heading("generate()", group[0], f"greedy, medians of {group[0]['repeats']}")
-        + "\n"
-        + plain(head, body)
-        + kernels(group)
-    )
+    head = ["prompt", "cache", "ms/step", "spread", "of best stock", "tok/s", "first token ms", "new lengths ms"]
+    head += ["first call s", "peak GiB", "pays from"]
+    what = f"medians of {group[0]['repeats']}"
+    if any(row["repeats"] != group[0]["repeats"] for row in group):
+        what += ", of other libraries' caches one call"
+    if any(row.get("beside") for row in group):
+        what += "; first calls beside other processes"
+    return heading("generate()", group[0], what) + "\n" + plain(head, body) + kernels(group) + ways(group)
+
+
+def ways(group: Iterable[Row]) -> str:
+    """A line on how decode steps ran under each kind of call, where rows say it."""
+    said: dict[str, None] = {}
+    for row in group:
+        if "steps" in row:
+            few = row.get("calls_of_model", 0)
+            drafted = f", {few} calls of the model" if call(row) == "drafted" else ""
+            said[f"{call(row)}: {row['steps']}{drafted}"] = None
+    return f"\nsteps: {'; '.join(said)}" if said else ""
 
 
 def conversation_table(group: Sequence[Row]) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.engine.suite import Models, chosen, key_of, size_of
 from kvruntime.bench.engine.suite import Subject as Shape
-from kvruntime.bench.generate.report import FIRST_CALL, STOCK, line, tables
+from kvruntime.bench.generate.calls import CONVERSATION, DRAFTED, GREEDY, Clock, prompt
+from kvruntime.bench.generate.report import STOCK, line, tables
+from kvruntime.bench.generate.rounds import LONG, SHORT, Entrant, Group, Turns
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, task
-from kvruntime.bench.harness.tables import of_kernel
 from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvruntime.bench.harness.tasks import Task
+    from kvruntime.checkpoints.load import LoadedModel
 
-SHORT, LONG = FIRST_CALL, 72
-"""The new tokens between which steps are timed."""
+__all__ = ["LONG", "SHORT", "Clock", "Subject", "contenders", "generate", "prompt"]
+
 TURNS, TURN = 10, 32
 """Turns of a conversation, and tokens of each: as many are said as are answered."""
 K = 1024
@@ -64,7 +65,10 @@ DEFAULT = ("llama-3.2-1b", "llama-3-8b")
 
 @dataclass(frozen=True)
 class Contender:
-    """``cache(model, num_tokens)``: an empty one with room for so many tokens a row.  ``goes_on``: for many turns."""
+    """``cache(model, num_tokens)``: an empty one with room for so many tokens a row.  ``goes_on``: for many turns.
+
+    ``around(model)`` holds while it is used.
+    """
 
     name: str
     cache: Callable[[Any, int], Any]
@@ -72,10 +76,28 @@ class Contender:
     runs: str = ""
     """How its steps run, where there are several ways."""
     goes_on: bool = True
+    around: Callable[[Any], AbstractContextManager[None]] = lambda model: nullcontext()
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether it is another library's."""
+        return self.package not in ("kvruntime", "transformers")
 
 
-def contenders(methods: Sequence[Method], compiled: bool, peers: bool) -> list[Contender]:
-    """Transformers' own caches, then each method as it comes and, where asked for, compiled; then other libraries'."""
+@contextmanager
+def restored(model: Any) -> Iterator[None]:
+    """Afterwards the model is what it was before ``make_cache``: what was compiled of it serves again."""
+    from kvruntime import restore
+
+    try:
+        yield
+    finally:
+        restore(model)
+
+
+def contenders(methods: Sequence[Method], compiled: bool, peers: bool, plain: bool = False) -> list[Contender]:
+    """Transformers' own caches, then each method as it comes and, where asked for, compiled or with steps that the
+    host plans; then transformers' caches with other libraries' quantization."""
     from kvruntime.bench.model.peers import find_peers
 
     out = [
@@ -83,9 +105,13 @@ def contenders(methods: Sequence[Method], compiled: bool, peers: bool) -> list[C
         Contender(STOCK[1], Static(), "transformers", "compiled", False),
     ]
     for method in methods:
-        out.append(Contender(method.name, partial(_ours, method, None)))
+        out.append(Contender(method.name, partial(_ours, method, None), around=restored))
         if compiled:
-            out.append(Contender(method.name, partial(_ours, method, True), runs="compiled", goes_on=False))
+            cache = partial(_ours, method, True)
+            out.append(Contender(method.name, cache, runs="compiled", goes_on=False, around=restored))
+        if plain:
+            cache = partial(_ours, method, False)
+            out.append(Contender(method.name, cache, runs="plain", goes_on=False, around=restored))
     for one in find_peers()[0] if peers else ():
         if one.name not in STOCK:
             out.append(Contender(one.name, one.build, one.package, goes_on=False))
@@ -133,143 +159,113 @@ def _ours(method: Method, compiled: bool | None, model: Any, num_tokens: int) ->
     return make_cache(model, method, compiled=compiled, max_seq_len=num_tokens if compiled else None)
 
 
-class Times:
-    """transformers' streamer protocol: when each token came."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-        """The prompt, then every new token."""
-
-    def put(self, tokens: Any) -> None:
-        self.at.append(perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to be told."""
-
-
-class Clock:
-    """Runs ``generate()`` and tells when tokens came; ``device``: one that is to be waited for, if it is a GPU."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def wait(self) -> None:
-        if self.device.startswith("cuda"):
-            import torch
-
-            torch.cuda.synchronize()
-
-    def __call__(self, model: Any, ids: Any, num_new: int, cache: Any) -> tuple[list[float], Any]:
-        """Seconds after which each of exactly ``num_new`` greedy tokens after ``ids`` was there, and all tokens."""
-        import torch
-
-        from kvruntime.hf.cache import argument
-
-        model.generation_config.eos_token_id = None
-        self.wait()
-        start, times = perf_counter(), Times()
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_new,
-            do_sample=False,
-            pad_token_id=0,
-            streamer=times,
-            **argument(cache),
-        )
-        self.wait()
-        return [at - start for at in times.at[1:]], out
-
-
-def prompt(model: Any, batch_size: int, num_tokens: int, seed: int) -> Any:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    vocab = model.config.get_text_config().vocab_size
-    return torch.randint(1, vocab, (batch_size, num_tokens), generator=generator).to(model.device)
-
-
-def measure(clock: Clock, model: Any, one: Contender, size: tuple[int, int], repeats: int, seed: int) -> Row:
-    """Of one cache at one size: the first call, the time to the first token, a step, and memory.
-
-    ``first_call_seconds``: ``SHORT`` tokens in a process that has not run this cache at this size, so compiling and
-    capturing are in it.  ``seconds_per_step``: from the token ``SHORT`` to the token ``LONG`` of one call, ``[median,
-    min, max]`` of the calls; ``calls``: each of them, the first of which has lengths that are new to the process.
-    ``peak_nbytes``: what PyTorch's allocator held at the most, the weights included.
-    """
-    import torch
-
-    kernel: Row = {}
-
-    def run(num_new: int) -> list[float]:
-        cache = one.cache(model, size[1] + LONG)
-        times = clock(model, ids, num_new, cache)[0]
-        kernel.update(of_kernel(cache))
-        return times
-
-    ids = prompt(model, *size, seed)
-    first = run(SHORT)[-1]
-    starts, steps = [], []
-    cuda = clock.device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(repeats):
-        times = run(LONG)
-        starts.append(times[0])
-        steps.append((times[LONG - 1] - times[SHORT - 1]) / (LONG - SHORT))
-    getattr(one.cache, "free", int)()
-    row: Row = {
-        "first_call_seconds": first,
-        "first_token_seconds": [median(starts), min(starts), max(starts)],
-        "seconds_per_step": [median(steps), min(steps), max(steps)],
-        "calls": list(steps),
-        "tokens_per_second": size[0] / median(steps),
-        **kernel,
-    }
-    if cuda:
-        row["peak_nbytes"] = torch.cuda.max_memory_allocated()
-    return row
-
-
 def measure_conversation(clock: Clock, model: Any, one: Contender, num_tokens: int, seed: int) -> Row:
     """Seconds of ``TURNS`` turns on one cache, the prompt's first one included, after a turn on another cache."""
     import torch
 
-    seconds = []
+    seconds, turn_seconds = [], []
     for turns in (1, TURNS):
-        ids, cache, total = prompt(model, 1, num_tokens, seed), one.cache(model, 0), 0.0
-        for turn in range(turns):
-            taken, out = clock(model, ids, TURN, cache)
-            total += taken[-1]
-            ids = torch.cat([out, prompt(model, 1, TURN, seed + turn)], 1)
-        seconds.append(total)
-    return {"seconds": seconds[1], "turns": TURNS, "tokens_a_turn": TURN}
+        with one.around(model):
+            ids, cache, turn_seconds = prompt(model, 1, num_tokens, seed), one.cache(model, 0), []
+            for turn in range(turns):
+                taken, out = clock(model, ids, TURN, cache)
+                turn_seconds.append(taken[-1])
+                ids = torch.cat([out, prompt(model, 1, TURN, seed + turn)], 1)
+        seconds.append(sum(turn_seconds))
+    return {"seconds": seconds[1], "turns": TURNS, "tokens_a_turn": TURN, "turn_seconds": turn_seconds}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is timed of every subject: kinds of calls, timed calls of each cache, and with whom the device is shared."""
+
+    calls: Sequence[str] = (GREEDY,)
+    repeats: int = 3
+    turns: Turns | None = None
 
 
 def subject_tasks(
-    models: Models, subject: Subject, parts: Sequence[Contender], clock: Clock, repeats: int
+    models: Models, subject: Subject, parts: Sequence[Contender], clock: Clock, asked: Asked, results: Results
 ) -> list[Task]:
-    """Every size with every contender, size by size; then the conversation."""
+    """Every size with every contender, size by size, in turns; then the conversation.
 
-    def at(one: Contender, size: tuple[int, int]) -> Row:
-        return measure(clock, models.loaded(subject.shape).model, one, size, repeats, models.seed)
+    A row of a cache at a size:
+
+    ``first_call_seconds``: ``SHORT`` tokens in a process that has not run this cache at this size, so compiling and
+    capturing are in it; ``beside``: other processes ran first calls at the same time.  ``seconds_per_step``: from the
+    token ``SHORT`` to the token ``LONG`` of one call, ``[median, min, max]`` of ``calls``, each of them; the first one
+    of the dynamic cache has lengths that are new to the process.  ``first_token_seconds``: of timed calls, likewise.
+    ``peak_nbytes``: what PyTorch's allocator holds at the most with this cache alone, the weights included.
+    ``calls_of_model``: the steps of a timed call, fewer than its tokens where they are drafted.
+    """
+    from kvruntime.bench.model.peers import package_version
+
+    turns = asked.turns or Turns(None)
+    keys: dict[int, Row] = {}
+
+    def model() -> Any:
+        return models.loaded(subject.shape).model
+
+    beside = {"beside": True} if turns.file else {}
+
+    def record(entrant: Entrant, row: Row) -> None:
+        results.add(keys[id(entrant)], row | beside)
+
+    def at(group: Group, entrant: Entrant) -> Row:
+        return group.row(entrant) | beside
 
     def talk(one: Contender, num_tokens: int) -> Row:
-        return measure_conversation(clock, models.loaded(subject.shape).model, one, num_tokens, models.seed)
+        loaded = model()
+        with turns.alone():
+            return measure_conversation(clock, loaded, one, num_tokens, models.seed)
 
     out = []
-    for size in subject.sizes:
+    timed = [call for call in asked.calls if call != CONVERSATION]
+    for size in subject.sizes if timed else ():
+        group = Group(clock, model, turns, models.seed, record)
         for one in parts:
-            of = {"runs": one.runs, "batch_size": size[0], "num_tokens": size[1], "repeats": repeats}
-            key = key_of("generate", models, subject.shape, one.name, one.package, **of)
-            out.append(task(key, partial(at, one, size), cost=size[0] * size[1] / 4096 + 4 + 40 * bool(one.runs)))
-    if subject.conversation:
+            for call in timed:
+                if call == DRAFTED and (size[0] > 1 or one.name == STOCK[1]):
+                    continue  # transformers drafts for one row; a static cache's end comes within a draft
+                entrant = Entrant(one, call, size, 1 if one.is_guest else asked.repeats)
+                of = {"runs": one.runs, "call": call, "batch_size": size[0], "num_tokens": size[1]}
+                of |= {"repeats": entrant.repeats}
+                if one.is_guest:
+                    of["package_version"] = package_version(one.package)
+                key = keys[id(entrant)] = key_of("generate", models, subject.shape, one.name, one.package, **of)
+                if results.done(key):
+                    continue
+                group.entrants.append(entrant)
+                work = partial(at, group, entrant)
+                out.append(task(key, work, cost=size[0] * size[1] / 4096 + 4 + 40 * (one.runs == "compiled")))
+    if subject.conversation and CONVERSATION in asked.calls:
         for one in parts:
             if one.goes_on:
                 of = {"runs": one.runs, "batch_size": 1, "num_tokens": subject.conversation}
                 key = key_of("conversation", models, subject.shape, one.name, one.package, **of)
                 out.append(task(key, partial(talk, one, subject.conversation), cost=20))
     return out
+
+
+class Pulled(Models):
+    """A model that ``kvruntime pull`` fetched, with its real weights."""
+
+    def __init__(self, device: str, seed: int, name: str) -> None:
+        from kvruntime.checkpoints.load import resolve
+
+        super().__init__(device, seed)
+        self.source = resolve(name, offline=True)
+
+    @property
+    def weights(self) -> str:
+        return self.source.weights
+
+    def loaded(self, subject: Shape) -> LoadedModel:
+        if self._loaded is None:
+            from kvruntime.checkpoints.load import load
+
+            self._loaded = (subject.model, load(self.source, self.device, subject.dtype))
+        return self._loaded[1]
 
 
 def generate(**given: Any) -> int:
@@ -293,20 +289,31 @@ def generate(**given: Any) -> int:
     import torch
 
     torch.cuda.set_device(device)
+    turns = Turns(given["lock"])
     out: Path = given["out"] or Path("kvruntime-generate.json")
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
     results = Results(out, header, resume=given["resume"], anew=given["anew"])
     models, clock = Models(device, given["seed"]), Clock(device)
+    asked = Asked(given["calls"] or (GREEDY, CONVERSATION), given["repeats"], turns)
     tasks: list[Task] = []
     for name in dict.fromkeys(names):
         subject = SUBJECTS[name]
         if given["quick"]:
             subject = replace(subject, sizes=subject.sizes[:2], conversation=None)
         if given["sizes"]:
-            subject = replace(subject, sizes=tuple(map(size_of, given["sizes"])), conversation=None)
+            talks = subject.conversation if CONVERSATION in given["calls"] else None
+            subject = replace(subject, sizes=tuple(map(size_of, given["sizes"])), conversation=talks)
         methods = chosen(given["specs"], subject.dtype)
         methods = methods[1:] if given["specs"] else methods[-2:]
-        found = contenders(methods, given["compiled"], given["peers"])
+        found = contenders(methods, given["compiled"], given["peers"], given["plain"])
         parts = [one for one in found if not given["caches"] or kind_of(one) in given["caches"]]
-        tasks += subject_tasks(models, subject, parts, clock, given["repeats"])
-    return carry_out(tasks, results, line, tables)
+        loads = Pulled(device, given["seed"], name) if given["pulled"] else models
+        tasks += subject_tasks(loads, subject, parts, clock, asked, results)
+    if given["peers"]:
+        from kvruntime.bench.model.peers import find_peers
+
+        results.rows += [dict(row) for row in find_peers()[1] if row not in results.rows]
+    try:
+        return carry_out(tasks, results, line, tables)
+    finally:
+        turns.close()
