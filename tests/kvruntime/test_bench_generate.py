@@ -24,7 +24,7 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
         monkeypatch.setattr(module, "release", lambda: None)  # a whole collection of garbage after every call
     folder = tiny_directory(tmp_path / "tiny")
     subject = suite.Subject(str(folder), "float32", ((1, 24), (2, 16)), conversation=20)
-    method = Kivi(group_size=32, residual_length=64, dtype="float32")
+    method = Kivi(group_size=32, residual_length=128, dtype="float32")
     own = suite.contenders((method,), False, False, True)
     parts = [*own, suite.Contender("broken", lambda *_: 1 / 0, "hqq", goes_on=False)]
     results = Results(tmp_path / "g.json", {"device": {"name": "here"}})

@@ -515,7 +515,8 @@ def test_parts_named_like_what_no_method_stores_are_refused(name: str) -> None:
 
 
 def test_a_name_of_a_table_is_a_method_again() -> None:
-    for method in (Kivi(4, group_size=64, residual_length=64), Kivi(), Full("bfloat16"), kivi_seed()):
+    boosts = [make_method("kivi-boost", nbits=nbits) for nbits in (2, 4)]
+    for method in (Kivi(4, group_size=64, residual_length=64), Kivi(), Full("bfloat16"), kivi_seed(), *boosts):
         assert method_named(method.name) == method
     with pytest.raises(LookupError, match="no method is named 'kivi-2bit-g32'"):
         method_named("kivi-2bit-g32")

@@ -144,9 +144,10 @@ def short_engine(rows: Sequence[Row]) -> str:
 def short_generate(rows: Sequence[Row]) -> str:
     """One line a size: milliseconds a step of stock caches, of each of ours with the ratio to the faster stock one.
 
-    What was compiled by hand stands in the full table alone.
+    What was compiled by hand, a host's steps and calls that are not greedy stand in the full table alone.
     """
-    found = [row for row in kernel_report.done(rows, "generate") if not (row["runs"] and is_ours(row))]
+    greedy = [row for row in kernel_report.done(rows, "generate") if generate_report.call(row) == "greedy"]
+    found = [row for row in greedy if not (row["runs"] and is_ours(row))]
     names = dict.fromkeys(generate_report.label(row) for row in found)
     body = []
     for group in engine_report.groups(found, "generate"):

@@ -38,7 +38,9 @@ class Way(NamedTuple):
 
 
 def ways(row: Mapping[str, Any]) -> list[Way]:
-    """What a row of ``bench generate`` timed steps of; nothing of another library's cache."""
+    """What a greedy row of ``bench generate`` timed steps of; nothing of another library's cache or a host's steps."""
+    if row.get("call", "greedy") != "greedy" or row.get("runs") == "plain":
+        return []
     middle, low, high = row["seconds_per_step"]
     package, compiled = row["package"], bool(row.get("runs"))
     if package == "kvruntime":

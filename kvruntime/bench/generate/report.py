@@ -11,6 +11,7 @@ from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import kernels, ratio
 from kvruntime.bench.kernels.report import done, size
 from kvruntime.bench.model.report import heading, note
+from kvsim.methods import kivi_boost
 from kvsim.output.tables import plain
 
 GIB = 1 << 30
@@ -20,6 +21,8 @@ STOCK = ("transformers-dynamic", "transformers-static")
 """What an uncompressed cache costs: as it comes, and compiled by ``generate()``."""
 
 
+BOOST = "kivi-boost"
+"""What the method is asked for by."""
 QUANTIZED = ("optimum-quanto", "hqq")
 """The libraries under transformers' own quantized cache."""
 SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
@@ -27,7 +30,8 @@ SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
 
 def label(row: Row) -> str:
     """The cache, and how its steps run where there are several ways."""
-    return f"{row['method']}, {row['runs']}" if row["runs"] else str(row["method"])
+    name = BOOST if row["method"] == kivi_boost().name else str(row["method"])
+    return f"{name}, {row['runs']}" if row["runs"] else name
 
 
 def call(row: Row) -> str:
