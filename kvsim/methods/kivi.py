@@ -184,7 +184,7 @@ class Kivi:
 
     @classmethod
     def named(cls, name: str) -> Kivi | None:
-        """The plain layout of a table's ``kivi-2bit-g32-r128``, or ``kivi-boost``'s own; ``None`` for any other name."""
+        """The plain layout of a table's ``kivi-2bit-g32-r128``, or ``kivi-boost``'s; ``None`` for another name."""
         boosted = next((one for one in map(kivi_boost, BOOSTED) if one.name == name), None)
         if boosted is not None:
             return boosted
