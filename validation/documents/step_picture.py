@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kvruntime.bench.generate.report import seconds
+from kvruntime.bench.generate.report import call, seconds
+from kvsim.methods import kivi_boost
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "validation" / "results" / "generate" / "nvidia-h200.json"
@@ -22,23 +23,25 @@ SHOWN = ((1, 32768), (8, 16384), (64, 512))
 CACHES = (
     ("transformers-dynamic", "", "DynamicCache, second run"),
     ("transformers-static", "compiled", "static cache, compiled"),
-    ("", "", "kvruntime, 2 bits"),
+    (kivi_boost().name, "", "kivi-boost"),
+    ("kivi-2bit-g64-r64", "", "plain KIVI, 2 bits"),
 )
-"""Method (empty: ours), how it runs, and what the picture calls it."""
-WIDTH, LEFT, RIGHT, BAR, GROUP = 720, 210, 70, 18, 92
+"""Method, how it runs, and what the picture calls it."""
+WIDTH, LEFT, RIGHT, BAR, GROUP = 720, 210, 110, 18, 114
 STYLE = (
     "text{font:14px system-ui,sans-serif;fill:#1b1f24}.soft{fill:#57606a}.b0{fill:#8b949e}.b1{fill:#57606a}"
-    ".b2{fill:#0b5cad}"
+    ".b2{fill:#0b5cad}.b3{fill:#6ea3d8}"
     "@media(prefers-color-scheme:dark){text{fill:#e8eaed}.soft{fill:#a3adb8}.b0{fill:#6e7681}.b1{fill:#a3adb8}"
-    ".b2{fill:#6cb6ff}}"
+    ".b2{fill:#6cb6ff}.b3{fill:#3b7cc0}}"
 )
 
 
 def milliseconds(rows: list[dict[str, Any]], method: str, runs: str, batch: int, tokens: int) -> float:
     """Of a step, as the tables have it.  Raises ``LookupError`` where no row, or more than one, is that."""
     wanted = {"model": MODEL, "runs": runs, "batch_size": batch, "num_tokens": tokens}
-    wanted |= {"method": method} if method else {"package": "kvruntime"}
-    found = [row for row in rows if row["kind"] == "generate" and all(row.get(k) == v for k, v in wanted.items())]
+    wanted |= {"method": method}
+    greedy = [row for row in rows if row["kind"] == "generate" and call(row) == "greedy"]
+    found = [row for row in greedy if all(row.get(k) == v for k, v in wanted.items())]
     if len(found) != 1:
         raise LookupError(f"{RESULTS.name} has {len(found)} rows of {wanted}")
     return 1e3 * seconds(found[0])
@@ -64,7 +67,7 @@ def svg() -> str:
         out.append(f'<text x="0" y="{top + 8}" font-weight="600">{what}</text>')
         for place, (step, (_, _, label)) in enumerate(zip(steps, CACHES, strict=True)):
             y, width = top + 14 + place * (BAR + 4), step / most * room
-            factor = f" ({min(steps[:2]) / step:.2f}x)" if place == 2 else ""
+            factor = f" ({min(steps[:2]) / step:.2f}x)" if place > 1 else ""
             out.append(f'<text class="soft" x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(label)}</text>')
             out.append(f'<rect class="b{place}" x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" rx="2"/>')
             out.append(f'<text x="{LEFT + width + 6:.1f}" y="{y + 14}">{step:.2f}{factor}</text>')

@@ -7,6 +7,7 @@ from math import ceil
 from statistics import median
 
 from kvruntime.bench.engine.report import groups
+from kvruntime.bench.generate.calls import CALLS
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import kernels, ratio
 from kvruntime.bench.kernels.report import done, size
@@ -116,9 +117,9 @@ def pays_from(row: Row, rows: Iterable[Row]) -> str:
 
 
 def generate_table(group: Sequence[Row]) -> str:
-    """The greedy calls, then the others."""
+    """The greedy calls, then the other kinds, one after the other."""
     body = []
-    for row in sorted(group, key=lambda row: call(row) != "greedy"):
+    for row in sorted(group, key=lambda row: CALLS.index(call(row))):
         best = best_stock(row, group)
         share = "" if best is None or row["method"] in STOCK else ratio(seconds(best) / seconds(row))
         at = f"{row['batch_size']} x {size(row['num_tokens'])} {call(row)}".removesuffix(" greedy")
