@@ -17,7 +17,7 @@ from validation.recorded import FOLDER
 
 
 def block(arguments: str, folder: Path = FOLDER) -> str:
-    """``kernels``, ``packing``, ``engine``, ``generate`` or ``again`` (its second process) in full; Markdown.
+    """``kernels``, ``packing``, ``engine``, ``generate``, ``again`` (its second process) or ``compiled``; Markdown.
 
     With ``short``: what the README shows, and with a card's word after it of that card alone (``h200``).
 
@@ -27,7 +27,7 @@ def block(arguments: str, folder: Path = FOLDER) -> str:
     what = words[0] if words else ""
     if what not in FULL or words[1:2] not in ([], ["short"]) or len(words) > 3:
         raise ValueError(f"speed table {arguments!r}: allowed are {', '.join(FULL)}, and short after it")
-    kind = what if what in ("engine", "generate", "again") else "kernels"
+    kind = what if what in ("engine", "generate", "again", "compiled") else "kernels"
     paths = [path for path in sorted((folder / kind).glob("*.json")) if not words[2:] or words[2] in path.stem]
     parts = []
     for path in paths:
@@ -196,5 +196,6 @@ FULL: dict[str, Any] = {
     "engine": full_engine,
     "generate": full_generate,
     "again": full_generate,
+    "compiled": full_generate,
 }
 SHORT: dict[str, Any] = FULL | {"kernels": short_kernels, "engine": short_engine, "generate": short_generate}

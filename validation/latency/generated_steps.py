@@ -36,7 +36,8 @@ the share of a layer's seconds that one takes in a model with a table of positio
 def load(folder: Path = RESULTS) -> list[RecordedStep]:
     """The recorded steps of every way."""
     steps = []
-    for path in (path for kind in ("generate", "again") for path in sorted((folder / kind).glob("*.json"))):
+    kinds = ("generate", "again", "compiled")
+    for path in (path for kind in kinds for path in sorted((folder / kind).glob("*.json"))):
         file = read_json(path, "record")
         card = find_hardware(file["device"]["name"])
         for row in file["rows"]:

@@ -26,6 +26,8 @@ from validation.latency.held_out import errors
 from validation.latency.ways import ENGINE, GENERATE, SEEN, prompt_way
 
 RESULTS = Path(__file__).parents[1] / "results"
+KINDS = ("engine", "generate", "again", "compiled")
+"""The folders of results that hold prompts."""
 HOSTS = {
     ENGINE: (ENGINE,),
     GENERATE: (GENERATE, "kvruntime:compiled"),
@@ -55,7 +57,7 @@ class Prompt:
 def load(folder: Path = RESULTS) -> list[Prompt]:
     """Every recorded prompt of the engine and of stock ``generate()``."""
     out = []
-    for path in (path for kind in ("engine", "generate", "again") for path in sorted((folder / kind).glob("*.json"))):
+    for path in (path for kind in KINDS for path in sorted((folder / kind).glob("*.json"))):
         file = read_json(path, "record")
         card = find_hardware(file["device"]["name"])
         for row in file["rows"]:
