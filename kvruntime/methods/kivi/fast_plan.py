@@ -26,9 +26,9 @@ SCHEDULERS = 4
 """Of a multiprocessor: a program is one warp."""
 MAX_ROWS = 1024
 MAX_PARTS = 256
-ROTATED_PARTS, ROTATED_WARPS = 32, 4
-"""Of a program that has all channels, because it rotates them.  More warps are slower: the next attention finds fewer
-registers."""
+ROTATED_PARTS, ROTATED_VALUES = 32, 1024
+"""Of a program that has all channels, because it rotates them: parts at a time, and values a warp, four warps at most.
+More are slower: the next attention finds fewer registers."""
 RESERVED_BYTES = 1024
 """Of a program's shared memory, by the driver."""
 MERGED_PARTS = 16
@@ -101,11 +101,11 @@ def plan_merge(parts: int, dim: int, rotation: int) -> tuple[int, int, int]:
     """Parts at a time, channels and warps of a program of ``combine_kernel``.
 
     >>> plan_merge(132, 128, 0), plan_merge(132, 128, 128), plan_merge(16, 128, 128)
-    ((256, 16, 4), (32, 128, 4), (16, 128, 4))
+    ((256, 16, 4), (32, 128, 4), (16, 128, 2))
     """
     block_s = min(ROTATED_PARTS if rotation else MAX_PARTS, 1 << (parts - 1).bit_length())
     if rotation:
-        return block_s, rotation, ROTATED_WARPS
+        return block_s, rotation, max(1, min(4, block_s * rotation // ROTATED_VALUES))
     block_d = min(dim & -dim, max(16, 4096 // block_s))  # it divides the channels
     return block_s, block_d, 4 if block_s * block_d >= 1024 else 1
 

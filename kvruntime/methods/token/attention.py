@@ -65,8 +65,8 @@ LARGE_TILE, LARGE_PROGRAMS = 64, 6
 FEW_ROWS, FEW_TOKENS = 16, 65536
 FEW_PROGRAMS = 16
 """Of so few rows times key/value heads, of no more tokens each, programs a multiprocessor at most."""
-MERGE_WARPS = 4
-"""More are slower: the attention of the layer after finds fewer registers."""
+MERGED_VALUES = 1024
+"""Of a warp of a merge, at most four.  More warps are slower: the next layer's attention finds fewer registers."""
 
 
 @triton.jit
@@ -454,6 +454,15 @@ def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
     return min(range(1, min(tiles, MAX_SPLITS) + 1), key=end)
 
 
+def plan_warps(parts: int, dim: int) -> int:
+    """Of a program that merges so many parts of ``dim`` channels and rotates them.
+
+    >>> plan_warps(2, 128), plan_warps(16, 128), plan_warps(128, 128)
+    (1, 2, 4)
+    """
+    return max(1, min(4, parts * dim // MERGED_VALUES))
+
+
 def attend(
     query: Tensor,
     stored: Stored,
@@ -535,11 +544,11 @@ def attend(
             num_warps=NUM_WARPS, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     if merged:
-        dim = value_turn or COMBINE_D
+        dim, block_s = value_turn or COMBINE_D, triton.next_power_of_2(splits)
         combine_kernel[(out.numel() // layout.value_dim, triton.cdiv(layout.value_dim, dim))](
-            partial, lse, out, splits, VALUE_DIM=layout.value_dim, BLOCK_D=dim,
-            BLOCK_S=triton.next_power_of_2(splits), ROTATION=value_turn,
+            partial, lse, out, splits, VALUE_DIM=layout.value_dim, BLOCK_D=dim, BLOCK_S=block_s, ROTATION=value_turn,
             signs_ptr=stored.value_signs if value_turn else None, enable_fp_fusion=FUSED_MERGE,
-            num_warps=MERGE_WARPS, EARLY=early, **({"launch_pdl": True} if early else {}),
+            num_warps=plan_warps(block_s, dim) if value_turn else 4, EARLY=early,
+            **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return out
