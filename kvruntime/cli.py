@@ -167,7 +167,9 @@ def engine_command(**given: Any) -> int:
 )
 @click.option("--method", "specs", multiple=True, help=f"{EXAMPLE}. Repeatable.")
 @click.option("--size", "sizes", multiple=True, help="BATCHxTOKENS of the prompt, no conversation. Repeatable.")
-@click.option("--cache", "caches", type=click.Choice(["dynamic", "static", "ours"]), multiple=True, help="Not all.")
+@click.option(
+    "--cache", "caches", type=click.Choice(["dynamic", "static", "ours", "peers"]), multiple=True, help="Not all."
+)
 @click.option(
     "--call",
     "calls",

@@ -11,6 +11,10 @@ DRAFT = 4
 """Tokens that assisted decoding looks up in the prompt for one step."""
 
 
+REPEATED = 64
+"""Tokens that a prompt repeats, so that there is something to look up."""
+
+
 class Times:
     """transformers' streamer protocol: when each token of a row came."""
 
@@ -83,10 +87,13 @@ def options(call: str) -> dict[str, Any]:
     return {"do_sample": False}
 
 
-def prompt(model: Any, batch_size: int, num_tokens: int, seed: int) -> Any:
-    """Random tokens ``[batch_size, num_tokens]`` on the model's device."""
+def prompt(model: Any, batch_size: int, num_tokens: int, seed: int, call: str = GREEDY) -> Any:
+    """Random tokens ``[batch_size, num_tokens]`` on the model's device; where they are drafted, ``REPEATED`` of them
+    again and again."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
-    return torch.randint(1, vocab, (batch_size, num_tokens), generator=generator).to(model.device)
+    drawn = min(REPEATED, num_tokens) if call == DRAFTED else num_tokens
+    ids = torch.randint(1, vocab, (batch_size, drawn), generator=generator)
+    return ids.repeat(1, -(-num_tokens // drawn))[:, :num_tokens].to(model.device)

@@ -69,8 +69,9 @@ def spread(row: Row) -> tuple[float, float, float]:
 
 
 def new_lengths(row: Row) -> float | None:
-    """Seconds of a step of the dynamic cache at lengths that are new to the process: of its first call."""
-    if row["kind"] != "generate" or row["method"] != STOCK[0]:
+    """Seconds of a step of the dynamic cache at lengths that are new to the process: of its first call, where no other
+    process ran beside it."""
+    if row["kind"] != "generate" or row["method"] != STOCK[0] or row.get("beside"):
         return None
     return float(row["calls"][0] if "calls" in row else row["seconds_per_step"][2])
 

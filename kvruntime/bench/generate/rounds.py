@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kvruntime.bench.generate.calls import Clock, prompt
+from kvruntime.bench.generate.calls import DRAFTED, Clock, prompt
 from kvruntime.bench.generate.report import FIRST_CALL, STOCK
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.session import release
@@ -81,7 +81,7 @@ class Entrant:
     def run(self, clock: Clock, model: Any, num_new: int, seed: int) -> list[float]:
         """One call with an empty cache; what it leaves behind is given back."""
         with self.one.around(model):
-            ids = prompt(model, *self.size, seed)
+            ids = prompt(model, *self.size, seed, self.call)
             cache = self.one.cache(model, self.size[1] + LONG)
             times, _ = clock(model, ids, num_new, cache, self.call)
         if len(times) < num_new:
@@ -97,7 +97,8 @@ class Entrant:
         """The call in which all compiling and capturing is; of the dynamic cache a long one, whose lengths are new to
         the process."""
         before = allocated(clock)
-        times = self.run(clock, model, LONG if self.is_dynamic else SHORT, seed)
+        long = self.is_dynamic or self.call == DRAFTED  # whose steps are not of one length
+        times = self.run(clock, model, LONG if long else SHORT, seed)
         self.said["first_call_seconds"] = times[SHORT - 1]
         if self.is_dynamic:
             self.steps.append(per_token(times))

@@ -125,8 +125,8 @@ def _dynamic(model: Any, num_tokens: int) -> Any:
 
 
 def kind_of(one: Contender) -> str:
-    """``dynamic`` or ``static``, transformers' own, or ``ours``, whoever else's."""
-    return {STOCK[0]: "dynamic", STOCK[1]: "static"}.get(one.name, "ours")
+    """``dynamic`` or ``static``, transformers' own; ``peers``, with other libraries' quantization; or ``ours``."""
+    return "peers" if one.is_guest else {STOCK[0]: "dynamic", STOCK[1]: "static"}.get(one.name, "ours")
 
 
 class Static:
