@@ -304,7 +304,7 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from kvruntime.hf.models import layer_shapes
+    from kvruntime.hf.models import layer_kinds
 
     assert source.config is not None
     cuda = [torch.device(device).index] if torch.device(device).type == "cuda" else []
@@ -312,7 +312,7 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
         config = AutoConfig.for_model(**source.config)
         with torch.device("meta"):
             outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    layer_shapes(outline)
+    layer_kinds(outline)
     size, free = sum(tensor.nbytes for tensor in outline.parameters()), _free_nbytes(device)
     if free is not None and size > free:
         raise ValueError(

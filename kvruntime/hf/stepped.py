@@ -326,6 +326,10 @@ class SteppedCache(Cache):
             super().reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """As :meth:`Cache.crop`.  Assisted decoding takes no token back after most steps: nothing changes then."""
+        if not self.counts.exact and not int(tokens_to_remove):
+            self.forward.check(self.layers)
+            return
         with self._host():
             super().crop(tokens_to_remove)
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import kvruntime
 from kvruntime import make_cache
+from kvruntime.hf import empty
 from kvruntime.hf.attention import NAME, Switch
 from kvruntime.hf.cache import STATE_VERSION, Cache, argument
 from kvruntime.hf.compiled import NAMED_METHODS
@@ -335,6 +336,21 @@ def test_an_interrupt_leaves_neither_model_nor_cache_as_during_a_forward(model):
         with pytest.raises(ValueError, match="given tokens that it has not stored: a forward was interrupted"):
             run(cache)
         cache.reset()
+
+
+@torch.no_grad()
+def test_taking_no_token_back_leaves_the_steps_alone(model, monkeypatch):
+    """Assisted decoding calls ``crop(0)`` after every step that drafted nothing."""
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
+    ids, cache = prompt(2, 41)["input_ids"], make_cache(model, "kivi", nbits=8, residual_length=128)
+    for part in (ids[:, :40], ids[:, 40:]):
+        model(part, **argument(cache))
+    assert isinstance(cache, SteppedCache)
+    assert cache.counts.ahead == 1
+    cache.crop(0)
+    assert (cache.counts.ahead, cache.get_seq_length()) == (1, 41)
+    cache.crop(-1)
+    assert (cache.counts.ahead, cache.get_seq_length()) == (0, 40)
 
 
 def test_an_update_that_reached_some_layers_only_is_noticed(model):

@@ -133,8 +133,9 @@ def generate_table(group: Sequence[Row]) -> str:
         body.append([*cells, f"{row['first_call_seconds']:.1f}", peak, pays_from(row, group)])
     head = ["prompt", "cache", "ms/step", "spread", "of best stock", "tok/s", "first token ms", "new lengths ms"]
     head += ["first call s", "peak GiB", "pays from"]
-    what = f"medians of {group[0]['repeats']}"
-    if any(row["repeats"] != group[0]["repeats"] for row in group):
+    repeats = [row["repeats"] for row in group if row.get("package") not in QUANTIZED]
+    what = "medians of " + " to ".join(f"{count}" for count in sorted({min(repeats), max(repeats)}))
+    if len(repeats) < len(group):
         what += ", of other libraries' caches one call"
     if any(row.get("beside") for row in group):
         what += "; first calls beside other processes"
