@@ -236,7 +236,9 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--plain", is_flag=True, help="Prompts as they are, without the model's chat template.")
 @click.option("--batch", type=int, help="Sequences run together.  [default: 4 on a CPU, else 32]")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
-@click.option("--peer", multiple=True, help="These alone: quanto, hqq, tiny-turboquant, transformers. Repeatable.")
+@click.option(
+    "--peer", multiple=True, help="These alone: quanto, hqq:nbits=4, tiny-turboquant, transformers. Repeatable."
+)
 @record_options
 @machine_options
 def eval_command(**given: Any) -> int:
@@ -263,7 +265,9 @@ def eval_command(**given: Any) -> int:
 @click.option("--ablation-tokens", type=int, help="Tokens of its text.  [default: 2048 on a CPU, else 32768]")
 @click.option("--picture", type=Path, help="PNG or SVG of bytes a token, quality and speed.")
 @click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
-@click.option("--peer", multiple=True, help="These alone: quanto, hqq, tiny-turboquant, transformers. Repeatable.")
+@click.option(
+    "--peer", multiple=True, help="These alone: quanto, hqq:nbits=4, tiny-turboquant, transformers. Repeatable."
+)
 @record_options
 @machine_options
 def compare_command(**given: Any) -> int:

@@ -170,6 +170,9 @@ def test_peers_by_name_come_in_the_bits_that_they_have(monkeypatch) -> None:
         *(f"tiny-turboquant-{nbits}bit-g32-r128" for nbits in (2, 3, 4)),
         *(f"hqq-{nbits}bit-g64-r128" for nbits in (2, 4)),
     ]
+    assert [row["method"] for row in peers.find_peers(names=["hqq:nbits=4"])[1]] == ["hqq-4bit-g64-r128"]
+    with pytest.raises(ValueError, match="peer 'hqq:nbits=3': allowed after the colon are nbits=2, nbits=4"):
+        peers.find_peers(names=["hqq:nbits=3"])
     with pytest.raises(LookupError, match="unknown peer 'qanto': did you mean quanto"):
         peers.find_peers(names=["qanto"])
 

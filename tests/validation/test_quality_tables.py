@@ -126,6 +126,9 @@ def test_other_libraries_stand_beside_the_best_of_no_more_bits(tmp_path: Path) -
     assert found["hqq-4bit", "bits 4.500"][1] == "better, larger"
     assert found["hqq-4bit", "bits held 4.600"][1:] == ["better, larger", "4.327", "+0.00%", "level (-0.5%)"]
     assert found["kivi-2bit-g64-r128", "bits 2.500"][1] == "small"
+    longer = [row("fp16", 16, 3.0, 9.0), row("long", 2.4, 2.9, 9.0), row("other", 2.4, 2.9, 9.0, prompt_length=128)]
+    write(folder, row("fp16", 16, 3.0), row("hqq-2bit", 2.5, 3.3, **library), row("small", 2.4, 3.1), *longer)
+    assert cells(quality_tables.block("peers", folder))[0][4:7] == ["long", "2.400", "-9.52%"]  # its first window
     folder = write(folder, row("fp16", 16, 3.0), row("hqq-2bit", 2.5, 3.3, kernel="unfused", **library))
     assert quality_tables.block("windows", folder).endswith("kernels: hqq-2bit: unfused")
     bare = write(folder, row("fp16", 16, 3.0), row("x", 2.0, 3.0), row("quanto", 1.5, 3.1, **library))

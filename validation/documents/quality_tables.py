@@ -237,10 +237,12 @@ def peers(folder: Path) -> str:
     """Every other library's cache, and plain KIVI, beside the best of ours that has no more bits: of a further element,
     and of all that is held at the window."""
     body = []
-    for _, _, group in window_groups(folder):
+    everything = [group for _, _, group in window_groups(folder)]
+    for group in everything:
         if not any(is_library(row) for row in group):
             continue
         base = uncompressed(group)
+        group = [*group, *(row for other in everything for row in beginnings(other, group))]
         here = f"{group[0]['num_windows']} x {group[0]['window']:,}"
         judged = [row for row in group if 0 < row["bits"] < 16 and (is_library(row) or PLAIN_KIVI.match(row["method"]))]
         own = [row for row in group if 0 < row["bits"] < 16 and row not in judged]
@@ -264,6 +266,18 @@ def peers(folder: Path) -> str:
                 body.append([*cells, f"{verdict} ({less[0]:+.1%})"])
     head = ["windows", "theirs", "counted", "perplexity", "ours, of no more", "its bits", "perplexity", "verdict"]
     return compact(head, body) if body else "Nothing is recorded yet."
+
+
+def beginnings(longer: Sequence[Row], group: Sequence[Row]) -> list[Row]:
+    """Of rows over more windows of the same text, fed alike, the windows that ``group`` is of: the first ones.  Methods
+    that ``group`` holds are left out."""
+    first, held = group[0], {row["method"] for row in group}
+    same = ("model", "model_sha256", "dtype", "text_sha256", "window", "chunk", "prompt_length")
+    count = first["num_windows"]
+    if longer[0]["num_windows"] <= count or any(longer[0].get(name) != first.get(name) for name in same):
+        return []
+    rows = [row for row in longer if row["method"] not in held]
+    return [{**row, "num_windows": count, "window_nll": row["window_nll"][:count]} for row in rows]
 
 
 def is_library(row: Row) -> bool:
@@ -296,7 +310,7 @@ def ablation(folder: Path) -> str:
     for path, file in recorded(folder):
         for group in groups(file["rows"], comparison.ABLATION):
             first = group[0]
-            what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
+            what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {first['chunk']} a step"
             link = f"[{path.name}](../validation/results/quality/{path.name})"
             ran = circumstances({**file, "rows": group})
             parts += [f"{heading('Ablation', first, what)}; {ran} ({link}):"]

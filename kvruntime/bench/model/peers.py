@@ -109,24 +109,35 @@ def find_peers(
     """``(contenders that are installed, rows that say which are not)``: transformers' own uncompressed cache, then the
     others in those of ``widths`` bits that they have.
 
-    ``names``: these alone.  Raises ``LookupError`` for a name that is none.
+    ``names``: these alone, ``hqq`` or ``hqq:nbits=4``.  Raises ``LookupError`` for a name that is none, ``ValueError``
+    for bits that it has not.
     """
-    for name in names:
-        if name not in PEERS:
-            raise LookupError(f"unknown peer {name!r}: {hint(name, PEERS)}allowed are {', '.join(PEERS)}")
     there, missing = [], []
-    for peer in [PEERS[name] for name in dict.fromkeys(names)] or PEERS.values():
+    for peer, bits in [_named(name) for name in dict.fromkeys(names)] or [(peer, 0) for peer in PEERS.values()]:
         try:
             installed = find_spec(peer.module) is not None
         except ModuleNotFoundError:
             installed = False
-        ways = map(peer.make, [width for width in widths if width in peer.widths])
+        ways = map(peer.make, [bits] if bits else [width for width in widths if width in peer.widths])
         for name, one in {one.name: one for one in ways}.items():
             if installed:
                 there.append(one)
             else:
                 missing.append({"kind": "missing", "method": name, "package": peer.distribution})
     return there, missing
+
+
+def _named(words: str) -> tuple[Peer, int]:
+    """The library of ``hqq:nbits=4`` and its bits, 0 where none are given."""
+    name, colon, option = words.partition(":")
+    if name not in PEERS:
+        raise LookupError(f"unknown peer {name!r}: {hint(name, PEERS)}allowed are {', '.join(PEERS)}")
+    if not colon:
+        return PEERS[name], 0
+    allowed = {f"nbits={width}": width for width in PEERS[name].widths}
+    if option not in allowed:
+        raise ValueError(f"peer {words!r}: allowed after the colon are {', '.join(allowed)}")
+    return PEERS[name], allowed[option]
 
 
 def package_version(distribution: str) -> str | None:

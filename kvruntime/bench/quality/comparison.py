@@ -183,7 +183,8 @@ def effect_cells(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def ablation_table(group: Sequence[Row]) -> str:
     """Every combination, and what each option does in the mean."""
     first = group[0]
-    what = f"{COMPRESSED}: bits x groups x residual x sinks, {first['text']}, {first['num_windows']} windows"
+    what = f"{COMPRESSED}: bits x groups x residual x sinks, {first['text']}, {first['num_windows']} windows of"
+    what += f" {first['window']:,}, {first['chunk']} a step"
     parts = [heading("ablation", first, what), plain(*ablation_cells(group))]
     parts += ["what an option does in the mean over all others (log of perplexity against fp16):"]
     parts += [plain(*effect_cells(group))]
