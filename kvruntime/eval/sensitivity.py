@@ -1,8 +1,8 @@
 """Which layers mind few bits: what a method does to a layer's attention, and the divergence of a whole choice.
 
 Everything is measured in plain forwards of the model: an attention function stands in that also attends to keys and
-values as a method would give them back (its room's ``read_back``).  Every token then reads its whole past as it is
-stored at the end, newest tokens apart: harder than decoding, where the newest are exact at every step.
+values as a method would give them back (its room's ``read_back``).  Every token sees its past as decoding one token at
+a time would have stored it by then: of a method that packs records, newest tokens exact and older ones read back.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class Study:
         errors: dict[int, tuple[float, ...]] = {}
         outliers: dict[int, float] = {}
 
-        def look(index: int, attend: Callable[[Tensor, Tensor], Tensor], key: Tensor, value: Tensor) -> Tensor:
+        def look(index: int, attend: Callable[..., Tensor], key: Tensor, value: Tensor) -> Tensor:
             out = attend(key, value)
             found = []
             for method in self.methods:
-                off = attend(*read_back(method, self.shapes[index], key, value)) - out
+                off = attend(*decoded(method, self.shapes[index], key, value)) - out
                 found.append((off.double().square().sum() / out.double().square().sum().clamp(min=1e-30)).item())
             errors[index] = tuple(found)
             channels = key.float().square().mean((0, 2)).sqrt().flatten()
@@ -118,9 +118,9 @@ class Study:
         """KL divergence from the exact model, nats a token, with ``methods`` layer by layer (None: exact); one forward,
         after :meth:`layers`."""
 
-        def simulate(index: int, attend: Callable[[Tensor, Tensor], Tensor], key: Tensor, value: Tensor) -> Tensor:
+        def simulate(index: int, attend: Callable[..., Tensor], key: Tensor, value: Tensor) -> Tensor:
             method = methods[index]
-            return attend(key, value) if method is None else attend(*read_back(method, self.shapes[index], key, value))
+            return attend(key, value) if method is None else attend(*decoded(method, self.shapes[index], key, value))
 
         own = self._log_probabilities(simulate)
         kl = torch.nn.functional.kl_div(own, self.exact, reduction="none", log_target=True).sum(-1)
@@ -238,16 +238,35 @@ def read_back(method: Method, shape: LayerShape, key: Tensor, value: Tensor) -> 
     return k[..., : key.shape[-1]].to(key.dtype), v[..., : value.shape[-1]].to(value.dtype)
 
 
+def decoded(method: Method, shape: LayerShape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values, and which of them each token sees, ``[tokens, keys]`` bool (None: all up to its own).
+
+    Of a method that packs records both kinds of every token: exact, then as :func:`read_back` has it.
+    """
+    k, v = read_back(method, shape, key, value)
+    num_packed = getattr(method, "num_packed", None)
+    if num_packed is None:
+        return k, v, None
+    tokens, sink = key.shape[2], int(getattr(method, "sink_length", 0))
+    packed = torch.tensor([num_packed(count) for count in range(1, tokens + 1)], device=key.device)
+    token = torch.arange(tokens, device=key.device)
+    stored = (token >= sink) & (token < sink + packed[:, None])
+    exact = ~stored & (token <= token[:, None])
+    return torch.cat([key, k], 2), torch.cat([value, v], 2), torch.cat([exact, stored], 1)
+
+
 @contextmanager
 def attending(model: Any, look: Callable[..., Tensor]) -> Iterator[None]:
     """The model with an attention function whose output is ``look(layer, attend, key, value)``, where
-    ``attend(key, value)`` is the layer's own attention; put back afterwards."""
+    ``attend(key, value, seen)`` is the layer's own attention to what each token sees (:func:`decoded`); put back
+    afterwards."""
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
     ) -> tuple[Tensor, None]:
-        def attend(k: Tensor, v: Tensor) -> Tensor:
-            out: Tensor = sdpa_attention_forward(module, query, k, v, attention_mask, **named)[0]
+        def attend(k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+            mask = attention_mask if seen is None else seen[None, None]
+            out: Tensor = sdpa_attention_forward(module, query, k, v, mask, **named)[0]
             return out
 
         return look(module.layer_idx, attend, key, value), None
@@ -262,4 +281,4 @@ def attending(model: Any, look: Callable[..., Tensor]) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-__all__ = ["LayerFinding", "Proposal", "Study", "attending", "read_back"]
+__all__ = ["LayerFinding", "Proposal", "Study", "attending", "decoded", "read_back"]

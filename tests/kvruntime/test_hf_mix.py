@@ -121,7 +121,7 @@ def test_a_mix_may_be_a_spec():
 
 def test_what_takes_no_mix_says_so():
     for refused in (lambda: paged.check(MIX), lambda: make_cache(tiny("Llama"), Evict(budget=256, inner=MIX))):
-        with pytest.raises(ValueError, match="the method .*mix-l1"):
+        with pytest.raises(ValueError, match=r"the method .*mix-l1"):
             refused()
 
 

@@ -119,7 +119,7 @@ def proposal_text(proposal: Proposal | None, bound: float) -> str:
         lines.append(f"  {layers}: {method.name} ({last - first + 1} of {len(proposal.methods)})")
     if len(set(proposal.methods)) > 1:
         lines.append(how_stored(proposal.method))
-    lines.append("simulated: every token reads its whole past as stored, which is harder than decoding")
+    lines.append("simulated: every token sees its past as decoding one token at a time stores it")
     return "\n".join(lines)
 
 
