@@ -22,6 +22,7 @@ from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Evict, Full, Kivi  # noqa: E402
 from kvsim.specs import parse_method  # noqa: E402
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 LADDER = (Kivi(nbits=2, residual_length=32), Kivi(nbits=4, residual_length=32), Full("float32"))
 PLANTED = 2
 
