@@ -39,20 +39,19 @@ def forward(self, input_ids=None, *args, **kwargs):
 
 
 GPUModelRunner._model_forward = forward
-llm = LLM(
-    model=sys.argv[1],
-    load_format="dummy",
-    dtype="bfloat16",
-    max_model_len=32768 + 512,
-    max_num_batched_tokens=16384,
-    max_num_seqs=64,
-    gpu_memory_utilization=0.9,
-    skip_tokenizer_init=True,
-    disable_log_stats=True,
-    enable_prefix_caching=False,
-    compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8, 32, 64]},
-    **json.loads(sys.argv[2]),
-)
+given = {
+    "load_format": "dummy",
+    "dtype": "bfloat16",
+    "max_model_len": 32768 + 512,
+    "max_num_batched_tokens": 16384,
+    "max_num_seqs": 64,
+    "gpu_memory_utilization": 0.9,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": True,
+    "enable_prefix_caching": False,
+    "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8, 32, 64]},
+}
+llm = LLM(model=sys.argv[1], **given | json.loads(sys.argv[2]))
 generator = torch.Generator().manual_seed(1)
 print(json.dumps({"blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}), flush=True)
 for count, length, new, real in json.loads(sys.argv[3]) if len(sys.argv) > 3 else WORKLOADS:
