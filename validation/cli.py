@@ -20,6 +20,8 @@ from kvsim.specs import parse_size, parse_sizes
 
 MOST = (1 << 31) - 1
 """The largest count that an option takes."""
+DAY = 24 * 60
+"""Minutes that a run may be given."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -165,9 +167,10 @@ def quality(
 @cli.command("run")
 @click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
 @click.option("--part", "names", multiple=True, help="One of them alone. Repeatable.")
+@click.option("--minutes", type=click.FloatRange(0, DAY), default=15.0, show_default=True, help="At the most.")
 @click.option("--record", is_flag=True, help="Write under validation/results, beside this project's cards.")
 @click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("validation-run"), show_default=True)
-def run_(device: str | None, names: tuple[str, ...], record: bool, folder: Path) -> int:
+def run_(device: str | None, names: tuple[str, ...], minutes: float, record: bool, folder: Path) -> int:
     """Measures this card in under a quarter of an hour, part by part, and writes its report."""
     from kvruntime.bench.harness.progress import Progress
     from kvruntime.bench.harness.results import describe
@@ -182,27 +185,29 @@ def run_(device: str | None, names: tuple[str, ...], record: bool, folder: Path)
     wanted, left = parts.chosen(device, names)
     card = describe(device, [])["device"]["name"] if device != "cpu" else "cpu"
     results = FOLDER if record else folder / "results"
-    total = sum(part.seconds for part in wanted) / 60
-    _say(f"{card}: {len(wanted)} parts, about {total:.0f} minutes, {parts.MINUTES:.0f} at the most")
+    rounds = parts.rounds(wanted)
+    costs = [max(part.seconds for part in each) for each in rounds]
+    _say(f"{card}: {len(wanted)} parts, about {sum(costs) / 60:.0f} minutes, {minutes:g} at the most")
     for line in left:
         _say(f"not here: {line}")
     files, outcomes = [], []
-    with Progress([part.seconds for part in wanted]) as progress:
-        steps = parts.carry_out(wanted, results, slug(card), device, progress.say)
-        for part in wanted:
-            progress.begin(part.name)
-            outcome = next(steps)
+    with Progress(costs) as progress:
+        steps = parts.carry_out(wanted, results, slug(card), device, progress.say, minutes)
+        for each in rounds:
+            progress.begin(" and ".join(part.name for part in each))
+            found = next(steps)
             progress.end()
-            progress.say(outcome.line)
-            outcomes.append(outcome)
-            files += [outcome.file] if outcome.file.exists() else []
+            for outcome in found:
+                progress.say(outcome.line)
+                files += [outcome.file] if outcome.file.exists() and outcome.file not in files else []
+            outcomes += found
     measured = [path for path in files if path.parent.name != "profiles"]
-    found = collect(measured, [path for path in files if path.parent.name == "profiles"])
-    for path in pages.write(folder, found, memory_rows(measured), reliability_rows(measured), title=card):
+    points = collect(measured, [path for path in files if path.parent.name == "profiles"])
+    for path in pages.write(folder, points, memory_rows(measured), reliability_rows(measured), title=card):
         if path.suffix in (".html", ".md"):
             click.echo(f"wrote {path}")
-    click.echo(pages.summary(pages.verdicts(found.points)))
-    return 1 if failures(found.points) or any(outcome.code for outcome in outcomes) else 0
+    click.echo(pages.summary(pages.verdicts(points.points)))
+    return 1 if failures(points.points) or any(outcome.code for outcome in outcomes) else 0
 
 
 @cli.command()

@@ -164,9 +164,12 @@ def test_neighbours_of_nan_that_change_are_found(monkeypatch) -> None:
 def test_the_parts_of_a_run_by_device() -> None:
     names = [part.name for part in parts.chosen("cuda")[0]]
     assert names == [part.name for part in parts.PARTS]
-    assert sum(part.seconds for part in parts.PARTS) * parts.MOST <= 60 * parts.MINUTES
+    rounds = parts.rounds(parts.PARTS)
+    assert [part.name for part in rounds[0]] == ["memory", "phases"]
+    assert [len(each) for each in rounds[1:]] == [1] * (len(names) - 2)
+    assert sum(max(part.seconds for part in each) for each in rounds) * parts.MOST <= 60 * parts.MINUTES
     here, left = parts.chosen("cpu")
-    assert {"calibrate", "memory", "reliability"} == {part.name for part in here}
+    assert {"calibrate", "memory", "phases", "largest"} == {part.name for part in here}
     assert len(left) == len(parts.PARTS) - len(here)
     with pytest.raises(LookupError, match="unknown part 'all'"):
         parts.chosen("cpu", ["all"])
@@ -178,6 +181,27 @@ def test_a_part_may_say_bytes_that_are_no_text() -> None:
     words = [sys.executable, "-c", "import sys; sys.stderr.buffer.write(b'caf\\xe9\\n'); sys.exit(3)"]
     assert parts._process(words, 60, said.append) == (3, "caf\ufffd")
     assert said == ["caf\ufffd"]
+
+
+def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch) -> None:
+    """A part gets half as much again as it should take, or what is left; none is begun after that."""
+    now, limits = [0.0], []
+
+    def process(command: Any, seconds: float, say: Any) -> tuple[int, str]:
+        limits.append(seconds)
+        now[0] += 50
+        return 0, ""
+
+    monkeypatch.setattr(parts, "monotonic", lambda: now[0])
+    monkeypatch.setattr(parts, "_process", process)
+    own = [parts.Part(name, (), 60, "", together=name == "a") for name in "bacd"]
+    found = list(parts.carry_out(own, tmp_path, "card", "cpu", print, minutes=2))
+    assert [[outcome.part.name for outcome in each] for each in found] == [["a"], ["b"], ["c"], ["d"]]
+    assert limits == [90, 70, 20]
+    assert [each[0].line for each in found][2:] == [
+        "c: done in 50 s, nothing recorded",
+        "d: no time was left for it",
+    ]
 
 
 def test_a_run_reports_what_its_parts_left_behind(tmp_path, monkeypatch, capsys) -> None:

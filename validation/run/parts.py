@@ -1,7 +1,8 @@
-"""The parts of a run: a command each, in a process of its own, within its share of a quarter of an hour.
+"""The parts of a run: a command each, in a process of its own, all of them within a quarter of an hour.
 
-A part that fails or runs out of its time leaves what it recorded until then; the others go on.  What a device cannot
-run (a CPU has no CUDA graphs) is no part of its run, and is said.
+Parts that weigh share the device and run at once; those that time follow, each alone.  A part that fails or runs out
+of its time leaves what it recorded until then; the others go on.  What a device cannot run (a CPU has no CUDA graphs)
+is no part of its run, and is said.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
 MINUTES = 15.0
@@ -25,54 +27,66 @@ SHAPES = (
     *("--shape", "gpt2:8x1k"),
 )
 
-LIMITS = ("--run", "memory by phase", "--run", "the largest batch", "--run", "resident memory")
-"""The runs of reliability that have figures; all of them take a card five minutes, most of it compiling."""
-
 
 @dataclass(frozen=True)
 class Part:
     """``words`` after ``python -m``, with ``{file}`` where it records; ``seconds`` it should take, and may not exceed
-    by more than half; ``folder`` and ``kind`` of what it records."""
+    by more than half; ``folder`` of what it records.  ``cuda``: it needs a GPU; ``together``: it times nothing."""
 
     name: str
     words: tuple[str, ...]
     seconds: float
     folder: str
     cuda: bool = False
+    together: bool = False
 
 
+WEIGHED = ("--run", "memory by phase", "--run", "resident memory")
+"""The runs of reliability that have figures and share a device; all the runs take a card five minutes."""
 PARTS = (
-    Part("calibrate", ("kvsim", "calibrate", "--seconds", "15", "--out", "{file}"), 120, "profiles"),
-    Part("memory", ("validation", "memory", "--quick", "--jobs", "1", "--out", "{file}"), 60, ""),
+    Part("memory", ("validation", "memory", "--quick", "--jobs", "1", "--out", "{file}"), 60, "", together=True),
     Part(
-        "steps", ("kvruntime", "bench", "engine", *STEPS, "--repeats", "2", "--out", "{file}"), 150, "engine", cuda=True
+        "phases",
+        ("validation", "reliability", "--quick", *WEIGHED, "--out", "{file}"),
+        75,
+        "reliability",
+        together=True,
     ),
-    Part(
-        "attention",
-        ("kvruntime", "bench", "kernels", "--part", "attend", *SHAPES, "--out", "{file}"),
-        120,
-        "kernels",
-        cuda=True,
-    ),
+    Part("calibrate", ("kvsim", "calibrate", "--seconds", "8", "--out", "{file}"), 150, "profiles"),
     Part(
         "generate",
         (
-            *("kvruntime", "bench", "generate", "--model", "llama-3.2-1b", "--size", "1x512", "--size", "8x512"),
-            *("--cache", "dynamic", "--cache", "ours", "--repeats", "1", "--out", "{file}"),
+            *("kvruntime", "bench", "generate", "--model", "llama-3.2-1b", "--size", "1x1k", "--size", "8x2k"),
+            *("--cache", "dynamic", "--cache", "ours", "--repeats", "2", "--out", "{file}"),
         ),
         60,
         "generate",
         cuda=True,
     ),
-    Part("reliability", ("validation", "reliability", "--quick", *LIMITS, "--out", "{file}"), 90, "reliability"),
+    Part(
+        "steps", ("kvruntime", "bench", "engine", *STEPS, "--repeats", "2", "--out", "{file}"), 60, "engine", cuda=True
+    ),
+    Part(
+        "attention",
+        ("kvruntime", "bench", "kernels", "--part", "attend", *SHAPES, "--out", "{file}"),
+        60,
+        "kernels",
+        cuda=True,
+    ),
+    Part(
+        "largest",
+        ("validation", "reliability", "--quick", "--run", "the largest batch", "--out", "{file}"),
+        45,
+        "reliability",
+    ),
 )
-"""In this order: what predicts first, then what it predicts.  Together they should take ten minutes."""
+"""In this order: what predicts first, then what it predicts."""
 MOST = 1.5
 """What a part may take of its own seconds."""
 
 
 class Outcome(NamedTuple):
-    """How a part ended: ``code`` of its process, None where it was stopped; its file, where it left one."""
+    """How a part ended: ``code`` of its process, None where it was stopped or not begun; its file where it left one."""
 
     part: Part
     code: int | None
@@ -82,6 +96,8 @@ class Outcome(NamedTuple):
 
     @property
     def line(self) -> str:
+        if not self.seconds:
+            return f"{self.part.name}: no time was left for it"
         ended = "stopped" if self.code is None else "done" if not self.code else f"exit code {self.code}"
         held = "" if self.file.exists() else ", nothing recorded"
         why = f": {self.said}" if self.code and self.said else ""
@@ -101,17 +117,40 @@ def chosen(device: str, names: Sequence[str] = ()) -> tuple[list[Part], list[str
     return [part for part in wanted if cuda or not part.cuda], left
 
 
+def rounds(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts that run at once: all that share the device, then each other one alone."""
+    together = [part for part in parts if part.together]
+    return [together] * bool(together) + [[part] for part in parts if not part.together]
+
+
 def carry_out(
-    parts: Sequence[Part], folder: Path, name: str, device: str, say: Callable[[str], None]
-) -> Iterator[Outcome]:
-    """Each part's outcome as it ends.  ``name``: of the card, for file names; ``say``: told what the parts say."""
-    for part in parts:
+    parts: Sequence[Part],
+    folder: Path,
+    name: str,
+    device: str,
+    say: Callable[[str], None],
+    minutes: float = MINUTES,
+) -> Iterator[list[Outcome]]:
+    """The outcomes of each of the :func:`rounds` as it ends; what is begun later than after ``minutes`` is left out.
+
+    ``name``: of the card, for file names; ``say``: told what the parts say.
+    """
+    end = monotonic() + 60 * minutes
+
+    def work(part: Part) -> Outcome:
         file = folder / part.folder / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
+        started = monotonic()
+        if started >= end:
+            return Outcome(part, None, 0.0, file, "")
         words = [word.format(file=file) for word in part.words]
-        started = time.monotonic()
-        code, said = _process([sys.executable, "-m", *words, "--device", device], MOST * part.seconds, say)
-        yield Outcome(part, code, time.monotonic() - started, file, said)
+        limit = min(MOST * part.seconds, end - started)
+        code, said = _process([sys.executable, "-m", *words, "--device", device], limit, say)
+        return Outcome(part, code, monotonic() - started, file, said)
+
+    for each in rounds(parts):
+        with ThreadPoolExecutor(len(each)) as pool:
+            yield list(pool.map(work, each))
 
 
 def _process(command: Sequence[str], seconds: float, say: Callable[[str], None]) -> tuple[int | None, str]:
