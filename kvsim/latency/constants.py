@@ -28,6 +28,8 @@ class Constants:
     ``engine_layer_seconds``: in place of all of these, by engine, and ``engine_step_seconds`` a step besides;
     ``engine_table_share``: by engine, of ``engine_layer_seconds`` what a layer takes of a model that adds a table of
     positions and rotates nothing (GPT-2), where the host launches every operation;
+    ``engine_layer_shares``: by engine, how many times as long as another a layer with a constant ``state`` or a
+    ``window`` takes;
     ``engine_copies``: by engine, what of the cache a step copies before attention reads it: ``cache``, all of it once
     (a cache that grows by concatenation), or ``heads``, once for every query head where these share keys and values;
     ``engine_wide``: by engine, above how many ``rows`` a step takes ``layer_seconds`` a layer more, and
@@ -92,6 +94,7 @@ class Constants:
     engine_prompt_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_prompt_passes: Mapping[str, float] = field(default_factory=dict)
     engine_table_share: Mapping[str, float] = field(default_factory=dict)
+    engine_layer_shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     engine_copies: Mapping[str, str] = field(default_factory=dict)
     engine_link: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     host_launched: tuple[str, ...] = ()

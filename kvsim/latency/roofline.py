@@ -133,7 +133,7 @@ class Roofline:
         if self.engine in fixed.engine_layer_seconds:
             each = fixed.engine_layer_seconds[self.engine]
             each *= self.table_share
-            return each * model.num_blocks + fixed.engine_step_seconds.get(self.engine, 0.0)
+            return each * self.blocks + fixed.engine_step_seconds.get(self.engine, 0.0)
         each = fixed.layer_seconds
         each += fixed.expert_layer_seconds if known_weights(model).routed else 0.0
         each += fixed.narrow_layer_seconds if weight_storage(model, self.weight_bits).dense <= 8.5 else 0.0
@@ -141,6 +141,14 @@ class Roofline:
         total = each * model.num_blocks + fixed.latent_layer_seconds * latent
         total += fixed.state_layer_seconds * len(model.state_layers)
         return total + fixed.index_layer_seconds * len(model.index_layers)
+
+    @property
+    def blocks(self) -> float:
+        """The model's blocks, each counted as often as it takes a full layer's seconds of the engine."""
+        shares, model = self.fixed.engine_layer_shares.get(self.engine, {}), self.model
+        windows = sum(layer.window is not None for layer in model.cache_layers)
+        more = (shares.get("state", 1.0) - 1) * len(model.state_layers) + (shares.get("window", 1.0) - 1) * windows
+        return model.num_blocks + more
 
     @property
     def table_share(self) -> float:

@@ -377,6 +377,16 @@ def test_this_projects_engine_as_it_was_recorded() -> None:
     assert max(errors) < 0.1
 
 
+def test_layers_of_other_kinds_take_their_share() -> None:
+    """Of an engine whose layers' seconds are known: 29 of Gemma 3's 34 slide, 48 of Qwen3.5's 64 have a state."""
+    shares = {"transformers": {"window": 1.5, "state": 3.0}}
+    fixed = replace(constants(), engine_layer_shares=shares, host_launched=())
+    each, step = (getattr(fixed, f"engine_{name}_seconds")["transformers"] for name in ("layer", "step"))
+    for name, blocks in (("llama-3-8b", 32), ("gemma-3-4b-it", 5 + 1.5 * 29), ("qwen3.5-27b", 16 + 3 * 48)):
+        parts = decode_step(load_model(name), FP16, H100, 1, 512, Serving(engine="transformers", profile=fixed)).parts
+        assert parts["overhead"] == pytest.approx(each * blocks + step)
+
+
 def test_the_engines_numbers_are_those_that_fit_its_recorded_steps() -> None:
     timing = pytest.importorskip("validation.latency.study", reason="numpy and scipy are not installed")
     from validation.latency.generated_steps import START

@@ -16,6 +16,7 @@ from kvsim.hardware import find_hardware
 from kvsim.latency.constants import Constants
 from kvsim.methods import method_named
 from kvsim.models.load import load_model
+from kvsim.models.model import Model
 from validation.latency.engine_steps import RESULTS, RecordedStep, of
 from validation.latency.ways import COMPILED, GENERATE, NEW, SEEN, STATIC, ways
 
@@ -31,6 +32,11 @@ START: dict[str, dict[str, float]] = {
 """What is fitted of each way, in this order, and where it starts: seconds of a layer and of a step, and where there is
 more than one row of each layer, and of each layer, row and channel; the share of the bandwidth at which weights stream;
 the share of a layer's seconds that one takes in a model with a table of positions."""
+KINDS: dict[str, Callable[[Model], bool]] = {
+    "state": lambda model: bool(model.state_layers),
+    "window": lambda model: any(layer.window is not None for layer in model.cache_layers),
+}
+"""Kinds of layers beside full attention whose share of a layer's seconds is fitted, and which models have them."""
 
 
 def load(folder: Path = RESULTS) -> list[RecordedStep]:
@@ -60,7 +66,8 @@ def fit(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
 
 
 def _fitted(runtime: str, steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
-    start = START[runtime]
+    kinds = [name for name, has in KINDS.items() if any(has(step.model) for step in steps)]
+    start = START[runtime] | (dict.fromkeys(kinds, 1.0) if runtime != NEW else {})
     first = np.array(list(start.values()))
 
     def at(point: np.ndarray, short: Callable[[float], float] = float) -> Constants:
@@ -85,8 +92,10 @@ def with_way(fixed: Constants, runtime: str, found: Mapping[str, float]) -> Cons
     own = dict(fixed.overlapped[runtime]) | ({} if efficiency is None else {"weight_efficiency": efficiency})
     wide = {key: found[name] for key, name in WIDE.items() if name in found}
     table = {runtime: found["table"]} if "table" in found else {}
+    shares = {name: found[name] for name in KINDS if name in found}
     if runtime == NEW:
         table = {runtime: fixed.engine_table_share.get(SEEN, 1.0)}
+        shares = dict(fixed.engine_layer_shares.get(SEEN, {}))
     return replace(
         fixed,
         engine_layer_seconds={**fixed.engine_layer_seconds, runtime: layer},
@@ -94,6 +103,7 @@ def with_way(fixed: Constants, runtime: str, found: Mapping[str, float]) -> Cons
         engine_wide={**fixed.engine_wide, **({runtime: {"rows": 1, **wide}} if wide else {})},
         overlapped={**fixed.overlapped, runtime: own},
         engine_table_share={**fixed.engine_table_share, **table},
+        engine_layer_shares={**fixed.engine_layer_shares, **({runtime: shares} if shares else {})},
     )
 
 

@@ -55,16 +55,16 @@ class Prompt:
 
 
 def load(folder: Path = RESULTS) -> list[Prompt]:
-    """Every recorded prompt of the engine and of stock ``generate()``."""
+    """Every recorded prompt of the engine and of stock ``generate()``, but those of models with constant states, whose
+    mixers run in PyTorch's operators."""
     out = []
     for path in (path for kind in KINDS for path in sorted((folder / kind).glob("*.json"))):
         file = read_json(path, "record")
         card = find_hardware(file["device"]["name"])
         for row in file["rows"]:
             runtime, seconds = prompt_way(row)
-            if runtime:
-                about = runtime, card, load_model(row["model"]), row["batch_size"], row["num_tokens"]
-                out.append(Prompt(*about, seconds[0]))
+            if runtime and not (model := load_model(row["model"])).state_layers:
+                out.append(Prompt(runtime, card, model, row["batch_size"], row["num_tokens"], seconds[0]))
     return out
 
 

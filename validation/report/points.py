@@ -341,7 +341,9 @@ def constants_of(profile: Profile | None, runtime: str, card: Hardware) -> Const
 def _prefill(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
     """The time to the first token: of a prompt that the card bounds, or the host that launches its kernels."""
     runtime, (median, low, high) = prompt_way(row)
-    if runtime:
+    if runtime and _model(row["model"]).state_layers:
+        found.leave("prompts of models with constant states", "their mixers run in PyTorch's operators, token by token")
+    elif runtime:
         step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine=runtime))
         claim = "short prompts" if step.parts["overhead"] else "first token"
         yield Point(claim, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
