@@ -192,7 +192,7 @@ def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch) -> None:
         now[0] += 50
         return 0, ""
 
-    monkeypatch.setattr(parts, "monotonic", lambda: now[0])
+    monkeypatch.setattr(parts, "clock", lambda: now[0])
     monkeypatch.setattr(parts, "_process", process)
     own = [parts.Part(name, (), 60, "", together=name == "a") for name in "bacd"]
     found = list(parts.carry_out(own, tmp_path, "card", "cpu", print, minutes=2))

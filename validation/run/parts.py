@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic as clock
 from typing import NamedTuple
 
 MINUTES = 15.0
@@ -135,18 +135,18 @@ def carry_out(
 
     ``name``: of the card, for file names; ``say``: told what the parts say.
     """
-    end = monotonic() + 60 * minutes
+    end = clock() + 60 * minutes
 
     def work(part: Part) -> Outcome:
         file = folder / part.folder / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        started = monotonic()
+        started = clock()
         if started >= end:
             return Outcome(part, None, 0.0, file, "")
         words = [word.format(file=file) for word in part.words]
         limit = min(MOST * part.seconds, end - started)
         code, said = _process([sys.executable, "-m", *words, "--device", device], limit, say)
-        return Outcome(part, code, monotonic() - started, file, said)
+        return Outcome(part, code, clock() - started, file, said)
 
     for each in rounds(parts):
         with ThreadPoolExecutor(len(each)) as pool:
