@@ -122,7 +122,8 @@ class Profile:
     costs besides, and the attention kernel (``fixed`` and ``item`` seconds, ``bandwidth`` when it streams).
 
     ``runtime``: whose kernels these are, a key of :data:`RUNTIMES`.  ``parts``: the runtimes that were measured by
-    whole steps, keys of :data:`PARTS`; ``lacks``: why others were not.
+    whole steps, keys of :data:`PARTS`; ``lacks``: why others were not.  ``code``: the hash of what measured it, which
+    the rows of the same run have too.
     """
 
     device: str
@@ -142,6 +143,7 @@ class Profile:
     parts: Mapping[str, Part] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     num_sms: int | None = None
+    code: str = ""
 
     @property
     def hardware(self) -> Hardware:
@@ -273,6 +275,7 @@ def load_profile(path: Path) -> Profile:
         runtime=runtime,
         parts=_parts(found, path),
         lacks={str(name): str(why) for name, why in _mapping(found, path, "lacks").items()},
+        code=code if isinstance(code := found.get("code"), str) else "",
         num_sms=sms if isinstance(sms := device.get("num_sms"), int) and 0 < sms < 10**6 else None,
         **values,
     )

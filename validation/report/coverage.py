@@ -49,7 +49,7 @@ def gaps(found: Collection) -> Table:
             body.append([f"method {name}", "0", "no step of the engine was recorded with it"])
     for claim in ("engine", "generate", "stock generate", "stock generate, new lengths"):
         cards = {point.factors["card"] for point in found.points if point.claim == claim}
-        profiled = {point.factors["card"] for point in found.points if point.claim == f"{claim}, calibrated"}
+        profiled = {point.factors["card"] for point in found.points if point.claim.startswith(f"{claim}, calibrated")}
         body += [[f"{claim}, {card}", "0", "no profile of this card has a part for it"] for card in cards - profiled]
     return ["what", "rows", "why"], body
 

@@ -327,10 +327,18 @@ def _timed(
 ) -> Iterator[Point]:
     load = (_model(row["model"]), method, card, row["batch_size"], row["num_tokens"])
     median, low, high = seconds
-    for name, fixed in ((claim, None), (f"{claim}, calibrated", constants_of(profile, runtime, card))):
+    own = f"{claim}, calibrated{another_day(profile, runtime, row)}"
+    for name, fixed in ((claim, None), (own, constants_of(profile, runtime, card))):
         if name == claim or fixed is not None:
             step = decode_step(*load, Serving(engine=served(runtime), profile=fixed))
             yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
+
+
+def another_day(profile: Profile | None, runtime: str, row: Row) -> str:
+    """What is said of a row whose runtime the host takes part in, and which another run than the profile's measured:
+    hosts differ, and one differs by the day."""
+    same = profile is None or runtime == ENGINE or (row.get("code") or "") == profile.code
+    return "" if same else ", another day"
 
 
 def constants_of(profile: Profile | None, runtime: str, card: Hardware) -> Constants | None:

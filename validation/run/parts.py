@@ -26,6 +26,8 @@ SHAPES = (
     *("--shape", "llama-3-8b:1x8k", "--shape", "llama-3-8b:1x32k", "--shape", "llama-3-8b:8x8k"),
     *("--shape", "gpt2:8x1k"),
 )
+GENERATED = ("--model", "llama-3.2-1b", "--size", "1x1k", "--size", "8x2k", "--repeats", "2")
+"""Prompts of lengths that calibrating does not see."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,23 @@ PARTS = (
     Part(
         "generate",
         (
-            *("kvruntime", "bench", "generate", "--model", "llama-3.2-1b", "--size", "1x1k", "--size", "8x2k"),
-            *("--cache", "dynamic", "--cache", "ours", "--repeats", "2", "--out", "{file}"),
+            *("kvruntime", "bench", "generate", *GENERATED, "--model", "qwen3-0.6b"),
+            *("--cache", "dynamic", "--cache", "ours", "--anew", "--out", "{file}"),
         ),
         60,
         "generate",
         cuda=True,
     ),
     Part(
-        "steps", ("kvruntime", "bench", "engine", *STEPS, "--repeats", "2", "--out", "{file}"), 60, "engine", cuda=True
+        "steps",
+        ("kvruntime", "bench", "engine", *STEPS, "--repeats", "2", "--anew", "--out", "{file}"),
+        60,
+        "engine",
+        cuda=True,
     ),
     Part(
         "attention",
-        ("kvruntime", "bench", "kernels", "--part", "attend", *SHAPES, "--out", "{file}"),
+        ("kvruntime", "bench", "kernels", "--part", "attend", *SHAPES, "--anew", "--out", "{file}"),
         60,
         "kernels",
         cuda=True,
@@ -79,8 +85,15 @@ PARTS = (
         45,
         "reliability",
     ),
+    Part(
+        "compiled",
+        ("kvruntime", "bench", "generate", *GENERATED, "--cache", "ours", "--compiled", "--anew", "--out", "{file}"),
+        75,
+        "generate",
+        cuda=True,
+    ),
 )
-"""In this order: what predicts first, then what it predicts."""
+"""In this order: what predicts first, then what it predicts; what takes longest for what it says is last."""
 MOST = 1.5
 """What a part may take of its own seconds."""
 
