@@ -32,8 +32,8 @@ GENERATED = ("--model", "llama-3.2-1b", "--size", "1x1k", "--size", "8x2k", "--r
 
 @dataclass(frozen=True)
 class Part:
-    """``words`` after ``python -m``, with ``{file}`` where it records, in ``folder``.  ``seconds``: what it should take,
-    and may not exceed by more than half.  ``cuda``: it needs a GPU.  ``together``: it times nothing."""
+    """``words`` after ``python -m``, with ``{file}`` where it records, in ``folder``.  ``seconds``: what it should
+    take, and may not exceed by more than half.  ``cuda``: it needs a GPU.  ``together``: it times nothing."""
 
     name: str
     words: tuple[str, ...]
