@@ -375,8 +375,11 @@ def selfcheck_command(device: str | None) -> int:
 @click.option("--out", type=Path, default=Path("profile.json"), show_default=True, help="Profile to write.")
 @click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
 @click.option("--seconds", type=float, default=45.0, show_default=True, help="About how long to measure.")
+@click.option(
+    "--part", "parts", multiple=True, help="Measure this part of the profile anew, keep the rest. Repeatable."
+)
 @click.option("--refit", is_flag=True, help="Measure nothing: fit the steps that the profile holds again.")
-def calibrate_command(out: Path, device: str | None, seconds: float, refit: bool) -> None:
+def calibrate_command(out: Path, device: str | None, seconds: float, parts: tuple[str, ...], refit: bool) -> None:
     """Measures this card for kvsim's model of time: the card, and whole steps of each runtime."""
     from kvruntime.calibrate.card import calibrate
     from kvruntime.calibrate.card import refit as fit_again
@@ -385,7 +388,7 @@ def calibrate_command(out: Path, device: str | None, seconds: float, refit: bool
         fit_again(out, say=lambda line: click.echo(line, err=True))
         click.echo(f"fitted {out} again")
         return
-    calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True))
+    calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True), only=parts)
     click.echo(f"wrote {out}")
 
 

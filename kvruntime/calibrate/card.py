@@ -7,7 +7,7 @@ The figures are of PyTorch's kernels (:mod:`kvruntime.calibrate.pytorch`).  The 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from kvruntime.bench.kernels.attention import Shape as Attention
 from kvruntime.bench.kernels.precompile import Case, compile_ahead
 from kvruntime.calibrate import fit
 from kvruntime.calibrate.pytorch import Clock, figures, scale_of
-from kvruntime.calibrate.steps import CPU, CUDA, ENGINE, Plan, Step, steps
+from kvruntime.calibrate.steps import CPU, CUDA, ENGINE, NEW, STOCK, Plan, Step, steps
 from kvsim.atomic import replace_file
 from kvsim.finite_json import json_text, read_json
 from kvsim.latency.calibrate import DAY
@@ -40,12 +40,15 @@ def calibrate(
     seconds: float = 45.0,
     say: Callable[[str], None] = lambda line: None,
     plan: Plan | None = None,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measures, writes the profile to ``out`` in one step and gives it back.
 
     ``seconds`` is shared out between the card's own figures (each is repeated at least three times however short it
     is); the steps of the runtimes take about as long again.  ``plan``: which steps, by default the device's own.
-    Raises ``ValueError`` for a device that is not there, too little memory, or a path that cannot be written.
+    ``only``: the parts that are measured anew of a profile that is there, whose other figures stay: a host's day
+    changes what it takes part in.  Raises ``ValueError`` for a device that is not there or not the profile's, too
+    little memory, or a path that cannot be written, and ``LookupError`` for a part that there is not.
     """
     from kvruntime.checkpoints.load import pick_device
 
@@ -67,15 +70,44 @@ def calibrate(
         **describe(str(place), command),
     }
     profile["device"] = profile["device"] | {"num_sms": multiprocessors(place)}
+    wanted, kept = chosen(only), earlier(out, profile["device"]["name"]) if only else {}
     with torch.cuda.device(place) if cuda else nullcontext():  # streams and events are the current one's
-        profile |= figures(clock, place, scale, say)
-        write(out, profile)  # what the parts are fitted beside
-        measured, lacks = measure(plan, place, say)
-    parts, failed = fitted(out, measured, say)
+        if not only:
+            profile |= figures(clock, place, scale, say)
+            write(out, profile)  # what the parts are fitted beside
+        measured, lacks = measure(plan, place, say, wanted)
+    parts, failed = fitted(out, measured, say, profile["code"])
+    if only:
+        stay = {name: part for name, part in kept["parts"].items() if name not in wanted}
+        for part in stay.values():
+            part.setdefault("code", kept["code"])
+        failed = {name: why for name, why in kept["lacks"].items() if name not in wanted} | {
+            name: why for name, why in failed.items() if name in wanted
+        }
+        parts, profile = stay | parts, kept
     lacks = {name: why for name, why in (failed | lacks).items() if name not in parts}
-    profile |= {"parts": parts, "lacks": lacks, "seconds": round(time.perf_counter() - started, 2)}
+    profile |= {"parts": {name: parts[name] for name in PARTS if name in parts}, "lacks": lacks}
+    profile |= {"seconds": round(time.perf_counter() - started, 2)}
     write(out, profile)
     return profile
+
+
+def chosen(only: Sequence[str]) -> tuple[str, ...]:
+    """The parts that are measured: all, or these, and with transformers' own at new lengths those at seen ones, whose
+    calls are the same.  Raises ``LookupError`` for what is no part."""
+    for name in only:
+        if name not in PARTS:
+            raise LookupError(f"unknown part {name!r}: allowed are {', '.join(PARTS)}")
+    more = {STOCK, NEW} if {STOCK, NEW} & set(only) else set()
+    return tuple(name for name in PARTS if not only or name in more or name in only)
+
+
+def earlier(path: Path, device: str) -> dict[str, Any]:
+    """The profile at ``path``.  Raises ``ValueError`` where it is another device's, or none."""
+    if load_profile(path).device != device:
+        raise ValueError(f"profile {path} is of {load_profile(path).device}, this is {device}")
+    found: dict[str, Any] = {"parts": {}, "lacks": {}} | read_json(path, "profile")
+    return found
 
 
 def refit(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -98,7 +130,9 @@ def refit(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[st
             model, method = Model.from_config(subject.shape.config(plan.positions)), method_named(row["method"])
             size = row["batch_size"], row["num_tokens"], row["value"], row["low"], row["high"]
             measured.setdefault(runtime, []).append(Step(runtime, row["shape"], model, method, *size))
-    parts, failed = fitted(path, measured, say)
+    codes = load_profile(path).codes
+    parts, failed = fitted(path, measured, say, profile.get("code") or "")
+    parts = {name: part | {"code": codes.get(name, part["code"])} for name, part in parts.items()}
     profile |= {"parts": parts, "lacks": {**profile.get("lacks", {}), **failed}}
     profile["lacks"] = {name: why for name, why in profile["lacks"].items() if name not in parts}
     write(path, profile)
@@ -106,14 +140,14 @@ def refit(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[st
 
 
 def measure(
-    plan: Plan, place: torch.device, say: Callable[[str], None]
+    plan: Plan, place: torch.device, say: Callable[[str], None], wanted: Collection[str] = PARTS
 ) -> tuple[dict[str, list[Step]], dict[str, str]]:
     """The steps of every runtime, and why one has none or fewer."""
-    if place.type == "cuda":
+    if place.type == "cuda" and ENGINE in wanted:
         compile_ahead(cases(plan), str(place), say)
     found: dict[str, list[Step]] = {}
     lacks: dict[str, str] = {}
-    for step in steps(plan, place, say):
+    for step in steps(plan, place, say, wanted):
         if isinstance(step, Step):
             found.setdefault(step.runtime, []).append(step)
             size = f"{step.batch_size} x {step.num_tokens:,}"
@@ -125,13 +159,13 @@ def measure(
 
 
 def fitted(
-    path: Path, measured: dict[str, list[Step]], say: Callable[[str], None]
+    path: Path, measured: dict[str, list[Step]], say: Callable[[str], None], code: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The parts as the profile has them, each fitted beside the profile of the card at ``path``, and why one was not
-    fitted."""
+    """The parts as the profile has them, of what ``code`` measured, each fitted beside the profile of the card at
+    ``path``, and why one was not fitted."""
     card = load_profile(path)
     hardware = card.hardware
-    base = replace(card.constants(), engines=None)  # each runtime is fitted beside the others
+    base = replace(card.constants(), engines=None)  # each runtime is fitted beside the others, those kept too
     start = fit.first_guess(card.read_bandwidth)
     own = Part(card.weight_bandwidth, card.layer_seconds)
     parts: dict[str, Any] = {}
@@ -146,7 +180,7 @@ def fitted(
         base = with_part(base, name, part, hardware)
         taken = fit.predicted(name, part, rows, base, hardware)
         steps_of = [{**row.row, "predicted": each} for row, each in zip(rows, taken.tolist(), strict=True)]
-        parts[name] = described(part) | {"rows": steps_of}
+        parts[name] = described(part) | {"rows": steps_of, "code": code}
         say(f"{name}: {len(rows)} steps, predicted within {part.low - 1:+.1%} to {part.high - 1:+.1%}")
     return parts, lacks
 

@@ -6,8 +6,9 @@ so narrow that what a layer costs besides shows.  Weights and cache are random: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from kvruntime.bench.generate import suite as generate
 from kvruntime.bench.harness.session import release
 from kvruntime.checkpoints.load import Source, load
 from kvruntime.engine import Engine
+from kvsim.latency.profile import PARTS
 from kvsim.layout import Method
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import Full
@@ -87,7 +89,7 @@ class Plan:
     positions: int
     subjects: dict[str, Subject]
     repeats: int = 3
-    tokens: tuple[int, int] = (generate.SHORT, generate.LONG)
+    tokens: tuple[int, int] = (generate.SHORT, 40)
     """New tokens of ``generate()`` between which steps are timed."""
     layouts: int | None = None
 
@@ -156,22 +158,25 @@ class Step(NamedTuple):
         }
 
 
-def steps(plan: Plan, device: torch.device, say: Callable[[str], None]) -> Iterator[Step | tuple[str, str]]:
-    """Every step of the plan, or ``(runtime, reason)`` for what was not measured; one model lies on the device at a
-    time, and nothing after the last."""
+def steps(
+    plan: Plan, device: torch.device, say: Callable[[str], None], wanted: Collection[str] = PARTS
+) -> Iterator[Step | tuple[str, str]]:
+    """Every step of the plan under the runtimes ``wanted``, or ``(runtime, reason)`` for what was not measured; one
+    model lies on the device at a time, and nothing after the last."""
     for name, subject in plan.subjects.items():
         config = subject.shape.config(plan.positions)
         model = Model.from_config(config)
         weights = 2 * sum(getattr(model.weights, part) for part in ("dense", "head", "embedding"))
         if (there := free(device)) < weights + RESERVE:
-            for runtime in (ENGINE, GENERATE, COMPILED, STOCK, NEW):
+            for runtime in wanted:
                 yield runtime, f"{name}: {there >> 20:,} MiB are free, its weights take {weights >> 20:,}"
             continue
         source = Source(f"calibration-{name}", "random (seed 0)", config=config)
         loaded = load(source, str(device), plan.dtype, say)
         try:
-            yield from of_engine(plan, name, subject, model, loaded.model, device)
-            yield from of_generate(plan, name, subject, model, loaded.model, device)
+            if ENGINE in wanted:
+                yield from of_engine(plan, name, subject, model, loaded.model, device)
+            yield from of_generate(plan, name, subject, model, loaded.model, device, wanted)
         finally:
             del loaded
             if device.type == "cuda":
@@ -202,7 +207,7 @@ def of_engine(
 
 
 def of_generate(
-    plan: Plan, name: str, subject: Subject, model: Model, loaded: Any, device: torch.device
+    plan: Plan, name: str, subject: Subject, model: Model, loaded: Any, device: torch.device, wanted: Collection[str]
 ) -> Iterator[Step | tuple[str, str]]:
     """Steps of stock ``generate()``: with a packed cache as it comes, with transformers' own, and with the packed one
     compiled.  A second call of transformers' own has only lengths that the first has had."""
@@ -210,6 +215,7 @@ def of_generate(
     dynamic, _, ours, *compiled = generate.contenders((packed,), compiled=cuda, peers=False)
     found = [(GENERATE, ours, packed), (STOCK, dynamic, Full(plan.dtype))]
     found += [(COMPILED, each, packed) for each in compiled]
+    found = [each for each in found if each[0] in wanted]
     for runtime, contender, method in found:
         try:
             for size in subject.generated:
@@ -220,7 +226,7 @@ def of_generate(
             said = (str(error).strip().splitlines() or [""])[0]
             yield COMPILED, f"{name}: {type(error).__name__}: {said}"  # it needs compilers that not every machine has
         release()
-    if not compiled:
+    if not compiled and COMPILED in wanted:
         yield COMPILED, f"{name}: generate() compiles on CUDA alone, not on {device.type}"
 
 
@@ -238,15 +244,18 @@ def _calls(
     """The steps of one size: the median of calls, the first of transformers' own apart."""
     clock, (batch_size, context), (short, long) = generate.Clock(str(device)), size, plan.tokens
     ids = generate.prompt(loaded, batch_size, context - long, 0)
-    clock(loaded, ids, short, contender.cache(loaded, context))  # compiles and captures
-    taken = []
-    for _ in range(plan.repeats + (runtime == STOCK)):
-        times, _ = clock(loaded, ids, long, contender.cache(loaded, context))
-        taken.append((times[long - 1] - times[short - 1]) / (long - short))
     about = name, model, method, batch_size, context - long + (long + short) // 2
-    if runtime == STOCK:
-        first = taken.pop(0)
-        yield Step(NEW, *about, first, first, first)
+    taken = []
+    for turn in range(1 + plan.repeats):
+        with contender.around(loaded):
+            # the first compiles and captures; of transformers' own it has only new lengths
+            new = long if turn or runtime == STOCK else short
+            times, _ = clock(loaded, ids, new, contender.cache(loaded, context))
+        if turn:
+            taken.append((times[long - 1] - times[short - 1]) / (long - short))
+        elif runtime == STOCK:
+            first = sorted(after - before for before, after in pairwise(times[short - 1 :]))
+            yield Step(NEW, *about, median(first), first[0], first[-1])
     yield Step(runtime, *about, median(taken), min(taken), max(taken))
 
 

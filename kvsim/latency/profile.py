@@ -122,8 +122,8 @@ class Profile:
     costs besides, and the attention kernel (``fixed`` and ``item`` seconds, ``bandwidth`` when it streams).
 
     ``runtime``: whose kernels these are, a key of :data:`RUNTIMES`.  ``parts``: the runtimes that were measured by
-    whole steps, keys of :data:`PARTS`; ``lacks``: why others were not.  ``code``: the hash of what measured it, which
-    the rows of the same run have too.
+    whole steps, keys of :data:`PARTS`; ``lacks``: why others were not.  ``codes``: by part, the hash of the code
+    that measured it, which the rows of the same run have too.
     """
 
     device: str
@@ -143,7 +143,7 @@ class Profile:
     parts: Mapping[str, Part] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     num_sms: int | None = None
-    code: str = ""
+    codes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def hardware(self) -> Hardware:
@@ -267,7 +267,7 @@ def load_profile(path: Path) -> Profile:
     runtime = found.get("runtime", RUNTIMES[0])
     if not isinstance(runtime, str) or runtime not in RUNTIMES:
         raise ValueError(f"profile {path}: runtime is {str(runtime)[:40]!r}, allowed are {', '.join(RUNTIMES)}")
-    memory = device.get("total_nbytes")
+    memory, entries = device.get("total_nbytes"), _mapping(found, path, "parts")
     return Profile(
         device=device["name"],
         memory_nbytes=memory if isinstance(memory, int) and 0 < memory <= LARGEST else None,
@@ -275,7 +275,7 @@ def load_profile(path: Path) -> Profile:
         runtime=runtime,
         parts=_parts(found, path),
         lacks={str(name): str(why) for name, why in _mapping(found, path, "lacks").items()},
-        code=code if isinstance(code := found.get("code"), str) else "",
+        codes={name: str(entry.get("code") or found.get("code") or "") for name, entry in entries.items()},
         num_sms=sms if isinstance(sms := device.get("num_sms"), int) and 0 < sms < 10**6 else None,
         **values,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -102,6 +103,7 @@ class Entrant:
         self.said["first_call_seconds"] = times[SHORT - 1]
         if self.is_dynamic:
             self.steps.append(per_token(times))
+            self.said["new_length_seconds"] = middle_step(times)
         release()
         self.held = max(0, allocated(clock) - before)
 
@@ -132,6 +134,12 @@ class Entrant:
 def per_token(times: Sequence[float]) -> float:
     """Seconds between two tokens after the first ``SHORT``."""
     return (times[LONG - 1] - times[SHORT - 1]) / (LONG - SHORT)
+
+
+def middle_step(times: Sequence[float]) -> float:
+    """The median of the seconds between one token and the next after the first ``SHORT``: at new lengths one of 64 may
+    take six times as long as the others."""
+    return median(after - before for before, after in pairwise(times[SHORT - 1 : LONG]))
 
 
 def allocated(clock: Clock, *, peak: bool = False, anew: bool = False) -> int:

@@ -53,6 +53,7 @@ SUBJECTS = {
     ),
     "llama-3-8b": Subject("llama-3-8b", "bfloat16", ((1, 32 * K), (8, 16 * K), (64, 512)), conversation=8 * K),
     "gpt2": Subject("gpt2", "float16", ((1, 512), (8, 512), (64, 512))),
+    "gemma-3-1b-it": Subject("gemma-3-1b-it", "bfloat16", ((1, 4 * K), (8, 4 * K))),
     "gemma-3-4b-it": Subject("gemma-3-4b-it", "bfloat16", ((1, 16 * K), (8, 8 * K))),
     "smollm2-135m": Subject("smollm2-135m", "bfloat16", ((1, 512), (8, 4 * K), (64, 512))),
     "gpt2-large": Subject("gpt2-large", "float16", ((1, 512), (16, 512))),
@@ -194,7 +195,8 @@ def subject_tasks(
     ``first_call_seconds``: ``SHORT`` tokens in a process that has not run this cache at this size, so compiling and
     capturing are in it; ``beside``: other processes ran first calls at the same time.  ``seconds_per_step``: from the
     token ``SHORT`` to the token ``LONG`` of one call, ``[median, min, max]`` of ``calls``, each of them; the first one
-    of the dynamic cache has lengths that are new to the process.  ``first_token_seconds``: of timed calls, likewise.
+    of the dynamic cache has lengths that are new to the process, and ``new_length_seconds`` is its median step.
+    ``first_token_seconds``: of timed calls, likewise.
     ``peak_nbytes``: what PyTorch's allocator holds at the most with this cache alone, the weights included.
     ``calls_of_model``: the steps of a timed call, fewer than its tokens where they are drafted.
     """
