@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from validation import cli  # noqa: E402
+from validation.claims import phases as claimed  # noqa: E402
 from validation.documents import reliability_table  # noqa: E402
 from validation.reliability import memory, phases, processes, record, runs, subjects  # noqa: E402
 from validation.reliability.findings import Broken, Findings  # noqa: E402
@@ -113,6 +114,26 @@ def test_memory_by_phase() -> None:
     assert "worst" in found.said
     assert {each["phase"] for each in found.figures} == {"load", "prefill", "decode", "reuse", "beams", "growth"}
     assert not {"predicted", "error"} & set(found.figures[0])
+
+
+def test_memory_is_judged_by_todays_predictions() -> None:
+    """A recorded row's figures stand, its verdict is this checkout's; a figure that is 2 % off fails."""
+    row = next(row for row in rows_of("nvidia-h200") if row["run"] == "memory by phase")
+    found = claimed.judged(row | {"holds": False, "found": "of another day"})
+    assert found["holds"]
+    assert found["found"].startswith("llama-3.2-1b load: 2 figures, worst ")
+    figures = [figure | {"measured": figure["measured"] * 1.02} for figure in row["figures"][:1]] + row["figures"][1:]
+    off = claimed.judged(row | {"figures": figures})
+    assert not off["holds"]
+    assert off["found"].startswith("llama-3.2-1b load: FAILS, 2 figures, worst +2.0")
+    assert off["figures"] == figures
+    assert claimed.judged({"run": "two processes", "holds": False}) == {"run": "two processes", "holds": False}
+
+
+def rows_of(name: str) -> list[Any]:
+    path = ROOT / "validation" / "results" / "reliability" / f"{name}.json"
+    rows: list[Any] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def test_the_documents_table_shows_whatever_fails() -> None:

@@ -25,6 +25,8 @@ Figure = dict[str, Any]
 RESERVE, FIRST_RESERVE = 0.03, 0.02
 """Share of a card's memory that is held back for activations, graphs and the driver where the largest batch is asked
 for: ``--reserve``; and in records that do not say."""
+WITHIN = 0.01
+"""Largest relative error of a phase's current or peak bytes on a GPU."""
 QUEUE = 64 << 20
 """Bytes of keys and values that are stored as soon as so many wait: a pin."""
 CHUNKS = 4
@@ -129,6 +131,27 @@ def waiting(figure: Figure, model: Model, layer: LayerShape) -> tuple[int, int]:
     each = tokens * layer.num_kv_heads * (layer.key_dim + layer.value_dim)
     fused = model.weights is not None and model.weights.lookup > 0  # one product for queries, keys and values
     return int(3 * model.hidden_size * tokens if fused else each), -(-QUEUE // each)
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """A recorded row of ``memory by phase`` by today's predictions: what was measured stands, ``holds`` and ``found``
+    are this checkout's.  Other rows, and those of a model that was made for the run, as they are."""
+    figures = row.get("figures", ())
+    if row["run"] != "memory by phase" or not figures or any(figure["model"] == "tiny" for figure in figures):
+        return row
+    groups: dict[str, list[tuple[float, Figure]]] = {}
+    for figure in figures:
+        error = own(figure) / predicted(figure) - 1
+        name = figure.get("method", {}).get("name", "load")
+        groups.setdefault(f"{figure['model']} {name}", []).append((error, figure))
+    said, fails = [], False
+    for name, errors in groups.items():
+        worst, figure = max(errors, key=lambda each: abs(each[0]))
+        wrong = abs(worst) > WITHIN
+        fails |= wrong
+        verdict = "FAILS, " * wrong + f"{len(errors)} figures"
+        said.append(f"{name}: {verdict}, worst {worst:+.3%} ({figure['phase']}, {figure['what']})")
+    return row | {"holds": not fails, "found": "; ".join(said)}
 
 
 def planned(model: Model, card: str, method: Method, num_tokens: int, reserve: float = RESERVE) -> int:

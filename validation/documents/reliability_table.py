@@ -10,6 +10,7 @@ from typing import Any
 
 from kvsim.finite_json import read_json
 from kvsim.output.tables import compact
+from validation.claims.phases import judged
 from validation.recorded import FOLDER
 
 Row = dict[str, Any]
@@ -29,7 +30,7 @@ def table(folder: Path = FOLDER / "reliability") -> str:
         file = read_json(path, "record")
         if file["schema"] == SCHEMA:
             sources.append(circumstances(path, file["rows"]))
-            for row in file["rows"]:
+            for row in map(judged, file["rows"]):
                 groups.setdefault((row["device"], row["size"], row["run"]), []).append(row)
     body = [[run, device, size, verdict(rows), found(rows)] for (device, size, run), rows in groups.items()]
     shown = compact(["run", "device", "size", "verdict", "found"], body, left=(0, 1, 2, 3, 4))

@@ -22,7 +22,7 @@ from kvsim.layout import Method
 from kvsim.models.load import load_config, load_model
 from kvsim.models.model import Model
 from validation.claims.peak import splits
-from validation.claims.phases import GROW, Figure, own, predicted
+from validation.claims.phases import GROW, WITHIN, Figure, own, predicted
 from validation.claims.subjects import describe_method, rebuild_method
 from validation.claims.transients import predicts
 from validation.reliability import subjects
@@ -30,7 +30,7 @@ from validation.reliability.findings import Broken, Findings
 from validation.reliability.subjects import Scale
 from validation.scales.allocator import Allocator
 
-BAR = {"cuda": 0.01, "cpu": 0.06}
+BAR = {"cuda": WITHIN, "cpu": 0.06}
 """Largest relative error of a phase's current or peak bytes; on a CPU the model is so small that a peak is mostly what
 PyTorch's operators make inside themselves, and its current bytes are held to a thousandth."""
 EXACT = 0.001

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsim.finite_json import read_json
+from validation.claims.phases import judged
 from validation.recorded import FOLDER, SCHEMA
 
 RELIABILITY = "validation.reliability/1"
@@ -18,8 +19,8 @@ def memory_rows(files: Sequence[Path] = ()) -> list[dict[str, Any]]:
 
 
 def reliability_rows(files: Sequence[Path] = ()) -> list[dict[str, Any]]:
-    """The rows of ``validation reliability`` in ``files``, by default in all records."""
-    return _rows(files or sorted((FOLDER / "reliability").glob("*.json")), RELIABILITY)
+    """The rows of ``validation reliability`` in ``files``, by default in all records, their figures judged anew."""
+    return list(map(judged, _rows(files or sorted((FOLDER / "reliability").glob("*.json")), RELIABILITY)))
 
 
 def _rows(files: Sequence[Path], schema: str) -> list[dict[str, Any]]:
