@@ -411,7 +411,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         """:meth:`step` where the host keeps the books: for a layer that prefers it to an append and an attention."""
         store = self.store
         assert self.shape is not None
-        needed = max(store.row_lengths) + 1
+        needed = max(store.seq_lengths) + 1
         if needed > store.num_provided:
             with torch.inference_mode(False), torch.no_grad():
                 store.provide(needed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -51,10 +52,12 @@ def compress(
     method = method_given(method, options, dtype)
     check_runs(method)
     if model is not None:
-        wanted = [bool(kind.shape) for kind in layer_kinds(model)]
+        own = layer_kinds(model)
+        wanted = [bool(kind.shape) for kind in own]
         if wanted != [bool(kind.shape) for kind in kinds]:
             raise ValueError(f"the cache is not one of {type(model).__name__}: its layers are of other kinds")
         refuse_scores(model, method)
+        kinds = [replace(kind, chunked=theirs.chunked) for kind, theirs in zip(kinds, own, strict=True)]
         out = empty_cache(model, method, kinds, max_seq_len)
         attend_through(out, model)
     else:

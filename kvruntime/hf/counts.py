@@ -61,7 +61,7 @@ class Counts:
             self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
             self.num_columns.fill_(num_columns)
             self.padded, self.started = any(columns.padding), True
-            self.columns = num_columns + self.max_seq_len - max(lengths)
+            self.columns = num_columns + self.max_seq_len - max(store.seq_lengths)
             self.tokens = columns.tokens(self.columns, device) if self.padded else None
 
     @property
@@ -94,13 +94,24 @@ class StepLength(Length):
     """The mask length of a step: always that of a full cache.  The mask function finds ``counts`` here."""
 
     counts: Counts
+    chunk: int = 0
+    """Tokens of a chunk, where the layer has chunks."""
 
     @classmethod
-    def of(cls, counts: Counts, length: int) -> StepLength:
+    def of(cls, counts: Counts, length: int, chunk: int = 0) -> StepLength:
         """``length`` columns, by whose mask ``counts`` goes."""
         out = cls(length)
-        out.counts = counts
+        out.counts, out.chunk = counts, chunk
         return out
+
+    def mask(self, given: Tensor | None) -> Tensor:
+        """The step's, for ``given`` as :meth:`Counts.mask`; of a chunk ``[batch_size, 1, 1, chunk]``: a query sees the
+        tokens since the last multiple of ``chunk``, which are the newest of those kept."""
+        visible = self.counts.mask(given)
+        if not self.chunk:
+            return visible
+        at, positions = torch.arange(self.chunk, device=visible.device), self.counts.positions[:, None, None, None]
+        return visible & (at >= self.chunk - 1 - positions % self.chunk)
 
 
 class StepCounts(Counts):
@@ -108,6 +119,8 @@ class StepCounts(Counts):
 
     steps: Steps
     """For :meth:`Layer.step`."""
+    counter: Layer
+    """The layer that says how a step changes the tokens held: all count alike."""
 
     def __init__(self, method: Method, max_seq_len: int | None) -> None:
         super().__init__(method, max_seq_len or 0)
@@ -123,7 +136,7 @@ class StepCounts(Counts):
         self.ahead = 0
         """Steps that the layers' books do not know of."""
         self.longest = 0
-        """Tokens of the longest row in those books."""
+        """Tokens that the longest row has seen, in those books."""
         self.expected = 0
         """Columns that ``generate()`` will need at the most."""
         self.tracing = False
@@ -131,20 +144,23 @@ class StepCounts(Counts):
         the device."""
         self.addresses: tuple[int, ...] = ()
         """Of all that a step reads and writes."""
+        self.is_split = False
+        """Whether padding lies between a row's tokens."""
 
     def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
-        self.longest, self.ahead = max(store.row_lengths), 0
+        self.longest, self.ahead, self.counter = max(store.seq_lengths), 0, store
         self.max_seq_len = store.num_provided
         super().write(store, num_q_heads, num_columns, columns)
         padded_to = max((row[-1].stop for row in columns.padding if row), default=0)
         windows = [layer.sliding_window for layer in self.exact if hasattr(layer, "sliding_window")]
         self.clear_from = padded_to + max(windows) if padded_to and windows else 0
-        self.steps = Steps(self.positions, self.positions, self.scratch, self.max_seq_len)
+        self.steps = Steps(self.positions, self.positions, self.scratch, store.most_held)
+        self.is_split = columns.is_split
         self.started = min(store.row_lengths) > 0  # a row without a token may be given padding
         stores = [layer.store for layer in self.layers if layer.is_initialized]
         held = [tensor for one in stores for tensor in one.tensors.values()]
         here = self.positions, self.scratch, self.num_columns, self.visible
-        self.addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), self.max_seq_len)
+        self.addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), store.most_held)
 
     @property
     def is_fixed_beside(self) -> bool:
@@ -154,6 +170,8 @@ class StepCounts(Counts):
             return True
         if any(layer.record_past or not getattr(layer, "is_full", True) for layer in self.exact):
             return False
+        if self.is_split and any(getattr(layer, "chunk", 0) for layer in self.exact):
+            return False  # chunks are counted in columns from a row's first token on
         return self.layers[-1].num_columns + self.ahead + 1 >= self.clear_from
 
     @property
@@ -198,13 +216,16 @@ class StepCounts(Counts):
         self.longest += ahead
 
     def make_room(self) -> None:
-        """Provides for one more token a row.  Raises ``ValueError`` where ``max_seq_len`` does not."""
+        """Provides for one more token a row.  Raises ``ValueError`` where ``max_seq_len`` does not, and for padding
+        between the tokens of a packed window."""
+        last = self.layers[-1]
+        if self.is_split and last.window:
+            last.columns.check_window(last.num_columns + self.ahead + 1, last.window)
         needed = self.longest + self.ahead + 1
         if needed <= self.max_seq_len:
             return
         self.settle()
         self.provide(needed)
-        last = self.layers[-1]
         self.write(last.store, last.num_q_heads, last.num_columns, last.columns)
 
     def provide(self, needed: int) -> None:
@@ -224,7 +245,7 @@ class StepCounts(Counts):
 
     def stepped(self) -> None:
         """Every layer has stored one more token a row."""
-        self.positions.add_(1)
+        self.counter.count_step(self.positions)
         self.num_columns.add_(1)
         if not self.tracing:
             self.ahead += 1

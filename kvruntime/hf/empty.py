@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache
-from kvruntime.hf.exact import ExactPart, Kind, packed_shapes
+from kvruntime.hf.exact import Kind, packed_shapes
 from kvruntime.hf.models import NAMES
 from kvruntime.hf.stepped import SteppedCache
-from kvruntime.methods import room_of
+from kvruntime.methods import has_steps
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
 from kvsim.methods import in_order
+from kvsim.methods.evict import windowed
+
+_TOLD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""What was said of a model's steps."""
 
 
 def empty_cache(
@@ -22,19 +28,26 @@ def empty_cache(
     """A cache of layers of ``kinds``, for :func:`attend_through`.
 
     Its decode steps are CUDA graphs where ``model`` lies on one GPU and its layers have such steps; elsewhere, and
-    where ``replays`` is false, the host plans them.
+    where ``replays`` is false, the host plans them.  Warns, once a model, where a GPU could have had graphs.
     """
-    devices, layer = devices_of(model), room_of(in_order(method, packed_shapes(kinds))[0]).layer
-    steps = (
-        replays
-        and not without_graphs(model, kinds)
-        and len(devices) == 1  # a graph is of one device
-        and steps_on(devices[0])
-        and layer.has_steps  # type: ignore[attr-defined]
-    )
-    if steps:
-        return SteppedCache(method, kinds if any(kind.keeps for kind in kinds) else len(kinds), max_seq_len)
-    return host_planned(method, kinds, max_seq_len)
+    devices = devices_of(model)
+    if not replays or not any(map(steps_on, devices)):
+        return host_planned(method, kinds, max_seq_len)
+    if without := without_graphs(model, method, kinds, devices):
+        _warn(model, without)
+        return host_planned(method, kinds, max_seq_len)
+    return SteppedCache(method, _layers(kinds), max_seq_len)
+
+
+def _warn(model: Any, without: str) -> None:
+    told = _TOLD.setdefault(model, set())
+    if without not in told:
+        told.add(without)
+        warnings.warn(
+            f"kvruntime: every decode step of {type(model).__name__} waits for the host: no CUDA graph holds {without}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def attend_through(cache: Cache, model: Any) -> None:
@@ -44,7 +57,12 @@ def attend_through(cache: Cache, model: Any) -> None:
 
 def host_planned(method: Method, kinds: Sequence[Kind], max_seq_len: int | None) -> Cache:
     """A cache whose every step the host plans, of layers of ``kinds``."""
-    return Cache(method, kinds if any(kind.keeps or kind.window for kind in kinds) else len(kinds), max_seq_len)
+    return Cache(method, _layers(kinds), max_seq_len)
+
+
+def _layers(kinds: Sequence[Kind]) -> int | Sequence[Kind]:
+    """``kinds``, or their number where all are full attention."""
+    return kinds if any(kind.keeps or kind.window for kind in kinds) else len(kinds)
 
 
 def devices_of(model: Any) -> list[str]:
@@ -57,16 +75,19 @@ def steps_on(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def without_graphs(model: Any, kinds: Sequence[Kind]) -> str:
-    """What of a model's layers no graph of a step can hold: packed windows, chunks, which are no windows, and those of
-    a pipeline's stage, whose first or last layer may be elsewhere."""
+def without_graphs(model: Any, method: Method, kinds: Sequence[Kind], devices: Sequence[str]) -> str:
+    """What no graph of a step can hold: layers on several devices, a pipeline's stage, whose first or last layer may be
+    elsewhere, and methods whose steps the host decides, alone or behind a packed window; empty where nothing."""
     if getattr(model, "_pp_stage", None) is not None:
         return "pipeline stages"
-    if any(kind.shape and kind.window for kind in kinds):
-        return "windows that are packed"
-    config = model.config.get_text_config(decoder=True)
-    chunked = getattr(config, "attention_chunk_size", None) and any(kind.keeps is ExactPart.WINDOW for kind in kinds)
-    return "chunked attention" if chunked else ""
+    if len(devices) > 1:
+        return f"layers on {' and '.join(devices)}"
+    windows = {kind.window for kind in kinds if kind.shape and kind.window}
+    for one in dict.fromkeys(in_order(method, packed_shapes(kinds))):
+        for each in [windowed(one, window) for window in windows] or [one]:
+            if not has_steps(each):
+                return each.name
+    return ""
 
 
 def without_steps(method: Method, kinds: Sequence[Kind]) -> str:

@@ -34,6 +34,8 @@ class Kind:
     keeps: ExactPart = ExactPart.NOTHING
     window: int = 0
     num_states: int = 0
+    chunked: bool = False
+    """Whether the window is a chunk: a query sees back to a multiple of ``window`` tokens."""
 
 
 PACKED = Kind()

@@ -29,7 +29,7 @@ class Lengths:
             else:
                 lengths.copy_(torch.tensor(rows, dtype=torch.int32))
             known[:] = rows
-        return Steps(lengths, lengths, scratch, store.num_provided)
+        return Steps(lengths, lengths, scratch, store.most_held)
 
     @property
     def nbytes(self) -> int:

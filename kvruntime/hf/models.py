@@ -161,7 +161,8 @@ def _kinds(name: str, config: Any) -> list[Kind]:
         elif type(layer) is DynamicSlidingWindowLayer:
             window = int(layer.sliding_window)
             if window_applies(window, config):
-                kinds.append(Kind(keeps=ExactPart.WINDOW, window=window))
+                chunked = getattr(config, "attention_chunk_size", None) == window
+                kinds.append(Kind(keeps=ExactPart.WINDOW, window=window, chunked=chunked))
             else:
                 kinds.append(Kind(shape=_shape(config)))
         elif type(layer) is LinearAttentionLayer:

@@ -118,9 +118,14 @@ class Columns:
             spans += padding_spans(row, start)
         return counts
 
+    @property
+    def is_split(self) -> bool:
+        """Whether padding lies between a row's tokens, or behind them."""
+        return any(len(row) > 1 or (row and row[0].start) for row in self.padding)
+
     def check_window(self, num_columns: int, window: int) -> None:
         """Raises ``ValueError`` where padding lies between tokens, so that a window of columns is none of tokens."""
-        if num_columns > window and any(len(row) > 1 or (row and row[0].start) for row in self.padding):
+        if num_columns > window and self.is_split:
             raise ValueError(
                 f"padding between tokens and a packed window of {window}: allowed is padding to the left of each row"
             )

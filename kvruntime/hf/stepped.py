@@ -33,6 +33,7 @@ from kvruntime.hf.graphs import Graphs
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer
 from kvsim.layout import LayerShape, Method
+from kvsim.methods.evict import windowed
 
 
 class SteppedLayer(CacheLayer):
@@ -86,7 +87,7 @@ class SteppedLayer(CacheLayer):
     def provide(self, key: Tensor, lengths: list[int] | None) -> None:
         """Makes room for what a forward brings, and for what is to be expected after it."""
         if self.forward.running:
-            needed = max(self.store.row_lengths) + (key.shape[2] if lengths is None else max(lengths))
+            needed = max(self.store.seq_lengths) + (key.shape[2] if lengths is None else max(lengths))
             padding = self.num_columns + key.shape[2] - needed
             with torch.inference_mode(False), torch.no_grad():
                 self.store.provide(self.counts.capacity(needed, padding))
@@ -133,7 +134,9 @@ class SteppedLayer(CacheLayer):
         if counts.started and query_length == 1 and self.forward.running:
             counts.make_room()
             return StepLength.of(counts, length), 0
-        return Length(length), 0
+        own = Length(length)
+        own.window = self.window
+        return own, 0
 
     def reset(self) -> None:
         self.counts.reset()
@@ -161,8 +164,8 @@ class SteppedWindow(WindowLayer):
     ``values`` are all but the first token.
     """
 
-    def __init__(self, window: int, counts: StepCounts) -> None:
-        self.counts = counts
+    def __init__(self, window: int, counts: StepCounts, chunked: bool = False) -> None:
+        self.counts, self.chunk = counts, window if chunked else 0
         self.rooms: dict[str, Tensor] = {}
         super().__init__(window)
 
@@ -217,7 +220,7 @@ class SteppedWindow(WindowLayer):
         if torch.compiler.is_compiling() or not self.counts.layers[-1].forward.running:
             return length, offset
         if query_length == 1 and self.counts.started and self.counts.is_fixed_beside:
-            return StepLength.of(self.counts, length), 0
+            return StepLength.of(self.counts, length, self.chunk), 0
         return length, offset
 
     def reset(self) -> None:
@@ -261,9 +264,11 @@ class SteppedCache(Cache):
     def _make_layer(self, kind: Kind, method: Method, is_last: bool = False) -> Any:
         more = method, self._books, self.max_seq_len, self.counts, is_last
         if kind is PACKED or not kind.keeps:
-            return SteppedLayer(*more)
+            layer = SteppedLayer(windowed(method, kind.window) if kind.window else method, *more[1:])
+            layer.window = kind.window or None
+            return layer
         if kind.keeps is ExactPart.WINDOW:
-            return SteppedWindow(kind.window, self.counts)
+            return SteppedWindow(kind.window, self.counts, kind.chunked)
         return made(kind) if kind.shape is None else SteppedHybrid(*more, kind.num_states)
 
     def hold(self) -> None:

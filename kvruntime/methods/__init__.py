@@ -81,6 +81,16 @@ def changes_scores(method: Method, device: torch.device) -> bool:
     return found
 
 
+def has_steps(method: Method) -> bool:
+    """Whether layers of ``method`` have a step that decides nothing on the host; of a wrapper a packed window alone,
+    where the method inside lets tokens go in a step."""
+    inner, window = getattr(method, "inner", None), getattr(method, "window", 0)
+    if inner is not None:
+        return bool(window) and bool(room_of(inner).layer.forgets_in_steps(inner, window))  # type: ignore[attr-defined]
+    found: bool = room_of(method).layer.has_steps  # type: ignore[attr-defined]
+    return found
+
+
 def shared_tensors(method: Method, shapes: Sequence[LayerShape], device: torch.device) -> Mapping[str, Tensor]:
     """The tensors that layers of ``shapes`` share under ``method`` on one device: made once a model."""
     return make_shared(method, shared_buffers(method, shapes), _making(method), device)
@@ -100,6 +110,7 @@ __all__ = [
     "Steps",
     "changes_scores",
     "check_runs",
+    "has_steps",
     "make_layer",
     "respelled",
     "room_of",

@@ -66,6 +66,28 @@ class Rows:
     has_steps = True
     """Whether :meth:`step` decides nothing on the host, so that a CUDA graph may hold it."""
 
+    @classmethod
+    def forgets_in_steps(cls, method: Any, window: int) -> bool:
+        """Whether a step that decides nothing on the host may let the oldest tokens go behind a packed ``window``."""
+        return False
+
+    def forget_in_step(self, limit: int, steps: Steps) -> None:
+        """After a step on CUDA: rows that hold ``limit`` tokens forget their :func:`kvsim.layout.leaving` oldest."""
+        raise ValueError(f"{self.method.name} has no step that forgets tokens")
+
+    def forgot(self, counts: Sequence[int]) -> None:
+        """Enters in the host's books how many tokens each row forgot in steps on a GPU."""
+        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+
+    @property
+    def most_held(self) -> int:
+        """Tokens that a row may hold in the buffers as they are: what a step plans for."""
+        return self.num_provided
+
+    def count_step(self, lengths: Tensor) -> None:
+        """Enters a step of one token a row in ``lengths [batch_size]``, the tokens held, where the device counts."""
+        lengths.add_(1)
+
     @property
     def prefers_steps(self) -> bool:
         """Whether :meth:`step` is the cheap way to one more token a row where the host plans every step."""

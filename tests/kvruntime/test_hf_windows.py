@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
@@ -13,7 +16,9 @@ from hf_models import DEVICE, GQA, prompt  # noqa: E402
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.engine import Engine  # noqa: E402
+from kvruntime.hf import empty  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
+from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.methods import make_layer  # noqa: E402
 from kvsim.engines import Kvruntime  # noqa: E402
 from kvsim.engines.kvruntime import LONG_WINDOW  # noqa: E402
@@ -55,7 +60,7 @@ def test_generation_is_stock(family, length):
     assert torch.equal(ours.sequences, stock.sequences)
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), atol=1e-4, rtol=1e-4)
     assert cache.get_seq_length() == length + 23
-    assert max(cache.stores[0].row_lengths) == min(length + 23, LONG_WINDOW + 1)
+    assert max(cache.stores[0].row_lengths) == min(length + 23, LONG_WINDOW)
 
 
 def test_chunks_and_single_tokens_are_stock():
@@ -113,6 +118,98 @@ def test_every_step_weighs_what_is_predicted(family, method):
         assert weigh(cache) == cache.nbytes == sum(predicted.values())
     assert Kvruntime().stored(read, method).name == f"window-1024({method.name})"
     assert Kvruntime().notes(read, method)[1].startswith("windows of 1,024 tokens are packed")
+
+
+@pytest.fixture
+def stepping(monkeypatch):
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_give_the_tokens_of_the_planned_cache(stepping, family):
+    """Ragged rows from before the window is full to where each has let tokens go several times, and a second turn."""
+    model, inputs, out = sliding(family), prompt(2, LONG_WINDOW - 30, (0, 9)), []
+    method = Kivi(8, residual_length=32, dtype="float32")
+    for compiled in (None, False):
+        cache = make_cache(model, method, compiled=compiled)
+        assert isinstance(cache, SteppedCache) == (compiled is None)
+        for more in (104, 6):
+            kept = inputs if more == 104 else {"attention_mask": torch.ones_like(ids)}
+            ids = inputs["input_ids"] if more == 104 else torch.cat([ids, inputs["input_ids"][:, :5]], 1)
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - LONG_WINDOW + 30), value=1)
+            given = {**kept, "input_ids": ids, "attention_mask": mask, "max_new_tokens": more, "do_sample": False}
+            ids = model.generate(**given, **argument(cache))
+        out.append(ids)
+        lengths = cache.stores[0].row_lengths
+        assert all(LONG_WINDOW <= length < LONG_WINDOW + 32 for length in lengths)
+        if compiled is None:
+            assert cache.counts.positions.tolist() == lengths
+            assert weigh(cache) - cache.step_nbytes == cache.nbytes
+    assert torch.equal(*out)
+
+
+def test_steps_forget_what_the_host_would():
+    """The kernels of a step and the host's layer, bit for bit: rows of which records leave, and one that is short."""
+    from kvruntime.methods.kivi import forget, step
+
+    torch.manual_seed(1)
+    method, window, shape, lengths = Kivi(2, 32, 64, dtype="float32"), 320, LayerShape(2, 64, 64), [382, 379, 60]
+    host = make_layer(windowed(method, window), shape, 3, None, torch.device("cpu"))
+    host.append(*torch.randn(2, 3, 2, 382, 64), lengths)
+    host.provide(400)
+    ours = make_layer(method, shape, 3, None, DEVICE)
+    ours.tensors = {name: tensor.to(DEVICE, copy=True) for name, tensor in host.tensors.items()}
+    positions = torch.tensor(host.row_lengths, dtype=torch.int32, device=DEVICE)
+    ticket, forgot = torch.zeros(3, dtype=torch.int32, device=DEVICE), 0
+    for _ in range(6):
+        before = host.row_lengths
+        key, value = torch.randn(2, 3, 2, 1, 64)
+        host.append(key, value)
+        query, key, value = (x.to(DEVICE) for x in (torch.randn(3, 4, 1, 64), key, value))
+        step.step(query, key, value, ours.stored(), ours.layout, positions, positions, ticket)
+        forget.forget(ours.stored(), ours.record, host.method.budget, 64, ticket)
+        host.count_step(positions)
+        forgot += sum(now < old for now, old in zip(host.row_lengths, before, strict=True))
+        assert positions.tolist() == host.row_lengths == ours.tensors["lengths"][0].tolist()
+        assert not ticket.any()
+        for name, tensor in host.tensors.items():
+            assert torch.equal(tensor.view(torch.uint8), ours.tensors[name].cpu().view(torch.uint8)), name
+    assert forgot == 2
+    books = copy.deepcopy(host)
+    for count in (1, 63, 64, 150):
+        books.advance(count)
+        for _ in range(count):
+            host.append(*torch.randn(2, 3, 2, 1, 64))
+        assert books.inner.row_packed == host.inner.row_packed
+        assert (books.row_lengths, books.seen) == (host.row_lengths, host.seen)
+
+
+def test_padding_between_tokens_of_a_window_is_refused_in_steps(stepping):
+    model, cache = sliding("Mistral"), None
+    cache = make_cache(model, "kivi", nbits=8)
+    mask = torch.ones(1, LONG_WINDOW - 1, dtype=torch.long, device=DEVICE)
+    mask[:, 10:12] = 0
+    with torch.no_grad():
+        model(prompt(1, LONG_WINDOW - 1)["input_ids"], attention_mask=mask, **argument(cache))
+        for turn in range(2):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            step = {"input_ids": mask[:, :1], "attention_mask": mask, **argument(cache)}
+            if turn:
+                with pytest.raises(ValueError, match="padding between tokens and a packed window of 1024"):
+                    model(**step)
+            else:
+                model(**step)
+
+
+def test_what_waits_for_the_host_is_said_once(stepping):
+    model = sliding("Mistral")
+    with pytest.warns(RuntimeWarning, match=r"no CUDA graph holds window-1024\(fp32\)"):
+        assert not isinstance(make_cache(model, "fp32"), SteppedCache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_cache(model, "fp32")
+        make_cache(model, "kivi")
+        make_cache(model, "int8", compiled=False)
 
 
 def test_what_a_packed_window_refuses():

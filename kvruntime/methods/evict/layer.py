@@ -49,6 +49,8 @@ class EvictLayer(Rows):
         self.inner = make(method.inner, shape, batch_size, None, torch.device(device), shared)
         method.check_runs()
         self.block = method.block
+        self.steps_alone = bool(method.window) and self.inner.forgets_in_steps(method.inner, method.window)
+        """Whether :meth:`step` decides nothing on the host."""
         self.seen = [0] * batch_size
         self.newest = [0] * batch_size
         """Tokens at a row's end that came one after the other."""
@@ -125,7 +127,14 @@ class EvictLayer(Rows):
                 if scores is not None and count:
                     self._add(row, scores[:, last - skip - count : last - skip])
             self.newest = [n + count for n, count in zip(self.newest, mine, strict=True)]
+        if self.method.window and any(leaving := self._leaving(self.inner.row_lengths)):
+            self.inner.forget(leaving, 0)
         self._mirror()
+
+    def _leaving(self, lengths: list[int]) -> list[int]:
+        """Of rows of ``lengths`` tokens, how many leave behind a window, so that each has room for one more."""
+        budget = self.method.budget or 0
+        return [max(0, (n - budget) // self.block + 1) * self.block for n in lengths]
 
     def _step(self, budget: int) -> int:
         """Tokens that may come at a time where others leave for them: few of those among which scores choose, and over
@@ -262,8 +271,48 @@ class EvictLayer(Rows):
         rotary: tuple[Tensor, Tensor] | None = None,
         scores: Scores = PLAIN,
     ) -> Tensor:
-        """Not to be had: who leaves is decided on the host."""
-        raise ValueError(f"{self.method.name} has no step that decides nothing on the host")
+        """One decode step over a packed window with nothing decided on the host: the inner layer's, then the oldest
+        tokens leave where the next one would find no room.  On CUDA the host's books stay behind until :meth:`advance`.
+
+        Raises ``ValueError`` where who leaves is decided on the host, and for rotary embeddings.
+        """
+        if not self.steps_alone or rotary is not None:
+            raise ValueError(f"{self.method.name} has no step that decides nothing on the host")
+        if not key.is_cuda:
+            self.append(key, value)
+            return self.attend(query, scale, scores=scores)
+        scores = scores._replace(window=self.method.window)
+        out: Tensor = self.inner.step(query, key, value, scale, steps, scores=scores)
+        self.inner.forget_in_step(self.method.budget, steps)
+        return out
+
+    @property
+    def prefers_steps(self) -> bool:
+        """Where the inner layer does, over a packed window."""
+        return self.steps_alone and bool(self.inner.prefers_steps)
+
+    @property
+    def most_held(self) -> int:
+        """That of the inner layer."""
+        return int(self.inner.most_held)
+
+    def scratch(self, num_q_heads: int) -> Tensor:
+        """That of the inner layer."""
+        out: Tensor = self.inner.scratch(num_q_heads)
+        return out
+
+    def count_step(self, lengths: Tensor) -> None:
+        """Enters a step in ``lengths``, from which go the tokens that left."""
+        lengths.add_(1)
+        if self.method.window:
+            lengths.sub_((lengths >= self.method.budget) * self.block)
+
+    def advance(self, num_steps: int) -> None:
+        """Enters steps of one token a row, and what left meanwhile, in the host's books."""
+        self.seen, self.newest = ([n + num_steps for n in each] for each in (self.seen, self.newest))
+        self.inner.advance(num_steps)
+        self.inner.forgot(self._leaving(self.inner.row_lengths))
+        self._mirror()
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """What is kept of a row, read back."""

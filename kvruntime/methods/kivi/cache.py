@@ -304,6 +304,22 @@ class KiviLayer(Rows):
         self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
         self._write_lengths([packed - count for packed, count in zip(self.row_packed, counts, strict=True)])
 
+    @classmethod
+    def forgets_in_steps(cls, method: Any, window: int) -> bool:
+        """Where a ring holds a record, and a row that has just forgotten still has one: what its channels weigh stays."""
+        return method.record_length <= method.residual_length <= window - method.record_length
+
+    def forget_in_step(self, limit: int, steps: Steps) -> None:
+        """On CUDA, rows that hold ``limit`` tokens forget the residual's number of their oldest; the host's books stay
+        behind until :meth:`forgot`."""
+        count = self.method.leaving(self.method.sink_length)
+        _kernels("forget").forget(self.stored(), self.record, limit, count, steps.scratch[: self.batch_size])
+
+    def forgot(self, counts: Sequence[int]) -> None:
+        """Enters in the host's books what rows forgot in steps on a GPU."""
+        self.row_packed = [packed - count for packed, count in zip(self.row_packed, counts, strict=True)]
+        super().forgot(counts)
+
     def drop(self, blocks: Sequence[Tensor | None], sink: int) -> None:
         """Forgets of row b the ``blocks[b] [num_kv_heads, n]``, every head its own: whole records, packed already.
 
