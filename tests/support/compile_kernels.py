@@ -31,7 +31,7 @@ from kvruntime.kernels import gated, merge, rotary, slots
 from kvruntime.kernels import prompt as prompts
 from kvruntime.kernels import rms_norm as norms
 from kvruntime.methods.full import decode
-from kvruntime.methods.kivi import append, attention, paged_kernels, step, words
+from kvruntime.methods.kivi import append, attention, forget, paged_kernels, step, words
 from kvruntime.methods.kivi import pack as quantize
 from kvruntime.methods.token import attention as token
 from kvruntime.methods.token import fast as token_fast
@@ -635,6 +635,16 @@ def rotate_token(name: str, sm: int) -> dict[str, int]:
     return resources(token.rotate_kernel, types, constants, sm, 1, enable_fp_fusion=False)
 
 
+def leave(name: str, sm: int) -> dict[str, int]:
+    """Records that leave a packed window in a step."""
+    record = METHODS[name][0].record(LayerShape(8, METHODS[name][1], METHODS[name][1]))
+    words = 8 * record.num_words
+    constants = {"WORDS": words, "MOVE": 2, "RECORD": record.num_tokens, "CHUNKS": -(-words // forget.WORDS)}
+    types = arguments(forget.forget_kernel, "i32", packed_ptr="*i32", ticket_ptr="*i32", lengths_ptr="*i32")
+    constants |= {"BLOCK": forget.WORDS, "AT_ONCE": forget.AT_ONCE}
+    return resources(forget.forget_kernel, types, constants, sm, 4)
+
+
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
@@ -655,6 +665,7 @@ ENGINE = {
     attend_full_pool: FULL_POOLS,
     attend_full_scores: FULL_POOLS,
     attend_scores: CHANGED,
+    leave: {name: METHODS[name] for name in ("2-bit g64 d128",)},
     prompt: WHOLE,
     prompt_masked: FULL_POOLS,
     append_full_pool: FULL_POOLS,

@@ -43,6 +43,7 @@ def forget_kernel(records_ptr, lengths_ptr, packed_ptr, ticket_ptr, limit, num_r
             tl.debug_barrier()  # what is written now, other threads of the program have read
             tl.store(records_ptr + place, held, mask=there)
             tl.debug_barrier()
+        tl.debug_barrier()
         seen = tl.atomic_add(ticket_ptr + row, 1)  # counts may change only when all have read them
         if seen == MOVE * CHUNKS - 1:
             tl.store(lengths_ptr + row, length - MOVE * RECORD)
