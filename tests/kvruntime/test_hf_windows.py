@@ -133,12 +133,11 @@ def test_steps_give_the_tokens_of_the_planned_cache(stepping, family):
     for compiled in (None, False):
         cache = make_cache(model, method, compiled=compiled)
         assert isinstance(cache, SteppedCache) == (compiled is None)
+        ids = inputs["input_ids"]
         for more in (104, 6):
-            kept = inputs if more == 104 else {"attention_mask": torch.ones_like(ids)}
-            ids = inputs["input_ids"] if more == 104 else torch.cat([ids, inputs["input_ids"][:, :5]], 1)
             mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - LONG_WINDOW + 30), value=1)
-            given = {**kept, "input_ids": ids, "attention_mask": mask, "max_new_tokens": more, "do_sample": False}
-            ids = model.generate(**given, **argument(cache))
+            given = {"attention_mask": mask, "max_new_tokens": more, "do_sample": False, **argument(cache)}
+            ids = torch.cat([model.generate(ids, **given), inputs["input_ids"][:, :5]], 1)
         out.append(ids)
         lengths = cache.stores[0].row_lengths
         assert all(LONG_WINDOW <= length < LONG_WINDOW + 32 for length in lengths)

@@ -10,6 +10,7 @@ attending apart, as it did before packed windows had a step.  A line of JSON eac
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def measure(model, what, size, make, text):
         return
     row = {"model": what, "cache": text, "size": size, "prefill_seconds": times[0]}
     row["ms_a_step"] = 1e3 * (times[LONG - 1] - times[SHORT - 1]) / (LONG - SHORT)
-    row["slowest_ms"] = 1e3 * max(b - a for a, b in zip(times, times[1:], strict=False))
+    row["slowest_ms"] = 1e3 * max(after - before for before, after in pairwise(times))
     if isinstance(cache, kvruntime.Cache):
         held = size[1] + LONG - 1
         said = Kvruntime().parts(Model.from_config(model.config.to_dict()), cache.method, size[0], held)
@@ -92,7 +93,6 @@ for what, (name, options) in {"mistral": ("MistralConfig", MISTRAL), "llama 4": 
     write(model=what, built=time.perf_counter() - start)
     warm = torch.randint(3, 32000, (8, 64)).cuda()
     model.generate(warm, max_new_tokens=8, do_sample=False, **argument(kvruntime.make_cache(model, "kivi", nbits=2)))
-    for size in ((8, 16384), (1, 16384)) if what == "mistral" else ((4, 4096),):
-        ways(model, what, size)
+    ways(model, what, (8, 16384) if what == "mistral" else (4, 4096))
     del model
     torch.cuda.empty_cache()

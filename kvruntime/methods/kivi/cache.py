@@ -306,7 +306,7 @@ class KiviLayer(Rows):
 
     @classmethod
     def forgets_in_steps(cls, method: Any, window: int) -> bool:
-        """Where a ring holds a record, and a row that has just forgotten still has one: what its channels weigh stays."""
+        """Where a ring holds a record, and a row that has just forgotten still has one: its order of channels stays."""
         return method.record_length <= method.residual_length <= window - method.record_length
 
     def forget_in_step(self, limit: int, steps: Steps) -> None:
