@@ -75,10 +75,6 @@ class Rows:
         """After a step on CUDA: rows that hold ``limit`` tokens forget their :func:`kvsim.layout.leaving` oldest."""
         raise ValueError(f"{self.method.name} has no step that forgets tokens")
 
-    def forgot(self, counts: Sequence[int]) -> None:
-        """Enters in the host's books how many tokens each row forgot in steps on a GPU."""
-        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
-
     @property
     def most_held(self) -> int:
         """Tokens that a row may hold in the buffers as they are: what a step plans for."""
@@ -238,6 +234,10 @@ class Rows:
     def advance(self, num_steps: int) -> None:
         """Enters steps of one token a row in the host's books, which steps on a GPU left behind."""
         self.row_lengths = [length + num_steps for length in self.row_lengths]
+
+    def forgot(self, counts: Sequence[int]) -> None:
+        """Enters in the host's books how many tokens each row forgot in steps on a GPU."""
+        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
 
     def catch_up(self, lengths: Tensor) -> None:
         """Takes the rows' lengths from the device, where steps have left the host's books behind."""

@@ -1,10 +1,11 @@
 """Stock ``generate()`` of models whose layers slide or are chunked: how steps ran before they were graphs, and since.
 
-    python packed-windows.py OUT.json [SECONDS]
+    python packed-windows.py OUT.json METHOD [SECONDS]
 
 Random weights, greedy, one call a cache: milliseconds a step from the 8th to the 72nd new token, what the first step of
 a capture takes, bytes of the cache and those that kvsim says.  ``append, attend``: the host plans a step's storing and
-attending apart, as it did before packed windows had a step.  A line of JSON each; SECONDS: after which nothing begins.
+attending apart, as it did before packed windows had a step.  A line of JSON each.  METHOD: as
+``kvsim --method`` takes it; SECONDS: after which nothing begins.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,8 +23,9 @@ import kvruntime
 from kvruntime.bench.generate.suite import LONG, SHORT, Clock
 from kvruntime.hf.cache import argument
 from kvruntime.methods.evict.layer import EvictLayer
-from kvsim.engines import Kvruntime
+from kvsim.engines import make_engine
 from kvsim.models.model import Model
+from kvsim.specs import parse_method
 
 MISTRAL = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -33,8 +36,10 @@ LLAMA4 = {
     "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
     "num_local_experts": 4, "attention_chunk_size": 2048, "max_position_embeddings": 32768,
 }  # fmt: skip
-out, seconds = Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 3600.0
-start, rows = time.perf_counter(), []
+out, method = Path(sys.argv[1]), parse_method(sys.argv[2], {}, "bfloat16")
+seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 3600.0
+start = time.perf_counter()
+rows: list[dict[str, Any]] = []
 
 
 def write(**row):
@@ -65,7 +70,7 @@ def measure(model, what, size, make, text):
     row["slowest_ms"] = 1e3 * max(after - before for before, after in pairwise(times))
     if isinstance(cache, kvruntime.Cache):
         held = size[1] + LONG - 1
-        said = Kvruntime().parts(Model.from_config(model.config.to_dict()), cache.method, size[0], held)
+        said = make_engine("kvruntime").parts(Model.from_config(model.config.to_dict()), cache.method, size[0], held)
         row |= {"nbytes": cache.nbytes, "kvsim_nbytes": sum(said.values()), "steps": getattr(cache, "steps", "planned")}
         row |= {"provided": cache.num_provided, "step_nbytes": cache.step_nbytes}
     else:
@@ -75,24 +80,23 @@ def measure(model, what, size, make, text):
 
 def planned(model):
     EvictLayer.prefers_steps = property(lambda self: False)
-    return kvruntime.make_cache(model, "kivi", nbits=2, group_size=64, residual_length=64, compiled=False)
+    return kvruntime.make_cache(model, method, compiled=False)
 
 
 def ways(model, what, size):
     steps = EvictLayer.prefers_steps
-    options = {"nbits": 2, "group_size": 64, "residual_length": 64}
-    measure(model, what, size, lambda: kvruntime.make_cache(model, "kivi", **options), "kivi, graph")
+    measure(model, what, size, lambda: kvruntime.make_cache(model, method), "graph")
     measure(model, what, size, lambda: DynamicCache(config=model.config), "DynamicCache")
-    measure(model, what, size, lambda: planned(model), "kivi, append, attend")
+    measure(model, what, size, lambda: planned(model), "append, attend")
     EvictLayer.prefers_steps = steps
-    measure(model, what, size, lambda: kvruntime.make_cache(model, "kivi", **options, compiled=False), "kivi, planned")
+    measure(model, what, size, lambda: kvruntime.make_cache(model, method, compiled=False), "planned")
 
 
 for what, (name, options) in {"mistral": ("MistralConfig", MISTRAL), "llama 4": ("Llama4TextConfig", LLAMA4)}.items():
     model = build(name, options)
     write(model=what, built=time.perf_counter() - start)
     warm = torch.randint(3, 32000, (8, 64)).cuda()
-    model.generate(warm, max_new_tokens=8, do_sample=False, **argument(kvruntime.make_cache(model, "kivi", nbits=2)))
+    model.generate(warm, max_new_tokens=8, do_sample=False, **argument(kvruntime.make_cache(model, method)))
     ways(model, what, (8, 16384) if what == "mistral" else (4, 4096))
     del model
     torch.cuda.empty_cache()
