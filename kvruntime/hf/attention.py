@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -96,6 +97,9 @@ class Switch:
         cache = _given((), given.get("model_kwargs", {}))
         if cache is not None and "max_cache_length" in given:
             cache.expect(int(given["max_cache_length"]))
+        if cache is not None:
+            columns = getattr(given.get("generation_config"), "_mask_length", None) or 0
+            cache.begin(given.get("generation_mode") == GenerationMode.ASSISTED_GENERATION, columns)
         return out
 
     def on(self, cache: Cache) -> None:

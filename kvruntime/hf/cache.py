@@ -518,6 +518,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     """
 
     layers: list[Any]
+    recorded_drafts = False
+    """Whether ``generate()`` had windows and states record what could come back, for drafts."""
+    prompt_columns = 0
+    """Columns of the prompt that ``generate()`` was last given, by its mask; 0 where it did not say."""
 
     def __init__(self, method: Method, layers: int | Sequence[Kind], max_seq_len: int | None = None) -> None:
         self.method, self.max_seq_len = method, max_seq_len
@@ -588,6 +592,16 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def let_go(self) -> None:
         """It ended."""
+
+    def begin(self, drafts: bool, prompt_columns: int) -> None:
+        """``generate()`` begins, with ``drafts`` or without: for these it has windows and states record what could come
+        back, and never ends that."""
+        self.prompt_columns = prompt_columns
+        records = [layer for layer in self.layers if getattr(layer, "record_past", False)]
+        if self.recorded_drafts and not drafts:
+            for layer in records:
+                exact.stop_recording(layer)
+        self.recorded_drafts = drafts and (self.recorded_drafts or not records)
 
     def expect(self, num_columns: int) -> None:
         """Columns that ``generate()`` may need: this cache grows as tokens come."""

@@ -164,15 +164,23 @@ class StepCounts(Counts):
 
     @property
     def is_fixed_beside(self) -> bool:
-        """Whether what lies beside the packed layers stays where it is: windows are full, of tokens alone, and nothing
-        records what could come back."""
+        """Whether what lies beside the packed layers stays where it is."""
+        return not self.moves_beside
+
+    @property
+    def moves_beside(self) -> str:
+        """Why what lies beside the packed layers does not stay where it is, or is no window of tokens alone, in words;
+        empty where it does."""
         if not self.exact:
-            return True
-        if any(layer.record_past or not getattr(layer, "is_full", True) for layer in self.exact):
-            return False
+            return ""
+        if any(layer.record_past for layer in self.exact):
+            return "while windows and states record what could come back"
+        if not all(getattr(layer, "is_full", True) for layer in self.exact):
+            return "until windows are full"
         if self.is_split and any(getattr(layer, "chunk", 0) for layer in self.exact):
-            return False  # chunks are counted in columns from a row's first token on
-        return self.layers[-1].num_columns + self.ahead + 1 >= self.clear_from
+            return "with padding between tokens, which chunks count"
+        cleared = self.layers[-1].num_columns + self.ahead + 1 >= self.clear_from
+        return "" if cleared else "until windows have let go of padding"
 
     @property
     def addresses_beside(self) -> tuple[int, ...]:

@@ -133,6 +133,17 @@ def check_crop(layer: Any, tokens_to_remove: int) -> None:
             raise ValueError("cannot crop: a state has let go of them, call activate_past_recording() before they come")
 
 
+def stop_recording(layer: Any) -> None:
+    """Lets go of what a layer recorded so that it could come back, and of the memory that held it."""
+    if not getattr(layer, "record_past", False):
+        return
+    crop(layer, 0)
+    layer.record_past = False
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        held = layer.conv_states
+        held.update({index: state.clone() for index, state in held.items() if state is not None})
+
+
 def crop(layer: Any, tokens_to_remove: int) -> None:
     """Takes tokens back after :func:`check_crop`; what was recorded meanwhile is let go."""
     if isinstance(layer, WindowLayer) and layer.is_initialized and (tokens_to_remove or layer.record_past):

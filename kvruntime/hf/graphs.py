@@ -122,7 +122,7 @@ class Graphs:
             return f"plain, {self.failed}"
         if self.held is not None:
             return "CUDA graph"
-        return "plain so far" if self.counts.is_fixed_beside else "plain until windows are full"
+        return f"plain {self.counts.moves_beside or 'so far'}"
 
     def run(self, model: Any, own: Callable[[Any], bool], forward: Any, args: Any, kwargs: Any) -> Any:
         """``forward(*args, **kwargs)``, or the replay of a step that is like it."""

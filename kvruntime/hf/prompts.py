@@ -80,6 +80,8 @@ class MethodWrapper:
             if given.get("is_first_iteration", True):
                 self._begin(cache, given["input_ids"], more, given.get("generation_config"))
             return self.original(*args, **kwargs)
+        if given.get("is_first_iteration") and kwargs.get("next_sequence_length") is None:
+            kwargs |= self._after_held(cache, given.get("input_ids"), given.get("attention_mask"), more)
         out = self.original(*args, **kwargs)
         if out.get(CACHE) is None and out.get("use_cache") is not False:
             cache.reset()  # the model computes the whole sequence anew, without its cache; 5.17 slices it all the same
@@ -90,6 +92,16 @@ class MethodWrapper:
         if ids is not None and self.seen.knows(cache):
             self.seen.put(cache, ids)
         return out
+
+    def _after_held(self, cache: Cache, ids: Tensor | None, mask: Tensor | None, more: dict[str, Any]) -> dict[str, Any]:
+        """What assisted decoding leaves out of its first call: that a used cache holds the sequence's beginning."""
+        held = cache.get_seq_length()
+        if ids is None or not held or more.get("inputs_embeds") is not None:
+            return {}
+        if ids.shape[1] < (cache.prompt_columns if mask is None else mask.shape[1]):
+            return {}  # its end alone
+        self.seen.check(cache, ids)
+        return {"next_sequence_length": ids.shape[1] - held}
 
     def _begin(self, cache: Cache, ids: Tensor, more: dict[str, Any], config: Any) -> None:
         """Of a call of ``generate()``: its ids are the whole sequence, or its end where the mask is longer."""

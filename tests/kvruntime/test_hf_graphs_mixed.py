@@ -180,3 +180,26 @@ def test_a_capture_that_fails_leaves_the_books_alone(family, monkeypatch):
             replay(model, cache, ids[:, 20:21], torch.full((2, 1), 20, device=DEVICE))
     cache.graphs.took_back()
     assert model(ids[:, 20:21], **argument(cache)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["Gemma 3", "LFM2"])
+def test_steps_after_drafts_are_graphs_again(family):
+    """``generate()`` has windows and convolutions record what drafts may take back, and never ends that."""
+    model, inputs, out = mixed(family), prompt(1, WINDOW + 4), []
+    method = Kivi(nbits=8, residual_length=96, dtype="float32")
+    for compiled in (None, False):
+        cache, ids = make_cache(model, method, compiled=compiled), inputs["input_ids"]
+        for options in ({"prompt_lookup_num_tokens": 3}, {}, {"prompt_lookup_num_tokens": 3}, {}):
+            given = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **argument(cache), **options}
+            ids = torch.cat([model.generate(ids, **given), inputs["input_ids"][:, :4]], 1)
+            assert any(layer.record_past for layer in cache.layers if hasattr(layer, "record_past")) == bool(options)
+            if compiled is None and options:
+                assert "record what could come back" in repr(cache)
+            elif compiled is None:
+                assert cache.counts.is_fixed_beside
+                assert weigh(cache) - cache.step_nbytes == cache.nbytes
+        out.append(ids)
+    assert torch.equal(*out)
+    cache.layers[0].activate_past_recording()  # a caller's own stays
+    model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, **argument(cache))
+    assert cache.layers[0].record_past
