@@ -8,7 +8,7 @@ tensor as ``torch.empty`` would make it.  Nothing here knows any method, model o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -55,7 +55,8 @@ class LayerShape:
     ``window`` is the number of newest tokens that the layer still needs (``None``: all of them), ``stride`` the
     number of tokens that share one entry (compressed attention; an unfilled block has none).  ``kind`` labels the
     stream: ``full``, ``sliding``, ``chunked``, ``mla``, ``compressed``, ``indexer`` ...; empty means ``sliding``
-    where there is a window, ``compressed`` where there is a stride, else ``full``.
+    where there is a window, ``compressed`` where there is a stride, else ``full``.  ``rope``: of a key of kind ``mla``
+    the channels of the rotary key behind the latent; 0 where nobody says.
     """
 
     num_kv_heads: int
@@ -64,6 +65,7 @@ class LayerShape:
     window: int | None = None
     stride: int = 1
     kind: str = ""
+    rope: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if not self.kind:

@@ -22,6 +22,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from kvruntime.hf import latents
 from kvruntime.hf.cache import UNCOMPILED, Cache, CacheLayer, Length, PendingUpdate
 from kvruntime.hf.counts import StepLength
 from kvruntime.hf.graphs import GraphForward
@@ -175,6 +176,7 @@ def _attach(model: Any) -> None:
         setattr(one, MASKS, switch.create_masks)
         if one is model and switch.prepares is not None:
             setattr(one, PREPARES, switch.prepare_cache)
+    latents.attach(model)
     watch(model)
 
 
@@ -198,6 +200,8 @@ def restore(model: Any) -> None:
         if isinstance(replayed := module.__dict__.get("forward"), GraphForward):
             replayed.take_back()
         let_go(module)
+        for inside in latents.modules(module):
+            latents.let_go(inside)
         switch._put_back()
 
 
@@ -253,8 +257,11 @@ def attention(
     _refuse(module, query, key.shape[2], dropout, kwargs, key.layer.window)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None and layer.takes_mask(attention_mask):
-        layer.num_q_heads = query.shape[1]
-        return layer.step(query, fresh_key, fresh_value, scale, key.steps, scores).transpose(1, 2), None
+        layer.num_q_heads, plain = query.shape[1], query.shape[3] - fresh_value.shape[3]
+        query = latents.absorbed(module, query, layer) if layer.kind else query
+        out = layer.step(query, fresh_key, fresh_value, scale, key.steps, scores)
+        out = latents.projected(module, out, layer, plain) if layer.kind else out
+        return out.transpose(1, 2), None
     run = _uncompiled if torch.compiler.is_compiling() else _attend
     return run(module, layer, query, fresh_key, fresh_value, attention_mask, scale, scores), None
 
@@ -308,18 +315,21 @@ def _attend(
     if layer.window:
         layer.columns.check_window(layer.num_columns + length, layer.window)
     if not layer.num_columns:
+        key, value = latents.expanded(module, fresh_key, fresh_value) if layer.kind else (fresh_key, fresh_value)
         if layer.window and length > layer.window:
             attention_mask = _within(attention_mask, length, layer.window, query.device)
         if scores.is_plain:
-            out, _ = sdpa_attention_forward(module, query, fresh_key, fresh_value, attention_mask, scaling=scale)
+            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale)
         else:
-            out = _changed(query, fresh_key, fresh_value, attention_mask, scale, scores)
+            out = _changed(query, key, value, attention_mask, scale, scores)
         order = layer.order(attention_mask)
         queries = _ordered(query, order) if layer.store.wants_query else None
         layer.append_first(_ordered(fresh_key, order), _ordered(fresh_value, order), lengths, queries)
         return out
     if layer.held is not None:
         layer.held.store()  # a model that runs a layer twice reads what it stored
+    plain = query.shape[3] - fresh_value.shape[3]
+    query = latents.absorbed(module, query, layer) if layer.kind else query
     if length == 1 and lengths is None and layer.store.prefers_steps:
         out = layer.advance(query, fresh_key, fresh_value, scale, scores)
     elif length == 1:
@@ -331,6 +341,7 @@ def _attend(
         out = layer.attend(query, scale, (fresh_key, fresh_value, lengths), scores)
         layer.append(fresh_key, fresh_value, lengths, query)
         out = _ordered(out, None if order is None else order.argsort(1))
+    out = latents.projected(module, out, layer, plain) if layer.kind else out
     return out.transpose(1, 2).contiguous()
 
 

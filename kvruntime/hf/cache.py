@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any, NamedTuple, NoReturn
 
@@ -209,6 +210,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     steps: Steps | None = None
     window: int | None = None
     """Tokens that a query sees, where the layer packs a window."""
+    kind = ""
+    """Of what a token brings: ``mla`` where that is a latent and a rotary key."""
     scale: float | None = None
     """What the model's attention scales scores by, once it was seen."""
     held: AppendQueue | None = None
@@ -259,13 +262,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         _refuse_assignment(to)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        shape = self._shape_of(key_states, value_states)
         batch_size, device = key_states.shape[0], key_states.device
         with torch.inference_mode(False):  # tensors made under inference_mode could not be written outside it
             self.make_store(shape, batch_size, device)
 
     def make_store(self, shape: LayerShape, batch_size: int, device: torch.device) -> None:
         """Makes the kvruntime layer, beside the tensors that all layers share on this device."""
+        shape = replace(shape, kind=self.kind)
         self.shape, held = shape, stored_shape(self.method, shape)
         self.is_filled = held != shape
         shared, num_layers = self.shared.of(self.method, held, device), self.shared.num_layers
@@ -306,7 +310,7 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
     def _accept(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the store at first, and raises ``ValueError`` for tokens that are none of the sequence held."""
         batch_size = key_states.shape[0]
-        shape = LayerShape(key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        shape = self._shape_of(key_states, value_states)
         same = self.is_initialized and (self.store.batch_size, self.shape) == (batch_size, shape)
         same = same and self.store.device == key_states.device
         if not self.is_initialized or not (self.num_columns or same):
@@ -321,6 +325,9 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             names = [str(dtype).removeprefix("torch.") for dtype in (key_states.dtype, self.dtype)]
             raise ValueError(f"tokens of {names[0]} for a cache that was given {names[1]}: reset() it")
         self.dtype = key_states.dtype
+
+    def _shape_of(self, key: Tensor, value: Tensor) -> LayerShape:
+        return LayerShape(key.shape[1], key.shape[3], value.shape[3], kind=self.kind)
 
     def settle(self) -> None:
         """Brings the host's books up to date, where steps on the device leave them behind: here they never are."""
@@ -384,6 +391,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"{self.method.name} does not attend with sinks or softcaps on {query.device.type}")
         if fresh is not None:
             fresh = (*self._filled(*fresh[:2]), fresh[2])
+        if self.kind:  # a query of latents comes as they are stored
+            return self.store.attend(query, scale, fresh, **more)
         query = filled(query, self.store.shape.key_dim)
         out = self.store.attend(query, scale, fresh, **more)
         return out[..., : self.shape.value_dim]
@@ -416,13 +425,14 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
             with torch.inference_mode(False), torch.no_grad():
                 store.provide(needed)
         if self.is_filled:
-            query, (key, value) = filled(query, store.shape.key_dim), self._filled(key, value)
+            query = query if self.kind else filled(query, store.shape.key_dim)
+            key, value = self._filled(key, value)
         out = store.step(query, key, value, scale, self.lengths.before(store, query.shape[1]), scores=scores)
         if store.device.type == "cuda":  # elsewhere a step keeps the books
             store.advance(1)
         self.num_columns += 1
         self.pending = False
-        return out[..., : self.shape.value_dim] if self.is_filled else out
+        return out[..., : self.shape.value_dim] if self.is_filled and not self.kind else out
 
     def get_seq_length(self) -> int:
         return self.num_columns
@@ -460,6 +470,13 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         raise ValueError("the layers of a kvruntime cache change together: call this on the cache, not on its layer")
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _together
+
+
+def told(layer: Any, kind: Kind) -> Any:
+    """``layer``, told what ``kind`` says of it."""
+    layer.window = kind.window or None
+    layer.kind = kind.shape.kind if kind.shape is not None and kind.shape.kind != "full" else ""
+    return layer
 
 
 _pend_uncompiled = torch.compiler.disable(CacheLayer.pend, reason=UNCOMPILED)
@@ -549,8 +566,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def _make_layer(self, kind: Kind, method: Method) -> Any:
         if not kind.keeps:
             layer = CacheLayer(windowed(method, kind.window) if kind.window else method, self._books, self.max_seq_len)
-            layer.window = kind.window or None
-            return layer
+            return told(layer, kind)
         if kind.shape is None:
             return exact.made(kind)
         return HybridLayer(method, self._books, self.max_seq_len, kind.num_states)

@@ -57,7 +57,9 @@ def compress(
         if wanted != [bool(kind.shape) for kind in kinds]:
             raise ValueError(f"the cache is not one of {type(model).__name__}: its layers are of other kinds")
         refuse_scores(model, method)
-        kinds = [replace(kind, chunked=theirs.chunked) for kind, theirs in zip(kinds, own, strict=True)]
+        for index, theirs in enumerate(own):
+            shape = theirs.shape if theirs.shape and theirs.shape.kind != "full" else kinds[index].shape
+            kinds[index] = replace(kinds[index], chunked=theirs.chunked, shape=shape)
         out = empty_cache(model, method, kinds, max_seq_len)
         attend_through(out, model)
     else:

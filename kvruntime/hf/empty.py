@@ -62,7 +62,10 @@ def host_planned(method: Method, kinds: Sequence[Kind], max_seq_len: int | None)
 
 def _layers(kinds: Sequence[Kind]) -> int | Sequence[Kind]:
     """``kinds``, or their number where all are full attention."""
-    return kinds if any(kind.keeps or kind.window for kind in kinds) else len(kinds)
+    plain = all(
+        not kind.keeps and not kind.window and (kind.shape is None or kind.shape.kind == "full") for kind in kinds
+    )
+    return len(kinds) if plain else kinds
 
 
 def devices_of(model: Any) -> list[str]:
@@ -96,5 +99,7 @@ def without_steps(method: Method, kinds: Sequence[Kind]) -> str:
     others = sorted({NAMES.get(kind.keeps, "layers without a cache") for kind in kinds if kind.keeps})
     if any(kind.shape and kind.window for kind in kinds):
         others.append("windows that are packed")
+    if any(kind.shape and kind.shape.kind != "full" for kind in kinds):
+        others.append("multi-head latent attention")
     odd = [kind.shape for kind in kinds if kind.shape and stored_shape(method, kind.shape) != kind.shape]
     return " and ".join(others) or (f"heads of {odd[0].key_dim}" if odd else "")

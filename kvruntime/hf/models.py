@@ -20,15 +20,15 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from kvruntime.hf import latents
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
-from kvruntime.methods import changes_scores
+from kvruntime.methods import changes_scores, holds_latents
 from kvsim.engines.kvruntime import LONG_WINDOW
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import METHODS, make_method
 from kvsim.specs import parse_method
 
 REFUSED_KEYS = {
-    "kv_lora_rank": "multi-head latent attention",
     "is_encoder_decoder": "an encoder-decoder",
     "add_cross_attention": "cross-attention",
     "cross_attention_layers": "cross-attention",
@@ -60,6 +60,8 @@ def layer_kinds(model: Any) -> list[Kind]:
     for key, meaning in REFUSED_KEYS.items():
         if getattr(config, key, None):
             raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {getattr(config, key)})")
+    if getattr(config, "kv_lora_rank", None) and (why := latents.unsupported(model, config)):
+        raise ValueError(f"{name} is not supported: {why}")
     _refuse_cross_attention(model, name, config)
     _refuse_other_sinks(model, name)
     kinds = _long_windows(_kinds(name, config), config)
@@ -83,6 +85,8 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     """
     name, kinds = type(model).__name__, layer_kinds(model)
     for kind in kinds:
+        if kind.shape and kind.shape.kind == latents.KIND:
+            raise ValueError(f"{name} is not supported here: multi-head latent attention")
         if kind.keeps or kind.window:
             kept = kind.keeps or ExactPart.WINDOW
             raise ValueError(f"{name} is not supported here: {NAMES.get(kept, 'layers without a cache')}")
@@ -137,6 +141,13 @@ def changed_scores(model: Any) -> str:
 
 def refuse_scores(model: Any, method: Method) -> None:
     """Raises ``ValueError`` where ``method`` does not attend as ``model`` does on its device."""
+    rank = getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None)
+    if rank and not holds_latents(method, model.device):
+        raise ValueError(
+            f"{type(model).__name__} is not supported: multi-head latent attention (config key kv_lora_rank = {rank}), "
+            f"whose latents {method.name} does not hold on {model.device.type}: allowed are methods that code every "
+            "token alone in whole bits, such as int8, int4 and turboquant"
+        )
     changed = changed_scores(model)
     if changed and not changes_scores(method, model.device):
         name, device = type(model).__name__, model.device.type
@@ -189,6 +200,8 @@ def _long_windows(kinds: list[Kind], config: Any) -> list[Kind]:
 
 def _shape(config: Any) -> LayerShape:
     """Of a full-attention layer, as the config says it: what a layer really brings is checked when it comes."""
+    if getattr(config, "kv_lora_rank", None):
+        return latents.shape(config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head_dim = getattr(config, "global_head_dim", None) or head_dim

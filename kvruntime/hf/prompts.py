@@ -93,7 +93,9 @@ class MethodWrapper:
             self.seen.put(cache, ids)
         return out
 
-    def _after_held(self, cache: Cache, ids: Tensor | None, mask: Tensor | None, more: dict[str, Any]) -> dict[str, Any]:
+    def _after_held(
+        self, cache: Cache, ids: Tensor | None, mask: Tensor | None, more: dict[str, Any]
+    ) -> dict[str, Any]:
         """What assisted decoding leaves out of its first call: that a used cache holds the sequence's beginning."""
         held = cache.get_seq_length()
         if ids is None or not held or more.get("inputs_embeds") is not None:

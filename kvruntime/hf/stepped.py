@@ -26,6 +26,7 @@ from kvruntime.hf.cache import (
     Length,
     PendingUpdate,
     filled,
+    told,
 )
 from kvruntime.hf.counts import StepCounts, StepLength
 from kvruntime.hf.exact import PACKED, ExactPart, Kind, WindowLayer, made
@@ -104,9 +105,10 @@ class SteppedLayer(CacheLayer):
     ) -> Tensor:
         if self.is_filled:
             shape = self.store.shape
-            query, key, value = filled(query, shape.key_dim), filled(key, shape.key_dim), filled(value, shape.value_dim)
+            query = query if self.kind else filled(query, shape.key_dim)
+            key, value = filled(key, shape.key_dim), filled(value, shape.value_dim)
         out = self.store.step(query, key, value, scale, steps.steps, scores=scores)
-        if self.is_filled:
+        if self.is_filled and not self.kind:
             assert self.shape is not None
             out = out[..., : self.shape.value_dim]
         self.pending = False
@@ -264,9 +266,8 @@ class SteppedCache(Cache):
     def _make_layer(self, kind: Kind, method: Method, is_last: bool = False) -> Any:
         more = method, self._books, self.max_seq_len, self.counts, is_last
         if kind is PACKED or not kind.keeps:
-            layer = SteppedLayer(windowed(method, kind.window) if kind.window else method, *more[1:])
-            layer.window = kind.window or None
-            return layer
+            method = windowed(method, kind.window) if kind.window else method
+            return told(SteppedLayer(method, *more[1:]), kind)
         if kind.keeps is ExactPart.WINDOW:
             return SteppedWindow(kind.window, self.counts, kind.chunked)
         return made(kind) if kind.shape is None else SteppedHybrid(*more, kind.num_states)

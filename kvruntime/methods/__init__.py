@@ -81,6 +81,12 @@ def changes_scores(method: Method, device: torch.device) -> bool:
     return found
 
 
+def holds_latents(method: Method, device: torch.device) -> bool:
+    """Whether layers of ``method`` attend on ``device`` to latents of MLA; no wrapper's do."""
+    found: bool = room_of(method).layer.holds_latents(method, device)  # type: ignore[attr-defined]
+    return found
+
+
 def has_steps(method: Method) -> bool:
     """Whether layers of ``method`` have a step that decides nothing on the host; of a wrapper a packed window alone,
     where the method inside lets tokens go in a step."""
@@ -111,6 +117,7 @@ __all__ = [
     "changes_scores",
     "check_runs",
     "has_steps",
+    "holds_latents",
     "make_layer",
     "respelled",
     "room_of",

@@ -67,6 +67,11 @@ class Rows:
     """Whether :meth:`step` decides nothing on the host, so that a CUDA graph may hold it."""
 
     @classmethod
+    def holds_latents(cls, method: Any, device: torch.device) -> bool:
+        """Whether layers of ``method`` attend on ``device`` to latents of MLA, shapes of the kind ``mla``."""
+        return False
+
+    @classmethod
     def forgets_in_steps(cls, method: Any, window: int) -> bool:
         """Whether a step that decides nothing on the host may let the oldest tokens go behind a packed ``window``."""
         return False

@@ -77,10 +77,13 @@ def check_mix(mix: LayerMix) -> None:
 
 
 def stored_shape(method: Method, layer: LayerShape) -> LayerShape:
-    """``layer`` as kvruntime stores it: heads filled up with zeros to what the method packs."""
+    """``layer`` as kvruntime stores it: heads filled up with zeros to what the method packs; of MLA the latent as a key
+    and the rotary key beside it as a value."""
     inner = getattr(method, "inner", None)
     if inner is not None:
         return stored_shape(inner, layer)
+    if layer.kind == "mla" and not layer.value_dim:
+        layer = replace(layer, key_dim=layer.key_dim - layer.rope, value_dim=layer.rope)
     multiple = getattr(method, "head_multiple", 1)
     key_dim, value_dim = (-(-dim // multiple) * multiple for dim in (layer.key_dim, layer.value_dim))
     return (
@@ -148,7 +151,11 @@ class Kvruntime(Engine):
             least = f"{LONG_WINDOW:,} tokens and more"
             raise ValueError(f"kvruntime packs full attention, or alone windows of {least}: this model has none")
         for layer in packed:
-            if not layer.value_dim or layer.stride > 1:
+            if layer.kind == "mla" and layer.rope:
+                if not getattr(method, "latents", False):
+                    allowed = ", ".join(name for name in names() if getattr(METHODS[name](), "latents", False))
+                    raise ValueError(f"kvruntime does not hold latents under {method.name}: allowed are {allowed}")
+            elif not layer.value_dim or layer.stride > 1:
                 raise ValueError(f"kvruntime packs full-attention layers only, not {layer.kind} ones")
         for _, chosen in placed(method, packed):
             check_runs(chosen)

@@ -49,6 +49,8 @@ class PerTokenHead:
 
     tokens_alone = True
     kvruntime = True
+    latents = True
+    """kvruntime stores latents of MLA under it, and the rotary keys beside them with scales of their own."""
     head_multiple = 16
 
     def check_runs(self) -> None:
@@ -121,6 +123,8 @@ class TurboQuant:
 
     tokens_alone = True
     kvruntime = True
+    latents = True
+    """kvruntime stores latents of MLA under it, and the rotary keys beside them with scales of their own."""
     head_multiple = 64
 
     def __post_init__(self) -> None:

@@ -220,7 +220,8 @@ class Latent:
             else rank_label,
         }
         label = "mla" if window is None else "sliding"
-        main = (LayerShape(1, rank + (rope if self.rotary else 0), 0, window=window, kind=label),) if self.own else ()
+        rope = rope if self.rotary else 0
+        main = (LayerShape(1, rank + rope, 0, window=window, kind=label, rope=rope),) if self.own else ()
         return (*main, self.index(body)) if self.indexer else main
 
     def index(self, body: Body) -> LayerShape:

@@ -278,7 +278,7 @@ class _Reader:
             "num_kv_heads": f"{self.arch}.attention.kv_lora_rank",
             "head_dim": f"{self.arch}.attention.kv_lora_rank + rope.dimension_count",
         }
-        out: list[LayerShape | StateShape] = [LayerShape(1, rank + rope, 0, kind="mla")]
+        out: list[LayerShape | StateShape] = [LayerShape(1, rank + rope, 0, kind="mla", rope=rope)]
         if any(name.startswith("indexer.") for name in block):
             out.append(LayerShape(1, self.count("index", "attention.indexer.key_length"), 0, kind="indexer"))
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_latents import LATENTS
 from hf_mixed import MIXED
 from hf_models import MODELS
 from hf_refused import REFUSED, refused_table
@@ -11,8 +12,8 @@ from hf_vision import VISIONS
 def counts() -> str:
     """One sentence."""
     return (
-        f"{len(MODELS) + len(MIXED)} families: {len(MODELS)} of full attention alone and {len(MIXED)} that mix layers "
-        f"or change scores; {len(VISIONS)} vision-language classes; {len(REFUSED)} kinds that are refused by name."
+        f"{len(MODELS) + len(MIXED) + len(LATENTS)} families: {len(MODELS)} of full attention alone, {len(MIXED)} that "
+        f"mix layers or change scores and {len(LATENTS)} of latents; {len(VISIONS)} vision-language classes; {len(REFUSED)} kinds that are refused by name."
     )
 
 
@@ -23,6 +24,9 @@ def table() -> str:
         lines.append(f"| {family} | `{config_class.removesuffix('Config')}` | every layer: {note} | |")
     for family, (config_class, _, packed, exact) in MIXED.items():
         lines.append(f"| {family} | `{config_class.removesuffix('Config')}` | {packed} | {exact} |")
+    for family, (config_class, _, note) in LATENTS.items():
+        name = config_class.removesuffix("Config")
+        lines.append(f"| {family} | `{name}` | every layer's latents and rotary keys; {note} | |")
     for family, (kind, arguments, _, _) in VISIONS.items():
         slides = arguments["text_config"].get("layer_types")
         packed = "the text part's full attention" if slides else "the text part, every layer"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvruntime.kernels.reference import PLAIN, Scores, embedded
 from kvruntime.methods.rows import Fresh, Rows, Steps
-from kvruntime.methods.token import reference
+from kvruntime.methods.token import latent_reference, reference
 from kvsim.layout import LayerShape
 
 FORMATS = {"int8": "int8", "int4": "int4", "fp8": "e4m3", "fp8-e5m2": "e5m2"}
@@ -37,6 +37,8 @@ class TokenLayer(Rows):
             what = what if shape.window is None else f"window of {shape.window} tokens"
             raise ValueError(f"{method.name} holds full-attention layers only, not a {what}")
         self.layout = layout_of(method, shape)
+        self.is_latent = shape.kind == "mla"
+        """Whether keys are latents of MLA, which are values too, and values the rotary keys beside them."""
         streams = ((self.layout.key, shape.key_dim), (self.layout.value, shape.value_dim))
         self._shared_names = [f"signs_{dim}" for _, dim in streams]
         self._shared_names += [f"lookup_{dim}_{coding.removeprefix('lloyd')}bit" for coding, dim in streams]
@@ -59,6 +61,12 @@ class TokenLayer(Rows):
     def changes_scores(cls, device: torch.device) -> bool:
         """Whether ``attend`` takes sinks and softcaps there: the reference does, the kernels do not."""
         return device.type != "cuda"
+
+    @classmethod
+    def holds_latents(cls, method: Any, device: torch.device) -> bool:
+        """Whether layers of ``method`` attend to latents there: everywhere in PyTorch, on a GPU those that the kernel
+        reads."""
+        return device.type != "cuda" or _kernels("latent").supports(layout_of(method, LayerShape(1, 16, 16)))
 
     def stored(self, lengths: Tensor | None = None) -> reference.Stored:
         """What the kernels are told that this layer holds; ``lengths``: those on the device, where steps count."""
@@ -102,6 +110,10 @@ class TokenLayer(Rows):
         if fresh is not None:
             counts = [length] * self.batch_size if fresh[2] is None else fresh[2]
             new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
+        if self.is_latent:
+            if query.is_cuda and new is None:
+                return self._latent(query, self.stored(), scale, max(self.row_lengths), stepped=False)
+            return latent_reference.attend(query, self.stored(), self.layout, scale, new, scores=scores)
         if query.is_cuda:
             out: Tensor = _kernels("attention").attend(
                 query, self.stored(), self.layout, scale, new, num_tokens=max(self.row_lengths)
@@ -135,10 +147,17 @@ class TokenLayer(Rows):
             return self.attend(query, scale, scores=scores)
         self._check(scores, query.device)
         stored = self.stored(steps.lengths)
+        if self.is_latent:
+            _kernels("store").step(key, key, value, stored, self.layout, steps.positions)
+            return self._latent(query, stored, scale, steps.num_tokens, stepped=True)
         turned = _kernels("store").step(query, key, value, stored, self.layout, steps.positions, rotary)
         out: Tensor = _kernels("attention").attend(
             query, stored, self.layout, scale, stepped=True, num_tokens=steps.num_tokens, turned=turned
         )
+        return out
+
+    def _latent(self, query: Tensor, stored: reference.Stored, scale: float, num_tokens: int, stepped: bool) -> Tensor:
+        out: Tensor = _kernels("latent").attend(query, stored, self.layout, scale, stepped, num_tokens)
         return out
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
