@@ -2,9 +2,9 @@
 them.
 
 transformers' classes give a cache the latents and the rotary keys, then expand all that it gives back to every head's
-keys and values (``expand_kv``).  With a kvruntime cache ``expand_kv`` hands its arguments on, and the attention function
-takes the expansion into the query and the output instead: ``kv_b_proj`` is one matrix a head for keys and one for values,
-``q (W_k c) = (q W_k) c`` and ``sum p (W_v c) = W_v (sum p c)``.
+keys and values (``expand_kv``).  With a kvruntime cache ``expand_kv`` hands its arguments on, and the attention
+function takes the expansion into the query and the output instead: ``kv_b_proj`` is a matrix a head for keys and one
+for values, ``q (W_k c) = (q W_k) c`` and ``sum p (W_v c) = W_v (sum p c)``.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ families = pytest.mark.parametrize("family", LATENTS)
 @pytest.mark.parametrize("name", ["int8", "turboquant"])
 @torch.no_grad()
 def test_attention_is_stock_over_what_is_stored(family, name):
-    """After a prompt and chunks: the model's own attention over the latents read back, in a stock cache.  A single token
-    is stored before it attends, so that it sees itself as coded.  All that is held is what kvsim says."""
+    """After a prompt and chunks: the model's own attention over the latents read back, in a stock cache.  A single
+    token is stored before it attends, so that it sees itself as coded.  All that is held is what kvsim says."""
     model, method, ids = latent(family), METHODS[name], prompt(2, 300)["input_ids"]
     read = Model.from_config(model.config.to_dict())
     cache, held = make_cache(model, method, compiled=False), 0

@@ -24,7 +24,7 @@ MLA = {
     "n_group": 1,
     "topk_group": 1,
     "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1,
+    "first_k_dense_replace": 2,
 }
 
 LATENTS: dict[str, tuple[str, dict[str, object], str]] = {

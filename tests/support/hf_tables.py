@@ -13,7 +13,8 @@ def counts() -> str:
     """One sentence."""
     return (
         f"{len(MODELS) + len(MIXED) + len(LATENTS)} families: {len(MODELS)} of full attention alone, {len(MIXED)} that "
-        f"mix layers or change scores and {len(LATENTS)} of latents; {len(VISIONS)} vision-language classes; {len(REFUSED)} kinds that are refused by name."
+        f"mix layers or change scores and {len(LATENTS)} of latents; {len(VISIONS)} vision-language classes; "
+        f"{len(REFUSED)} kinds that are refused by name."
     )
 
 

@@ -4,9 +4,9 @@ keys or values are ever made.
 A token leaves a latent, which is key and value of every query head, and a rotary key beside it, each coded with a scale
 of its own: the layer's ``key`` and ``value`` streams.  A query is the latent's part and the rotary part one behind the
 other, ``[batch_size, num_q_heads, L, rank + rope]``, and the output ``[batch_size, num_q_heads, L, rank]`` is a sum of
-latents.  :mod:`kvruntime.methods.token.latent_reference` says what that means.  Here it is one launch over the bytes, and
-the merge of its parts: a tile of latents is read and decoded once, for scores and sums, in float16 unless the query is
-float32.
+latents.  :mod:`kvruntime.methods.token.latent_reference` says what that means.  Here it is one launch over the bytes,
+and the merge of its parts: a tile of latents is read and decoded once, for scores and sums, in float16 unless the query
+is float32.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def latent_kernel(query_ptr, codes_ptr, scale_ptr, rope_codes_ptr, rope_scale_pt
                   LEVELS: tl.constexpr, ROPE_LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
                   BLOCK_M: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr, MORE: tl.constexpr,
                   STAGES: tl.constexpr):  # fmt: skip
-    """One split of a row's tokens for ``BLOCK_M`` query heads.  ``MORE``: tokens that a row holds besides those that its
-    length counts."""
+    """One split of a row's tokens for ``BLOCK_M`` query heads.  ``MORE``: tokens that a row holds besides those that
+    its length counts."""
     FIELDS: tl.constexpr = 8 // NBITS
     split = tl.program_id(0)
     row = tl.program_id(1)
@@ -174,7 +174,8 @@ def attend(
         query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.lengths, partial, lse,
         scale * LOG2E, *query.stride()[:2], slots, heads, splits, RANK=rank, ROPE=rope, CODING=coding, NBITS=nbits,
         LEVELS=magnitudes(rank, nbits) if lloyd else (), ROPE_LEVELS=magnitudes(rope, nbits) if lloyd else (),
-        BLOCK_R=max(16, triton.next_power_of_2(rank * nbits // 8)), BLOCK_P=max(16, triton.next_power_of_2(rope * nbits // 8)),
+        BLOCK_R=max(16, triton.next_power_of_2(rank * nbits // 8)),
+        BLOCK_P=max(16, triton.next_power_of_2(rope * nbits // 8)),
         BLOCK_M=BLOCK_M, TILE=tile, DOT=tl.float32 if wide else tl.float16, MORE=int(stepped), STAGES=1 if wide else 2,
         enable_fp_fusion=True, num_warps=8,
     )  # fmt: skip

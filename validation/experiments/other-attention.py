@@ -1,11 +1,11 @@
-"""Stock ``generate()`` of models whose layers slide or are chunked: how steps ran before they were graphs, and since.
+"""Stock ``generate()`` of models whose layers slide, are chunked or keep latents: before steps were graphs, and since.
 
-    python packed-windows.py OUT.json METHOD [SECONDS]
+    python other-attention.py OUT.json METHOD [SECONDS] [MODEL ...]
 
 Random weights, greedy, one call a cache: milliseconds a step from the 8th to the 72nd new token, what the first step of
 a capture takes, bytes of the cache and those that kvsim says.  ``append, attend``: the host plans a step's storing and
 attending apart, as it did before packed windows had a step.  A line of JSON each.  METHOD: as
-``kvsim --method`` takes it; SECONDS: after which nothing begins.
+``kvsim --method`` takes it; SECONDS: after which nothing begins; MODEL: of ``MODELS``, all by default.
 """
 
 import json
@@ -36,6 +36,18 @@ LLAMA4 = {
     "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
     "num_local_experts": 4, "attention_chunk_size": 2048, "max_position_embeddings": 32768,
 }  # fmt: skip
+DEEPSEEK = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512,
+    "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "n_shared_experts": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+MODELS = {
+    "mistral-7b-v0.1": ("MistralConfig", MISTRAL, (8, 16384)),
+    "llama-4, 8 layers": ("Llama4TextConfig", LLAMA4, (4, 4096)),
+    "deepseek-v2-lite, 8 experts": ("DeepseekV3Config", DEEPSEEK, (8, 8192)),
+}
 out, method = Path(sys.argv[1]), parse_method(sys.argv[2], {}, "bfloat16")
 seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 3600.0
 start = time.perf_counter()
@@ -84,19 +96,22 @@ def planned(model):
 
 
 def ways(model, what, size):
-    steps = EvictLayer.prefers_steps
+    steps = EvictLayer.__dict__.get("prefers_steps") if hasattr(model.config, "sliding_window") else None
     measure(model, what, size, lambda: kvruntime.make_cache(model, method), "graph")
     measure(model, what, size, lambda: DynamicCache(config=model.config), "DynamicCache")
-    measure(model, what, size, lambda: planned(model), "append, attend")
-    EvictLayer.prefers_steps = steps
+    if steps is not None:
+        measure(model, what, size, lambda: planned(model), "append, attend")
+        EvictLayer.prefers_steps = steps
     measure(model, what, size, lambda: kvruntime.make_cache(model, method, compiled=False), "planned")
 
 
-for what, (name, options) in {"mistral": ("MistralConfig", MISTRAL), "llama 4": ("Llama4TextConfig", LLAMA4)}.items():
+for what, (name, options, size) in MODELS.items():
+    if sys.argv[4:] and not any(what.startswith(word) for word in sys.argv[4:]):
+        continue
     model = build(name, options)
-    write(model=what, built=time.perf_counter() - start)
+    write(model=what, method=method.name, built=time.perf_counter() - start)
     warm = torch.randint(3, 32000, (8, 64)).cuda()
     model.generate(warm, max_new_tokens=8, do_sample=False, **argument(kvruntime.make_cache(model, method)))
-    ways(model, what, (8, 16384) if what == "mistral" else (4, 4096))
+    ways(model, what, size)
     del model
     torch.cuda.empty_cache()
