@@ -30,7 +30,7 @@ MLA = {
 LATENTS: dict[str, tuple[str, dict[str, object], str]] = {
     "DeepSeek-V2": ("DeepseekV2Config", MLA, "DeepSeek-V2 and its Lite"),
     "DeepSeek-V3": ("DeepseekV3Config", MLA, "DeepSeek-V3, R1, Kimi K2"),
-    "GLM-4.7-Flash": ("Glm4MoeLiteConfig", MLA, "GLM-4.7-Flash"),
+    "GLM-4.7-Flash": ("Glm4MoeLiteConfig", {**MLA, "mlp_layer_types": ["dense", "dense"]}, "GLM-4.7-Flash"),
     "Youtu": ("YoutuConfig", MLA, "Youtu-LLM"),
 }
 """Family -> (transformers config class, its arguments, which models)."""
