@@ -23,8 +23,8 @@ KIND = "mla"
 """The kind of a latent's shape: keys are latents, values the rotary keys beside them."""
 
 
-class Unexpanded:
-    """A module's ``expand_kv``, which hands on what a kvruntime cache gave."""
+class LatentExpansion:
+    """A module's ``expand_kv``: what a kvruntime cache gave is handed on, all else expanded."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -43,13 +43,13 @@ def modules(model: Any) -> Iterator[Any]:
 def attach(model: Any) -> None:
     """Lets ``model``'s attention be given latents."""
     for module in modules(model):
-        if not isinstance(module.__dict__.get("expand_kv"), Unexpanded):
-            module.expand_kv = Unexpanded(module.expand_kv)
+        if not isinstance(module.__dict__.get("expand_kv"), LatentExpansion):
+            module.expand_kv = LatentExpansion(module.expand_kv)
 
 
 def let_go(module: Any) -> None:
     """Takes back what :func:`attach` did to a module."""
-    if isinstance(module.__dict__.get("expand_kv"), Unexpanded):
+    if isinstance(module.__dict__.get("expand_kv"), LatentExpansion):
         del module.expand_kv
 
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 from kvruntime.hf import latents
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.methods import changes_scores, holds_latents
-from kvsim.engines.kvruntime import LONG_WINDOW
+from kvsim.engines.kvruntime import LONG_WINDOW, latent_names
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import METHODS, make_method
 from kvsim.specs import parse_method
@@ -145,8 +145,7 @@ def refuse_scores(model: Any, method: Method) -> None:
     if rank and not holds_latents(method, model.device):
         raise ValueError(
             f"{type(model).__name__} is not supported: multi-head latent attention (config key kv_lora_rank = {rank}), "
-            f"whose latents {method.name} does not hold on {model.device.type}: allowed are methods that code every "
-            "token alone in whole bits, such as int8, int4 and turboquant"
+            f"whose latents {method.name} does not hold on {model.device.type}: allowed are {', '.join(latent_names())}"
         )
     changed = changed_scores(model)
     if changed and not changes_scores(method, model.device):

@@ -105,6 +105,11 @@ def names() -> list[str]:
     return [name for name, make in METHODS.items() if stored(make())]
 
 
+def latent_names() -> list[str]:
+    """Those of methods that store latents of MLA."""
+    return [name for name in names() if getattr(METHODS[name](), "latents", False)]
+
+
 @dataclass(frozen=True)
 class Kvruntime(Engine):
     """``max_seq_len``: tokens a row to allocate for at once; 0 grows in blocks of 256.  ``steps``: how a token is
@@ -153,7 +158,7 @@ class Kvruntime(Engine):
         for layer in packed:
             if layer.kind == "mla" and layer.rope:
                 if not getattr(method, "latents", False):
-                    allowed = ", ".join(name for name in names() if getattr(METHODS[name](), "latents", False))
+                    allowed = ", ".join(latent_names())
                     raise ValueError(f"kvruntime does not hold latents under {method.name}: allowed are {allowed}")
             elif not layer.value_dim or layer.stride > 1:
                 raise ValueError(f"kvruntime packs full-attention layers only, not {layer.kind} ones")
