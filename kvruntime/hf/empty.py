@@ -87,7 +87,8 @@ def without_graphs(model: Any, method: Method, kinds: Sequence[Kind], devices: S
         return f"layers on {' and '.join(devices)}"
     windows = {kind.window for kind in kinds if kind.shape and kind.window}
     for one in dict.fromkeys(in_order(method, packed_shapes(kinds))):
-        for each in [windowed(one, window) for window in windows] or [one]:
+        behind: list[Method] = [windowed(one, window) for window in windows]
+        for each in behind or [one]:
             if not has_steps(each):
                 return each.name
     return ""

@@ -25,7 +25,7 @@ from kvruntime.hf.exact import EMPTY, ExactPart, Kind
 from kvruntime.methods import changes_scores, holds_latents
 from kvsim.engines.kvruntime import LONG_WINDOW, latent_names
 from kvsim.layout import LayerShape, Method
-from kvsim.methods import METHODS, make_method
+from kvsim.methods import METHODS, in_order, make_method
 from kvsim.specs import parse_method
 
 REFUSED_KEYS = {
@@ -141,8 +141,10 @@ def changed_scores(model: Any) -> str:
 
 def refuse_scores(model: Any, method: Method) -> None:
     """Raises ``ValueError`` where ``method`` does not attend as ``model`` does on its device."""
-    rank = getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None)
-    if rank and not holds_latents(method, model.device):
+    config = model.config.get_text_config(decoder=True)
+    rank = getattr(config, "kv_lora_rank", None)
+    chosen = in_order(method, [latents.shape(config)] * config.num_hidden_layers) if rank else []
+    if not all(holds_latents(one, model.device) for one in chosen):
         raise ValueError(
             f"{type(model).__name__} is not supported: multi-head latent attention (config key kv_lora_rank = {rank}), "
             f"whose latents {method.name} does not hold on {model.device.type}: allowed are {', '.join(latent_names())}"
