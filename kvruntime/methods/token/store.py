@@ -388,10 +388,10 @@ def step_kernel(
     query_ptr, key_ptr, value_ptr, turned_ptr, cos_ptr, sin_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr,
     value_scale_ptr, key_signs_ptr, value_signs_ptr, lengths_ptr, positions_ptr, table_ptr, stride_qb, stride_qh,
     stride_kb, stride_kh, stride_vb, stride_vh, stride_xb, stride_xh, stride_xt, stride_sb, stride_sh, stride_st,
-    stride_yb, stride_yh, stride_yt, stride_zb, stride_zh, stride_zt, num_blocks, NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr,
-    KEY_CODING: tl.constexpr, VALUE_CODING: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr,
-    ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
+    stride_yb, stride_yh, stride_yt, stride_zb, stride_zh, stride_zt, num_blocks,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_CODING: tl.constexpr, VALUE_CODING: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr,
+    CORRECTED: tl.constexpr, BLOCK_Q: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """The new token of a row and head; the second plane of the grid stores values, the third, where there is one,
     rotates queries to ``turned_ptr [rows, heads, DIM]``.  Strides as ``append_kernel``'s."""
