@@ -62,10 +62,7 @@ PROGRAMS_PER_SM = {True: 16, False: 10}
 """Programs of one warp a multiprocessor, as the splits are planned: of codes of four bits at most, and of others."""
 LARGE_TILE, LARGE_PROGRAMS = 64, 6
 """Those of few queries a row over fp8."""
-FEW_ROWS, FEW_TOKENS = 16, 65536
-FEW_PROGRAMS = 16
-"""Of so few rows times key/value heads, of no more tokens each, programs a multiprocessor at most."""
-MERGED_VALUES = 1024
+MERGED_VALUES = 2048
 """Of a warp of a merge, at most four.  More warps are slower: the next layer's attention finds fewer registers."""
 
 
@@ -457,7 +454,7 @@ def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
 def plan_warps(parts: int, dim: int) -> int:
     """Of a program that merges so many parts of ``dim`` channels and rotates them.
 
-    >>> plan_warps(2, 128), plan_warps(16, 128), plan_warps(128, 128)
+    >>> plan_warps(2, 128), plan_warps(32, 128), plan_warps(128, 128)
     (1, 2, 4)
     """
     return max(1, min(4, parts * dim // MERGED_VALUES))
@@ -519,7 +516,6 @@ def attend(
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
         at_once = LARGE_PROGRAMS if tile == LARGE_TILE else PROGRAMS_PER_SM[few_bits(layout)]
         at_once = fast.plan(layout).programs if quick else at_once
-        at_once = min(at_once, FEW_PROGRAMS) if rows * blocks <= FEW_ROWS and longest <= FEW_TOKENS else at_once
         splits = plan_splits(rows * blocks, longest, fast.plan(layout).tile if quick else tile, sms * at_once)
     merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)

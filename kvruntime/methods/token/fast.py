@@ -642,7 +642,7 @@ class Plan(NamedTuple):
 
 PLANS = {
     "lloyd2": Plan(128, 2, 255, 8),
-    "lloyd3": Plan(64, 3, 168, 12),
+    "lloyd3": Plan(64, 3, 168, 8),
     "lloyd4": Plan(64, 2, 216, 8),
     "int4": Plan(128, 2, 255, 6),
     "int8": Plan(64, 2, 255, 6),
