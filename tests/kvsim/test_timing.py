@@ -465,7 +465,7 @@ def test_stock_generate_waits_for_the_host() -> None:
     assert step(gpt2, 8, 512).seconds.value == pytest.approx(seen.seconds.value)
     assert seen.seconds.value == pytest.approx(6.6e-3, rel=0.1)  # validation/results/generate, its second call
     assert new.seconds.value - seen.seconds.value == pytest.approx(0.046, rel=0.1)
-    assert step(LLAMA, 1, 512).seconds.value / LLAMA.num_blocks > 1.5 * seen.seconds.value / gpt2.num_blocks
+    assert step(LLAMA, 1, 512).seconds.value / LLAMA.num_blocks > 1.3 * seen.seconds.value / gpt2.num_blocks
     static = step(LLAMA, 8, 16384, cache_implementation="static")
     shared = LLAMA.num_q_heads // LLAMA.cache_layers[0].num_kv_heads
     once = decode_step(LLAMA, FP16, h200, 8, 16384, Serving(engine="kvruntime")).parts["kv"]

@@ -152,14 +152,15 @@ def short_generate(rows: Sequence[Row]) -> str:
     body = []
     for group in engine_report.groups(found, "generate"):
         for batch_size, num_tokens in dict.fromkeys((row["batch_size"], row["num_tokens"]) for row in group):
-            size = f"{group[0]['model']} {batch_size} x {kernel_report.size(num_tokens)}"
+            name = group[0]["model"] + ("" if group[0]["weights"].startswith("random") else ", real weights,")
+            size = f"{name} {batch_size} x {kernel_report.size(num_tokens)}"
             body.append([size, *(generate_cell(name, batch_size, num_tokens, group) for name in names)])
     return compact(["ms a step, batch x prompt", *names], body, left=(0,)) if body else ""
 
 
 def is_ours(row: Row) -> bool:
     """Whether a row of ``generate`` is of one of this package's caches."""
-    return row["method"] not in generate_report.STOCK
+    return row["method"] not in generate_report.STOCK and row.get("package") not in generate_report.QUANTIZED
 
 
 def generate_cell(name: str, batch_size: int, num_tokens: int, group: Sequence[Row]) -> str:

@@ -17,9 +17,8 @@ from kvsim.methods import kivi_boost
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "validation" / "results" / "generate" / "nvidia-h200.json"
 PICTURE = ROOT / "docs" / "step-time.svg"
-MODEL = "llama-3-8b"
-SHOWN = ((1, 32768), (8, 16384), (64, 512))
-"""Batch and tokens of the prompt, a group of bars each."""
+SHOWN = (("llama-3-8b", 1, 32768), ("llama-3.2-1b", 8, 16384), ("llama-3.2-1b", 1, 4096))
+"""Model, batch and tokens of the prompt, a group of bars each."""
 CACHES = (
     ("transformers-dynamic", "", "DynamicCache, second run"),
     ("transformers-static", "compiled", "static cache, compiled"),
@@ -36,10 +35,9 @@ STYLE = (
 )
 
 
-def milliseconds(rows: list[dict[str, Any]], method: str, runs: str, batch: int, tokens: int) -> float:
+def milliseconds(rows: list[dict[str, Any]], method: str, runs: str, model: str, batch: int, tokens: int) -> float:
     """Of a step, as the tables have it.  Raises ``LookupError`` where no row, or more than one, is that."""
-    wanted = {"model": MODEL, "runs": runs, "batch_size": batch, "num_tokens": tokens}
-    wanted |= {"method": method}
+    wanted = {"model": model, "runs": runs, "batch_size": batch, "num_tokens": tokens, "method": method}
     greedy = [row for row in rows if row["kind"] == "generate" and call(row) == "greedy"]
     found = [row for row in greedy if all(row.get(k) == v for k, v in wanted.items())]
     if len(found) != 1:
@@ -53,17 +51,17 @@ def svg() -> str:
     figures = [[milliseconds(recorded["rows"], *cache[:2], *size) for cache in CACHES] for size in SHOWN]
     most, room = max(map(max, figures)), WIDTH - LEFT - RIGHT
     height = 44 + GROUP * len(SHOWN)
-    title = f"Milliseconds a step of stock generate(), Llama-3-8B in bfloat16 on one {recorded['device']['name']}"
+    title = f"Milliseconds a step of stock generate(), bfloat16, on one {recorded['device']['name']}"
     size = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         f'<text x="0" y="18" font-weight="600">{escape(title)}</text>',
     ]
-    for group, ((batch, tokens), steps) in enumerate(zip(SHOWN, figures, strict=True)):
+    for group, ((model, batch, tokens), steps) in enumerate(zip(SHOWN, figures, strict=True)):
         top = 44 + GROUP * group
         name = f"{tokens // 1024}k" if tokens >= 1024 else str(tokens)
-        what = f"batch {batch}, {name} tokens"
+        what = f"{model}: batch {batch}, {name} tokens"
         out.append(f'<text x="0" y="{top + 8}" font-weight="600">{what}</text>')
         for place, (step, (_, _, label)) in enumerate(zip(steps, CACHES, strict=True)):
             y, width = top + 14 + place * (BAR + 4), step / most * room

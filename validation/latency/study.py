@@ -124,7 +124,9 @@ def table_of(fixed: Constants) -> dict[str, Any]:
     for name in fitted_names():
         table["constants"][name] = {"value": getattr(fixed, name), "source": FITTED_ON}
     for name in BY_ENGINE:
-        table["constants"][name]["value"] = dict(getattr(fixed, name))
+        value = dict(getattr(fixed, name))
+        if value or name in table["constants"]:  # nothing may be recorded of it yet
+            table["constants"].setdefault(name, {"source": FITTED_ON})["value"] = value
     for name in ("decode_band", "parallel_band", "prefill_band"):
         source = f"what {serving.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
         table["constants"][name] = {"value": list(getattr(fixed, name)), "source": source}

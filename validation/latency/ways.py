@@ -16,7 +16,7 @@ the median step where the row has it, else the mean; one that ran beside other p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import median
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from kvsim.engines import Engine, make_engine
@@ -53,7 +53,7 @@ def ways(row: Mapping[str, Any]) -> list[Way]:
     first, *others = row.get("calls") or ([high] if row["repeats"] == 1 else [high, low])
     first = row.get("new_length_seconds", first)
     found = [] if row.get("beside") else [Way(NEW, (first, first, first))]
-    return found + ([Way(SEEN, (median(others), min(others), max(others)))] if others else [])
+    return found + ([Way(SEEN, (median_low(others), min(others), max(others)))] if others else [])
 
 
 def prompt_way(row: Mapping[str, Any]) -> Way:
