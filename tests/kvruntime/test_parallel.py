@@ -120,6 +120,35 @@ def test_a_curve_is_fitted_for_any_number_of_ranks() -> None:
     assert fitted(rows) == pytest.approx((3e-6, 2e11))
 
 
+def test_links_are_fitted_on_what_is_recorded(tmp_path: Path) -> None:
+    """Both engines of NCCL get the curve's two numbers, and split models' steps are held against them."""
+    from kvsim.latency.constants import constants
+    from validation.latency.links import parts, reduced, study
+
+    of = {"ranks": 2, "device": "NVIDIA H200"}
+    rows: list[dict[str, Any]] = [
+        of
+        | {"kind": "all_reduce", "way": way, "nbytes": 2 << power, "seconds": [factor * (1e-5 + (2 << power) / 2e11)]}
+        for way, factor in (("graph", 1), ("eager", 3))
+        for power in range(10, 26)
+    ]
+    load = of | {"kind": "step", "model": "llama-3-70b", "num_layers": 20, "dtype": "bfloat16"}
+    load |= {"method": "kivi-2bit-g64-r64", "batch_size": 8, "num_tokens": 32768}
+    ways = (("engine", 0.01), ("engine without all-reduces", 0.009), ("model", 0.02))
+    rows += [load | {"way": way, "seconds_per_step": [seconds]} for way, seconds in ways]
+    assert study(constants(), tmp_path) == (constants(), {})
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "two.json").write_text(json.dumps({"rows": rows}))
+    fixed, found = study(constants(), tmp_path)
+    assert fixed.engine_link["kvruntime"] == fixed.engine_link["transformers"]
+    assert fixed.engine_link["kvruntime"] == pytest.approx({"seconds": 5e-6, "efficiency": 2e11 / 4.5e11}, rel=1e-3)
+    assert [each["num_rows"] for each in found.values()] == [16, 1, 1]
+    assert next(iter(found.values()))["worst"] == pytest.approx(0, abs=1e-9)
+    nbytes = 2 * 8 * 8192
+    assert parts(rows[-3], fixed)["communication"] == pytest.approx(2 * 20 * (1e-5 + nbytes / 2e11), rel=1e-3)
+    assert [(row["way"], round(seconds, 6)) for row, seconds in reduced(rows)] == [("engine", 0.001)]
+
+
 def test_the_command_under_torchrun(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     """The first rank prints what one process would, the other nothing."""
     (alone, first), (_, second) = (seen["command"] for seen in ranks[1])

@@ -12,6 +12,7 @@ pytest.importorskip("numpy", reason="numpy is not installed")
 from kvsim.analysis.plan import layouts
 from kvsim.cli import run
 from kvsim.hardware import find_hardware
+from kvsim.latency.constants import Constants, constants
 from kvsim.latency.exchange import Wires
 from kvsim.latency.roofline import Roofline, Serving
 from kvsim.latency.steps import decode_step, prefill
@@ -108,6 +109,21 @@ def test_a_pipeline_takes_a_prompts_chunks_at_once() -> None:
     assert short[0] < short[1] < 1.05 * short[0]
     steps = [decode_step(LLAMA, Full(), H100, 8, 4096, serving) for serving in (one, two)]
     assert 0 < steps[1].seconds.value - steps[0].seconds.value < 1e-4
+
+
+def test_an_engine_of_nccl_has_an_all_reduce_of_its_own() -> None:
+    """In all of its ways; servers keep theirs."""
+    own = replace(constants(), engine_link={"kvruntime": {"seconds": 1e-5, "efficiency": 0.5}})
+
+    def seconds(engine: str, profile: Constants, tokens: int = 8) -> float:
+        serving = Serving(engine=engine, sharding=Sharding(tensor_parallel_size=4), profile=profile)
+        return float(Roofline(LLAMA, H100, serving).all_reduces(tokens))
+
+    assert H100.link_bandwidth is not None
+    ring = 2 * 3 / 4 * 2 * 8 * LLAMA.hidden_size / (0.5 * H100.link_bandwidth / 2)
+    assert seconds("kvruntime:compiled", own) == pytest.approx(2 * LLAMA.num_blocks * (3e-5 + ring))
+    assert seconds("kvruntime", own) == seconds("kvruntime:compiled", own) != seconds("kvruntime", constants())
+    assert seconds("vllm", own) == seconds("vllm", constants())
 
 
 def test_beyond_a_host_the_network_carries() -> None:

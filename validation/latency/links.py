@@ -23,7 +23,8 @@ from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import decode_step
 from kvsim.memory.sharding import Sharding
 from kvsim.methods import Full, method_named
-from kvsim.models.load import load_model
+from kvsim.models.load import load_config
+from kvsim.models.model import Model
 from validation.latency.held_out import errors
 from validation.ranks.fit import fitted
 
@@ -68,8 +69,8 @@ def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str
 def parts(row: Row, fixed: Constants) -> dict[str, float]:
     """kvsim's seconds by part of a recorded step of a split model."""
     stock = row["method"] == "DynamicCache"
-    model = load_model(row["model"])
-    model = replace(model, layers=model.layers[: row["num_layers"]])
+    config = load_config(row["model"])[1]
+    model = Model.from_config({**config.get("text_config", config), "num_hidden_layers": row["num_layers"]})
     method = Full(row["dtype"]) if stock else method_named(row["method"])
     split = Sharding(tensor_parallel_size=row["ranks"])
     serving = Serving(engine="transformers" if stock else TIMED_AS[row["way"]], profile=fixed, sharding=split)
