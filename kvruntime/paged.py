@@ -18,12 +18,13 @@ does: no state is kept a row.
 **What a token sees.**  A row that brings one token stores it, packs what its exact tokens have no room for, and
 attends: a decode step.  A row that brings several, a prompt's chunk or drafts, attends to what was stored before it
 came and to its own tokens, as they are.  Outputs therefore depend on how an engine cuts a prompt, because a token that
-was packed is read rounded.
+was packed is read rounded.  Methods that code each token alone keep none exact: ``store`` codes them, ``pack`` does
+nothing, and a token that comes alone reads itself as it is stored.
 
-**What an engine keeps.**  Before a step, the exact tokens of a row from ``num_packed(before)`` on: ``residual`` at
-most.  During it, a page for each new token.  A token's page may go once the next step's ``before`` no longer needs it.
-Drafts may be taken back: the shorter length's exact tokens are still in their pages, and a record that was packed for
-the longer one is packed again, with the same words, when its time comes.
+**What an engine keeps.**  The records of all packed tokens.  Before a step, the exact tokens of a row from
+``num_packed(before)`` on: ``residual`` at most.  During it, a page for each new token.  A token's page may go once the
+next step's ``before`` no longer needs it.  Drafts may be taken back: the shorter length's exact tokens are still in
+their pages, and a record that was packed for the longer one is packed again, with the same words, when its time comes.
 
 **Shared pages.**  What is written to a place is a function of the row's tokens there alone, to the bit, so two rows may
 share pages and write them twice.  A row may also begin behind a prefix that another row stores in the same step: where
@@ -133,12 +134,12 @@ def gather(
     """All of each row's tokens as :func:`attend` would read them, this step's among them, where several come.
 
     ``begins [batch_size + 1]`` int32: where each row begins in ``into``, two contiguous tensors
-    ``[tokens, num_kv_heads, dim]``: what attention of another maker may read.  Raises ``ValueError`` for a method that
-    packs nothing.
+    ``[tokens, num_kv_heads, dim]``: what attention of another maker may read.  Raises ``ValueError`` for a method whose
+    tokens are all exact.
     """
     runs = _runs(method, key)
     if not hasattr(runs, "gather"):
-        raise ValueError(f"{method.name} packs nothing: its pages are read as they are")
+        raise ValueError(f"{method.name} keeps every token exact: its pages are read as they are")
     runs.gather(method, key, value, pages, batch, begins, into)
 
 

@@ -9,7 +9,8 @@ A file holds what one row's cache holds of its first tokens, for pages of an eng
 
 It is a safetensors file, ``<tokens>-<hash of them>.safetensors``, with three tensors a layer: ``records.<layer>``
 ``[blocks, num_kv_heads, words]`` int32 (none of a method that packs nothing), ``keys.<layer>`` and ``values.<layer>``
-``[exact tokens, num_kv_heads, dim]``, the tokens from :func:`kvruntime.paged.num_packed` on.  Its metadata say format
+``[exact tokens, num_kv_heads, dim]``, the tokens from :func:`kvruntime.paged.num_packed` on (none of a method that
+codes every token; its last record is zero behind the prefix).  Its metadata say format
 and version, method, shapes, the model's name, the hash of the tokens, and each tensor's CRC-32; all are checked.
 """
 
@@ -26,21 +27,22 @@ import torch
 from torch import Tensor
 
 from kvruntime import paged
-from kvruntime.methods import spelled
+from kvruntime.methods import room_of, spelled
 from kvsim.atomic import replace_file
 from kvsim.layout import LayerShape, Method
 
 FORMAT, VERSION = "kvruntime prefix", 1
 SUFFIX = ".safetensors"
+PARTS = ("records", "keys", "values")
 
 
 class LayerPrefix(NamedTuple):
     """A prefix in one layer: ``records [blocks, num_kv_heads, words]`` int32, and exact ``key`` and ``value
-    [tokens, num_kv_heads, dim]`` of the tokens behind them."""
+    [tokens, num_kv_heads, dim]`` of the tokens behind them; each None of a method that has none."""
 
     records: Tensor | None
-    key: Tensor
-    value: Tensor
+    key: Tensor | None
+    value: Tensor | None
 
 
 class Prefix(NamedTuple):
@@ -125,10 +127,7 @@ class PrefixStore:
             if bad:
                 raise ValueError(f"{path} is damaged: {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}")
         placed = {name: x.to(device) for name, x in given.items()}
-        layers = [
-            LayerPrefix(placed.get(f"records.{i}"), placed[f"keys.{i}"], placed[f"values.{i}"])
-            for i in range(len(self.shapes))
-        ]
+        layers = [LayerPrefix(*(placed.get(f"{part}.{i}") for part in PARTS)) for i in range(len(self.shapes))]
         return Prefix(length, layers)
 
     def _check(self, given: dict[str, Tensor], num_tokens: int, what: str) -> None:
@@ -139,10 +138,11 @@ class PrefixStore:
             page, heads = paged.page_shape(self.method, shape), shape.num_kv_heads
             if page.record_tokens:
                 words = page.record_nbytes // heads // 4
-                wanted[f"records.{i}"] = ((num_tokens - exact) // page.record_tokens, heads, words), torch.int32
-            dtype = getattr(torch, self.method.dtype)  # type: ignore[attr-defined]
-            wanted[f"keys.{i}"] = (exact, heads, shape.key_dim), dtype
-            wanted[f"values.{i}"] = (exact, heads, shape.value_dim), dtype
+                wanted[f"records.{i}"] = (-(-(num_tokens - exact) // page.record_tokens), heads, words), torch.int32
+            if page.exact_tokens:
+                dtype = getattr(torch, self.method.dtype)  # type: ignore[attr-defined]
+                wanted[f"keys.{i}"] = (exact, heads, shape.key_dim), dtype
+                wanted[f"values.{i}"] = (exact, heads, shape.value_dim), dtype
         found = {name: (tuple(x.shape), x.dtype) for name, x in given.items()}
         if found != wanted:
             name = min(found.items() ^ wanted.items(), key=str)[0]
@@ -181,9 +181,13 @@ def from_pages(method: Method, pages: paged.Pages, blocks: Tensor, places: Tenso
     packed, size = paged.num_packed(method, num_tokens), pages.key.shape[2]
     records = None
     if pages.records is not None:
-        heads = pages.key.shape[1]
-        shape = paged.page_shape(method, LayerShape(heads, pages.key.shape[3], pages.value.shape[3]))
-        records = pages.records[blocks[: packed // shape.record_tokens].long()]
+        shape = LayerShape(pages.key.shape[1], pages.key.shape[3], pages.value.shape[3])
+        each = paged.page_shape(method, shape).record_tokens
+        records = pages.records[blocks[: -(-packed // each)].long()]
+        if packed % each:
+            room_of(method).paged.blank(method, shape, records, packed)
+    if not size:
+        return LayerPrefix(records, None, None)
     token = torch.arange(packed, num_tokens, device=places.device)
     page = places[token // size].long()
     return LayerPrefix(records, pages.key[page, :, token % size], pages.value[page, :, token % size])
@@ -196,6 +200,8 @@ def to_pages(
     packed, size = paged.num_packed(method, num_tokens), pages.key.shape[2]
     if pages.records is not None and held.records is not None:
         pages.records[blocks[: len(held.records)].long()] = held.records.to(pages.records.device)
+    if held.key is None or held.value is None:
+        return
     token = torch.arange(packed, num_tokens, device=places.device)
     page = places[token // size].long()
     for pool, exact in ((pages.key, held.key), (pages.value, held.value)):
@@ -215,7 +221,7 @@ def crc_of(x: Tensor) -> int:
 def _named(layers: Sequence[LayerPrefix]) -> dict[str, Tensor]:
     out = {}
     for i, held in enumerate(layers):
-        for part, x in zip(("records", "keys", "values"), held, strict=True):
+        for part, x in zip(PARTS, held, strict=True):
             if x is not None:
                 out[f"{part}.{i}"] = x
     return out

@@ -84,7 +84,8 @@ def get_prefix(store: PrefixStore, model: Any, tokens: Sequence[int], batch_size
     for layer, held, shape, device in placed:
         with torch.inference_mode(False), torch.no_grad():
             layer.make_store(shape, batch_size, device)
-            room_of(store.method).paged.write_rows(layer.store, *(None if x is None else x.to(device) for x in held))
+            own = (None if x is None else x.to(device) for x in held)
+            room_of(store.method).paged.write_rows(layer.store, found.num_tokens, *own)
         layer.num_columns, layer.dtype = found.num_tokens, model.dtype
         layer.num_q_heads = model.config.get_text_config(decoder=True).num_attention_heads
     cache.columns.all_tokens(batch_size)

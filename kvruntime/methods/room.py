@@ -100,19 +100,20 @@ class PageShape(NamedTuple):
     """What one page of an engine's pool holds of one layer.
 
     A page of records holds one record a head, and a page of exact tokens keys and values of all heads.  Both lie in
-    one pool, so the second has room for the most tokens, a power of two, that fit the first.
+    one pool, so the second has room for the most tokens, a power of two, that fit the first.  A method has records
+    alone (each token is coded when it is stored), exact tokens alone, or both.
     """
 
     record_tokens: int
-    """Tokens a record; 0 of a method that packs nothing."""
+    """Tokens a record; 0 of a method whose tokens are all exact."""
     record_nbytes: int
-    """Bytes of a page of records, all heads; 0 of a method that packs nothing."""
+    """Bytes of a page of records, all heads; 0 of a method whose tokens are all exact."""
     exact_tokens: int
-    """Tokens a page of exact ones."""
+    """Tokens a page of exact ones; 0 of a method that keeps none."""
     exact_nbytes: int
     """Bytes of those, all heads."""
     residual: int
-    """Newest tokens that are exact at most; 0 of a method that packs nothing, whose tokens all are."""
+    """Newest tokens that are exact at most; 0 of a method whose tokens all are, or none."""
 
 
 class Pages(NamedTuple):
@@ -120,8 +121,9 @@ class Pages(NamedTuple):
 
     | tensor | shape |
     |---|---|
-    | records | [pool_size, num_kv_heads, words] int32; None of a method that packs nothing |
-    | key, value | [pool_size, num_kv_heads, n, dim] of any strides but the last, 1: n exact tokens a page |
+    | records | [pool_size, num_kv_heads, words] int32; None of a method whose tokens are all exact |
+    | key, value | [pool_size, num_kv_heads, n, dim] of any strides but the last, 1: n exact tokens a page, n = 0 of a
+    method that keeps none |
     """
 
     records: Tensor | None
@@ -137,10 +139,12 @@ class Batch(NamedTuple):
     | starts | [batch_size + 1] int32: row b's tokens begin at starts[b] of the line of all rows' tokens |
     | lengths | [batch_size] int32: tokens of each row, those of this step among them |
     | before | [batch_size] int32: tokens of each row without them |
-    | packed | [batch_size] int32: tokens in records while this step attends |
+    | packed | [batch_size] int32: tokens in records that this step reads |
     | block_table | [batch_size, num_blocks] int32, or None: which page holds each record of a row |
-    | exact_table | [batch_size, num_pages] int32: which page holds each n of a row's tokens |
+    | exact_table | [batch_size, num_pages] int32: which page holds each n of a row's tokens; no pages where n = 0 |
     | slots | [tokens] int64: where each token of the line goes, page * n + place in it; below 0: nowhere |
+
+    Of a method that keeps no exact tokens ``slots`` are places in pages of records, ``record_tokens`` for n.
     """
 
     starts: Tensor

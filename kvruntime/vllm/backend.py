@@ -220,13 +220,16 @@ class PagedImpl(AttentionImpl[Rows]):
             self.method, LayerShape(heads, head_size, head_size), config.cache_config.block_size
         )
         layers = config.compilation_config.static_forward_context
-        number = sum(isinstance(layer, ExactCache) for layer in layers.values())
+        others = [getattr(layer, "impl", None) for layer in layers.values()]
+        number = sum(isinstance(impl, PagedImpl) and impl.window is None for impl in others)
         if not number:  # the first of an engine: what another of this process had is none of it
             self.pages.clear()
         self.pages[heads, head_size] = self.shape
-        self.exact_name = f"{NAME}_exact.{number}"
-        self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
-        layers[self.exact_name] = self.exact
+        self.exact: ExactCache | None = None
+        if self.shape.exact_tokens:
+            self.exact_name = f"{NAME}_exact.{number}"
+            self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
+            layers[self.exact_name] = self.exact
         self.room = max(config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
 
     def cache_spec(self, spec: Any, config: Any) -> Any:
@@ -260,9 +263,11 @@ class PagedImpl(AttentionImpl[Rows]):
             attend_window(query, key, value, out, kv_cache, rows, self.window, self.scale)
             return output
         if rows.parts is None:
-            rows.parts = self.parts(rows, get_forward_context().attn_metadata[self.exact_name])
+            metadata = get_forward_context().attn_metadata
+            rows.parts = self.parts(rows, None if self.exact is None else metadata[self.exact_name])
         records = kv_cache.view(kv_cache.shape[0], self.num_kv_heads, -1).view(torch.int32)
-        exact = self.exact.kv_cache  # [blocks, num_kv_heads, n, 2 * head_size]
+        nothing = 0, self.num_kv_heads, 0, 2 * self.head_size
+        exact = key.new_empty(nothing) if self.exact is None else self.exact.kv_cache  # [blocks, heads, n, 2 * dim]
         self.step(query, key, value, out, paged.Pages(records, *exact.split(self.head_size, -1)), rows)
         return output
 
@@ -290,7 +295,7 @@ class PagedImpl(AttentionImpl[Rows]):
         if kind in self.compiled or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.compiled.add(kind)
-        record, page = self.shape.record_tokens, self.exact.spec.block_size
+        record, page = self.shape.record_tokens, self.shape.exact_tokens
         many = min(2 * record, self.room)
         begins, lengths = [0, 1, 1 + many], [1, many]
 
@@ -302,7 +307,7 @@ class PagedImpl(AttentionImpl[Rows]):
             return Rows(starts, held, table, slots, 1, begins, lengths, arrivals)
 
         both = rows(record)
-        both.parts = self.parts(both, rows(page))
+        both.parts = self.parts(both, rows(page) if page else None)
         words = self.shape.record_nbytes // heads // 4
         records = torch.zeros(1, heads, words, dtype=torch.int32, device=like.device)
         exact = torch.zeros(1, heads, page, 2 * dim, dtype=self.dtype, device=like.device)
@@ -342,8 +347,11 @@ class PagedImpl(AttentionImpl[Rows]):
             out=out,
         )
 
-    def parts(self, rows: Rows, exact: Rows) -> list[Part]:
-        """The step's rows of one token, and the others: in one line, or as many as the workspace has room for."""
+    def parts(self, rows: Rows, exact: Rows | None) -> list[Part]:
+        """The step's rows of one token, and the others: in one line, or as many as the workspace has room for.
+
+        ``exact``: what the cache of exact tokens is told; None: the method has none, and slots are places of records.
+        """
         total, first, by_flash = len(rows.lengths), rows.num_decodes, False
         runs = [(0, first)] if first else []
         if first < total:
@@ -359,8 +367,8 @@ class PagedImpl(AttentionImpl[Rows]):
                 starts if single else starts - rows.begins[start],
                 rows.lengths[start:end],
                 rows.table[start:end],
-                exact.table[start:end],
-                exact.slots[tokens],
+                rows.table[start:end, :0] if exact is None else exact.table[start:end],
+                (rows if exact is None else exact).slots[tokens],
                 1 if single else max(b - a for a, b in pairwise(rows.begins[start : end + 1])),
             )
             part = Part(tokens, batch)

@@ -12,14 +12,18 @@ from kvsim.methods import make_method
 from kvsim.methods.defaults import COMPRESSED
 
 NAME = "kvruntime"
-CACHE_DTYPES = {f"{COMPRESSED}{nbits}": {"method": COMPRESSED, "nbits": nbits} for nbits in (2, 4)}
+CACHE_DTYPES: dict[str, dict[str, Any]] = {
+    f"{method}{nbits}": {"method": method, "nbits": nbits}
+    for method, widths in ((COMPRESSED, (2, 4)), ("turboquant", (3, 4)))
+    for nbits in widths
+}
 """``--kv-cache-dtype`` by these names, where vLLM takes names from outside (0.33 on): the method's options."""
 DRAFTS = ("ngram", "ngram_gpu", "suffix")
 """Speculative methods without a model, whose drafts bring no layers of their own."""
 
 
 def method_of(additional_config: Any, dtype: str, cache_dtype: str = "auto") -> Method:
-    """The method that ``--additional-config`` or ``--kv-cache-dtype`` names, with exact tokens in ``dtype``.
+    """The method that ``--additional-config`` or ``--kv-cache-dtype`` names, with exact tokens, if any, in ``dtype``.
 
     Raises ``ValueError`` where they name none, two, one that is not known, or one that does not fit pages.
     """
@@ -48,6 +52,13 @@ def method_of(additional_config: Any, dtype: str, cache_dtype: str = "auto") -> 
     if options.get("dtype", dtype) != dtype:
         raise ValueError(f"{NAME}: dtype {options['dtype']!r} of exact tokens, allowed is the model's {dtype!r}")
     paged.check(method)
+    return with_dtype(method, dtype)
+
+
+def with_dtype(method: Method, dtype: str) -> Method:
+    """``method`` with exact tokens in ``dtype``; one that keeps none as it is."""
+    if not hasattr(method, "dtype"):
+        return method
     made: Method = replace(method, dtype=dtype)  # type: ignore[call-arg, type-var]
     return made
 
@@ -85,7 +96,7 @@ def check_block_size(method: Method, layer: LayerShape, block_size: int) -> page
     """The layer's pages.  Raises ``ValueError`` for another block than a record."""
     shape = paged.page_shape(method, layer)
     if not shape.record_tokens:
-        raise ValueError(f"{NAME}: {method.name} in vLLM: it packs nothing, another attention backend has it")
+        raise ValueError(f"{NAME}: {method.name} in vLLM: its tokens are exact, another attention backend has it")
     if block_size != shape.record_tokens:
         raise ValueError(
             f"{NAME}: --block-size {block_size}, allowed is {shape.record_tokens}, the tokens of a {method.name} record"

@@ -13,9 +13,10 @@ Read in vLLM 0.32.0; what differs in earlier releases is said where it does.
   one for a state.  Block 0 of the pool stays empty (the null block).
 * Models with states lengthen the block until a page of keys and values holds a state
   (``Platform._align_hybrid_block_size``).
-* KIVI is stored by kvruntime's plugin (docs/serving.md).  A layer has two caches of equal pages: records, a block of
-  which is one record a head, and exact tokens, as many a block as fit there.  A request of ``n`` tokens takes
-  ``ceil(n / record)`` and ``ceil(min(residual + record, n) / exact) + 1`` blocks.  A layer with a window of W keeps its
+* KIVI and kvruntime's TurboQuant are stored by its plugin (docs/serving.md).  A layer of KIVI has two caches of equal
+  pages: records, a block of which is one record a head, and exact tokens, as many a block as fit there.  A request of
+  ``n`` tokens takes ``ceil(n / record)`` and ``ceil(min(residual + record, n) / exact) + 1`` blocks.  TurboQuant has
+  records alone, of 64 tokens.  A layer with a window of W keeps its
   tokens exact in such pages: ``ceil(min(W - 1, n) / exact) + 1`` blocks.
 
 The pool is what ``gpu_memory_utilization`` of the card leaves beside weights, peak activations and what is not
@@ -36,6 +37,7 @@ from kvsim.engines.states import served
 from kvsim.layout import LayerShape, Method, StateShape, nbytes
 from kvsim.methods import Fp8, Full, LayerMix, Nvfp4, PerTokenHead, Slot, placed
 from kvsim.methods.by_layer import at
+from kvsim.methods.full import SHORT
 from kvsim.whole_numbers import check_switch, check_whole
 
 if TYPE_CHECKING:
@@ -172,7 +174,7 @@ class Vllm(Engine):
         """Windows stay exact beside what the plugin packs."""
         if not hasattr(method, "page") or all(layer.window is None for layer in model.cache_layers):
             return method
-        exact = Full(method.dtype)  # type: ignore[attr-defined]
+        exact = _exact(model, method)
         return LayerMix(first=0, last=0, windows=1, exact=exact, inner=method)
 
     def _block_size(self, model: Model, method: Method) -> int:
@@ -276,9 +278,10 @@ class Vllm(Engine):
             padded = padding_layers(model, groups)
             if padded > 0:
                 out.append(f"{padded} padding layers make the groups equal")
+        if hasattr(method, "page"):
+            out.append("by kvruntime's plugin: --attention-backend CUSTOM, a block is one record a head")
         if kinds["exact"]:
             exact = next(group for group in groups if group.kind == "exact")
-            out.append("by kvruntime's plugin: --attention-backend CUSTOM, a block is one record a head")
             out.append(
                 f"a request is admitted with {exact.reach} exact tokens in blocks of {exact.block_size} and one more; "
                 f"one chunk of {self.concurrent_batches * self.max_num_batched_tokens:,} tokens is kept free for all"
@@ -295,23 +298,30 @@ class Vllm(Engine):
         return tuple(out)
 
 
+def _exact(model: Model, method: Method) -> Full:
+    """What the plugin stores a window by: the type of the method's exact tokens, of one without the model's."""
+    dtype = getattr(method, "dtype", model.dtype)
+    return Full(dtype if dtype in SHORT else "float16")
+
+
 def _plugin_groups(model: Model, kinds: Sequence[tuple[LayerShape, Method]], no_windows: bool) -> tuple[Group, ...]:
     """Of methods that kvruntime's plugin stores (docs/serving.md): records, the exact tokens of the same layers, and
     windows."""
     first = next(chosen for _, chosen in kinds if hasattr(chosen, "page"))
-    name, exact = first.name, Full(first.dtype)  # type: ignore[attr-defined]
+    name, exact = first.name, _exact(model, first)
     others = [chosen for layer, chosen in kinds if chosen != first and (layer.window is None or chosen != exact)]
     if model.state_layers or model.index_layers or others:
         raise ValueError(f"vllm: kvruntime's plugin stores one method in attention layers alone, {name} in all of them")
     if no_windows:
-        raise ValueError(f"vllm: kvruntime's plugin holds {name}'s exact tokens as windows: they are disabled")
+        raise ValueError("vllm: kvruntime's plugin holds exact tokens as windows: they are disabled")
     packed = [layer for layer in model.cache_layers if layer.window is None]
     pages = {first.page(layer) for layer in packed}
     if len(pages) != 1:
         raise ValueError(f"vllm: kvruntime's plugin has pages of one size, {name} of these layers has {len(pages)}")
     tokens, page, exact_tokens, residual = pages.pop()
     counts: dict[tuple[str, int, int], int] = {("full", tokens, 0): len(packed)}
-    counts["exact", exact_tokens, residual + tokens] = len(packed)
+    if exact_tokens:
+        counts["exact", exact_tokens, residual + tokens] = len(packed)
     for layer in model.cache_layers:
         if layer.window is not None:
             token = nbytes(exact.buffers(replace(layer, window=None), 1, 1))

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, parts
+from kvsim.layout import DTYPE_BITS, Buffer, LayerShape, nbytes, parts
 from kvsim.methods.formulas import Formula, Number, Written, held
 
 CODES = {
@@ -28,6 +28,25 @@ CODES = {
 }
 """Format -> the stored type, and codes an element of it."""
 SCALES = ("float32", "float16", "bfloat16")
+PAGE_TOKENS = 64
+"""Tokens of a page of an engine's pool, where kvruntime stores these methods."""
+
+
+def page(method: PerTokenHead | TurboQuant, layer: LayerShape) -> tuple[int, int, int, int]:
+    """A page of an engine's pool: its tokens, their bytes of all heads, and no exact tokens beside (0, 0).
+
+    Raises ``ValueError`` for a layer that is not full attention, and for heads that kernels do not take as they are.
+    """
+    latent = layer.kind == "mla" or not layer.value_dim
+    if layer.window is not None or layer.stride > 1 or latent:
+        what = "latent (MLA)" if latent else layer.kind or "sliding"
+        raise ValueError(f"{method.name} in pages: a {what} layer, allowed is full attention")
+    for dim in (layer.key_dim, layer.value_dim):
+        if dim % method.head_multiple:
+            raise ValueError(
+                f"{method.name} in pages: head dimension {dim}, allowed are multiples of {method.head_multiple}"
+            )
+    return PAGE_TOKENS, nbytes(method.buffers(layer, 1, PAGE_TOKENS)), 0, 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +174,10 @@ class TurboQuant:
     def leaving(self, sink: int) -> int:
         """Any number of tokens."""
         return 1
+
+    def page(self, layer: LayerShape) -> tuple[int, int, int, int]:
+        """A page of an engine's pool (:func:`page`)."""
+        return page(self, layer)
 
     def streams(self, layer: LayerShape) -> list[tuple[str, int, float]]:
         """``(stream, channels, bits)`` of what a token leaves.  Raises ``ValueError`` for channels that do not pack."""

@@ -20,6 +20,7 @@ PLACES = {
     "kvsim/analysis/doctor/": "the table of readers; a reader says which method a log means",
     "kvsim/models/gguf_model.py": "GGUF is the format of llama.cpp",
     "kvruntime/methods/__init__.py": "the table of rooms",
+    "kvruntime/vllm/settings.py": "the table of names of --kv-cache-dtype",
     "validation/latency/serving.py": "the table of fitted constants: a row an engine whose loads were measured",
     "kvsim/install.py": "the table of packages, one of them a program that serves",
     "validation/documents/extras_table.py": "the table of extras, one of them for a program that serves",

@@ -16,10 +16,16 @@ from kvruntime import paged  # noqa: E402
 from kvruntime.kernels import slots  # noqa: E402
 from kvruntime.methods import make_layer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Evict, Kivi, kivi_boost  # noqa: E402
+from kvsim.methods import Evict, Kivi, PerTokenHead, TurboQuant, kivi_boost  # noqa: E402
 
 STEPS = ((64, 40, 5), (1, 33, 4), (1, 1, 1), (70, 1, 0))
 """Tokens that each row brings: prompts; a token, a chunk and drafts; tokens; a chunk, a token, and a row rests."""
+
+
+CODED = [name for name, (method, _) in METHODS.items() if isinstance(method, PerTokenHead | TurboQuant)]
+"""Methods whose tokens are all coded."""
+FEW = ["turboquant 3", "int4"]
+"""Those that the interpreter runs; a GPU runs all."""
 
 
 def near(out: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -31,7 +37,10 @@ def same(one: Engine, other: Engine) -> bool:
     return all(torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)) for x, y in pairs)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "3-bit d96"])  # its packing: test_pools.py
+AT_LENGTH = [name for name in METHODS if name != "3-bit d96"]  # its packing: test_pools.py
+
+
+@pytest.mark.parametrize("name", AT_LENGTH if DEVICE.type == "cuda" else [x for x in AT_LENGTH if x not in CODED])
 def test_kernels_agree_with_the_reference(name: str) -> None:
     """They write the same words and tokens to the same places and nothing else, and read the same."""
     wanted, got = engine(name), engine(name)
@@ -46,6 +55,34 @@ def test_kernels_agree_with_the_reference(name: str) -> None:
         before = batches[0].lengths.tolist()
     if wanted.pages.records is not None:
         assert (wanted.pages.records != -7).any()
+
+
+@pytest.mark.parametrize("name", CODED if DEVICE.type == "cuda" else FEW)
+def test_kernels_of_coded_tokens(name: str) -> None:
+    """Over a page's end, a single token between others, and a token alone: the same words, outputs and numbers."""
+    wanted, got = engine(name), engine(name)
+    reference, kernels = modules(wanted.method)
+    for one in (wanted, got):
+        step(one, reference, one.batch([0] * ROWS, (62, 3, 0)), 0)
+    batches = [one.batch([62, 3, 0], (3, 1, 0)) for one in (wanted, got)]
+    outs = [step(one, run, batch, 10) for one, run, batch in
+            zip((wanted, got), (reference, kernels), batches, strict=True)]  # fmt: skip
+    assert same(wanted, got)
+    near(outs[1], outs[0])
+    key, value = (line(10 + i, 4, HEADS, wanted.dim) for i in range(2))
+    begins = torch.tensor([0, 65, 69, 69], dtype=torch.int32, device=DEVICE)
+    into = [[torch.full((70, HEADS, wanted.dim), 7.0, device=DEVICE).half() for _ in range(2)] for _ in range(2)]
+    reference.gather(wanted.method, key, value, wanted.pages, batches[0], begins, tuple(into[0]))
+    kernels.gather(got.method, key, value, got.pages, batches[1], begins, tuple(into[1]))
+    for x, y, new in zip(*into, (key, value), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3)
+        assert (y[69:] == 7).all()
+        assert torch.equal(y[62:65], new[:3])
+        assert not torch.equal(y[68], new[3])  # a token that comes alone is read as it is stored
+    outs = [step(one, run, one.batch([65, 4, 0], (1, 1, 1)), 20) for one, run in
+            ((wanted, reference), (got, kernels))]  # fmt: skip
+    assert same(wanted, got)
+    near(outs[1], outs[0])
 
 
 @pytest.mark.parametrize("name", ["2-bit g32", "fp16"])
@@ -97,10 +134,11 @@ def test_as_a_layer_that_keeps_its_books(name: str) -> None:
         before = batch.lengths.tolist()
         for layer, length in zip(layers, before, strict=True):
             assert layer.row_lengths == [length]
-            assert getattr(layer, "row_packed", [0]) == [paged.num_packed(one.method, length)]
+            packed = [length] if name in CODED else [0]
+            assert getattr(layer, "row_packed", packed) == [paged.num_packed(one.method, length)]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "fp16"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "fp16" and name not in CODED])
 def test_gather(name: str) -> None:
     """What another attention may read: packed tokens as numbers, exact ones, and those of the step."""
     one = engine(name)
@@ -226,13 +264,14 @@ def test_pages_of_an_8b_model() -> None:
         (Kivi(sink_length=4), "kivi-2bit-g32-r128-s4 in pages: sink_length 4, allowed is 0"),
         (Kivi(key_group_size="sequence"), "in pages: key_group_size 'sequence', allowed is a number of tokens"),
         (kivi_boost(sink_length=0), "in pages: boost_nbits and rotate_values, allowed is 0 of both"),
+        (TurboQuant(3), "turboquant-3bit in pages: head dimension 80, allowed are multiples of 64"),
         (Evict(budget=64), "does not fit an engine's pages: what is kept moves to other slots"),
         (Evict(budget=300, policy="h2o", inner=Kivi(sink_length=4)), "a table holds tokens by their positions"),
     ],
 )
 def test_refused_by_name(method: object, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        paged.page_shape(method, LayerShape(8, 128, 128))
+        paged.page_shape(method, LayerShape(8, 80 if method == TurboQuant(3) else 128, 128))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="kernels are compiled on a CUDA device alone")

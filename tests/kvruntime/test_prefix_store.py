@@ -19,7 +19,7 @@ from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.methods import room_of  # noqa: E402
 from kvruntime.prefix_store import PrefixStore, from_pages, read, to_pages  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Evict, Full, Kivi  # noqa: E402
+from kvsim.methods import Evict, Full, Kivi, PerTokenHead  # noqa: E402
 
 SHORT = Kivi(residual_length=32, dtype="float32")
 
@@ -38,7 +38,7 @@ def logits(model, cache, *parts):
         return [model(torch.tensor(part), use_cache=True, **argument(cache)).logits for part in parts]
 
 
-@pytest.mark.parametrize(("method", "length"), [(SHORT, 101), (Full("float32"), 20)], ids=["kivi", "fp32"])
+@pytest.mark.parametrize(("method", "length"), [(SHORT, 101), (Full("float32"), 20), (PerTokenHead("int8"), 101)])
 def test_a_prefix_under_transformers(model, method, length, tmp_path):
     """Two rows go on behind it as behind the prompt that was computed, to the bit; so does ``generate``."""
     prompt, store = ids(length + 40), open_prefixes(tmp_path, model, method)
@@ -60,7 +60,7 @@ def test_a_prefix_under_transformers(model, method, length, tmp_path):
     assert torch.equal(exact, model.generate(ids_, **argument(cache), **new))
     page, packed = paged.page_shape(method, LayerShape(2, 32, 32)), paged.num_packed(method, length)
     exact = (length - packed) * 2 * 64 * 4
-    records = packed // page.record_tokens * page.record_nbytes if packed else 0
+    records = -(-packed // page.record_tokens) * page.record_nbytes if packed else 0
     assert sum(x.nbytes for x in read(path)[1].values()) == 2 * (records + exact)
 
 
@@ -85,7 +85,7 @@ def test_the_longest_prefix_is_found(model, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["2-bit g32", "fp16"])
+@pytest.mark.parametrize("name", ["2-bit g32", "fp16", "turboquant 3"])
 def test_a_prefix_in_pages(name, tmp_path):
     """Another engine's row, whose pages lie elsewhere, attends as the one that stored it, to the bit."""
     first, second = engine(name), engine(name)
@@ -96,7 +96,11 @@ def test_a_prefix_in_pages(name, tmp_path):
     counts, before = (len(tokens), 0, 0), [0] * ROWS
     step(first, reference, first.batch(before, counts), 0)
     held = from_pages(first.method, first.pages, first.blocks[0], first.places[0], len(tokens))
-    assert held.key.dtype == getattr(torch, dtype)
+    if name == "turboquant 3":  # the last page is the prefix's up to its last token, and then nobody's
+        assert held.key is None
+        assert (held.records[2].view(torch.uint8)[:, -2 * (64 - 5) : -1] == 0).all()
+    else:
+        assert held.key.dtype == getattr(torch, dtype)
     store.put(tokens, [held])
     found = store.get([*tokens, 1])
     assert found.num_tokens == len(tokens)
@@ -116,7 +120,9 @@ def test_a_prefix_goes_where_its_layer_lies(model, tmp_path, monkeypatch):
     logits(model, cache, [prompt[:50]])
     put_prefix(store, cache, prompt[:50])
     monkeypatch.setattr(prefixes, "devices", lambda model, count: [torch.device("meta")] * count)
-    monkeypatch.setattr(room_of(SHORT).paged, "write_rows", lambda layer, *held: seen.append((layer.device, held)))
+    monkeypatch.setattr(
+        room_of(SHORT).paged, "write_rows", lambda layer, count, *held: seen.append((layer.device, held))
+    )
     get_prefix(store, model, prompt)
     assert len(seen) == 2
     assert all(x.device == device == torch.device("meta") for device, held in seen for x in held)

@@ -21,7 +21,7 @@ from kvruntime import paged  # noqa: E402
 from kvruntime.vllm import settings  # noqa: E402
 from kvruntime.vllm.windows import attend_pages  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi  # noqa: E402
+from kvsim.methods import Full, Kivi, PerTokenHead, TurboQuant  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,10 @@ def test_options() -> None:
     assert given["kvruntime"] == {"method": "kivi", "nbits": 4, "residual_length": 64}
     assert settings.method_of({}, "float16", "kivi2") == Kivi(2)
     assert settings.method_of({"kvruntime": {"residual_length": 64}}, "float16", "kivi4") == Kivi(4, residual_length=64)
-    settings.refuse(config(cache_config__cache_dtype="kivi2"))
+    assert settings.method_of({}, "bfloat16", "turboquant3") == TurboQuant(3)
+    assert settings.method_of({"kvruntime": {"method": "int8"}}, "bfloat16") == PerTokenHead("int8")
+    for name in ("kivi2", "turboquant3"):
+        settings.refuse(config(cache_config__cache_dtype=name))
     with pytest.raises(ValueError, match=r"--kv-cache-dtype kivi2 is .*, the additional config says {'nbits': 4}"):
         settings.method_of(given, "float16", "kivi2")
 
@@ -112,6 +115,11 @@ def test_layers_and_blocks_that_are_refused() -> None:
     assert settings.check_block_size(method, layer, 64).exact_tokens == 8
     with pytest.raises(ValueError, match="--block-size 16, allowed is 64, the tokens of a kivi-2bit-g32-r128 record"):
         settings.check_block_size(method, layer, 16)
+    assert settings.check_block_size(TurboQuant(3), layer, 64) == (64, 64 * 8 * (2 * 48 + 2 * 2), 0, 0, 0)
+    with pytest.raises(ValueError, match="--block-size 16, allowed is 64, the tokens of a turboquant-3bit record"):
+        settings.check_block_size(TurboQuant(3), layer, 16)
+    with pytest.raises(ValueError, match="fp16 in vLLM: its tokens are exact, another attention backend has it"):
+        settings.check_block_size(Full(), layer, 64)
 
 
 def test_pages_of_one_size() -> None:

@@ -31,13 +31,14 @@ from transformers import (  # noqa: E402
 from vllm_replay import Apart, replay  # noqa: E402
 
 from kvsim.engines import Vllm  # noqa: E402
-from kvsim.methods import Kivi  # noqa: E402
+from kvsim.methods import Kivi, TurboQuant  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
 
 NAMES_FROM = (0, 33)
 """The vLLM that takes names of ``--kv-cache-dtype`` from outside."""
 SUPPORT = Path(__file__).parents[1] / "support"
 SECONDS = 400
+CODED = {"method": "turboquant", "nbits": 3}
 LENGTHS = [150, 97, 33, 64]
 GIB = 1 << 30
 SHAPE = {
@@ -59,7 +60,8 @@ def served(
     folder: Path, *, lengths: list[int] = LENGTHS, new: int = 40, rounds: int = 1, period: int = 0, **engine: Any
 ) -> Any:
     """What one run of vLLM gives; it is ended after ``SECONDS``."""
-    options = {"method": "kivi", "nbits": 2, **engine.pop("options", {})}
+    options = {"method": "kivi", "nbits": 2} | engine.pop("options", {})
+    options = {name: value for name, value in options.items() if value is not None}
     given = {"model": str(folder), "dtype": "float32", "block_size": 64, "max_model_len": 1024, "max_num_seqs": 8}
     given |= {"additional_config": {"kvruntime": options}, **engine}
     out = folder.parent / "out.json"
@@ -104,6 +106,24 @@ def test_tokens_are_those_of_transformers_and_the_pool_kvsims(folder: Path) -> N
     agree(replayed(folder, found))
     assert max(row.worst for row in replayed(folder, found, "fp16")) > 1  # what the method itself changes
     assert found["blocks"] == predicted(folder, found)
+
+
+def test_tokens_coded_one_by_one(folder: Path) -> None:
+    """TurboQuant: prefixes hit, then prompts in pieces of 64 and drafts, some taken back; and whole numbers."""
+    found = served(folder, rounds=2, options=CODED)
+    assert [row["cached"] > 0 for row in found["rows"]] == [True, True, False, False]  # of 150, 97, 33, 64
+    agree(replayed(folder, found, **CODED))
+    assert max(row.worst for row in replayed(folder, found, "fp16")) > 0.5
+    model = load_model(str(folder / "config.json"))
+    pool = Vllm().pool(model, TurboQuant(3), GIB, found["max_model_len"])
+    assert found["blocks"] == pool.num_gpu_blocks
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    drafts = {"max_num_batched_tokens": 64, "enable_prefix_caching": False, "speculative_config": ngram}
+    rows = replayed(folder, served(folder, period=20, options=CODED, **drafts), **CODED)
+    agree(rows)
+    assert sum(row.again for row in rows) > 10
+    whole = {"method": "int4", "scale_dtype": "float16"}
+    agree(replayed(folder, served(folder, new=10, options={**whole, "nbits": None}), **whole))
 
 
 def test_windows_beside_packed_layers(windowed: Path) -> None:

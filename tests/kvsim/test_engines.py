@@ -12,7 +12,7 @@ from kvsim.engines.vllm import block_nbytes, server_defaults
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape, StateShape, nbytes
 from kvsim.memory.estimate import estimate
-from kvsim.methods import Fp8, Full, Kivi, LayerMix, Nvfp4, Paged, make_method
+from kvsim.methods import Fp8, Full, Kivi, LayerMix, Nvfp4, Paged, TurboQuant, make_method
 from kvsim.models.families import FAMILIES
 from kvsim.models.gguf_windows import WINDOWED
 from kvsim.models.load import load_model
@@ -138,6 +138,11 @@ def test_vllm_pages_of_kvruntimes_plugin() -> None:
         pool = Vllm().pool(llama, Kivi(bits, dtype="bfloat16"), 100 * GIB, 32768)
         assert pool.blocks_per_request == blocks
         assert pool.num_tokens / plain.num_tokens > least
+    for bits, least in ((3, 5.1), (4, 3.8)):  # no exact tokens, and no second group
+        pool = Vllm().pool(llama, TurboQuant(bits), 100 * GIB, 32768)
+        assert (pool.blocks_per_request, len(pool.groups)) == (512, 1)
+        assert pool.num_tokens / plain.num_tokens > least
+        assert "CUSTOM" in " ".join(Vllm().notes(llama, TurboQuant(bits)))
     notes = " ".join(Vllm().notes(llama, Kivi()))
     assert "CUSTOM" in notes
     assert "padding" not in notes

@@ -14,7 +14,7 @@ import torch
 from kvruntime import paged
 from kvruntime.methods import room_of
 from kvsim.layout import LayerShape
-from kvsim.methods import Full, Kivi
+from kvsim.methods import Full, Kivi, PerTokenHead, TurboQuant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, GROUP, ROWS, MOST, NOWHERE = 2, 2, 3, 192, -(1 << 30)
@@ -23,6 +23,11 @@ METHODS = {
     "4-bit g64": (Kivi(nbits=4, group_size=64, residual_length=64), 64),
     "3-bit d96": (Kivi(nbits=3, residual_length=32), 96),
     "fp16": (Full(), 64),
+    "turboquant 3": (TurboQuant(3), 128),
+    "turboquant 2.5 and 4": (TurboQuant(key_nbits=2.5), 64),
+    "int4": (PerTokenHead("int4", scale_dtype="float16"), 80),
+    "int8": (PerTokenHead("int8"), 64),
+    "fp8": (PerTokenHead("fp8"), 64),
 }
 
 
@@ -38,16 +43,16 @@ class Engine(NamedTuple):
     def batch(self, before: list[int], counts: tuple[int, ...]) -> paged.Batch:
         """A step, with the tables' needed places alone."""
         after = [n + count for n, count in zip(before, counts, strict=True)]
-        size = self.pages.key.shape[2]
+        shape = paged.page_shape(self.method, LayerShape(HEADS, self.dim, self.dim))
+        size = shape.exact_tokens or shape.record_tokens
         blocks, places = self.blocks.clone(), self.places.clone()
-        slots = []
+        slots, stored = [], places if shape.exact_tokens else blocks
         for row, (n, end) in enumerate(zip(before, after, strict=True)):
-            slots += [int(places[row, t // size]) * size + t % size for t in range(n, end)]
+            slots += [int(stored[row, t // size]) * size + t % size for t in range(n, end)]
             needed = {t // size for t in range(paged.num_packed(self.method, n), end)}
             places[row, [page for page in range(places.shape[1]) if page not in needed]] = NOWHERE
             if blocks.shape[1]:
-                record = paged.page_shape(self.method, LayerShape(HEADS, self.dim, self.dim)).record_tokens
-                blocks[row, paged.num_packed(self.method, end) // record :] = NOWHERE
+                blocks[row, -(-paged.num_packed(self.method, end) // shape.record_tokens) :] = NOWHERE
         numbers = torch.tensor([0, *counts]).cumsum(0).int(), torch.tensor(after, dtype=torch.int32)
         tensors = (x.to(DEVICE) for x in (*numbers, blocks, places, torch.tensor(slots, dtype=torch.int64)))
         return paged.batch(self.method, *tensors, max(counts))

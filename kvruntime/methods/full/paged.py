@@ -63,6 +63,6 @@ def read_row(layer: Any, row: int) -> tuple[Tensor | None, Tensor, Tensor]:
     return None, key, value
 
 
-def write_rows(layer: Any, records: Tensor | None, key: Tensor, value: Tensor) -> None:
+def write_rows(layer: Any, num_tokens: int, records: Tensor | None, key: Tensor, value: Tensor) -> None:
     """The other way, to every row of a layer that holds nothing yet."""
     layer.append(*(x.transpose(0, 1).expand(layer.batch_size, -1, -1, -1) for x in (key, value)))

@@ -118,16 +118,15 @@ def read_row(layer: Any, row: int) -> tuple[Tensor | None, Tensor, Tensor]:
     return held["records"][row, : packed // layer.record.num_tokens], key, value
 
 
-def write_rows(layer: Any, records: Tensor | None, key: Tensor, value: Tensor) -> None:
+def write_rows(layer: Any, num_tokens: int, records: Tensor | None, key: Tensor, value: Tensor) -> None:
     """The other way, to every row of a layer that holds nothing yet."""
     assert records is not None
     packed = len(records) * layer.record.num_tokens
-    length = packed + len(key)
-    layer.provide(length)
-    slot = torch.arange(packed, length, device=layer.device) % layer.method.residual_length
+    layer.provide(num_tokens)
+    slot = torch.arange(packed, num_tokens, device=layer.device) % layer.method.residual_length
     layer.tensors["records"][:, : len(records)] = records
     layer.tensors["exact_key"][:, :, slot] = key.transpose(0, 1)
     layer.tensors["exact_value"][:, :, slot] = value.transpose(0, 1)
-    for i, count in enumerate((length, packed)):
+    for i, count in enumerate((num_tokens, packed)):
         layer.tensors["lengths"][i] = count
     layer.catch_up(layer.tensors["lengths"][0])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from kvruntime.methods.room import Room
-from kvruntime.methods.token import benched, transients
-from kvruntime.methods.token.cache import TokenLayer
-from kvruntime.methods.token.coding import sections
-from kvruntime.methods.token.levels import lookup_table, magnitudes, signs
-from kvsim.layout import Buffer
+from kvruntime.methods.token import benched, paged, transients
+from kvruntime.methods.token.cache import TokenLayer, shared
+from kvruntime.methods.token.levels import magnitudes, signs
 from kvsim.methods.token import PerTokenHead, TurboQuant
 
 
@@ -73,19 +69,6 @@ def read_back_levels(method: TurboQuant, key: Tensor, value: Tensor) -> tuple[Te
     return out[0], out[1]
 
 
-def shared(method: TurboQuant, buffers: Sequence[Buffer], device: torch.device) -> dict[str, Tensor]:
-    """The signs of the rotations, and what kernels look levels up in."""
-    made = {}
-    for buffer in buffers:
-        what, dim, *bits = buffer.name.removesuffix("bit").split("_")
-        if what == "signs":
-            made[buffer.name] = signs(int(dim), device)
-        else:
-            widths = [nbits for _, _, nbits, _ in sections(f"lloyd{bits[0]}", int(dim))]
-            made[buffer.name] = torch.cat([lookup_table(int(dim), width, device) for width in widths])
-    return made
-
-
 ROOM = Room(
     layer=TokenLayer,
     read_back=read_back_numbers,
@@ -93,6 +76,7 @@ ROOM = Room(
     transients=transients,
     measures=benched,
     splits=benched.splits,
+    paged=paged,
 )
 TURBOQUANT_ROOM = Room(
     layer=TokenLayer,
@@ -102,4 +86,5 @@ TURBOQUANT_ROOM = Room(
     transients=transients,
     measures=benched,
     splits=benched.splits,
+    paged=paged,
 )

@@ -161,10 +161,11 @@ def attend_kernel(
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
     NUM_STAGES: tl.constexpr, EARLY: tl.constexpr, MORE: tl.constexpr, PAGE: tl.constexpr, BLOCK_B: tl.constexpr,
-    FAST: tl.constexpr,
+    FAST: tl.constexpr, LONE: tl.constexpr = False,
 ):  # fmt: skip
     """``num_queries``: None where each row has one.
     ``MORE``: tokens that a row holds besides those that its length counts.
+    ``LONE``: of a row of a line that brings one token, this is counted in its length, and not read as it comes.
     Optional: ``table_ptr``, for each row ``num_blocks`` places of ``PAGE`` tokens; ``new_key_ptr`` and what belongs to
     it, fresh tokens; ``starts_ptr``, where each row begins in the line that queries and fresh tokens are.  ``FAST``:
     levels are looked up in pairs, by instructions of NVIDIA's, with 2 by those that read fp8."""
@@ -322,6 +323,8 @@ def attend_kernel(
         new_value_ptr += head.to(tl.int64) * stride_vh
         seeing = mask & (position >= first)
         last = tl.minimum((m_block * BLOCK_M + BLOCK_M - 1) // Q_PER_KV + 1, num_queries)
+        if LONE:
+            last = tl.where(num_queries == 1, 0, last)
         NEW: tl.constexpr = 32
         for number in range(num_splits - 1 - split, (last + NEW - 1) // NEW, num_splits):
             t = number * NEW + tl.arange(0, NEW)
@@ -473,12 +476,16 @@ def attend(
     num_splits: int | None = None,
     portable: bool = INTERPRETED,
     turned: Tensor | None = None,
+    *,
+    lone: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention over everything a layer stores: the tensors are :func:`kvruntime.methods.token.reference.attend`'s.
 
     ``num_tokens``: the most that a row will hold; it plans the splits (default: what is provided for).  ``num_splits``:
     another number of them.  ``portable``: without instructions of NVIDIA's.  ``turned``: the query as
-    :func:`kvruntime.methods.token.store.step` left it, of codings that rotate.
+    :func:`kvruntime.methods.token.store.step` left it, of codings that rotate.  ``lone``: a row of a line that
+    brings one token has stored it, and its length counts it.  ``out``: where the output goes, contiguous.
     """
     lengths, heads = stored.lengths, stored.key_codes.shape[1]
     batch_size, q_heads, dtype = len(lengths), query.shape[1], query.dtype
@@ -507,7 +514,8 @@ def attend(
     blocks, rows = triton.cdiv(each, block_m), batch_size * heads
     if starts is not None:
         blocks, rows = lines.num_blocks(length, batch_size, block_m, q_per_kv), heads
-    out = torch.empty(*query.shape[:-1], layout.value_dim, dtype=dtype, device=query.device)
+    if out is None:
+        out = torch.empty(*query.shape[:-1], layout.value_dim, dtype=dtype, device=query.device)
     slots = stored.key_codes.shape[2]
     longest = max(1, num_tokens or (slots if num_blocks is None else slots * num_blocks))
     splits = num_splits
@@ -536,7 +544,7 @@ def attend(
             *strides_of(stored), None if alone else length, num_blocks, batch_size, splits, **constants(stored, layout),
             Q_PER_KV=q_per_kv, BLOCK_M=block_m, TILE=tile, DOT=tl.float32 if wide else tl.float16,
             NUM_STAGES=NUM_STAGES, MORE=int(stepped), BLOCK_B=0 if starts is None else lines.block_b(batch_size),
-            FAST=0 if wide or portable else 1 + reads_fp8(query.device), EARLY=early, enable_fp_fusion=True,
+            FAST=0 if wide or portable else 1 + reads_fp8(query.device), LONE=lone, EARLY=early, enable_fp_fusion=True,
             num_warps=NUM_WARPS, **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     if merged:

@@ -14,7 +14,9 @@ from torch import Tensor
 from kvruntime.kernels.reference import PLAIN, Scores, embedded
 from kvruntime.methods.rows import Fresh, Rows, Steps
 from kvruntime.methods.token import latent_reference, reference
-from kvsim.layout import LayerShape
+from kvruntime.methods.token.coding import sections
+from kvruntime.methods.token.levels import lookup_table, signs
+from kvsim.layout import Buffer, LayerShape
 
 FORMATS = {"int8": "int8", "int4": "int4", "fp8": "e4m3", "fp8-e5m2": "e5m2"}
 """The formats of ``PerTokenHead`` by coding."""
@@ -28,6 +30,27 @@ def layout_of(method: Any, shape: LayerShape) -> reference.Layout:
     return reference.Layout(f"lloyd{method.k_bits:g}", f"lloyd{method.v_bits:g}", *dims, method.norm_correction)
 
 
+def shared(method: Any, buffers: Sequence[Buffer], device: torch.device) -> dict[str, Tensor]:
+    """The signs of the rotations, and what kernels look levels up in."""
+    made = {}
+    for buffer in buffers:
+        what, dim, *bits = buffer.name.removesuffix("bit").split("_")
+        if what == "signs":
+            made[buffer.name] = signs(int(dim), device)
+        else:
+            widths = [nbits for _, _, nbits, _ in sections(f"lloyd{bits[0]}", int(dim))]
+            made[buffer.name] = torch.cat([lookup_table(int(dim), width, device) for width in widths])
+    return made
+
+
+def shared_names(layout: reference.Layout) -> list[str]:
+    """The names of the tensors that layers share: the signs of keys and of values, and what their levels are looked up
+    in.  Those of codings without are no tensor's."""
+    streams = ((layout.key, layout.key_dim), (layout.value, layout.value_dim))
+    names = [f"signs_{dim}" for _, dim in streams]
+    return names + [f"lookup_{dim}_{coding.removeprefix('lloyd')}bit" for coding, dim in streams]
+
+
 class TokenLayer(Rows):
     """Keys and values of ``batch_size`` rows in one layer, each token and head coded alone."""
 
@@ -39,9 +62,7 @@ class TokenLayer(Rows):
         self.layout = layout_of(method, shape)
         self.is_latent = shape.kind == "mla"
         """Whether keys are latents of MLA, which are values too, and values the rotary keys beside them."""
-        streams = ((self.layout.key, shape.key_dim), (self.layout.value, shape.value_dim))
-        self._shared_names = [f"signs_{dim}" for _, dim in streams]
-        self._shared_names += [f"lookup_{dim}_{coding.removeprefix('lloyd')}bit" for coding, dim in streams]
+        self._shared_names = shared_names(self.layout)
         super().__init__(method, shape, *args, **kwargs)
 
     @property

@@ -199,9 +199,10 @@ class _Boot:
         """What kvruntime's plugin stores; raises ``ValueError`` for what it would not."""
         self.settings["kvruntime"] = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
         try:
-            return make_method(name, **{**options, "dtype": dtype})
+            method = make_method(name, **options)
         except LookupError as error:
             raise ValueError(f"the log's additional_config: {error.args[0]}") from None
+        return make_method(name, **{**options, "dtype": dtype}) if hasattr(method, "dtype") else method
 
     def _stages(self) -> list[Model]:
         """The model as a rank of each pipeline stage holds it in the pool, a draft's layers on the last."""
