@@ -247,8 +247,10 @@ class Kivi:
             raise ValueError(f"{self.name} in pages: sink_length {self.sink_length}, allowed is 0")
         if self.k_group == SEQUENCE:
             raise ValueError(f"{self.name} in pages: key_group_size 'sequence', allowed is a number of tokens")
-        if self.boost_nbits or self.rotate_values:
-            raise ValueError(f"{self.name} in pages: boost_nbits and rotate_values, allowed is 0 of both")
+        if self.boost_nbits:
+            raise ValueError(
+                f"{self.name} in pages: boost_nbits {self.boost_nbits}, allowed is 0: a row's order is no page's"
+            )
 
     def page(self, layer: LayerShape) -> tuple[int, int, int, int]:
         """A page of an engine's pool: tokens a record, bytes of one record a head, tokens of a page of exact ones (the

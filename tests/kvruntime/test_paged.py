@@ -263,7 +263,7 @@ def test_pages_of_an_8b_model() -> None:
     [
         (Kivi(sink_length=4), "kivi-2bit-g32-r128-s4 in pages: sink_length 4, allowed is 0"),
         (Kivi(key_group_size="sequence"), "in pages: key_group_size 'sequence', allowed is a number of tokens"),
-        (kivi_boost(sink_length=0), "in pages: boost_nbits and rotate_values, allowed is 0 of both"),
+        (kivi_boost(sink_length=0), "in pages: boost_nbits 2, allowed is 0"),
         (TurboQuant(3), "turboquant-3bit in pages: head dimension 80, allowed are multiples of 64"),
         (Evict(budget=64), "does not fit an engine's pages: what is kept moves to other slots"),
         (Evict(budget=300, policy="h2o", inner=Kivi(sink_length=4)), "a table holds tokens by their positions"),

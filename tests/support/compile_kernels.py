@@ -36,6 +36,7 @@ from kvruntime.methods.kivi import pack as quantize
 from kvruntime.methods.token import attention as token
 from kvruntime.methods.token import fast as token_fast
 from kvruntime.methods.token import fast_store as token_fast_store
+from kvruntime.methods.token import paged_kernels as token_pages
 from kvruntime.methods.token import store as token_store
 from kvruntime.methods.token.reference import Layout
 from kvruntime.methods.token.words import layout_constants
@@ -58,6 +59,7 @@ METHODS = {
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
     "boost d128": (kivi_boost(), 128),
+    "rotated d128": (Kivi(value_nbits=4, rotate_values=True), 128),
 }
 LAYERS = {  # rows, N, K, norm, bias, activation, dtype
     "gpt2 qkv": (1, 2304, 768, "layer", True, None, "fp16"),
@@ -582,7 +584,7 @@ def attend_token(name: str, sm: int, dtype: str = "fp16", pool: bool = False) ->
     more = {
         "Q_PER_KV": 4, "BLOCK_M": block_m, "TILE": token.plan_tile(layout, block_m), "DOT": tl.float16,
         "NUM_STAGES": token.NUM_STAGES, "EARLY": sm >= 90, "MORE": 0 if pool else 1, "PAGE": 16 if pool else 0,
-        "BLOCK_B": 32 if pool else 0, "FAST": 2 if sm >= 89 else 1,
+        "BLOCK_B": 32 if pool else 0, "FAST": 2 if sm >= 89 else 1, "LONE": pool,
     }  # fmt: skip
     absent = {"counts_ptr"} if pool else {"num_queries", "stride_ql", "new_key_ptr", "new_value_ptr", "counts_ptr"}
     if not pool:
@@ -591,6 +593,27 @@ def attend_token(name: str, sm: int, dtype: str = "fp16", pool: bool = False) ->
     fixed = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     types, constants = coded(name, kernel, dtype, more, tuple(absent), **fixed)
     return resources(kernel, types, constants, sm, token.NUM_WARPS)
+
+
+def store_token_pages(name: str, sm: int, block: int | None = None) -> dict[str, int]:
+    """An engine's pages: tokens to their slots, of prompts or (``block`` 1) one a row."""
+    size = block or max(1, token_store.TILE_ELEMENTS // triton.next_power_of_2(CODED[name][2]))
+    more = {"CORRECTED": True, "BLOCK_T": size, "PAGE": 64, "EARLY": size == 1 and sm >= 90}
+    types, constants = coded(name, token_pages.store_kernel, "bf16", more, slots_ptr="*i64")
+    warps = 1 if size == 1 else token_store.NUM_WARPS
+    return resources(token_pages.store_kernel, types, constants, sm, warps, enable_fp_fusion=False)
+
+
+def store_token_page(name: str, sm: int) -> dict[str, int]:
+    return store_token_pages(name, sm, block=1)
+
+
+def gather_token(name: str, sm: int) -> dict[str, int]:
+    tile = max(1, token_store.TILE_ELEMENTS // triton.next_power_of_2(CODED[name][2]))
+    more = {"PAGE": 64, "TILE": tile, "BLOCK_B": 32}
+    fixed = {"begins_ptr": "*i32", "before_ptr": "*i32"}
+    types, constants = coded(name, token_pages.gather_kernel, "bf16", more, **fixed)
+    return resources(token_pages.gather_kernel, types, constants, sm, token_store.NUM_WARPS)
 
 
 def attend_token_pool(name: str, sm: int) -> dict[str, int]:
@@ -649,13 +672,16 @@ KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
-BOOSTED = {"boost d128": (pack, store, choose, attend, attend_fresh, combine, advance, advance_spread)}
+BOOSTED = {
+    "boost d128": (pack, store, choose, attend, attend_fresh, combine, advance, advance_spread),
+    "rotated d128": (pages, pages_single, gather),
+}
 """Layouts whose kernels are compiled where they differ from others'."""
 KERNELS["choose"] = choose
 IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
 IN_POOLS |= {function.__name__: function for function in (pages, pages_single, gather)}
-POOLED = ("2-bit g32 d128", "3-bit g32 d96")
-"""Layouts whose kernels over pools are compiled: word order, and not."""
+POOLED = ("2-bit g32 d128", "3-bit g32 d96", "rotated d128")
+"""Layouts whose kernels over pools are compiled: word order, not, and values that are rotated."""
 KERNELS |= IN_POOLS
 CHANGED = {name: METHODS[name] for name in ("2-bit g32 d64", "2-bit g64 d128", "2-bit g32 d256")}
 """Layouts that are compiled with sinks and a softcap."""
@@ -685,6 +711,9 @@ ENGINE = {
     rotate_token: {name: CODED[name] for name in ("lloyd4", "lloyd4 d256")},
     append_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},
     attend_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},
+    store_token_pages: {name: CODED[name] for name in ("int4 d80", "lloyd3")},
+    store_token_page: {name: CODED[name] for name in ("e4m3 e5m2", "lloyd3")},
+    gather_token: {name: CODED[name] for name in ("int4 d80", "lloyd3", "lloyd2.5 lloyd3.5", "e4m3 e5m2")},
 }
 KERNELS |= {function.__name__: function for function in ENGINE}
 

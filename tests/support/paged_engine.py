@@ -22,6 +22,7 @@ METHODS = {
     "2-bit g32": (Kivi(residual_length=64), 64),
     "4-bit g64": (Kivi(nbits=4, group_size=64, residual_length=64), 64),
     "3-bit d96": (Kivi(nbits=3, residual_length=32), 96),
+    "rotated values": (Kivi(2, value_nbits=4, residual_length=64, rotate_values=True), 64),
     "fp16": (Full(), 64),
     "turboquant 3": (TurboQuant(3), 128),
     "turboquant 2.5 and 4": (TurboQuant(key_nbits=2.5), 64),

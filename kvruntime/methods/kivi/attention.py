@@ -487,13 +487,13 @@ def attend(
     return out
 
 
-def rotated(value: Tensor, size: int) -> Tensor:
+def rotated(value: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
     """``value [batch_size, heads, tokens, dim]`` rotated as it is stored, or a line's ``[tokens, heads, dim]``;
-    in ``fresh_type``."""
+    in ``dtype``, or in ``fresh_type``."""
     line = value.dim() == 3
     x = value.transpose(0, 1)[None] if line else value
     batch_size, heads, tokens, dim = x.shape
-    out = torch.empty((batch_size, heads, tokens, dim), dtype=fresh_type(x.dtype), device=x.device)
+    out = torch.empty((batch_size, heads, tokens, dim), dtype=dtype or fresh_type(x.dtype), device=x.device)
     rotate_kernel[(triton.cdiv(tokens, 16), batch_size * heads)](
         x, out, *x.stride()[:3], tokens, NUM_HEADS=heads, DIM=dim, SIZE=size, BLOCK_T=16,
         BLOCK_D=triton.next_power_of_2(dim), LIMIT=LIMIT, enable_fp_fusion=True, num_warps=4,

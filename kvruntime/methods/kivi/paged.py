@@ -1,6 +1,7 @@
 """KIVI in an engine's pages: the reference of :mod:`kvruntime.paged`.
 
-How many tokens of a row are packed is a function of its length alone, so nothing is kept a request.
+How many tokens of a row are packed is a function of its length alone, so nothing is kept a request.  Rotated values
+lie rotated in exact pages too, and attention turns its output back.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def stored(pages: Pages, batch: Batch, lengths: Tensor) -> Stored:
 
 
 def store(method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch) -> None:
+    value = reference.stored_values(value, record_of(method, pages), pages.value.dtype)
     store_slots(key, value, pages.key, pages.value, batch.slots)
     _pack(method, pages, batch, single=True)
 
@@ -101,9 +103,11 @@ def gather(
         token = torch.arange(packed, before, device=key.device)
         page = batch.exact_table[row, token // size].long()
         for out, held, pool, new in zip(into, old, (pages.key, pages.value), (key, value), strict=True):
-            exact = pool[page, :, token % size]
+            stored = torch.cat([held.transpose(0, 1), pool[page, :, token % size].float()])
+            if pool is pages.value and record.rotation:
+                stored = reference.rotated(stored, record.rotation)
             fresh = new[start : start + after - before]
-            out[begin : begin + after] = torch.cat([x.to(out.dtype) for x in (held.transpose(0, 1), exact, fresh)])
+            out[begin : begin + after] = torch.cat([x.to(out.dtype) for x in (stored, fresh)])
 
 
 def read_row(layer: Any, row: int) -> tuple[Tensor | None, Tensor, Tensor]:

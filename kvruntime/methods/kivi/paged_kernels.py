@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kernels import lines
+from kvruntime.kernels.hadamard import rotate_rows, rotated_tokens
 from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.slots import store_slots
@@ -26,6 +27,7 @@ from kvruntime.methods.kivi.attention import load_key_tile, load_value_tile
 from kvruntime.methods.kivi.cache import _fast
 from kvruntime.methods.kivi.pack import pack_launch, pack_part, permuting
 from kvruntime.methods.kivi.paged import layout_of, record_of, stored
+from kvruntime.methods.kivi.quantize import LIMIT
 from kvruntime.methods.kivi.words import chunks, record_constants
 from kvruntime.methods.room import Batch, Pages
 from kvsim.methods.kivi import Kivi
@@ -68,7 +70,12 @@ def pages_kernel(
                 key_ptr += start.to(tl.int64) * stride_kt + head * stride_kh
                 value_ptr += start.to(tl.int64) * stride_vt + head * stride_vh
                 x = tl.load(key_ptr + d, mask=d < KEY_DIM, other=0.0).to(exact_key_ptr.dtype.element_ty)
-                y = tl.load(value_ptr + d, mask=d < VALUE_DIM, other=0.0).to(exact_value_ptr.dtype.element_ty)
+                y = tl.load(value_ptr + d, mask=d < VALUE_DIM, other=0.0)
+                if ROTATION > 0:
+                    y = tl.reshape(y.to(tl.float32), (1, BLOCK_D))
+                    y = rotated_tokens(y, exact_value_ptr.dtype.element_ty, 1, BLOCK_D, ROTATION, LIMIT)
+                    y = tl.reshape(y, (BLOCK_D,))
+                y = y.to(exact_value_ptr.dtype.element_ty)
                 key_at = slot // PAGE * stride_xb + head * stride_xh + slot % PAGE * stride_xt
                 value_at = slot // PAGE * stride_yb + head * stride_yh + slot % PAGE * stride_yt
                 tl.store(exact_key_ptr + key_at + d, x, mask=d < KEY_DIM)
@@ -132,6 +139,8 @@ def gather_kernel(
             y = load_value_tile(record_ptr, half_ptr, tile, VALUE_CHUNKS[i][0], VALUE_CHUNKS[i][1], DOT, VALUE_DIM,
                                 VALUE_NBITS, VALUE_GROUP, RECORD, TILE, RECORD * KEY_DIM * KEY_NBITS // 32,
                                 VALUE_PARAMS, ROTATION)  # fmt: skip
+            if ROTATION > 0:
+                y = rotate_rows(y.to(tl.float32), TILE, VALUE_CHUNKS[i][1], ROTATION)
             d = VALUE_CHUNKS[i][0] + tl.arange(0, VALUE_CHUNKS[i][1])
             tl.store(out_value_ptr + at[:, None] * VALUE_DIM + d[None, :], y.to(out_value_ptr.dtype.element_ty))
     else:
@@ -153,7 +162,10 @@ def gather_kernel(
             held_at = (
                 exact_value_ptr + (page * stride_yb + head * stride_yh + t % PAGE * stride_yt)[:, None] + c[None, :]
             )
-            old = tl.load(held_at, mask=stored[:, None], other=0.0).to(out_value_ptr.dtype.element_ty)
+            old = tl.load(held_at, mask=stored[:, None], other=0.0)
+            if ROTATION > 0:
+                old = rotate_rows(old.to(tl.float32), TILE, VALUE_CHUNKS[i][1], ROTATION)
+            old = old.to(out_value_ptr.dtype.element_ty)
             fresh_at = value_ptr + (new * stride_vt + head * stride_vh)[:, None] + c[None, :]
             new_token = tl.load(fresh_at, mask=(real & ~stored)[:, None], other=0.0).to(out_value_ptr.dtype.element_ty)
             out_at = out_value_ptr + at[:, None] * VALUE_DIM + c[None, :]
@@ -178,8 +190,10 @@ def gather(
 
 
 def store(method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch) -> None:
-    if batch.most > 1:
-        store_slots(key, value, pages.key, pages.value, batch.slots)
+    if batch.most > 1 and len(key):
+        rotation = record_of(method, pages).rotation
+        held = attention.rotated(value, rotation, pages.value.dtype) if rotation else value
+        store_slots(key, held, pages.key, pages.value, batch.slots)
     _launch(method, key, value, pages, batch, single=True)
 
 

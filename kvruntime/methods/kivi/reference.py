@@ -426,8 +426,8 @@ def check(stored: Stored, layout: Layout, batch_size: int) -> None:
         raise ValueError(f"exact tokens in a pool and sink_length {layout.sink}: allowed is 0, a pool keeps no sink")
     if stored.key_params is not None:
         raise ValueError("exact tokens in a pool and key_group_size 'sequence': a row's scales lie in no pool")
-    if layout.record.boosted or layout.record.rotation:
-        raise ValueError("exact tokens in a pool and boosted keys or rotated values: such rows lie in no pool")
+    if layout.record.boosted:
+        raise ValueError("exact tokens in a pool and boosted keys: a row's order of channels lies in no pool")
     if any(exact.stride(3) != 1 for exact in stored.exact()):
         raise ValueError("a pool of exact tokens whose channels do not lie next to each other")
 

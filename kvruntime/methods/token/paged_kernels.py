@@ -139,20 +139,18 @@ def code_of(codes_ptr, at, kept, c, inside, SECTION: tl.constexpr, WIDTH: tl.con
 
 @triton.jit
 def lloyd_levels(codes_ptr, at, kept, d, CODING: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr,
-                 WIDTH: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Levels ``[N, WIDTH]`` float32 of channels ``d``."""
-    found = tl.zeros([N, WIDTH], tl.float32)
-    for number in tl.static_range(num_sections(CODING, DIM)):
-        SECTION: tl.constexpr = section_of(CODING, DIM, number)
-        MAGNITUDES: tl.constexpr = section_levels(LEVELS, number)
-        inside = (d >= SECTION[0]) & (d < SECTION[0] + SECTION[1])
-        code = code_of(codes_ptr, at, kept, d - SECTION[0], inside, SECTION, WIDTH)
-        size = code & ((1 << (SECTION[2] - 1)) - 1)
-        level = tl.full([N, WIDTH], MAGNITUDES[0], tl.float32)
-        for i in tl.static_range(1, len(MAGNITUDES)):
-            level = tl.where(size == i, MAGNITUDES[i], level)
-        found = tl.where(inside[None, :], tl.where(code >> (SECTION[2] - 1) != 0, -level, level), found)
-    return found
+                 WIDTH: tl.constexpr, N: tl.constexpr, NUMBER: tl.constexpr):  # fmt: skip
+    """Levels ``[N, WIDTH]`` float32 of channels ``d``, of those that are in the ``NUMBER``th section; of others 0."""
+    SECTION: tl.constexpr = section_of(CODING, DIM, NUMBER)
+    MAGNITUDES: tl.constexpr = section_levels(LEVELS, NUMBER)
+    inside = (d >= SECTION[0]) & (d < SECTION[0] + SECTION[1])
+    code = code_of(codes_ptr, at, kept, d - SECTION[0], inside, SECTION, WIDTH)
+    size = code & ((1 << (SECTION[2] - 1)) - 1)
+    level = tl.full([N, WIDTH], MAGNITUDES[0], tl.float32)
+    for i in tl.static_range(1, len(MAGNITUDES)):
+        level = tl.where(size == i, MAGNITUDES[i], level)
+    level = tl.where(code >> (SECTION[2] - 1) != 0, -level, level)
+    return tl.where(inside[None, :], level, 0.0)
 
 
 @triton.jit
@@ -186,13 +184,15 @@ def gather_stream(
     scale, zero = scale_and_zero(scale, CODING)
     at = place * stride_cb + head * stride_ch + slot * stride_ct
     for i in tl.static_range(num_chunks(DIM)):
-        WIDTH: tl.constexpr = chunk_width(DIM, i)
-        d = chunk_first(DIM, i) + tl.arange(0, WIDTH)
+        d = chunk_first(DIM, i) + tl.arange(0, chunk_width(DIM, i))
         if is_lloyd(CODING):
-            x = lloyd_levels(codes_ptr, at, is_stored, d, CODING, DIM, LEVELS, WIDTH, N) * scale[:, None]
-            x = rotate_rows(x, N, WIDTH, SIZE) * tl.load(signs_ptr + d).to(tl.float32)[None, :]
+            x = lloyd_levels(codes_ptr, at, is_stored, d, CODING, DIM, LEVELS, chunk_width(DIM, i), N, 0)
+            if num_sections(CODING, DIM) > 1:
+                x += lloyd_levels(codes_ptr, at, is_stored, d, CODING, DIM, LEVELS, chunk_width(DIM, i), N, 1)
+            x = rotate_rows(x * scale[:, None], N, chunk_width(DIM, i), SIZE)
+            x = x * tl.load(signs_ptr + d).to(tl.float32)[None, :]
         else:
-            x = number_levels(codes_ptr, at, is_stored, d, zero, CODING, DIM, WIDTH) * scale[:, None]
+            x = number_levels(codes_ptr, at, is_stored, d, zero, CODING, DIM, chunk_width(DIM, i)) * scale[:, None]
         fresh_at = new_ptr + (new * stride_nt + head * stride_nh)[:, None] + d[None, :]
         fresh = tl.load(fresh_at, mask=is_new[:, None], other=0.0).to(out_ptr.dtype.element_ty)
         x = tl.where(is_stored[:, None], x.to(out_ptr.dtype.element_ty), fresh)
