@@ -45,8 +45,8 @@ def test_all_compile_without_spills() -> None:
         *("linear", "dense", "stream", "add_norm", "rms_norm", "rotate", "silu_product", "choose"),
         *("pack_pool", "store_pool", "attend_pool", "advance_pool", "attend_full_pool", "append_full_pool"),
         *("append_token", "step_token", "attend_token", "rotate_token", "append_token_pool", "attend_token_pool"),
-        *("attend_token_whole", "append_token_whole"),
-        *("pages", "pages_single", "gather", "store_slots", "leave"),
+        *("attend_token_whole", "append_token_whole", "attend_token_pages", "store_token_pages", "store_token_page"),
+        *("pages", "pages_single", "gather", "gather_token", "store_slots", "leave"),
         *("attend_scores", "attend_full_scores", "prompt", "prompt_masked"),
     }
     bad = [row for row in rows if isinstance(row[3], str) or row[3]["STACK"] > STACK or row[3]["LOCAL"]]

@@ -15,10 +15,14 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 import gluon_numpy  # noqa: E402
 
 from kvruntime.kernels import merge  # noqa: E402
-from kvruntime.methods.token import attention, fast, fast_store, fast_words, reference, store  # noqa: E402
+from kvruntime.methods.token import attention, fast, fast_store, fast_words, paged, reference, store  # noqa: E402
+from kvruntime.methods.token.cache import layout_of  # noqa: E402
 from kvruntime.methods.token.coding import num_bytes  # noqa: E402
 from kvruntime.methods.token.levels import signs  # noqa: E402
 from kvruntime.methods.token.reference import Layout, Stored  # noqa: E402
+from kvsim.layout import LayerShape  # noqa: E402
+from kvsim.methods import PerTokenHead, TurboQuant  # noqa: E402
+from kvsim.methods.token import PAGE_TOKENS  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = {
@@ -91,6 +95,39 @@ def test_attention_agrees_with_the_reference(name: str) -> None:
         for splits in (1, 3, None) if ON_CUDA else (1 + odd,):
             have = (attention.attend if ON_CUDA else numpy_attention)(query, stored, layout, 0.1, num_splits=splits)
             torch.testing.assert_close(have.float(), want, rtol=1e-3, atol=2e-3)
+
+
+IN_PAGES = {
+    "3 bits": TurboQuant(3),
+    "2 and 4 bits": TurboQuant(key_nbits=2, value_nbits=4, norm_correction=False),
+    "int4": PerTokenHead("int4"),
+}
+
+
+@pytest.mark.parametrize("name", IN_PAGES if ON_CUDA else ["3 bits", "int4"])
+def test_attention_over_pages(name: str) -> None:
+    """The rows in blocks of 64 tokens of a pool, in any order; what no token holds is poisoned, in tables too."""
+    method, shape = IN_PAGES[name], LayerShape(HEADS, 128, 128)
+    layout, blocks = layout_of(method, shape), -(-SLOTS // PAGE_TOKENS)
+    stored = filled(layout)
+    order = torch.randperm(len(COUNTS) * blocks + 2, generator=torch.Generator().manual_seed(5))[: len(COUNTS) * blocks]
+    table = order.view(len(COUNTS), blocks).int().to(DEVICE)
+    words = paged.page_shape(method, shape).record_nbytes // HEADS // 4
+    records = torch.full((len(order) + 2, HEADS, words), -7, dtype=torch.int32, device=DEVICE)
+    views = paged.sections(method, shape, records)
+    for row, count in enumerate(COUNTS):
+        token = torch.arange(count, device=DEVICE)
+        place = table[row, token // PAGE_TOKENS].long()
+        for view, held in zip(views, stored[:4], strict=True):
+            view[place, :, token % PAGE_TOKENS] = held[row, :, :count].transpose(0, 1)
+        table[row, -(-count // PAGE_TOKENS) :] = -(1 << 30)
+    pool = Stored(*views, stored.lengths, *stored[5:9])._replace(block_table=table)
+    query = normal(3, len(COUNTS), HEADS * 4, 1, 128)
+    assert not ON_CUDA or fast.supports(query, pool, layout, None, None)
+    want = reference.attend(query.float(), stored, layout, 0.1)
+    for splits in (1, 3, None) if ON_CUDA else (1,):
+        have = (attention.attend if ON_CUDA else numpy_attention)(query, pool, layout, 0.1, num_splits=splits)
+        torch.testing.assert_close(have.float(), want, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["lloyd4 lloyd3", "int4 int8"])

@@ -624,19 +624,26 @@ def append_token_pool(name: str, sm: int) -> dict[str, int]:
     return append_token(name, sm, pool=True)
 
 
-def attend_token_whole(name: str, sm: int) -> dict[str, int]:
+def attend_token_whole(name: str, sm: int, page: int = 0) -> dict[str, int]:
     """In whole numbers."""
     key, value, dim, scale = WHOLE_NUMBERS[name]
     layout = Layout(key, value, dim, dim)
-    own = token_fast.plan(layout)
+    own = token_fast.plan(layout, page)
     types = arguments(
         token_fast.attend_kernel, "fp16", key_scale_ptr=f"*{scale}", value_scale_ptr=f"*{scale}", partial_ptr="*fp32",
         lse_ptr="*fp32", scale_log2="fp32",
     )  # fmt: skip
     constants = token_fast.constants(layout) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "TILE": own.tile, "STAGES": own.stages, "EARLY": sm >= 90, "MORE": 1,
+        "PAGE": page,
     }  # fmt: skip
+    if not page:
+        del types["table_ptr"], types["num_blocks"]
     return resources(token_fast.attend_kernel, types, constants, sm, 1, maxnreg=own.registers)
+
+
+def attend_token_pages(name: str, sm: int) -> dict[str, int]:
+    return attend_token_whole(name, sm, page=64)
 
 
 def append_token_whole(name: str, sm: int) -> dict[str, int]:
@@ -707,6 +714,7 @@ ENGINE = {
     step_token: CODED,
     attend_token: CODED,
     attend_token_whole: WHOLE_NUMBERS,
+    attend_token_pages: WHOLE_NUMBERS,
     append_token_whole: {name: WHOLE_NUMBERS[name] for name in ("lloyd4", "lloyd3", "lloyd2")},
     rotate_token: {name: CODED[name] for name in ("lloyd4", "lloyd4 d256")},
     append_token_pool: {name: CODED[name] for name in ("int8", "lloyd3")},

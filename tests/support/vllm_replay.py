@@ -72,6 +72,18 @@ def replay(model: Any, row: dict[str, Any], method: Any = "kivi", **options: Any
             given = torch.tensor([tokens], device=model.device)
             return model(given, use_cache=True, **argument(cache)).logits[0].float().log_softmax(-1)
 
+    def again_of(start: int, part: list[int]) -> None:
+        """A step that is computed again.  Of drafts of which none was taken one token is left: that token came among
+        others and saw itself as it was, which matters where every token is coded."""
+        nonlocal held
+        whole_step = next((list(tokens) for at, tokens in last if at == start), part)
+        if len(part) == 1 < len(whole_step) and whole_step[:1] == part and not hasattr(cache.method, "residual_length"):
+            run(start, whole_step)
+            cache.crop(1 - len(whole_step))
+            held = start + 1
+        else:
+            run(start, part)
+
     for number, (before, tokens) in enumerate(last):
         if before != held or not number:
             again += before != held
@@ -81,7 +93,7 @@ def replay(model: Any, row: dict[str, Any], method: Any = "kivi", **options: Any
                 held, cache = saved
             for start, part in steps:
                 if start >= held:
-                    run(start, part)
+                    again_of(start, part)
             saved = None
         if len(tokens) > 1 and before >= first:
             saved = before, deepcopy(cache)

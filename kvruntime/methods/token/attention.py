@@ -149,7 +149,10 @@ def new_peak_of(score, visible, peak):
     return score, tl.maximum(peak, tl.max(score, 0))
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(
+    do_not_specialize=["num_queries", "num_blocks", "batch_size", "num_splits"],
+    do_not_specialize_on_alignment=["lengths_ptr", "table_ptr", "starts_ptr"],
+)
 def attend_kernel(
     query_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, key_lookup_ptr, value_lookup_ptr,
     lengths_ptr, table_ptr, new_key_ptr, new_value_ptr, counts_ptr, starts_ptr, partial_ptr, lse_ptr, scale_log2,
@@ -476,7 +479,6 @@ def attend(
     num_splits: int | None = None,
     portable: bool = INTERPRETED,
     turned: Tensor | None = None,
-    *,
     lone: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -523,8 +525,9 @@ def attend(
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
         at_once = LARGE_PROGRAMS if tile == LARGE_TILE else PROGRAMS_PER_SM[few_bits(layout)]
-        at_once = fast.plan(layout).programs if quick else at_once
-        splits = plan_splits(rows * blocks, longest, fast.plan(layout).tile if quick else tile, sms * at_once)
+        own = fast.plan(layout, fast.page_tokens(stored))
+        at_once = own.programs if quick else at_once
+        splits = plan_splits(rows * blocks, longest, own.tile if quick else tile, sms * at_once)
     merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
     partial = (

@@ -200,6 +200,33 @@ def copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes
 
 
 @gluon.jit
+def page_of(table_ptr, tile, limit, TILE: gl.constexpr, PAGE: gl.constexpr):
+    """Which block of a pool holds a tile (``PAGE`` tokens a block, a multiple of ``TILE``); 0 of rows without blocks,
+    and from token ``limit`` on."""
+    page = limit.to(gl.int64) * 0
+    if PAGE > 0:
+        page = gl.load(table_ptr + tile * TILE // PAGE, mask=tile * TILE < limit, other=0).to(gl.int64)
+    return page
+
+
+@gluon.jit
+def copy_paged(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr, value_scale_ptr,
+               page, strides, tile, limit, stage, KEY_CODING: gl.constexpr, VALUE_CODING: gl.constexpr,
+               DIM: gl.constexpr, TILE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
+    """:func:`copy_tile` of a row whose blocks of ``PAGE`` tokens lie in a pool, of a tile of block ``page``."""
+    if PAGE > 0:
+        key_codes_ptr += page * strides[0]
+        key_scale_ptr += page * strides[1]
+        value_codes_ptr += page * strides[2]
+        value_scale_ptr += page * strides[3]
+        inner = tile % (PAGE // TILE)
+        limit -= (tile - inner) * TILE
+        tile = inner
+    copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr, value_scale_ptr,
+              tile, limit, stage, KEY_CODING, VALUE_CODING, DIM, TILE)  # fmt: skip
+
+
+@gluon.jit
 def reinterpreted(memory, TYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     """Shared memory as another."""
     if NEW_API:
@@ -327,14 +354,15 @@ def scale_and_zero(stored, CODING: gl.constexpr):
     return stored.to(gl.float32), zero
 
 
-@gluon.jit(do_not_specialize=["num_splits"])
+@gluon.jit(do_not_specialize=["num_blocks", "num_splits"], do_not_specialize_on_alignment=["lengths_ptr", "table_ptr"])
 def attend_kernel(
-    query_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, lengths_ptr, partial_ptr, lse_ptr,
-    scale_log2, stride_qb, stride_qh, stride_xb, stride_xh, stride_sb, stride_sh, stride_yb, stride_yh, stride_zb,
-    stride_zh, num_splits,
+    query_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, lengths_ptr, table_ptr, partial_ptr,
+    lse_ptr, scale_log2, stride_qb, stride_qh, stride_xb, stride_xh, stride_sb, stride_sh, stride_yb, stride_yh,
+    stride_zb, stride_zh, num_blocks, num_splits,
     NUM_HEADS: gl.constexpr, Q_PER_KV: gl.constexpr, KEY_CODING: gl.constexpr, VALUE_CODING: gl.constexpr,
     DIM: gl.constexpr, KEY_LEVELS: gl.constexpr, VALUE_LEVELS: gl.constexpr, KEY_UNIT: gl.constexpr,
     VALUE_UNIT: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, MORE: gl.constexpr,
+    PAGE: gl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -359,18 +387,28 @@ def attend_kernel(
     row64 = row.to(gl.int64)
     head64 = head.to(gl.int64)
     query_ptr += row64 * stride_qb
-    key_codes_ptr += row64 * stride_xb + head64 * stride_xh
-    key_scale_ptr += row64 * stride_sb + head64 * stride_sh
-    value_codes_ptr += row64 * stride_yb + head64 * stride_yh
-    value_scale_ptr += row64 * stride_zb + head64 * stride_zh
+    key_codes_ptr += head64 * stride_xh
+    key_scale_ptr += head64 * stride_sh
+    value_codes_ptr += head64 * stride_yh
+    value_scale_ptr += head64 * stride_zh
+    if PAGE > 0:
+        table_ptr += row64 * num_blocks
+    else:
+        key_codes_ptr += row64 * stride_xb
+        key_scale_ptr += row64 * stride_sb
+        value_codes_ptr += row64 * stride_yb
+        value_scale_ptr += row64 * stride_zb
 
     # ---- the first tiles are asked for
     end = length
     tiles = (length + TILE - 1) // TILE
+    strides = (stride_xb, stride_sb, stride_yb, stride_zb)
     for index in gl.static_range(STAGES - 1):
-        copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr,
-                  value_scale_ptr, split + index * num_splits, end, index, KEY_CODING, VALUE_CODING, DIM,
-                  TILE)  # fmt: skip
+        tile = split + index * num_splits
+        copy_paged(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr,
+                   value_scale_ptr, page_of(table_ptr, tile, end, TILE, PAGE), strides, tile, end, index, KEY_CODING,
+                   VALUE_CODING, DIM, TILE, PAGE)  # fmt: skip
+    page = page_of(table_ptr, split + (STAGES - 1) * num_splits, end, TILE, PAGE)
 
     # ---- the query in whole numbers of 16 bits: columns 0..3 have the upper bytes, 4..7 the lower
     s = gl.arange(0, STEPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, LQ)))))[
@@ -457,9 +495,10 @@ def attend_kernel(
     for tile in range(split, tiles, num_splits):
         async_copy.wait_group(STAGES - 2)
         free = gl.where(stage == 0, STAGES - 1, stage - 1)
-        copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr,
-                  value_scale_ptr, tile + (STAGES - 1) * num_splits, end, free, KEY_CODING, VALUE_CODING, DIM,
-                  TILE)  # fmt: skip
+        copy_paged(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr,
+                   value_scale_ptr, page, strides, tile + (STAGES - 1) * num_splits, end, free, KEY_CODING,
+                   VALUE_CODING, DIM, TILE, PAGE)  # fmt: skip
+        page = page_of(table_ptr, tile + STAGES * num_splits, end, TILE, PAGE)  # asked for a step ahead
         key_scale, key_zero = scale_and_zero(
             load_scales(key_scales, stage, key_scale_ptr.dtype.element_ty, TILE, TOKENS), KEY_CODING
         )
@@ -627,6 +666,8 @@ def output_channel(word, number, element, parity, CODING: gl.constexpr):
     return channel
 
 
+TILE = 64
+"""Tokens that blocks of a pool have, or whole multiples of them."""
 DIMS = {"lloyd2": (128,), "lloyd3": (128,), "lloyd4": (64, 128), "int4": (64, 128), "int8": (64, 128)}
 Q_PER_KV = 4
 
@@ -650,9 +691,15 @@ PLANS = {
 """As measured on an H200."""
 
 
-def plan(layout: Layout) -> Plan:
-    """How the kernel goes about a layout: by the coding of more bits."""
-    return PLANS[max(layout.key, layout.value, key=nbits_of)]
+def plan(layout: Layout, page: int = 0) -> Plan:
+    """How the kernel goes about a layout: by the coding of more bits, in tiles that lie within a ``page``."""
+    found = PLANS[max(layout.key, layout.value, key=nbits_of)]
+    return found._replace(tile=min(found.tile, page)) if page else found
+
+
+def page_tokens(stored: Stored) -> int:
+    """Tokens of a block of the pool; 0 of rows without blocks."""
+    return 0 if stored.block_table is None else stored.key_codes.shape[2]
 
 
 def holds(layout: Layout, q_per_kv: int, dtype: torch.dtype) -> bool:
@@ -677,7 +724,9 @@ def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None,
         query.is_cuda
         and fresh is None
         and starts is None
-        and stored.block_table is None
+        and page_tokens(stored) % TILE == 0
+        and all(x.stride(2) == x.shape[3] for x in codes)
+        and all(x.stride(2) == 1 for x in scales)
         and query.shape[2] == 1
         and holds(layout, query.shape[1] // stored.key_codes.shape[1], query.dtype)
         and all(aligned(stride, x.element_size()) for x in scales for stride in x.stride()[:2])
@@ -703,11 +752,13 @@ def attend_parts(
 
     ``query``: rotated as the keys are; ``more``: tokens that a row holds besides those that its length counts."""
     batch_size, q_heads = query.shape[:2]
-    heads, splits, own = stored.key_codes.shape[1], lse.shape[-1], plan(layout)
+    heads, splits, page = stored.key_codes.shape[1], lse.shape[-1], page_tokens(stored)
+    own, table = plan(layout, page), None if stored.block_table is None else stored.block_table.contiguous()
     early = overlaps(query)
     attend_kernel[(splits, batch_size * heads)](
-        query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.lengths, partial, lse,
-        scale * LOG2E, *query.stride()[:2], *(stride for x in stored[:4] for stride in x.stride()[:2]), splits,
+        query, stored.key_codes, stored.key_scale, stored.value_codes, stored.value_scale, stored.lengths, table,
+        partial, lse, scale * LOG2E, *query.stride()[:2], *(stride for x in stored[:4] for stride in x.stride()[:2]),
+        None if table is None else table.shape[1], splits,
         NUM_HEADS=heads, Q_PER_KV=q_heads // heads, **constants(layout), TILE=own.tile, STAGES=own.stages, EARLY=early,
-        MORE=more, enable_fp_fusion=True, num_warps=1, maxnreg=own.registers, **({"launch_pdl": True} if early else {}),
+        MORE=more, PAGE=page, enable_fp_fusion=True, num_warps=1, maxnreg=own.registers, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

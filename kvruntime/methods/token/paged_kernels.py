@@ -37,7 +37,7 @@ from kvruntime.methods.token.words import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr"])
 def store_kernel(
     key_ptr, value_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, key_signs_ptr, value_signs_ptr,
     slots_ptr, stride_kt, stride_kh, stride_vt, stride_vh, stride_xb, stride_xh, stride_xt, stride_sb, stride_sh,
@@ -199,7 +199,10 @@ def gather_stream(
         tl.store(out_ptr + out_at[:, None] * DIM + d[None, :], x, mask=(is_stored | is_new)[:, None])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_block", "batch_size"],
+    do_not_specialize_on_alignment=["starts_ptr", "before_ptr", "packed_ptr", "begins_ptr", "table_ptr"],
+)
 def gather_kernel(
     key_ptr, value_ptr, key_codes_ptr, key_scale_ptr, value_codes_ptr, value_scale_ptr, key_signs_ptr, value_signs_ptr,
     starts_ptr, before_ptr, packed_ptr, begins_ptr, table_ptr, out_key_ptr, out_value_ptr, stride_kt, stride_kh,
