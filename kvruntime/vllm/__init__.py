@@ -4,10 +4,10 @@
         --additional-config '{"kvruntime": {"method": "kivi", "nbits": 2}}'
 
 ``vllm.general_plugins`` calls :func:`register` in every process of an engine.  Records are a full-attention cache of a
-layer and its exact tokens a sliding-window one, so that vLLM allocates, counts, shares, preempts and frees both
-(:mod:`kvruntime.vllm.specs`).  :mod:`kvruntime.vllm.backend` attends, :mod:`kvruntime.vllm.settings` reads the options
-and refuses what is not done, :mod:`kvruntime.vllm.windows` attends in layers with a sliding window.  Without vLLM this
-module, ``settings`` and ``windows`` are imported, no other.
+layer and its exact tokens, where the method keeps any, a sliding-window one, so that vLLM allocates, counts, shares,
+preempts and frees both (:mod:`kvruntime.vllm.specs`).  :mod:`kvruntime.vllm.backend` attends,
+:mod:`kvruntime.vllm.settings` reads the options and refuses what is not done, :mod:`kvruntime.vllm.windows` attends in
+layers with a sliding window.  Without vLLM this module, ``settings`` and ``windows`` are imported, no other.
 """
 
 from __future__ import annotations

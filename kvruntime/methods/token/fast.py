@@ -760,5 +760,6 @@ def attend_parts(
         partial, lse, scale * LOG2E, *query.stride()[:2], *(stride for x in stored[:4] for stride in x.stride()[:2]),
         None if table is None else table.shape[1], splits,
         NUM_HEADS=heads, Q_PER_KV=q_heads // heads, **constants(layout), TILE=own.tile, STAGES=own.stages, EARLY=early,
-        MORE=more, PAGE=page, enable_fp_fusion=True, num_warps=1, maxnreg=own.registers, **({"launch_pdl": True} if early else {}),
+        MORE=more, PAGE=page, enable_fp_fusion=True, num_warps=1, maxnreg=own.registers,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
