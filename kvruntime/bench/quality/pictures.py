@@ -61,11 +61,13 @@ def bits(found: Sequence[list[Row]], axes: Axes) -> None:
         if not points:
             continue
         x, y, low, high = (np.array(column) for column in zip(*points, strict=True))
-        label = f"windows of {group[0]['window']:,}"
+        prompt = group[0].get("prompt_length", 0)
+        label = f"windows of {group[0]['window']:,}" + (f", a prompt of {prompt}" if prompt else "")
         axes.errorbar(x, 100 * y, 100 * np.array([y - low, high - y]), fmt="o", markersize=4, capsize=2, label=label)
         named |= {(at, 100 * share): row["method"] for row, (at, share, *_) in zip(own, points, strict=True)}
-    _name_points(axes, named)
     axes.axhline(0, color="0.6", linewidth=0.8)
+    _scale_changes(axes)
+    _name_points(axes, named)
     axes.set_xlabel("bits of an element, everything counted")
     axes.set_ylabel("perplexity against fp16 (%), 95 % intervals")
     axes.legend(fontsize=8)
@@ -74,20 +76,31 @@ def bits(found: Sequence[list[Row]], axes: Axes) -> None:
     axes.grid(alpha=0.3)
 
 
+def _scale_changes(axes: Axes) -> None:
+    """The y axis of percents from tenths to hundreds, logarithmic above 1, about what is drawn."""
+    low, high = axes.dataLim.intervaly
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(1.5 * min(low, 0) - 0.1, 1.5 * max(high, 1))
+
+
 def _name_points(axes: Axes, named: dict[tuple[float, float], str]) -> None:
-    """Each method's name once, beside its highest point; those too near one another moved up."""
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + NAME_WIDTH * (high - low))
+    """Each method's name once, beside its highest point; those too near one another moved up.  Room for them on the
+    right, whatever the scales, which are set."""
+    within = axes.transAxes.inverted()
+    right = axes.transData.inverted().transform(axes.transAxes.transform((1 + NAME_WIDTH, 0)))[0]
+    axes.set_xlim(axes.get_xlim()[0], right)
+    axes.set_ylim(axes.get_ylim())
     points = {name: max(point for point, other in named.items() if other == name) for name in named.values()}
-    reach, step = NAME_WIDTH * (high - low), NAME_STEP * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    shares = {name: within.transform(axes.transData.transform(point)) for name, point in points.items()}
     placed: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(points.items(), key=lambda each: each[1][1]):
+    for name, (x, y) in sorted(shares.items(), key=lambda each: float(each[1][1])):
         at = y
         for left, height in placed:
-            if abs(left - x) < reach and abs(height - at) < step:
-                at = height + step
+            if abs(left - x) < NAME_WIDTH and abs(height - at) < NAME_STEP:
+                at = height + NAME_STEP
         placed.append((x, at))
-        axes.annotate(name, (x, y), (x + 0.01 * (high - low), at), fontsize=6, va="center")
+        axes.text(x + 0.01, at, name, fontsize=6, va="center", transform=axes.transAxes)
 
 
 def change_of(row: Row, base: Row | None) -> tuple[float, float, float]:
@@ -114,6 +127,7 @@ def positions(group: Sequence[Row], axes: Axes) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("a token's position in its window, up to")
     axes.set_ylabel("perplexity against fp16 (%)")
+    _scale_changes(axes)
     label_ends(axes, ends)
     axes.set_title(f"Perplexity by position, {group[0]['text']}, windows of {group[0]['window']:,}", fontsize=9)
     axes.grid(alpha=0.3)
@@ -201,15 +215,12 @@ def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
     axes.plot(
         [e.token_nbytes / 1024 for e in best], [100 * e.change for e in best], color="0.4", linewidth=0.8, zorder=0
     )
-    for entry, at, height in zip(entries, x, y, strict=True):
-        axes.annotate(entry.method, (at, height), fontsize=6, xytext=(4, 4), textcoords="offset points")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("symlog", linthresh=1)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
+    _scale_changes(axes)
+    _name_points(axes, {(at, height): entry.method for entry, at, height in zip(entries, x, y, strict=True)})
     axes.set_xlabel("KiB a token, all layers")
     axes.set_ylabel("perplexity against fp16 (%), 95 % intervals")
-    axes.margins(x=0.2)
     first = group[0]
     title = f"{first['model']}, weights: {first['weights']}\n{first['text']}, windows of {first['window']:,}"
     axes.set_title(title, fontsize=9)
