@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 
 from kvruntime.bench.quality.report import change, uncompressed
-from validation.documents import quality_tables
+from validation.documents import quality_picture, quality_tables
 from validation.documents.quality_tables import BARS, EXACT, QUALITY, best, candidates, exact_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_exact_tokens_are_what_is_held_beyond_the_bits() -> None:
 
 
 def test_tables_without_rows_say_so(tmp_path: Path) -> None:
-    for name in ("windows", "prompted", "positions", "answers", "peers", "compared", "ablation"):
+    for name in ("windows", "prompted", "positions", "answers", "peers", "compared"):
         assert quality_tables.block(name, tmp_path) == "Nothing is recorded yet."
     assert cells(quality_tables.block("bars", tmp_path))[0][3] == "not recorded"
     with pytest.raises(ValueError, match="table of quality 'bar': allowed are bars, bars short, windows"):
@@ -138,10 +138,14 @@ def test_other_libraries_stand_beside_the_best_of_no_more_bits(tmp_path: Path) -
     }
 
 
-def test_what_is_compared_needs_speeds(tmp_path: Path) -> None:
+def test_what_is_compared_has_speeds_where_they_are_recorded(tmp_path: Path) -> None:
     rows = [row("fp16", 16, 3.0, 3.2, elements=1000), row("x", 2, 3.01, 3.21, elements=1000)]
-    folder = write(tmp_path / "quality", *rows)
-    assert quality_tables.block("compared", folder) == "Nothing is recorded yet."
+    mixed = row("mix-l1(y,z)", 1.5, 3.0, 3.2, elements=1000)
+    folder = write(tmp_path / "quality", *rows, mixed)
+    said = quality_tables.block("compared", folder)
+    assert "tok/s" not in said
+    assert "mix" not in said
+    assert "3.0%: x (+1.01%, 8.00x fewer bytes than fp16)" in said
     speed = {
         "kind": "speed", "model": "smollm2-135m", "weights": "w", "dtype": "float16", "batch_size": 32,
         "prompt_tokens": 512, "decode_tokens": 64, "repeats": 3,
@@ -153,9 +157,14 @@ def test_what_is_compared_needs_speeds(tmp_path: Path) -> None:
     assert "| x | 250 | +1.01% |" in said
     assert "1.20x" in said
     assert "3.0%: x (+1.01%, 8.00x fewer bytes than fp16, 1.20x its speed)" in said
-    study = [{**each, "kind": "ablation"} for each in rows]
-    said = quality_tables.block("ablation", write(folder, *study))
-    assert "| x | 2.000 | +1.01% |" in said
+
+
+def test_the_picture_names_what_is_recorded() -> None:
+    picture = quality_picture.PICTURE.read_text(encoding="utf-8")
+    _, rows = quality_picture.shown()
+    assert len(rows) > 15
+    assert all(f">{each['method']}<" in picture for each in rows)
+    assert f"]({quality_picture.PICTURE.name})" in (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
 
 
 def test_recorded_answers_come_with_what_they_are_worth(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -245,7 +245,7 @@ def peers(folder: Path) -> str:
         group = [*group, *(row for other in everything for row in beginnings(other, group))]
         here = f"{group[0]['num_windows']} x {group[0]['window']:,}"
         judged = [row for row in group if 0 < row["bits"] < 16 and (is_library(row) or PLAIN_KIVI.match(row["method"]))]
-        own = [row for row in group if 0 < row["bits"] < 16 and row not in judged]
+        own = [row for row in group if 0 < row["bits"] < 16 and row not in judged and is_uniform(row)]
         for theirs in sorted(judged, key=lambda row: (not is_library(row), row["method"])):
             for name, counted in COUNTED.items():
                 within = [row for row in own if row[counted] <= theirs[counted] + 5e-4]
@@ -280,42 +280,40 @@ def beginnings(longer: Sequence[Row], group: Sequence[Row]) -> list[Row]:
     return [{**row, "num_windows": count, "window_nll": row["window_nll"][:count]} for row in rows]
 
 
+def is_uniform(row: Row) -> bool:
+    """Whether all layers have one setting, which was not chosen for this model."""
+    return not row["method"].startswith("mix-")
+
+
 def is_library(row: Row) -> bool:
     """Whether a row is of another library's compressed cache."""
     return row["package"] != "kvruntime" and row["bits"] < 16
 
 
 def compared(folder: Path) -> str:
-    """Bytes a token, quality and speed of every method, of the recordings that have speeds, and what they support."""
+    """Bytes a token, quality and, where they were recorded, speed of every method of the whole judged text, and what
+    they support."""
     parts = []
-    for path, file in recorded(folder):
-        for group in groups(file["rows"], WINDOWS):
-            speeds = comparison.speeds_of(file["rows"], group)
-            if not speeds:
-                continue
-            first, found = group[0], comparison.entries(group, speeds)
-            what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
-            how = f"batch {speeds[0]['batch_size']}, {speeds[0]['prompt_tokens']} prompt tokens"
-            link = f"[{path.name}](../validation/results/quality/{path.name})"
-            ran = circumstances({**file, "rows": [*group, *speeds]})
-            parts += [f"{heading('Compared', first, f'{what}; speed: {how}')}; {ran} ({link}):"]
-            parts += [compact(*comparison.comparison_cells(found))]
-            parts += [f"```text\n{comparison.recommendation(found)}\n```"]
+    files = recorded(folder)
+    for window in sorted(found := candidates(folder)):
+        group = [row for row in found[window][0] if is_uniform(row)]
+        path, file = next(entry for entry in files if group[0] in entry[1]["rows"])
+        parts += compared_group(path, file, group)
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
 
-def ablation(folder: Path) -> str:
-    """Every combination of bits, groups, residual and sinks, and what each value does in the mean."""
-    parts = []
-    for path, file in recorded(folder):
-        for group in groups(file["rows"], comparison.ABLATION):
-            first = group[0]
-            what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}, {first['chunk']} a step"
-            link = f"[{path.name}](../validation/results/quality/{path.name})"
-            ran = circumstances({**file, "rows": group})
-            parts += [f"{heading('Ablation', first, what)}; {ran} ({link}):"]
-            parts += [compact(*comparison.ablation_cells(group)), compact(*comparison.effect_cells(group))]
-    return "\n\n".join(parts) or "Nothing is recorded yet."
+def compared_group(path: Path, file: Mapping[str, Any], group: list[Row]) -> list[str]:
+    first, speeds = group[0], comparison.speeds_of(file["rows"], group)
+    entries = comparison.entries(group, speeds)
+    what = f"{first['text']}, {first['num_windows']} windows of {first['window']:,}"
+    if speeds:
+        what += f"; speed: batch {speeds[0]['batch_size']}, {speeds[0]['prompt_tokens']} prompt tokens"
+    link = f"[{path.name}](../validation/results/quality/{path.name})"
+    head, body = comparison.comparison_cells(entries)
+    shown = [place for place, name in enumerate(head) if any(cells[place] for cells in body)]
+    table = compact([head[place] for place in shown], [[cells[place] for place in shown] for cells in body])
+    told = f"{heading('Compared', first, what)} ({link}):"
+    return [told, table, f"```text\n{comparison.recommendation(entries)}\n```"]
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
@@ -327,5 +325,4 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "answers": answers,
     "peers": peers,
     "compared": compared,
-    "ablation": ablation,
 }
