@@ -48,8 +48,9 @@ quality() {
             --window 1024 --window 4096 --chunk 1 --batch 296 --anew --method kivi-boost \
             --method kivi-boost:value_nbits=3 --method kivi-boost:nbits=3,value_nbits=3 \
             --method kivi-boost:key_nbits=3,boost_nbits=2,value_nbits=4 --method kivi:nbits=2,group_size=32 \
-            --method kivi:nbits=2,group_size=64 --method kivi:nbits=4,group_size=64 \
-            --out "$results/quality/$name-smollm2-wikitext2.json")
+            --method kivi:nbits=2,group_size=64 --method kivi:nbits=4,group_size=64 --method int8 --method int4 \
+            --method turboquant:nbits=4 --method turboquant:nbits=3 --method turboquant:nbits=2 --method fp8-token-head \
+            --method kivi-boost:group_size=128 --out "$results/quality/$name-smollm2-wikitext2.json")
 }
 
 bench() {
