@@ -96,6 +96,10 @@ class Switch:
         out = self.prepares(*args, **kwargs)
         given = inspect.signature(self.prepares).bind(*args, **kwargs).arguments
         cache = _given((), given.get("model_kwargs", {}))
+        if cache is not None and getattr(given.get("generation_config"), "use_cache", None) is False:
+            raise ValueError(
+                "use_cache=False with a kvruntime cache: it would be given every token again, leave one out"
+            )
         if cache is not None and "max_cache_length" in given:
             cache.expect(int(given["max_cache_length"]))
         if cache is not None:

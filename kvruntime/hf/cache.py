@@ -15,6 +15,7 @@ from kvruntime.hf import exact
 from kvruntime.hf.exact import PACKED, Kind, packed_shapes
 from kvruntime.hf.lengths import Lengths
 from kvruntime.hf.padding import Columns
+from kvruntime.hf.read_back import ReadBackTensor
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_tensors
 from kvruntime.methods.rows import rows_of, too_many
@@ -245,8 +246,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def keys(self) -> Tensor | None:
-        """A copy of the keys held, read back (:meth:`read`); None before the first."""
-        return self.read()[0] if self.is_initialized else None
+        """A copy of the keys held, read back (:meth:`read`), not to be written to; None before the first."""
+        return self.read()[0].as_subclass(ReadBackTensor) if self.is_initialized else None
 
     @keys.setter
     def keys(self, to: None) -> None:
@@ -254,8 +255,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def values(self) -> Tensor | None:
-        """A copy of the values held, read back (:meth:`read`); None before the first."""
-        return self.read()[1] if self.is_initialized else None
+        """A copy of the values held, read back (:meth:`read`), not to be written to; None before the first."""
+        return self.read()[1].as_subclass(ReadBackTensor) if self.is_initialized else None
 
     @values.setter
     def values(self, to: None) -> None:
@@ -627,7 +628,10 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         ones.  A layer with states alone has neither."""
         for layer in self.layers:
             window = getattr(layer, "_sliding_window_tensor", None)
-            yield getattr(layer, "keys", None), getattr(layer, "values", None), window
+            if isinstance(layer, CacheLayer) and layer.is_initialized:
+                yield *layer.read(), window
+            else:
+                yield getattr(layer, "keys", None), getattr(layer, "values", None), window
 
     def __repr__(self) -> str:
         runs = f", kernel={self.kernel}" if self.stores else ""
@@ -677,6 +681,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         return here[0] if here else alike[0]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        if layer_idx >= len(self.layers):
+            return 0  # as a stock cache says of a layer that nothing came to
         return self.layers[self._owner(layer_idx)].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:

@@ -62,10 +62,12 @@ class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
     """Made where ``DynamicCache``'s data is asked for it: no tensor that lies beside the keys and values."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        out = super().update(key_states, value_states, *args, **kwargs)
-        if not self.record_past:
-            self._let_go()
-        return out  # type: ignore[no-any-return]
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:  # 5.17 returns all that is recorded, of which its mask knows a window's
+            seen = self.sliding_window - 1 + key_states.shape[2]
+            return keys[:, :, -seen:], values[:, :, -seen:]
+        self._let_go()
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -321,6 +321,8 @@ class SteppedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """The columns held, which every layer has seen; while a graph is captured, a tensor."""
         first = self.counts.layers[0]
+        if layer_idx >= len(self.layers):
+            return 0
         return first.get_seq_length() if first.is_initialized else super().get_seq_length(layer_idx)
 
     def reset(self) -> None:

@@ -98,8 +98,8 @@ def test_what_is_held_can_be_read(model, name):
         for got, want in ((keys, layer.keys), (values, layer.values)):
             assert_near(name, got.transpose(1, 2)[real], want.transpose(1, 2)[real])
             assert not got.transpose(1, 2)[~real].any()
-    cache.layers[0].keys.zero_()
-    assert cache.layers[0].keys.any()
+    with pytest.raises(ValueError, match="copies, read back, and zero_ would change nothing"):
+        cache.layers[0].keys.zero_()
     with pytest.raises(ValueError, match="are read only: update"):
         cache.layers[0].values = values
     for call in ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices"):
@@ -202,6 +202,36 @@ def test_attention_weights_are_not_to_be_had_from_this_cache(model):
         pytest.raises(ValueError, match="output_attentions, which a kvruntime cache does not support"),
     ):
         model(prompt(1, 8)["input_ids"], output_attentions=True, **argument(cache))
+
+
+@torch.no_grad()
+def test_what_is_read_back_is_not_written_to(model):
+    """A copy, and every view of it; what is made of it is a tensor like any other."""
+    cache = new_cache(model, "kivi")
+    model(prompt(2, 40)["input_ids"], **argument(cache))
+    held = cache.layers[0].keys
+    for write in (
+        lambda: held.__setitem__((0, 0), 0),
+        lambda: held[:, :, :5].zero_(),
+        lambda: held.transpose(1, 2).mul_(2),
+        lambda: held.__iadd__(1),
+        lambda: torch.add(held, 1, out=held),
+    ):
+        with pytest.raises(ValueError, match=r"keys and values are copies, read back, and \w+ would change nothing"):
+            write()
+    assert torch.equal(held, cache.layers[0].read()[0])
+    for made in (held + 1, held.clone(), torch.cat([held, held], 2), copy.deepcopy(held), held.norm(dim=-1)):
+        assert type(made) is torch.Tensor
+        made.zero_()
+    assert all(type(key) is type(value) is torch.Tensor for key, value, _ in cache)
+    assert cache.get_seq_length(7) == DynamicCache().get_seq_length(7) == 0
+
+
+def test_without_use_cache_a_cache_is_refused(model):
+    cache = new_cache(model, "kivi")
+    with pytest.raises(ValueError, match="use_cache=False with a kvruntime cache"):
+        model.generate(**prompt(1, 20), use_cache=False, max_new_tokens=2, **argument(cache))
+    assert cache.get_seq_length() == 0
 
 
 def test_two_threads_with_one_model(model):

@@ -48,6 +48,23 @@ def test_another_prompt_is_refused_in_one_line(model, length):
     assert torch.equal(model.generate(**other, **GREEDY, **argument(cache)), model.generate(**other, **GREEDY))
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma 3"])
+def test_drafts_on_a_used_cache(family):
+    """Stock assisted decoding gives a used cache the whole prompt again."""
+    model = tiny(family) if family == "Llama" else mixed(family)
+    cache, ids = make_cache(model, "fp32"), prompt(1, 20)["input_ids"]
+    for options in ({}, {"prompt_lookup_num_tokens": 3}, {"prompt_lookup_num_tokens": 2}):
+        mask = torch.ones_like(ids)
+        got = model.generate(ids, attention_mask=mask, **GREEDY, **options, **argument(cache))
+        assert torch.equal(got, model.generate(ids, attention_mask=mask, **GREEDY))
+        assert cache.get_seq_length() == got.shape[1] - 1
+        ids = torch.cat([got, prompt(1, 5)["input_ids"]], 1)
+    cache.reset()
+    model.generate(**prompt(1, 20), **GREEDY, **argument(cache))
+    with pytest.raises(ValueError, match=ANOTHER):
+        model.generate(**prompt(1, 60, seed=5), **GREEDY, prompt_lookup_num_tokens=3, **argument(cache))
+
+
 def test_what_was_taken_back_or_came_elsewhere_is_not_remembered():
     """After a crop, rows of another order, or tokens from outside the cache says nothing of their ids."""
     model = copy.deepcopy(tiny("Llama"))
