@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 from vllm_replay import Apart, replay  # noqa: E402
 
 from kvsim.engines import Vllm  # noqa: E402
+from kvsim.memory.sharding import SINGLE, Sharding, stages  # noqa: E402
 from kvsim.methods import Kivi, TurboQuant  # noqa: E402
 from kvsim.models.load import load_model  # noqa: E402
 
@@ -141,8 +142,9 @@ def vllm_version() -> tuple[int, ...]:
     return tuple(int(part) for part in version(names[0]).split(".")[:2])
 
 
-def predicted(folder: Path, found: dict[str, Any]) -> int:
-    model = load_model(str(folder / "config.json"))
+def predicted(folder: Path, found: dict[str, Any], split: Sharding = SINGLE) -> int:
+    """The blocks of a rank, which has 1 GiB for them."""
+    model = stages(load_model(str(folder / "config.json")), split)[0]
     return Vllm().pool(model, Kivi(dtype="float32"), GIB, found["max_model_len"]).num_gpu_blocks
 
 
@@ -175,6 +177,7 @@ def test_two_ranks(folder: Path) -> None:
         apart = [abs(a - b) for a, b in zip(alone["logprobs"][:same], shared["logprobs"][:same], strict=True)]
         assert same >= 10
         assert max(apart) < 0.2
+    assert two["blocks"] == predicted(folder, two, Sharding(tensor_parallel_size=2)) > 1.9 * one["blocks"]
 
 
 def test_what_is_refused_at_start(folder: Path) -> None:

@@ -46,9 +46,8 @@ def chosen(prompt, method):
 for spec in specs:
     rows = [chosen(prompt, parse_method(spec, {}, "float32")) for prompt in prompts]
     for dtype in ("float16", "bfloat16"):
-        half = LlamaForCausalLM(model.config).eval()
-        half.load_state_dict(model.state_dict())
-        half = half.to(device, getattr(torch, dtype))
+        half = LlamaForCausalLM._from_config(model.config, dtype=getattr(torch, dtype)).eval().to(device)
+        half.load_state_dict(model.state_dict())  # rotary frequencies stay in float32, as from_pretrained has them
         apart = [replay(half, row, parse_method(spec, {}, dtype)) for row in rows]
         mean = sum(row.mean for row in apart) / len(apart)
         told = {"method": spec, "dtype": dtype, "greedy": sum(row.greedy for row in apart)}
