@@ -11,8 +11,10 @@ import pytest
 
 from kvsim.analysis.doctor import Diagnosis, diagnose, draft_of, engine_of, model_of
 from kvsim.cli import run
+from kvsim.engines import Vllm
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
+from kvsim.methods import TurboQuant
 from kvsim.models.load import load_model
 
 LLAMA = load_model("llama-3.1-8b")
@@ -111,6 +113,10 @@ def test_kvruntimes_plugin_to_the_block() -> None:
     assert diagnosis.settings["kvruntime"] == "kivi nbits=2"
     assert found["KV cache size"][:2] == (368_210, 368_210)
     assert found["concurrency at 2,048 tokens"][2] == pytest.approx(0.0, abs=1e-4)
+    coded = diagnose(BOOT_PLUGIN.replace("'kivi', 'nbits': 2", "'turboquant', 'nbits': 3"), tiny)  # no exact tokens
+    pool = Vllm().pool(tiny, TurboQuant(3), 1 << 30, 2048)
+    assert coded.settings["kvruntime"] == "turboquant nbits=3"
+    assert figures(coded)["KV cache size"][0] == pool.num_tokens == 13981 * 64
     unknown = BOOT_PLUGIN.replace("'kivi'", "'kivvi'")
     with pytest.raises(ValueError, match="the log's additional_config: unknown method 'kivvi'"):
         diagnose(unknown, tiny)
