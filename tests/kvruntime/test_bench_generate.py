@@ -65,6 +65,9 @@ def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:
     rows = [{**same, "method": name, "seconds_per_step": [time] * 3} for name, time in times.items()]
     ours = {**same, "method": "kivi-2bit-g64-r64", "seconds_per_step": [1e-3] * 3, "first_call_seconds": 1.0}
     assert report.best_stock(ours, rows) is rows[1]
+    assert report.best_stock(ours, rows[:1]) is None
+    drafted = {"call": calls.DRAFTED}
+    assert report.best_stock(ours | drafted, [row | drafted for row in rows[:1]]) == rows[0] | drafted
     assert report.line(ours, rows).endswith("1.00 ms a step, first call 1.0 s, 2.00x")
 
 

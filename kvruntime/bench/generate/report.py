@@ -7,7 +7,7 @@ from math import ceil
 from statistics import median_low
 
 from kvruntime.bench.engine.report import groups
-from kvruntime.bench.generate.calls import CALLS
+from kvruntime.bench.generate.calls import CALLS, DRAFTED
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import kernels, ratio
 from kvruntime.bench.kernels.report import done, size
@@ -47,8 +47,13 @@ def same_size(row: Row, rows: Iterable[Row]) -> list[Row]:
 
 
 def best_stock(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The fastest of transformers' own caches at the same size; None before one was measured."""
-    return min(same_size(row, rows), key=seconds, default=None)
+    """The fastest of transformers' own caches at the same size; None before its static cache was measured, which is
+    the fastest but at long lengths.  Drafts and conversations do without: it does not run them."""
+    own = same_size(row, rows)
+    needs_static = row["kind"] == "generate" and call(row) != DRAFTED
+    if needs_static and all(one["method"] != STOCK[1] for one in own):
+        return None
+    return min(own, key=seconds, default=None)
 
 
 def seconds(row: Row) -> float:
@@ -110,7 +115,7 @@ def absent(row: Row) -> str:
 def pays_from(row: Row, rows: Iterable[Row]) -> str:
     """New tokens after which this cache's first call and steps have taken less time than any of transformers' own."""
     stock = [one for one in same_size(row, rows) if one is not row]
-    if row["method"] in STOCK or not stock:
+    if row["method"] in STOCK or best_stock(row, rows) is None:
         return ""
     if any(seconds(one) <= seconds(row) for one in stock):
         return "never"
@@ -125,6 +130,7 @@ def generate_table(group: Sequence[Row]) -> str:
         best = best_stock(row, group)
         share = "" if best is None or row["method"] in STOCK else ratio(seconds(best) / seconds(row))
         at = f"{row['batch_size']} x {size(row['num_tokens'])} {call(row)}".removesuffix(" greedy")
+        at += f", {row['calls_of_model']} calls" if call(row) == DRAFTED else ""
         middle, least, most = (1e3 * value for value in spread(row))
         cells = [at, label(row), f"{middle:.2f}", f"{least:.2f} to {most:.2f}", share]
         cells += [f"{tokens_per_second(row):,.0f}", f"{1e3 * row['first_token_seconds'][0]:,.0f}"]
@@ -148,9 +154,8 @@ def ways(group: Iterable[Row]) -> str:
     said: dict[str, None] = {}
     for row in group:
         if "steps" in row:
-            few = row.get("calls_of_model", 0)
-            drafted = f", {few} calls of the model" if call(row) == "drafted" else ""
-            said[f"{call(row)}: {row['steps']}{drafted}"] = None
+            several = ", several tokens planned by the host" if call(row) == DRAFTED else ""
+            said[f"{call(row)}: {row['steps']}{several}"] = None
     return f"\nsteps: {'; '.join(said)}" if said else ""
 
 
