@@ -6,7 +6,7 @@
 | ``kvruntime:generate`` | stock ``generate()``, this project's cache as it comes: a CUDA graph of the model's step |
 | ``kvruntime:compiled`` | the same cache, compiled |
 | ``transformers`` | the dynamic cache, at lengths that the process has seen: the host launches every kernel |
-| ``transformers:new`` | the same at lengths that are new to it: PyTorch probably plans its attention every step |
+| ``transformers:new`` | the same at lengths that are new to it: cuDNN plans its attention every step |
 | ``transformers:static`` | the static cache, compiled |
 
 A row of the dynamic cache is two: its first call has only new lengths, the others only seen ones.  Of the first it is

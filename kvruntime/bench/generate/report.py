@@ -58,7 +58,7 @@ def best_stock(row: Row, rows: Iterable[Row]) -> Row | None:
 
 def seconds(row: Row) -> float:
     """Of a step, the median of the calls, or of a conversation.  Of the dynamic cache without its first call: lengths
-    are new to the process there, and probably PyTorch plans its attention for each (:func:`new_lengths`).  It waits for
+    are new to the process there, and cuDNN plans its attention for each (:func:`new_lengths`).  It waits for
     the host, which is now faster, now slower: of two calls the faster one counts."""
     return spread(row)[0]
 
