@@ -66,7 +66,7 @@ def calibrate(
     profile: dict[str, Any] = {
         "schema": SCHEMA,
         "runtime": RUNTIME,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         **describe(str(place), command),
     }
     profile["device"] = profile["device"] | {"num_sms": multiprocessors(place)}
@@ -81,6 +81,7 @@ def calibrate(
         stay = {name: part for name, part in kept["parts"].items() if name not in wanted}
         for part in stay.values():
             part.setdefault("code", kept["code"])
+            part.setdefault("created", kept["created"])
         failed = {name: why for name, why in kept["lacks"].items() if name not in wanted} | {
             name: why for name, why in failed.items() if name in wanted
         }
@@ -130,9 +131,10 @@ def refit(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[st
             model, method = Model.from_config(subject.shape.config(plan.positions)), method_named(row["method"])
             size = row["batch_size"], row["num_tokens"], row["value"], row["low"], row["high"]
             measured.setdefault(runtime, []).append(Step(runtime, row["shape"], model, method, *size))
-    codes = load_profile(path).codes
+    before = profile.get("parts", {})
     parts, failed = fitted(path, measured, say, profile.get("code") or "")
-    parts = {name: part | {"code": codes.get(name, part["code"])} for name, part in parts.items()}
+    for name, part in parts.items():  # what measured it, and when
+        part |= {key: before[name][key] for key in ("code", "created", "same_run") if key in before.get(name, {})}
     profile |= {"parts": parts, "lacks": {**profile.get("lacks", {}), **failed}}
     profile["lacks"] = {name: why for name, why in profile["lacks"].items() if name not in parts}
     write(path, profile)
@@ -180,7 +182,7 @@ def fitted(
         base = with_part(base, name, part, hardware)
         taken = fit.predicted(name, part, rows, base, hardware)
         steps_of = [{**row.row, "predicted": each} for row, each in zip(rows, taken.tolist(), strict=True)]
-        parts[name] = described(part) | {"rows": steps_of, "code": code}
+        parts[name] = described(part) | {"rows": steps_of, "code": code, "created": now()}
         say(f"{name}: {len(rows)} steps, predicted within {part.low - 1:+.1%} to {part.high - 1:+.1%}")
     return parts, lacks
 
@@ -194,6 +196,10 @@ def cases(plan: Plan) -> list[Case]:
         for batch_size in {min(batch, 2) for batch, _ in subject.packed}:
             out += [Case(Attention(name, *heads, batch_size, 1024), method, steps=True) for method in plan.packed]
     return out
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def multiprocessors(place: torch.device) -> int | None:

@@ -122,8 +122,8 @@ class Profile:
     costs besides, and the attention kernel (``fixed`` and ``item`` seconds, ``bandwidth`` when it streams).
 
     ``runtime``: whose kernels these are, a key of :data:`RUNTIMES`.  ``parts``: the runtimes that were measured by
-    whole steps, keys of :data:`PARTS`; ``lacks``: why others were not.  ``codes``: by part, the hash of the code
-    that measured it, which the rows of the same run have too.
+    whole steps, keys of :data:`PARTS`; ``lacks``: why others were not.  ``codes``: by part, the hashes of the code
+    that measured it, and rows in the same minutes on the same machine.
     """
 
     device: str
@@ -143,7 +143,7 @@ class Profile:
     parts: Mapping[str, Part] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     num_sms: int | None = None
-    codes: Mapping[str, str] = field(default_factory=dict)
+    codes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def hardware(self) -> Hardware:
@@ -275,10 +275,17 @@ def load_profile(path: Path) -> Profile:
         runtime=runtime,
         parts=_parts(found, path),
         lacks={str(name): str(why) for name, why in _mapping(found, path, "lacks").items()},
-        codes={name: str(entry.get("code") or found.get("code") or "") for name, entry in entries.items()},
+        codes={name: _codes(entry, found) for name, entry in entries.items()},
         num_sms=sms if isinstance(sms := device.get("num_sms"), int) and 0 < sms < 10**6 else None,
         **values,
     )
+
+
+def _codes(entry: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What measured a part, and the rows that a file says were measured beside it (``same_run``)."""
+    beside = entry.get("same_run")
+    own = str(entry.get("code") or found.get("code") or "")
+    return (own, *map(str, beside if isinstance(beside, list) else ()))
 
 
 def described(part: Part) -> dict[str, Any]:

@@ -36,6 +36,8 @@ RUNTIMES = (
 CALIBRATED = tuple(f"{name}, calibrated" for name in RUNTIMES)
 OF_RUN = "with the card's profile, of the same run"
 OF_DAY = "with the card's profile, whose host was another day's"
+HOSTS = (0.35, 0.50)
+"""By how much one host differs from another, or from itself on another day: no bound on the model."""
 SMALL = 8 << 20
 """Bytes below which a block that is up to 1 MiB larger than asked is a large part of what is held."""
 CLAIMS = (
@@ -81,18 +83,18 @@ CLAIMS = (
     ),
     Claim("generate", "A step of stock generate() with this project's cache, as stated", "s", (0.05, 0.22)),
     Claim("generate, calibrated", f"The same {OF_RUN}", "s", (0.08, 0.20)),
-    Claim("generate, calibrated, another day", f"The same {OF_DAY}", "s", (0.10, 0.25)),
+    Claim("generate, calibrated, another day", f"The same {OF_DAY}", "s", (0.10, 0.30)),
     Claim("generate, compiled", "The same, compiled, as stated", "s", (0.08, 0.20)),
     Claim("generate, compiled, calibrated", f"The same {OF_RUN}", "s", (0.08, 0.20)),
     Claim("generate, compiled, calibrated, another day", f"The same {OF_DAY}", "s", (0.10, 0.25)),
-    Claim(  # the host's launches: one row took 13.1 ms on one day and 16.5 on another
-        "stock generate", "A step with transformers' dynamic cache at lengths seen before, as stated", "s", (0.08, 0.40)
+    Claim(  # the host's launches: the constants are those of several hosts, and one is a third faster
+        "stock generate", "A step with transformers' dynamic cache at lengths seen before, as stated", "s", (0.10, 0.40)
     ),
     Claim("stock generate, calibrated", f"The same {OF_RUN}", "s", (0.08, 0.25)),
-    Claim("stock generate, calibrated, another day", f"The same {OF_DAY}", "s", (0.15, 0.30)),
+    Claim("stock generate, calibrated, another day", f"The same {OF_DAY}", "s", HOSTS),
     Claim("stock generate, new lengths", "The same at lengths that are new to the process", "s", (0.13, 0.25)),
     Claim("stock generate, new lengths, calibrated", f"The same {OF_RUN}", "s", (0.08, 0.25)),
-    Claim("stock generate, new lengths, calibrated, another day", f"The same {OF_DAY}", "s", (0.15, 0.30)),
+    Claim("stock generate, new lengths, calibrated, another day", f"The same {OF_DAY}", "s", HOSTS),
     Claim("stock generate, compiled", "A step with transformers' static cache, as stated", "s", (0.08, 0.26)),
     Claim("every runtime", "A decode step under any of the runtimes above, as stated", "s", (0.06, 0.40), of=RUNTIMES),
     Claim(

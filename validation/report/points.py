@@ -337,7 +337,7 @@ def _timed(
 def another_day(profile: Profile | None, runtime: str, row: Row) -> str:
     """What is said of a row whose runtime the host takes part in, and which another run than the profile's measured:
     hosts differ, and one differs by the day."""
-    same = profile is None or runtime == ENGINE or (row.get("code") or "") == profile.codes.get(runtime)
+    same = profile is None or runtime == ENGINE or (row.get("code") or "") in profile.codes.get(runtime, ())
     return "" if same else ", another day"
 
 
