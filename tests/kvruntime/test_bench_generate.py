@@ -15,6 +15,7 @@ from kvruntime.bench.harness import session  # noqa: E402
 from kvruntime.bench.harness.results import Results  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
 from kvsim.methods import Kivi  # noqa: E402
+from validation.latency import ways  # noqa: E402
 
 
 def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
@@ -49,6 +50,18 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     for words in ("of best stock", "2 turns on one cache", "2 x 16 padded", "greedy, broken: ZeroDivisionError"):
         assert words in shown
+
+
+def test_one_slow_step_moves_the_mean_of_a_first_call_and_not_its_middle() -> None:
+    """Tokens a hundredth apart, the first ones and one later one a tenth: what is predicted is the middle."""
+    each = [0.1] * rounds.SHORT + [0.01] * (rounds.LONG - rounds.SHORT)
+    each[20] = 0.1
+    times = [sum(each[: count + 1]) for count in range(rounds.LONG)]
+    assert rounds.middle_step(times) == pytest.approx(0.01)
+    assert rounds.per_token(times) == pytest.approx(0.01 + 0.09 / 64)
+    row = {"package": "transformers", "seconds_per_step": [0.3, 0.1, 0.5], "calls": [0.5, 0.1], "repeats": 1}
+    assert [way.seconds[0] for way in ways.ways(row)] == [0.5, 0.1]
+    assert [way.seconds[0] for way in ways.ways(row | {"new_length_seconds": 0.4})] == [0.4, 0.1]
 
 
 def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:

@@ -87,6 +87,46 @@ def test_a_part_predicts_the_steps_that_it_was_fitted_to(measured: Path) -> None
     assert "whole steps of kvruntime measured" in profile.note("kvruntime")
 
 
+def test_a_part_is_measured_anew_and_the_rest_stays(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of transformers' own caches that take twice as long: their parts follow, nothing else does."""
+    from kvruntime.calibrate import card
+    from kvruntime.calibrate.steps import CPU, Step
+    from kvsim.methods import method_named
+    from kvsim.models.model import Model
+
+    path, before = tmp_path / "profile.json", json.loads(measured.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(before), encoding="utf-8")
+    own = ("transformers", "transformers:new")
+
+    def twice(plan: object, place: object, say: object, wanted: tuple[str, ...]) -> tuple[dict[str, list[Step]], dict]:
+        assert wanted == own  # one call has the lengths of both
+        found: dict[str, list[Step]] = {}
+        for name in wanted:
+            for row in before["parts"][name]["rows"]:
+                model = Model.from_config(CPU.subjects[row["shape"]].shape.config(CPU.positions))
+                about = name, row["shape"], model, method_named(row["method"]), row["batch_size"], row["num_tokens"]
+                found.setdefault(name, []).append(Step(*about, 2 * row["value"], row["low"], row["high"]))
+        return found, {}
+
+    monkeypatch.setattr(card, "measure", twice)
+    after = card.calibrate(path, "cpu", 1.0, only=("transformers:new",))
+    assert after == json.loads(path.read_text(encoding="utf-8"))
+    for name, part in after["parts"].items():
+        rows, held = ([row["predicted"] for row in each["parts"][name]["rows"]] for each in (after, before))
+        assert (sum(rows) > 1.5 * sum(held)) if name in own else part["fitted"] == before["parts"][name]["fitted"]
+        assert part["code"]
+    assert {name: after[name] for name in ("attention", "lacks", "read_bandwidth")} == {
+        name: before[name] for name in ("attention", "lacks", "read_bandwidth")
+    }
+    with pytest.raises(LookupError, match="unknown part 'vllm': allowed are kvruntime, "):
+        card.calibrate(path, "cpu", 1.0, only=("vllm",))
+    path.write_text(json.dumps(before | {"device": {"name": "another"}}), encoding="utf-8")
+    with pytest.raises(ValueError, match="is of another, this is"):
+        card.calibrate(path, "cpu", 1.0, only=("transformers",))
+
+
 def test_a_fit_finds_the_constants_that_made_the_steps() -> None:
     """Steps made by known constants, on a card of another bandwidth: what is fitted to some predicts the others."""
     pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
