@@ -31,8 +31,8 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     results = Results(tmp_path / "g.json", {"device": {"name": "here"}})
     kinds = (calls.GREEDY, calls.PADDED, calls.DRAFTED, calls.CONVERSATION)
     turns = rounds.Turns(tmp_path / "lock")
-    asked = suite.Asked(kinds, 2, turns)
-    tasks = suite.subject_tasks(Models("cpu"), subject, parts, suite.Clock("cpu"), asked, results)
+    schedule = suite.Schedule(kinds, 2, turns)
+    tasks = suite.subject_tasks(Models("cpu"), subject, parts, suite.Clock("cpu"), schedule, results)
     assert session.carry_out(tasks, results, report.line, report.tables) == 0
     turns.close()
     failed = {(row["method"], row["call"]) for row in results.rows if "failed" in row}

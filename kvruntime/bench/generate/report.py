@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from inspect import isfunction
 from math import ceil
 from statistics import median_low
 
@@ -12,7 +13,7 @@ from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import kernels, ratio
 from kvruntime.bench.kernels.report import done, size
 from kvruntime.bench.model.report import heading, note
-from kvsim.methods import kivi_boost
+from kvsim.methods import METHODS
 from kvsim.output.tables import plain
 
 GIB = 1 << 30
@@ -22,8 +23,8 @@ STOCK = ("transformers-dynamic", "transformers-static")
 """What an uncompressed cache costs: as it comes, and compiled by ``generate()``."""
 
 
-BOOST = "kivi-boost"
-"""What the method is asked for by."""
+PRESETS = {make().name: name for name, make in METHODS.items() if isfunction(make)}
+"""What a method that is settings of another is asked for by, by its own name."""
 QUANTIZED = ("optimum-quanto", "hqq")
 """The libraries under transformers' own quantized cache."""
 SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
@@ -31,7 +32,7 @@ SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
 
 def label(row: Row) -> str:
     """The cache, and how its steps run where there are several ways."""
-    name = BOOST if row["method"] == kivi_boost().name else str(row["method"])
+    name = PRESETS.get(row["method"], str(row["method"]))
     return f"{name}, {row['runs']}" if row["runs"] else name
 
 

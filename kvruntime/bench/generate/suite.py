@@ -164,7 +164,8 @@ def measure_conversation(clock: Clock, model: Any, one: Contender, num_tokens: i
     """Seconds of ``TURNS`` turns on one cache, the prompt's first one included, after a turn on another cache."""
     import torch
 
-    seconds, turn_seconds = [], []
+    seconds: list[float] = []
+    turn_seconds: list[float] = []
     for turns in (1, TURNS):
         with one.around(model):
             ids, cache, turn_seconds = prompt(model, 1, num_tokens, seed), one.cache(model, 0), []
@@ -177,7 +178,7 @@ def measure_conversation(clock: Clock, model: Any, one: Contender, num_tokens: i
 
 
 @dataclass(frozen=True)
-class Asked:
+class Schedule:
     """What is timed of every subject: kinds of calls, timed calls of each cache, and with whom the device is shared."""
 
     calls: Sequence[str] = (GREEDY,)
@@ -186,7 +187,7 @@ class Asked:
 
 
 def subject_tasks(
-    models: Models, subject: Subject, parts: Sequence[Contender], clock: Clock, asked: Asked, results: Results
+    models: Models, subject: Subject, parts: Sequence[Contender], clock: Clock, schedule: Schedule, results: Results
 ) -> list[Task]:
     """Every size with every contender, size by size, in turns; then the conversation.
 
@@ -202,7 +203,7 @@ def subject_tasks(
     """
     from kvruntime.bench.model.peers import package_version
 
-    turns = asked.turns or Turns(None)
+    turns = schedule.turns or Turns(None)
     keys: dict[int, Row] = {}
 
     def model() -> Any:
@@ -222,14 +223,14 @@ def subject_tasks(
             return measure_conversation(clock, loaded, one, num_tokens, models.seed)
 
     out = []
-    timed = [call for call in asked.calls if call != CONVERSATION]
+    timed = [call for call in schedule.calls if call != CONVERSATION]
     for size in subject.sizes if timed else ():
         group = Group(clock, model, turns, models.seed, record)
         for one in parts:
             for call in timed:
                 if call == DRAFTED and (size[0] > 1 or one.name == STOCK[1]):
                     continue  # transformers drafts for one row; a static cache's end comes within a draft
-                entrant = Entrant(one, call, size, 1 if one.is_guest else asked.repeats)
+                entrant = Entrant(one, call, size, 1 if one.is_guest else schedule.repeats)
                 of = {"runs": one.runs, "call": call, "batch_size": size[0], "num_tokens": size[1]}
                 of |= {"repeats": entrant.repeats}
                 if one.is_guest:
@@ -240,7 +241,7 @@ def subject_tasks(
                 group.entrants.append(entrant)
                 work = partial(at, group, entrant)
                 out.append(task(key, work, cost=size[0] * size[1] / 4096 + 4 + 40 * (one.runs == "compiled")))
-    if subject.conversation and CONVERSATION in asked.calls:
+    if subject.conversation and CONVERSATION in schedule.calls:
         for one in parts:
             if one.goes_on:
                 of = {"runs": one.runs, "batch_size": 1, "num_tokens": subject.conversation}
@@ -249,7 +250,7 @@ def subject_tasks(
     return out
 
 
-class Pulled(Models):
+class PulledModels(Models):
     """A model that ``kvruntime pull`` fetched, with its real weights."""
 
     def __init__(self, device: str, seed: int, name: str) -> None:
@@ -296,7 +297,7 @@ def generate(**given: Any) -> int:
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
     results = Results(out, header, resume=given["resume"], anew=given["anew"])
     models, clock = Models(device, given["seed"]), Clock(device)
-    asked = Asked(given["calls"] or (GREEDY, CONVERSATION), given["repeats"], turns)
+    schedule = Schedule(given["calls"] or (GREEDY, CONVERSATION), given["repeats"], turns)
     tasks: list[Task] = []
     for name in dict.fromkeys(names):
         subject = SUBJECTS[name]
@@ -309,8 +310,8 @@ def generate(**given: Any) -> int:
         methods = methods[1:] if given["specs"] else methods[-2:]
         found = contenders(methods, given["compiled"], given["peers"], given["plain"])
         parts = [one for one in found if not given["caches"] or kind_of(one) in given["caches"]]
-        loads = Pulled(device, given["seed"], name) if given["pulled"] else models
-        tasks += subject_tasks(loads, subject, parts, clock, asked, results)
+        loads = PulledModels(device, given["seed"], name) if given["pulled"] else models
+        tasks += subject_tasks(loads, subject, parts, clock, schedule, results)
     if given["peers"]:
         from kvruntime.bench.model.peers import find_peers
 
