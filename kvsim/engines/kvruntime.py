@@ -82,8 +82,7 @@ def stored_shape(method: Method, layer: LayerShape) -> LayerShape:
     inner = getattr(method, "inner", None)
     if inner is not None:
         return stored_shape(inner, layer)
-    if layer.kind == "mla" and not layer.value_dim:
-        layer = replace(layer, key_dim=layer.key_dim - layer.rope, value_dim=layer.rope)
+    layer = _apart(layer)
     multiple = getattr(method, "head_multiple", 1)
     key_dim, value_dim = (-(-dim // multiple) * multiple for dim in (layer.key_dim, layer.value_dim))
     return (
@@ -91,6 +90,13 @@ def stored_shape(method: Method, layer: LayerShape) -> LayerShape:
         if (key_dim, value_dim) == (layer.key_dim, layer.value_dim)
         else replace(layer, key_dim=key_dim, value_dim=value_dim)
     )
+
+
+def _apart(layer: LayerShape) -> LayerShape:
+    """A latent as a key, and the rotary key beside it as a value; any other layer as it is."""
+    if layer.kind != "mla" or layer.value_dim or not layer.rope:
+        return layer
+    return replace(layer, key_dim=layer.key_dim - layer.rope, value_dim=layer.rope)
 
 
 def window_of(layers: Iterable[LayerShape]) -> int:
@@ -177,6 +183,11 @@ class Kvruntime(Engine):
             for name, size in parts(in_transformers(state, dtype).buffers(batch_size)).items():
                 total[f"state_{name}"] = total.get(f"state_{name}", 0) + count * size
         return total
+
+    def held(self, model: Model) -> Model:
+        """``model`` with its latents' rotary keys apart, as they are stored."""
+        apart = tuple(_apart(layer) if isinstance(layer, LayerShape) else layer for layer in model.layers)
+        return model if apart == model.layers else replace(model, layers=apart)
 
     def stored(self, model: Model, method: Method) -> Method:
         if all(layer.window is None for layer in model.cache_layers):

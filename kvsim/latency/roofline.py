@@ -500,4 +500,6 @@ def seen(layer: LayerShape, num_tokens: int, new: int) -> float:
 
 def _width(layer: LayerShape) -> int:
     """Channels that a query head multiplies with an entry: keys, and values (the latent again where shared)."""
+    if layer.kind == "mla" and layer.value_dim:  # the rotary key apart
+        return 2 * layer.key_dim + layer.value_dim
     return layer.key_dim + (layer.value_dim or (layer.key_dim if layer.kind == "mla" else 0))

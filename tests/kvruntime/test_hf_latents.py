@@ -57,6 +57,7 @@ def test_attention_is_stock_over_what_is_stored(family, name):
         held += length
         predicted = Kvruntime().parts(read, method, 2, held)
         assert weigh(cache) - cache.step_nbytes == cache.nbytes == sum(predicted.values())
+    assert {(layer.key_dim, layer.value_dim) for layer in Kvruntime().held(read).cache_layers} == {(64, 16)}  # as read
     assert set(predicted) >= {"key_codes", "key_scale", "value_codes", "value_scale"}
 
 
