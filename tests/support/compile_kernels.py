@@ -36,6 +36,7 @@ from kvruntime.methods.kivi import pack as quantize
 from kvruntime.methods.token import attention as token
 from kvruntime.methods.token import fast as token_fast
 from kvruntime.methods.token import fast_store as token_fast_store
+from kvruntime.methods.token import latent
 from kvruntime.methods.token import paged_kernels as token_pages
 from kvruntime.methods.token import store as token_store
 from kvruntime.methods.token.reference import Layout
@@ -665,6 +666,18 @@ def rotate_token(name: str, sm: int) -> dict[str, int]:
     return resources(token.rotate_kernel, types, constants, sm, 1, enable_fp_fusion=False)
 
 
+def attend_latent(name: str, sm: int) -> dict[str, int]:
+    """Attention over latents of 512 channels and rotary keys of 64."""
+    constants = {
+        "RANK": 512, "ROPE": 64, "CODING": name, "NBITS": 8, "LEVELS": (), "ROPE_LEVELS": (), "BLOCK_R": 512,
+        "BLOCK_P": 64, "BLOCK_M": latent.BLOCK_M, "TILE": latent.TILE, "DOT": tl.float16, "MORE": 1, "STAGES": 2,
+    }  # fmt: skip
+    scales = {"scale_ptr": "*fp32", "rope_scale_ptr": "*fp32", "scale_log2": "fp32"}
+    own = {"codes_ptr": "*u8", "rope_codes_ptr": "*u8", "lengths_ptr": "*i32", "partial_ptr": "*fp32"}
+    types = arguments(latent.latent_kernel, "bf16", lse_ptr="*fp32", **scales, **own)
+    return resources(latent.latent_kernel, types, constants, sm, 8, enable_fp_fusion=True)
+
+
 def leave(name: str, sm: int) -> dict[str, int]:
     """Records that leave a packed window in a step."""
     record = METHODS[name][0].record(LayerShape(8, METHODS[name][1], METHODS[name][1]))
@@ -698,6 +711,7 @@ ENGINE = {
     attend_full_pool: FULL_POOLS,
     attend_full_scores: FULL_POOLS,
     attend_scores: CHANGED,
+    attend_latent: {"int8": None},
     leave: {name: METHODS[name] for name in ("2-bit g64 d128",)},
     prompt: WHOLE,
     prompt_masked: FULL_POOLS,
@@ -769,7 +783,7 @@ def record(rows: Iterable[tuple[str, str, int, dict[str, int] | str]]) -> None:
 
 if __name__ == "__main__":
     names = {function.__name__: points for function, points in ENGINE.items()}
-    targets = {"stream": (90,)}
+    targets = {"stream": (90,), "attend_latent": (90,)}
     tasks = [
         (kernel, name, sm)
         for kernel in KERNELS
