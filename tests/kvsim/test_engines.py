@@ -156,6 +156,8 @@ def test_vllm_windows_beside_kvruntimes_plugin() -> None:
     assert (pool.num_gpu_blocks, pool.blocks_per_request, pool.num_tokens) == (43690, 16 + 49 + 2 * 13, 491_632)
     assert f"{pool.concurrency:.2f}" == "480.11"
     assert [group.num_layers for group in pool.groups] == [2, 2, 2, 2]
+    coded = Vllm().pool(gemma, TurboQuant(3), GIB, 1024)  # vLLM 0.32.0 had as many blocks
+    assert (coded.num_gpu_blocks, [group.kind for group in coded.groups]) == (40_329, ["full", *["exact window"] * 2])
     stored = Vllm().stored(gemma, Kivi(dtype="float32"))
     assert Vllm().groups(gemma, stored) == pool.groups
     taken = Vllm().parts(gemma, Kivi(dtype="float32"), 1, 1024)
