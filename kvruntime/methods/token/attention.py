@@ -525,9 +525,10 @@ def attend(
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
         at_once = LARGE_PROGRAMS if tile == LARGE_TILE else PROGRAMS_PER_SM[few_bits(layout)]
-        own = fast.plan(layout, fast.page_tokens(stored))
-        at_once = own.programs if quick else at_once
-        splits = plan_splits(rows * blocks, longest, own.tile if quick else tile, sms * at_once)
+        if quick:
+            own = fast.plan(layout, fast.page_tokens(stored))
+            tile, at_once = own.tile, own.programs
+        splits = plan_splits(rows * blocks, longest, tile, sms * at_once)
     merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
     partial = (
