@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING
-from dataclasses import fields as dataclass_fields
 from functools import lru_cache
 from math import isfinite, nan
 from pathlib import Path
@@ -150,17 +148,22 @@ def method_spec(method: Method) -> str:
 
     Raises ``LookupError`` for a method that no name makes by its fields.
     """
-    name = next((name for name, make in METHODS.items() if make is type(method)), None)
-    if name is None:
-        raise LookupError(f"{method.name}: no name makes it by its fields")
-    options = []
-    for field in dataclass_fields(method):  # type: ignore[arg-type]
-        value = getattr(method, field.name)
-        usual = field.default_factory() if field.default_factory is not MISSING else field.default
-        if value != usual:
-            text = f"({method_spec(value)})" if field.type == "Method" else str(int(value) if value is True else value)
-            options.append(f"{field.name}={text}")
-    return f"{name}:{','.join(options)}" if options else name
+    for name, make in METHODS.items():
+        if isinstance(make, type) and make is not type(method):
+            continue
+        own = fields(name)
+        if not all(hasattr(method, field) for field in own):
+            continue
+        given = {field: getattr(method, field) for field in own}
+        if make(**given) != method:
+            continue
+        usual, options = make(), []
+        for field, value in given.items():
+            if value != getattr(usual, field):
+                plain = int(value) if isinstance(value, bool) else value
+                options.append(f"{field}=({method_spec(value)})" if own[field] else f"{field}={plain}")
+        return f"{name}:{','.join(options)}" if options else name
+    raise LookupError(f"{method.name}: no name makes it by its fields")
 
 
 def parse_engine(spec: str, shared: Mapping[str, Any]) -> Engine:

@@ -373,8 +373,25 @@ def test_methods_by_layer_are_a_mix_and_its_spec() -> None:
     assert [at(mix, layer, index, 7) for index in range(7)] == methods
     assert parse_method(method_spec(mix), {}) == mix
     assert mixed(methods[:2]) == kinds[0]
-    with pytest.raises(LookupError, match="no name makes it"):
-        method_spec(make_method("int8"))
+    coded = mixed([make_method(name) for name in ("int8", "int4", "int4")])
+    assert method_spec(coded) == "mix:first=0,last=0,exact=(int8),inner=(int4),layers=0"
+    assert parse_method(method_spec(coded), {}) == coded
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_name_makes_a_method_that_has_a_spec(name: str) -> None:
+    assert parse_method(method_spec(METHODS[name]()), {}) == METHODS[name]()
+
+
+def test_a_spec_says_the_options_that_differ() -> None:
+    for spec in ("fp8-token-head:scale_dtype=bfloat16", "q8_0:value_type=q4_0", "turboquant:norm_correction=0", "fp32"):
+        assert method_spec(parse_method(spec, {})) == spec
+
+    class Own(Kivi):
+        """Of no name."""
+
+    with pytest.raises(LookupError, match="kivi-2bit-g32-r128: no name makes it by its fields"):
+        method_spec(Own())
 
 
 def test_windows_may_stay_exact_in_a_mix() -> None:
