@@ -19,7 +19,8 @@ from kvruntime.cli import run  # noqa: E402
 from kvruntime.eval.sensitivity import Proposal, Study, read_back  # noqa: E402
 from kvruntime.hf.biases import key_bias_ratios  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Evict, Full, Kivi  # noqa: E402
+from kvsim.methods import Evict, Full, Kivi, make_method  # noqa: E402
+from kvsim.methods.layer_mix import mixed  # noqa: E402
 from kvsim.specs import parse_method  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
@@ -201,11 +202,40 @@ def test_a_mean_of_bits_goes_where_it_saves_most(ids):
 
 
 def test_a_proposal_is_printed_as_a_method():
-    a, b, exact = LADDER
+    a, b = LADDER[:2]
     proposal = Proposal((a, b, a), 0.0, 0.0)
     mix = "mix:first=0,last=0,exact=(kivi:nbits=4,residual_length=32),inner=(kivi:residual_length=32),layers=1"
-    assert how_stored(proposal.method) == f"as a method: {mix}"
-    assert "mixes one kind of method" in how_stored(Proposal((a, exact, a), 0.0, 0.0).method)
+    assert how_stored(proposal.method, (), 0.05, None) == f"as a method: {mix}"
+    coded = [make_method(name) for name in ("int8", "int4", "int4")]
+    assert how_stored(mixed(coded), (), 0.05, None) == (
+        "as a method: mix:first=0,last=0,exact=(int8),inner=(int4),layers=0"
+    )
+
+
+@pytest.mark.parametrize(("bits", "name"), [(None, "kivi-4bit-g32-r32"), (8.5, "int8"), (6.0, "kivi-4bit-g32-r32")])
+def test_what_no_cache_stores_names_the_method_next_to_it(bits, name):
+    """Within a bound that of the fewest bits, within a mean of bits that of the least divergence."""
+    a, b = LADDER[:2]
+    eight = make_method("int8")
+    uniform = [Proposal((a,) * 3, 0.4, 3.0), Proposal((b,) * 3, 0.04, 5.0), Proposal((eight,) * 3, 0.001, 8.5)]
+    said = how_stored(mixed((a, eight, a)), uniform, 0.05, bits)
+    assert "mixes one kind of method" in said
+    assert said.endswith(
+        f": take {name} for all layers, the {'least divergence' if bits else 'fewest bits'} of those within"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [("0", "numbers above 0"), ("-1", "numbers above 0"), ("inf", "finite numbers"), ("nan", "finite numbers")],
+)
+@pytest.mark.parametrize("option", ["bound", "bits"])
+def test_limits_are_finite_and_above_zero(option, text, allowed, capsys):
+    """Said before a model is looked for."""
+    assert run(["doctor", "--model", "nowhere", "--offline", f"--{option}", text]) == 2
+    said = capsys.readouterr().err
+    assert f"{option} {text}: allowed are {allowed}" in said
+    assert said.count("\n") == 1
 
 
 def test_the_command(tmp_path, capsys):
@@ -237,8 +267,6 @@ def test_the_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"layer {PLANTED}: key biases of" in shown
     assert "as decoding one token at a time stores it" in shown
-    assert run([*words, "--nbits", "2", "--bound", "0"]) == 2
-    assert "bound 0: allowed are numbers above 0" in capsys.readouterr().err
     broken = planted()
     with torch.no_grad():
         broken.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")

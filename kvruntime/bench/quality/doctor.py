@@ -84,7 +84,7 @@ def report(
     lines += [f"layer {finding.index}: {finding.named}" for finding in named]
     lines += ["" if named else "no layer's keys have large biases or outlying channels", layers_table(study, findings)]
     lines += ["", "every layer alike:", uniform_table(study, uniform, bound, bits)]
-    lines += ["", proposal_text(proposal, bound)]
+    lines += ["", proposal_text(proposal, uniform, bound, bits)]
     return "\n".join(lines)
 
 
@@ -103,13 +103,18 @@ def layers_table(study: Study, findings: Sequence[LayerFinding]) -> str:
 def uniform_table(study: Study, uniform: Sequence[Proposal], bound: float, bits: float | None) -> str:
     body = []
     for one in uniform:
-        fits = one.kl <= bound if bits is None else one.bits <= bits
-        body.append([one.methods[0].name, f"{one.bits:.3f}", f"{one.kl:.5f}", "within" if fits else "beyond"])
+        fits = "within" if within(one, bound, bits) else "beyond"
+        body.append([one.methods[0].name, f"{one.bits:.3f}", f"{one.kl:.5f}", fits])
     limit = f"the bound of {bound:g}" if bits is None else f"the mean of {bits:g} bits"
     return plain(["method", "bits", "KL, nats a token", limit], body)
 
 
-def proposal_text(proposal: Proposal | None, bound: float) -> str:
+def within(one: Proposal, bound: float, bits: float | None) -> bool:
+    """Whether a choice is within the mean of ``bits``, or without one within the ``bound``."""
+    return one.kl <= bound if bits is None else one.bits <= bits + 1e-9
+
+
+def proposal_text(proposal: Proposal | None, uniform: Sequence[Proposal], bound: float, bits: float | None) -> str:
     """The bits by layer, and what they are not."""
     if proposal is None:
         return f"no choice among these methods is within {bound:g} nats a token: keep the cache uncompressed"
@@ -118,17 +123,22 @@ def proposal_text(proposal: Proposal | None, bound: float) -> str:
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
         lines.append(f"  {layers}: {method.name} ({last - first + 1} of {len(proposal.methods)})")
     if len(set(proposal.methods)) > 1:
-        lines.append(how_stored(proposal.method))
+        lines.append(how_stored(proposal.method, uniform, bound, bits))
     lines.append("simulated: every token sees its past as decoding one token at a time stores it")
     return "\n".join(lines)
 
 
-def how_stored(mix: Method) -> str:
-    """How a choice by layer is asked for, or that it cannot be."""
+def how_stored(mix: Method, uniform: Sequence[Proposal], bound: float, bits: float | None) -> str:
+    """How a choice by layer is asked for, or that it cannot be and which method for all layers comes next to it."""
     spec, why = stored_spec(mix)
-    return (
-        f"not stored so ({why}): take the first method above that is within" if spec is None else f"as a method: {spec}"
-    )
+    if spec is not None:
+        return f"as a method: {spec}"
+    fits = [one for one in uniform if within(one, bound, bits)]
+    if bits is None:
+        name, best = min(fits, key=lambda one: one.bits).methods[0].name, "the fewest bits"
+    else:
+        name, best = min(fits, key=lambda one: one.kl).methods[0].name, "the least divergence"
+    return f"not stored so ({why}): take {name} for all layers, {best} of those within"
 
 
 def stored_spec(method: Method) -> tuple[str | None, str]:
