@@ -19,6 +19,7 @@ SCHEMA = "validation.ranks/1"
 KEY = ("kind", "ranks", "way", "what", "nbytes", "model", "num_layers", "method", "batch_size", "num_tokens", "device")
 SECONDS = 90
 """Without an answer of another rank."""
+START = "start 2 or more, `torchrun --nproc-per-node 2 -m validation ...`"
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,24 @@ class Group:
 def join() -> Group:
     """Joins the ranks that torchrun started: NCCL where there is a GPU for each, gloo on CPUs.
 
-    Raises ``ValueError`` without torchrun, or where a host has fewer GPUs than ranks.
+    Raises ``ValueError`` without torchrun's variables, or where a host has fewer GPUs than ranks.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks < 2:
-        raise ValueError("1 process: start 2 or more, `torchrun --nproc-per-node 2 -m validation ...`")
+    told = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    if told["WORLD_SIZE"] in ("", "1"):
+        raise ValueError(f"1 process: {START}")
+    if not all(value.isdecimal() for value in told.values()) or int(told["WORLD_SIZE"]) < 2:
+        said = ", ".join(f"{name}={value[:20]}" for name, value in told.items())
+        raise ValueError(f"{said}: allowed are the numbers that torchrun sets: {START}")
+    ranks, rank, local = map(int, told.values())
     there = torch.cuda.device_count()
     if 0 < there < ranks:
         raise ValueError(f"{ranks} ranks: allowed are up to {there}, the GPUs here")
-    local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if there else torch.device("cpu")
     if there:
         torch.cuda.set_device(device)
     own = {"backend": "nccl", "device_id": device} if there else {"backend": "gloo"}
     dist.init_process_group(**own, timeout=timedelta(seconds=SECONDS))
-    return Group(int(os.environ["RANK"]), ranks, device)
+    return Group(rank, ranks, device)
 
 
 class Rows:

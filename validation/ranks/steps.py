@@ -57,6 +57,9 @@ class Load:
         """Seconds a step ``[median, least, most]`` of the slowest rank, bytes a rank, and whether tokens are equal."""
         found = self.about(way, method)
         release()
+        cuda = self.group.device.type == "cuda"
+        if cuda:  # of this row alone, also after one that failed
+            torch.cuda.reset_peak_memory_stats()
         self.group.wait()
         with torch.no_grad(), silent() if way == WAYS[2] else _as_it_is():
             if way == WAYS[0] or method is None:
@@ -69,10 +72,9 @@ class Load:
             found["equal_tokens"] = self.group.equal(tokens())
         if method is not None:
             found |= {"nbytes": cache.nbytes, "kvsim_nbytes": self.nbytes(method)}
-        if self.group.device.type == "cuda":
+        if cuda:
             peak = torch.cuda.max_memory_allocated()
             found["peak_nbytes"] = int(self.group.slowest([peak])[0])
-            torch.cuda.reset_peak_memory_stats()
         return found
 
     def nbytes(self, method: Method) -> int:
