@@ -32,7 +32,8 @@ def compress(
 
     Full attention is packed, windows and states are copied.  ``method``, ``max_seq_len`` and ``options`` as
     :func:`kvruntime.make_cache` takes them; ``dtype`` is that of the keys.  ``model``: lets it attend to what is
-    packed, as ``make_cache`` does; without it a model reads the tokens back whole.
+    packed, as ``make_cache`` does; without it a model reads the tokens back whole.  A model with multi-head latent
+    attention that ``make_cache`` was given before needs it.
     ``attention_mask [batch_size, columns]``: which columns hold a token; padding is not stored.  ``cache`` stays.
 
     Raises ``ValueError`` for a cache of another kind, an empty one, or a mask of another shape.

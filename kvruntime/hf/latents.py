@@ -24,13 +24,21 @@ KIND = "mla"
 
 
 class LatentExpansion:
-    """A module's ``expand_kv``: what a kvruntime cache gave is handed on, all else expanded."""
+    """A module's ``expand_kv``: what a kvruntime cache gave is handed on, all else expanded.
+
+    Raises ``ValueError`` for a cache that takes latents for the keys and values of one head.
+    """
 
     def __init__(self, original: Any) -> None:
         self.original = original
 
     def __call__(self, latent: Any, rope: Any) -> Any:
         if isinstance(latent, PendingUpdate):
+            if latent.layer.kind != KIND:
+                raise ValueError(
+                    "the cache was made without the model and takes its latents for plain keys and values: "
+                    "give compress() model="
+                )
             return latent, rope
         return self.original(latent, rope)
 

@@ -144,3 +144,19 @@ def test_what_is_refused():
     quantized.model.layers[1].self_attn.kv_b_proj.__class__ = QuantizedLinear
     with pytest.raises(ValueError, match=r"with kv_b_proj in QuantizedLinear of torch.float32, allowed are plain ones"):
         make_cache(quantized, "int8")
+
+
+@torch.no_grad()
+def test_a_cache_packed_without_the_model_is_refused():
+    """By a model whose attention is given latents; one that was given none reads them back."""
+    model, ids = copy.deepcopy(latent("DeepSeek-V3")), prompt(1, 40)["input_ids"]
+    restore(model)
+    past = DynamicCache(config=model.config)
+    model(ids[:, :30], **argument(past))
+    cache = kvruntime.compress(past, "int8")
+    read = model(ids[:, 30:35], **argument(cache)).logits
+    make_cache(model, "int8")
+    with pytest.raises(ValueError, match=r"takes its latents for plain keys and values: give compress\(\) model=$"):
+        model(ids[:, 35:], **argument(cache))
+    given = kvruntime.compress(past, "int8", model=model)
+    torch.testing.assert_close(model(ids[:, 30:35], **argument(given)).logits, read, atol=1e-4, rtol=1e-4)
