@@ -23,6 +23,7 @@ from kvruntime.hf.models import layer_shapes  # noqa: E402
 from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.methods import make_layer  # noqa: E402
 from kvruntime.methods.token import latent as kernel  # noqa: E402
+from kvruntime.methods.token import latent_reference  # noqa: E402
 from kvsim.engines import Kvruntime  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, PerTokenHead, TurboQuant  # noqa: E402
@@ -160,3 +161,28 @@ def test_a_cache_packed_without_the_model_is_refused():
         model(ids[:, 35:], **argument(cache))
     given = kvruntime.compress(past, "int8", model=model)
     torch.testing.assert_close(model(ids[:, 30:35], **argument(given)).logits, read, atol=1e-4, rtol=1e-4)
+
+
+def test_many_queries_hold_few_scores(monkeypatch):
+    """Blocks of queries and of tokens, stored and fresh: what one block gives."""
+    torch.manual_seed(0)
+    layer = make_layer(METHODS["int8"], LayerShape(1, 64, 16, kind="mla"), 2, None, torch.device("cpu"))
+    layer.append(torch.randn(2, 1, 50, 64), torch.randn(2, 1, 50, 16), [50, 21])
+    query, (key, value) = torch.randn(2, 3, 40, 80), (torch.randn(2, 1, 40, dim) for dim in (64, 16))
+    key[1, :, :13] = torch.nan  # padding
+    fresh, sizes = (key, value, [40, 27]), []
+    want = layer.attend(query, 0.1, fresh)
+    assert want.isfinite().all()
+    assert not want[1, :, :13].any()
+
+    class Watched(latent_reference.Partial):
+        def add(self, key, value, visible):
+            sizes.append((self.query.shape[2] * key.shape[2] * len(key), key.shape[2]))
+            super().add(key, value, visible)
+
+    monkeypatch.setattr(latent_reference, "Partial", Watched)
+    monkeypatch.setattr(latent_reference, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(latent_reference, "BLOCK_SCORES", 700)
+    torch.testing.assert_close(layer.attend(query, 0.1, fresh), want, atol=1e-6, rtol=1e-5)
+    assert max(scores for scores, _ in sizes) <= 700
+    assert max(tokens for _, tokens in sizes) == 16
