@@ -218,6 +218,7 @@ def subject_tasks(
         return group.row(entrant) | beside
 
     def talk(one: Contender, num_tokens: int) -> Row:
+        turns.together()  # no other process times while weights are loaded
         loaded = model()
         with turns.alone():
             return measure_conversation(clock, loaded, one, num_tokens, models.seed)
