@@ -700,6 +700,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         self.columns.reset()
         self.forward.running = self.forward.open = self.forward.unfinished = False
         self.forward.states = 0
+        self.recorded_drafts = False  # no layer records after it
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CacheLayer):
                 layer.reset()

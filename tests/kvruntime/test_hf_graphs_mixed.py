@@ -203,3 +203,11 @@ def test_steps_after_drafts_are_graphs_again(family):
     cache.layers[0].activate_past_recording()  # a caller's own stays
     model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0, **argument(cache))
     assert cache.layers[0].record_past
+    cache.reset()
+    ids, given = inputs["input_ids"], {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **argument(cache)}
+    model.generate(ids, prompt_lookup_num_tokens=3, **given)
+    cache.reset()
+    assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
+    cache.layers[0].activate_past_recording()  # after a reset too
+    model.generate(ids, **given)
+    assert cache.layers[0].record_past
