@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -50,6 +52,27 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     for words in ("of best stock", "2 turns on one cache", "2 x 16 padded", "greedy, broken: ZeroDivisionError"):
         assert words in shown
+
+
+def test_a_conversation_loads_while_nobody_times(tmp_path, monkeypatch) -> None:
+    """The lock is shared when the model is loaded, of a second subject's too, and held alone while turns are timed."""
+    turns, seen = rounds.Turns(tmp_path / "lock"), []
+
+    class Watched(Models):
+        def loaded(self, subject):
+            seen.append(turns.shared)
+            return types.SimpleNamespace(model=None)
+
+    monkeypatch.setattr(session, "release", lambda: None)
+    monkeypatch.setattr(suite, "measure_conversation", lambda *_: seen.append(turns.shared) or {})
+    for name in ("llama-3.2-1b", "llama-3-8b"):
+        schedule = suite.Schedule((calls.CONVERSATION,), 1, turns)
+        subject, parts = suite.SUBJECTS[name], suite.contenders((), False, False)
+        results = Results(tmp_path / f"{name}.json", {"device": {"name": "here"}})
+        (task,) = suite.subject_tasks(Watched("cpu"), subject, parts, suite.Clock("cpu"), schedule, results)
+        task.measure(lambda _: None)
+    turns.close()
+    assert seen == [True, False] * 2
 
 
 def test_one_slow_step_moves_the_mean_of_a_first_call_and_not_its_middle() -> None:
