@@ -6,7 +6,7 @@ was stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,13 +63,15 @@ class Answerer:
         stop: Sequence[str] = (),
         tick: Tick = lambda _: None,
     ) -> list[list[int]]:
-        """The token ids of the greedy answer to each prompt, padded where a batch went on.
+        """The token ids of the greedy answer to each prompt, up to the token that ends it (the model's EOS), which is
+        the last; an answer that a text of ``stop`` ended is padded where its batch went on.
 
         Raises ``ValueError`` where a prompt and its answer exceed the model's positions.
         """
         from kvruntime.hf.cache import argument
 
         answers: list[list[int]] = []
+        ends = self._ends()
         for first in range(0, len(prompts), self.batch):
             rows = prompts[first : first + self.batch]
             ids, mask = self._left_padded(rows)
@@ -89,7 +91,7 @@ class Answerer:
                     stopping_criteria=stops,
                     pad_token_id=self._pad(),
                 )
-            answers += out[:, ids.shape[1] :].tolist()
+            answers += [ended(row, ends) for row in out[:, ids.shape[1] :].tolist()]
             tick(len(rows) / len(prompts))
         return answers
 
@@ -165,6 +167,11 @@ class Answerer:
                 return int(token)
         return 0
 
+    def _ends(self) -> set[int]:
+        """The tokens at which ``generate()`` ends a row."""
+        ends = self.model.generation_config.eos_token_id
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
     def _check_positions(self, prompt: int, new: int) -> None:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit is not None and prompt + new > limit:
@@ -184,6 +191,11 @@ class _StopTexts(StoppingCriteria):
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
                 done[index] = any(word in text for word in self.stop)
         return done
+
+
+def ended(row: Sequence[int], ends: Collection[int]) -> list[int]:
+    """``row`` up to the first of ``ends`` in it, which stays; all of it where there is none."""
+    return list(row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))])
 
 
 def before(text: str, stop: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.bench.quality.report import answers_cells, tables  # noqa: E402
 from kvruntime.cli import run  # noqa: E402
-from kvruntime.eval.answers import Answerer, before  # noqa: E402
+from kvruntime.eval.answers import Answerer, before, ended  # noqa: E402
 from kvruntime.eval.tasks import (  # noqa: E402
     TASKS,
     Example,
@@ -318,6 +318,23 @@ def test_the_command_answers_tasks(tmp_path, capsys):
     assert len(body) == 2
     assert run(["plot", str(out), "--out", str(tmp_path / "plots")]) == 0, capsys.readouterr().err
     assert (tmp_path / "plots" / "passkey.png").stat().st_size > 5000
+
+
+def test_an_answer_ends_with_its_end_token_whatever_its_batch(answerer, monkeypatch):
+    """Padding to the longest row of a batch is no part of an answer: it would agree with other padding."""
+    batched, alone = (answerer(Full("float32"), batch) for batch in (3, 1))
+    prompts = [batched.encode(prompt, False) for prompt in PROMPTS]
+    whole = batched.answer(prompts, 10)
+    assert [len(row) for row in whole] == [10] * 3
+    ends = [whole[0][4], 127]
+    monkeypatch.setattr(batched.model.generation_config, "eos_token_id", ends)
+    got = batched.answer(prompts, 10)
+    assert got == alone.answer(prompts, 10) == [ended(row, ends) for row in whole]
+    assert len(got[0]) <= 5 < max(map(len, got))
+    assert got[0][-1] == ends[0]
+    assert ended([5, 2, 0, 2], {2}) == [5, 2]
+    assert ended([2, 0], {2}) == [2]
+    assert ended([5, 6], set()) == [5, 6]
 
 
 def test_an_answer_agrees_up_to_its_first_other_token(tmp_path, capsys):
