@@ -755,8 +755,12 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def _crop_packed(self, num_columns: int, keep: int) -> None:
         longest = max(self.columns.row_lengths(num_columns))
         drop = self.columns.lost(num_columns, keep)
-        for layer in self.packed:
-            if layer.is_initialized:
-                layer.store.crop(longest - drop)  # refuses, where it does, in the first layer and before it changes any
-                layer.num_columns = keep
+        layers = [layer for layer in self.packed if layer.is_initialized]
+        one_each = {id(layer.method): layer.store for layer in layers}
+        if len(one_each) > 1:  # layers of one method refuse alike, in the first and before it changes
+            for store in one_each.values():
+                store.check_crop(longest - drop)
+        for layer in layers:
+            layer.store.crop(longest - drop)
+            layer.num_columns = keep
         self.columns.crop(keep)

@@ -256,6 +256,13 @@ class Rows:
         """Takes over :meth:`books`, once the tensors are those that they are of."""
         self.catch_up(torch.tensor(books["row_lengths"], dtype=torch.int32))
 
+    def check_crop(self, num_tokens: int) -> None:
+        """Raises ``ValueError`` where ``crop(num_tokens)`` would, and changes nothing: a shorter row has too few."""
+        drop = max(0, max(self.row_lengths) - num_tokens)
+        if drop > min(self.row_lengths):
+            least = max(self.row_lengths) - min(self.row_lengths)
+            raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self.row_lengths = [0] * self.batch_size

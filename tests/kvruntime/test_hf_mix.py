@@ -17,7 +17,7 @@ from kvruntime.eval.bits import held_nbytes, packed_bits  # noqa: E402
 from kvruntime.hf import empty  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.models import layer_shapes  # noqa: E402
-from kvsim.methods import Evict, Full, Kivi, LayerMix, make_method  # noqa: E402
+from kvsim.methods import Evict, Full, Kivi, LayerMix, PerTokenHead, make_method  # noqa: E402
 
 FEW, MORE = (Kivi(2, sink_length=4, residual_length=64, dtype="float32", rotate_values=True, **bits)
              for bits in ({"boost_nbits": 2}, {"key_nbits": 3, "value_nbits": 3, "boost_nbits": 1}))  # fmt: skip
@@ -83,6 +83,47 @@ def test_a_saved_mix_goes_on(tmp_path):
     with torch.no_grad():
         logits = [model(token, **argument(held)).logits for held in (cache, loaded)]
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("residuals", [(128, 32), (32, 128)])
+def test_a_crop_that_one_layer_refuses_changes_none(residuals):
+    """Of 200 tokens one layer has 128 packed and the other 192: it refuses wherever it stands, and the cache goes on."""
+    first, second = (Kivi(residual_length=n, nbits=bits, dtype="float32") for n, bits in zip(residuals, (4, 2)))
+    model, mix = own(), LayerMix(first=1, last=0, exact=first, inner=second)
+    cache, untouched = (filled(model, mix, 200) for _ in range(2))
+    with pytest.raises(ValueError, match="cannot crop to 180 tokens: allowed are 192 and above"):
+        cache.crop(-20)
+    assert [layer.store.row_lengths for layer in cache.packed] == [[200, 200]] * 2
+    token = prompt(2, 1)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(*(model(token, **argument(held)).logits for held in (cache, untouched)))
+    cache.crop(-9)
+    assert [layer.store.row_lengths for layer in cache.packed] == [[192, 192]] * 2
+    assert cache.get_seq_length() == 192
+
+
+def refusal(call, *arguments):
+    try:
+        return call(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("method", [Full("float32"), PerTokenHead("int8"), FEW, Evict(budget=256, inner=FEW)])
+def test_a_check_refuses_what_crop_refuses_and_changes_nothing(method):
+    """Rows of 150 and 110 tokens."""
+    model = own()
+    cache = make_cache(model, method)
+    with torch.no_grad():
+        model(**prompt(2, 150, (0, 40)), **argument(cache))
+    store, refused = cache.packed[0].store, []
+    for keep in (20, 39, 40, 131, 132, 149, 150):
+        said = refusal(store.check_crop, keep)
+        assert store.row_lengths == [150, 110]
+        assert said == refusal(copy.deepcopy(store).crop, keep)
+        refused.append(said is not None)
+    assert refused[0]
+    assert not refused[-1]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the engine's graphs: tests/kvruntime/test_engine.py")

@@ -347,13 +347,20 @@ class EvictLayer(Rows):
         self.batch_size = self.inner.batch_size
         self._mirror()
 
-    def crop(self, num_tokens: int) -> None:
-        """Cut the longest row to ``num_tokens`` of those seen.  Raises ``ValueError`` where a row has evicted some."""
-        drop = max(self.seen) - num_tokens
-        if drop <= 0:
+    def check_crop(self, num_tokens: int) -> None:
+        """Raises ``ValueError`` where a row has evicted some of its tokens, or the inner layer refuses."""
+        if num_tokens >= max(self.seen):
             return
         if self.seen != self.inner.row_lengths:
             raise ValueError(f"cannot crop to {num_tokens} tokens: tokens that would come back are evicted")
+        self.inner.check_crop(num_tokens)
+
+    def crop(self, num_tokens: int) -> None:
+        """Cut the longest row to ``num_tokens`` of those seen, once :meth:`check_crop` allows it."""
+        self.check_crop(num_tokens)
+        drop = max(self.seen) - num_tokens
+        if drop <= 0:
+            return
         self.inner.crop(num_tokens)
         self.seen = [seen - drop for seen in self.seen]
         self.newest = [max(0, newest - drop) for newest in self.newest]

@@ -179,10 +179,8 @@ class FullLayer(Rows):
 
         Their slots are zeroed (a NaN left behind would reach a shorter row's sums).
         """
+        self.check_crop(num_tokens)
         drop = max(0, max(self.row_lengths) - num_tokens)
-        if drop > min(self.row_lengths):
-            least = max(self.row_lengths) - min(self.row_lengths)
-            raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
         self.row_lengths = [length - drop for length in self.row_lengths]
         for tensor in self.tensors.values():
             for row, length in enumerate(self.row_lengths):

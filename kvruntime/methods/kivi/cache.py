@@ -349,11 +349,8 @@ class KiviLayer(Rows):
         super().reorder(index)
         self.row_packed = [self.row_packed[row] for row in index.tolist()]
 
-    def crop(self, num_tokens: int) -> None:
-        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row.
-
-        Raises ``ValueError`` when a row would lose tokens that are packed already.
-        """
+    def check_crop(self, num_tokens: int) -> None:
+        """Raises ``ValueError`` where a row would lose tokens that are packed already."""
         drop = max(self.row_lengths) - num_tokens
         if drop <= 0:
             return
@@ -362,6 +359,14 @@ class KiviLayer(Rows):
         if drop > exact:
             least = max(self.row_lengths) - exact
             raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above, the rest is packed")
+
+    def crop(self, num_tokens: int) -> None:
+        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row, once
+        :meth:`check_crop` allows it."""
+        self.check_crop(num_tokens)
+        drop = max(self.row_lengths) - num_tokens
+        if drop <= 0:
+            return
         self.row_lengths = [length - drop for length in self.row_lengths]
         self._write_lengths(self.row_packed)
 

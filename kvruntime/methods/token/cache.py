@@ -198,10 +198,8 @@ class TokenLayer(Rows):
 
     def crop(self, num_tokens: int) -> None:
         """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row."""
+        self.check_crop(num_tokens)
         drop = max(0, max(self.row_lengths) - num_tokens)
-        if drop > min(self.row_lengths):
-            least = max(self.row_lengths) - min(self.row_lengths)
-            raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
         self.row_lengths = [length - drop for length in self.row_lengths]
 
 
