@@ -15,7 +15,7 @@ from kvsim.engines.engine import Engine
 from kvsim.engines.ideal import method_parts
 from kvsim.engines.states import in_transformers
 from kvsim.layout import Layers, LayerShape, Method, leaving, parts
-from kvsim.methods import METHODS, Full, LayerMix, at, placed
+from kvsim.methods import METHODS, Full, LayerMix, in_order
 from kvsim.methods.evict import windowed
 from kvsim.whole_numbers import check_whole
 
@@ -74,6 +74,13 @@ def check_mix(mix: LayerMix) -> None:
             raise ValueError(f"{part.name} in a mix: kvruntime mixes methods that hold no other and share nothing")
     if len(kinds) > 1:
         raise ValueError(f"{mix.name}: kvruntime mixes one kind of method, such as kivi with other bits")
+
+
+def check_alike(method: Method, methods: Iterable[Method], others: bool) -> None:
+    """Raises ``ValueError`` where ``methods``, those of ``method`` in packed layers, differ in a model with ``others``
+    beside full attention: windows, states, layers without a cache."""
+    if others and len(set(methods)) > 1:
+        raise ValueError(f"{method.name}: allowed is a choice by layer where all layers are full attention")
 
 
 def stored_shape(method: Method, layer: LayerShape) -> LayerShape:
@@ -153,24 +160,29 @@ class Kvruntime(Engine):
         ``state_*``."""
         if model.index_layers:
             raise ValueError("kvruntime does not run models with index keys")
+        check_runs(method)
         packed = Layers(layer for layer in model.cache_layers if layer.window is None)
         window = window_of(model.cache_layers)
         if window:
             packed = Layers(replace(layer, window=None, kind="") for layer in model.cache_layers)
-            method = windowed(method, window)
         if not packed:
             least = f"{LONG_WINDOW:,} tokens and more"
             raise ValueError(f"kvruntime packs full attention, or alone windows of {least}: this model has none")
-        for layer in packed:
+        others = bool(model.state_layers) or "none" in dict(model.kinds)
+        others = others or any(layer.window is not None for layer in model.cache_layers)
+        check_alike(method, in_order(method, packed), others)
+        if window:
+            method = windowed(method, window)
+            check_runs(method)
+        methods = in_order(method, packed)
+        for layer, chosen in zip(packed, methods, strict=True):
             if layer.kind == "mla" and layer.rope:
-                if not getattr(method, "latents", False):
+                if not getattr(chosen, "latents", False):
                     allowed = ", ".join(latent_names())
-                    raise ValueError(f"kvruntime does not hold latents under {method.name}: allowed are {allowed}")
+                    raise ValueError(f"kvruntime does not hold latents under {chosen.name}: allowed are {allowed}")
             elif not layer.value_dim or layer.stride > 1:
                 raise ValueError(f"kvruntime packs full-attention layers only, not {layer.kind} ones")
-        for _, chosen in placed(method, packed):
-            check_runs(chosen)
-        filled = Layers(stored_shape(at(method, layer, i, len(packed)), layer) for i, layer in enumerate(packed))
+        filled = Layers(stored_shape(each, layer) for each, layer in zip(methods, packed, strict=True))
         exact = method_parts(method, filled, batch_size, num_tokens)
         provided = sum(method_parts(method, filled, batch_size, self.provided(num_tokens)).values())
         total = exact | {"padding": provided - sum(exact.values())}

@@ -26,7 +26,7 @@ from kvruntime.methods.token import latent as kernel  # noqa: E402
 from kvruntime.methods.token import latent_reference  # noqa: E402
 from kvsim.engines import Kvruntime  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi, PerTokenHead, TurboQuant  # noqa: E402
+from kvsim.methods import Kivi, LayerMix, PerTokenHead, TurboQuant  # noqa: E402
 from kvsim.models.model import Model  # noqa: E402
 
 METHODS = {
@@ -129,6 +129,19 @@ def test_the_model_is_given_back():
 
 class QuantizedLinear(torch.nn.Linear):
     """As libraries that quantize weights have them."""
+
+
+@torch.no_grad()
+def test_a_mix_holds_latents_as_predicted():
+    model, mix = latent("DeepSeek-V2"), LayerMix(first=1, last=0, exact=METHODS["int8"], inner=METHODS["int4"])
+    cache = make_cache(model, mix)
+    model(prompt(1, 60)["input_ids"], **argument(cache))
+    assert [layer.store.method for layer in cache.packed] == [METHODS["int8"], METHODS["int4"]]
+    read = Model.from_config(model.config.to_dict())
+    assert cache.nbytes == sum(Kvruntime().parts(read, mix, 1, 60).values())
+    kivis = LayerMix(first=1, last=0, exact=Kivi(4), inner=Kivi())
+    with pytest.raises(ValueError, match="kvruntime does not hold latents under kivi-4bit-"):
+        Kvruntime().parts(read, kivis, 1, 60)
 
 
 def test_what_is_refused():

@@ -20,6 +20,8 @@ from kvsim.models.model import Model
 
 GIB, MIB = 1 << 30, 1 << 20
 LLAMA = load_model("llama-3.1-8b")
+KIVIS = LayerMix(first=1, last=0, exact=Kivi(4), inner=Kivi())
+STATE = StateShape((("conv", (10, 3), "bfloat16"),))
 
 
 def shaped(*kinds: tuple[int, LayerShape | StateShape]) -> Model:
@@ -328,6 +330,15 @@ def test_kvruntime_leaves_windows_and_states_as_they_are() -> None:
         (LlamaCpp(), Nvfp4(), LLAMA, "llama.cpp does not store nvfp4"),
         (LlamaCpp(flash_attn=False), make_method("q8_0"), LLAMA, "values in q8_0 need flash attention"),
         (Kvruntime(), Fp8(), LLAMA, "kvruntime does not run the method fp8"),
+        (Kvruntime(), LayerMix(inner=Kivi()), LLAMA, "kvruntime mixes one kind of method"),
+        (Kvruntime(), KIVIS, windowed(3, 1, 100, 2, 64), "allowed is a choice by layer where all layers are full"),
+        (Kvruntime(), KIVIS, windowed(0, 4, 4096, 2, 64), "allowed is a choice by layer where all layers are full"),
+        (
+            Kvruntime(),
+            KIVIS,
+            shaped((3, LayerShape(2, 64, 64)), (1, STATE)),
+            "a choice by layer where all layers are full",
+        ),
         (Kvruntime(), Full(), shaped((2, LayerShape(1, 64, 64, window=128))), "this model has none"),
         (
             Kvruntime(),
