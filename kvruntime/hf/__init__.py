@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from kvruntime.hf.attention import attach, restore
@@ -11,14 +10,13 @@ from kvruntime.hf.cache import Cache
 from kvruntime.hf.compiled import CompiledCache
 from kvruntime.hf.convert import compress
 from kvruntime.hf.empty import attend_through, devices_of, empty_cache, without_steps
-from kvruntime.hf.exact import Kind
+from kvruntime.hf.exact import packed_methods
 from kvruntime.hf.models import changed_scores, layer_kinds, method_given, refuse_scores
 from kvruntime.hf.prefixes import get_prefix, open_prefixes, put_prefix
 from kvruntime.hf.saved import load_cache, save_cache
 from kvruntime.methods import room_of
 from kvsim.engines.kvruntime import check_runs, stored_shape
 from kvsim.layout import Method
-from kvsim.methods import in_order
 from kvsim.methods.defaults import COMPRESSED
 from kvsim.methods.evict import windowed
 
@@ -69,8 +67,7 @@ def make_cache(
         raise ValueError(f"max_seq_len {max_seq_len}: allowed are 1 and above")
     method = method_given(method, options, model.dtype)
     check_runs(method)
-    methods = in_order(method, shapes)
-    _refuse_mixed(method, methods, kinds)
+    methods = packed_methods(method, kinds)
     for window in {kind.window for kind in kinds if kind.shape and kind.window}:
         check_runs(windowed(method, window))
     for shape, each in set(zip(shapes, methods, strict=True)):
@@ -94,9 +91,3 @@ def make_cache(
         raise ValueError(f"the model lies on {', '.join(devices)}: a compiled cache's steps run on one device")
     attach(model)
     return CompiledCache(method, len(shapes), max_seq_len)
-
-
-def _refuse_mixed(method: Method, methods: Sequence[Method], kinds: Sequence[Kind]) -> None:
-    """Raises ``ValueError`` for a choice by layer where layers that are not packed alike would count among them."""
-    if len(set(methods)) > 1 and any(kind.keeps or kind.window for kind in kinds):
-        raise ValueError(f"{method.name}: allowed is a choice by layer where all layers are full attention")

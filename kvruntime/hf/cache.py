@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationMixin, cache_utils
 
 from kvruntime.hf import exact
-from kvruntime.hf.exact import PACKED, Kind, packed_shapes
+from kvruntime.hf.exact import PACKED, Kind, packed_methods
 from kvruntime.hf.lengths import Lengths
 from kvruntime.hf.padding import Columns
 from kvruntime.hf.read_back import ReadBackTensor
@@ -21,7 +21,6 @@ from kvruntime.methods import Layer, Steps, changes_scores, make_layer, shared_t
 from kvruntime.methods.rows import rows_of, too_many
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, Method
-from kvsim.methods import in_order
 from kvsim.methods.evict import windowed
 
 STATE_VERSION = 4
@@ -557,7 +556,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
 
     def _methods(self, kinds: Sequence[Kind]) -> list[Method]:
         """What stores each layer of ``kinds``; of one that is not packed, any."""
-        chosen = iter(in_order(self.method, packed_shapes(kinds)))
+        chosen = iter(packed_methods(self.method, kinds))
         return [self.method if kind.shape is None and kind.keeps else next(chosen) for kind in kinds]
 
     def _make_layers(self, num_layers: int) -> list[Any]:

@@ -9,13 +9,12 @@ from weakref import WeakKeyDictionary
 
 from kvruntime.hf.attention import attach
 from kvruntime.hf.cache import Cache
-from kvruntime.hf.exact import Kind, packed_shapes
+from kvruntime.hf.exact import Kind, packed_methods
 from kvruntime.hf.models import NAMES
 from kvruntime.hf.stepped import SteppedCache
 from kvruntime.methods import has_steps
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import Method
-from kvsim.methods import in_order
 from kvsim.methods.evict import windowed
 
 _TOLD: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -86,7 +85,7 @@ def without_graphs(model: Any, method: Method, kinds: Sequence[Kind], devices: S
     if len(devices) > 1:
         return f"layers on {' and '.join(devices)}"
     windows = {kind.window for kind in kinds if kind.shape and kind.window}
-    for one in dict.fromkeys(in_order(method, packed_shapes(kinds))):
+    for one in dict.fromkeys(packed_methods(method, kinds)):
         behind: list[Method] = [windowed(one, window) for window in windows]
         for each in behind or [one]:
             if not has_steps(each):

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from kvsim.layout import LayerShape
+from kvsim.engines.kvruntime import check_alike
+from kvsim.layout import LayerShape, Method
+from kvsim.methods import in_order
 
 
 class ExactPart(StrEnum):
@@ -48,6 +50,14 @@ ANY = LayerShape(1, 16, 16)
 def packed_shapes(kinds: Sequence[Kind]) -> list[LayerShape]:
     """The shapes of those that are packed, in order."""
     return [kind.shape or ANY for kind in kinds if kind.shape is not None or not kind.keeps]
+
+
+def packed_methods(method: Method, kinds: Sequence[Kind]) -> list[Method]:
+    """What stores each of those that are packed, in order.  Raises ``ValueError`` for a choice by layer beside layers
+    that are not packed alike."""
+    methods = in_order(method, packed_shapes(kinds))
+    check_alike(method, methods, any(kind.keeps or kind.window for kind in kinds))
+    return methods
 
 
 class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from kvruntime.hf import exact
 from kvruntime.hf.cache import Cache, CacheLayer
 from kvruntime.hf.empty import attend_through, empty_cache, host_planned
 from kvruntime.hf.models import layer_kinds, refuse_scores
-from kvruntime.methods import respelled, spelled
+from kvruntime.methods import check_runs, respelled, spelled
 from kvsim.atomic import replace_file
 from kvsim.engines.kvruntime import stored_shape
 from kvsim.layout import LayerShape, nbytes
@@ -90,6 +90,7 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _rebuilt(state: dict[str, Any], path: str | Path, model: Any) -> Cache:
     kinds = layer_kinds(model)
     method = respelled(state["method"])
+    check_runs(method)
     cache = host_planned(method, kinds, state["max_seq_len"])
     own = [(isinstance(layer, CacheLayer), _kept(layer)) for layer in cache.layers]
     if own != [(layer["packed"] is not None, layer["kept"]) for layer in state["layers"]]:

@@ -9,15 +9,20 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
 
+from hf_mixed import GEMMA  # noqa: E402
 from hf_models import DEVICE, prompt, tiny  # noqa: E402
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig  # noqa: E402
 
-from kvruntime import Engine, load_cache, make_cache, paged, save_cache  # noqa: E402
+from kvruntime import Engine, compress, load_cache, make_cache, paged, save_cache  # noqa: E402
 from kvruntime.bench.harness.weigh import weigh  # noqa: E402
 from kvruntime.eval.bits import held_nbytes, packed_bits  # noqa: E402
 from kvruntime.hf import empty  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.models import layer_shapes  # noqa: E402
+from kvruntime.methods import spelled  # noqa: E402
+from kvsim.engines import Kvruntime  # noqa: E402
 from kvsim.methods import Evict, Full, Kivi, LayerMix, PerTokenHead, make_method  # noqa: E402
+from kvsim.models.model import Model  # noqa: E402
 
 FEW, MORE = (Kivi(2, sink_length=4, residual_length=64, dtype="float32", rotate_values=True, **bits)
              for bits in ({"boost_nbits": 2}, {"key_nbits": 3, "value_nbits": 3, "boost_nbits": 1}))  # fmt: skip
@@ -87,8 +92,8 @@ def test_a_saved_mix_goes_on(tmp_path):
 
 @pytest.mark.parametrize("residuals", [(128, 32), (32, 128)])
 def test_a_crop_that_one_layer_refuses_changes_none(residuals):
-    """Of 200 tokens one layer has 128 packed and the other 192: it refuses wherever it stands, and the cache goes on."""
-    first, second = (Kivi(residual_length=n, nbits=bits, dtype="float32") for n, bits in zip(residuals, (4, 2)))
+    """Of 200 tokens one layer has 128 packed, the other 192: that one refuses, first or last, and the cache goes on."""
+    first, second = (Kivi(bits, residual_length=n, dtype="float32") for bits, n in zip((4, 2), residuals, strict=True))
     model, mix = own(), LayerMix(first=1, last=0, exact=first, inner=second)
     cache, untouched = (filled(model, mix, 200) for _ in range(2))
     with pytest.raises(ValueError, match="cannot crop to 180 tokens: allowed are 192 and above"):
@@ -148,6 +153,34 @@ def test_the_engine_runs_a_mix():
 def test_what_is_no_mix_is_refused_in_one_line(mix, message):
     with pytest.raises(ValueError, match=message):
         make_cache(tiny("Llama"), mix)
+
+
+@torch.no_grad()
+def test_beside_windows_a_mix_is_refused_wherever_a_cache_comes_from(tmp_path):
+    """Made, packed with a model or without, read from a file, predicted: in the same words."""
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    config = Gemma3TextConfig(**{**GEMMA, "num_hidden_layers": 3, "layer_types": kinds})
+    model, stock, path = (
+        AutoModelForCausalLM.from_config(config).to(DEVICE),
+        DynamicCache(config=config),
+        tmp_path / "c",
+    )
+    model(prompt(1, 20)["input_ids"], **argument(stock))
+    save_cache(compress(stock, FEW, model=model), path)
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "method": spelled(MIX)}, path)
+    for refused in (
+        lambda: make_cache(model, MIX),
+        lambda: compress(stock, MIX, model=model),
+        lambda: compress(stock, MIX),
+        lambda: load_cache(path, model),
+        lambda: Kvruntime().parts(Model.from_config(config.to_dict()), MIX, 1, 20),
+    ):
+        with pytest.raises(ValueError, match=r"^mix-l1\(.*: allowed is a choice by layer where all layers are full"):
+            refused()
+    torch.save({**saved, "method": spelled(LayerMix(first=0, last=0, exact=Full(), inner=FEW))}, path)
+    with pytest.raises(ValueError, match="mixes one kind of method"):
+        load_cache(path, model)
 
 
 def test_a_mix_may_be_a_spec():
