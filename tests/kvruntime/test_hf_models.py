@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_latents import LATENTS
 from hf_mixed import MIXED
 from hf_models import MODELS, prompt, tiny
 from hf_oracle import step
@@ -45,5 +46,6 @@ def test_kivi_is_what_it_stores_read_back(family):
 
 
 def test_the_tables_have_every_family():
-    assert table().count("\n") == len(MODELS) + len(MIXED) + len(VISIONS) + 1
-    assert counts().startswith(f"{len(MODELS) + len(MIXED)} families: {len(MODELS)} of full attention alone")
+    families = len(MODELS) + len(MIXED) + len(LATENTS)
+    assert table().count("\n") == families + len(VISIONS) + 1
+    assert counts().startswith(f"{families} families: {len(MODELS)} of full attention alone")

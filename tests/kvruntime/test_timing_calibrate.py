@@ -90,7 +90,7 @@ def test_a_part_predicts_the_steps_that_it_was_fitted_to(measured: Path) -> None
 def test_a_part_is_measured_anew_and_the_rest_stays(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of transformers' own caches that take twice as long: their parts follow, nothing else does."""
+    """Steps of transformers' own caches that take ten times as long: their parts follow, nothing else does."""
     from kvruntime.calibrate import card
     from kvruntime.calibrate.steps import CPU, Step
     from kvsim.methods import method_named
@@ -100,17 +100,19 @@ def test_a_part_is_measured_anew_and_the_rest_stays(
     path.write_text(json.dumps(before), encoding="utf-8")
     own = ("transformers", "transformers:new")
 
-    def twice(plan: object, place: object, say: object, wanted: tuple[str, ...]) -> tuple[dict[str, list[Step]], dict]:
+    def slower(plan: object, place: object, say: object, wanted: tuple[str, ...]) -> tuple[dict[str, list[Step]], dict]:
         assert wanted == own  # one call has the lengths of both
         found: dict[str, list[Step]] = {}
         for name in wanted:
             for row in before["parts"][name]["rows"]:
                 model = Model.from_config(CPU.subjects[row["shape"]].shape.config(CPU.positions))
                 about = name, row["shape"], model, method_named(row["method"]), row["batch_size"], row["num_tokens"]
-                found.setdefault(name, []).append(Step(*about, 2 * row["value"], row["low"], row["high"]))
+                found.setdefault(name, []).append(
+                    Step(*about, *(10 * row[value] for value in ("value", "low", "high")))
+                )
         return found, {}
 
-    monkeypatch.setattr(card, "measure", twice)
+    monkeypatch.setattr(card, "measure", slower)
     after = card.calibrate(path, "cpu", 1.0, only=("transformers:new",))
     assert after == json.loads(path.read_text(encoding="utf-8"))
     for name, part in after["parts"].items():

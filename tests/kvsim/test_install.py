@@ -23,6 +23,8 @@ DISTRIBUTION = {"optimum": "optimum-quanto", "tiny_turboquant": "tiny-turboquant
 WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers", "tqdm"}
 """What comes with transformers."""
 
+SUPPORT = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
+"""What scripts of experiments take from the tests."""
 PLANNERS = {"fitcheck", "hf_mem", "hf_vram_calc", "kvfit", "llm_analysis", "planner", "ridgepoint"}
 PLANNERS |= {"servcalc", "vramcalc"}
 """What validation.planners.compare installs for itself."""
@@ -50,7 +52,9 @@ def test_every_package_that_is_imported_has_its_extra() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
-    others = imported - sys.stdlib_module_names - set(PACKAGES) - {"click", "vllm"} - WITH_TRANSFORMERS - PLANNERS
+    others = (
+        imported - sys.stdlib_module_names - set(PACKAGES) - {"click", "vllm"} - WITH_TRANSFORMERS - PLANNERS - SUPPORT
+    )
     assert others <= set(install.EXTRA)
 
 
