@@ -218,6 +218,8 @@ class Kvruntime(Engine):
             )
         elif any(layer.window is not None for layer in model.cache_layers):
             out.append(f"windows are not packed: their newest tokens stay in {activations(method)}")
+        if any(layer.kind == "mla" for layer in model.cache_layers):
+            out.append("latents are held by one rank alone: tensor parallelism of such models is refused when it runs")
         if model.state_layers:
             out.append(
                 f"states are not packed: convolutions in {activations(method)}, recurrent ones as the model has them"

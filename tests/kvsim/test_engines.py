@@ -364,6 +364,12 @@ def test_engines_by_name() -> None:
         assert all(isinstance(line, str) for line in engine.notes(LLAMA, Full()))
     with pytest.raises(LookupError, match="unknown engine 'vlm': did you mean vllm"):
         make_engine("vlm")
+
+
+def test_latents_are_said_to_be_one_ranks() -> None:
+    said = make_engine("kvruntime").notes(load_model("deepseek-v3"), make_method("int8"))
+    assert any("tensor parallelism of such models is refused" in line for line in said)
+    assert not any("latents" in line for line in make_engine("kvruntime").notes(LLAMA, Full()))
     with pytest.raises(ValueError, match="does not take max_num_seqs"):
         make_engine("ideal", max_num_seqs=4)
     with pytest.raises(ValueError, match="gpu-memory-utilization 2"):
