@@ -293,9 +293,8 @@ def _close(deployments: list[Deployment], load: Load, space: Room) -> list[str]:
 def _pool(deployment: Deployment, space: Room, max_model_len: int) -> Pool | None:
     """The engine's pool on the rank with the fewest blocks; ``None`` where it has none."""
     engine, sharding = deployment.engine, deployment.sharding
-    held = stages(deployment.model, sharding) if sharding != Sharding() else (deployment.model,)
     length = sharding.rank_tokens(max_model_len)
-    pools = [engine.pool(stage, deployment.method, space.cache_nbytes, length) for stage in held]
+    pools = [engine.pool(stage, method, space.cache_nbytes, length) for stage, method in deployment.placed]
     return min((pool for pool in pools if pool is not None), key=lambda pool: pool.num_gpu_blocks, default=None)
 
 

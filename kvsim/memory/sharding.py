@@ -21,6 +21,7 @@ from itertools import accumulate
 
 from kvsim.engines import IDEAL, Engine
 from kvsim.layout import LayerShape, Method, StateShape
+from kvsim.methods.by_layer import within
 from kvsim.models.model import Model
 from kvsim.whole_numbers import check_switch, check_whole
 
@@ -187,18 +188,25 @@ class Deployment:
         batch, tokens = self.sharding.rank_batch(batch_size), self.sharding.rank_tokens(num_tokens)
         prefix = self.shared_prefix // self.sharding.context_ranks
         out = []
-        for stage in self._stages:
-            taken = self.engine.parts(stage, self.method, batch, tokens)
+        for stage, method in self.placed:
+            taken = self.engine.parts(stage, method, batch, tokens)
             if prefix:
-                taken = without_copies(taken, stage, self.method, self.engine, batch, tokens, prefix)
+                taken = without_copies(taken, stage, method, self.engine, batch, tokens, prefix)
             out.append(sum(taken.values()))
         return tuple(out)
 
     @cached_property
-    def _stages(self) -> tuple[Model, ...]:
+    def placed(self) -> tuple[tuple[Model, Method], ...]:
+        """Each stage's share of the model, and the method there: a mix goes by a layer's place in the whole model."""
         if self.sharding == SINGLE:
-            return (self.model,)
-        return stages(self.model, self.sharding, self.engine.remainder_first)
+            return ((self.model, self.method),)
+        held = stages(self.model, self.sharding, self.engine.remainder_first)
+        counts = [stage.num_layers for stage in held]
+        firsts = accumulate(counts, initial=0)
+        return tuple(
+            (stage, within(self.method, first, count, sum(counts)))
+            for stage, first, count in zip(held, firsts, counts, strict=False)
+        )
 
     def rank_nbytes(self, batch_size: int, num_tokens: int) -> int:
         """Bytes of the fullest rank."""

@@ -18,6 +18,12 @@ def at(method: Method, layer: LayerShape, index: int, num_layers: int) -> Method
     return method if chosen is None else chosen(layer, index, num_layers)
 
 
+def within(method: Method, first: int, count: int, num_layers: int) -> Method:
+    """What ``method`` is for a model of ``count`` layers: those from ``first`` on of ``num_layers`` with a cache."""
+    part = getattr(method, "within", None)
+    return method if part is None else part(first, count, num_layers)
+
+
 def in_order(method: Method, layers: Sequence[LayerShape]) -> list[Method]:
     """What ``method`` is for each of ``layers``, first to last."""
     return [at(method, layer, index, len(layers)) for index, layer in enumerate(layers)]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvsim.layout import Buffer, LayerShape, Method, edges, leaving, mean_read_nbytes
-from kvsim.methods.by_layer import at
+from kvsim.methods.by_layer import at, within
 from kvsim.methods.formulas import Formula, Number, Written, kv_rows, rows_number, written
 from kvsim.methods.full import Full
 from kvsim.whole_numbers import check_whole
@@ -155,6 +155,10 @@ class Evict:
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Evict:
         """This method with ``inner`` for one place (:func:`kvsim.methods.by_layer.at`)."""
         return replace(self, inner=at(self.inner, layer, index, num_layers))
+
+    def within(self, first: int, count: int, num_layers: int) -> Evict:
+        """This method over a pipeline stage's ``inner`` (:func:`kvsim.methods.by_layer.within`)."""
+        return replace(self, inner=within(self.inner, first, count, num_layers))
 
     def num_kept(self, layer: LayerShape, num_tokens: int) -> int:
         """Tokens of a row that are kept after ``num_tokens`` were seen, prompt and generated alike."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from kvsim.layout import Buffer, LayerShape, Method
-from kvsim.methods.by_layer import at
+from kvsim.methods.by_layer import at, within
 from kvsim.methods.full import Full
 from kvsim.methods.kivi import Kivi
 from kvsim.whole_numbers import check_whole
@@ -68,11 +68,26 @@ class LayerMix:
 
         Raises ``ValueError`` where ``layers`` names one that the model does not have.
         """
-        if self.numbers and max(self.numbers) >= num_layers:
-            raise ValueError(f"layers {self.layers}: allowed are 0 to {num_layers - 1} of {num_layers} with a cache")
+        self._check(num_layers)
         outer = index < self.first or index >= num_layers - self.last or index in self.numbers
         chosen = self.exact if outer or (self.windows and layer.window is not None) else self.inner
         return at(chosen, layer, index, num_layers)
+
+    def _check(self, num_layers: int) -> None:
+        if self.numbers and max(self.numbers) >= num_layers:
+            raise ValueError(f"layers {self.layers}: allowed are 0 to {num_layers - 1} of {num_layers} with a cache")
+
+    def within(self, first: int, count: int, num_layers: int) -> Method:
+        """The mix of a pipeline stage (:func:`kvsim.methods.by_layer.within`).  Raises ``ValueError`` as :meth:`at`."""
+        self._check(num_layers)
+        last = num_layers - self.last
+        outer = [n - first for n in range(first, first + count) if n < self.first or n >= last or n in self.numbers]
+        exact, inner = (within(each, first, count, num_layers) for each in (self.exact, self.inner))
+        if len(outer) == count:
+            return exact
+        if not outer and not self.windows:
+            return inner
+        return replace(self, first=0, last=0, layers="+".join(map(str, outer)), exact=exact, inner=inner)
 
     def buffers(self, layer: LayerShape, batch_size: int, num_tokens: int) -> list[Buffer]:
         raise ValueError(f"{self.name}: a mix stores layers by their place in the model, and this one's is not known")

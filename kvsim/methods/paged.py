@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from kvsim.layout import Buffer, LayerShape, Method, mean_read_nbytes, tokens_alone
-from kvsim.methods.by_layer import at
+from kvsim.methods.by_layer import at, within
 from kvsim.methods.formulas import Number, Written, written
 from kvsim.methods.full import Full
 from kvsim.whole_numbers import check_whole
@@ -37,6 +37,10 @@ class Paged:
     def at(self, layer: LayerShape, index: int, num_layers: int) -> Paged:
         """This method with ``inner`` for one place (:func:`kvsim.methods.by_layer.at`)."""
         return replace(self, inner=at(self.inner, layer, index, num_layers))
+
+    def within(self, first: int, count: int, num_layers: int) -> Paged:
+        """This method over a pipeline stage's ``inner`` (:func:`kvsim.methods.by_layer.within`)."""
+        return replace(self, inner=within(self.inner, first, count, num_layers))
 
     def num_provided(self, layer: LayerShape, num_tokens: int) -> int:
         """Tokens of a row that the blocks provide for."""

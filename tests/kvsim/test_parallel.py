@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from kvsim.engines import Engine, Ideal, Kvruntime, LlamaCpp, Vllm
 from kvsim.engines.transformers import Transformers
 from kvsim.hardware import find_hardware
-from kvsim.layout import LayerShape, StateShape
+from kvsim.layout import LayerShape, Method, StateShape
 from kvsim.memory.capacity import largest_batch, largest_context, room
 from kvsim.memory.estimate import estimate
 from kvsim.memory.sharding import Deployment, Sharding, pipeline_layers, stages
 from kvsim.methods import Evict, Fp8, Full, Kivi, Paged, make_method
+from kvsim.methods.layer_mix import LayerMix
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.models.quantization import config_bits
@@ -82,6 +83,30 @@ def test_stages_hold_their_layers() -> None:
         (31, 31),
         (30, 30),
     ]
+
+
+NESTED = LayerMix(0, 0, exact=Kivi(8), inner=LayerMix(1, 2, inner=Kivi(2)), layers="3+7-9+30")
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        ("llama-3.1-8b", LayerMix()),
+        ("llama-3.1-8b", NESTED),
+        ("llama-3.1-8b", Evict(64, inner=NESTED)),
+        ("llama-3.1-8b", Paged(inner=LayerMix())),
+        ("gemma-3-12b", LayerMix(1, 1, windows=1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_mix_goes_by_places_in_the_whole_model(model: str, method: Method) -> None:
+    """Its stages hold together what one card holds; a number that no layer has is refused there too."""
+    whole = load_model(model)
+    one = Deployment(whole, method).all_nbytes(2, 700)
+    for ranks in (2, 3, 5):
+        assert Deployment(whole, method, sharding=Sharding(pipeline_parallel_size=ranks)).all_nbytes(2, 700) == one
+    with pytest.raises(ValueError, match="layers 99: allowed are 0 to "):
+        Deployment(whole, LayerMix(layers="99"), sharding=Sharding(pipeline_parallel_size=2)).rank_nbytes(1, 9)
 
 
 def test_data_parallel_splits_sequences() -> None:
