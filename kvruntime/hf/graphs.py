@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,7 +49,8 @@ class Graph(NamedTuple):
     mask: Tensor | None
     """The attention mask that it was captured with: one column that all see."""
     leaves: list[Any]
-    """Its outputs, one by one."""
+    """Its outputs, one by one; a cache among them as a weak reference, so that the graph ends with the cache, and with
+    it what it holds of NCCL's communicator."""
     spec: Any
 
 
@@ -249,8 +250,7 @@ class Graphs:
             finally:
                 counts.tracing = False
             torch.cuda.current_stream().wait_stream(self.stream)
-        leaves, spec = pytree.tree_flatten(out, is_leaf=lambda value: isinstance(value, Cache))
-        self.held = Graph(graph, inputs.like, addresses, static, mask, leaves, spec)
+        self.held = Graph(graph, inputs.like, addresses, static, mask, *flattened(out))
         return self.held
 
     def took_back(self) -> None:
@@ -276,8 +276,19 @@ class Graphs:
         torch._foreach_copy_(graph.tensors, inputs.tensors)
         graph.graph.replay()
         counts.replay()
-        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in graph.leaves]
-        return pytree.tree_unflatten(leaves, graph.spec)
+        return rebuilt(graph.leaves, graph.spec)
+
+
+def flattened(out: Any) -> tuple[list[Any], Any]:
+    """A step's outputs one by one, caches by weak reference, and how they are put together."""
+    leaves, spec = pytree.tree_flatten(out, is_leaf=lambda value: isinstance(value, Cache))
+    return [weakref.ref(leaf) if isinstance(leaf, Cache) else leaf for leaf in leaves], spec
+
+
+def rebuilt(leaves: Sequence[Any], spec: Any) -> Any:
+    """What :func:`flattened` took apart, with tensors of its own."""
+    there = [leaf() if isinstance(leaf, weakref.ref) else leaf for leaf in leaves]
+    return pytree.tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in there], spec)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from kvruntime.hf import empty, fused  # noqa: E402
 from kvruntime.hf.attention import is_own  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.counts import AHEAD, GROWTH, StepCounts  # noqa: E402
-from kvruntime.hf.graphs import Graph, Weights  # noqa: E402
+from kvruntime.hf.graphs import Graph, Weights, flattened, rebuilt  # noqa: E402
 from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.kernels.gated import silu_product  # noqa: E402
 from kvruntime.kernels.rms_norm import rms_norm  # noqa: E402
@@ -275,6 +275,28 @@ def test_what_a_graph_holds_is_weighed_beside_the_cache(stepping):
     cache.graphs.held = graph
     assert cache.graphs.nbytes == 12 + 80
     assert weigh(cache) - cache.step_nbytes == cache.nbytes
+
+
+def test_a_graph_ends_with_its_cache(stepping):
+    """Not first where garbage is collected: a graph's all-reduces keep ``destroy_process_group()`` waiting."""
+    model, inputs = tiny("Llama"), prompt(2, 20, (0, 5))
+    cache = make_cache(model, "kivi", nbits=8)
+    with torch.no_grad():
+        out = model(**inputs, **argument(cache))
+    again = rebuilt(*flattened(out))
+    assert next(iter(argument(cache))) in again
+    assert next(value for value in again.values() if isinstance(value, SteppedCache)) is cache
+    assert torch.equal(again.logits, out.logits)
+    assert again.logits.data_ptr() != out.logits.data_ptr()
+    held = torch.nn.Identity()  # stands for a CUDA graph
+    cache.graphs.held = Graph(held, (), (), [], None, *flattened(out))
+    gone = weakref.ref(held)
+    gc.disable()
+    try:
+        del held, out, again, cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @needs_cuda

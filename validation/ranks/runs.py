@@ -57,7 +57,7 @@ def tensor_parallel(given: dict[str, Any], record: bool, out: Path | None) -> in
     about |= {"weights": "random", "weights_nbytes": weights}
     wrong = 0
     for way in given["ways"] or names:
-        for row in load.rows(names[way], methods if way != "silent" else methods[:2]):
+        for row in load.rows(names[way], methods):
             rows.add({**row, **about})
             differs = row.get("equal_tokens") is False or row.get("nbytes") != row.get("kvsim_nbytes")
             wrong += differs or "failed" in row
