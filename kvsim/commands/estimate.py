@@ -141,7 +141,7 @@ def command(
     card, sharding = choose_card(gpu, sharding)
     flags["gpu_memory_utilization"] = gpu_memory_utilization
     serving, notes = choose_engine(engine, card, flags, sharding.tensor_parallel_size)
-    fixed = _constants(profile, card, serving, notes)
+    fixed = _constants(profile, card, serving, sharding, notes)
     share = held_share(serving, parse_reserve(reserve) if reserve is not None else None, gpu_memory_utilization)
     prefix = _prefix(shared_prefix, tokens.context)
     told = reserve is not None or gpu_memory_utilization is not None
@@ -310,7 +310,9 @@ def _pool_object(pool: Pool, request: int) -> dict[str, Any]:
     }
 
 
-def _constants(profile: Path | None, card: Hardware | None, engine: Engine, notes: list[str]) -> Constants | None:
+def _constants(
+    profile: Path | None, card: Hardware | None, engine: Engine, sharding: Sharding, notes: list[str]
+) -> Constants | None:
     """The constants that a profile measured on ``card`` for ``engine``, and a note of whose times they are; ``None``
     without one.
 
@@ -321,11 +323,12 @@ def _constants(profile: Path | None, card: Hardware | None, engine: Engine, note
     if card is None:
         raise ValueError("--profile is of a card: give --gpu too")
     from kvsim.latency.profile import load_profile
+    from kvsim.latency.roofline import Serving
 
     measured = load_profile(profile)
     fixed = measured.constants(card)
-    fixed.check_engine(engine.timed_as)
-    notes.append(measured.note(engine.timed_as))
+    timed_as = Serving(engine=engine, profile=fixed, sharding=sharding).timed_as
+    notes.append(measured.note(timed_as))
     return fixed
 
 

@@ -44,6 +44,11 @@ FLOAT4_BITS = 4.25
 are integers (AWQ, GPTQ, int4: a scale for 128), which every card unpacks."""
 
 
+SPLIT_AS = {"kvruntime": "kvruntime:generate"}
+"""Whose times an engine has where cards share every layer: ``kvruntime.Engine``'s fused kernels take whole models, so a
+split one's own modules run, in one graph, as they do under ``generate()``."""
+
+
 @dataclass(frozen=True)
 class Serving:
     """How a model is served: what the times of a step depend on beside model, method, card and load.
@@ -80,8 +85,9 @@ class Serving:
 
     @property
     def timed_as(self) -> str:
-        """The name under which the constants have this engine's times."""
-        return self.engine if isinstance(self.engine, str) else self.engine.timed_as
+        """The name under which the constants have this engine's times, of a model split as this one is."""
+        name = self.engine if isinstance(self.engine, str) else self.engine.timed_as
+        return SPLIT_AS.get(name, name) if self.tensor_parallel > 1 else name
 
     def held(self, model: Model) -> Model:
         """``model`` with the windows that the engine applies."""

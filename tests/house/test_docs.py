@@ -4,6 +4,7 @@
 tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
 ``<!-- quality ... -->`` those of ``kvruntime eval``,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
+``<!-- ranks ... -->`` what several cards take,
 ``<!-- planners -->`` the recorded head-to-head of planners, ``<!-- mutants -->`` the recorded score of the tests.
 ``python tests/house/test_docs.py`` writes all of them anew.
 """
@@ -26,12 +27,12 @@ DOCUMENTS = tuple(
         *("README.md", "docs/kvsim.md", "docs/time.md", "docs/plans.md", "docs/speed.md"),
         *("docs/memory-and-quality.md", "docs/quality.md", "docs/models.md", "docs/results.md", "docs/methods.md"),
         *("docs/transformers.md", "docs/size-a-deployment.md", "docs/halve-memory.md", "docs/compare-methods.md"),
-        *("docs/first-hour.md", "docs/reliability.md", "docs/validation.md"),
+        *("docs/first-hour.md", "docs/reliability.md", "docs/validation.md", "docs/serving.md"),
     )
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability)(.*?) -->\n)(.*?)"
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks)(.*?) -->\n)(.*?)"
     r"(<!-- end -->)",
     re.DOTALL,
 )
@@ -74,6 +75,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.documents import reliability_table
 
         return reliability_table.table()
+    if kind == "ranks":
+        from validation.documents import ranks_tables
+
+        return ranks_tables.block(arguments)
     if kind == "extras":
         from validation.documents import extras_table
 

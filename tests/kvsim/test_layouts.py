@@ -126,6 +126,22 @@ def test_an_engine_of_nccl_has_an_all_reduce_of_its_own() -> None:
     assert seconds("vllm", own) == seconds("vllm", constants())
 
 
+def test_a_split_model_is_timed_as_its_own_modules() -> None:
+    """``kvruntime.Engine``'s fused kernels take whole models; what else is split is timed as it was."""
+
+    def parts(engine: str, cards: int) -> dict[str, float]:
+        serving = Serving(engine=engine, sharding=Sharding(cards))
+        return decode_step(LLAMA, Full(), H100, 8, 4096, serving).parts
+
+    assert parts("kvruntime", 2) == parts("kvruntime:generate", 2)
+    assert parts("kvruntime", 1)["overhead"] < parts("kvruntime:generate", 1)["overhead"]
+    assert Serving(engine="kvruntime:compiled", tensor_parallel=2).timed_as == "kvruntime:compiled"
+    assert Serving(engine="vllm", tensor_parallel=2).timed_as == "vllm"
+    only = replace(constants(), engines=("kvruntime",))
+    with pytest.raises(ValueError, match="engine kvruntime:generate: the profile was not measured with"):
+        Serving(engine="kvruntime", tensor_parallel=2, profile=only)
+
+
 def test_beyond_a_host_the_network_carries() -> None:
     wide = Serving(sharding=Sharding(16))
     within = Roofline(LLAMA, GB200, wide).all_reduces(4096)

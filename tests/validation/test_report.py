@@ -14,7 +14,8 @@ from validation import cli
 from validation.recorded import FOLDER
 from validation.report import coverage, pages, pictures
 from validation.report.claims import CLAIMS, by_factor, explained, failures, verdicts
-from validation.report.points import Point, collect
+from validation.report.collection import Point
+from validation.report.points import collect
 
 ENGINE = FOLDER / "engine" / "nvidia-h100-80gb-hbm3.json"
 

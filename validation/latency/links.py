@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from kvruntime.bench.harness.store import Row
+from kvsim.engines import make_engine
 from kvsim.finite_json import read_json
 from kvsim.hardware import find_hardware
 from kvsim.latency.constants import Constants
-from kvsim.latency.roofline import Serving
+from kvsim.latency.roofline import Roofline, Serving
 from kvsim.latency.steps import decode_step
-from kvsim.memory.sharding import Sharding
+from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import Full, method_named
-from kvsim.models.load import load_config
+from kvsim.models.load import load_config, load_model
 from kvsim.models.model import Model
 from validation.latency.held_out import errors
 from validation.ranks.fit import fitted
@@ -31,8 +32,9 @@ from validation.ranks.fit import fitted
 RESULTS = Path(__file__).parents[1] / "results"
 ENGINES = ("kvruntime", "transformers")
 """Those whose all-reduces are NCCL's."""
-TIMED_AS = {"model": "kvruntime:generate", "engine": "kvruntime:compiled"}
-"""Whose constants a way's steps have, of a split model: its own modules, launched by the host or in one graph."""
+STOCK = "DynamicCache"
+TIMED_AS = {"model": "kvruntime:generate", "engine": "kvruntime"}
+"""Whose constants a way's steps have with this project's cache."""
 
 
 def load(folder: Path = RESULTS) -> list[Row]:
@@ -66,16 +68,40 @@ def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str
     return fixed, found
 
 
-def parts(row: Row, fixed: Constants) -> dict[str, float]:
-    """kvsim's seconds by part of a recorded step of a split model."""
-    stock = row["method"] == "DynamicCache"
-    config = load_config(row["model"])[1]
-    model = Model.from_config({**config.get("text_config", config), "num_hidden_layers": row["num_layers"]})
+def parts(row: Row, fixed: Constants | None = None) -> dict[str, float]:
+    """kvsim's seconds by part of a recorded step of a split model, with ``fixed`` in place of the stated constants; of
+    one without all-reduces those of the others."""
+    stock = row["method"] == STOCK
     method = Full(row["dtype"]) if stock else method_named(row["method"])
-    split = Sharding(tensor_parallel_size=row["ranks"])
-    serving = Serving(engine="transformers" if stock else TIMED_AS[row["way"]], profile=fixed, sharding=split)
-    load = (model, method, find_hardware(row["device"]), row["batch_size"], row["num_tokens"])
-    return decode_step(*load, serving).parts
+    way, _, without = row["way"].partition(" without ")
+    serving = Serving(engine="transformers" if stock else TIMED_AS[way], profile=fixed, sharding=_split(row))
+    load = (model_of(row), method, find_hardware(row["device"]), row["batch_size"], row["num_tokens"])
+    found = decode_step(*load, serving).parts
+    return {name: seconds for name, seconds in found.items() if not (without and name == "communication")}
+
+
+def all_reduce(row: Row) -> float:
+    """kvsim's seconds of one recorded all-reduce, by the stated constants."""
+    model = load_model("llama-3-8b")
+    roofline = Roofline(model, find_hardware(row["device"]), Serving(engine=ENGINES[0], sharding=_split(row)))
+    return float(roofline.all_reduces(row["nbytes"] / (2 * model.hidden_size)) / (2 * model.num_blocks))
+
+
+def rank_nbytes(row: Row) -> int:
+    """kvsim's bytes of the cache on one rank of a recorded step."""
+    engine = make_engine("kvruntime", max_seq_len=row["num_tokens"])
+    deployed = Deployment(model_of(row), method_named(row["method"]), engine, _split(row))
+    return deployed.rank_nbytes(row["batch_size"], row["num_tokens"])
+
+
+def model_of(row: Row) -> Model:
+    """The model of a recorded step, with as many layers as ran."""
+    config = load_config(row["model"])[1]
+    return Model.from_config({**config.get("text_config", config), "num_hidden_layers": row["num_layers"]})
+
+
+def _split(row: Row) -> Sharding:
+    return Sharding(tensor_parallel_size=row["ranks"])
 
 
 def _seconds(row: Row, latency: float, speed: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from validation.report.points import Point
+from validation.report.collection import Point
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,13 @@ CLAIMS = (
         of=CALIBRATED,
         keep=lambda point: point.bandwidth_bound,
     ),
+    Claim("bytes of a rank", "Bytes of a cache on one rank of a split model, to the byte", "B", (0.0, 0.0)),
+    Claim("engine, several cards", "A decode step of kvruntime.Engine, the model split over cards", "s", (0.02, 0.04)),
+    Claim("engine, several cards, silent", "The same step without its all-reduces", "s", (0.05, 0.08)),
+    Claim(  # in a step they overlap with what stands beside them
+        "all-reduces of a step", "What the all-reduces of such a step take: it less the one without", "s", (0.45, 0.65)
+    ),
+    Claim("all-reduces", "One all-reduce of 2 KiB to 64 MiB, one after another in a graph", "s", (0.08, 0.35)),
     Claim("first token", "Prompts that the card bounds, of the engine and of generate()", "s", (0.12, 0.30)),
     Claim("short prompts", "Prompts that wait for the host to launch them", "s", (0.25, 0.50)),
 )

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from kvsim.engines.kvruntime import names as stored_methods
 from kvsim.methods import make_method, method_named
 from kvsim.models.load import load_model
-from validation.report.points import Collection, Point
+from validation.report.collection import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
 
 TIMED = (
     *("attention", "engine", "generate", "generate, compiled"),
     *("stock generate", "stock generate, new lengths", "stock generate, compiled", "first token", "short prompts"),
+    "engine, several cards",
 )
 """Claims of time, without those that predict the same rows again by a profile."""
 

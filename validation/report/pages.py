@@ -13,7 +13,7 @@ from kvsim.output.tables import compact
 from validation.documents import report as earlier
 from validation.report import coverage, pictures
 from validation.report.claims import CLAIMS, Verdict, explained, verdicts
-from validation.report.points import Collection, Point
+from validation.report.collection import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
 Sizes = dict[tuple[str, int], dict[str, Point]]

@@ -7,7 +7,7 @@ from html import escape
 from math import ceil, floor, log10
 
 from validation.report.claims import Verdict, by_factor
-from validation.report.points import Point
+from validation.report.collection import Point
 
 WIDTH, HEIGHT, MARGIN = 520, 380, 56
 COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8e5ea2", "#b08900", "#2a9d8f")

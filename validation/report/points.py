@@ -1,17 +1,16 @@
 """Every recorded measurement beside what kvsim predicts for it today: one point each, from the records alone.
 
 A *claim* is a kind of prediction: bytes, attention, whole steps.  Points are made from the files under
-``validation/results``; what has no prediction is counted with the reason (:class:`Left`).
+``validation/results``; what has no prediction is counted with the reason.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvsim.finite_json import read_json
 from kvsim.hardware import Hardware, find_hardware
@@ -30,6 +29,8 @@ from validation.claims.predict import measured_trace, predict, predicted_trace
 from validation.claims.subjects import rebuild_method
 from validation.latency.ways import COMPILED, ENGINE, GENERATE, NEW, SEEN, STATIC, prompt_way, served, ways
 from validation.recorded import FOLDER
+from validation.report.collection import Collection, Point
+from validation.report.split import split
 
 Row = dict[str, Any]
 
@@ -37,71 +38,6 @@ RESERVE = 2 << 30
 """Bytes that ``bench engine`` grants a step beside weights and cache, written here again: a pin."""
 FILLED = 8192
 """Tokens that a benchmark fills a cache with at a time: a pin too."""
-DOMINANT = 0.75
-"""Share of a step that weights and cache take in one that the memory's bandwidth bounds."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One figure: ``predicted`` and ``measured`` in the claim's unit, and what it depends on (``factors``).
-
-    ``parts``: what the prediction is made of, where it is a sum.  ``spread``: the least and greatest measured.
-    """
-
-    claim: str
-    predicted: float
-    measured: float
-    factors: dict[str, str]
-    source: str
-    parts: dict[str, float] = field(default_factory=dict)
-    spread: tuple[float, float] | None = None
-
-    @property
-    def error(self) -> float:
-        """``predicted / measured - 1``; infinite where nothing was measured and something predicted."""
-        if self.measured:
-            return self.predicted / self.measured - 1
-        return 0.0 if not self.predicted else float("inf")
-
-    @property
-    def bandwidth_bound(self) -> bool:
-        """Whether weights and cache are most of the prediction."""
-        total = sum(self.parts.values())
-        return total > 0 and (self.parts.get("weights", 0.0) + self.parts.get("kv", 0.0)) > DOMINANT * total
-
-    @property
-    def title(self) -> str:
-        return ", ".join(value for value in self.factors.values() if value)
-
-
-class Left(NamedTuple):
-    """Rows that have no point, and why."""
-
-    what: str
-    reason: str
-    rows: int
-
-
-@dataclass
-class Collection:
-    """Points, how many rows they were made of, and what was left out of the files read."""
-
-    points: list[Point] = field(default_factory=list)
-    left: Counter[tuple[str, str]] = field(default_factory=Counter)
-    rows: int = 0
-
-    def take(self, made: Iterable[Point]) -> None:
-        """The points of one row, which is no row of theirs where it gave none."""
-        own = list(made)
-        self.points += own
-        self.rows += bool(own)
-
-    def leave(self, what: str, reason: str) -> None:
-        self.left[what, reason] += 1
-
-    @property
-    def uncovered(self) -> list[Left]:
-        return [Left(*key, rows) for key, rows in sorted(self.left.items())]
 
 
 def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None = None) -> Collection:
@@ -131,7 +67,7 @@ OTHERS = ("mutants.json",)
 def _file(path: Path) -> dict[str, Any] | None:
     """A record; None for the files of other tools, which have reports of their own."""
     file = read_json(path, "record")
-    own = path.parent.name in ("planners", "ranks", "time", "profiles") or path.name in OTHERS
+    own = path.parent.name in ("planners", "time", "profiles") or path.name in OTHERS
     return None if own or not isinstance(file, dict) else file
 
 
@@ -419,5 +355,6 @@ FIGURES: dict[str, Callable[[Row, str, str], Point]] = {
 READERS: dict[str, Callable[[dict[str, Any], str, Collection, dict[str, Profile]], None]] = {
     "validation": _bytes,
     "validation.reliability": _limits,
+    "validation.ranks": split,
     "kvruntime.bench": _bench,
 }
