@@ -60,11 +60,13 @@ def study(fixed: Constants, folder: Path = RESULTS) -> tuple[Constants, dict[str
     predicted = np.array([_seconds(row, seconds, speed) for row in curve])
     found = {f"all-reduces, {card.id}, 2 KiB to 64 MiB": errors(predicted, measured)}
     steps = [row for row in rows if row["kind"] == "step" and (row["way"] in TIMED_AS)]
-    for way in dict.fromkeys(row["way"] for row in steps):
-        own = [row for row in steps if row["way"] == way]
-        times = [sum(parts(row, fixed).values()) for row in own]
-        name = f"split over {own[0]['ranks']} x {card.id}, {way}"
-        found[name] = errors(np.array(times), np.array([row["seconds_per_step"][0] for row in own]))
+    groups: dict[str, list[Row]] = {}
+    for row in steps:
+        what = STOCK if row["method"] == STOCK else row["way"]
+        groups.setdefault(f"split over {row['ranks']} x {find_hardware(row['device']).id}, {what}", []).append(row)
+    for name, own in groups.items():
+        times = np.array([sum(parts(row, fixed).values()) for row in own])
+        found[name] = errors(times, np.array([row["seconds_per_step"][0] for row in own]))
     return fixed, found
 
 
