@@ -1,15 +1,17 @@
-"""Decode steps of vLLM 0.26 on one GPU: kvruntime's plugin, bf16 or fp8, Llama-3-8B's shape, dummy weights.
+"""Decode steps of vLLM 0.26: kvruntime's plugin, bf16 or fp8, a shape with dummy weights such as Llama-3-8B's.
 
     export VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_USE_V2_MODEL_RUNNER=0
     python vllm-decode.py MODEL '{"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"}' [WORKLOADS]
+    torchrun --nproc-per-node N vllm-decode.py MODEL ...      # split over N GPUs by tensor parallelism
 
 MODEL: a folder with config.json; then the engine's arguments, those of docs/serving.md for the plugin; then JSON in
 place of ``WORKLOADS``.  Prints a JSON line a workload (requests, tokens a prompt, new tokens).  A step of more than 64
 tokens, a prompt's chunk, runs no model, so that prompts cost nothing and pages hold zeros; only steps of decoding are
-timed, from one call of the model to the next.  ``real`` workloads run everything.
+timed, from one call of the model to the next.  ``real`` workloads run everything.  Of several ranks the first prints.
 """
 
 import json
+import os
 import sys
 import time
 from itertools import pairwise
@@ -51,9 +53,19 @@ given = {
     "enable_prefix_caching": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [8, 32, 64]},
 }
+ranks = int(os.environ.get("WORLD_SIZE", 1))
+if ranks > 1:
+    given |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
+
+
+def say(told):
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(told), flush=True)
+
+
 llm = LLM(model=sys.argv[1], **given | json.loads(sys.argv[2]))
 generator = torch.Generator().manual_seed(1)
-print(json.dumps({"blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}), flush=True)
+say({"blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, "ranks": ranks})
 for count, length, new, real in json.loads(sys.argv[3]) if len(sys.argv) > 3 else WORKLOADS:
     skipping = not real
     calls.clear()
@@ -66,4 +78,4 @@ for count, length, new, real in json.loads(sys.argv[3]) if len(sys.argv) > 3 els
     most = max((rows for _, rows in steps), default=0)
     told: dict[str, float | None] = {"requests": count, "prompt": length, "new": new, "real": real, "seconds": wall}
     told |= {"at_once": most, "step_ms": 1e3 * median(x for x, rows in steps if rows == most) if most else None}
-    print(json.dumps(told), flush=True)
+    say(told)
