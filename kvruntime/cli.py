@@ -378,8 +378,11 @@ def selfcheck_command(device: str | None) -> int:
 @click.option(
     "--part", "parts", multiple=True, help="Measure this part of the profile anew, keep the rest. Repeatable."
 )
+@click.option("--without", multiple=True, help="Leave this part out. Repeatable.")
 @click.option("--refit", is_flag=True, help="Measure nothing: fit the steps that the profile holds again.")
-def calibrate_command(out: Path, device: str | None, seconds: float, parts: tuple[str, ...], refit: bool) -> None:
+def calibrate_command(
+    out: Path, device: str | None, seconds: float, parts: tuple[str, ...], without: tuple[str, ...], refit: bool
+) -> None:
     """Measures this card for kvsim's model of time: the card, and whole steps of each runtime."""
     from kvruntime.calibrate.card import calibrate
     from kvruntime.calibrate.card import refit as fit_again
@@ -388,7 +391,7 @@ def calibrate_command(out: Path, device: str | None, seconds: float, parts: tupl
         fit_again(out, say=lambda line: click.echo(line, err=True))
         click.echo(f"fitted {out} again")
         return
-    calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True), only=parts)
+    calibrate(out, device, seconds, say=lambda line: click.echo(line, err=True), only=parts, without=without)
     click.echo(f"wrote {out}")
 
 

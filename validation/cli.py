@@ -268,7 +268,7 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
         found = collect(files or None)
         judged = verdicts(found.points)
         if not check:
-            for path in pages.write(folder, found, memory_rows(files), reliability_rows(files)):
+            for path in pages.write(folder, found, memory_rows(files or None), reliability_rows(files or None)):
                 if path.suffix in (".html", ".md"):
                     click.echo(f"wrote {path}")
     except (KeyError, TypeError, AttributeError) as error:
@@ -276,7 +276,7 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     head, body = pages.verdict_table(judged)
     click.echo(plain([head[0], *head[2:]], [[line[0], *line[2:]] for line in body if line[2] != "0"]))
     click.echo(pages.summary(judged))
-    if runs := reliability_rows(files):
+    if runs := reliability_rows(files or None):
         click.echo(pages.kept(runs))
     return 1 if failures(found.points) else 0
 

@@ -41,14 +41,16 @@ def calibrate(
     say: Callable[[str], None] = lambda line: None,
     plan: Plan | None = None,
     only: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measures, writes the profile to ``out`` in one step and gives it back.
 
     ``seconds`` is shared out between the card's own figures (each is repeated at least three times however short it
     is); the steps of the runtimes take about as long again.  ``plan``: which steps, by default the device's own.
     ``only``: the parts that are measured anew of a profile that is there, whose other figures stay: a host's day
-    changes what it takes part in.  Raises ``ValueError`` for a device that is not there or not the profile's, too
-    little memory, or a path that cannot be written, and ``LookupError`` for a part that there is not.
+    changes what it takes part in.  ``without``: parts that are not measured.  Raises ``ValueError`` for a device that
+    is not there or not the profile's, too little memory, no part left, or a path that cannot be written, and
+    ``LookupError`` for a part that there is not.
     """
     from kvruntime.checkpoints.load import pick_device
 
@@ -62,7 +64,8 @@ def calibrate(
     scale = scale_of(place)
     torch.manual_seed(0)
     clock = Clock(place, seconds / (5 + len(scale.shapes)) * 0.8)
-    command = ["kvsim", "calibrate", "--device", str(place), "--seconds", f"{seconds:g}", "--out", str(out)]
+    command = ["kvruntime" if without else "kvsim", "calibrate", "--device", str(place), "--seconds", f"{seconds:g}"]
+    command += [*(word for name in without for word in ("--without", name)), "--out", str(out)]
     profile: dict[str, Any] = {
         "schema": SCHEMA,
         "runtime": RUNTIME,
@@ -70,7 +73,7 @@ def calibrate(
         **describe(str(place), command),
     }
     profile["device"] = profile["device"] | {"num_sms": multiprocessors(place)}
-    wanted, kept = chosen(only), earlier(out, profile["device"]["name"]) if only else {}
+    wanted, kept = chosen(only, without), earlier(out, profile["device"]["name"]) if only else {}
     with torch.cuda.device(place) if cuda else nullcontext():  # streams and events are the current one's
         if not only:
             profile |= figures(clock, place, scale, say)
@@ -86,21 +89,26 @@ def calibrate(
             name: why for name, why in failed.items() if name in wanted
         }
         parts, profile = stay | parts, kept
-    lacks = {name: why for name, why in (failed | lacks).items() if name not in parts}
+    left = dict.fromkeys(without, "it was left out")
+    lacks = {name: why for name, why in (failed | lacks | left).items() if name not in parts}
     profile |= {"parts": {name: parts[name] for name in PARTS if name in parts}, "lacks": lacks}
     profile |= {"seconds": round(time.perf_counter() - started, 2)}
     write(out, profile)
     return profile
 
 
-def chosen(only: Sequence[str]) -> tuple[str, ...]:
+def chosen(only: Sequence[str], without: Sequence[str] = ()) -> tuple[str, ...]:
     """The parts that are measured: all, or these, and with transformers' own at new lengths those at seen ones, whose
-    calls are the same.  Raises ``LookupError`` for what is no part."""
-    for name in only:
+    calls are the same; none of ``without``.  Raises ``LookupError`` for what is no part, ``ValueError`` where none is
+    left."""
+    for name in (*only, *without):
         if name not in PARTS:
             raise LookupError(f"unknown part {name!r}: allowed are {', '.join(PARTS)}")
     more = {STOCK, NEW} if {STOCK, NEW} & set(only) else set()
-    return tuple(name for name in PARTS if not only or name in more or name in only)
+    found = tuple(name for name in PARTS if (not only or name in more or name in only) and name not in without)
+    if not found:
+        raise ValueError(f"no part is left to measure: {', '.join(without)} left out")
+    return found
 
 
 def earlier(path: Path, device: str) -> dict[str, Any]:

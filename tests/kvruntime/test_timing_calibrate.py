@@ -11,7 +11,7 @@ import pytest
 from kvsim.cli import run
 from kvsim.hardware import find_hardware
 from kvsim.latency.calibrate import calibrate
-from kvsim.latency.profile import Profile, load_profile
+from kvsim.latency.profile import PARTS, Profile, load_profile
 from kvsim.latency.roofline import Serving
 from kvsim.latency.steps import decode_step, first_token, prefill, token_step
 from kvsim.methods import make_method
@@ -124,6 +124,10 @@ def test_a_part_is_measured_anew_and_the_rest_stays(
     }
     with pytest.raises(LookupError, match="unknown part 'vllm': allowed are kvruntime, "):
         card.calibrate(path, "cpu", 1.0, only=("vllm",))
+    assert card.chosen((), ("kvruntime:compiled",)) == tuple(name for name in PARTS if name != "kvruntime:compiled")
+    assert card.chosen(("transformers",), ("transformers:new",)) == ("transformers",)
+    with pytest.raises(ValueError, match="no part is left to measure: kvruntime left out"):
+        card.chosen(("kvruntime",), ("kvruntime",))
     path.write_text(json.dumps(before | {"device": {"name": "another"}}), encoding="utf-8")
     with pytest.raises(ValueError, match="is of another, this is"):
         card.calibrate(path, "cpu", 1.0, only=("transformers",))

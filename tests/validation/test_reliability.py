@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -183,14 +184,16 @@ def test_neighbours_of_nan_that_change_are_found(monkeypatch) -> None:
 
 
 def test_the_parts_of_a_run_by_device() -> None:
-    names = [part.name for part in parts.chosen("cuda")[0]]
-    assert names == [part.name for part in parts.PARTS]
-    rounds = parts.rounds(parts.PARTS)
+    own, left = parts.chosen("cuda")
+    names = [part.name for part in own]
+    assert names == [part.name for part in parts.PARTS if not part.cpu]
+    assert left == ["resident: it weighs a process's pages, and caches lie in the memory of cuda"]
+    rounds = parts.rounds(own)
     assert [part.name for part in rounds[0]] == ["memory", "phases"]
     assert [len(each) for each in rounds[1:]] == [1] * (len(names) - 2)
     assert sum(max(part.seconds for part in each) for each in rounds) * parts.MOST <= 60 * parts.MINUTES
     here, left = parts.chosen("cpu")
-    assert {"calibrate", "memory", "phases", "largest"} == {part.name for part in here}
+    assert {"calibrate", "memory", "phases", "largest", "resident"} == {part.name for part in here}
     assert len(left) == len(parts.PARTS) - len(here)
     with pytest.raises(LookupError, match="unknown part 'all'"):
         parts.chosen("cpu", ["all"])
@@ -200,15 +203,33 @@ def test_a_part_may_say_bytes_that_are_no_text() -> None:
     """A compiler's or a driver's own words, in whatever encoding: told as far as they can be, the part's code kept."""
     said: list[str] = []
     words = [sys.executable, "-c", "import sys; sys.stderr.buffer.write(b'caf\\xe9\\n'); sys.exit(3)"]
-    assert parts._process(words, 60, said.append) == (3, "caf\ufffd")
+    assert parts._process(words, 60, said.append, []) == (3, "caf\ufffd")
     assert said == ["caf\ufffd"]
+
+
+def test_a_part_that_is_stopped_leaves_no_process_behind() -> None:
+    """One that it began says its number and would hold the card, and the line that it writes to, for a minute."""
+    said: list[str] = []
+    begin = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
+    begun = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"
+    running: list[Any] = []
+    words = [sys.executable, "-c", begin, begun]
+
+    def stop_then(line: str) -> None:
+        said.append(line)
+        parts._kill(running[0])
+
+    assert parts._process(words, 60, stop_then, running)[0] == -signal.SIGKILL
+    assert not running
+    stat = Path("/proc", said[0], "stat")  # one that has ended and whom nobody has waited for is no process
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch) -> None:
     """A part gets half as much again as it should take, or what is left; none is begun after that."""
     now, limits = [0.0], []
 
-    def process(command: Any, seconds: float, say: Any) -> tuple[int, str]:
+    def process(command: Any, seconds: float, say: Any, begun: Any) -> tuple[int, str]:
         limits.append(seconds)
         now[0] += 50
         return 0, ""
@@ -234,4 +255,6 @@ def test_a_run_reports_what_its_parts_left_behind(tmp_path, monkeypatch, capsys)
     assert "memory: exit code 2" in said.err
     assert "nothing recorded" in said.err
     assert "about 1 minutes" in said.err
-    assert (tmp_path / "out" / "report.html").read_text().count("Validation: cpu") == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("Validation: cpu") == 2
+    assert "Bytes in full" not in page  # nor what other machines recorded

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kvsim.atomic import replace_file
+from kvsim.install import missing_hint
 from kvsim.output.tables import compact
 from validation.documents import report as earlier
 from validation.report import coverage, pictures
@@ -216,13 +218,18 @@ def write(
     title: str = "",
 ) -> list[Path]:
     """``report.html``, ``report.md`` and its pictures in ``folder``, each replaced in one step; what was written.
+    Those that matplotlib draws are left out where it is not installed, and the report says so.
 
     Raises ``ValueError`` for a folder that cannot be written.
     """
-    from validation.documents.figures import draw
-
     parts = sections(found, rows, runs)
-    pngs = draw(rows)
+    pngs = {}
+    if find_spec("matplotlib"):
+        from validation.documents.figures import draw
+
+        pngs = draw(rows)
+    elif rows:
+        parts.append(Section("Bytes by method, drawn", [f"These need matplotlib{missing_hint('matplotlib')}."]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files: dict[Path, bytes] = {folder / f"{name}.png": png for name, png in pngs.items()}

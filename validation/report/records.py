@@ -13,14 +13,15 @@ from validation.recorded import FOLDER, SCHEMA
 RELIABILITY = "validation.reliability/1"
 
 
-def memory_rows(files: Sequence[Path] = ()) -> list[dict[str, Any]]:
+def memory_rows(files: Sequence[Path] | None = None) -> list[dict[str, Any]]:
     """The rows of ``validation memory``, ``speed`` and ``quality`` in ``files``, by default in all records."""
-    return _rows(files or sorted(FOLDER.glob("*.json")), SCHEMA)
+    return _rows(sorted(FOLDER.glob("*.json")) if files is None else files, SCHEMA)
 
 
-def reliability_rows(files: Sequence[Path] = ()) -> list[dict[str, Any]]:
+def reliability_rows(files: Sequence[Path] | None = None) -> list[dict[str, Any]]:
     """The rows of ``validation reliability`` in ``files``, by default in all records, their figures judged anew."""
-    return list(map(judged, _rows(files or sorted((FOLDER / "reliability").glob("*.json")), RELIABILITY)))
+    own = sorted((FOLDER / "reliability").glob("*.json")) if files is None else files
+    return list(map(judged, _rows(own, RELIABILITY)))
 
 
 def _rows(files: Sequence[Path], schema: str) -> list[dict[str, Any]]:

@@ -7,11 +7,14 @@ is no part of its run, and is said.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic as clock
@@ -27,68 +30,81 @@ SHAPES = (
     *("--shape", "gpt2:8x1k"),
 )
 GENERATED = ("--model", "llama-3.2-1b", "--size", "1x1k", "--size", "8x2k", "--repeats", "2")
-"""Prompts of lengths that calibrating does not see."""
+"""Prompts of lengths that calibrating does not see, of a model whose shape it does not see."""
+OTHERS = ("--model", "qwen3-0.6b", "--model", "gemma-3-1b-it")
+"""Further models, the last one with windows in most of its layers."""
+COMPILED = "kvruntime:compiled"
 
 
 @dataclass(frozen=True)
 class Part:
     """``words`` after ``python -m``, with ``{file}`` where it records, in ``folder``.  ``seconds``: what it should
-    take, and may not exceed by more than half.  ``cuda``: it needs a GPU.  ``together``: it times nothing."""
+    take on a card where Triton compiles from nothing, and may not exceed by more than half.  ``cuda``: it needs a GPU;
+    ``cpu``: it is of a CPU alone.  ``together``: it times nothing."""
 
     name: str
     words: tuple[str, ...]
     seconds: float
     folder: str
     cuda: bool = False
+    cpu: bool = False
     together: bool = False
 
+    def refuses(self, cuda: bool, device: str) -> str:
+        """Why it does not run on ``device``; empty where it does."""
+        if self.cuda and not cuda:
+            return f"it times CUDA graphs, and {device} has none"
+        return f"it weighs a process's pages, and caches lie in the memory of {device}" if self.cpu and cuda else ""
 
-WEIGHED = ("--run", "memory by phase", "--run", "resident memory")
-"""The runs of reliability that have figures and share a device; all the runs take a card five minutes."""
+
+RELIABILITY = ("validation", "reliability", "--quick", "--out", "{file}", "--run")
+"""Those of its runs that have figures; all of them take a card five minutes."""
 PARTS = (
-    Part("memory", ("validation", "memory", "--quick", "--jobs", "1", "--out", "{file}"), 60, "", together=True),
+    Part("memory", ("validation", "memory", "--quick", "--out", "{file}"), 90, "", together=True),
+    Part("phases", (*RELIABILITY, "memory by phase"), 110, "reliability", together=True),
+    Part("resident", (*RELIABILITY, "resident memory"), 20, "reliability", cpu=True),
     Part(
-        "phases",
-        ("validation", "reliability", "--quick", *WEIGHED, "--out", "{file}"),
-        75,
-        "reliability",
-        together=True,
+        "calibrate",
+        ("kvruntime", "calibrate", "--seconds", "8", "--without", COMPILED, "--out", "{file}"),
+        110,
+        "profiles",
     ),
-    Part("calibrate", ("kvsim", "calibrate", "--seconds", "8", "--out", "{file}"), 150, "profiles"),
     Part(
         "generate",
         (
-            *("kvruntime", "bench", "generate", *GENERATED, "--model", "qwen3-0.6b"),
+            *("kvruntime", "bench", "generate", *GENERATED, *OTHERS),
             *("--cache", "dynamic", "--cache", "ours", "--anew", "--out", "{file}"),
         ),
-        60,
+        80,
         "generate",
         cuda=True,
     ),
     Part(
         "steps",
         ("kvruntime", "bench", "engine", *STEPS, "--repeats", "2", "--anew", "--out", "{file}"),
-        60,
+        50,
         "engine",
         cuda=True,
     ),
     Part(
         "attention",
         ("kvruntime", "bench", "kernels", "--part", "attend", *SHAPES, "--anew", "--out", "{file}"),
-        60,
+        45,
         "kernels",
         cuda=True,
     ),
+    Part("largest", (*RELIABILITY, "the largest batch"), 25, "reliability"),
     Part(
-        "largest",
-        ("validation", "reliability", "--quick", "--run", "the largest batch", "--out", "{file}"),
-        45,
-        "reliability",
+        "calibrate compiled",
+        ("kvruntime", "calibrate", "--seconds", "8", "--part", COMPILED, "--out", "{file}"),
+        90,
+        "profiles",
+        cuda=True,
     ),
     Part(
         "compiled",
         ("kvruntime", "bench", "generate", *GENERATED, "--cache", "ours", "--compiled", "--anew", "--out", "{file}"),
-        75,
+        50,
         "generate",
         cuda=True,
     ),
@@ -126,8 +142,9 @@ def chosen(device: str, names: Sequence[str] = ()) -> tuple[list[Part], list[str
             raise LookupError(f"unknown part {name!r}: allowed are {', '.join(known)}")
     wanted = [known[name] for name in names] or list(PARTS)
     cuda = device.startswith("cuda")
-    left = [f"{part.name}: it times CUDA graphs, and {device} has none" for part in wanted if part.cuda and not cuda]
-    return [part for part in wanted if cuda or not part.cuda], left
+    reasons = {part.name: reason for part in wanted if (reason := part.refuses(cuda, device))}
+    left = [f"{name}: {reason}" for name, reason in reasons.items()]
+    return [part for part in wanted if part.name not in reasons], left
 
 
 def rounds(parts: Sequence[Part]) -> list[list[Part]]:
@@ -148,7 +165,7 @@ def carry_out(
 
     ``name``: of the card, for file names; ``say``: told what the parts say.
     """
-    end = clock() + 60 * minutes
+    end, begun = clock() + 60 * minutes, list[subprocess.Popen[str]]()
 
     def work(part: Part) -> Outcome:
         file = folder / part.folder / f"{name}.json"
@@ -158,24 +175,39 @@ def carry_out(
             return Outcome(part, None, 0.0, file, "")
         words = [word.format(file=file) for word in part.words]
         limit = min(MOST * part.seconds, end - started)
-        code, said = _process([sys.executable, "-m", *words, "--device", device], limit, say)
+        code, said = _process([sys.executable, "-m", *words, "--device", device], limit, say, begun)
         return Outcome(part, code, clock() - started, file, said)
 
     for each in rounds(parts):
         with ThreadPoolExecutor(len(each)) as pool:
-            yield list(pool.map(work, each))
+            try:
+                found = list(pool.map(work, each))
+            except BaseException:  # Ctrl-C, which a session of its own does not hear
+                for process in list(begun):
+                    _kill(process)
+                raise
+        yield found
 
 
-def _process(command: Sequence[str], seconds: float, say: Callable[[str], None]) -> tuple[int | None, str]:
-    """Exit code, None where it was stopped after ``seconds``, and the last line that it said."""
+def _process(
+    command: Sequence[str], seconds: float, say: Callable[[str], None], begun: list[subprocess.Popen[str]]
+) -> tuple[int | None, str]:
+    """Exit code, None where it was stopped after ``seconds`` with all that it had begun, and the last line that it
+    said.  ``begun``: holds the process meanwhile."""
     last, stopped = "", threading.Event()
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     ) as process:
+        begun.append(process)
 
         def stop() -> None:
             stopped.set()
-            process.kill()
+            _kill(process)
 
         timer = threading.Timer(seconds, stop)
         timer.start()
@@ -185,8 +217,15 @@ def _process(command: Sequence[str], seconds: float, say: Callable[[str], None])
                     last = line.strip()
                     say(last)
         except BaseException:
-            process.kill()
+            _kill(process)
             raise
         finally:
             timer.cancel()
+            begun.remove(process)
     return (None if stopped.is_set() else process.returncode), last
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends a process and those that it began: what compiles or weighs in others would go on, and hold the card."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
