@@ -139,7 +139,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quick_run_weighs_exactly_what_is_predicted(quick):
     rows = [row for row in read(quick) if row["kind"] in ("memory", "held")]
     assert {row["way"] for row in rows} == {"layers", "generate"}
-    assert all(row["measured"] == row["predicted"] for row in rows if row["kind"] == "memory")
+    assert [(row["task"], row["kind"]) for row in rows if row["measured"] != row["predicted"]] == []
     assert all(set(compare.deviations(row)) == {0} for row in rows if row["kind"] == "memory")
     stepped = [row for row in rows if row.get("every_step") and row["way"] == "layers"]
     assert all(len(compare.deviations(row)) == 100 for row in stepped)

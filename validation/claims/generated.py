@@ -18,6 +18,9 @@ from validation.claims.tasks import Row, Task
 from validation.claims.transients import modelled, predicts
 from validation.scales.allocator import Allocator
 
+FEW = 8
+"""Tokens of the prompt that a process which compiles nothing reads first."""
+
 
 def generate_tasks(grid: Grid, device: torch.device) -> list[Task]:
     """Each run of the grid, one a method; the model is loaded once for runs that follow each other."""
@@ -61,8 +64,8 @@ class ModelHolder:
 def _task(holder: ModelHolder, name: str, method: Method, prompt: int, new: int) -> Task:
     def measure() -> list[Row]:
         model = holder.get(name)
-        if holder.device.type == "cuda":  # compiles the kernels, so that nothing of that is in the peak
-            _run(model, name, method, prompt, 2, holder.device)
+        # compiles the kernels, and makes the tables that a process keeps, so that nothing of that is weighed
+        _run(model, name, method, prompt if holder.device.type == "cuda" else FEW, 2, holder.device)
         return _run(model, name, method, prompt, new, holder.device)
 
     shown = f"generate {name} {method.name} {prompt}+{new}"

@@ -114,4 +114,4 @@ def signs(dim: int, device: torch.device) -> Tensor:
     drawn = np.random.Generator(np.random.PCG64(SEED)).integers(0, 2, 1 << 12, dtype=np.int8)
     if dim > len(drawn):
         raise ValueError(f"a rotation of {dim} channels: allowed are up to {len(drawn)}")
-    return torch.from_numpy(2 * drawn[:dim] - 1).to(device)
+    return torch.from_numpy(2 * drawn[:dim] - 1).to(device, copy=True)  # PyTorch's own memory, which it counts
