@@ -5,7 +5,8 @@ tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory 
 ``<!-- quality ... -->`` those of ``kvruntime eval``,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
 ``<!-- ranks ... -->`` what several cards take,
-``<!-- planners -->`` the recorded head-to-head of planners, ``<!-- mutants -->`` the recorded score of the tests.
+``<!-- planners -->`` the recorded head-to-head of planners, ``<!-- mutants -->`` the recorded score of the tests,
+``<!-- calibrated -->`` recorded steps by the stated constants and by a card's profile.
 ``python tests/house/test_docs.py`` writes all of them anew.
 """
 
@@ -32,7 +33,7 @@ DOCUMENTS = tuple(
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks)(.*?) -->\n)(.*?)"
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks|calibrated)(.*?) -->\n)(.*?)"
     r"(<!-- end -->)",
     re.DOTALL,
 )
@@ -79,6 +80,12 @@ def block(kind: str, arguments: str) -> str:
         from validation.documents import ranks_tables
 
         return ranks_tables.block(arguments)
+    if kind == "calibrated":
+        from kvsim.output.tables import compact
+        from validation.report import calibrated
+        from validation.report.points import collect
+
+        return compact(*calibrated.beside(collect().points), left=(0, 1))
     if kind == "extras":
         from validation.documents import extras_table
 

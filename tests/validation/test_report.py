@@ -12,10 +12,11 @@ pytest.importorskip("torch", reason="the runtime extra (torch) is not installed"
 
 from validation import cli
 from validation.recorded import FOLDER
-from validation.report import coverage, pages, pictures
+from validation.report import calibrated, coverage, pages, pictures
 from validation.report.claims import CLAIMS, by_factor, explained, failures, verdicts
 from validation.report.collection import Point
 from validation.report.points import collect
+from validation.report.records import memory_rows
 
 ENGINE = FOLDER / "engine" / "nvidia-h100-80gb-hbm3.json"
 
@@ -129,6 +130,26 @@ def test_by_a_profile_layouts_break_even_within_a_step_of_the_grid(found) -> Non
     assert len(profiled) >= 3
     far = [line[1:3] for line in profiled if int(line[7]) > 1]
     assert far == [["gpt2-xl", "kivi-2bit-g32-r128"]], far
+
+
+def test_what_a_profile_says_stands_beside_what_is_stated_of_the_same_steps(found) -> None:
+    pairs = calibrated.pairs(found.points)
+    assert all(one.measured == other.measured and one.factors == other.factors for one, other in pairs)
+    assert len(pairs) == sum(", calibrated" in point.claim for point in found.points)
+    assert any(one.predicted != other.predicted for one, other in pairs)
+    head, body = calibrated.beside(found.points)
+    assert {len(line) for line in body} == {len(head)}
+    by_run = [line for line in body if line[1] != "another day" and "every" not in line[0]]
+    total = next(line for line in body if line[0] == "every runtime")
+    assert int(total[2]) == sum(int(line[2]) for line in by_run)
+
+
+def test_without_matplotlib_the_report_says_what_it_lacks(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    own = collect([FOLDER / "cpu.json"])
+    written = pages.write(tmp_path, own, memory_rows([FOLDER / "cpu.json"]), [])
+    assert not [path for path in written if path.suffix == ".png"]
+    assert "These need matplotlib: install it with " in (tmp_path / "report.md").read_text()
 
 
 def test_the_times_cover_a_grid(found) -> None:

@@ -13,7 +13,7 @@ from kvsim.atomic import replace_file
 from kvsim.install import missing_hint
 from kvsim.output.tables import compact
 from validation.documents import report as earlier
-from validation.report import coverage, pictures
+from validation.report import calibrated, coverage, pictures
 from validation.report.claims import CLAIMS, Verdict, explained, verdicts
 from validation.report.collection import Collection, Point
 
@@ -24,6 +24,10 @@ WORST = 10
 MARGIN = 0.01
 """What a method's step must gain before it pays: the default of kvsim breakeven."""
 BREAKEVEN = f"The first recorded context from which a method's step is {MARGIN:.0%} shorter, as kvsim breakeven asks."
+CALIBRATED = (
+    "The same recorded steps by the stated constants and by the card's profile, which saw none of them.  Where the "
+    "host takes part, a profile is of a run."
+)
 NUMBERED = (
     "Errors are predicted / measured - 1.  The shaded band is what the claim allows a single point; each point says "
     "what it is where a pointer rests on it."
@@ -64,6 +68,8 @@ def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[d
     if sized:
         out.append(Section("Bytes and peaks", [NUMBERED], svg={k: v for k, v in drawn.items() if v}, level=3))
     out.append(Section(f"The worst {WORST} points", [], worst_table(found.points)))
+    if calibrated.pairs(found.points):
+        out.append(Section("Calibrated beside stated", [CALIBRATED], calibrated.beside(found.points)))
     if even := breakevens(found.points):
         out.append(
             Section(
