@@ -184,15 +184,21 @@ class Kivi:
 
     @classmethod
     def named(cls, name: str) -> Kivi | None:
-        """The plain layout of a table's ``kivi-2bit-g32-r128``, or ``kivi-boost``'s; ``None`` for another name."""
+        """The plain layout of a table's ``kivi-2bit-g32-r128`` or ``kivi-k4v2-g64-r64-s4``, or ``kivi-boost``'s;
+        ``None`` for another name."""
         boosted = next((one for one in map(kivi_boost, BOOSTED) if one.name == name), None)
         if boosted is not None:
             return boosted
-        found = re.fullmatch(r"kivi-(\d)bit-g(\d{1,6})-r(\d{1,6})", name)
+        found = re.fullmatch(r"kivi-(?:(\d)bit|k(\d)v(\d))-g(\d{1,6})-r(\d{1,6})(?:-s(\d{1,6}))?", name)
         if found is None:
             return None
-        bits, group, residual = map(int, found.groups())
-        return cls(bits, group_size=group, residual_length=residual)
+        both, key, value, group, residual, sink = (int(each or 0) for each in found.groups())
+        if key and key == value:  # whose name is another
+            return None
+        try:
+            return cls(both or key, group, residual, key or None, value or None, sink_length=sink)
+        except ValueError:  # bits or lengths that there are not
+            return None
 
     @property
     def record_length(self) -> int:

@@ -14,6 +14,7 @@ bits and one, so that they take three.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -170,6 +171,19 @@ class TurboQuant:
     def name(self) -> str:
         bits = f"{self.k_bits:g}bit" if self.k_bits == self.v_bits else f"k{self.k_bits:g}v{self.v_bits:g}"
         return f"turboquant-{bits}" + ("" if self.norm_correction else "-norm")
+
+    @classmethod
+    def named(cls, name: str) -> TurboQuant | None:
+        """The method of a table's ``turboquant-2.5bit`` or ``turboquant-k4v3-norm``; ``None`` for another name."""
+        width = r"(\d(?:\.5)?)"
+        found = re.fullmatch(rf"turboquant-(?:{width}bit|k{width}v{width})(-norm)?", name)
+        if found is None:
+            return None
+        both, key, value = (float(each) if each else None for each in found.groups()[:3])
+        try:
+            return cls(both or 4, key, value, not found[4])
+        except ValueError:  # a width that there is not
+            return None
 
     def leaving(self, sink: int) -> int:
         """Any number of tokens."""

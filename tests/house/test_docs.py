@@ -33,8 +33,8 @@ DOCUMENTS = tuple(
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks|calibrated)(.*?) -->\n)(.*?)"
-    r"(<!-- end -->)",
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks|calibrated)"
+    r"(.*?) -->\n)(.*?)(<!-- end -->)",
     re.DOTALL,
 )
 

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 
 from kvsim.layout import Buffer, LayerShape, edges, mean_read_nbytes, nbytes, part_kind, parts
 from kvsim.memory.estimate import estimate
-from kvsim.methods import METHODS, Evict, Full, Kivi, LayerMix, Paged, at, kivi_seed, make_method, method_named, placed
+from kvsim.methods import (
+    METHODS,
+    Evict,
+    Full,
+    Kivi,
+    LayerMix,
+    Paged,
+    TurboQuant,
+    at,
+    kivi_seed,
+    make_method,
+    method_named,
+    placed,
+)
 from kvsim.methods.defaults import COMPRESSED, DEFAULT_SPECS
 from kvsim.methods.layer_mix import mixed
 from kvsim.models.load import load_model
@@ -533,10 +546,14 @@ def test_parts_named_like_what_no_method_stores_are_refused(name: str) -> None:
 
 def test_a_name_of_a_table_is_a_method_again() -> None:
     boosts = [make_method("kivi-boost", nbits=nbits) for nbits in (2, 4)]
-    for method in (Kivi(4, group_size=64, residual_length=64), Kivi(), Full("bfloat16"), kivi_seed(), *boosts):
+    mixed = Kivi(4, group_size=64, residual_length=64, key_nbits=4, value_nbits=2, sink_length=4)
+    turbo = TurboQuant(2.5), TurboQuant(3), TurboQuant(4, key_nbits=3.5, value_nbits=2, norm_correction=False)
+    plain = Kivi(4, group_size=64, residual_length=64), Kivi(), Full("bfloat16"), kivi_seed()
+    for method in (*plain, mixed, *boosts, *turbo):
         assert method_named(method.name) == method
-    with pytest.raises(LookupError, match="no method is named 'kivi-2bit-g32'"):
-        method_named("kivi-2bit-g32")
+    for name in ("kivi-2bit-g32", "kivi-7bit-g32-r32", "kivi-k2v2-g32-r32", "turboquant-5bit", "turboquant-3"):
+        with pytest.raises(LookupError, match=f"no method is named '{name}'"):
+            method_named(name)
 
 
 @pytest.mark.parametrize(

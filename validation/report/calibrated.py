@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from validation.report.claims import RUNTIMES
-from validation.report.points import Point
+from validation.report.collection import Point
 
 Table = tuple[list[str], list[list[str]]]
 Pair = tuple[Point, Point]

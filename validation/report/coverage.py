@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvsim.engines.kvruntime import names as stored_methods
 from kvsim.methods import make_method, method_named
 from kvsim.models.load import load_model
+from kvsim.models.model import Model
+from validation.report.claims import RUNTIMES
 from validation.report.collection import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
@@ -18,6 +20,20 @@ TIMED = (
     "engine, several cards",
 )
 """Claims of time, without those that predict the same rows again by a profile."""
+
+WHOLE = {
+    "figure of memory": ("bytes", "memory by phase", "largest batch"),
+    "whole step": ("engine", "generate", "generate, compiled"),
+}
+"""Claims of what this project's cache holds, and of whole steps with it."""
+PROFILED = ("engine", "generate", "generate, compiled", "stock generate", "stock generate, new lengths")
+"""Runtimes that a profile may have a part for."""
+KINDS: dict[str, Callable[[Model], bool]] = {
+    "windows": lambda model: any(layer.window is not None for layer in model.cache_layers),
+    "constant states": lambda model: bool(model.state_layers),
+    "latents": lambda model: any(layer.kind == "mla" for layer in model.cache_layers),
+}
+"""Layers beside full attention, and which models have them."""
 
 
 def timed(points: Sequence[Point]) -> list[Point]:
@@ -41,18 +57,37 @@ def axes(points: Sequence[Point]) -> Table:
 
 
 def gaps(found: Collection) -> Table:
-    """What has no point: rows left out with the reason, and methods, runtimes and cards that nothing was timed of."""
+    """What has no point: rows left out with the reason, and methods, models and runtimes that nothing was weighed or
+    timed of."""
     body = [[each.what, f"{each.rows}", each.reason] for each in found.uncovered]
-    steps = [point for point in found.points if point.claim == "engine"]
-    timed_names = {type(method_named(point.factors["method"])).__name__ for point in steps}
-    for name in stored_methods():
-        if type(make_method(name)).__name__ not in timed_names:
-            body.append([f"method {name}", "0", "no step of the engine was recorded with it"])
-    for claim in ("engine", "generate", "stock generate", "stock generate, new lengths"):
+    for words, claims in WHOLE.items():
+        points = [point for point in found.points if point.claim in claims]
+        known = {_type(point.factors["method"]) for point in points}
+        body += [
+            [f"method {name}", "0", f"no {words} was recorded with it"]
+            for name in stored_methods()
+            if type(make_method(name)).__name__ not in known
+        ]
+        models = [load_model(name) for name in sorted({point.factors["model"] for point in points})]
+        body += [
+            [f"models with {kind}", "0", f"no {words} was recorded of one"]
+            for kind, has in KINDS.items()
+            if not any(map(has, models))
+        ]
+    for claim in RUNTIMES:
         cards = {point.factors["card"] for point in found.points if point.claim == claim}
         profiled = {point.factors["card"] for point in found.points if point.claim.startswith(f"{claim}, calibrated")}
-        body += [[f"{claim}, {card}", "0", "no profile of this card has a part for it"] for card in cards - profiled]
+        why = "no profile of this card has a part for it" if claim in PROFILED else "a profile has no part for it"
+        body += [[f"{claim}, {card}", "0", why] for card in sorted(cards - profiled)]
     return ["what", "rows", "why"], body
+
+
+def _type(method: str) -> str:
+    """The class of a method by its recorded name; empty for what kvsim does not make."""
+    try:
+        return type(method_named(method)).__name__
+    except LookupError:
+        return ""
 
 
 def heads(point: Point) -> str:

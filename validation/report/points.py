@@ -191,7 +191,7 @@ def _method(row: Row, found: Collection) -> Method | None:
     try:
         return method_named(row["method"])
     except LookupError:
-        found.leave(f"{row['kind']} of {row['method']}", "a method of another library, or kvsim does not know its name")
+        found.leave(f"{row['kind']} of {row['method']}", "kvsim makes no method from this name")
         return None
 
 
@@ -242,13 +242,25 @@ CLAIM_OF = {
 def _generated(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
     """Steps of stock ``generate()`` in each way that the row timed, and its prompt."""
     timed = ways(row)
-    method = method_named("bf16") if row["package"] == "transformers" else _method(row, found) if timed else None
-    if not timed or method is None:
-        found.leave(f"generate of {row['package']}", "another library's cache, or a method of another name")
+    if not timed:
+        found.leave(*_not_predicted(row))
+        return
+    method = method_named("bf16") if row["package"] == "transformers" else _method(row, found)
+    if method is None:
         return
     for runtime, seconds in timed:
         yield from _timed(CLAIM_OF[runtime], runtime, method, row, seconds, card, source, profile)
     yield from _prefill(row, card, source, found, profile)
+
+
+def _not_predicted(row: Row) -> tuple[str, str]:
+    """What a row of ``generate`` timed that no runtime of kvsim's is, and why."""
+    if row["package"] not in ("kvruntime", "transformers"):
+        return f"generate of {row['package']}", "another library's cache"
+    call = row.get("call", "greedy")
+    if call != "greedy":
+        return f"generate, {call} calls", "kvsim predicts greedy calls of rows of one length"
+    return "generate, steps that the host plans", "kvsim predicts steps in graphs and compiled ones"
 
 
 def _timed(
