@@ -173,7 +173,8 @@ def carry_out(
         started = clock()
         if started >= end:
             return Outcome(part, None, 0.0, file, "")
-        words = [word.format(file=file) for word in part.words]
+        there = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file  # as a record tells it
+        words = [word.format(file=there) for word in part.words]
         limit = min(MOST * part.seconds, end - started)
         code, said = _process([sys.executable, "-m", *words, "--device", device], limit, say, begun)
         return Outcome(part, code, clock() - started, file, said)
