@@ -174,6 +174,8 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     """Measures this card in under a quarter of an hour, part by part, and writes its report."""
     from kvruntime.bench.harness.progress import Progress
     from kvruntime.bench.harness.results import describe
+    from kvsim.commands.calibrate import of_data_sheet
+    from kvsim.latency.profile import load_profile
     from validation.recorded import FOLDER, slug
     from validation.report import pages
     from validation.report.claims import failures
@@ -201,11 +203,13 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
                 progress.say(outcome.line)
                 files += [outcome.file] if outcome.file.exists() and outcome.file not in files else []
             outcomes += found
-    measured = [path for path in files if path.parent.name != "profiles"]
-    points = collect(measured, [path for path in files if path.parent.name == "profiles"])
+    measured, profiles = ([path for path in files if (path.parent.name == "profiles") == it] for it in (False, True))
+    points = collect(measured, profiles)
     for path in pages.write(folder, points, memory_rows(measured), reliability_rows(measured), title=card):
         if path.suffix in (".html", ".md"):
             click.echo(f"wrote {path}")
+    for path in profiles:
+        click.echo(of_data_sheet(load_profile(path)))
     click.echo(pages.summary(pages.verdicts(points.points)))
     return 1 if failures(points.points) or any(outcome.code for outcome in outcomes) else 0
 

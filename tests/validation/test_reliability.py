@@ -258,3 +258,4 @@ def test_a_run_reports_what_its_parts_left_behind(tmp_path, monkeypatch, capsys)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("Validation: cpu") == 2
     assert "Bytes in full" not in page  # nor what other machines recorded
+    assert "No claim has a recorded figure here." in page

@@ -89,6 +89,8 @@ def summary(judged: Sequence[Verdict]) -> str:
     """One sentence over all claims."""
     count = sum(len(each.points) for each in judged if not each.claim.of)
     failed = [each.claim.name for each in judged if not each.holds]
+    if not judged:
+        return "No claim has a recorded figure here."
     if failed:
         return f"{len(failed)} of {len(judged)} claims FAIL over {count:,} recorded figures: {', '.join(failed)}."
     return f"All {len(judged)} claims hold over {count:,} recorded figures, by today's predictions."
