@@ -63,6 +63,12 @@ CLAIMS = (
     Claim("resident memory", "What a filled cache adds to the process on a CPU", "B", (0.03, 0.08)),
     Claim("largest batch", "The largest batch that fits a card", "rows", (0.0, 0.0)),
     Claim("attention", "Decode attention of one layer, this project's kernels", "s", (0.06, 0.25)),
+    Claim(  # kvsim has no constants of these kernels: those of KIVI's are taken
+        "attention, coded tokens",
+        "The same of kernels for tokens coded one by one (int8, int4, fp8, turboquant), by the constants of KIVI's",
+        "s",
+        (0.25, 0.60),
+    ),
     Claim("engine", "A decode step of kvruntime.Engine, as stated", "s", (0.03, 0.10)),
     Claim(
         "engine, bandwidth-bound",

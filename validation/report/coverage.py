@@ -15,7 +15,7 @@ from validation.report.collection import Collection, Point
 Table = tuple[list[str], list[list[str]]]
 
 TIMED = (
-    *("attention", "engine", "generate", "generate, compiled"),
+    *("attention", "attention, coded tokens", "engine", "generate", "generate, compiled"),
     *("stock generate", "stock generate, new lengths", "stock generate, compiled", "first token", "short prompts"),
     "engine, several cards",
 )

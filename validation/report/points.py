@@ -18,7 +18,7 @@ from kvsim.latency.constants import Constants
 from kvsim.latency.profile import Profile, load_profile
 from kvsim.latency.roofline import Roofline, Serving
 from kvsim.latency.steps import decode_step, prefill
-from kvsim.layout import Method
+from kvsim.layout import Method, tokens_alone
 from kvsim.memory.capacity import max_batch
 from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import method_named
@@ -200,12 +200,13 @@ def _attention(row: Row, card: Hardware, source: str, found: Collection, _: Prof
     if row.get("ragged"):
         found.leave("attend, ragged rows", "kvsim takes rows of one length")
         return
-    if row["kind"] == "attend" and row.get("kernel") != "fast":
+    if row.get("kernel") == "portable":
         found.leave("attend, portable kernel", "3 to 12 times slower: kvsim says so and does not predict it")
         return
     method = method_named("fp16") if row["kind"] == "full" else _method(row, found)
     if method is None:
         return
+    claim = "attention, coded tokens" if row["kind"] == "attend" and tokens_alone(method) else "attention"
     model = _model(row["model"])
     layer = replace(model.cache_layers[0], window=None, kind="")  # what is timed is attention over all tokens
     heads = (model.num_q_heads, layer.num_kv_heads, layer.key_dim)
@@ -216,7 +217,7 @@ def _attention(row: Row, card: Hardware, source: str, found: Collection, _: Prof
     seconds, beyond = roofline.layer_attention(method, layer, row["batch_size"], row["num_tokens"])
     median, low, high = row["seconds"]
     factors = _factors(row, card, type=row.get("dtype", ""))
-    yield Point("attention", seconds + beyond, median, factors, source, {"kv": seconds}, (low, high))
+    yield Point(claim, seconds + beyond, median, factors, source, {"kv": seconds}, (low, high))
 
 
 def _step(row: Row, card: Hardware, source: str, found: Collection, profile: Profile | None) -> Iterator[Point]:
