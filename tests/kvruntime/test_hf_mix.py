@@ -27,6 +27,8 @@ from kvsim.models.model import Model  # noqa: E402
 FEW, MORE = (Kivi(2, sink_length=4, residual_length=64, dtype="float32", rotate_values=True, **bits)
              for bits in ({"boost_nbits": 2}, {"key_nbits": 3, "value_nbits": 3, "boost_nbits": 1}))  # fmt: skip
 MIX = LayerMix(first=0, last=0, layers=1, exact=MORE, inner=FEW)
+CLOSE = {"atol": 1e-4, "rtol": 1e-3} if DEVICE.type == "cuda" else {"atol": 0, "rtol": 0}
+"""On a GPU the first step after a file is the host's, whose kernels add in another order."""
 GREEDY = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 40}
 
 
@@ -87,7 +89,7 @@ def test_a_saved_mix_goes_on(tmp_path):
     token = prompt(2, 1)["input_ids"]
     with torch.no_grad():
         logits = [model(token, **argument(held)).logits for held in (cache, loaded)]
-    assert torch.equal(*logits)
+    torch.testing.assert_close(*logits, **CLOSE)
 
 
 @pytest.mark.parametrize("residuals", [(128, 32), (32, 128)])

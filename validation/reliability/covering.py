@@ -6,6 +6,7 @@ each run is a child of it that reads the project's own code from a folder.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ def run_tests(folder: Path, tests: Sequence[str], seconds: float, plugins: Seque
 
 def _in_child(folder: Path, tests: Sequence[str], plugins: Sequence[Any]) -> int:
     os.setpgid(0, 0)
+    gc.freeze()  # what the parent left in cycles ends with it: a CUDA graph cannot end in another process
     log = os.open(folder / "pytest.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
