@@ -402,7 +402,9 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Stock ``sdpa_mask``; but for one token on a kvruntime cache it never waits for the device to skip the mask."""
     length = kwargs.get("kv_length")
     if isinstance(length, StepLength):
-        return length.mask(kwargs.get("attention_mask"))
+        if kwargs.get("q_length") == 1 or kwargs.get("mask_function") is causal_mask_function:
+            return length.mask(kwargs.get("attention_mask"))
+        length.counts.at_once = 1  # several tokens that see otherwise, as an image's may: no step
     if isinstance(length, Length) and length.window:  # the layer sees to it: rows are counted without padding there
         kwargs |= {"mask_function": _without_window(kwargs["mask_function"]), "local_size": None}
     if isinstance(length, Length) and kwargs.get("q_length") == 1:

@@ -759,7 +759,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         if len(one_each) > 1:  # layers of one method refuse alike, in the first and before it changes
             for store in one_each.values():
                 store.check_crop(longest - drop)
+        if layers:
+            layers[0].store.crop_all([layer.store for layer in layers], longest - drop)
         for layer in layers:
-            layer.store.crop(longest - drop)
             layer.num_columns = keep
         self.columns.crop(keep)

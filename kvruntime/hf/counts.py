@@ -93,7 +93,8 @@ class Counts:
 class StepLength(Length):
     """The mask length of a step: always that of a full cache.  The mask function finds ``counts`` here."""
 
-    counts: Counts
+    counts: Any
+    """:class:`Counts`."""
     chunk: int = 0
     """Tokens of a chunk, where the layer has chunks."""
 
@@ -130,11 +131,11 @@ class StepCounts(Counts):
         self.exact: Sequence[Any] = ()
         """Those with a window or a state, which stay as they are."""
         self.replayed = 0
-        """Steps that were replays of a graph, ever."""
+        """Columns that came by replays of a graph, ever."""
         self.clear_from = 0
         """Columns from which on no window reaches back to padding."""
         self.ahead = 0
-        """Steps that the layers' books do not know of."""
+        """Columns that the layers' books do not know of."""
         self.longest = 0
         """Tokens that the longest row has seen, in those books."""
         self.expected = 0
@@ -146,6 +147,8 @@ class StepCounts(Counts):
         """Of all that a step reads and writes."""
         self.is_split = False
         """Whether padding lies between a row's tokens."""
+        self.at_once = 1
+        """Tokens a row that the forward under way brings, if it is a step."""
 
     def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
         self.longest, self.ahead, self.counter = max(store.seq_lengths), 0, store
@@ -161,6 +164,11 @@ class StepCounts(Counts):
         held = [tensor for one in stores for tensor in one.tensors.values()]
         here = self.positions, self.scratch, self.num_columns, self.visible
         self.addresses = (*(tensor.data_ptr() for tensor in (*held, *here)), store.most_held)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What kernels of a step are compiled for, besides its arguments."""
+        return (self.method, self.dtype, str(self.positions.device), self.max_seq_len, self.steps.num_tokens)
 
     @property
     def is_fixed_beside(self) -> bool:
@@ -195,10 +203,14 @@ class StepCounts(Counts):
         return tuple(out)
 
     def mask(self, given: Tensor | None) -> Tensor:
-        return self.visible if self.tracing else super().mask(given)
+        if self.tracing or self.at_once > 1:  # of several tokens :meth:`step_of` has looked at it
+            return self.visible
+        return super().mask(given)
 
     def check(self, given: Tensor | None) -> None:
         """What :meth:`mask` makes sure of, in as few launches as it takes: the host knows the columns held."""
+        if self.at_once > 1:
+            return
         if given is None:
             if self.padded:
                 raise ValueError(f"no attention mask was given: {HIDES}")
@@ -206,12 +218,35 @@ class StepCounts(Counts):
         length = self.layers[-1].num_columns + self.ahead + 1
         if given.shape != (len(self.positions), length):
             raise ValueError(f"attention mask of shape {list(given.shape)}: allowed is {[len(self.positions), length]}")
-        same = given if self.tokens is None else given.bool() == self.tokens[:, :length]
-        torch._assert_async(same.all(), HIDES)  # without waiting for the device, which stops with the message
+        torch._assert_async(self._agrees(given).all(), HIDES)  # nothing waits for the device, which stops with it
+
+    def _agrees(self, given: Tensor) -> Tensor:
+        """Where a mask ``[batch_size, columns]`` says of tokens and padding what the cache knows."""
+        return given if self.tokens is None else given.bool() == self.tokens[:, : given.shape[1]]
+
+    @property
+    def _most_at_once(self) -> int:
+        """Tokens a row that one step brings at the most."""
+        return min(layer.store.most_at_once for layer in self.layers if layer.is_initialized)
+
+    def step_of(self, ids: Tensor, mask: Tensor | None) -> int:
+        """How many tokens a row ``ids [batch_size, L, ...]`` bring as one step: L where it takes as many and ``mask
+        [batch_size, columns]`` shows them all, which the host waits for; else 1, and several are the host's to plan."""
+        length = ids.shape[1] if ids.ndim > 1 else 1
+        if length == 1 or self.exact or not self.started or len(ids) != len(self.positions):
+            return 1
+        if ids.device != self.positions.device or length > self._most_at_once:
+            return 1
+        if mask is None:
+            return 1 if self.padded else length
+        columns = self.layers[-1].num_columns + self.ahead + length
+        if mask.shape != (len(ids), columns) or (self.tokens is not None and columns > self.tokens.shape[1]):
+            return 1
+        return length if bool(self._agrees(mask.to(ids.device)).all()) else 1
 
     def takes(self, key: Tensor) -> bool:
-        """Whether ``key [batch_size, num_kv_heads, L, key_dim]`` is one more token of each row held."""
-        same = self.started and key.shape[2] == 1 and key.dtype == self.dtype
+        """Whether ``key [batch_size, num_kv_heads, L, key_dim]`` is one step of each row held."""
+        same = self.started and key.shape[2] == self.at_once and key.dtype == self.dtype
         return same and key.shape[0] == len(self.positions) and key.device == self.positions.device
 
     def settle(self) -> None:
@@ -224,12 +259,12 @@ class StepCounts(Counts):
         self.longest += ahead
 
     def make_room(self) -> None:
-        """Provides for one more token a row.  Raises ``ValueError`` where ``max_seq_len`` does not, and for padding
+        """Provides for one more step.  Raises ``ValueError`` where ``max_seq_len`` does not, and for padding
         between the tokens of a packed window."""
         last = self.layers[-1]
         if self.is_split and last.window:
-            last.columns.check_window(last.num_columns + self.ahead + 1, last.window)
-        needed = self.longest + self.ahead + 1
+            last.columns.check_window(last.num_columns + self.ahead + self.at_once, last.window)
+        needed = self.longest + self.ahead + self.at_once
         if needed <= self.max_seq_len:
             return
         self.settle()
@@ -252,16 +287,26 @@ class StepCounts(Counts):
         return needed + (max(GROWTH, needed // 4) if self.started else 0)
 
     def stepped(self) -> None:
-        """Every layer has stored one more token a row."""
-        self.counter.count_step(self.positions)
-        self.num_columns.add_(1)
+        """Every layer has stored one more step."""
+        if self.at_once == 1:
+            self.counter.count_step(self.positions)
+        else:
+            self.positions.add_(self.at_once)
+        self.num_columns.add_(self.at_once)
         if not self.tracing:
-            self.ahead += 1
+            self.ahead += self.at_once
 
     def replay(self) -> None:
-        """A graph has stored one more token a row in every layer, and counted on the device alone."""
-        self.ahead += 1
-        self.replayed += 1
+        """A graph has stored one more step in every layer, and counted on the device alone."""
+        self.ahead += self.at_once
+        self.replayed += self.at_once
+
+    def take_back(self, num_columns: int) -> None:
+        """Every row's newest ``num_columns`` columns, all of them tokens, were taken back in the layers' books."""
+        self.longest -= num_columns
+        with torch.inference_mode(False), torch.no_grad():
+            self.positions.sub_(num_columns)
+            self.num_columns.sub_(num_columns)
 
     def reset(self) -> None:
         self.started, self.ahead, self.longest = False, 0, 0

@@ -137,9 +137,9 @@ def _rotary(file: Any) -> Any:
 
 
 def _rotate(function: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-    one = q.ndim == k.ndim == 4 and q.shape[2] == k.shape[2] == 1 and cos.ndim == 3 and cos.shape[1] == 1
+    each = q.ndim == k.ndim == 4 and cos.ndim == 3 and q.shape[2] == k.shape[2] == cos.shape[1]
     alike = q.is_cuda and q.dtype == k.dtype == cos.dtype == sin.dtype and q.shape[3] == k.shape[3] == cos.shape[2]
-    if args or kwargs or not (one and alike) or q.stride(3) != 1 or k.stride(3) != 1:
+    if args or kwargs or not (each and alike) or q.stride(3) != 1 or k.stride(3) != 1:
         return function(q, k, cos, sin, *args, **kwargs)
     from kvruntime.kernels.rotary import rotate
 

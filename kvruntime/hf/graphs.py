@@ -2,8 +2,9 @@
 
 :class:`GraphForward` stands in a model's place of ``forward``.  The first steps with a cache run as they are; then
 one is captured, and all that are like it are replayed: the same modules, the same kernels, nothing compiled.  A step
-that is not like it (other arguments, a hook on a module, gradients, autocast changed) runs as it is.  A model whose
-step cannot be captured is named in one warning.
+that is not like it (other arguments, a hook on a module, gradients, autocast changed) runs as it is.  Steps of several
+tokens a row, as assisted decoding checks them, have a graph for each number of tokens.  A model whose step cannot be
+captured is named in one warning.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +27,15 @@ from kvruntime.hf.counts import StepCounts
 from kvruntime.hf.fused import fused
 
 WARM = 2
-"""Steps that run as they are before one is captured: kernels are compiled and libraries allocate."""
+"""Steps that run as they are before one is captured: kernels are compiled and libraries allocate.  None where the
+process has run the model's step with such a cache before."""
+HELD = 8
+"""Graphs of one cache at most, each of another number of tokens a row; that of one token stays."""
+KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")
+"""Tensors that a step of several tokens may be told: with others it may be a prompt with images."""
+
+_SEEN: WeakKeyDictionary[torch.nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
+"""Steps that were captured of a model: by arguments, and the sizes and types of what the cache held."""
 
 
 class Inputs(NamedTuple):
@@ -94,11 +104,14 @@ class Graphs:
 
     def _forget(self) -> None:
         self.busy = False
-        self.warm: tuple[object, ...] = ()
-        self.num_warm = 0
-        self.held: Graph | None = None
+        self.warm: dict[int, tuple[object, ...]] = {}
+        """By the tokens a row of a step what the last ones had in common, and how many they were."""
+        self.held: dict[int, Graph] = {}
+        """By the tokens a row, the last used last."""
         self.weights: Weights | None = None
         self.failed = ""
+        self.several = True
+        """Whether steps of several tokens a row can be captured, as far as is known."""
         self.stream: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,8 +125,7 @@ class Graphs:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that a graph reads its arguments from and writes its outputs to."""
-        held = self.held
-        tensors = [] if held is None else [*held.tensors, held.mask, *held.leaves]
+        tensors = [x for held in self.held.values() for x in (*held.tensors, held.mask, *held.leaves)]
         storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -121,7 +133,7 @@ class Graphs:
     def state(self) -> str:
         if self.failed:
             return f"plain, {self.failed}"
-        if self.held is not None:
+        if self.held:
             return "CUDA graph"
         return f"plain {self.counts.moves_beside or 'so far'}"
 
@@ -129,37 +141,57 @@ class Graphs:
         """``forward(*args, **kwargs)``, or the replay of a step that is like it."""
         if self.busy:
             return forward(*args, **kwargs)
+        counts = self.counts
         with self._alone():
-            stays = not self.failed and self.counts.is_fixed_beside
+            stays = not self.failed and counts.is_fixed_beside
             if not stays:
-                self.held = None
+                self.held = {}
+            elif self.several:
+                counts.at_once = self._tokens(args, kwargs)
             inputs = self._inputs(model, args, kwargs) if stays else None
             if inputs is None:
-                self.warm, self.num_warm = (), 0
+                self.warm = {}
                 self._check_weights(model, own)
                 return forward(*args, **kwargs)
-            counts = self.counts
             if self.weights is None or self.weights.model_id != id(model) or self.weights.moved:
-                self.held, self.weights = None, Weights(model, own)
+                self.held, self.weights = {}, Weights(model, own)
             if self.weights.hooked:
-                self.held = None
+                self.held = {}
                 return forward(*args, **kwargs)
             counts.make_room()
-            graph, addresses = self.held, (*counts.addresses, *counts.addresses_beside)
+            tokens, addresses = counts.at_once, (*counts.addresses, *counts.addresses_beside)
+            graph = self.held.pop(tokens, None)
             if graph is None or graph.like != inputs.like or graph.addresses != addresses:
-                state = (*inputs.like, addresses)
-                if state != self.warm:
-                    self.held = None
-                    self.warm, self.num_warm = state, 0
-                self.num_warm += 1
-                if self.num_warm <= WARM:
+                self.held = {each: other for each, other in self.held.items() if other.addresses == addresses}
+                if not self._is_warm(model, inputs, addresses):
                     with fused(model):  # what the graph will hold is compiled now
                         return forward(*args, **kwargs)
                 with fused(model):
                     graph = self._capture(inputs, addresses, forward, args, kwargs)
                 if graph is None:
                     return forward(*args, **kwargs)
+                _SEEN.setdefault(model, set()).add(self._kind(inputs))
+            self._keep(tokens, graph)
             return self._replay(graph, inputs)
+
+    def _is_warm(self, model: torch.nn.Module, inputs: Inputs, addresses: tuple[int, ...]) -> bool:
+        """Whether enough steps like this one have run as they are; it is counted."""
+        if self._kind(inputs) in _SEEN.get(model, ()):
+            return True
+        state, (last, count) = (*inputs.like, addresses), self.warm.get(self.counts.at_once, ((), 0))
+        count = count + 1 if state == last else 1
+        self.warm[self.counts.at_once] = state, count
+        return count > WARM
+
+    def _kind(self, inputs: Inputs) -> tuple[object, ...]:
+        """What a step's kernels are compiled for."""
+        return (*inputs.like, *self.counts.kind)
+
+    def _keep(self, tokens: int, graph: Graph) -> None:
+        """``graph`` is the last used; of too many the one that was longest not used goes."""
+        self.held[tokens] = graph
+        if len(self.held) > HELD:
+            del self.held[next(each for each in self.held if each > 1)]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -167,25 +199,33 @@ class Graphs:
         try:
             yield
         finally:
-            self.busy = False
+            self.busy, self.counts.at_once = False, 1
 
     def _check_weights(self, model: Any, own: Callable[[Any], bool]) -> None:
         """Between steps, as before a prompt: a graph of other weights than the model's is forgotten."""
         weights, self.weights = self.weights, None
-        if self.held is not None:
+        if self.held:
             self.weights = Weights(model, own)
             if weights is None or weights.addresses != self.weights.addresses:
-                self.held = None
+                self.held = {}
+
+    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Tokens a row that a forward brings as one step: :meth:`StepCounts.step_of`."""
+        ids, mask = _ids(args, kwargs), kwargs.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.ndim < 2 or ids.shape[1] == 1:
+            return 1
+        others = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in KNOWN]
+        if others or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
+            return 1
+        return self.counts.step_of(ids, mask)
 
     def _inputs(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
         """What a graph needs to know of the arguments; None where this is no step that a graph could hold."""
         counts = self.counts
         if not counts.started or len(args) > 1 or torch.is_grad_enabled() or model.training:
             return None
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is None:
-            ids = kwargs.get("inputs_embeds")
-        if not isinstance(ids, Tensor) or not ids.is_cuda or ids.shape[:2] != (len(counts.positions), 1):
+        ids = _ids(args, kwargs)
+        if not isinstance(ids, Tensor) or not ids.is_cuda or ids.shape[:2] != (len(counts.positions), counts.at_once):
             return None
         if ids.device != counts.positions.device or torch._C._len_torch_dispatch_stack():
             return None
@@ -250,8 +290,7 @@ class Graphs:
             finally:
                 counts.tracing = False
             torch.cuda.current_stream().wait_stream(self.stream)
-        self.held = Graph(graph, inputs.like, addresses, static, mask, *flattened(out))
-        return self.held
+        return Graph(graph, inputs.like, addresses, static, mask, *flattened(out))
 
     def took_back(self) -> None:
         """A capture ended early: nothing ran, so no layer is ahead of another."""
@@ -263,12 +302,12 @@ class Graphs:
         while first.__context__ is not None:  # what the capture says of it tells nobody what to do
             first = first.__context__
         lines = str(first).strip().splitlines() or [type(first).__name__]
-        self.failed, self.held = f"its step cannot be captured ({lines[0]})", None
-        warnings.warn(
-            f"kvruntime: every decode step of this model waits for the host, {self.failed}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        which, failed = "every decode step", f"its step cannot be captured ({lines[0]})"
+        if self.counts.at_once > 1:
+            which, self.several = "every step of several tokens", False
+        else:
+            self.failed, self.held = failed, {}
+        warnings.warn(f"kvruntime: {which} of this model waits for the host, {failed}", RuntimeWarning, stacklevel=2)
 
     def _replay(self, graph: Graph, inputs: Inputs) -> Any:
         counts = self.counts
@@ -289,6 +328,12 @@ def rebuilt(leaves: Sequence[Any], spec: Any) -> Any:
     """What :func:`flattened` took apart, with tensors of its own."""
     there = [leaf() if isinstance(leaf, weakref.ref) else leaf for leaf in leaves]
     return pytree.tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in there], spec)
+
+
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a forward was given as its tokens, by number or embedded."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    return kwargs.get("inputs_embeds") if ids is None else ids
 
 
 @contextmanager

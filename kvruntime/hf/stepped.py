@@ -1,9 +1,10 @@
 """A cache whose decode step decides nothing on the host: the one that ``make_cache`` gives on a GPU.
 
 One token a row is stored and attended to by kernels that read each row's length in device memory
-(:meth:`Layer.step`), so that a CUDA graph may hold the model's whole step (:mod:`kvruntime.hf.graphs`).  The host keeps
-its books by counting steps.  Everything else (the prompt, several tokens at once, beams, crops) is planned by the host,
-as :mod:`kvruntime.hf.cache` does it, after its books were brought up to date.
+(:meth:`Layer.step`), so that a CUDA graph may hold the model's whole step (:mod:`kvruntime.hf.graphs`).  So are the
+few tokens a row that assisted decoding checks at once, where the method's step takes several.  The host keeps its
+books by counting them.  Everything else (the prompt, longer chunks, beams, crops) is planned by the host, as
+:mod:`kvruntime.hf.cache` does it, after its books were brought up to date.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kvsim.methods.evict import windowed
 
 
 class SteppedLayer(CacheLayer):
-    """One layer as transformers sees it, of which one token a row is a step on the device."""
+    """One layer as transformers sees it, of which one token a row, or a few, are a step on the device."""
 
     heads = 0, 0, 0
     """Key and value heads, and the sizes of each."""
@@ -63,7 +64,7 @@ class SteppedLayer(CacheLayer):
         if self.forward.running and counts.takes(key_states) and heads == self.heads:
             counts.make_room()
             self.pending = True
-            columns = self.num_columns + counts.ahead + 1
+            columns = self.num_columns + counts.ahead + counts.at_once
             return PendingUpdate(self, key_states, columns, counts), PendingUpdate(self, value_states, columns, counts)
         counts.settle()
         return super().update(key_states, value_states)
@@ -133,7 +134,7 @@ class SteppedLayer(CacheLayer):
         length = self.num_columns + counts.ahead + query_length
         if torch.compiler.is_compiling():
             return length, 0
-        if counts.started and query_length == 1 and self.forward.running:
+        if counts.started and query_length == counts.at_once and self.forward.running:
             counts.make_room()
             return StepLength.of(counts, length), 0
         own = Length(length)
@@ -334,12 +335,28 @@ class SteppedCache(Cache):
             super().reorder_cache(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As :meth:`Cache.crop`.  Assisted decoding takes no token back after most steps: nothing changes then."""
-        if not self.counts.exact and not int(tokens_to_remove):
+        """As :meth:`Cache.crop`.  Assisted decoding calls it after every step: of packed layers alone the device's
+        counts are told in few launches, and nothing where no token is taken back."""
+        count = -int(tokens_to_remove)
+        if not self.counts.exact and not count:
             self.forward.check(self.layers)
-            return
-        with self._host():
-            super().crop(tokens_to_remove)
+        elif self._are_tokens(count):
+            super().crop(-count)
+            self.counts.take_back(count)
+        else:
+            with self._host():
+                super().crop(-count)
+
+    def _are_tokens(self, count: int) -> bool:
+        """Whether the newest ``count`` columns are tokens of every row, and of none all; only packed layers have any.
+        The host's books are right afterwards."""
+        counts = self.counts
+        if counts.exact or not counts.started or count < 0:
+            return False
+        counts.settle()
+        last = counts.layers[-1]
+        padded_to = max((row[-1].stop for row in self.columns.padding if row), default=0)
+        return count < min(last.store.row_lengths) and padded_to <= last.num_columns - count
 
     @contextmanager
     def _host(self) -> Iterator[None]:

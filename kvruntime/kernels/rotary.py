@@ -1,4 +1,4 @@
-"""Triton: the rotary embedding of one new token a row and of its query heads."""
+"""Triton: the rotary embedding of a step's new tokens and of their query heads."""
 
 from __future__ import annotations
 
@@ -44,35 +44,40 @@ def embedded_token(query_ptr, key_ptr, cos_ptr, sin_ptr, position, head, stride_
 @triton.jit
 def rotate_kernel(
     query_ptr, key_ptr, cos_ptr, sin_ptr, query_out_ptr, key_out_ptr,
-    stride_qb, stride_qh, stride_kb, stride_kh, stride_cb,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_cb, stride_ct, length,
     NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < DIM
-    cos = tl.load(cos_ptr + row * stride_cb + d, mask=inside, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * stride_cb + d, mask=inside, other=0.0).to(tl.float32)
+    at = row * stride_cb + token * stride_ct + d
+    cos = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if head < NUM_Q_HEADS:
-        query = rotated(query_ptr + row * stride_qb + head * stride_qh, d, inside, cos, sin, DIM)
-        tl.store(query_out_ptr + (row * NUM_Q_HEADS + head) * DIM + d, query, mask=inside)
+        query_ptr += row * stride_qb + head * stride_qh + token * stride_qt
+        query = rotated(query_ptr, d, inside, cos, sin, DIM)
+        tl.store(query_out_ptr + ((row * NUM_Q_HEADS + head) * length + token) * DIM + d, query, mask=inside)
     else:
         head -= NUM_Q_HEADS
-        key = rotated(key_ptr + row * stride_kb + head * stride_kh, d, inside, cos, sin, DIM)
-        tl.store(key_out_ptr + (row * NUM_KV_HEADS + head) * DIM + d, key, mask=inside)
+        key_ptr += row * stride_kb + head * stride_kh + token * stride_kt
+        key = rotated(key_ptr, d, inside, cos, sin, DIM)
+        tl.store(key_out_ptr + ((row * NUM_KV_HEADS + head) * length + token) * DIM + d, key, mask=inside)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """``x * cos + rotate_half(x) * sin`` of one token a row, in one launch.
+    """``x * cos + rotate_half(x) * sin`` of L tokens a row, in one launch.
 
-    ``query [batch_size, num_q_heads, 1, dim]`` and ``key [batch_size, num_kv_heads, 1, dim]``, channels side by side;
-    ``cos`` and ``sin`` ``[batch_size or 1, 1, dim]`` of their type, contiguous.  Rounded as PyTorch does it.
+    ``query [batch_size, num_q_heads, L, dim]`` and ``key [batch_size, num_kv_heads, L, dim]``, channels side by side;
+    ``cos`` and ``sin`` ``[batch_size or 1, L, dim]`` of their type, contiguous.  Rounded as PyTorch does it.
     """
-    batch_size, num_q_heads, _, dim = query.shape
+    batch_size, num_q_heads, length, dim = query.shape
     num_kv_heads = key.shape[1]
     out = (query.new_empty(query.shape), key.new_empty(key.shape))
-    rotate_kernel[(batch_size, num_q_heads + num_kv_heads)](
-        query, key, cos, sin, *out, *query.stride()[:2], *key.stride()[:2], cos.stride(0) if len(cos) > 1 else 0,
+    rotate_kernel[(batch_size, num_q_heads + num_kv_heads, length)](
+        query, key, cos, sin, *out, *query.stride()[:3], *key.stride()[:3],
+        cos.stride(0) if len(cos) > 1 else 0, cos.stride(1), length,
         NUM_Q_HEADS=num_q_heads, NUM_KV_HEADS=num_kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip

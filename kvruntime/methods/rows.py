@@ -66,6 +66,11 @@ class Rows:
     has_steps = True
     """Whether :meth:`step` decides nothing on the host, so that a CUDA graph may hold it."""
 
+    @property
+    def most_at_once(self) -> int:
+        """Tokens a row that :meth:`step` takes at the most."""
+        return 1
+
     @classmethod
     def holds_latents(cls, method: Any, device: torch.device) -> bool:
         """Whether layers of ``method`` attend on ``device`` to latents of MLA, shapes of the kind ``mla``."""
@@ -243,6 +248,12 @@ class Rows:
     def forgot(self, counts: Sequence[int]) -> None:
         """Enters in the host's books how many tokens each row forgot in steps on a GPU."""
         self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+
+    @staticmethod
+    def crop_all(layers: Sequence[Any], num_tokens: int) -> None:
+        """:meth:`crop` of each, which the first allows and all refuse alike."""
+        for layer in layers:
+            layer.crop(num_tokens)
 
     def catch_up(self, lengths: Tensor) -> None:
         """Takes the rows' lengths from the device, where steps have left the host's books behind."""

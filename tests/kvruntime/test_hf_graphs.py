@@ -217,6 +217,10 @@ def test_what_is_fused_is_what_models_do():
     assert all(map(torch.equal, rotate(query, key, cos, sin), want))
     alone = modeling_llama.apply_rotary_pos_emb(query, key, cos[:1], sin[:1])
     assert all(map(torch.equal, rotate(query, key, cos[:1], sin[:1]), alone))
+    several = [x.expand(-1, -1, 5, -1) * torch.rand(5, 1, dtype=dtype, device=DEVICE) for x in (query, key)]
+    cos, sin = torch.randn(2, 3, 5, 40, dtype=dtype, device=DEVICE)
+    want = modeling_llama.apply_rotary_pos_emb(*several, cos, sin)
+    assert all(map(torch.equal, rotate(*several, cos, sin), want))
     want = torch.nn.functional.silu(x) * query.reshape(-1)[: x.numel()].view_as(x)
     got = silu_product(x, query.reshape(-1)[: x.numel()].view_as(x))
     assert (got.float() - want.float()).abs().max() <= 2**-9 * want.float().abs().max()
@@ -272,7 +276,7 @@ def test_what_a_graph_holds_is_weighed_beside_the_cache(stepping):
         model(**inputs, **argument(cache))
     outputs = torch.zeros(4, 5, device=DEVICE)
     graph = Graph(None, (), (), [torch.zeros(3, device=DEVICE)], None, [outputs, outputs[:1], cache], None)
-    cache.graphs.held = graph
+    cache.graphs.held = {1: graph}
     assert cache.graphs.nbytes == 12 + 80
     assert weigh(cache) - cache.step_nbytes == cache.nbytes
 

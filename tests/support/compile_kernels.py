@@ -688,6 +688,13 @@ def leave(name: str, sm: int) -> dict[str, int]:
     return resources(forget.forget_kernel, types, constants, sm, 4)
 
 
+def count(name: str, sm: int) -> dict[str, int]:
+    """What a step of several tokens a row counts."""
+    constants = {"RECORD": 64, "SINK": 4, "RESIDUAL": 128, "BLOCK": 8}
+    types = arguments(append.count_kernel, "i32")
+    return resources(append.count_kernel, types, constants, sm, 1)
+
+
 KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
@@ -713,6 +720,7 @@ ENGINE = {
     attend_scores: CHANGED,
     attend_latent: {"int8": None},
     leave: {name: METHODS[name] for name in ("2-bit g64 d128",)},
+    count: {"2-bit g64 d128": None},
     prompt: WHOLE,
     prompt_masked: FULL_POOLS,
     append_full_pool: FULL_POOLS,

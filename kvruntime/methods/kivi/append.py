@@ -171,6 +171,28 @@ def append(
     )  # fmt: skip
 
 
+@triton.jit
+def count_kernel(lengths_ptr, packed_ptr, count, batch_size, RECORD: tl.constexpr, SINK: tl.constexpr,
+                 RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.arange(0, BLOCK)
+    length = tl.load(lengths_ptr + row, mask=row < batch_size, other=0) + count
+    packed = tl.load(packed_ptr + row, mask=row < batch_size, other=0)
+    over = tl.maximum(length - SINK - packed - RESIDUAL, 0)
+    tl.store(lengths_ptr + row, length, mask=row < batch_size)
+    tl.store(packed_ptr + row, packed + (over + RECORD - 1) // RECORD * RECORD, mask=row < batch_size)
+
+
+def count(stored: Stored, layout: Layout, num_tokens: int) -> None:
+    """Enter ``num_tokens`` more a row, that :func:`append` has stored without books, in ``stored.lengths`` and
+    ``stored.packed``."""
+    record, sink, residual = layout
+    batch_size = len(stored.lengths)
+    count_kernel[(1,)](
+        stored.lengths, stored.packed, num_tokens, batch_size, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
+        BLOCK=triton.next_power_of_2(batch_size), num_warps=1,
+    )  # fmt: skip
+
+
 def addresses(layers: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]]) -> Tensor | None:
     """The table by which one :func:`append` stores many layers, int64 ``[num_layers, 6]`` on their device.
 

@@ -18,6 +18,8 @@ from kvruntime.methods.rows import Rows, Steps, staying
 from kvsim.layout import LayerShape
 from kvsim.methods.kivi import Kivi
 
+MOST_AT_ONCE = 32
+"""Tokens a row that a step takes: more than candidates that are drafted for one are."""
 UNEVEN = 1.25
 """Rows whose lengths differ by more share one line of work (``fast.attend``'s ``equal_shares``)."""
 
@@ -171,8 +173,11 @@ class KiviLayer(Rows):
     ) -> Tensor:
         new = None
         if fresh is not None:
-            counts = [query.shape[2]] * self.batch_size if fresh[2] is None else fresh[2]
-            new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
+            if fresh[2] is None:  # a fill needs no copy from the host
+                counts = torch.full((self.batch_size,), query.shape[2], dtype=torch.int32, device=query.device)
+            else:
+                counts = torch.tensor(fresh[2], dtype=torch.int32, device=query.device)
+            new = (fresh[0], fresh[1], counts)
         run: Any = reference.attend
         planned: dict[str, Any] = {}
         if query.is_cuda:
@@ -198,11 +203,18 @@ class KiviLayer(Rows):
     ) -> Tensor:
         """One decode step with nothing decided on the host, so that a CUDA graph may hold it: store, then attend.
 
-        ``query [batch_size, num_q_heads, 1, key_dim]`` and one key and value a row.  ``rotary``:
-        :func:`kvruntime.methods.kivi.step.step`; ``scores``: what the model does to them.  Returns
-        ``[batch_size, num_q_heads, 1, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``) stay
-        behind until :meth:`catch_up` or :meth:`reset`.
+        ``query [batch_size, num_q_heads, L, key_dim]`` and L keys and values a row, up to :attr:`most_at_once`: of
+        several each query sees what is stored and the new tokens up to its own, then they are stored.  ``rotary``, of
+        one token: :func:`kvruntime.methods.kivi.step.step`; ``scores``: what the model does to them.  Returns
+        ``[batch_size, num_q_heads, L, value_dim]``.  On CUDA the host's books (``row_lengths``, ``row_packed``) stay
+        behind until :meth:`advance`, :meth:`catch_up` or :meth:`reset`.
         """
+        if key.shape[2] > 1:
+            if rotary is not None:
+                raise ValueError(
+                    f"{key.shape[2]} tokens a row and a rotary embedding: allowed is one, or embedded ones"
+                )
+            return self._step_of_several(query, key, value, scale, steps, scores)
         if not key.is_cuda:
             query, key = embedded(query, key, rotary, steps.positions)
             self.append(key, value)
@@ -239,6 +251,24 @@ class KiviLayer(Rows):
         stored = (self.stored(), self.layout, steps.lengths, steps.positions)
         _kernels("step").step(query, key, value, *stored, ticket, rotary)
         return self._attend(query, scale, None, steps.num_tokens, steps.scratch[self.batch_size :], scores)
+
+    def _step_of_several(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Steps, scores: Scores
+    ) -> Tensor:
+        """:meth:`step` of several tokens a row, by the kernels that store and attend to chunks of a prompt."""
+        out = self._attend(query, scale, (key, value, None), steps.num_tokens if key.is_cuda else None, None, scores)
+        if key.is_cuda:
+            append, stored = _kernels("append"), self.stored()
+            append.append(key, value, None, stored, self.layout)
+            append.count(stored, self.layout, key.shape[2])
+        else:
+            self.append(key, value)
+        return out
+
+    @property
+    def most_at_once(self) -> int:
+        """Several, but for boosted keys of which no record is packed: the queries say what their channels weigh."""
+        return 1 if self.wants_query else MOST_AT_ONCE
 
     def _repeats(self, *given: Tensor) -> bool:
         """Whether a step's launches read nothing but what they are told: no copies, and no scale of a sequence."""
@@ -369,6 +399,21 @@ class KiviLayer(Rows):
             return
         self.row_lengths = [length - drop for length in self.row_lengths]
         self._write_lengths(self.row_packed)
+
+    @staticmethod
+    def crop_all(layers: Sequence[Any], num_tokens: int) -> None:
+        """:meth:`crop` of each; layers that hold alike, as those of one model do, are told so in one launch."""
+        first, *rest = layers
+        books = first.row_lengths, first.row_packed
+        if any(not isinstance(one, KiviLayer) or (one.row_lengths, one.row_packed) != books for one in rest):
+            Rows.crop_all(layers, num_tokens)
+            return
+        first.check_crop(num_tokens)
+        drop = max(first.row_lengths) - num_tokens
+        if drop > 0:
+            torch._foreach_sub_([layer.tensors["lengths"][0] for layer in layers], drop)
+            for layer in layers:
+                layer.row_lengths = [length - drop for length in layer.row_lengths]
 
 
 def _addresses(held: Sequence[tuple[Any, ...]]) -> Tensor | None:
