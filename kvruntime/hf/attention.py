@@ -258,7 +258,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    _refuse(module, query, key.shape[2], dropout, kwargs, key.layer.window)
+    _refuse(module, query, key.num_columns, dropout, kwargs, key.layer.window)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None and layer.takes_mask(attention_mask):
         layer.num_q_heads, plain = query.shape[1], query.shape[3] - fresh_value.shape[3]

@@ -36,6 +36,8 @@ ALIGNED = 16
 """Bytes: Triton compiles a kernel for addresses that are multiples of it, and one for others."""
 TEMPORARY = 512
 """Bytes at multiples of which temporary tensors begin, as PyTorch's own do."""
+STREAM, HEAD = 3, 9
+"""Of what runs a compiled kernel: where the stream comes, after the grid, and how many come before the kernel's own."""
 
 _recording = threading.local()
 
@@ -68,7 +70,8 @@ class LaunchRecord:
     """
 
     def __init__(self, calls: list[Any], tensors: Sequence[Tensor], out: Tensor) -> None:
-        self.device = out.device.index if out.is_cuda else None
+        self.device = None if any(compiled is None for _, compiled, *_ in calls) else out.get_device()
+        """None in Triton's interpreter, which compiles nothing and takes tensors."""
         self.shape, self.dtype = out.shape, out.dtype
         self.at = [tensor.data_ptr() for tensor in tensors]
         self.temporary = 0
@@ -90,7 +93,31 @@ class LaunchRecord:
                 self.temporary += -(-x.untyped_storage().nbytes() // TEMPORARY) * TEMPORARY
             return len(given), places[address]
 
-        self.calls = [_call(slot, *each) for each in calls]
+        self.calls: list[tuple[Any, list[Any], list[Any]]] = []
+        """Of the interpreter: a launch as a function of all its values, those values, and which of them are tensors:
+        ``(which value, which tensor, offset in bytes, type)``."""
+        self.launches: list[tuple[Any, list[Any], Any]] = []
+        """Of a GPU: what runs a compiled kernel, all that it is given, and the kernel as Triton's hooks are told."""
+        self.slots: list[list[tuple[list[Any], int, int]]] = [[] for _ in range(len(given) + 1)]
+        """Where in these each tensor's address goes: ``(all that is given, which of it, offset in bytes)``."""
+        self.addresses: list[int] = [0] * len(self.slots)
+        """That were last given."""
+        for kernel, compiled, grid, args, options in calls:
+            parameters = inspect.signature(kernel.fn).parameters
+            by_name = dict(zip(kernel.arg_names, args, strict=False)) | options
+            values = [by_name[name] if name in by_name else parameters[name].default for name in kernel.arg_names]
+            tensors_at = [(at, *slot(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor)]
+            values = [None if isinstance(x, Tensor) else x for x in values]
+            if compiled is None:
+                more = {name: value for name, value in options.items() if name not in parameters}
+                self.calls.append((_interpreted(kernel, grid, more), values, tensors_at))
+                continue
+            size = (*grid, 1, 1)[:3]
+            told = compiled[size]  # what it runs is loaded now
+            head = [*size, 0, compiled.function, compiled.packed_metadata, None, None, None]
+            self.launches.append((compiled.run, [*head, *values], told))
+            for at, index, offset, _ in tensors_at:
+                self.slots[index].append((self.launches[-1][1], HEAD + at, offset))
 
     def __call__(self, tensors: Sequence[Tensor], num_given: int) -> Tensor | None:
         """The launches again, over ``tensors`` in the place of those that were recorded; returns the new tensor.
@@ -104,52 +131,33 @@ class LaunchRecord:
                 return None
         out = tensors[0].new_empty(self.shape, dtype=self.dtype)
         temporary = tensors[0].new_empty(self.temporary, dtype=torch.uint8) if self.temporary else out
-        if self.device is None:  # Triton's interpreter takes tensors
+        if self.device is None:
             held = [*tensors, out, temporary]
             for run, values, slots in self.calls:
                 places = {at: _at(held[index], offset, dtype) for at, index, offset, dtype in slots}
                 run([places.get(at, value) for at, value in enumerate(values)])
             return out
         addresses += (out.data_ptr(), temporary.data_ptr())
-        stream = driver.active.get_current_stream(self.device)
-        for run, values, slots in self.calls:
-            values = values.copy()
-            for at, index, offset, _ in slots:
-                values[at] = addresses[index] + offset
-            run(*values, stream=stream)
+        if addresses != self.addresses:  # most lie where they lay
+            for address, before, places_of in zip(addresses, self.addresses, self.slots, strict=True):
+                if address != before:
+                    for given, at, offset in places_of:
+                        given[at] = address + offset
+            self.addresses = addresses
+        stream, hooks = driver.active.get_current_stream(self.device), knobs.runtime
+        hooked = _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook)
+        for run, given, told in self.launches:
+            if hooked:
+                told(*given[HEAD:], stream=stream)
+            else:  # without what Triton gathers at each launch for hooks
+                given[STREAM] = stream
+                run(*given)
         return out
 
 
-def _call(
-    slot: Any, kernel: Any, compiled: Any, grid: Any, args: Any, options: Any
-) -> tuple[Any, list[Any], list[Any]]:
-    """A launch as a function of all its values, those values, and which of them are tensors:
-    ``(which value, which tensor, offset in bytes, type)``."""
-    parameters = inspect.signature(kernel.fn).parameters
-    given = dict(zip(kernel.arg_names, args, strict=False)) | options
-    values = [given[name] if name in given else parameters[name].default for name in kernel.arg_names]
-    slots = [(at, *slot(x), x.dtype) for at, x in enumerate(values) if isinstance(x, Tensor)]
-    values = [None if isinstance(x, Tensor) else x for x in values]
-    if compiled is not None:
-        return direct(compiled, (*grid, 1, 1)[:3]), values, slots
-    more = {name: value for name, value in options.items() if name not in parameters}
-    return lambda all_: kernel[grid](**dict(zip(kernel.arg_names, all_, strict=True)), **more), values, slots
-
-
-def direct(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """``compiled[grid]`` without what Triton gathers at each launch for hooks, where none is set."""
-    told = compiled[grid]  # what it runs is loaded now
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    width, height, depth = grid
-    hooks = knobs.runtime
-
-    def launch(*values: Any, stream: int) -> None:
-        if _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook):
-            told(*values, stream=stream)
-        else:
-            run(width, height, depth, stream, function, metadata, None, None, None, *values)
-
-    return launch
+def _interpreted(kernel: Any, grid: Any, options: dict[str, Any]) -> Callable[[list[Any]], None]:
+    """A launch in Triton's interpreter as a function of all its values."""
+    return lambda values: kernel[grid](**dict(zip(kernel.arg_names, values, strict=True)), **options)
 
 
 def _calls(hook: Any) -> bool:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,19 +15,21 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
 from hf_models import DEVICE, prompt, tiny  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kvruntime import make_cache  # noqa: E402
-from kvruntime.hf.cache import argument  # noqa: E402
+from kvruntime.hf.attention import attention as attend_through_cache  # noqa: E402
+from kvruntime.hf.cache import Cache, argument  # noqa: E402
 from kvruntime.hf.padding import HIDES, Columns  # noqa: E402
 from kvruntime.kernels import launch  # noqa: E402
 from kvruntime.kernels.launch import LaunchRecord, launch_kernel, recorded  # noqa: E402
 from kvruntime.kernels.reference import Scores  # noqa: E402
 from kvruntime.methods import Steps, make_layer  # noqa: E402
-from kvruntime.methods.kivi import attention  # noqa: E402
+from kvruntime.methods.kivi import attention, step  # noqa: E402
 from kvruntime.methods.kivi import cache as kivi_cache  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi  # noqa: E402
+from kvsim.methods import Kivi, kivi_boost  # noqa: E402
 
 ON_CUDA = DEVICE.type == "cuda"
 
@@ -107,6 +113,7 @@ def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, hooked, monkeypa
         function, packed_metadata = "function", "metadata"
 
         def run(self, x, y, z, stream, function, metadata, metadata_for_hooks, enter, leave, *values):
+            assert stream == 7
             assert (function, metadata, enter, leave) == ("function", "metadata", None, None)
             calls.append(((x, y, z), values))
 
@@ -125,15 +132,14 @@ def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, hooked, monkeypa
         launch_kernel(Kernel(), grid, x, n=3, num_warps=1)
         return torch.zeros(1)
 
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 7)))
     _, record = recorded(call, [x])
-    (run, values, slots), *_ = record.calls
-    record.calls = [(lambda given: run(*given, stream=0), values, slots)]  # as with addresses, of tensors
-    record([x], 1)
-    assert len(told) == hooked
-    ((sizes, values),) = calls
-    assert sizes == (*grid, 1, 1)[:3]
-    assert values[0] is x
-    assert values[1:] == (3,)
+    elsewhere = [torch.zeros(4) for _ in range(2)]
+    for each in (x, *elsewhere, elsewhere[1]):
+        record([each], 1)
+    assert told == [7] * 4 * hooked
+    sizes = (*grid, 1, 1)[:3]
+    assert calls == [(sizes, (each.data_ptr(), 3)) for each in (x, *elsewhere, elsewhere[1])]
 
 
 @pytest.mark.parametrize("way", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 9}], ids=str)
@@ -190,3 +196,65 @@ def test_a_generation_never_looks_at_its_masks(on_device, monkeypatch):
     out = model.generate(**inputs, **argument(cache), pad_token_id=0, max_new_tokens=12)
     assert not any(looked)
     assert torch.equal(out, model.generate(**inputs, pad_token_id=0, max_new_tokens=12))
+
+
+class Ops(TorchDispatchMode):
+    """Counts what PyTorch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [Kivi(residual_length=32), kivi_boost(residual_length=64)], ids=["kivi", "boost"])
+def test_what_a_step_of_a_layer_costs_the_host(on_device, method, monkeypatch):
+    """Beside its launches, which are played: torch's operators, and functions of Python."""
+    launched: list[int] = []
+
+    class Played:
+        function = packed_metadata = None
+
+        def run(self, *values):
+            launched.append(len(values))
+
+        def __getitem__(self, sizes):
+            return self.run
+
+    def played(kernel, grid, *args, **options):
+        calls = getattr(launch._recording, "calls", None)
+        if calls is not None:
+            calls.append((kernel, Played(), grid, args, options))
+
+    for module in (step, attention):
+        monkeypatch.setattr(module, "launch_kernel", played)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 0)))
+    monkeypatch.setattr(KiviLayer, "prefers_steps", True)
+    cache = Cache(replace(method, dtype="float32"), 1)
+    shape = (1, 1, 40, 64)
+    cache.update(torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE), 0)
+    module, cache.forward.running = torch.nn.Module(), True
+    x = torch.randn(1, 1, 1, 64, device=DEVICE)
+
+    def one():
+        key, value = cache.update(x, x, 0)
+        attend_through_cache(module, x, key, value, None, scaling=0.125)
+
+    for _ in range(3):
+        one()
+    assert launched
+    launched.clear()
+    with torch.no_grad(), Ops() as ops:
+        one()
+    assert ops.counts == {"new_empty": 2, "transpose": 1}  # its output, what is temporary
+    assert len(launched) == 3
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_qualname) if event == "call" else None)
+    try:
+        one()
+    finally:
+        sys.setprofile(None)
+    assert len([name for name in calls if not name.startswith("on_device")]) <= 38, calls

@@ -226,11 +226,13 @@ class KiviLayer(Rows):
         tensors = [query, key, value, *(() if scores.sinks is None else (scores.sinks,))]
         given, again = len(tensors), self.again
         tensors += [*self.tensors.values(), steps.lengths, steps.positions, steps.scratch]
-        if again is None or again[0] != alike or not self._repeats(query, key, value):
+        if again is None or again[0] != alike:
             self.again = alike, None
             return self._step(query, key, value, scale, steps, None, scores)
         if again[1] is not None and (out := again[1](tensors, given)) is not None:
             return out  # type: ignore[no-any-return]
+        if not self._repeats(query, key, value):
+            return self._step(query, key, value, scale, steps, None, scores)
         recorded = _launches().recorded  # the second that is like it: others may come
         out, launches = recorded(lambda: self._step(query, key, value, scale, steps, None, scores), tensors)
         self.again = alike, launches
