@@ -64,6 +64,14 @@ def filled(layout: Layout) -> Stored:
     return stored._replace(lengths=torch.tensor(COUNTS, dtype=torch.int32, device=DEVICE))
 
 
+def close(have: torch.Tensor, want: torch.Tensor, turned: bool) -> None:
+    """Weights times scales are rounded to 16 bits of their tile's largest, and what is taken off for codes of no sign
+    is not: all channels are off by that alike, which turned back is the first one, by the root of the channels."""
+    wide = have.shape[-1] ** 0.5 if turned else 1.0
+    torch.testing.assert_close(have[..., :1].float(), want[..., :1], rtol=1e-3, atol=max(2e-3, 4e-4 * wide))
+    torch.testing.assert_close(have[..., 1:].float(), want[..., 1:], rtol=1e-3, atol=2e-3)
+
+
 def numpy_attention(query, stored, layout, scale, num_splits):
     """``attention.attend`` of the calls that the kernel takes, its kernel in NumPy."""
     words = gluon_numpy.run_file(Path(fast_words.__file__))
@@ -94,7 +102,7 @@ def test_attention_agrees_with_the_reference(name: str) -> None:
         want = reference.attend(query.float(), stored, layout, 0.1)
         for splits in (1, 3, None) if ON_CUDA else (1 + odd,):
             have = (attention.attend if ON_CUDA else numpy_attention)(query, stored, layout, 0.1, num_splits=splits)
-            torch.testing.assert_close(have.float(), want, rtol=1e-3, atol=2e-3)
+            close(have, want, layout.value.startswith("lloyd"))
 
 
 IN_PAGES = {
@@ -127,7 +135,7 @@ def test_attention_over_pages(name: str) -> None:
     want = reference.attend(query.float(), stored, layout, 0.1)
     for splits in (1, 3, None) if ON_CUDA else (1,):
         have = (attention.attend if ON_CUDA else numpy_attention)(query, pool, layout, 0.1, num_splits=splits)
-        torch.testing.assert_close(have.float(), want, rtol=1e-3, atol=2e-3)
+        close(have, want, layout.value.startswith("lloyd"))
 
 
 @pytest.mark.parametrize("name", ["lloyd4 lloyd3", "int4 int8"])
