@@ -14,7 +14,7 @@ from kvsim.cli import run
 from kvsim.engines import Vllm
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
-from kvsim.methods import TurboQuant
+from kvsim.methods import Kivi, TurboQuant
 from kvsim.models.load import load_model
 
 LLAMA = load_model("llama-3.1-8b")
@@ -120,6 +120,53 @@ def test_kvruntimes_plugin_to_the_block() -> None:
     unknown = BOOT_PLUGIN.replace("'kivi'", "'kivvi'")
     with pytest.raises(ValueError, match="the log's additional_config: unknown method 'kivvi'"):
         diagnose(unknown, tiny)
+
+
+BOOT_PLUGIN_GPU = """\
+INFO 11-30 19:26:41 [api_utils.py:273] non-default args: {'load_format': 'dummy', 'dtype': 'bfloat16', \
+'max_model_len': 33280, 'block_size': 64, 'gpu_memory_utilization': 0.9, 'max_num_batched_tokens': 16384, \
+'max_num_seqs': 64, 'attention_backend': 'CUSTOM', \
+'additional_config': {'kvruntime': {'method': 'kivi', 'nbits': 2}}, 'model': 'llama'}
+INFO 11-30 19:26:41 [core.py:116] Initializing a V1 LLM engine (v0.26.0) with config: model='llama', \
+dtype=torch.bfloat16, max_seq_len=33280, tensor_parallel_size=1, enforce_eager=False, kv_cache_dtype=auto, \
+device_config=cuda
+INFO 11-30 19:27:11 [gpu_worker.py:560] Available KV cache memory: 108.69 GiB
+INFO 11-30 19:27:11 [kv_cache_utils.py:2177] GPU KV cache size: 4,530,781 tokens
+INFO 11-30 19:27:11 [kv_cache_utils.py:2178] Maximum concurrency for 33,280 tokens per request: 136.14x
+INFO 11-30 19:27:13 [gpu_worker.py:793] CUDA graph pool memory: 0.06 GiB (actual), 0.06 GiB (estimated), difference: \
+0.0 GiB (0.0%).
+INFO 11-30 19:27:13 [gpu_worker.py:857] Free memory on device (139.29/139.8 GiB) on startup. Desired GPU memory \
+utilization is (0.9, 125.82 GiB). Actual usage is 15.0 GiB for weight, 1.85 GiB for peak activation, 0.22 GiB for \
+non-torch memory, and 0.06 GiB for CUDAGraph memory. Replace gpu_memory_utilization config with \
+`--kv-cache-memory=116544790528` (108.54 GiB) to fit into requested memory, or `--kv-cache-memory=131003375616` \
+(122.01 GiB) to fully utilize gpu memory. Current kv cache memory in use is 108.69 GiB.
+"""
+"""vLLM 0.26.0 on an H200 with the plugin and Llama-3-8B's shape; ``num_gpu_blocks`` was 74,197, of 4 bits 44,518."""
+FOUR_BITS = {
+    "'nbits': 2": "'nbits': 4",
+    "4,530,781": "2,779,660",
+    "136.14x": "83.52x",
+    "memory=116544790528": "memory=116544724992",
+}  # fmt: skip
+
+
+def test_the_plugin_on_a_gpu_to_the_token() -> None:
+    """The memory in bytes is what vLLM suggests and what it keeps free of it, where graphs took what was planned."""
+    four = BOOT_PLUGIN_GPU
+    for old, new in FOUR_BITS.items():
+        four = four.replace(old, new)
+    for log, bits, blocks in ((BOOT_PLUGIN_GPU, 2, 74_197), (four, 4, 44_518)):
+        diagnosis = diagnose(log, LLAMA)
+        predicted, reported, _ = figures(diagnosis)["KV cache size"]
+        pool = Vllm(max_num_batched_tokens=16384).pool(LLAMA, Kivi(bits, dtype="bfloat16"), 116_702_076_928, 33_280)
+        assert pool.num_gpu_blocks == blocks
+        assert predicted == reported == pool.num_tokens
+        (size,) = (each for each in diagnosis.findings if each.what == "KV cache size")
+        assert "B that line 7 suggests, and 150 MiB" in size.cause
+    more = BOOT_PLUGIN_GPU.replace("0.0 GiB (0.0%)", "0.0 GiB (5.7%)")  # graphs took more or less, by some MiB
+    apart = figures(diagnose(more, LLAMA))["KV cache size"]
+    assert apart[0] == pytest.approx(apart[1], rel=1e-4)
+    assert apart[0] != apart[1]
 
 
 def test_hybrid_groups_in_a_log() -> None:

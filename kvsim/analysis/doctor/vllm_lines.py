@@ -54,6 +54,8 @@ AVAILABLE = (
     rf"larger than the available(?: KV cache memory)? \({QUANTITY}",
     rf"Current kv cache memory in use is {QUANTITY}",
 )
+SUGGESTED = rf"--kv-cache-memory={NUMBER}` \([\d.]+ GiB\) to fit into requested memory"
+AS_PLANNED = r"CUDA graph pool memory: .{0,80}difference: 0\.0 GiB \(0\.0%\)"
 NOT_CACHE = rf"Total non KV cache memory: {QUANTITY}"
 MEMORY = (
     rf"total_memory[ \t]*=[ \t]*{QUANTITY}",
