@@ -230,7 +230,8 @@ class PagedImpl(AttentionImpl[Rows]):
             self.exact_name = f"{NAME}_exact.{number}"
             self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
             layers[self.exact_name] = self.exact
-        self.room = max(config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
+        self.longest, self.most_rows = config.model_config.max_model_len, config.scheduler_config.max_num_seqs
+        self.room = max(self.longest, config.scheduler_config.max_num_batched_tokens)
 
     def cache_spec(self, spec: Any, config: Any) -> Any:
         """This layer's own cache in place of what vLLM would keep for it."""
@@ -288,20 +289,21 @@ class PagedImpl(AttentionImpl[Rows]):
                 into[: len(q)] = paged.attend(self.method, q, k, v, pages, batch, self.scale)
 
     def compile_step(self, like: Tensor) -> None:
-        """A step of a row that brings a token and one that brings several, in a page of its own: kernels are compiled
-        at start, and no request waits for them."""
+        """A step of a row that brings a token and one that brings several, in a page of its own, and on a GPU attention
+        of single tokens of every number of rows, whose work is split by other plans: kernels are compiled at start, and
+        no request waits for them."""
         heads, dim = self.num_kv_heads, self.head_size
         kind = (like.device, like.dtype, self.num_heads, heads, dim, self.method)
         if kind in self.compiled or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.compiled.add(kind)
         record, page = self.shape.record_tokens, self.shape.exact_tokens
-        many = min(2 * record, self.room)
+        many = min(2 * record, self.longest)
         begins, lengths = [0, 1, 1 + many], [1, many]
 
         def rows(size: int) -> Rows:
             starts, held = (torch.tensor(each, dtype=torch.int32, device=like.device) for each in (begins, lengths))
-            table = torch.zeros(2, -(-self.room // size), dtype=torch.int32, device=like.device)
+            table = torch.zeros(2, -(-self.longest // size), dtype=torch.int32, device=like.device)
             slots = torch.full((1 + many,), -1, dtype=torch.int64, device=like.device)
             arrivals = torch.zeros(4 * self.num_heads, dtype=torch.int32, device=like.device)
             return Rows(starts, held, table, slots, 1, begins, lengths, arrivals)
@@ -314,7 +316,27 @@ class PagedImpl(AttentionImpl[Rows]):
         query, key, value, out = (
             like.new_zeros(1 + many, n, dim) for n in (self.num_heads, heads, heads, self.num_heads)
         )
-        self.step(query, key, value, out, paged.Pages(records, *exact.split(dim, -1)), both)
+        pages = paged.Pages(records, *exact.split(dim, -1))
+        self.step(query, key, value, out, pages, both)
+        if like.is_cuda:
+            self.compile_rows(like, pages)
+
+    def compile_rows(self, like: Tensor, pages: paged.Pages) -> None:
+        """Attention of single tokens, of two rows, three, and so on to the most that a step has: of one token each."""
+        most, heads, page = self.most_rows, self.num_kv_heads, self.shape.exact_tokens
+        counted = torch.arange(most + 1, dtype=torch.int32, device=like.device)
+        ones = torch.ones(most, dtype=torch.int32, device=like.device)
+        columns = [-(-self.longest // size) if size else 0 for size in (self.shape.record_tokens, page)]
+        tables = [torch.zeros(most, count, dtype=torch.int32, device=like.device) for count in columns]
+        slots = torch.full((most,), -1, dtype=torch.int64, device=like.device)
+        query, new = (like.new_zeros(most, n, self.head_size) for n in (self.num_heads, heads))
+        arrivals = torch.zeros(2 * most * self.num_heads, dtype=torch.int32, device=like.device)
+        for n in range(2, most + 1):
+            batch = paged.batch(self.method, counted[: n + 1], ones[:n], *(table[:n] for table in tables), slots[:n], 1)
+            paged.attend(
+                self.method, query[:n], new[:n], new[:n], pages, batch, self.scale,
+                out=torch.empty_like(query[:n]), arrivals=arrivals,
+            )  # fmt: skip
 
     def workspace(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values of one layer's rows, ``[room, num_kv_heads, head_size]`` each; None where no one reads it."""

@@ -16,8 +16,12 @@ import sys
 import time
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
+import transformers
+import triton
+import vllm
 from vllm import LLM, SamplingParams
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -65,7 +69,10 @@ def say(told):
 
 llm = LLM(model=sys.argv[1], **given | json.loads(sys.argv[2]))
 generator = torch.Generator().manual_seed(1)
-say({"blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks, "ranks": ranks})
+told: dict[str, Any] = {"device_name": torch.cuda.get_device_name(), "command": " ".join(["python", *sys.argv])}
+told["versions"] = {each.__name__: each.__version__ for each in (vllm, torch, triton, transformers)}
+told["ranks"], told["blocks"] = ranks, llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+say(told)
 for count, length, new, real in json.loads(sys.argv[3]) if len(sys.argv) > 3 else WORKLOADS:
     skipping = not real
     calls.clear()
@@ -76,6 +83,6 @@ for count, length, new, real in json.loads(sys.argv[3]) if len(sys.argv) > 3 els
     wall = time.perf_counter() - start
     steps = [(b[0] - a[0], a[1]) for a, b in pairwise(calls) if a[2] and b[2] and a[1] == b[1]]
     most = max((rows for _, rows in steps), default=0)
-    told: dict[str, float | None] = {"requests": count, "prompt": length, "new": new, "real": real, "seconds": wall}
-    told |= {"at_once": most, "step_ms": 1e3 * median(x for x, rows in steps if rows == most) if most else None}
-    say(told)
+    load: dict[str, float | None] = {"requests": count, "prompt": length, "new": new, "real": real, "seconds": wall}
+    load |= {"at_once": most, "step_ms": 1e3 * median(x for x, rows in steps if rows == most) if most else None}
+    say(load)
