@@ -20,7 +20,15 @@ triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not
 import gluon_numpy  # noqa: E402
 
 from kvruntime.kernels.reference import Scores  # noqa: E402
-from kvruntime.methods.kivi import fast, fast_plan, reference  # noqa: E402
+from kvruntime.methods.kivi import (  # noqa: E402
+    fast,
+    fast_copies,
+    fast_exact,
+    fast_merge,
+    fast_operands,
+    fast_plan,
+    reference,
+)
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
@@ -89,15 +97,19 @@ METHODS |= BOOSTED
 
 
 def numpy_kernels(**replaced):
-    """The names of ``fast.py``, and those of ``fast_plan.py`` that it takes, with its kernels in NumPy."""
-    plan = gluon_numpy.run_file(Path(fast_plan.__file__))
-    plan.update(replaced)
-    names = gluon_numpy.run_file(Path(fast.__file__))
-    names |= {name: plan[name] for name in plan.keys() & names.keys() if getattr(fast_plan, name, None) is names[name]}
+    """The names of ``fast.py``, its kernels and those that it takes from the files beside it in NumPy."""
+    made: dict[int, object] = {}
+    for module in (fast_plan, fast_operands, fast_copies, fast_exact, fast_merge, fast):
+        names = gluon_numpy.run_file(Path(module.__file__))
+        names |= {name: made[id(value)] for name, value in names.items() if id(value) in made}
+        if module is fast_plan:
+            names |= replaced
+        if module is fast_merge:
+            names["rotate_rows"] = lambda x, n, width, size: gluon_numpy.Value(
+                reference.rotated(torch.from_numpy(x.a), size).numpy()
+            )
+        made |= {id(value): names[name] for name, value in vars(module).items() if callable(value) and name in names}
     names |= replaced
-    names["rotate_rows"] = lambda x, n, width, size: gluon_numpy.Value(
-        reference.rotated(torch.from_numpy(x.a), size).numpy()
-    )
     names["supports"] = lambda *_: True
     properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)
     cuda = SimpleNamespace(get_device_properties=lambda _: properties, get_device_capability=lambda _: (9, 0))

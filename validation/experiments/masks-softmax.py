@@ -1,6 +1,7 @@
 """The decode kernel with parts left out, whose results are then wrong: what masks and the softmax cost.
 
-``python masks-softmax.py``, in a copy of the tree: a copy of ``fast.py`` for each variant is written beside it.
+``python masks-softmax.py``, in a copy of the tree at fe589e0, whose ``fast.py`` was one file: a copy of that for each
+variant is written beside it.
 """
 
 from __future__ import annotations
