@@ -94,6 +94,14 @@ POINTS += [("boost", dim, sharing, "float16") for dim in (64, 128) for sharing i
 POINTS += [("boost v4 gk128", 64, "five", "float16"), ("boost v4 gk128", 128, "shares", "float16")]
 POINTS += [("boost", 128, "plan", dtype) for dtype in ("bfloat16", "float32")]
 METHODS |= BOOSTED
+ROTATED = {
+    "rotated g32": Kivi(rotate_values=True),
+    "rotated k2v4 g64": Kivi(value_nbits=4, group_size=64, sink_length=4, rotate_values=True),
+}
+"""Rotated values without boosted keys, as an engine's pages hold them."""
+POINTS += [("rotated g32", 64, "shares", "float16"), ("rotated k2v4 g64", 64, "one split", "float16")]
+POINTS += [("rotated g32", 128, "five", "float16"), ("rotated k2v4 g64", 128, "plan", "bfloat16")]
+METHODS |= ROTATED
 
 
 def numpy_kernels(**replaced):
@@ -316,6 +324,7 @@ def paged(cache, page, seed):
     pool = torch.full((place.numel() + 2, heads, page, 2 * dim), float("nan"), dtype=cache.stores[1].dtype)
     for row, (length, packed) in enumerate(zip(cache.lengths, cache.packed, strict=True)):
         own = [x[row, :, x.shape[2] - length :] for x in cache.new]
+        own[1] = reference.stored_values(own[1], cache.record, pool.dtype)
         for t in range(packed, length):
             pool[table[row, t // page], :, t % page] = torch.cat([x[:, t] for x in own], 1)
         table[row, : packed // page] = table[row, -(-length // page) :] = -(1 << 30)
@@ -323,7 +332,9 @@ def paged(cache, page, seed):
     return cache.held._replace(exact_key=key, exact_value=value, exact_table=table.to(DEVICE))
 
 
-@pytest.mark.parametrize(("name", "dim", "page"), [("2-bit g32", 64, 8), ("8-bit g64", 128, 16), ("k4v2", 96, 64)])
+@pytest.mark.parametrize(
+    ("name", "dim", "page"), [("2-bit g32", 64, 8), ("8-bit g64", 128, 16), ("k4v2", 96, 64), ("rotated g32", 64, 16)]
+)
 @pytest.mark.parametrize("sharing", SHARING)
 def test_exact_tokens_in_a_pool(attend, name, dim, page, sharing) -> None:
     """By a table of pages, with a block table too; one row, several, several queries."""

@@ -62,6 +62,7 @@ HEADS_512_IN = ("attend",)
 BOOST = {
     "boost d128": (kivi_boost(), 128, 4, "fp16"),
     "boost d64": (kivi_boost(), 64, 3, "bf16"),
+    "rotated g64 d128": (Kivi(group_size=64, rotate_values=True), 128, 4, "bf16"),
 }
 BOOST_IN = ("attend_drawn", "attend_queries_table_shares", "combine")
 HEADS_256_IN = ("attend", "attend_table", "attend_scores", "combine", "combine_few")

@@ -23,10 +23,10 @@ scale below about 2**-8 leaves ``query * scale`` fewer than 11 bits.
 
 A head of 96 channels is two chunks, of 64 and 32 channels, one of 80 is 64 and 16, each with a word order of its own
 (:func:`spans`): whatever has channels is a tuple of two, in shared memory and in registers.  Scores are one chain of
-products, and one softmax.  With boosted key channels (``BOOST_CODES``, the first word of their lower bits in a record;
-values are rotated then) packed channels are in the order of ``order_ptr``, the lower bits are a product of their own
-over the first of them, and a value's zero is its scale times a constant, taken at the end.  Of 16 channels at 2 bits
-the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
+products, and one softmax.  With boosted key channels (``BOOST_CODES``, the first word of their lower bits in a record)
+packed channels are in the order of ``order_ptr``, and the lower bits are a product of their own over the first of them.
+Where values are rotated (``CENTERED``) a value's zero is its scale times a constant, taken at the end.  Of 16 channels
+at 2 bits the place of a code in its byte has a bit of the token (:func:`token_in_byte`).
 
 Parallel over splits of the tokens, rows, key/value heads and blocks of 8 query heads.
 """
@@ -131,6 +131,7 @@ def attend_split(
     VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_STRIDE: gl.constexpr, SINK: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, BEGUN: gl.constexpr,
     EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
+    CENTERED: gl.constexpr,
 ):  # fmt: skip
     """``(acc, sums, peak)`` of every ``step``-th tile from ``first`` to ``end`` and some chunks of exact slots.
     ``acc * 2**(24 - VALUE_NBITS * j)`` and rows 0..7 of ``sums`` (p * zero) make the output, rows 8..15 (p) its
@@ -168,14 +169,14 @@ def attend_split(
     if not BEGUN:
         copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, 0, end, DIM, KEY_NBITS,
                    VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS, RECORD_STRIDE,
-                   STAGES, BOOST_CODES)  # fmt: skip
+                   STAGES, BOOST_CODES, CENTERED)  # fmt: skip
     elif EARLY:
         if length - SINK - packed <= RESIDUAL - RECORD + 1:
             async_copy.wait_group(0)
             forget_cached()
             copy_first(codes, key_params, value_params, base_ptr, None, first, step, (packed - RECORD) // TILE, end,
                        DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
-                       RECORD_STRIDE, STAGES, BOOST_CODES)  # fmt: skip
+                       RECORD_STRIDE, STAGES, BOOST_CODES, CENTERED)  # fmt: skip
 
     # ---- the query, its largest element scaled to [1, 2), in the order of an operand
     exponent = (largest_of_query(loaded).to(gl.int32, bitcast=True) >> 23) - 127
@@ -285,7 +286,7 @@ def attend_split(
         copy_tile(at_stage(codes, free), at_stage(key_params, free), value_params.index(free),
                   record_of(base_ptr, None, ahead, True, TILES, RECORD_STRIDE) if table_ptr is None else record_ptr,
                   ahead % TILES, ahead < end, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS,
-                  VALUE_PARAMS, BOOST_CODES)  # fmt: skip
+                  VALUE_PARAMS, BOOST_CODES, CENTERED)  # fmt: skip
         if draws_ptr is not None:
             drawn = gl.max(asked, axis=0)  # before the next is asked for: it may take the register
             asked = draw(draws_ptr, (turn + 1 >= own) & (ahead < end))
@@ -393,7 +394,7 @@ def attend_split(
 
 @gluon.jit
 def span_output(
-    acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE_NBITS: gl.constexpr, BOOST_CODES: gl.constexpr
+    acc, sums, FIRST: gl.constexpr, FIRST_GROUP: gl.constexpr, VALUE_NBITS: gl.constexpr, CENTERED: gl.constexpr
 ):
     """What a span's ``acc`` and the sums of p * zero make of the output; the channels before a group, and in it."""
     GROUPS: gl.constexpr = acc.shape[0]
@@ -407,7 +408,7 @@ def span_output(
         zeros = gl.convert_layout(gl.sum(gl.where(sums_row == FIRST_GROUP + g, sums, 0.0), axis=1), PER_HEAD)[
             :, None, :
         ]
-        if BOOST_CODES > 0:  # they are sums of p * scale
+        if CENTERED:  # they are sums of p * scale
             zeros = zeros * (-0.5 * ((1 << VALUE_NBITS) - 1))
         out += gl.where(group == g, zeros, 0.0)
     return out, group * WIDTH, channel + FIRST
@@ -423,7 +424,7 @@ def attend_part(
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BEGUN: gl.constexpr, EARLY: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr,
-    PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
+    PAGE: gl.constexpr, BOOST_CODES: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
     """Some tokens of one row, for one block of query heads: ``(out, lse)`` to place ``slot``; all of them where
     ``out_ptr`` is given, and the result to there.
@@ -482,7 +483,7 @@ def attend_part(
         VALUE_GROUPS,
         RECORD,
         KEY_PARAMS, VALUE_PARAMS, NUM_HEADS * RECORD_WORDS, SINK, RESIDUAL, SHARED, BEGUN, EARLY, AT_ONCE, STAGES,
-        PAGE, BOOST_CODES,
+        PAGE, BOOST_CODES, CENTERED,
     )  # fmt: skip
 
     # ---- (out, lse); where no token was seen, zero and HIDDEN
@@ -494,7 +495,7 @@ def attend_part(
         saw = saw & ((first_head + (n & 3 if SHARED else n)) // Q_PER_KV >= num_queries - gl.load(new[2] + row))
     inverse = gl.where(saw, 1.0 / gl.where(saw, total, 1.0), 0.0)
     for i in gl.static_range(len(SPANS)):
-        out, first_channel, channel = span_output(acc[i], sums, SPANS[i][0], SPANS[i][2], VALUE_NBITS, BOOST_CODES)
+        out, first_channel, channel = span_output(acc[i], sums, SPANS[i][0], SPANS[i][2], VALUE_NBITS, CENTERED)
         out = out * inverse[:, None, :]
         if new is not None:
             out = gl.where(gl.broadcast(saw[:, None, :], out)[0], out, 0.0)
@@ -525,7 +526,7 @@ def attend_kernel(
     VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
     SINK: gl.constexpr, RESIDUAL: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr,
     RECORD_WORDS: gl.constexpr, BLOCK_B: gl.constexpr, AT_ONCE: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
-    EARLY: gl.constexpr, WHOLE: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr,
+    EARLY: gl.constexpr, WHOLE: gl.constexpr, PAGE: gl.constexpr, BOOST_CODES: gl.constexpr, CENTERED: gl.constexpr,
 ):  # fmt: skip
     """``BLOCK_B`` 0: program (split, block) has every num_splits-th tile and chunk, and the last one of a block merges
     its parts where ``arrivals_ptr`` has a count for each; ``WHOLE``: there is one, and nothing to merge; where
@@ -575,7 +576,7 @@ def attend_kernel(
         if table_ptr is None:
             copy_first(codes, key_params, value_params, base_ptr, None, split, num_splits, 0, certain, DIM, KEY_NBITS,
                        VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS, VALUE_PARAMS,
-                       NUM_HEADS * RECORD_WORDS, STAGES, BOOST_CODES)  # fmt: skip
+                       NUM_HEADS * RECORD_WORDS, STAGES, BOOST_CODES, CENTERED)  # fmt: skip
         if EARLY:
             if num_queries is None and PAGE == 0 and num_splits - 1 - split < chunks:
                 lines = gl.minimum(gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * 64, CHUNK * DIM - 1)
@@ -608,7 +609,7 @@ def attend_kernel(
             VALUE_NBITS,
             KEY_GROUPS, VALUE_GROUPS, RECORD,
             SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, table_ptr is None, EARLY, AT_ONCE, STAGES,
-            PAGE, BOOST_CODES,
+            PAGE, BOOST_CODES, CENTERED,
         )  # fmt: skip
         if arrivals_ptr is not None:
             member = block % of_head * HEADS
@@ -648,7 +649,7 @@ def attend_kernel(
                 scale_log2, stride_qb, stride_qh, num_queries, stride_ql, new, table_ptr, None, None, pages, order_ptr,
                 sinks_ptr, softcap, window, start == 0, NUM_HEADS, Q_PER_KV, HEADS, DIM, KEY_NBITS, VALUE_NBITS,
                 KEY_GROUPS, VALUE_GROUPS, RECORD, SINK, RESIDUAL, KEY_PARAMS, VALUE_PARAMS, RECORD_WORDS, False, EARLY,
-                AT_ONCE, STAGES, PAGE, BOOST_CODES,
+                AT_ONCE, STAGES, PAGE, BOOST_CODES, CENTERED,
             )  # fmt: skip
             unit += stop - start
 

@@ -64,7 +64,8 @@ def copy_key_params(key_params, half_ptr, wanted, FIRST: gl.constexpr, SPAN: gl.
 @gluon.jit
 def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl.constexpr, KEY_NBITS: gl.constexpr,
               VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr, RECORD: gl.constexpr,
-              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, BOOST_CODES: gl.constexpr):  # fmt: skip
+              KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, BOOST_CODES: gl.constexpr,
+              CENTERED: gl.constexpr):  # fmt: skip
     """Start copying a tile: key and value codes and key scales and zeros, each span of channels to its own memory;
     value zeros and scales, groups to a power of two."""
     SPANS: gl.constexpr = spans(DIM, VALUE_GROUPS)
@@ -84,7 +85,7 @@ def copy_tile(codes, key_params, value_params, record_ptr, tile, wanted, DIM: gl
     line = gl.arange(0, VALUE_SIZE // 16, layout=gl.SliceLayout(1, LINES)) ^ (4 * GROUPS)  # zeros first
     if GROUPS > VALUE_GROUPS:  # the last line stands for those of groups that are none: what they make is not used
         line = line // (4 * GROUPS) * (4 * VALUE_GROUPS) + gl.minimum(line % (4 * GROUPS), 4 * VALUE_GROUPS - 1)
-    if BOOST_CODES > 0:  # no zeros: the scales stand for them
+    if CENTERED:  # no zeros: the scales stand for them
         line = line % 4
     halves = gl.arange(0, 16, layout=gl.SliceLayout(0, LINES))
     at = line[:, None] * (RECORD // 4) + halves[None, :] + 2 * VALUE_PARAMS
@@ -157,7 +158,7 @@ def record_of(base_ptr, table_ptr, tile, wanted, TILES: gl.constexpr, RECORD_STR
 def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step, least, certain, DIM: gl.constexpr,
                KEY_NBITS: gl.constexpr, VALUE_NBITS: gl.constexpr, KEY_GROUPS: gl.constexpr, VALUE_GROUPS: gl.constexpr,
                RECORD: gl.constexpr, KEY_PARAMS: gl.constexpr, VALUE_PARAMS: gl.constexpr, RECORD_STRIDE: gl.constexpr,
-               STAGES: gl.constexpr, BOOST_CODES: gl.constexpr):  # fmt: skip
+               STAGES: gl.constexpr, BOOST_CODES: gl.constexpr, CENTERED: gl.constexpr):  # fmt: skip
     """Start copying the first tiles of a split, ``least`` and above: fewer than ``certain`` may be read."""
     TILES: gl.constexpr = RECORD // TILE
     for index in gl.static_range(STAGES - 1):
@@ -166,7 +167,7 @@ def copy_first(codes, key_params, value_params, base_ptr, table_ptr, first, step
             copy_tile(at_stage(codes, index), at_stage(key_params, index), value_params.index(index),
                       record_of(base_ptr, table_ptr, tile, tile < certain, TILES, RECORD_STRIDE), tile % TILES,
                       tile < certain, DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUPS, VALUE_GROUPS, RECORD, KEY_PARAMS,
-                      VALUE_PARAMS, BOOST_CODES)  # fmt: skip
+                      VALUE_PARAMS, BOOST_CODES, CENTERED)  # fmt: skip
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def constants(
     } | {
         "NUM_HEADS": num_heads, "Q_PER_KV": q_per_kv, "HEADS": -(-columns // blocks), "DIM": record.key_dim,
         "KEY_GROUPS": max(1, record.tile // record.key_group), "VALUE_GROUPS": record.num_value_groups,
-        "SINK": sink, "RESIDUAL": residual,
+        "SINK": sink, "RESIDUAL": residual, "CENTERED": record.rotation > 0,
     }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def holds(record: Record) -> bool:
 
     Of 80 channels with value groups of 16 or the head, of 96 with 32 or the head:
     each of their chunks has whole groups or one.
-    Boosted keys and rotated values only together: of 64 and 128 channels, 2 bits and 2 more, groups of 64 and more.
+    Rotated values of 64 and 128 channels; boosted keys beside them alone, of 2 bits and 2 more, groups of 64 and more.
     Of 256 channels only with groups of 64 and more: others take more registers than there are.  Of 512 a twelfth of the
     loop's instructions are spills, and 8 bits would leave a multiprocessor one program."""
     return (
@@ -154,13 +154,11 @@ def holds(record: Record) -> bool:
         and record.value_group in {80: (16, 80), 96: (32, 96)}.get(record.key_dim, (32, 64, 128))
         and (record.key_group == record.num_tokens or (record.num_tokens == 64 and record.key_group in (16, 32)))
         and (record.key_dim <= 128 or min(record.key_group, record.value_group) >= 64)
-        and (not (record.boosted or record.rotation) or holds_boosted(record))
+        and (not record.rotation or record.key_dim in (64, 128))
+        and (not record.boosted or holds_boosted(record))
     )
 
 
 def holds_boosted(record: Record) -> bool:
-    """Whether the kernel reads these boosted keys and rotated values."""
-    both = record.boosted > 0 and record.rotation > 0
-    return (
-        both and record.key_nbits == record.boost_nbits == 2 and record.key_dim in (64, 128) and record.key_group >= 64
-    )
+    """Whether the kernel reads these boosted keys."""
+    return record.rotation > 0 and record.key_nbits == record.boost_nbits == 2 and record.key_group >= 64
