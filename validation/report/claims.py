@@ -65,7 +65,7 @@ CLAIMS = (
     Claim("attention", "Decode attention of one layer, this project's kernels", "s", (0.06, 0.25)),
     Claim(  # kvsim has no constants of these kernels: those of KIVI's are taken
         "attention, coded tokens",
-        "The same of kernels for tokens coded one by one (int8, int4, fp8, turboquant), by the constants of KIVI's",
+        "The same of kernels for tokens coded one by one, by the constants of KIVI's",
         "s",
         (0.25, 0.60),
     ),
