@@ -134,7 +134,8 @@ class Graphs:
         if self.failed:
             return f"plain, {self.failed}"
         if self.held:
-            return "CUDA graph"
+            sizes = sorted(self.held)
+            return "CUDA graph" if sizes == [1] else f"CUDA graphs of {', '.join(map(str, sizes))} tokens a row"
         return f"plain {self.counts.moves_beside or 'so far'}"
 
     def run(self, model: Any, own: Callable[[Any], bool], forward: Any, args: Any, kwargs: Any) -> Any:

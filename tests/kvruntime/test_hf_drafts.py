@@ -304,6 +304,7 @@ def test_every_number_of_tokens_has_a_graph(played, monkeypatch):
         if not caches:
             assert played == [1, 2, 3]
             assert list(cache.graphs.held) == [2, 3, 1]
+            assert cache.steps == "CUDA graphs of 1, 2, 3 tokens a row"
             played.clear()
     assert played == [1, 2, 3]  # of the others one step was made: they run as they are
     monkeypatch.setattr(graphs, "WARM", 0)

@@ -155,7 +155,8 @@ def ways(group: Iterable[Row]) -> str:
     said: dict[str, None] = {}
     for row in group:
         if "steps" in row:
-            several = ", several tokens planned by the host" if call(row) == DRAFTED else ""
+            alone = call(row) == DRAFTED and row["steps"] == "CUDA graph"
+            several = ", several tokens planned by the host" if alone else ""
             said[f"{call(row)}: {row['steps']}{several}"] = None
     return f"\nsteps: {'; '.join(said)}" if said else ""
 
