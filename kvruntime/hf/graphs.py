@@ -104,7 +104,7 @@ class Graphs:
 
     def _forget(self) -> None:
         self.busy = False
-        self.warm: dict[int, tuple[object, ...]] = {}
+        self.warm: dict[int, tuple[tuple[object, ...], int]] = {}
         """By the tokens a row of a step what the last ones had in common, and how many they were."""
         self.held: dict[int, Graph] = {}
         """By the tokens a row, the last used last."""
