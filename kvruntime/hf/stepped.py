@@ -251,6 +251,12 @@ class SteppedCache(Cache):
         self.counts.layers = self.packed
         self._find_exact()
 
+    def __del__(self) -> None:
+        """The layers and their counts hold each other: their memory goes with the cache, not at a collection."""
+        counts = self.__dict__.get("counts")
+        if counts is not None:
+            counts.layers = counts.exact = ()
+
     def _find_exact(self) -> None:
         kinds = SteppedWindow, LinearAttentionCacheLayerMixin
         self.counts.exact = [layer for layer in self.layers if isinstance(layer, kinds)]

@@ -281,24 +281,25 @@ def test_what_a_graph_holds_is_weighed_beside_the_cache(stepping):
     assert weigh(cache) - cache.step_nbytes == cache.nbytes
 
 
-def test_a_graph_ends_with_its_cache(stepping):
+def test_a_caches_memory_and_graph_end_with_it(stepping):
     """Not first where garbage is collected: a graph's all-reduces keep ``destroy_process_group()`` waiting."""
     model, inputs = tiny("Llama"), prompt(2, 20, (0, 5))
     cache = make_cache(model, "kivi", nbits=8)
     with torch.no_grad():
         out = model(**inputs, **argument(cache))
     again = rebuilt(*flattened(out))
-    assert next(iter(argument(cache))) in again
     assert next(value for value in again.values() if isinstance(value, SteppedCache)) is cache
     assert torch.equal(again.logits, out.logits)
     assert again.logits.data_ptr() != out.logits.data_ptr()
     held = torch.nn.Identity()  # stands for a CUDA graph
     cache.graphs.held = Graph(held, (), (), [], None, *flattened(out))
-    gone = weakref.ref(held)
+    tensors = [tensor for store in cache.stores for tensor in store.tensors.values()]
+    gone = [weakref.ref(each) for each in (held, *tensors, *cache.layers)]
+    assert len(tensors) > 2
     gc.disable()
     try:
-        del held, out, again, cache
-        assert gone() is None
+        del held, out, again, cache, tensors
+        assert not any(each() is not None for each in gone)
     finally:
         gc.enable()
 
