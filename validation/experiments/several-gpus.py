@@ -207,7 +207,7 @@ def run(*given):
     hosts = dist.new_group(backend="gloo", timeout=limit)  # a rank alone ends here, and torchrun ends the others
     mine = Run(*given)
     with torch.no_grad():
-        mine.parts(lambda: dist.barrier(group=hosts))
+        mine.parts(lambda: dist.all_reduce(torch.zeros(1), group=hosts))
     mine.model = None
     gc.collect()  # a CUDA graph that holds all-reduces would keep NCCL from ending
     mine.say("ends its process group")
