@@ -47,10 +47,15 @@ class Slot:
     def name(self) -> str:
         return self.preset
 
-    def at(self, layer: LayerShape, index: int, num_layers: int) -> Method:
+    def at(self, layer: LayerShape | None, index: int, num_layers: int) -> Method:
         """The uncompressed type at the model's ends."""
         ends = min(BOUNDARY, num_layers // 2) if self.preset in TURBOQUANT else 0
         return Full("bfloat16") if index < ends or index >= num_layers - ends else self
+
+    def within(self, first: int, count: int, num_layers: int) -> Method:
+        """A pipeline stage's share: the ends are the whole model's (:func:`kvsim.methods.by_layer.within`)."""
+        kinds = [self.at(None, index, num_layers) for index in range(first, first + count)]
+        return Staged(self.preset, frozenset(index for index, kind in enumerate(kinds) if kind is not self))
 
     def sections(self, layer: LayerShape) -> list[tuple[str, int]]:
         """``(part, bytes)`` of one slot.  Raises ``ValueError`` for a layer that has no value beside the key."""
@@ -76,3 +81,13 @@ class Slot:
 
     def read_parts(self, layer: LayerShape, batch_size: int, num_tokens: int) -> dict[str, int]:
         return parts(self.buffers(layer, batch_size, num_tokens))
+
+
+@dataclass(frozen=True)
+class Staged(Slot):
+    """Of a pipeline stage, whose layers ``ends`` are at the whole model's."""
+
+    ends: frozenset[int] = frozenset()
+
+    def at(self, layer: LayerShape | None, index: int, num_layers: int) -> Method:
+        return Full("bfloat16") if index in self.ends else self

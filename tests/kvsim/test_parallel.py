@@ -13,7 +13,7 @@ from kvsim.layout import LayerShape, Method, StateShape
 from kvsim.memory.capacity import largest_batch, largest_context, room
 from kvsim.memory.estimate import estimate
 from kvsim.memory.sharding import Deployment, Sharding, pipeline_layers, stages
-from kvsim.methods import Evict, Fp8, Full, Kivi, Paged, make_method
+from kvsim.methods import Evict, Fp8, Full, Kivi, Paged, Slot, make_method
 from kvsim.methods.layer_mix import LayerMix
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
@@ -96,14 +96,16 @@ NESTED = LayerMix(0, 0, exact=Kivi(8), inner=LayerMix(1, 2, inner=Kivi(2)), laye
         ("llama-3.1-8b", Evict(64, inner=NESTED)),
         ("llama-3.1-8b", Paged(inner=LayerMix())),
         ("gemma-3-12b", LayerMix(1, 1, windows=1)),
+        ("llama-3.1-8b", Slot("turboquant_3bit_nc")),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_a_mix_goes_by_places_in_the_whole_model(model: str, method: Method) -> None:
-    """Its stages hold together what one card holds; a number that no layer has is refused there too."""
+    """Its stages hold together what one card holds, as do those of vLLM's presets, which leave the ends as they are; a
+    number that no layer has is refused there too."""
     whole = load_model(model)
     one = Deployment(whole, method).all_nbytes(2, 700)
-    for ranks in (2, 3, 5):
+    for ranks in (2, 3, 5, 16):
         assert Deployment(whole, method, sharding=Sharding(pipeline_parallel_size=ranks)).all_nbytes(2, 700) == one
     with pytest.raises(ValueError, match="layers 99: allowed are 0 to "):
         Deployment(whole, LayerMix(layers="99"), sharding=Sharding(pipeline_parallel_size=2)).rank_nbytes(1, 9)
