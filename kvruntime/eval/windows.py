@@ -24,6 +24,8 @@ PROMPT_LENGTH = 128
 """Tokens of a window that are fed at once before the others, unless said otherwise: a residual of 128 is exact."""
 REFERENCE_CHUNK = 128
 """Tokens that the reference is fed at a time, unless said otherwise."""
+JUDGED = 16
+"""Tokens whose logits are judged at a time: those of single steps wait for as many."""
 CACHED_LOGITS = 1 << 32
 """Bytes of the reference's logits that are held at a time, at most: it is fed fewer tokens where they would be more."""
 
@@ -120,22 +122,30 @@ def score_windows(
         for first in range(0, num_windows, batch):
             ids = windows[first : first + batch].to(model.device)
             fed = _Feeder(model, ids, make_cache(window), around)
-            reference = None
+            reference, few = None, max(chunk, JUDGED)  # tokens whose float32 probabilities are held at a time
             if make_reference is not None:
                 wide = _reference_chunk(model, len(ids), chunk, reference_chunk)
+                few = max(chunk, min(JUDGED, wide))
                 reference = _Lead(_Feeder(model, ids, make_reference(window), around_reference), wide)
+            held: list[Tensor] = []  # logits of small forwards wait for each other: judging launches many kernels
+            judged = 0
             for start, stop in pieces(window - 1, chunk, prompt_length):  # the last token has nothing to predict
-                logits = fed(start, stop)
-                few = max(chunk, 16)  # whose float32 probabilities are held at a time
-                for begin in range(start, stop, few):
+                held.append(fed(start, stop))
+                if stop - judged < few and stop < window - 1:
+                    continue
+                logits = held[0] if len(held) == 1 else torch.cat(held, 1)
+                held = []
+                for begin in range(judged, stop, few):
                     end = min(begin + few, stop)
                     theirs = None if reference is None else reference(begin, end)
-                    tokens = _token_scores(logits[:, begin - start : end - start], ids[:, begin + 1 : end + 1], theirs)
+                    own = logits[:, begin - judged : end - judged]
+                    tokens = _token_scores(own, ids[:, begin + 1 : end + 1], theirs)
                     sums[:, first : first + len(ids)] += tokens.sum(2)
                     counts = torch.full_like(tokens[0].sum(0), len(ids))
                     added = torch.stack([counts, *tokens.sum(1)], 1)  # [tokens, 4]
                     by_position.index_add_(0, ranges[begin:end], added)
-                tick(len(ids) * (stop - start) / (num_windows * (window - 1)))
+                tick(len(ids) * (stop - judged) / (num_windows * (window - 1)))
+                judged = stop
     nll, kl, agreed = sums.cpu()
     return WindowScores(nll, kl, agreed, by_position.cpu(), edges, window - 1)
 
@@ -191,8 +201,13 @@ class _Lead:
 
     def __call__(self, start: int, stop: int) -> Tensor:
         if stop > self.stop:
-            self.logits = None  # the old ones go before the new ones come
-            self.start, self.stop = start, min(max(stop, start + self.chunk), self.fed.ids.shape[1] - 1)
-            self.logits = self.fed(self.start, self.stop)
+            old, kept = self.logits, None
+            if old is not None and start < self.stop:
+                kept = old[:, start - self.start :].clone()
+            old = self.logits = None  # the old ones go before the new ones come
+            more = min(max(stop, self.stop + self.chunk), self.fed.ids.shape[1] - 1)
+            fresh = self.fed(self.stop, more)
+            self.start, self.stop = start, more
+            self.logits = fresh if kept is None else torch.cat([kept, fresh], 1)
         assert self.logits is not None
         return self.logits[:, start - self.start : stop - self.start]

@@ -298,7 +298,27 @@ def command(folder: Path, out: Path, *more: str) -> int:
     return run([*words, "--method", "kivi:nbits=2,residual_length=32", *more])
 
 
-def test_the_command_answers_tasks(tmp_path, capsys):
+def test_parts_share_a_call_as_far_as_a_batch_goes():
+    from kvruntime.bench.quality.answers import together
+
+    parts = TASKS["ruler"].parts(asked(lengths=(300, 400), examples=2))
+    groups = together(parts, 6)
+    assert sorted(part.name for group in groups for part in group.parts) == sorted(part.name for part in parts)
+    for group in groups:
+        assert len({(part.max_new_tokens, part.about["length"]) for part in group.parts}) == 1
+        assert sum(len(part.examples) for part in group.parts) <= 6
+    assert [len(group.parts) for group in groups] == [3, 2, 2, 2, 1] * 2
+    assert [len(group.parts) for group in together(parts, 1)] == [1] * 20  # no part is divided
+
+
+def test_the_command_answers_tasks(tmp_path, capsys, monkeypatch):
+    calls, generate = [], Answerer.generate
+
+    def counted(who, prompts, *more):
+        calls.append(len(prompts))
+        return generate(who, prompts, *more)
+
+    monkeypatch.setattr(Answerer, "generate", counted)
     folder, out = tiny_directory(tmp_path), tmp_path / "rows.json"
     passage = lines(tmp_path / "l.jsonl", {"text": "ab cd ef"}, {"text": "gh ij kl mn"})
     more = ("--task", "passkey", "--task", "lambada", "--data", str(passage), "--length", "200", "--depths", "2")
@@ -309,8 +329,9 @@ def test_the_command_answers_tasks(tmp_path, capsys):
     assert "perplexity" not in shown.partition("recorded")[0].replace("perplexity by position", "")
     rows = json.loads(out.read_text())["rows"]
     assert [(row["task"], row["method"], row.get("depth")) for row in rows[:4]] == [
-        ("passkey", method, depth) for depth in (0, 1) for method in ("fp16", "kivi-2bit-g32-r32")
+        ("passkey", method, depth) for method in ("fp16", "kivi-2bit-g32-r32") for depth in (0, 1)
     ]
+    assert calls == [4, 4]  # both depths at once
     assert all(len(row["scores"]) == row["num_examples"] == 2 for row in rows)
     assert rows[-1]["target_nll"][0] > 0
     head, body = answers_cells([row for row in rows if row["task"] == "passkey"])
@@ -337,7 +358,8 @@ def test_an_answer_ends_with_its_end_token_whatever_its_batch(answerer, monkeypa
     assert ended([5, 6], set()) == [5, 6]
 
 
-def test_an_answer_agrees_up_to_its_first_other_token(tmp_path, capsys):
+def test_an_answer_agrees_up_to_its_first_other_token(tmp_path, capsys, monkeypatch):
+    from kvruntime.bench.quality import answers
     from kvruntime.bench.quality.answers import shared_start
 
     assert [shared_start(own, [5, 6, 7]) for own in ([5, 6, 7, 8], [5, 6, 8], [4, 6, 7], [5], [])] == [3, 2, 0, 1, 0]
@@ -346,10 +368,15 @@ def test_an_answer_agrees_up_to_its_first_other_token(tmp_path, capsys):
     more = ("--task", "agreement", "--text", str(tmp_path / "prose.txt"), "--length", "230", "--examples", "2")
     assert command(folder, out, *more) == 0, capsys.readouterr().err
     assert " ".join(TASKS["agreement"].caveat.split()) in " ".join(capsys.readouterr().out.split())
-    plain, packed = json.loads(out.read_text())["rows"]
+    lead, plain, packed = json.loads(out.read_text())["rows"]
+    assert (lead["kind"], lead["method"], len(lead["tokens"])) == ("lead", "transformers-dynamic", 2)
     assert (plain["length"], plain["max_new_tokens"], plain["chat"]) == (230, 256 - 230, False)
     assert plain["scores"] == [1, 1]  # the same kernels, on a CPU
     assert all(0 <= score < 1 and (26 * score).is_integer() for score in packed["scores"])
+    monkeypatch.setattr(answers, "measure_lead", lambda *_: pytest.fail("the lead is in the file"))
+    assert command(folder, out, *more, "--resume", "--method", "int8") == 0, capsys.readouterr().err
+    assert json.loads(out.read_text())["rows"][-1]["method"] == "int8"
+    monkeypatch.undo()
     assert command(folder, out, *more[:-3], "256", "--examples", "1") == 2
     assert "256" in capsys.readouterr().err
 

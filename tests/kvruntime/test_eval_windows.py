@@ -88,6 +88,8 @@ def test_batches_and_reference_chunks_change_nothing(model, windows):
     assert torch.allclose(want.nll, have.nll)
     assert torch.allclose(want.kl, have.kl, atol=1e-4)
     assert torch.allclose(want.by_position, have.by_position, atol=1e-3)
+    ragged = {"prompt_length": 29, "chunk": 5, "reference_chunk": 32}  # a step begins before the reference's chunk ends
+    assert scored(model, windows, Full("float32"), **ragged).figures()["kl"] < 1e-6
     with pytest.raises(ValueError, match="batch 0: allowed are 1 and above"):
         scored(model, windows, KIVI, batch=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +22,8 @@ from kvruntime.eval.bits import held_bits, packed_bits
 from kvruntime.eval.tasks import TASKS, Example, Part, TaskRequest
 
 KIND = "answers"
+LEAD = "lead"
+"""The kind of rows that hold what a part is judged by: the answers of transformers' own uncompressed cache."""
 LENGTHS = (1024, 2048, 4096)
 """Lengths of prompts unless said otherwise: those that fit the model."""
 ROOM = 128
@@ -61,31 +64,86 @@ def asked_of(loaded: LoadedModel, given: Mapping[str, Any], haystack: str, data:
     )
 
 
+@dataclass
+class Together:
+    """Parts of one task that every contender answers in one call: a batch need not be of one part.
+
+    ``given``: of a contender's name and a part's, what the call gave for it, until its row takes it.
+    """
+
+    parts: list[Part]
+    given: dict[tuple[str, str], Row] = field(default_factory=dict)
+
+
+def together(parts: Sequence[Part], batch: int) -> list[Together]:
+    """``parts`` in calls of at most ``batch`` examples: generated answers of one length to prompts of one length go
+    together.  A call is always of the same parts, wherever a run went on."""
+    out: list[Together] = []
+    room: dict[tuple[object, ...], Together] = {}
+    for part in parts:
+        like = (part.about.get("length"), part.max_new_tokens, part.stop, part.chat)
+        found = room.get(like)
+        alone = part.continues or part.follows or "length" not in part.about
+        if alone or found is None or sum(len(one.examples) for one in (*found.parts, part)) > batch:
+            found = Together([])
+            out.append(found)
+            if not alone:
+                room[like] = found
+        found.parts.append(part)
+    return out
+
+
 def answer_tasks(
-    loaded: LoadedModel, contenders: Sequence[Contender], name: str, asked: TaskRequest, batch: int, chat: bool
+    loaded: LoadedModel,
+    contenders: Sequence[Contender],
+    name: str,
+    asked: TaskRequest,
+    batch: int,
+    chat: bool,
+    held: Sequence[Row] = (),
 ) -> list[Task]:
-    """One a part and contender, all contenders of a part after one another."""
+    """One a part and contender, all contenders of a call's parts after one another.
+
+    Of a part whose right answer is the uncompressed cache's, that answer comes first: a row of its own, which those of
+    ``held`` are taken for.
+    """
     chat = chat and bool(getattr(loaded.tokenizer, "chat_template", None))
     led: dict[str, list[list[int]]] = {}
 
-    def task(part: Part, contender: Contender) -> Task:
-        key = {"kind": KIND, **subject(loaded, contender, asked.seed), "task": name, "part": part.name, **part.about}
+    def key_of(kind: str, part: Part, contender: Contender) -> Row:
+        key = {"kind": kind, **subject(loaded, contender, asked.seed), "task": name, "part": part.name, **part.about}
         key |= {"examples_sha256": part.sha256, "num_examples": len(part.examples), "batch_size": batch}
-        key |= {"max_new_tokens": part.max_new_tokens, "chat": chat and part.chat}
-        steps = -(-len(part.examples) // batch) * (part.max_new_tokens or 4)
-        work = steps * 20 + sum(len(example.prompt) for example in part.examples) / 4
-        measure = partial(measure_answers, loaded, contender, part, batch, chat and part.chat, led)
-        return Task(
-            key, measure, cost=work * (1 if contender.name in BASE else 2), guest=contender.package != "kvruntime"
-        )
+        return {**key, "max_new_tokens": part.max_new_tokens, "chat": chat and part.chat}
 
-    return [task(part, contender) for part in TASKS[name].parts(asked) for contender in contenders]
+    def work_of(part: Part) -> float:
+        steps = -(-len(part.examples) // batch) * (part.max_new_tokens or 4)
+        return steps * 20 + sum(len(example.prompt) for example in part.examples) / 4
+
+    def lead_task(part: Part) -> Task:
+        key = key_of(LEAD, part, stock())
+        for row in held:
+            if "failed" not in row and all(row.get(word) == value for word, value in key.items()):
+                led[part.sha256] = [[int(token) for token in line.split()] for line in row["tokens"]]
+        measure = partial(measure_lead, loaded, part, batch, chat and part.chat, led)
+        return Task(key, measure, cost=4 * work_of(part), guest=True)
+
+    def task(group: Together, part: Part, contender: Contender) -> Task:
+        measure = partial(measure_answers, loaded, contender, part, group, batch, chat and part.chat, led)
+        cost = work_of(part) * (1 if contender.name in BASE else 2)
+        return Task(key_of(KIND, part, contender), measure, cost=cost, guest=contender.package != "kvruntime")
+
+    tasks = []
+    for group in together(TASKS[name].parts(asked), batch):
+        tasks += [lead_task(part) for part in group.parts if part.follows]
+        tasks += [task(group, part, contender) for contender in contenders for part in group.parts]
+    return tasks
 
 
 def measure_answers(
     loaded: LoadedModel,
     contender: Contender,
     part: Part,
+    group: Together,
     batch: int,
     chat: bool,
     led: dict[str, list[list[int]]],
@@ -93,12 +151,31 @@ def measure_answers(
 ) -> Row:
     """The row's figures: ``score`` (mean of ``scores``), what was answered, tokens of a prompt, bits, seconds.
 
-    ``led``: what transformers' own uncompressed cache answered to a part, by its digest, filled as it is asked for.
+    ``group`` is answered whole, and each of its parts has its share of the seconds.  ``led``: what transformers' own
+    uncompressed cache answered to a part, by its digest.
     """
+    named = contender.name, part.name
+    if named not in group.given:
+        _answer(loaded, contender, part, group, batch, chat, led, tick)
+    row = group.given.pop(named)
+    return {"score": sum(row["scores"]) / len(row["scores"]), **row}
+
+
+def _answer(
+    loaded: LoadedModel,
+    contender: Contender,
+    part: Part,
+    group: Together,
+    batch: int,
+    chat: bool,
+    led: dict[str, list[list[int]]],
+    tick: Tick,
+) -> None:
+    """One call for all parts of ``group``, whose figures go into ``group.given``."""
     start = perf_counter()
     longest = 0
     if part.follows and part.sha256 not in led:
-        led[part.sha256] = _lead(loaded, part, batch, chat)
+        measure_lead(loaded, part, batch, chat, led)
 
     def build(num_tokens: int) -> Any:
         nonlocal longest
@@ -108,24 +185,31 @@ def measure_answers(
     with contender.around(loaded.model):
         who = Answerer(loaded.model, loaded.tokenizer, build, batch)
         if part.follows:
-            row = _followed(who, part, led[part.sha256], chat, tick)
+            rows = [_followed(who, part, led[part.sha256], chat, tick)]
         else:
-            row = _continued(who, part, tick) if part.continues else _generated(who, part, chat, tick)
+            rows = [_continued(who, part, tick)] if part.continues else _generated(who, group.parts, chat, tick)
     release()
+    bits: Row = {}
     if contender.method is not None:
         shapes = layer_shapes(loaded.model)
-        row |= {
-            "bits": packed_bits(contender.method, shapes),
-            "held_bits": held_bits(contender.method, shapes, longest),
-        }
-    return {"score": sum(row["scores"]) / len(row["scores"]), **row, "seconds": perf_counter() - start}
+        held = held_bits(contender.method, shapes, longest)
+        bits = {"bits": packed_bits(contender.method, shapes), "held_bits": held}
+    seconds, answered = perf_counter() - start, sum(len(row["scores"]) for row in rows)
+    for one, row in zip(group.parts, rows, strict=True):
+        share = seconds * len(row["scores"]) / answered
+        group.given[contender.name, one.name] = {**row, **bits, "seconds": share}
 
 
-def _generated(who: Answerer, part: Part, chat: bool, tick: Tick) -> Row:
-    prompts = [who.encode(example.prompt, chat) for example in part.examples]
-    answers = who.generate(prompts, part.max_new_tokens, part.stop, tick)
-    scores = [part.score(answer, example) for answer, example in zip(answers, part.examples, strict=True)]
-    return {"scores": scores, "prompt_tokens": _mean(prompts), "answers": [answer[:KEPT] for answer in answers]}
+def _generated(who: Answerer, parts: Sequence[Part], chat: bool, tick: Tick) -> list[Row]:
+    """A row a part; all are answered alike, in as few batches as hold them."""
+    prompts = [[who.encode(example.prompt, chat) for example in part.examples] for part in parts]
+    answers = iter(who.generate([one for own in prompts for one in own], parts[0].max_new_tokens, parts[0].stop, tick))
+    rows = []
+    for part, own in zip(parts, prompts, strict=True):
+        given = [next(answers) for _ in part.examples]
+        scores = [part.score(answer, example) for answer, example in zip(given, part.examples, strict=True)]
+        rows.append({"scores": scores, "prompt_tokens": _mean(own), "answers": [answer[:KEPT] for answer in given]})
+    return rows
 
 
 def _continued(who: Answerer, part: Part, tick: Tick) -> Row:
@@ -136,12 +220,25 @@ def _continued(who: Answerer, part: Part, tick: Tick) -> Row:
     return {"scores": scores, "prompt_tokens": _mean([c for c, _ in pairs]), "target_nll": [-nll for nll, _ in found]}
 
 
-def _lead(loaded: LoadedModel, part: Part, batch: int, chat: bool) -> list[list[int]]:
-    """The part's answers under transformers' own uncompressed cache."""
+def measure_lead(
+    loaded: LoadedModel,
+    part: Part,
+    batch: int,
+    chat: bool,
+    led: dict[str, list[list[int]]],
+    tick: Tick = lambda _: None,
+) -> Row:
+    """The part's answers under transformers' own uncompressed cache: ``tokens``, ids with spaces between, a line an
+    example.  They go into ``led`` too."""
+    start = perf_counter()
     plain = stock()
     with plain.around(loaded.model):
         who = Answerer(loaded.model, loaded.tokenizer, partial(plain.build, loaded.model), batch)
-        return who.answer([who.encode(example.prompt, chat) for example in part.examples], part.max_new_tokens)
+        prompts = [who.encode(example.prompt, chat) for example in part.examples]
+        led[part.sha256] = who.answer(prompts, part.max_new_tokens, tick=tick)
+    release()
+    lines = [" ".join(map(str, row)) for row in led[part.sha256]]
+    return {"tokens": lines, "seconds": perf_counter() - start}
 
 
 def _followed(who: Answerer, part: Part, led: Sequence[list[int]], chat: bool, tick: Tick) -> Row:

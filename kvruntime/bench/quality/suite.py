@@ -55,7 +55,7 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     batch = given_or(given["batch"], 4 if device == "cpu" else 32)
     for name in given["task"]:
         asked = asked_of(loaded, given, text.content, data.get(name))
-        tasks += answer_tasks(loaded, contenders, name, asked, batch, not given["plain"])
+        tasks += answer_tasks(loaded, contenders, name, asked, batch, not given["plain"], results.rows)
     if given["lm_eval"]:
         from kvruntime.bench.quality.lm_harness import harness_tasks
 
