@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from kvsim.regular_files import read_named
 
 NEEDLES_SAY_LITTLE = (
-    "needles discriminate little: models find them at nearly every width; perplexity by position and long generation "
-    "carry the verdict"
+    "needles discriminate little: they tell a cache that loses much from one that loses little, hardly two that lose "
+    "little; perplexity by position and long generation carry the verdict"
 )
 
 
