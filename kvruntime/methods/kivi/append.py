@@ -189,7 +189,7 @@ def count(stored: Stored, layout: Layout, num_tokens: int) -> None:
     batch_size = len(stored.lengths)
     count_kernel[(1,)](
         stored.lengths, stored.packed, num_tokens, batch_size, RECORD=record.num_tokens, SINK=sink, RESIDUAL=residual,
-        BLOCK=triton.next_power_of_2(batch_size), num_warps=1,
+        BLOCK=triton.next_power_of_2(batch_size), enable_fp_fusion=False, num_warps=1,
     )  # fmt: skip
 
 
