@@ -72,6 +72,14 @@ def repeating(num_tokens=160):
     return inputs
 
 
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal logits; on a device a code on a rounding tie may flip, and what follows reads it: near in norm."""
+    if ON_CUDA:
+        assert (got - want).norm() <= 2e-2 * want.norm()
+    else:
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def agree(cache) -> None:
     """What the device counts is what the host does."""
     stores = cache.stores
@@ -178,7 +186,7 @@ def test_padding_among_several_tokens_is_the_hosts(stepping, at_once):
             model(ids[:, part], **seen, position_ids=place[:, part], **argument(each)).logits for each in caches
         )
         real = mask[:, part].bool()
-        torch.testing.assert_close(got[real], want[real], atol=1e-4, rtol=1e-4)
+        close(got[real], want[real])
         assert bool(at_once) == is_step
         for each in caches:
             each.crop(-taken)
@@ -297,7 +305,7 @@ def test_every_number_of_tokens_has_a_graph(played, monkeypatch):
             got = model(**part, **argument(cache)).logits
             if not caches:
                 want = model(**part, **argument(planned)).logits
-                torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+                close(got, want)
             at += length
         agree_on_cpu = [store.row_lengths for store in cache.stores]
         assert agree_on_cpu == [[at]] * len(cache.stores)
@@ -317,6 +325,19 @@ def test_every_number_of_tokens_has_a_graph(played, monkeypatch):
         model(ids[:, :length], position_ids=place[:, at : at + length], **argument(cache))
         at += length
         assert played == [length]
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "OPT", "GPT-NeoX", "Qwen3-MoE", "Gemma", "Cohere"])
+def test_families_draft_alike(played, at_once, family):
+    model, inputs, out = tiny(family), repeating(96), []
+    for compiled in (None, False):
+        cache = make_cache(model, *KIVI[:1], compiled=compiled, **KIVI[1])
+        out.append(model.generate(**inputs, **argument(cache), **LOOKUP))
+        assert bool(cache.stores[0].row_packed[0])
+        assert (max(at_once, default=0) > 1) == (compiled is None)
+        at_once.clear()
+    assert played
+    assert torch.equal(*out)
 
 
 @torch.no_grad()
@@ -371,7 +392,7 @@ def test_replays_of_several_tokens_are_steps_of_the_host():
     for length in [100, *[3, 1, 5] * 20]:
         part = slice(at, at + length)
         got, want = (model(ids[:, part], position_ids=place[:, part], **argument(each)).logits for each in caches)
-        assert (got - want).norm() <= 2e-2 * want.norm()
+        close(got, want)
         taken = length // 2 if length < 100 else 0
         for each in caches:
             each.crop(-taken)

@@ -249,7 +249,8 @@ def test_what_a_step_of_a_layer_costs_the_host(on_device, method, monkeypatch):
     launched.clear()
     with torch.no_grad(), Ops() as ops:
         one()
-    assert ops.counts == {"new_empty": 2, "transpose": 1}  # its output, what is temporary
+    counted = {"add_": 1} if ON_CUDA else {}  # of the rows' lengths, by the first layer; elsewhere the step counts
+    assert ops.counts == {"new_empty": 2, "transpose": 1} | counted  # its output, what is temporary
     assert len(launched) == 3
     calls: list[str] = []
     sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_qualname) if event == "call" else None)
@@ -257,4 +258,4 @@ def test_what_a_step_of_a_layer_costs_the_host(on_device, method, monkeypatch):
         one()
     finally:
         sys.setprofile(None)
-    assert len([name for name in calls if not name.startswith("on_device")]) <= 38, calls
+    assert len([name for name in calls if not name.startswith("on_device")]) <= 38 + 12 * ON_CUDA, calls
