@@ -326,13 +326,15 @@ class PagedImpl(AttentionImpl[Rows]):
         most, heads, page = self.most_rows, self.num_kv_heads, self.shape.exact_tokens
         counted = torch.arange(most + 1, dtype=torch.int32, device=like.device)
         ones = torch.ones(most, dtype=torch.int32, device=like.device)
-        columns = [-(-self.longest // size) if size else 0 for size in (self.shape.record_tokens, page)]
-        tables = [torch.zeros(most, count, dtype=torch.int32, device=like.device) for count in columns]
+        table, places = (
+            torch.zeros(most, -(-self.longest // size) if size else 0, dtype=torch.int32, device=like.device)
+            for size in (self.shape.record_tokens, page)
+        )
         slots = torch.full((most,), -1, dtype=torch.int64, device=like.device)
         query, new = (like.new_zeros(most, n, self.head_size) for n in (self.num_heads, heads))
         arrivals = torch.zeros(2 * most * self.num_heads, dtype=torch.int32, device=like.device)
         for n in range(2, most + 1):
-            batch = paged.batch(self.method, counted[: n + 1], ones[:n], *(table[:n] for table in tables), slots[:n], 1)
+            batch = paged.batch(self.method, counted[: n + 1], ones[:n], table[:n], places[:n], slots[:n], 1)
             paged.attend(
                 self.method, query[:n], new[:n], new[:n], pages, batch, self.scale,
                 out=torch.empty_like(query[:n]), arrivals=arrivals,
