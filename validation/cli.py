@@ -5,6 +5,7 @@ A bad input is one line on stderr and exit code 2; a cache that does not weigh w
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -263,6 +264,7 @@ def reliability(
 def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     """A verdict a claim over FILES, or all of validation/results, in one HTML file and Markdown; 1 where one fails."""
     from kvsim.output.tables import plain
+    from validation.claims import serving
     from validation.report import pages
     from validation.report.claims import failures, verdicts
     from validation.report.points import collect
@@ -282,7 +284,32 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     click.echo(pages.summary(judged))
     if runs := reliability_rows(files or None):
         click.echo(pages.kept(runs))
-    return 1 if failures(found.points) else 0
+    if served := serving.rows_of(files):
+        click.echo(serving.kept(served))
+    return 1 if failures(found.points) or serving.broken(served) else 0
+
+
+@cli.command("serving")
+@click.option("--about", default="{}", help="JSON: what the logs do not say of device_name, versions, commit, command.")
+@click.option("--run", "run_", required=True, help="A name for what ran on one card, one engine after another.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The record, merged by row.")
+@click.argument("logs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+def serving_(about: str, run_: str, out: Path, logs: tuple[Path, ...]) -> int:
+    """Takes LOGS of validation/experiments/vllm-decode.py into a record of serving."""
+    from kvruntime.bench.harness.store import Store, rows_as_lines
+    from validation.claims.serving import KEY, SCHEMA, read_log
+
+    try:
+        known = {"run": run_, **json.loads(about)}
+    except (ValueError, TypeError):
+        raise ValueError(f"--about {about!r:.60}: allowed is a JSON object") from None
+    store = Store(out, SCHEMA, "kind")
+    for log in logs:
+        rows = read_log(log, known)
+        store.put(rows, lambda one, other: all(one.get(name) == other.get(name) for name in KEY))
+        _say(f"{log.name}: {len(rows)} rows")
+    store.write(rows_as_lines(SCHEMA, store.rows))
+    return 0
 
 
 @cli.command("time")

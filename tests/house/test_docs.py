@@ -4,6 +4,7 @@
 tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory and quality of validation/results,
 ``<!-- quality ... -->`` those of ``kvruntime eval``,
 ``<!-- speed ... -->`` those of speed, ``<!-- time ... -->`` the errors and constants of the model of time,
+``<!-- serving ... -->`` those of vLLM,
 ``<!-- ranks ... -->`` what several cards take,
 ``<!-- planners -->`` the recorded head-to-head of planners, ``<!-- mutants -->`` the recorded score of the tests,
 ``<!-- calibrated -->`` recorded steps by the stated constants and by a card's profile.
@@ -11,7 +12,6 @@ tests/support/hf_tables.py lists, ``<!-- results ... -->`` the tables of memory 
 """
 
 import fnmatch
-import json
 import re
 import shlex
 import sys
@@ -33,7 +33,7 @@ DOCUMENTS = tuple(
 )
 EXPERIMENTS = ROOT / "validation" / "experiments"
 BLOCK = re.compile(
-    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks|calibrated)"
+    r"(<!-- (kvsim|models|results|quality|time|planners|speed|extras|mutants|reliability|ranks|serving|calibrated)"
     r"(.*?) -->\n)(.*?)(<!-- end -->)",
     re.DOTALL,
 )
@@ -86,6 +86,10 @@ def block(kind: str, arguments: str) -> str:
         from validation.report.points import collect
 
         return compact(*calibrated.beside(collect().points), left=(0, 1))
+    if kind == "serving":
+        from validation.documents import serving_tables
+
+        return serving_tables.block(arguments)
     if kind == "extras":
         from validation.documents import extras_table
 
@@ -145,18 +149,24 @@ def test_the_readme_says_how_fast_as_recorded() -> None:
 
 
 def test_the_readme_says_what_serving_gains_as_recorded() -> None:
-    """Requests at once, and the step of 32 requests of 16k tokens, of the run in the experiments."""
-    engines = json.loads((EXPERIMENTS / "h200-vllm.json").read_text(encoding="utf-8"))["engines"]
-    two, half, eighth = (engines[name] for name in ("kivi-2bit-g32-r128", "bf16", "fp8"))
-    steps = [
-        next(row["step_ms"] for row in each["rows"] if (row["requests"], row["prompt"]) == (32, 16384))
-        for each in (two, half, eighth)
-    ]
-    found = two["concurrency"] / half["concurrency"], steps[1] / steps[0], steps[2] / steps[0]
+    """Requests that a pool holds, and three loads beside bf16, of the first run that is recorded."""
+    from validation.claims import serving
+
+    rows = serving.rows_of()
+    run = next(row["run"] for row in rows if row["kind"] == "load")
+    own = [row for row in rows if row["run"] == run]
+    two, half = (next(row for row in own if row["method"]["name"] == name) for name in ("kivi-2bit-g32-r128", "bf16"))
+    pairs = {serving.load_of(row): (row, base) for row, base in serving.in_one_run(own)}
+    short, middle, long = (pairs[load] for load in serving.FLOORS)
+    steps = [serving.steady(row["step_seconds"]) for row in middle]
+    found = [two["concurrency"] / half["concurrency"], serving.gain(*short), steps[1] / steps[0], serving.gain(*long)]
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    said = re.search(r"holds ([\d.]+) times as many .* decode ([\d.]+) times .* bf16, ([\d.]+) times as in fp8", text)
+    said = re.search(
+        r"holds ([\d.]+) times as many .* are ([\d.]+) times as fast.* decode ([\d.]+) times .* are ([\d.]+) times",
+        text,
+    )
     assert said is not None
-    assert list(said.groups()) == [f"{each:.1f}" for each in found]
+    assert list(said.groups()) == [f"{found[0]:.1f}", f"{found[1]:.2f}", f"{found[2]:.1f}", f"{found[3]:.1f}"]
 
 
 def test_the_readme_says_how_far_peaks_are_off_as_recorded() -> None:

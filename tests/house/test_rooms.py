@@ -22,6 +22,7 @@ PLACES = {
     "kvruntime/methods/__init__.py": "the table of rooms",
     "kvruntime/vllm/settings.py": "the table of names of --kv-cache-dtype",
     "validation/latency/serving.py": "the table of fitted constants: a row an engine whose loads were measured",
+    "validation/claims/serving.py": "the logs of one engine that was measured, and the method whose loads are held",
     "kvsim/install.py": "the table of packages, one of them a program that serves",
     "validation/documents/extras_table.py": "the table of extras, one of them for a program that serves",
     "validation/reliability/mutant_subjects.py": "the files that are mutated, and their tests",

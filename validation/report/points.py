@@ -24,7 +24,7 @@ from kvsim.memory.estimate import cache_nbytes
 from kvsim.methods import method_named
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
-from validation.claims import compare, phases
+from validation.claims import compare, phases, serving
 from validation.claims.predict import measured_trace, predict, predicted_trace
 from validation.claims.subjects import rebuild_method
 from validation.latency.ways import COMPILED, ENGINE, GENERATE, NEW, SEEN, STATIC, prompt_way, served, ways
@@ -365,9 +365,24 @@ FIGURES: dict[str, Callable[[Row, str, str], Point]] = {
     "the largest batch": _planned,
     "resident memory": _resident,
 }
+
+
+def _served(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
+    """Rows of serving: the pools.  Loads are held to bf16's of their run, and predicted by nothing."""
+    for row in file["rows"]:
+        if row["kind"] != "pool":
+            found.leave(f"{row['kind']} of vLLM", "held to bf16's of its run, or replayed: nothing predicts it")
+            continue
+        factors = {"model": row["model"], "method": row["method"]["name"], "card": row["device_name"]}
+        factors["size"] = f"requests of {row['max_model_len']:,} tokens"
+        claim = "vLLM's pool" if row["memory_nbytes"] else "vLLM's pool, rounded"
+        found.take([Point(claim, float(serving.pools(row)[1]), float(row["num_tokens"]), factors, name)])
+
+
 READERS: dict[str, Callable[[dict[str, Any], str, Collection, dict[str, Profile]], None]] = {
     "validation": _bytes,
     "validation.reliability": _limits,
     "validation.ranks": split,
+    "validation.serving": _served,
     "kvruntime.bench": _bench,
 }
