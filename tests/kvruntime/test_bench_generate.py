@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 
 import pytest
@@ -54,8 +55,9 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
         assert words in shown
 
 
-def test_a_conversation_loads_while_nobody_times(tmp_path, monkeypatch) -> None:
-    """The lock is shared when the model is loaded, of a second subject's too, and held alone while turns are timed."""
+def test_a_conversation_loads_and_compiles_while_nobody_times(tmp_path, monkeypatch) -> None:
+    """The lock is shared when the model is loaded, of a second subject's too, and in the turn before those that are
+    timed; it is held alone while these are."""
     turns, seen = rounds.Turns(tmp_path / "lock"), []
 
     class Watched(Models):
@@ -63,16 +65,35 @@ def test_a_conversation_loads_while_nobody_times(tmp_path, monkeypatch) -> None:
             seen.append(turns.shared)
             return types.SimpleNamespace(model=None)
 
+    def clock(model, ids, num_new, cache):
+        seen.append(turns.shared)
+        return [0.5], ids
+
     monkeypatch.setattr(session, "release", lambda: None)
-    monkeypatch.setattr(suite, "measure_conversation", lambda *_: seen.append(turns.shared) or {})
+    monkeypatch.setattr(suite, "prompt", lambda *_: torch.zeros(1, 1))
     for name in ("llama-3.2-1b", "llama-3-8b"):
         schedule = suite.Schedule((calls.CONVERSATION,), 1, turns)
-        subject, parts = suite.SUBJECTS[name], suite.contenders((), False, False)
+        subject, parts = suite.SUBJECTS[name], [suite.Contender("none", lambda *_: None)]
         results = Results(tmp_path / f"{name}.json", {"device": {"name": "here"}})
-        (task,) = suite.subject_tasks(Watched("cpu"), subject, parts, suite.Clock("cpu"), schedule, results)
-        task.measure(lambda _: None)
+        (task,) = suite.subject_tasks(Watched("cpu"), subject, parts, clock, schedule, results)
+        assert task.measure(lambda _: None)["seconds"] == 0.5 * suite.TURNS
     turns.close()
-    assert seen == [True, False] * 2
+    assert seen == ([True] * 2 + [False] * suite.TURNS) * 2
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, capsys) -> None:
+    """A file opened twice is locked twice, in one process too."""
+    ours, theirs = (rounds.Turns(tmp_path / "lock") for _ in range(2))
+    threading.Timer(0.05, theirs.close).start()
+    with ours.alone():
+        pass
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"waiting: another process runs first calls or times ({tmp_path / 'lock'})",
+        "waited 0 s for others",
+    ]
+    ours.together()
+    assert not capsys.readouterr().err
 
 
 def test_one_slow_step_moves_the_mean_of_a_first_call_and_not_its_middle() -> None:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from kvruntime.bench.generate.calls import DRAFTED, Clock, prompt
 from kvruntime.bench.generate.report import FIRST_CALL, STOCK
 from kvruntime.bench.harness.results import Row
-from kvruntime.bench.harness.session import release
+from kvruntime.bench.harness.session import release, say
 from kvruntime.bench.harness.tables import of_kernel
 
 SHORT, LONG = FIRST_CALL, 72
@@ -36,7 +37,7 @@ class Turns:
         if self.file is not None and not self.shared:
             import fcntl
 
-            fcntl.flock(self.file, fcntl.LOCK_SH)
+            self._take(fcntl.LOCK_SH, "times")
             self.shared = True
 
     @contextmanager
@@ -48,12 +49,25 @@ class Turns:
         import fcntl
 
         fcntl.flock(self.file, fcntl.LOCK_UN)  # or two that share it would wait for each other
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        self._take(fcntl.LOCK_EX, "runs first calls or times")
         self.shared = False
         try:
             yield
         finally:
             fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def _take(self, kind: int, others: str) -> None:
+        """Locks the file, and says so where it has to wait, and how long it did."""
+        import fcntl
+
+        assert self.file is not None
+        try:
+            fcntl.flock(self.file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting: another process {others} ({self.file.name})")
+            start = perf_counter()
+            fcntl.flock(self.file, kind)
+            say(f"waited {perf_counter() - start:.0f} s for others")
 
     def close(self) -> None:
         """Others need not wait any longer."""

@@ -160,14 +160,23 @@ def _ours(method: Method, compiled: bool | None, model: Any, num_tokens: int) ->
     return make_cache(model, method, compiled=compiled, max_seq_len=num_tokens if compiled else None)
 
 
-def measure_conversation(clock: Clock, model: Any, one: Contender, num_tokens: int, seed: int) -> Row:
-    """Seconds of ``TURNS`` turns on one cache, the prompt's first one included, after a turn on another cache."""
+def measure_conversation(
+    clock: Clock,
+    model: Any,
+    one: Contender,
+    num_tokens: int,
+    seed: int,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Row:
+    """Seconds of ``TURNS`` turns on one cache, the prompt's first one included, after a turn on another cache, in which
+    kernels are compiled.  ``alone()`` holds while turns are timed.
+    """
     import torch
 
     seconds: list[float] = []
     turn_seconds: list[float] = []
     for turns in (1, TURNS):
-        with one.around(model):
+        with alone() if turns > 1 else nullcontext(), one.around(model):
             ids, cache, turn_seconds = prompt(model, 1, num_tokens, seed), one.cache(model, 0), []
             for turn in range(turns):
                 taken, out = clock(model, ids, TURN, cache)
@@ -219,9 +228,7 @@ def subject_tasks(
 
     def talk(one: Contender, num_tokens: int) -> Row:
         turns.together()  # no other process times while weights are loaded
-        loaded = model()
-        with turns.alone():
-            return measure_conversation(clock, loaded, one, num_tokens, models.seed)
+        return measure_conversation(clock, model(), one, num_tokens, models.seed, turns.alone)
 
     out = []
     timed = [call for call in schedule.calls if call != CONVERSATION]
