@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 
+from kvruntime.bench.quality.comparison import ABLATION, ablation_methods
 from kvruntime.bench.quality.report import change, uncompressed
 from validation.documents import quality_picture, quality_tables
 from validation.documents.quality_tables import BARS, EXACT, QUALITY, best, candidates, exact_tokens
@@ -157,6 +158,21 @@ def test_what_is_compared_has_speeds_where_they_are_recorded(tmp_path: Path) -> 
     assert "| x | 250 | +1.01% |" in said
     assert "1.20x" in said
     assert "3.0%: x (+1.01%, 8.00x fewer bytes than fp16, 1.20x its speed)" in said
+
+
+def test_the_ablation_says_how_much_of_it_is_there(tmp_path: Path) -> None:
+    names = [method.name for method in ablation_methods()]
+    rows = [
+        row(name, 2.5 if place else 16, 2 + place / 100, 2.1 + place / 100, kind=ABLATION)
+        for place, name in enumerate(["fp16", *names])
+    ]
+    said = quality_tables.block("ablation", write(tmp_path / "q", *rows))
+    assert "16 of 16 combinations" in said
+    assert "| group_size | 32 |" in said
+    few = quality_tables.block("ablation", write(tmp_path / "r", *rows[:-1]))
+    assert "15 of 16 combinations" in few
+    assert "group_size" not in few
+    assert quality_tables.block("ablation", write(tmp_path / "s", *rows[:0])) == "Nothing is recorded yet."
 
 
 def test_the_picture_names_what_is_recorded() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.quality.pictures import draw_comparison
-from validation.documents.quality_tables import QUALITY, candidates, is_uniform, recorded
+from validation.documents.quality_tables import QUALITY, ablation_groups, candidates, is_uniform, recorded
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "quality-bytes.svg"
 WINDOW = 1024
@@ -27,8 +27,9 @@ def draw() -> None:
     from matplotlib import rc_context
 
     speeds, group = shown()
+    studied = [row for *_, rows in ablation_groups(QUALITY) for row in rows]
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": PICTURE.name}):
-        draw_comparison([*group, *speeds], PICTURE)
+        draw_comparison([*group, *speeds, *studied], PICTURE)
 
 
 if __name__ == "__main__":

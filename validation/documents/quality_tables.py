@@ -316,6 +316,32 @@ def compared_group(path: Path, file: Mapping[str, Any], group: list[Row]) -> lis
     return [told, table, f"```text\n{comparison.recommendation(entries)}\n```"]
 
 
+def ablation_groups(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
+    """Every text and length of window that the ablation was recorded on."""
+    return [
+        (path, file, group) for path, file in recorded(folder) for group in groups(file["rows"], comparison.ABLATION)
+    ]
+
+
+def ablation(folder: Path) -> str:
+    """Every combination of plain KIVI's options that was recorded, and what an option does in the mean over the others
+    where all were."""
+    parts = []
+    for path, file, group in ablation_groups(folder):
+        first, count = group[0], len(comparison.ablation_methods())
+        there = len(body := comparison.ablation_cells(group)[1])
+        what = f"{there} of {count} combinations, {first['text']}, {first['num_windows']} windows of"
+        what += f" {first['window']:,}, {first['chunk']} a step"
+        link = f"[{path.name}](../validation/results/quality/{path.name})"
+        ran = circumstances({**file, "rows": group})
+        parts += [f"{heading('Ablation', first, what)}; {ran} ({link}):"]
+        parts += [compact(comparison.ablation_cells(group)[0], body)]
+        if comparison.effects(group):
+            parts += ["In the mean over all other options, as a logarithm of perplexity against fp16:"]
+            parts += [compact(*comparison.effect_cells(group))]
+    return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "bars": bars,
     "bars short": short_bars,
@@ -325,4 +351,5 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "answers": answers,
     "peers": peers,
     "compared": compared,
+    "ablation": ablation,
 }

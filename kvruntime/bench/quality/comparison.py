@@ -149,9 +149,12 @@ def recommendation(found: Sequence[Entry]) -> str:
 
 def effects(group: Sequence[Row]) -> list[tuple[str, int, float, float]]:
     """``(option, value, mean bits, mean change of perplexity)`` of every value of :data:`GRID`, over the combinations
-    that have it; changes are averaged as logarithms."""
+    that have it; changes are averaged as logarithms.  Nothing while a combination is missing: means over unlike others
+    compare nothing."""
     base = uncompressed(group)
     names = {method.name: method for method in ablation_methods()}
+    if base is None or not names.keys() <= {row["method"] for row in group}:
+        return []
     out = []
     for option, values in GRID.items():
         for value in values:
@@ -186,6 +189,7 @@ def ablation_table(group: Sequence[Row]) -> str:
     what = f"{COMPRESSED}: bits x groups x residual x sinks, {first['text']}, {first['num_windows']} windows of"
     what += f" {first['window']:,}, {first['chunk']} a step"
     parts = [heading("ablation", first, what), plain(*ablation_cells(group))]
-    parts += ["what an option does in the mean over all others (log of perplexity against fp16):"]
-    parts += [plain(*effect_cells(group))]
+    if effects(group):
+        parts += ["what an option does in the mean over all others (log of perplexity against fp16):"]
+        parts += [plain(*effect_cells(group))]
     return "\n".join(parts)
