@@ -423,15 +423,16 @@ def hit_share(weights: Weights, num_tokens: Any, spread: float = 1.0) -> Any:
 def find_kernel(fixed: Constants, method: Method, layer: LayerShape, engine: str, q_per_kv: int) -> tuple[Kernel, bool]:
     """The measured kernel nearest to what ``engine`` runs on ``method``, and whether it unpacks codes.
 
-    A kernel is looked up as ``engine/width-layout`` (:func:`packed_layout`), ``engine/width-mha`` (one query head a kv
-    head), ``engine/width``, then ``width``; widths are ``fp16``, ``fp8`` (one byte an element and no scales) and
-    ``packed``.
+    A kernel is looked up as ``engine/coded-kernel`` where the method names its ``kernel``, ``engine/width-layout``
+    (:func:`packed_layout`), ``engine/width-mha`` (one query head a kv head), ``engine/width``, then ``width``; widths
+    are ``fp16``, ``fp8`` (one byte an element and no scales) and ``packed``.
     """
     width = method_width(method, layer)  # type: ignore[arg-type]  # every method is frozen
     layout = packed_layout(method, layer) if width == "packed" else ""
-    for name in kernel_names(width, engine.partition(":")[0], q_per_kv == 1, layout):
+    engine = engine.partition(":")[0]
+    for name in (f"{engine}/{coded(method)}", *kernel_names(width, engine, q_per_kv == 1, layout)):
         if name in fixed.kernels:
-            return fixed.kernels[name], width == "packed"
+            return fixed.kernels[name], width == "packed" or fixed.kernels[name].code_ops > 0
     raise LookupError(f"no attention kernel for {width}: timing.json has {', '.join(fixed.kernels)}")
 
 
@@ -439,6 +440,12 @@ def kernel_names(width: str, engine: str, mha: bool = False, layout: str = "") -
     """Names of a kernel or constant, the most particular first."""
     particular = [f"{engine}/{width}-{layout}"] * bool(layout) + [f"{engine}/{width}-mha"] * mha
     return [*particular, f"{engine}/{width}", width]
+
+
+def coded(method: Method) -> str:
+    """``coded-`` and the kernel of a method whose tokens are coded one by one; its ``inner``'s where it has one."""
+    kernel = getattr(getattr(method, "inner", method), "kernel", "")
+    return f"coded-{kernel}" if kernel else ""
 
 
 def packed_layout(method: Method, layer: LayerShape) -> str:

@@ -55,7 +55,7 @@ class Slot:
     def within(self, first: int, count: int, num_layers: int) -> Method:
         """A pipeline stage's share: the ends are the whole model's (:func:`kvsim.methods.by_layer.within`)."""
         kinds = [self.at(None, index, num_layers) for index in range(first, first + count)]
-        return Staged(self.preset, frozenset(index for index, kind in enumerate(kinds) if kind is not self))
+        return SlotStage(self.preset, frozenset(index for index, kind in enumerate(kinds) if kind is not self))
 
     def sections(self, layer: LayerShape) -> list[tuple[str, int]]:
         """``(part, bytes)`` of one slot.  Raises ``ValueError`` for a layer that has no value beside the key."""
@@ -84,7 +84,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Staged(Slot):
+class SlotStage(Slot):
     """Of a pipeline stage, whose layers ``ends`` are at the whole model's."""
 
     ends: frozenset[int] = frozenset()

@@ -85,6 +85,11 @@ class PerTokenHead:
         return 1
 
     @property
+    def kernel(self) -> str:
+        """What its attention reads, by which a model of time knows its kernel: all fp8 alike, whatever the scales."""
+        return self.format.partition("-")[0]
+
+    @property
     def name(self) -> str:
         base = f"{self.format}-token-head" if self.format.startswith("fp8") else self.format
         bits = DTYPE_BITS[self.scale_dtype]
@@ -158,6 +163,11 @@ class TurboQuant:
         if self.norm_correction not in (0, 1):
             raise ValueError(f"norm_correction {repr(self.norm_correction)[:40]}: allowed are 0 and 1")
         object.__setattr__(self, "norm_correction", bool(self.norm_correction))
+
+    @property
+    def kernel(self) -> str:
+        """As :attr:`PerTokenHead.kernel`; of keys and values that differ, the mean of their bits."""
+        return f"levels{(self.k_bits + self.v_bits) / 2:g}"
 
     @property
     def k_bits(self) -> float:

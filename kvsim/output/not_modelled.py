@@ -53,7 +53,7 @@ NOT_MODELLED: dict[str, tuple[str, ...]] = {
         "kernels other than those measured: packed codes are this project's kernel, in another engine carried over "
         "from it",
         "layouts that this project's portable kernel reads (3 bits, odd groups): slower than these times",
-        "kernels for tokens coded one by one: KIVI's stand for them (measured: 0.7 to 2.2 times what they say)",
+        "kernels for half bits, coded a token at a time: those of packed records stand for them",
         "fixed costs of a layer that grow with the batch (measured for one request: early break-evens are optimistic)",
         QUALITY,
     ),

@@ -35,7 +35,7 @@ from kvsim.latency.steps import (
     token_step,
 )
 from kvsim.layout import LayerShape, Method, mean_read_nbytes
-from kvsim.methods import Kivi, make_method
+from kvsim.methods import Evict, Kivi, PerTokenHead, TurboQuant, make_method
 from kvsim.models.load import load_model
 from kvsim.models.model import Model
 from kvsim.models.weight_storage import known_weights
@@ -419,6 +419,12 @@ def test_this_projects_kernels_are_those_that_fit_the_records_of_both_cards() ->
         one, other = fitted.kernels[name], fixed.kernels[name]
         assert (one.fixed, one.efficiency) == pytest.approx((other.fixed, other.efficiency), rel=5e-3)
     assert own.judged(rows, fitted)["kvruntime/packed"]["mean"] < 0.06
+    coded = own.widths_of_codes(rows)
+    assert set(coded) == {"coded-int8", "coded-int4", "coded-fp8", *(f"coded-levels{bits}" for bits in (2, 3, 4))}
+    for name in coded:
+        one, other = fitted.kernels[f"kvruntime/{name}"], fixed.kernels[f"kvruntime/{name}"]
+        assert (one.fixed, one.code_ops) == pytest.approx((other.fixed, other.code_ops), rel=2e-2)
+    assert all(each["mean"] < 0.12 for each in own.left_out(rows, fitted).values())  # shapes not seen
 
 
 def test_a_card_of_more_bandwidth_does_not_unpack_or_multiply_faster() -> None:
@@ -488,6 +494,11 @@ def test_kernels_by_engine_and_width() -> None:
     assert find_kernel(fixed, FP8, layer, "trtllm", 4) == (fixed.kernels["trtllm/fp8"], False)
     assert find_kernel(fixed, FP16, layer, "never-heard-of", 4) == (fixed.kernels["fp16"], False)
     assert find_kernel(fixed, KIVI, layer, "vllm", 4) == (fixed.kernels["packed"], True)
+    for method, name in ((TurboQuant(3), "levels3"), (PerTokenHead("fp8-e5m2"), "fp8"), (PerTokenHead("int4"), "int4")):
+        own = fixed.kernels[f"kvruntime/coded-{name}"]
+        assert find_kernel(fixed, method, layer, "kvruntime:generate", 4) == (own, True)
+        assert find_kernel(fixed, Evict(64, inner=method), layer, "kvruntime", 4) == (own, True)
+    assert find_kernel(fixed, TurboQuant(3.5), layer, "kvruntime", 4) == (fixed.kernels["kvruntime/packed"], True)
     assert fixed.kernels["trtllm/fp16"].item_is == "query_head"
 
 
@@ -635,9 +646,10 @@ def test_a_refit_gives_the_constants_in_use() -> None:
         (fixed.curve.power, fixed.curve.merge, fixed.curve.half), rel=2e-3
     )
     recorded, _ = attention.recorded_kernels(curve, rows.card, fixed.kernels["fp16"])
-    assert set(recorded) == {"packed", "kvruntime/packed", "kvruntime/fp16"}
+    assert set(recorded) == {"packed", *(name for name in fixed.kernels if name.startswith("kvruntime/"))}
     for name, kernel in recorded.items():
         assert kernel.efficiency == pytest.approx(fixed.kernels[name].efficiency, rel=2e-3), name
+        assert kernel.code_ops == pytest.approx(fixed.kernels[name].code_ops, rel=2e-2), name
     loads = [row for path in timing.DECODE for row in serving.load(path)]
     assert len(loads) == 1436
     again = serving.fit_first(loads, serving.fit_tokens(loads, fixed))

@@ -285,8 +285,8 @@ def recorded_kernels(curve: Curve, card: Hardware, engine: Kernel) -> tuple[dict
     kernels = {"packed": carried(packed, fit_recorded(plain, curve, card)[0], engine)}
     every = own.recorded_attention()  # of every card: these kernels' constants are one card's no more than another's
     fitted = own.kernels(every, replace(constants(), curve=curve))
-    names = ("kvruntime/packed", "kvruntime/fp16")
-    return kernels | {name: fitted.kernels[name] for name in names}, own.judged(every, fitted)
+    mine = {name: kernel for name, kernel in fitted.kernels.items() if name.startswith(f"{own.ENGINE}/")}
+    return kernels | mine, own.judged(every, fitted)
 
 
 FOLDS: dict[str, Callable[[Rows], np.ndarray]] = {

@@ -19,7 +19,7 @@ from kvsim.hardware import Hardware, find_hardware
 from kvsim.latency.attention_curve import Kernel
 from kvsim.latency.constants import Constants
 from kvsim.latency.profile import ITEM
-from kvsim.latency.roofline import Roofline, Serving
+from kvsim.latency.roofline import Roofline, Serving, coded
 from kvsim.layout import LayerShape, Method
 from kvsim.methods import method_named
 from kvsim.models.load import load_model
@@ -34,7 +34,8 @@ SOURCE = "fitted on this project's kernels on {}, python -m validation time"
 
 @dataclass(frozen=True)
 class Attention:
-    """A recorded layer's attention: by which kernel (``fp16`` or ``packed``), of what, on which card."""
+    """A recorded layer's attention: by which kernel (``fp16``, ``packed`` or :func:`kvsim.latency.roofline.coded`), of
+    what, on which card."""
 
     width: str
     model: Model
@@ -47,18 +48,23 @@ class Attention:
 
 
 def recorded_attention(folder: Path = RESULTS / "kernels") -> list[Attention]:
-    """The rows of this project's kernels, the portable one and ragged rows left out."""
+    """The rows of this project's kernels, KIVI's portable one and ragged rows left out."""
     out = []
     for path in sorted(folder.glob("*.json")):
         file = read_json(path, "record")
         card = find_hardware(file["device"]["name"])
         for row in file["rows"]:
             width = next((name for name, kind in KINDS.items() if kind == row["kind"]), None)
-            if width is None or row["ragged"] or "seconds" not in row or row.get("kernel", "fast") != "fast":
+            if width is None or row["ragged"] or "seconds" not in row:
                 continue
             try:
                 method = method_named("fp16" if width == "fp16" else row["method"])
             except LookupError:
+                continue
+            if hasattr(method, "inner"):
+                continue
+            width = coded(method) or width
+            if width == "packed" and row.get("kernel", "fast") != "fast":
                 continue
             model = load_model(row["model"])
             layer = LayerShape(row["num_kv_heads"], row["head_dim"], row["head_dim"])
@@ -82,6 +88,8 @@ def with_kernel(fixed: Constants, width: str, kernel: Kernel) -> Constants:
 
 
 PACKED = {"fixed": 2.6, "value": 1.6, "merge": 1.8, "half": 1.9, "code_ops": 2.6, "scale_ops": 12.0}
+CODED = {"fixed": 3.0, "code_ops": 4.0}
+"""Fitted of each kernel of coded tokens, of which a few shapes are recorded: all else is that of packed codes."""
 FULL = {"fixed": 0.5, "value": 0.6, "merge": 3.5, "half": 0.1, "efficiency": 0.91}
 UNITS = {"fixed": 1e-6, "value": 1e-6 / 512, "merge": 1e-6, "half": 1e3}
 """Of the fitted numbers: microseconds a launch, for 512 values, a split; thousands of tokens."""
@@ -95,16 +103,22 @@ def kernel_at(names: Sequence[str], point: Sequence[float], **more: Any) -> Kern
     return Kernel(**(start | more | values))
 
 
-def fit(rows: Sequence[Attention], fixed: Constants, width: str, efficiency: float | None = None) -> Kernel:
-    """The kernel of ``width`` that fits its rows best, by relative error.
+def fit(
+    rows: Sequence[Attention], fixed: Constants, width: str, efficiency: float | None = None,
+    packed: Kernel | None = None,
+) -> Kernel:  # fmt: skip
+    """The kernel of ``width`` that fits its rows best, by relative error; with ``packed`` but for :data:`CODED` that.
 
     ``efficiency``: the share of the bandwidth that packed codes stream at, which is that of the 16-bit kernel: where
     one card alone is fitted, its unpacking and its stream take about as long, and could not be told apart.
     """
-    start = PACKED if width == "packed" else FULL
+    start = CODED if packed else PACKED if width == "packed" else FULL
     own = [row for row in rows if row.width == width]
     measured = np.array([row.seconds for row in own])
-    more = {} if efficiency is None else {"efficiency": efficiency}
+    more: dict[str, Any] = {} if efficiency is None else {"efficiency": efficiency}
+    if packed:
+        same = ("value", "merge", "half", "efficiency")
+        more = {name: getattr(packed, name) for name in same}
     first = np.array(list(start.values()))
 
     def residuals(point: np.ndarray) -> np.ndarray:
@@ -123,13 +137,36 @@ def kernels(rows: Sequence[Attention], fixed: Constants) -> Constants:
     """``fixed`` with this project's kernels fitted to ``rows``."""
     full = fit(rows, fixed, "fp16")
     fixed = with_kernel(fixed, "fp16", full)
-    return with_kernel(fixed, "packed", fit(rows, fixed, "packed", full.efficiency))
+    packed = fit(rows, fixed, "packed", full.efficiency)
+    fixed = with_kernel(fixed, "packed", packed)
+    for width in widths_of_codes(rows):
+        fixed = with_kernel(fixed, width, fit(rows, fixed, width, packed=packed))
+    return fixed
+
+
+def widths_of_codes(rows: Sequence[Attention]) -> list[str]:
+    """The kernels of coded tokens in the order of ``rows``."""
+    return list(dict.fromkeys(row.width for row in rows if row.width not in KINDS))
+
+
+def left_out(rows: Sequence[Attention], fixed: Constants) -> dict[str, Any]:
+    """Errors of each kernel of coded tokens on its rows, each by the constants of its others."""
+    out = {}
+    for width in widths_of_codes(rows):
+        own = [row for row in rows if row.width == width]
+        found = []
+        for row in own:
+            others = [other for other in own if other is not row]
+            kernel = fit(others, fixed, width, packed=fixed.kernels[f"{ENGINE}/packed"])
+            found.append(seconds([row], with_kernel(fixed, width, kernel))[0])
+        out[f"{ENGINE}/{width}"] = errors(np.array(found), np.array([row.seconds for row in own]))
+    return out
 
 
 def judged(rows: Sequence[Attention], fixed: Constants) -> dict[str, Any]:
     """Errors by kernel."""
     out = {}
-    for width in KINDS:
+    for width in (*KINDS, *widths_of_codes(rows)):
         own = [row for row in rows if row.width == width]
         if own:
             out[f"{ENGINE}/{width}"] = errors(seconds(own, fixed), np.array([row.seconds for row in own]))

@@ -64,7 +64,8 @@ def own_study() -> tuple[Constants, dict[str, Any]]:
     rows = own.recorded_attention()
     fixed = shortened(own.kernels(rows, fixed))
     attention = found["attention"]["recorded"] | own.judged(rows, fixed)
-    found["attention"] = found["attention"] | {"recorded": attention, "carried": own.carried(rows, fixed)}
+    apart = {"carried": own.carried(rows, fixed), "left_out": own.left_out(rows, fixed)}
+    found["attention"] = found["attention"] | {"recorded": attention} | apart
     fixed, found["steps"] = steps_study(fixed)
     return fixed, found
 
@@ -210,6 +211,7 @@ def attention_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     body = [_line(f"held out: {name}", each) for name, each in curves["held_out"].items()]
     body += [_line(f"{name}, batch held out", each) for name, each in curves["by_kernel"].items()]
     body += [_line(f"{name}, in sample", each) for name, each in curves["recorded"].items()]
+    body += [_line(f"{name}, each row by its others", each) for name, each in curves.get("left_out", {}).items()]
     for cards, kernels in curves.get("carried", {}).items():
         body += [_line(f"{name}, {cards}", each) for name, each in kernels.items()]
     body += [_line("in sample", curves["in_sample"]), _line("bytes over peak bandwidth", curves["peak"])]
