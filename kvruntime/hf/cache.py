@@ -96,9 +96,9 @@ class Forward:
         """Raises ``ValueError`` where a forward ended between layers, before another is silently wrong."""
         if torch.compiler.is_compiling():
             return
-        if self.open:
-            self._judge(layers)
         columns = [_columns(layer) for layer in layers]
+        if self.open:
+            self._judge(columns)
         self._check(layers, columns)
         self.before, self.open, self.states = columns, True, 0
 
@@ -108,12 +108,14 @@ class Forward:
             return
         self.open = False
         if raised:
-            self._judge(layers)
+            self._judge([_columns(layer) for layer in layers])
             for layer in packed(layers):
                 layer.pending = False
 
-    def _judge(self, layers: Sequence[Any]) -> None:
-        held = [_columns(layer) for layer in layers]
+    def _judge(self, held: list[int | None]) -> None:
+        """Whether a forward ended half-way, whose layers hold ``held`` columns now."""
+        if held == self.before and not self.states:
+            return
         counts = {count for count in held if count is not None}
         self.unfinished = self.unfinished or (held != self.before and len(counts) > 1)
         if self.states and held == self.before:
@@ -693,12 +695,15 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         """``layer_idx``; in a pipeline stage that lacks it the first layer of its kind that is here; where it counts no
         tokens the first that does."""
         layer = self.layers[layer_idx]
+        counts = getattr(layer, "is_packed", False) or isinstance(layer, exact.WindowLayer)
+        if counts and layer.is_initialized:
+            return layer_idx
         if isinstance(layer, exact.WindowLayer):
             alike = [index for index, other in enumerate(self.layers) if isinstance(other, exact.WindowLayer)]
         else:
             alike = [index for index, other in enumerate(self.layers) if isinstance(other, CacheLayer)]
         here = [index for index in alike if self.layers[index].is_initialized]
-        if layer_idx in here or (layer_idx in alike and not here):
+        if counts and not here:
             return layer_idx
         return here[0] if here else alike[0]
 
