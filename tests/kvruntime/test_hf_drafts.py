@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not in
 pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
+from count_ops import Ops  # noqa: E402
 from hf_models import DEVICE, prompt, tiny  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
@@ -197,6 +198,20 @@ def test_padding_among_several_tokens_is_the_hosts(stepping, at_once):
         with pytest.raises(ValueError, match="the rest is padding in some rows and tokens in others"):
             each.crop(-(at - 40))
     agree(caches[0])
+
+
+@torch.no_grad()
+def test_taking_tokens_back_reads_nothing_from_the_device(stepping):
+    """And writes to it once for all layers, and to what steps count."""
+    model, inputs = tiny("Llama"), prompt(2, 40, (0, 9))
+    cache = make_cache(model, *KIVI[:1], **KIVI[1])
+    model(**inputs, **argument(cache))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["input_ids"][:, :5])], 1)
+    model(inputs["input_ids"][:, :5], attention_mask=mask, **argument(cache))
+    with Ops() as ops:
+        cache.crop(-2)
+    assert ops.counts == {"select": len(cache.layers), "_foreach_sub_": 1, "sub_": 2}
+    agree(cache)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,8 +13,8 @@ torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not in
 pytest.importorskip("transformers", reason="the runtime extra (transformers) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
+from count_ops import Ops  # noqa: E402
 from hf_models import DEVICE, prompt, tiny  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kvruntime import make_cache  # noqa: E402
 from kvruntime.hf.attention import attention as attend_through_cache  # noqa: E402
@@ -196,18 +195,6 @@ def test_a_generation_never_looks_at_its_masks(on_device, monkeypatch):
     out = model.generate(**inputs, **argument(cache), pad_token_id=0, max_new_tokens=12)
     assert not any(looked)
     assert torch.equal(out, model.generate(**inputs, pad_token_id=0, max_new_tokens=12))
-
-
-class Ops(TorchDispatchMode):
-    """Counts what PyTorch is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", [Kivi(residual_length=32), kivi_boost(residual_length=64)], ids=["kivi", "boost"])
