@@ -29,8 +29,9 @@ from kvruntime.hf.fused import fused
 WARM = 2
 """Steps that run as they are before one is captured: kernels are compiled and libraries allocate.  None where the
 process has run the model's step with such a cache before."""
-HELD = 8
-"""Graphs of one cache at most, each of another number of tokens a row; that of one token stays."""
+HELD = 16
+"""Graphs of one cache at most, each of another number of tokens a row.  Steps of further numbers run as they are: to
+capture one takes as long as a few of them."""
 KNOWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")
 """Tensors that a step of several tokens may be told: with others it may be a prompt with images."""
 
@@ -107,7 +108,7 @@ class Graphs:
         self.warm: dict[int, tuple[tuple[object, ...], int]] = {}
         """By the tokens a row of a step what the last ones had in common, and how many they were."""
         self.held: dict[int, Graph] = {}
-        """By the tokens a row, the last used last."""
+        """By the tokens a row."""
         self.weights: Weights | None = None
         self.failed = ""
         self.several = True
@@ -161,10 +162,11 @@ class Graphs:
                 return forward(*args, **kwargs)
             counts.make_room()
             tokens, addresses = counts.at_once, (*counts.addresses, *counts.addresses_beside)
-            graph = self.held.pop(tokens, None)
+            graph = self.held.get(tokens)
             if graph is None or graph.like != inputs.like or graph.addresses != addresses:
                 self.held = {each: other for each, other in self.held.items() if other.addresses == addresses}
-                if not self._is_warm(model, inputs, addresses):
+                full = tokens > 1 and tokens not in self.held and len(self.held) >= HELD
+                if full or not self._is_warm(model, inputs, addresses):
                     with fused(model):  # what the graph will hold is compiled now
                         return forward(*args, **kwargs)
                 with fused(model):
@@ -172,13 +174,13 @@ class Graphs:
                 if graph is None:
                     return forward(*args, **kwargs)
                 _SEEN.setdefault(model, set()).add(self._kind(inputs))
-            self._keep(tokens, graph)
+            self.held[tokens] = graph
             return self._replay(graph, inputs)
 
     def _is_warm(self, model: torch.nn.Module, inputs: Inputs, addresses: tuple[int, ...]) -> bool:
         """Whether enough steps like this one have run as they are; it is counted."""
-        if self._kind(inputs) in _SEEN.get(model, ()):
-            return True
+        if self.counts.at_once not in self.held and self._kind(inputs) in _SEEN.get(model, ()):
+            return True  # nor does it take the place of steps with other arguments, which may come in turn
         state, (last, count) = (*inputs.like, addresses), self.warm.get(self.counts.at_once, ((), 0))
         count = count + 1 if state == last else 1
         self.warm[self.counts.at_once] = state, count
@@ -187,12 +189,6 @@ class Graphs:
     def _kind(self, inputs: Inputs) -> tuple[object, ...]:
         """What a step's kernels are compiled for."""
         return (*inputs.like, *self.counts.kind)
-
-    def _keep(self, tokens: int, graph: Graph) -> None:
-        """``graph`` is the last used; of too many the one that was longest not used goes."""
-        self.held[tokens] = graph
-        if len(self.held) > HELD:
-            del self.held[next(each for each in self.held if each > 1)]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

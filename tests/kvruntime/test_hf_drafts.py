@@ -308,13 +308,13 @@ def own():
 
 @torch.no_grad()
 def test_every_number_of_tokens_has_a_graph(played, monkeypatch):
-    """After two steps of it in a process's first cache, at once in the next one's; the ones least used go."""
-    model, ids = own(), prompt(1, 400)["input_ids"]
+    """After two steps of it in a process's first cache, at once in the next one's; not all at once have one."""
+    model, ids = own(), prompt(1, 600)["input_ids"]
     planned = make_cache(model, *KIVI[:1], compiled=False, **KIVI[1])
-    place = torch.arange(400, device=DEVICE)[None]
+    place = torch.arange(600, device=DEVICE)[None]
     sizes = [100, *[1, 2, 3] * 4, *range(4, 12), *[3, 1] * 2]
     for caches in range(2):
-        cache, at = make_cache(model, *KIVI[:1], max_seq_len=400, **KIVI[1]), 0
+        cache, at = make_cache(model, *KIVI[:1], max_seq_len=600, **KIVI[1]), 0
         for length in sizes:
             part = {"input_ids": ids[:, at : at + length], "position_ids": place[:, at : at + length]}
             got = model(**part, **argument(cache)).logits
@@ -326,20 +326,31 @@ def test_every_number_of_tokens_has_a_graph(played, monkeypatch):
         assert agree_on_cpu == [[at]] * len(cache.stores)
         if not caches:
             assert played == [1, 2, 3]
-            assert list(cache.graphs.held) == [2, 3, 1]
+            assert list(cache.graphs.held) == [1, 2, 3]
             assert cache.steps == "CUDA graphs of 1, 2, 3 tokens a row"
             played.clear()
     assert played == [1, 2, 3]  # of the others one step was made: they run as they are
     monkeypatch.setattr(graphs, "WARM", 0)
-    for length in (*range(4, 4 + graphs.HELD), 1):
-        model(ids[:, :length], position_ids=place[:, at : at + length], **argument(cache))
+    del cache.graphs.held[1]
+    played.clear()
+    for length in (*range(2, 6 + graphs.HELD), 1):
+        model(input_ids=ids[:, :length], position_ids=place[:, at : at + length], **argument(cache))
         at += length
-    assert list(cache.graphs.held) == [*range(5, 4 + graphs.HELD), 1]
-    for length in (2, 4):  # both went
-        played.clear()
-        model(ids[:, :length], position_ids=place[:, at : at + length], **argument(cache))
-        at += length
-        assert played == [length]
+    assert played == [*range(4, 2 + graphs.HELD), 1]
+    assert list(cache.graphs.held) == [*range(2, 2 + graphs.HELD), 1]
+
+
+@torch.no_grad()
+def test_steps_with_other_arguments_in_turn_are_not_captured_again_and_again(played):
+    model, ids = own(), prompt(1, 400)["input_ids"]
+    cache, place = make_cache(model, *KIVI[:1], **KIVI[1]), torch.arange(400, device=DEVICE)[None]
+    model(ids[:, :100], position_ids=place[:, :100], **argument(cache))
+    for at in range(100, 124):
+        kind = {"output_hidden_states": True} if at > 104 and at % 2 else {}
+        out = model(ids[:, at : at + 1], position_ids=place[:, at : at + 1], **kind, **argument(cache))
+        assert bool(out.hidden_states) == bool(kind)
+    assert len(played) <= 6
+    assert cache.stores[0].row_lengths == [124]
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "OPT", "GPT-NeoX", "Qwen3-MoE", "Gemma", "Cohere"])
