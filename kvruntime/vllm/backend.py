@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_pp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
@@ -227,7 +228,8 @@ class PagedImpl(AttentionImpl[Rows]):
         self.pages[heads, head_size] = self.shape
         self.exact: ExactCache | None = None
         if self.shape.exact_tokens:
-            self.exact_name = f"{NAME}_exact.{number}"
+            stage = get_pp_group().rank_in_group * config.model_config.get_total_num_hidden_layers()
+            self.exact_name = f"{NAME}_exact.{stage + number}"  # vLLM merges what stages name alike
             self.exact = ExactCache(exact_spec(self.shape, heads, head_size, dtype, config))
             layers[self.exact_name] = self.exact
         self.longest, self.most_rows = config.model_config.max_model_len, config.scheduler_config.max_num_seqs

@@ -72,7 +72,6 @@ def refuse(config: Any) -> None:
         f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype not in ("auto", *CACHE_DTYPES),
         "disable_hybrid_kv_cache_manager, which a connector may switch on: exact tokens would stay": no_windows,
         "a KV connector": getattr(config, "kv_transfer_config", None) is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         f"speculative decoding by {drafts!r}, allowed are {', '.join(DRAFTS)}": drafts is not None

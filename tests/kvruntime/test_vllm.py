@@ -92,7 +92,6 @@ def test_options_that_are_refused(given: dict[str, object], why: str) -> None:
         ({"cache_config__cache_dtype": "fp8"}, "not in vLLM with --kv-cache-dtype fp8"),
         ({"scheduler_config__disable_hybrid_kv_cache_manager": True}, "with disable_hybrid_kv_cache_manager"),
         ({"kv_transfer_config": object()}, "with a KV connector"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "with pipeline parallelism"),
         ({"parallel_config__decode_context_parallel_size": 2}, "with context parallelism"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding by 'eagle', allowed are ngram"),
         ({"model_config__is_hybrid": True}, "a hybrid model of attention and states"),
