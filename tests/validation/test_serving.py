@@ -32,7 +32,12 @@ INFO 11-30 19:27:13 [gpu_worker.py:857] Replace gpu_memory_utilization config wi
 {"requests": 8, "prompt": 8192, "new": 64, "real": true, "seconds": 2.8132, "at_once": 8, "step_ms": 5.6637}
 {"requests": 8, "prompt": 8192, "new": 64, "real": true, "seconds": 2.05, "at_once": 8, "step_ms": 5.7}
 """
-ABOUT = {"device_name": "card", "versions": {"vllm": "0.26.0"}, "commit": "0" * 40, "command": "python vllm-decode.py"}
+ABOUT = {
+    "device_name": "NVIDIA H200",
+    "versions": {"vllm": "0.26.0"},
+    "commit": "0" * 40,
+    "command": "python vllm-decode.py",
+}
 
 
 @pytest.fixture
@@ -88,6 +93,9 @@ def test_pools_are_predicted_from_the_memory_that_is_printed(record: Path) -> No
     exact, rounded = (each for each in verdicts(collect([record]).points) if "pool" in each.claim.name)
     assert (exact.claim.name, exact.holds, rounded.claim.name) == ("vLLM's pool", True, "vLLM's pool, rounded")
     assert rounded.worst < 1e-4
+    steps = [point for point in collect([record]).points if point.claim == "vLLM"]
+    assert [point.measured for point in steps] == [5.7e-3, 7.2e-3]
+    assert max(abs(point.error) for point in steps) < 0.1
     changed = json.loads(record.read_text())
     changed["rows"][0]["num_tokens"] += 61  # a block
     record.write_text(json.dumps(changed))

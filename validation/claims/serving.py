@@ -17,6 +17,9 @@ from kvsim.analysis.doctor import vllm_lines as lines
 from kvsim.analysis.doctor.log import NUMBER, Log, gib, number
 from kvsim.analysis.doctor.vllm import SPARE
 from kvsim.engines import Vllm
+from kvsim.hardware import find_hardware
+from kvsim.latency.roofline import Serving
+from kvsim.latency.steps import Step, decode_step
 from kvsim.layout import Method
 from kvsim.methods import make_method
 from kvsim.models.load import load_model
@@ -161,3 +164,10 @@ def pools(row: Row) -> tuple[int, int]:
     size = row["memory_nbytes"] or int(row["memory_gib"] * (1 << 30))
     pool = Vllm(**limits).pool(load_model(row["model"]), method, size, row["max_model_len"])
     return pool.num_gpu_blocks, pool.num_tokens
+
+
+def step(row: Row) -> Step:
+    """A step of decoding of a load by kvsim: of the requests that were under way, half of their new tokens made."""
+    method, model, card = rebuild_method(row["method"]), load_model(row["model"]), find_hardware(row["device_name"])
+    held = row["prompt_tokens"] + row["new_tokens"] // 2
+    return decode_step(model, method, card, row["at_once"], held, Serving(engine=Vllm()))

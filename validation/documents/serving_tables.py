@@ -27,7 +27,8 @@ def block(arguments: str) -> str:
 
 
 def loads(rows: Sequence[Row]) -> str:
-    """A table a run: of each load two lines, a step of decoding and the whole with its tokens a second over bf16's."""
+    """A table a run: of each load three lines, a step of decoding, kvsim's, and the whole with its tokens a second over
+    bf16's."""
     found = [row for row in rows if row["kind"] == "load"]
     out = []
     for run in dict.fromkeys(row["run"] for row in found):
@@ -39,6 +40,7 @@ def loads(rows: Sequence[Row]) -> str:
             requests, prompt, new, computed = load
             title = f"{requests} x {prompt:,}, {new} new{', prompts computed' if computed else ''}"
             body.append([f"{title}: ms a step", *(_step(cells.get(name)) for name in names)])
+            body.append(["the same by kvsim", *(_predicted(cells.get(name)) for name in names)])
             body.append(["the same: s for all", *(_whole(cells.get(name), cells.get(serving.BASE)) for name in names)])
         hashes = ", ".join(dict.fromkeys(commit(row, row) for row in own))
         out.append(compact([f"{run} (commit {hashes})", *names], body, left=(0,)))
@@ -55,6 +57,10 @@ def _step(row: Row | None) -> str:
         return "–"
     few = f" ({row['at_once']} at once)" if row["at_once"] < row["requests"] else ""
     return f"{1e3 * serving.steady(row['step_seconds']):.2f}{few}"
+
+
+def _predicted(row: Row | None) -> str:
+    return "–" if row is None else f"{1e3 * serving.step(row).seconds.value:.2f}"
 
 
 def _whole(row: Row | None, base: Row | None) -> str:

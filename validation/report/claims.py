@@ -101,6 +101,12 @@ CLAIMS = (
     Claim("stock generate, new lengths, calibrated", f"The same {OF_RUN}", "s", (0.08, 0.25)),
     Claim("stock generate, new lengths, calibrated, another day", f"The same {OF_DAY}", "s", HOSTS),
     Claim("stock generate, compiled", "A step with transformers' static cache, as stated", "s", (0.08, 0.26)),
+    Claim(
+        "vLLM",
+        "A decode step in vLLM: the plugin's caches, fp8 and bf16; nothing is fitted on these",
+        "s",
+        (0.10, 0.30),
+    ),
     Claim("every runtime", "A decode step under any of the runtimes above, as stated", "s", (0.06, 0.40), of=RUNTIMES),
     Claim(
         "every runtime, calibrated",

@@ -368,15 +368,22 @@ FIGURES: dict[str, Callable[[Row, str, str], Point]] = {
 
 
 def _served(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
-    """Rows of serving: the pools.  Loads are held to bf16's of their run, and predicted by nothing."""
+    """Rows of serving: pools, and the steps of loads."""
     for row in file["rows"]:
-        if row["kind"] != "pool":
-            found.leave(f"{row['kind']} of vLLM", "held to bf16's of its run, or replayed: nothing predicts it")
+        if row["kind"] not in ("pool", "load") or row.get("at_once") == 0:
+            found.leave(f"{row['kind']} of vLLM", "a run replayed in transformers, or a load without steps of decoding")
             continue
         factors = {"model": row["model"], "method": row["method"]["name"], "card": row["device_name"]}
-        factors["size"] = f"requests of {row['max_model_len']:,} tokens"
-        claim = "vLLM's pool" if row["memory_nbytes"] else "vLLM's pool, rounded"
-        found.take([Point(claim, float(serving.pools(row)[1]), float(row["num_tokens"]), factors, name)])
+        if row["kind"] == "pool":
+            factors["size"] = f"requests of {row['max_model_len']:,} tokens"
+            claim = "vLLM's pool" if row["memory_nbytes"] else "vLLM's pool, rounded"
+            found.take([Point(claim, float(serving.pools(row)[1]), float(row["num_tokens"]), factors, name)])
+        else:
+            step, seconds = serving.step(row), row["step_seconds"]
+            factors |= {"size": f"{row['at_once']} x {row['prompt_tokens']:,}", "rows": f"{row['at_once']} rows"}
+            spread = (min(seconds), max(seconds))
+            point = Point("vLLM", step.seconds.value, serving.steady(seconds), factors, name, step.parts, spread)
+            found.take([point])
 
 
 READERS: dict[str, Callable[[dict[str, Any], str, Collection, dict[str, Profile]], None]] = {
