@@ -90,10 +90,11 @@ def test_loads_are_held_to_bf16_of_their_run(record: Path, capsys: pytest.Captur
 
 
 def test_pools_are_predicted_from_the_memory_that_is_printed(record: Path) -> None:
-    exact, rounded = (each for each in verdicts(collect([record]).points) if "pool" in each.claim.name)
-    assert (exact.claim.name, exact.holds, rounded.claim.name) == ("vLLM's pool", True, "vLLM's pool, rounded")
-    assert rounded.worst < 1e-4
-    steps = [point for point in collect([record]).points if point.claim == "vLLM"]
+    found = collect([record])
+    (pool,) = (each for each in verdicts(found.points) if each.claim.name == "vLLM's pool")
+    assert pool.holds
+    assert [left.what for left in found.uncovered] == ["pool of vLLM"]  # the log of the other gives GiB
+    steps = [point for point in found.points if point.claim == "vLLM"]
     assert [point.measured for point in steps] == [5.7e-3, 7.2e-3]
     assert max(abs(point.error) for point in steps) < 0.1
     changed = json.loads(record.read_text())

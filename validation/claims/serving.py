@@ -15,7 +15,6 @@ from typing import Any
 
 from kvsim.analysis.doctor import vllm_lines as lines
 from kvsim.analysis.doctor.log import NUMBER, Log, gib, number
-from kvsim.analysis.doctor.vllm import SPARE
 from kvsim.engines import Vllm
 from kvsim.hardware import find_hardware
 from kvsim.latency.roofline import Serving
@@ -63,8 +62,8 @@ def read_log(path: Path, about: Row) -> list[Row]:
         raise ValueError(f"{path}: neither the log nor --about says {', '.join(absent)}")
     base = known | {"model": MODEL, "weights": "dummy", "method": describe_method(_method(log))}
     given = log.number(rf"'kv_cache_memory_bytes': {NUMBER}")
-    suggested = log.number(lines.SUGGESTED) if log.find(lines.AS_PLANNED) else None
-    nbytes = given or (None if suggested is None else suggested + SPARE)
+    suggested = lines.suggested(log, gib(size[1]))
+    nbytes = given or (None if suggested is None else suggested[1])
     pool: Row = {"kind": "pool", "num_gpu_blocks": heads[0]["blocks"], "num_tokens": int(tokens)}
     pool |= {"concurrency": number(requests[1][2]), "max_model_len": int(number(requests[1][1]))}
     pool |= {"memory_gib": gib(size[1]), "memory_nbytes": None if nbytes is None else int(nbytes)}
@@ -161,8 +160,8 @@ def kept(rows: Sequence[Row]) -> str:
 def pools(row: Row) -> tuple[int, int]:
     """Blocks and tokens of a pool by today's kvsim, from the memory that its log says."""
     method, limits = rebuild_method(row["method"]), {name: row[name] for name in STEP_LIMITS}
-    size = row["memory_nbytes"] or int(row["memory_gib"] * (1 << 30))
-    pool = Vllm(**limits).pool(load_model(row["model"]), method, size, row["max_model_len"])
+    size = row["memory_nbytes"] or row["memory_gib"] * (1 << 30)
+    pool = Vllm(**limits).pool(load_model(row["model"]), method, int(size), row["max_model_len"])
     return pool.num_gpu_blocks, pool.num_tokens
 
 

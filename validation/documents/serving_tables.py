@@ -78,17 +78,16 @@ def pools(rows: Sequence[Row]) -> str:
     for name in sorted(found, key=_place):
         row = found[name]
         blocks, tokens = serving.pools(row)
-        source = "bytes" if row["memory_nbytes"] else f"{row['memory_gib']:.2f} GiB"
         times = row["concurrency"] / base["concurrency"]
         body.append(
             [
-                *(name, f"{row['num_gpu_blocks']:,}", f"{blocks:,}", f"{row['num_tokens']:,}", f"{tokens:,}", source),
+                *(name, f"{row['num_gpu_blocks']:,}", f"{blocks:,}", f"{row['num_tokens']:,}", f"{tokens:,}"),
                 *(f"{row['concurrency']:.2f}", f"{times:.2f}"),
             ]
         )
     longest = f"requests of {base['max_model_len']:,} tokens"
-    head = ["cache", "blocks", "kvsim's", "KV cache size, tokens", "kvsim's", "from", longest, "times bf16's"]
-    return compact(head, body, left=(0, 5))
+    head = ["cache", "blocks", "kvsim's", "KV cache size, tokens", "kvsim's", longest, "times bf16's"]
+    return compact(head, body, left=(0,))
 
 
 def agreement(rows: Sequence[Row]) -> str:

@@ -62,9 +62,11 @@ CLAIMS = (
     Claim("memory by phase", "What the allocator holds, and at the most, by phase", "B", (0.001, 0.005)),
     Claim("resident memory", "What a filled cache adds to the process on a CPU", "B", (0.03, 0.08)),
     Claim(
-        "vLLM's pool", "Tokens of vLLM's pool under kvruntime's plugin, from its memory in bytes", "tokens", (0.0, 0.0)
+        "vLLM's pool",
+        "Tokens of vLLM's pool, from the bytes in its log: the plugin's caches, fp8, bf16",
+        "tokens",
+        (0.0, 0.0),
     ),
-    Claim("vLLM's pool, rounded", "The same from GiB with two decimals, of any cache", "tokens", (1e-4, 1e-4)),
     Claim("largest batch", "The largest batch that fits a card", "rows", (0.0, 0.0)),
     Claim("attention", "Decode attention of one layer, this project's kernels", "s", (0.06, 0.25)),
     Claim("attention, coded tokens", "The same of kernels for tokens coded one by one, in sample", "s", (0.04, 0.12)),

@@ -367,17 +367,23 @@ FIGURES: dict[str, Callable[[Row, str, str], Point]] = {
 }
 
 
+LEFT_OF_VLLM = {
+    "agreement": "replayed in transformers: nothing predicts rounding",
+    "load": "without steps of decoding",
+    "pool": "of a log that gives its memory to 0.01 GiB",
+}
+
+
 def _served(file: dict[str, Any], name: str, found: Collection, _: dict[str, Profile]) -> None:
     """Rows of serving: pools, and the steps of loads."""
     for row in file["rows"]:
-        if row["kind"] not in ("pool", "load") or row.get("at_once") == 0:
-            found.leave(f"{row['kind']} of vLLM", "a run replayed in transformers, or a load without steps of decoding")
+        if row["kind"] == "agreement" or not row.get("at_once", row.get("memory_nbytes")):
+            found.leave(f"{row['kind']} of vLLM", LEFT_OF_VLLM[row["kind"]])
             continue
         factors = {"model": row["model"], "method": row["method"]["name"], "card": row["device_name"]}
         if row["kind"] == "pool":
             factors["size"] = f"requests of {row['max_model_len']:,} tokens"
-            claim = "vLLM's pool" if row["memory_nbytes"] else "vLLM's pool, rounded"
-            found.take([Point(claim, float(serving.pools(row)[1]), float(row["num_tokens"]), factors, name)])
+            found.take([Point("vLLM's pool", float(serving.pools(row)[1]), float(row["num_tokens"]), factors, name)])
         else:
             step, seconds = serving.step(row), row["step_seconds"]
             factors |= {"size": f"{row['at_once']} x {row['prompt_tokens']:,}", "rows": f"{row['at_once']} rows"}

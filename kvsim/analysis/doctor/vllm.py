@@ -52,10 +52,6 @@ SWAP_GIB = 4
 """``--swap-space`` where nothing is said."""
 V0_WHOLE = 32768
 """``max_model_len`` up to which V0 takes a prompt in one step."""
-SPARE = 150 << 20
-"""Bytes of the cache's memory that the ``--kv-cache-memory`` which vLLM suggests leaves free."""
-PRINTED = 0.0051
-"""GiB that a figure of two decimals is off by at the most."""
 RANKS_APART = 0.25
 """Ranks of one model differ by less than this share of the pool's memory."""
 KV_SPELLINGS = {
@@ -409,21 +405,11 @@ class _Boot:
         if high > low:
             cause += f"; {len(sizes)} ranks have {low:.2f} to {high:.2f}, the fewest blocks are the pool"
         self._add(found, "KV cache memory", "GiB", predicted, reported, cause)
-        return (self._suggested(reported) if len(sizes) == 1 else None) or _Memory(reported, True)
-
-    def _suggested(self, reported: float) -> _Memory | None:
-        """The memory for the cache in bytes: the ``--kv-cache-memory`` that vLLM suggests keeps :data:`SPARE` of it,
-        and what graphs took more than was planned for them.  None where the log does not say that they took no more,
-        or the sum is not what was printed."""
-        found = self.log.find(lines.SUGGESTED)
-        eager = self.log.find(r"enforce_eager=True|'enforce_eager': True")
-        if found is None or (self.log.find(lines.AS_PLANNED) or eager) is None:
-            return None
-        suggested = number(found[1][1])
-        size = (suggested + SPARE) / GIB
-        if abs(size - reported) > PRINTED:
-            return None
-        return _Memory(size, True, f"the {suggested:,.0f} B that line {found[0]} suggests, and 150 MiB")
+        suggested = lines.suggested(self.log, reported) if len(sizes) == 1 else None
+        if suggested is None:
+            return _Memory(reported, True)
+        at, nbytes = suggested
+        return _Memory(nbytes / GIB, True, f"{nbytes:,.0f} B, of the --kv-cache-memory that line {at} suggests")
 
     def _rank_sizes(self) -> list[_RankSize]:
         """The memory of every rank that prints it, or prints what is not cache."""

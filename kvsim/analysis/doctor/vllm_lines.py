@@ -10,7 +10,7 @@ import ast
 import re
 from dataclasses import dataclass
 
-from kvsim.analysis.doctor.log import NUMBER, QUANTITY, RANK, Log
+from kvsim.analysis.doctor.log import GIB, NUMBER, QUANTITY, RANK, Log, gib, number
 
 ENGINE = r"Initializing an? (?:(V\d) )?LLM engine"
 START = r"API server version|non-default args|args: Namespace"
@@ -55,7 +55,13 @@ AVAILABLE = (
     rf"Current kv cache memory in use is {QUANTITY}",
 )
 SUGGESTED = rf"--kv-cache-memory={NUMBER}` \([\d.]+ GiB\) to fit into requested memory"
-AS_PLANNED = r"CUDA graph pool memory: .{0,80}difference: 0\.0 GiB \(0\.0%\)"
+GRAPH_POOL = (
+    rf"CUDA graph pool memory: {QUANTITY} \(actual\), {QUANTITY} \(estimated\), difference: .{{0,20}}\({NUMBER}%\)"
+)
+SPARE = 150 << 20
+"""Bytes of the cache's memory that the ``--kv-cache-memory`` which vLLM suggests leaves free."""
+PRINTED = 0.0051
+"""GiB that a figure of two decimals is off by at the most."""
 NOT_CACHE = rf"Total non KV cache memory: {QUANTITY}"
 MEMORY = (
     rf"total_memory[ \t]*=[ \t]*{QUANTITY}",
@@ -133,6 +139,25 @@ def _replica(line: str) -> int | None:
     process = RANK.search(line)
     found = re.search(r"DP(\d+)", process[0]) if process else None
     return int(found[1]) if found else None
+
+
+def suggested(log: Log, reported: float) -> tuple[int, float] | None:
+    """The line where vLLM suggests a ``--kv-cache-memory``, and the bytes of the cache's memory (``reported``: in GiB)
+    that follow: the suggestion, :data:`SPARE`, and what graphs took more than was planned for them, or less.
+
+    None where the log does not say that they took the same, or both ways, or neither, give what was reported.
+    """
+    found, graphs = log.find(SUGGESTED), log.find(GRAPH_POOL)
+    if found is None:
+        return None
+    size, apart = number(found[1][1]) + SPARE, 0.0
+    if graphs is not None:
+        apart = number(graphs[1][5]) / 100 * gib(graphs[1]) * GIB
+    elif log.find(r"enforce_eager=True|'enforce_eager': True") is None:
+        return None
+    ways = {size - apart, size + apart}
+    fits = [way for way in ways if abs(way / GIB - reported) <= PRINTED]
+    return (found[0], fits[0]) if len(fits) == 1 else None
 
 
 def model_name(log: Log) -> str | None:
