@@ -65,7 +65,7 @@ def asked_of(loaded: LoadedModel, given: Mapping[str, Any], haystack: str, data:
 
 
 @dataclass
-class Together:
+class Call:
     """Parts of one task that every contender answers in one call: a batch need not be of one part.
 
     ``given``: of a contender's name and a part's, what the call gave for it, until its row takes it.
@@ -75,17 +75,17 @@ class Together:
     given: dict[tuple[str, str], Row] = field(default_factory=dict)
 
 
-def together(parts: Sequence[Part], batch: int) -> list[Together]:
+def together(parts: Sequence[Part], batch: int) -> list[Call]:
     """``parts`` in calls of at most ``batch`` examples: generated answers of one length to prompts of one length go
     together.  A call is always of the same parts, wherever a run went on."""
-    out: list[Together] = []
-    room: dict[tuple[object, ...], Together] = {}
+    out: list[Call] = []
+    room: dict[tuple[object, ...], Call] = {}
     for part in parts:
         like = (part.about.get("length"), part.max_new_tokens, part.stop, part.chat)
         found = room.get(like)
         alone = part.continues or part.follows or "length" not in part.about
         if alone or found is None or sum(len(one.examples) for one in (*found.parts, part)) > batch:
-            found = Together([])
+            found = Call([])
             out.append(found)
             if not alone:
                 room[like] = found
@@ -127,7 +127,7 @@ def answer_tasks(
         measure = partial(measure_lead, loaded, part, batch, chat and part.chat, led)
         return Task(key, measure, cost=4 * work_of(part), guest=True)
 
-    def task(group: Together, part: Part, contender: Contender) -> Task:
+    def task(group: Call, part: Part, contender: Contender) -> Task:
         measure = partial(measure_answers, loaded, contender, part, group, batch, chat and part.chat, led)
         cost = work_of(part) * (1 if contender.name in BASE else 2)
         return Task(key_of(KIND, part, contender), measure, cost=cost, guest=contender.package != "kvruntime")
@@ -143,7 +143,7 @@ def measure_answers(
     loaded: LoadedModel,
     contender: Contender,
     part: Part,
-    group: Together,
+    group: Call,
     batch: int,
     chat: bool,
     led: dict[str, list[list[int]]],
@@ -165,7 +165,7 @@ def _answer(
     loaded: LoadedModel,
     contender: Contender,
     part: Part,
-    group: Together,
+    group: Call,
     batch: int,
     chat: bool,
     led: dict[str, list[list[int]]],

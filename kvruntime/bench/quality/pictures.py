@@ -46,8 +46,8 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, Panel]:
     timed = next((group for group in found if compared.speeds_of(rows, group)), None)
     if timed is not None:
         out["comparison"] = partial(comparison, rows, timed)
-    for study in groups(rows, compared.ABLATION)[:1]:
-        out["ablation"] = partial(ablation, study)
+    if studies := whole_ablations(rows):
+        out["ablation"] = partial(ablation, studies[0])
     return out
 
 
@@ -171,7 +171,7 @@ def draw_comparison(rows: Sequence[Row], path: Path) -> None:
     found = [group for group in groups(rows, WINDOWS) if uncompressed(group) is not None]
     if not found:
         raise ValueError("these results hold no windows of the uncompressed cache to compare with")
-    studies = groups(rows, compared.ABLATION)
+    studies = whole_ablations(rows)
     figure = Figure(figsize=(9 + 7 * bool(studies), 6), layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(1, 1 + bool(studies), squeeze=False)[0]
@@ -225,6 +225,11 @@ def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
     title = f"{first['model']}, weights: {first['weights']}\n{first['text']}, windows of {first['window']:,}"
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
+
+
+def whole_ablations(rows: Sequence[Row]) -> list[list[Row]]:
+    """The ablations among ``rows`` of which no combination is missing."""
+    return [group for group in groups(rows, compared.ABLATION) if compared.effects(group)]
 
 
 def ablation(group: Sequence[Row], axes: Axes) -> None:
