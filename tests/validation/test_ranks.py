@@ -141,6 +141,8 @@ def test_the_tables_of_ranks_have_every_row() -> None:
     text = ranks_tables.block("steps")
     assert sum(line.startswith("| llama") for line in text.splitlines()) == len(steps)
     assert all(f"{1e3 * row['seconds_per_step'][0]:.2f}" in text for row in steps)
+    for row in of(kind="step", way=WAYS[2]):
+        assert f"| {1e3 * row['seconds_per_step'][0]:.2f}; {1e3 * sum(links.parts(row).values()):.2f} |" in text
     assert len(ranks_tables.block("all-reduces").splitlines()) == len(of(kind="all_reduce", way="graph")) + 4 * len(
         {(row["ranks"], row["device"]) for row in links.load()}
     )

@@ -57,31 +57,35 @@ def all_reduces(rows: Sequence[Row]) -> str:
 
 
 def steps(rows: Sequence[Row]) -> str:
-    """A line a load, way and method; of ``Engine`` the step without its all-reduces beside it."""
+    """A line a load, way and method; of ``Engine`` the step without its all-reduces behind it."""
     timed = [row for row in rows if row["kind"] == "step"]
     about = ("model", "num_layers", "method", "batch_size", "num_tokens")
     silent = {
-        tuple(row[name] for name in about): row["seconds_per_step"][0] for row in timed if row["way"].endswith(WITHOUT)
+        tuple(
+            row[name] for name in about
+        ): f"{1e3 * row['seconds_per_step'][0]:.2f}; {1e3 * sum(parts(row).values()):.2f}"
+        for row in timed
+        if row["way"].endswith(WITHOUT)
     }
     body = []
     for row in timed:
         if row["way"].endswith(WITHOUT):
             continue
         seconds, predicted = row["seconds_per_step"][0], sum(parts(row).values())
-        alone = silent.get(tuple(row[name] for name in about)) if row["way"] == "engine" else None
+        alone = silent.get(tuple(row[name] for name in about), "") if row["way"] == "engine" else ""
         body.append(
             [
                 f"{row['model']}, {row['batch_size']} x {row['num_tokens']:,}",
                 WAYS[row["way"]],
                 row["method"],
                 f"{1e3 * seconds:.2f}",
-                f"{1e3 * alone:.2f}" if alone else "",
                 f"{1e3 * predicted:.2f}",
                 f"{predicted / seconds - 1:+.1%}",
+                alone,
                 "" if row["method"] == STOCK else f"{row['nbytes']:,}",
             ]
         )
-    head = ["load", "step of", "cache", "ms", "without all-reduces, ms", "kvsim, ms", "error", "bytes a rank"]
+    head = ["load", "step of", "cache", "ms", "kvsim, ms", "error", "without all-reduces; kvsim, ms", "bytes a rank"]
     return compact(head, body, left=(0, 1, 2))
 
 

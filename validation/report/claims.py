@@ -128,7 +128,7 @@ CLAIMS = (
     Claim("bytes of a rank", "Bytes of a cache on one rank of a split model, to the byte", "B", (0.0, 0.0)),
     Claim("engine, several cards", "A decode step of kvruntime.Engine, the model split over cards", "s", (0.02, 0.04)),
     Claim("engine, several cards, silent", "The same step without its all-reduces", "s", (0.05, 0.08)),
-    Claim(  # in a step they overlap with what stands beside them
+    Claim(  # one takes less in a step than in a row of all-reduces, on which it is fitted
         "all-reduces of a step", "What the all-reduces of such a step take: it less the one without", "s", (0.45, 0.65)
     ),
     Claim("all-reduces", "One all-reduce of 2 KiB to 64 MiB, one after another in a graph", "s", (0.08, 0.35)),
