@@ -194,7 +194,7 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     for line in left:
         _say(f"not here: {line}")
     files, outcomes = [], []
-    with Progress(costs) as progress:
+    with Progress(costs, most=60 * minutes) as progress:
         steps = parts.carry_out(wanted, results, slug(card), device, progress.say, minutes)
         for each in rounds:
             progress.begin(" and ".join(part.name for part in each))

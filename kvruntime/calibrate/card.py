@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -74,12 +75,16 @@ def calibrate(
     }
     profile["device"] = profile["device"] | {"num_sms": multiprocessors(place)}
     wanted, kept = chosen(only, without), earlier(out, profile["device"]["name"]) if only else {}
-    with torch.cuda.device(place) if cuda else nullcontext():  # streams and events are the current one's
+    with ExitStack() as stack:  # streams and events are the current device's
+        stack.enter_context(torch.cuda.device(place) if cuda else nullcontext())
+        beside = out
         if not only:
             profile |= figures(clock, place, scale, say)
-            write(out, profile)  # what the parts are fitted beside
+            if out.exists():  # which stays until this one is whole
+                beside = Path(stack.enter_context(TemporaryDirectory())) / out.name
+            write(beside, profile)  # what the parts are fitted beside
         measured, lacks = measure(plan, place, say, wanted)
-    parts, failed = fitted(out, measured, say, profile["code"])
+        parts, failed = fitted(beside, measured, say, profile["code"])
     if only:
         stay = {name: part for name, part in kept["parts"].items() if name not in wanted}
         for part in stay.values():

@@ -87,6 +87,27 @@ def test_a_part_predicts_the_steps_that_it_was_fitted_to(measured: Path) -> None
     assert "whole steps of kvruntime measured" in profile.note("kvruntime")
 
 
+def test_a_profile_that_is_there_stays_until_another_is_whole(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvruntime.calibrate import card
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = json.loads(measured.read_text(encoding="utf-8"))
+    names = ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds", "attention")
+    monkeypatch.setattr(card, "figures", lambda *_: {name: before[name] for name in names})
+    monkeypatch.setattr(card, "measure", stopped)
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(before), encoding="utf-8")
+    for path in (old, new):
+        with pytest.raises(KeyboardInterrupt):
+            card.calibrate(path, "cpu", 1.0)
+    assert json.loads(old.read_text(encoding="utf-8")) == before
+    assert not load_profile(new).parts  # of a card that had none, its own figures at least
+
+
 def test_a_part_is_measured_anew_and_the_rest_stays(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

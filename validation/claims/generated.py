@@ -122,6 +122,8 @@ def _run(model: Any, name: str, method: Method, prompt: int, new: int, device: t
     row |= {"weights": f"random (seed {SEED})", "provided": "known", "max_seq_len": known}
     row |= {"prompt_tokens": prompt, "num_tokens": observer.num_tokens}
     rows = [row | {"every_step": True, "measured": weigh(cache) - cache.step_nbytes, "trace": observer.trace}]
+    asked = {name for name, unit in held.counters.items() if unit == 1}  # blocks are rounded with what steps check in
+    left = {name: size - cache.step_nbytes * (name in asked) for name, size in left.items()}
     rows += held.rows(row | {"kind": "held"}, left)
     if modelled(load_config(name)[1]) and predicts(method, device.type):
         store = cache.stores[0]

@@ -8,6 +8,7 @@ is no part of its run, and is said.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ class Part:
 RELIABILITY = ("validation", "reliability", "--quick", "--out", "{file}", "--run")
 """Those of its runs that have figures; all of them take a card five minutes."""
 PARTS = (
-    Part("memory", ("validation", "memory", "--quick", "--out", "{file}"), 90, "", together=True),
+    Part("memory", ("validation", "memory", "--quick", "--out", "{file}"), 120, "", together=True),
     Part("phases", (*RELIABILITY, "memory by phase"), 110, "reliability", together=True),
     Part("resident", (*RELIABILITY, "resident memory"), 20, "reliability", cpu=True),
     Part(
@@ -110,6 +111,8 @@ PARTS = (
     ),
 )
 """In this order: what predicts first, then what it predicts; what takes longest for what it says is last."""
+OWN_ESTIMATE = re.compile(r"  about \d+ (min|s) left$")
+"""What a part says of its own end, beside what is said of the whole."""
 MOST = 1.5
 """What a part may take of its own seconds."""
 
@@ -215,7 +218,7 @@ def _process(
         try:
             for line in process.stderr or ():
                 if line.strip():
-                    last = line.strip()
+                    last = OWN_ESTIMATE.sub("", line.strip())
                     say(last)
         except BaseException:
             _kill(process)

@@ -13,14 +13,14 @@ CAUTION = 1.2
 class Progress:
     """``with Progress(costs) as progress``: for each piece of work ``begin(label)``, ``tick(share)``..., ``end()``.
 
-    ``costs`` are the expected relative durations of the pieces, in order.  The time left is taken from how long the
-    finished share took; what is shown never rises.  Off a terminal a piece is a line: when it begins, or with
-    ``told_at_end`` when it ends, with what it found.
+    ``costs`` are the expected relative durations of the pieces, in order. The time left is taken from how long the
+    finished share took; what is shown never rises, nor is it beyond ``most`` seconds in all. Off a terminal a piece
+    is a line: when it begins, or with ``told_at_end`` when it ends, with what it found.
     """
 
-    def __init__(self, costs: list[float], told_at_end: bool = False) -> None:
+    def __init__(self, costs: list[float], told_at_end: bool = False, most: float = float("inf")) -> None:
         self.costs, self.total = costs, sum(costs) or 1.0
-        self.told_at_end = told_at_end
+        self.told_at_end, self.most = told_at_end, most
         self.least = float("inf")
         self.index, self.finished, self.share = -1, 0.0, 0.0
         self.label = ""
@@ -84,7 +84,8 @@ class Progress:
         done = (self.finished + self.share * self.costs[self.index]) / self.total
         if done < 0.02:
             return ""
-        self.least = seconds = min(self.least, CAUTION * (clock() - self.start) * (1 - done) / done)
+        taken = clock() - self.start
+        self.least = seconds = min(self.least, CAUTION * taken * (1 - done) / done, max(0.0, self.most - taken))
         return f"  about {seconds / 60:.0f} min left" if seconds > 90 else f"  about {seconds:.0f} s left"
 
     def _show(self) -> None:
