@@ -49,7 +49,7 @@ def circumstances(path: Path, rows: Sequence[Row]) -> str:
 
 def quoted(command: str) -> str:
     """A recorded command line, whose values stand as they came, as a shell takes it."""
-    return re.sub(r"(--[a-z-]+) ((?:(?! --).)+)", lambda match: f"{match[1]} {shlex.quote(match[2])}", command)
+    return re.sub(r"(--[a-z-]+) (?!--)((?:(?! --).)+)", lambda match: f"{match[1]} {shlex.quote(match[2])}", command)
 
 
 def verdict(rows: Sequence[Row]) -> str:
