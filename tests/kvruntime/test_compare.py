@@ -93,6 +93,10 @@ def test_the_ablation_means_are_over_all_other_options():
     assert found["residual_length", 64] > log(1.1)
     assert "mean over all others" in comparison.tables(rows)
     assert effects(rows[:-1]) == []  # a combination is missing: its options' others are not alike
+    half = [base, *(each for each in rows[1:] if "-r64" in each["method"])]
+    few = {(option, value): mean for option, value, _, mean in effects(half)}
+    assert few.keys() == {key for key in found if key[0] != "residual_length"}
+    assert few["nbits", 2] - few["nbits", 4] == pytest.approx(0.3)
     assert "ablation: m" in comparison.tables(rows[:-1])
     assert "mean over all others" not in comparison.tables(rows[:-1])
 

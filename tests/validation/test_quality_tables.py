@@ -191,6 +191,12 @@ def test_recorded_answers_come_with_what_they_are_worth(tmp_path: Path) -> None:
     said = quality_tables.block("answers", write(tmp_path / "q", {**task, "method": "fp16"}, {**task, "method": "x"}))
     assert "Needles discriminate little" in said
     assert "50.0%" in said
+    assert "without" not in said
+    second = {**task, "examples_sha256": "2", "length": 2048}
+    rows = [{**each, "method": name} for each in (task, second) for name in ("fp16", "x", "y")][:-1]
+    said = quality_tables.block("answers", write(tmp_path / "q", *rows))
+    assert "2 examples that all methods answered" in said
+    assert "4 examples, without y:" in said
 
 
 def test_what_is_recorded_is_of_the_whole_split() -> None:

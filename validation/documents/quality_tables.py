@@ -206,7 +206,8 @@ def positions(folder: Path) -> str:
 
 
 def answers(folder: Path) -> str:
-    """The tasks that were recorded; what their scores are worth stands under each."""
+    """The tasks that were recorded, over the examples that all methods answered; without the methods that answered
+    fewest, where that shows more lengths or kinds.  What the scores are worth stands under each."""
     parts = []
     for path, file in recorded(folder):
         for name, task in TASKS.items():
@@ -217,6 +218,11 @@ def answers(folder: Path) -> str:
                 ran = circumstances({**file, "rows": rows})
                 what = f"{task.what}, {shared_examples(rows)} examples that all methods answered"
                 parts += [f"{heading(name, rows[0], what)}; {ran} ({link}):", compact(*answers_cells(rows))]
+                more = of_most_examples(rows)
+                if len(answers_cells(more)[0]) > len(answers_cells(rows)[0]):
+                    left = dict.fromkeys(row["method"] for row in rows if row not in more)
+                    parts += [f"{shared_examples(more)} examples, without {', '.join(left)}:"]
+                    parts += [compact(*answers_cells(more))]
                 parts += [task.caveat.capitalize() + "."] * bool(task.caveat)
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
@@ -231,6 +237,14 @@ def shared_examples(rows: Sequence[Row]) -> int:
     return sum(
         len(row["scores"]) for row in rows if row["method"] == first and answered[row["examples_sha256"]] == methods
     )
+
+
+def of_most_examples(rows: Sequence[Row]) -> list[Row]:
+    """The rows but those of the methods that answered fewest examples."""
+    answered = dict.fromkeys(dict.fromkeys(row["method"] for row in rows), 0)
+    for row in rows:
+        answered[row["method"]] += len(row["scores"])
+    return [row for row in rows if answered[row["method"]] > min(answered.values())] or list(rows)
 
 
 def peers(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import log1p
+from math import log1p, prod
 
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import BASE, groups
@@ -148,21 +148,28 @@ def recommendation(found: Sequence[Entry]) -> str:
 
 
 def effects(group: Sequence[Row]) -> list[tuple[str, int, float, float]]:
-    """``(option, value, mean bits, mean change of perplexity)`` of every value of :data:`GRID`, over the combinations
-    that have it; changes are averaged as logarithms.  Nothing while a combination is missing: means over unlike others
-    compare nothing."""
+    """``(option, value, mean bits, mean change of perplexity)`` of every value of :data:`GRID` that is there, over the
+    combinations that have it; changes are averaged as logarithms.
+
+    Nothing unless every combination of these values is there: means over unlike others compare nothing.  An option that
+    has one value is left out.
+    """
     base = uncompressed(group)
-    names = {method.name: method for method in ablation_methods()}
-    if base is None or not names.keys() <= {row["method"] for row in group}:
+    held = {row["method"]: row for row in group}
+    there = {method: held[method.name] for method in ablation_methods() if method.name in held}
+    values = {
+        option: [value for value in GRID[option] if any(getattr(method, option) == value for method in there)]
+        for option in GRID
+    }
+    if base is None or len(there) != prod(map(len, values.values())):
         return []
     out = []
-    for option, values in GRID.items():
-        for value in values:
-            rows = [row for row in group if getattr(names.get(row["method"]), option, None) == value]
+    for option, several in values.items():
+        for value in several if len(several) > 1 else ():
+            rows = [row for method, row in there.items() if getattr(method, option) == value]
             offs = [off[0] for row in rows if (off := change(row, base)) is not None]
-            if offs:
-                mean = sum(map(log1p, offs)) / len(offs)
-                out.append((option, value, sum(row["bits"] for row in rows) / len(rows), mean))
+            mean = sum(map(log1p, offs)) / len(offs)
+            out.append((option, value, sum(row["bits"] for row in rows) / len(rows), mean))
     return out
 
 

@@ -46,7 +46,7 @@ def quality_panels(rows: Sequence[Row]) -> dict[str, Panel]:
     timed = next((group for group in found if compared.speeds_of(rows, group)), None)
     if timed is not None:
         out["comparison"] = partial(comparison, rows, timed)
-    if studies := whole_ablations(rows):
+    if studies := balanced_ablations(rows):
         out["ablation"] = partial(ablation, studies[0])
     return out
 
@@ -171,7 +171,7 @@ def draw_comparison(rows: Sequence[Row], path: Path) -> None:
     found = [group for group in groups(rows, WINDOWS) if uncompressed(group) is not None]
     if not found:
         raise ValueError("these results hold no windows of the uncompressed cache to compare with")
-    studies = whole_ablations(rows)
+    studies = balanced_ablations(rows)
     figure = Figure(figsize=(9 + 7 * bool(studies), 6), layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(1, 1 + bool(studies), squeeze=False)[0]
@@ -227,8 +227,8 @@ def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
     axes.grid(alpha=0.3)
 
 
-def whole_ablations(rows: Sequence[Row]) -> list[list[Row]]:
-    """The ablations among ``rows`` of which no combination is missing."""
+def balanced_ablations(rows: Sequence[Row]) -> list[list[Row]]:
+    """The ablations among ``rows`` whose options can be compared."""
     return [group for group in groups(rows, compared.ABLATION) if compared.effects(group)]
 
 
@@ -241,5 +241,6 @@ def ablation(group: Sequence[Row], axes: Axes) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("perplexity against fp16 (%), mean over the other options")
-    axes.set_title("Ablation: bits, groups, residual, sinks", fontsize=9)
+    options = dict.fromkeys(option.replace("_", " ") for option, *_ in found)
+    axes.set_title(f"Ablation of plain {compared.COMPRESSED}: {', '.join(options)}", fontsize=9)
     axes.grid(alpha=0.3, axis="x")
