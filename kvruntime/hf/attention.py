@@ -404,6 +404,8 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if isinstance(length, StepLength):
         if kwargs.get("q_length") == 1 or kwargs.get("mask_function") is causal_mask_function:
             return length.mask(kwargs.get("attention_mask"))
+        if length.counts.tracing:  # before anything is stored that no graph could hold
+            raise ValueError(f"a mask of {kwargs.get('q_length')} tokens that is more than causal: the host plans it")
         length.counts.at_once = 1  # several tokens that see otherwise, as an image's may: no step
     if isinstance(length, Length) and length.window:  # the layer sees to it: rows are counted without padding there
         kwargs |= {"mask_function": _without_window(kwargs["mask_function"]), "local_size": None}

@@ -168,7 +168,10 @@ class Graphs:
                 full = tokens > 1 and tokens not in self.held and len(self.held) >= HELD
                 if full or not self._is_warm(model, inputs, addresses):
                     with fused(model):  # what the graph will hold is compiled now
-                        return forward(*args, **kwargs)
+                        out = forward(*args, **kwargs)
+                    if counts.at_once != tokens:  # its mask made the host plan it
+                        self.warm.pop(tokens, None)
+                    return out
                 with fused(model):
                     graph = self._capture(inputs, addresses, forward, args, kwargs)
                 if graph is None:
@@ -209,8 +212,8 @@ class Graphs:
     def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Tokens a row that a forward brings as one step: :meth:`StepCounts.step_of`."""
         ids, mask = _ids(args, kwargs), kwargs.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.ndim < 2 or ids.shape[1] == 1:
-            return 1
+        if len(args) > 1 or not isinstance(ids, Tensor) or ids.ndim < 2 or ids.shape[1] == 1:
+            return 1  # the second by number may be a mask
         others = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in KNOWN]
         if others or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)):
             return 1

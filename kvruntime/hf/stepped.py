@@ -241,6 +241,19 @@ class SteppedWindow(WindowLayer):
 _update_uncompiled = torch.compiler.disable(SteppedLayer._update, reason=UNCOMPILED)
 
 
+class LastReference:
+    """The layers and their counts hold each other: their memory goes with the cache, not at a collection.  Only a cache
+    holds this, or a cache and its shallow copies, whose layers are the same."""
+
+    def __init__(self, counts: StepCounts) -> None:
+        self.counts = counts
+
+    def __del__(self) -> None:
+        counts = self.__dict__.get("counts")
+        if counts is not None:
+            counts.layers = counts.exact = ()
+
+
 class SteppedCache(Cache):
     """The cache that ``make_cache`` returns for a model on a GPU."""
 
@@ -249,13 +262,8 @@ class SteppedCache(Cache):
         self.graphs = Graphs(self.counts)
         super().__init__(method, layers, max_seq_len)
         self.counts.layers = self.packed
+        self.last = LastReference(self.counts)
         self._find_exact()
-
-    def __del__(self) -> None:
-        """The layers and their counts hold each other: their memory goes with the cache, not at a collection."""
-        counts = self.__dict__.get("counts")
-        if counts is not None:
-            counts.layers = counts.exact = ()
 
     def _find_exact(self) -> None:
         kinds = SteppedWindow, LinearAttentionCacheLayerMixin

@@ -240,6 +240,40 @@ def test_tokens_that_see_each_other_are_no_step(stepping, monkeypatch):
     assert cache.counts.at_once == 1
 
 
+@torch.no_grad()
+def test_a_mask_by_number_is_the_hosts(stepping, at_once):
+    """What it hides among several new tokens is no token, and of those held it may hide none."""
+    model, inputs = tiny("Llama"), prompt(2, 43)
+    ids, mask, out = inputs["input_ids"], inputs["attention_mask"].clone(), []
+    mask[1, 41] = 0
+    place = (mask.cumsum(1) - 1)[:, 40:]
+    for by_number in (True, False):
+        cache = make_cache(model, *KIVI[:1], **KIVI[1])
+        model(ids[:, :40], **argument(cache))
+        given = ((mask,), {}) if by_number else ((), {"attention_mask": mask})
+        out.append(model(ids[:, 40:], *given[0], **given[1], position_ids=place, **argument(cache)).logits)
+        assert cache.stores[0].row_lengths == [43, 42]
+        hides = torch.cat([mask, torch.ones_like(mask[:, :3])], 1)
+        hides[0, 7] = 0
+        with pytest.raises(ValueError, match="hides tokens that the cache holds"):
+            model(ids[:, 40:], hides, **argument(cache))
+    assert not at_once
+    assert torch.equal(*out)
+
+
+@torch.no_grad()
+def test_a_shallow_copy_ends_before_its_cache(stepping):
+    model, inputs = tiny("Llama"), prompt(1, 20)
+    cache = make_cache(model, *KIVI[:1], **KIVI[1])
+    model(**inputs, **argument(cache))
+    counts, alias = cache.counts, copy.copy(cache)
+    del alias
+    model(inputs["input_ids"][:, :1], **argument(cache))
+    assert cache.get_seq_length() == 21
+    del cache
+    assert not counts.layers
+
+
 def test_nothing_waits_for_the_device_while_several_tokens_are_captured(stepping, monkeypatch):
     model, inputs = tiny("Llama"), prompt(1, 20)
     cache = make_cache(model, *KIVI[:1], **KIVI[1])
@@ -338,6 +372,23 @@ def test_every_number_of_tokens_has_a_graph(played, monkeypatch):
         at += length
     assert played == [*range(4, 2 + graphs.HELD), 1]
     assert list(cache.graphs.held) == [*range(2, 2 + graphs.HELD), 1]
+
+
+@torch.no_grad()
+def test_a_mask_that_is_more_than_causal_is_never_captured(played, monkeypatch):
+    """The host plans what several tokens see by it; a capture ends before a layer is given anything."""
+    model, ids = own(), prompt(1, 200)["input_ids"]
+    cache, place = make_cache(model, *KIVI[:1], **KIVI[1]), torch.arange(200, device=DEVICE)[None]
+    model(ids[:, :100], position_ids=place[:, :100], **argument(cache))
+    both = partial(modeling_llama.create_causal_mask, and_mask_function=lambda b, h, q, k: k >= 0)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", both)
+    for at in range(100, 118, 3):
+        model(ids[:, at : at + 3], position_ids=place[:, at : at + 3], **argument(cache))
+    assert not played
+    cache.counts.tracing, cache.counts.at_once, cache.graphs.busy = True, 3, True
+    with pytest.raises(ValueError, match="a mask of 3 tokens that is more than causal"):
+        model(ids[:, :3], position_ids=place[:, 118:121], **argument(cache))
+    assert (cache.counts.at_once, cache.stores[0].row_lengths) == (3, [118])
 
 
 @torch.no_grad()
