@@ -184,16 +184,18 @@ class TurboQuant:
 
     @classmethod
     def named(cls, name: str) -> TurboQuant | None:
-        """The method of a table's ``turboquant-2.5bit`` or ``turboquant-k4v3-norm``; ``None`` for another name."""
+        """The method of a table's ``turboquant-2.5bit`` or ``turboquant-k4v3-norm``, a name as it is written; ``None``
+        for another."""
         width = r"(\d(?:\.5)?)"
         found = re.fullmatch(rf"turboquant-(?:{width}bit|k{width}v{width})(-norm)?", name)
         if found is None:
             return None
         both, key, value = (float(each) if each else None for each in found.groups()[:3])
         try:
-            return cls(both or 4, key, value, not found[4])
+            method = cls(4 if both is None else both, key, value, not found[4])
         except ValueError:  # a width that there is not
             return None
+        return method if method.name == name else None
 
     def leaving(self, sink: int) -> int:
         """Any number of tokens."""
