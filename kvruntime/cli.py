@@ -387,6 +387,8 @@ def calibrate_command(
     from kvruntime.calibrate.card import calibrate
     from kvruntime.calibrate.card import refit as fit_again
 
+    if refit and (parts or without):
+        raise click.UsageError("--refit measures no part: give it without --part and --without")
     if refit:
         fit_again(out, say=lambda line: click.echo(line, err=True))
         click.echo(f"fitted {out} again")

@@ -350,6 +350,12 @@ def test_numbers_that_are_none_or_too_large_are_one_line(command, folder, here, 
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--part", "--without"])
+def test_fitting_again_takes_no_parts(option, here, capsys):
+    assert run(["calibrate", "--refit", option, "kvruntime"]) == 2
+    assert "--refit measures no part" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["pipe", "/dev/null", "/dev/zero"])
 def test_only_regular_files_are_read_and_written(place, folder, here, capsys):
     if place == "pipe":
