@@ -184,8 +184,11 @@ def test_memory_by_phase_of_a_card_is_predicted_anew(found) -> None:
     assert len({point.factors["method"] for point in own} - {""}) == 4
 
 
-def test_claims_have_one_name_each() -> None:
-    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+def test_claims_have_one_name_each(found) -> None:
+    """And every point has a claim, or nothing would judge it."""
+    names = {claim.name for claim in CLAIMS}
+    assert len(names) == len(CLAIMS)
+    assert {point.claim for point in found.points} <= names
 
 
 def test_what_is_no_record_is_refused(tmp_path, capsys) -> None:

@@ -84,9 +84,21 @@ def test_loads_are_held_to_bf16_of_their_run(record: Path, capsys: pytest.Captur
     ]
     capsys.readouterr()
     assert run(["report", "--check", str(record)]) == 1
-    assert "Serving FAILS in 2 of 1 loads" in capsys.readouterr().out
+    assert "Serving FAILS in 2 figures of 1 loads" in capsys.readouterr().out
     slow["rows"][3]["run"] = "another"
     assert not serving.broken(slow["rows"])  # of other runs nothing is said
+
+
+def test_a_load_without_a_step_of_decoding_has_no_step(record: Path) -> None:
+    log = record.parent / "kivi2.log"
+    log.write_text(LOG.replace('"at_once": 8, "step_ms": 5.7', '"at_once": 0, "step_ms": null'))
+    words = ["serving", "--run", "one", "--about", json.dumps(ABOUT), "--out", str(record), str(log)]
+    assert run(words) == 0
+    rows = serving.rows_of([record])
+    assert (rows[1]["at_once"], rows[1]["step_seconds"], len(rows[1]["seconds"])) == (0, [], 2)
+    assert not serving.broken(rows)
+    assert run(["report", "--check", str(record)]) == 0
+    assert "load of vLLM" in [left.what for left in collect([record]).uncovered]
 
 
 def test_pools_are_predicted_from_the_memory_that_is_printed(record: Path) -> None:

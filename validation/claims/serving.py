@@ -85,7 +85,8 @@ def _method(log: Log) -> Method:
 
 
 def _repeated(loads: Sequence[Row]) -> list[Row]:
-    """One row a load, with the seconds of each time that it ran."""
+    """One row a load, with the seconds of each time that it ran; without those of steps, and nothing ``at_once``, where
+    a time had no step of decoding alone."""
     out: dict[Load, Row] = {}
     for load in loads:
         key = load["requests"], load["prompt"], load["new"], load["real"]
@@ -95,6 +96,9 @@ def _repeated(loads: Sequence[Row]) -> list[Row]:
         row["at_once"] = load["at_once"]
         row["seconds"].append(round(load["seconds"], 4))
         row["step_seconds"].append(round(load["step_ms"] / 1e3, 7) if load["step_ms"] else None)
+    for row in out.values():
+        if None in row["step_seconds"]:
+            row |= {"at_once": 0, "step_seconds": []}
     return list(out.values())
 
 
@@ -142,6 +146,8 @@ def broken(rows: Sequence[Row]) -> list[str]:
         floor, found = FLOORS.get(load_of(row), 0.0), gain(row, base)
         if found < floor:
             out.append(f"{name}: {found:.2f} times bf16's tokens a second, the least allowed is {floor:g}")
+        if not (row["step_seconds"] and base["step_seconds"]):
+            continue
         step, most = steady(row["step_seconds"]), steady(base["step_seconds"])
         if step > most:
             out.append(f"{name}: a step takes {1e3 * step:.2f} ms, in bf16 {1e3 * most:.2f}")
@@ -153,7 +159,7 @@ def kept(rows: Sequence[Row]) -> str:
     held = [row for row, _ in in_one_run(rows) if row["method"]["name"].startswith(HELD)]
     wrong = broken(rows)
     if wrong:
-        return f"Serving FAILS in {len(wrong)} of {len(held)} loads: {'; '.join(wrong)}."
+        return f"Serving FAILS in {len(wrong)} figures of {len(held)} loads: {'; '.join(wrong)}."
     return f"All {len(held)} loads served beside bf16 in one run have the tokens a second and the steps that are held."
 
 

@@ -53,14 +53,14 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _step(row: Row | None) -> str:
-    if row is None:
+    if row is None or not row["step_seconds"]:
         return "–"
     few = f" ({row['at_once']} at once)" if row["at_once"] < row["requests"] else ""
     return f"{1e3 * serving.steady(row['step_seconds']):.2f}{few}"
 
 
 def _predicted(row: Row | None) -> str:
-    return "–" if row is None else f"{1e3 * serving.step(row).seconds.value:.2f}"
+    return "–" if row is None or not row["step_seconds"] else f"{1e3 * serving.step(row).seconds.value:.2f}"
 
 
 def _whole(row: Row | None, base: Row | None) -> str:

@@ -12,9 +12,8 @@ from validation.report.collection import Collection, Point
 STEPS = {
     "engine": "engine, several cards",
     "engine without all-reduces": "engine, several cards, silent",
-    "model": "model, several cards",
 }
-"""The claim of each way."""
+"""The claim of each way of which one is made."""
 
 
 def split(file: dict[str, Any], name: str, found: Collection, _: object) -> None:
@@ -26,6 +25,8 @@ def split(file: dict[str, Any], name: str, found: Collection, _: object) -> None
             found.leave(kind, "the measurement failed")
         elif row["kind"] == "step":
             found.take(_step(row, source))
+            if row["method"] == STOCK or row["way"] not in STEPS:
+                found.leave(f"{kind}, {row['way']} with {row['method']}", "no claim is made of its time")
         elif row["way"] == "graph":
             factors = {"what": f"{row['nbytes']:,} B", "card": _card(row), "ranks": _ranks(row)}
             middle, low, high = row["seconds"]
@@ -38,15 +39,16 @@ def split(file: dict[str, Any], name: str, found: Collection, _: object) -> None
 
 
 def _step(row: dict[str, Any], source: str) -> Iterator[Point]:
-    """Bytes of this project's cache on a rank, and the step."""
+    """Bytes of this project's cache on a rank, and the step where a claim is made of it."""
+    if row["method"] == STOCK:
+        return
     factors = _factors(row)
-    own = row["method"] != STOCK
-    if own:
-        yield Point("bytes of a rank", float(rank_nbytes(row)), float(row["nbytes"]), factors, source)
-    claim = STEPS[row["way"]] if own else "stock model, several cards"
+    yield Point("bytes of a rank", float(rank_nbytes(row)), float(row["nbytes"]), factors, source)
+    if row["way"] not in STEPS:
+        return
     middle, low, high = row["seconds_per_step"]
     predicted = parts(row)
-    yield Point(claim, sum(predicted.values()), middle, factors, source, predicted, (low, high))
+    yield Point(STEPS[row["way"]], sum(predicted.values()), middle, factors, source, predicted, (low, high))
 
 
 def _factors(row: dict[str, Any]) -> dict[str, str]:
