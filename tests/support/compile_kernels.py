@@ -614,7 +614,7 @@ def gather_token(name: str, sm: int) -> dict[str, int]:
     more = {"PAGE": 64, "TILE": tile, "BLOCK_B": 32}
     fixed = {"begins_ptr": "*i32", "before_ptr": "*i32"}
     types, constants = coded(name, token_pages.gather_kernel, "bf16", more, **fixed)
-    return resources(token_pages.gather_kernel, types, constants, sm, token_store.NUM_WARPS)
+    return resources(token_pages.gather_kernel, types, constants, sm, token_store.NUM_WARPS, enable_fp_fusion=False)
 
 
 def attend_token_pool(name: str, sm: int) -> dict[str, int]:
