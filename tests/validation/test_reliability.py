@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +222,20 @@ def test_a_part_that_is_stopped_leaves_no_process_behind() -> None:
 
     assert parts._process(words, 60, stop_then, running)[0] == -signal.SIGKILL
     assert not running
-    stat = Path("/proc", said[0], "stat")  # one that has ended and whom nobody has waited for is no process
-    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    stat = Path("/proc", said[0], "stat")
+    for _ in range(500):  # its files are closed a moment before it has ended
+        if ended(stat):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {said[0]} is still there")
+
+
+def ended(stat: Path) -> bool:
+    """One that has ended and whom nobody has waited for is no process."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch) -> None:

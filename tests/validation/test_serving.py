@@ -64,6 +64,9 @@ def test_a_log_becomes_rows(record: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert run(["serving", "--run", "x", "--out", str(record), str(record.parent / "bf16.log")]) == 2
     assert "neither the log nor --about says device_name, versions, commit, command" in capsys.readouterr().err
+    (record.parent / "bf16.log").write_text(LOG.replace('"blocks": 74197', '"ranks": 2, "blocks": 74197'))
+    assert run(["serving", "--run", "x", "--out", str(record), str(record.parent / "bf16.log")]) == 2
+    assert "2 ranks, allowed is 1" in capsys.readouterr().err
     (record.parent / "bf16.log").write_text("nothing")
     assert run(["serving", "--run", "x", "--out", str(record), str(record.parent / "bf16.log")]) == 2
     assert run(["serving", "--run", "x", "--about", "[", "--out", str(record), str(record.parent / "kivi2.log")]) == 2

@@ -47,7 +47,8 @@ HELD = "kivi"
 def read_log(path: Path, about: Row) -> list[Row]:
     """The pool and the loads of a log of ``vllm-decode.py``, each with ``about`` and what the log says of itself.
 
-    Raises ``ValueError`` for another file, and where neither says device, versions, commit, command and run.
+    Raises ``ValueError`` for another file, one of several ranks, and where neither says device, versions, commit,
+    command and run.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     told = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
@@ -56,6 +57,8 @@ def read_log(path: Path, about: Row) -> list[Row]:
     size, tokens, requests = log.find(*lines.AVAILABLE), log.number(lines.TOKENS), log.find(lines.CONCURRENCY)
     if len(heads) != 1 or size is None or tokens is None or requests is None:
         raise ValueError(f"{path}: no log of vllm-decode.py with a pool, its size and its blocks")
+    if heads[0].get("ranks", 1) != 1:
+        raise ValueError(f"{path}: {heads[0]['ranks']} ranks, allowed is 1: what is held and predicted is of one card")
     known = about | {name: value for name, value in heads[0].items() if name != "blocks"}
     absent = [name for name in ("device_name", "versions", "commit", "command", "run") if name not in known]
     if absent:
