@@ -295,7 +295,7 @@ class PagedImpl(AttentionImpl[Rows]):
         of single tokens of every number of rows, whose work is split by other plans: kernels are compiled at start, and
         no request waits for them."""
         heads, dim = self.num_kv_heads, self.head_size
-        kind = (like.device, like.dtype, self.num_heads, heads, dim, self.method)
+        kind = (like.device, like.dtype, self.num_heads, heads, dim, self.method, self.longest, self.most_rows)
         if kind in self.compiled or (like.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self.compiled.add(kind)
