@@ -101,11 +101,11 @@ class Constants:
     engines: tuple[str, ...] | None = None
     estimated: tuple[str, ...] = ()
 
-    def check_engine(self, engine: str) -> None:
-        """Raises ``ValueError`` for an engine that these constants were not measured for."""
+    def check_engine(self, engine: str, why: str = "") -> None:
+        """Raises ``ValueError`` for an engine that these constants were not measured for; ``why`` it was asked for."""
         if self.engines is not None and engine not in self.engines:
             raise ValueError(
-                f"engine {engine}: the profile was not measured with its kernels; allowed with this profile are "
+                f"engine {engine}{why}: the profile was not measured with its kernels; allowed with this profile are "
                 f"{', '.join(self.engines)}, without one every engine"
             )
 

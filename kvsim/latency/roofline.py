@@ -72,7 +72,10 @@ class Serving:
         check_weight_bits(self.weight_bits, "weight bits")
         if isinstance(self.engine, str) and self.engine in ENGINES:
             object.__setattr__(self, "engine", make_engine(self.engine))
-        self.constants.check_engine(self.timed_as)
+        name = self.timed_as
+        whole = self.engine if isinstance(self.engine, str) else self.engine.timed_as
+        split = "" if name == whole else f", whose times {whole} has where cards share every layer"
+        self.constants.check_engine(name, split)
 
     @property
     def constants(self) -> Constants:

@@ -258,6 +258,9 @@ def test_a_recorded_profile_is_of_its_runtime_on_the_command_line(capsys: pytest
         name = engine.replace("steps=", "")
         assert said.err.startswith(f"kvsim: error: engine {name}: the profile was not measured with its kernels")
         assert len(said.err.splitlines()) == 1
+    assert run([*ask, "--engine", "kvruntime", "--tp", "2"]) == 2
+    split = "engine kvruntime:generate, whose times kvruntime has where cards share every layer: the profile was not"
+    assert split in capsys.readouterr().err
     for engine in ([], ["--engine", "transformers"]):
         assert run([*ask, *engine]) == 0
         assert "note: times are those of pytorch's 16-bit kernels, measured on NVIDIA H100" in capsys.readouterr().out
