@@ -370,7 +370,7 @@ def _catalogue_row(name: str) -> tuple[str, Mapping[str, Any]]:
     row = catalog.find("models", name)
     if row is None:
         raise LookupError(
-            catalog.unknown("models", "model", name, "kvsim models") + ", a directory, or a hub id (owner/name)"
+            catalog.unknown("models", "model", name, "kvsim models") + "; a directory or a hub id (owner/name) will do"
         )
     return row["id"], row["config"].get("text_config", row["config"])
 
