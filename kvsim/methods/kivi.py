@@ -193,12 +193,11 @@ class Kivi:
         if found is None:
             return None
         both, key, value, group, residual, sink = (int(each or 0) for each in found.groups())
-        if key and key == value:  # whose name is another
-            return None
         try:
-            return cls(both or key, group, residual, key or None, value or None, sink_length=sink)
+            method = cls(both or key, group, residual, key or None, value or None, sink_length=sink)
         except ValueError:  # bits or lengths that there are not
             return None
+        return method if method.name == name else None
 
     @property
     def record_length(self) -> int:

@@ -551,7 +551,8 @@ def test_a_name_of_a_table_is_a_method_again() -> None:
     plain = Kivi(4, group_size=64, residual_length=64), Kivi(), Full("bfloat16"), kivi_seed()
     for method in (*plain, mixed, *boosts, *turbo):
         assert method_named(method.name) == method
-    kivis, turbos = ("2bit-g32", "7bit-g32-r32", "k2v2-g32-r32"), ("5bit", "3", "0bit", "k4v4")
+    kivis = "2bit-g32", "7bit-g32-r32", "k2v2-g32-r32", "2bit-g032-r128", "2bit-g32-r128-s0"
+    turbos = "5bit", "3", "0bit", "k4v4"
     for name in (*(f"kivi-{each}" for each in kivis), *(f"turboquant-{each}" for each in turbos)):
         with pytest.raises(LookupError, match=f"no method is named '{name}'"):
             method_named(name)
