@@ -14,8 +14,11 @@ from kvsim.cli import run
 from kvsim.engines import Vllm
 from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
-from kvsim.methods import Kivi, TurboQuant
+from kvsim.memory.sharding import Deployment, Sharding
+from kvsim.methods import Kivi, TurboQuant, make_method
+from kvsim.methods.slot import TURBOQUANT, ULTRAQUANT
 from kvsim.models.load import load_model
+from kvsim.models.quantization import KV_DTYPES
 
 LLAMA = load_model("llama-3.1-8b")
 
@@ -570,6 +573,21 @@ def test_a_pipeline_takes_each_stage_by_its_own_layers() -> None:
     assert figures(diagnosis)["KV cache size"] == (16_384, 16_384, 0)
     (cause,) = [each.cause for each in diagnosis.findings if each.what == "KV cache memory"]
     assert "(Worker_PP1 pid=2) prints what is not cache, 1.00 GiB are left" in cause
+
+
+def test_a_stage_has_the_ends_of_the_whole_model() -> None:
+    """Of 32 layers two at either end stay in bf16 under vLLM's presets: two of a stage of 16, not four."""
+    text = engine_line(pipeline_parallel_size=2, kv_cache_dtype="turboquant_4bit_nc") + (
+        "(Worker_PP0 pid=1) Available KV cache memory: 1.00 GiB\n"
+        "(Worker_PP1 pid=2) Available KV cache memory: 1.00 GiB\n"
+    )
+    method, engine, split = make_method("turboquant_4bit_nc"), Vllm(), Sharding(pipeline_parallel_size=2)
+    placed = Deployment(LLAMA, method, engine, split).placed
+    pools = [engine.pool(stage, own, 1 << 30, 16384).num_tokens for stage, own in placed]
+    assert pools[0] == pools[1] > engine.pool(placed[0][0], method, 1 << 30, 16384).num_tokens
+    diagnosis = diagnose(text + f"GPU KV cache size: {pools[0]:,} tokens", LLAMA)
+    assert figures(diagnosis)["KV cache size"][:2] == (pools[0], pools[0])
+    assert {*TURBOQUANT, ULTRAQUANT} <= KV_DTYPES.keys()  # the names are vLLM's
 
 
 def test_a_memory_that_is_not_printed_is_an_estimate() -> None:

@@ -36,7 +36,7 @@ from kvsim.engines.vllm import OVERHEAD_BAND, Vllm, block_nbytes, padding_layers
 from kvsim.hardware import Hardware
 from kvsim.layout import LayerShape, Method
 from kvsim.memory.capacity import room
-from kvsim.memory.sharding import Sharding, stages
+from kvsim.memory.sharding import Deployment, Sharding, stages
 from kvsim.methods import make_method
 from kvsim.models.model import Model
 from kvsim.models.quantization import KV_DTYPES, QUANTIZATIONS
@@ -93,6 +93,7 @@ class _RankSize:
     size: float
     blocks: float
     stage: Model
+    method: Method
     found: Found
     derived: bool
 
@@ -159,7 +160,7 @@ class _Boot:
         )
         self.draft = lines.draft(log)
         self.ranks = self._stages()
-        self.stage = self.ranks[0]
+        self.stage, self.method = self.ranks[0]
 
     def _first_engine(self) -> bool:
         """Whether this is vLLM's first engine, V0."""
@@ -205,9 +206,11 @@ class _Boot:
             raise ValueError(f"the log's additional_config: {error.args[0]}") from None
         return make_method(name, **{**options, "dtype": dtype}) if hasattr(method, "dtype") else method
 
-    def _stages(self) -> list[Model]:
-        """The model as a rank of each pipeline stage holds it in the pool, a draft's layers on the last."""
-        split = list(stages(self.model, self.sharding)) if self.sharding != Sharding() else [self.model]
+    def _stages(self) -> list[tuple[Model, Method]]:
+        """The model as a rank of each pipeline stage holds it in the pool, a draft's layers on the last, and the method
+        there."""
+        placed = Deployment(self.model, self.method, self.engine, self.sharding).placed
+        split = [stage for stage, _ in placed]
         self.whole = split[0]
         if self.draft is not None:
             last = split[-1]
@@ -227,7 +230,7 @@ class _Boot:
             self.notes.append(f"{name} ({self.draft.method}): {counted}")
         if self.v0:
             split = [replace(each, layers=tuple(x for x in each.layers if isinstance(x, LayerShape))) for each in split]
-        return split
+        return [(stage, method) for stage, (_, method) in zip(split, placed, strict=True)]
 
     def diagnosis(self) -> Diagnosis:
         memory = self._available()
@@ -373,7 +376,7 @@ class _Boot:
         sizes = self._rank_sizes()
         if sizes:
             least = min(sizes, key=lambda each: each.blocks)
-            self.stage, self.rank = least.stage, least.rank
+            self.stage, self.method, self.rank = least.stage, least.method, least.rank
         terms = self._terms()
         fixed = bool(sizes) and sizes[0].found[1].re.pattern == lines.RESERVED
         predicted: float | None = None
@@ -418,10 +421,10 @@ class _Boot:
         def add(found: Found, size: float, derived: bool = False) -> None:
             rank = rank_of(found[1])
             place = re.search(r"PP(\d+)", rank)
-            stage = self.ranks[min(int(place[1]), len(self.ranks) - 1) if place else 0]
-            blocks = size / self._block(self.engine, stage, self.method)
+            stage, method = self.ranks[min(int(place[1]), len(self.ranks) - 1) if place else 0]
+            blocks = size / self._block(self.engine, stage, method)
             if rank not in out or (not rank and blocks < out[rank].blocks):
-                out[rank] = _RankSize(rank, size, blocks, stage, found, derived)
+                out[rank] = _RankSize(rank, size, blocks, stage, method, found, derived)
 
         for pattern in lines.AVAILABLE:
             if out and pattern in lines.AVAILABLE[-2:] and "" in out:
