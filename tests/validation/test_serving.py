@@ -124,5 +124,9 @@ def test_tables_show_what_is_recorded() -> None:
     assert len({row["run"] for row in loads}) == serving_tables.loads(rows).count("| --- |")
     shown = serving_tables.agreement(rows).splitlines()[2:]
     assert len(shown) == sum(row["kind"] == "agreement" for row in rows)
+    other = rows[0] | {"device_name": "another"}
+    said = serving_tables.circumstances([rows[0], other, rows[0]])
+    assert said.startswith("NVIDIA H200, vllm")
+    assert said.count("NVIDIA H200") == said.count("; another, vllm") == 1
     with pytest.raises(ValueError, match="serving table 'all': allowed are loads, pools, agreement"):
         serving_tables.block("all")

@@ -21,9 +21,17 @@ def block(arguments: str) -> str:
     rows = serving.rows_of()
     paths = sorted((FOLDER / "serving").glob("*.json"))
     links = ", ".join(f"[{path.name}](validation/results/serving/{path.name})" for path in paths)
-    first = rows[0]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
-    return f"{first['device_name']}, {versions} ({links}):\n\n{made(rows)}"
+    return f"{circumstances(rows)} ({links}):\n\n{made(rows)}"
+
+
+def circumstances(rows: Sequence[Row]) -> str:
+    """Cards and versions, each once."""
+    return "; ".join(
+        dict.fromkeys(
+            ", ".join([row["device_name"], *(f"{name} {value}" for name, value in row["versions"].items())])
+            for row in rows
+        )
+    )
 
 
 def loads(rows: Sequence[Row]) -> str:
