@@ -26,6 +26,7 @@ TURBOQUANT = {
 }
 """Preset -> bits of keys and of values."""
 ULTRAQUANT = "ultraquant_4bit"
+PRESETS = (*TURBOQUANT, ULTRAQUANT)
 ULTRAQUANT_BLOCK = 32
 BOUNDARY = 2
 """First layers, and last ones, that stay uncompressed."""
@@ -40,8 +41,8 @@ class Slot:
     tokens_alone = True
 
     def __post_init__(self) -> None:
-        if self.preset not in (*TURBOQUANT, ULTRAQUANT):
-            raise ValueError(f"preset {self.preset[:40]!r}: allowed are {', '.join((*TURBOQUANT, ULTRAQUANT))}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset[:40]!r}: allowed are {', '.join(PRESETS)}")
 
     @property
     def name(self) -> str:

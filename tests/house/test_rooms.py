@@ -18,6 +18,7 @@ PLACES = {
     "kvsim/methods/layer_mix.py": "what a mix holds unless told otherwise",
     "kvsim/engines/": "the table of engines; an engine says which methods it stores",
     "kvsim/analysis/doctor/": "the table of readers; a reader says which method a log means",
+    "kvsim/models/quantization.py": "the table of names of --kv-cache-dtype",
     "kvsim/models/gguf_model.py": "GGUF is the format of llama.cpp",
     "kvruntime/methods/__init__.py": "the table of rooms",
     "kvruntime/vllm/settings.py": "the table of names of --kv-cache-dtype",

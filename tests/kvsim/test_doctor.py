@@ -16,7 +16,7 @@ from kvsim.hardware import find_hardware
 from kvsim.layout import LayerShape
 from kvsim.memory.sharding import Deployment, Sharding
 from kvsim.methods import Kivi, TurboQuant, make_method
-from kvsim.methods.slot import TURBOQUANT, ULTRAQUANT
+from kvsim.methods.slot import PRESETS
 from kvsim.models.load import load_model
 from kvsim.models.quantization import KV_DTYPES
 
@@ -587,7 +587,7 @@ def test_a_stage_has_the_ends_of_the_whole_model() -> None:
     assert pools[0] == pools[1] > engine.pool(placed[0][0], method, 1 << 30, 16384).num_tokens
     diagnosis = diagnose(text + f"GPU KV cache size: {pools[0]:,} tokens", LLAMA)
     assert figures(diagnosis)["KV cache size"][:2] == (pools[0], pools[0])
-    assert {*TURBOQUANT, ULTRAQUANT} <= KV_DTYPES.keys()  # the names are vLLM's
+    assert set(PRESETS) <= KV_DTYPES.keys()  # the names are vLLM's
 
 
 def test_a_memory_that_is_not_printed_is_an_estimate() -> None:
