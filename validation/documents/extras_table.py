@@ -10,7 +10,7 @@ from kvsim.output.tables import compact
 
 ROOT = Path(__file__).resolve().parents[2]
 PURPOSE = {
-    "plan": "`kvsim plan`, `goodput`, `sweep`",
+    "plan": "`kvsim plan`, `sweep`, `report --users`",
     "plot": "`kvsim plot`",
     "parquet": "`kvsim sweep --out grid.parquet`",
     "cluster": "`kvsim sweep --scheduler`: a dask cluster",
