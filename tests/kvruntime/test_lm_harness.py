@@ -25,6 +25,7 @@ def test_without_lm_eval_the_command_says_how_to_get_it(tmp_path, capsys, words)
     more = ["--model", str(tiny_directory(tmp_path)), "--offline", "--out", str(tmp_path / "r.json")]
     assert run([*words, *(more if words[0] == "eval" else [])]) == 2
     said = capsys.readouterr().err
+    assert "loading" not in said  # before a model is loaded
     assert "lm_eval" in said
     assert "pip install" in said
     assert "[harness]" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     for length in given["length"]:
         check_whole("length", length)
     check_given({**given, "window": None})
+    if given["lm_eval"]:
+        import_module("kvruntime.bench.quality.lm_harness")  # where lm_eval is missing, said before a model is loaded
     data = data_given(given["task"], given["data"])
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
