@@ -43,9 +43,14 @@ def install_hint(extra: str) -> str:
     return f"python -m pip install {source(extra)}"
 
 
-def missing_hint(module: str | None) -> str:
-    """``: install it with ...`` for a module of :data:`EXTRA` (or one inside it), else nothing."""
+def missing_hint(module: str | None, whole: str | None = None) -> str:
+    """``: install it with ...`` for a module of :data:`EXTRA` (or one inside it), else nothing.
+
+    ``whole``: the extra of the command, which holds those of the planner and of the runtime.
+    """
     extra = EXTRA.get((module or "").partition(".")[0])
+    if whole and extra in ("plan", "plot", "runtime"):
+        extra = whole
     return f": install it with {install_hint(extra)}" if extra else ""
 
 

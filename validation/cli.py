@@ -49,7 +49,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (error.name or "").partition(".")[0] in ("validation", "kvruntime", "kvsim"):
             raise
-        message = f"{error}{missing_hint(error.name)}"
+        message = f"{error}{missing_hint(error.name, 'validation')}"
     print(f"validation: error: {one_line(message)}", file=sys.stderr)
     return 2
 

@@ -124,3 +124,12 @@ def test_validation_time_without_scipy() -> None:
     assert child.returncode == 2
     assert install.install_hint("validation") in child.stderr
     assert child.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["numpy", "matplotlib", "torch", "scipy"])
+def test_a_command_of_validation_names_the_extra_that_holds_all_it_needs(module):
+    assert install.missing_hint(module, "validation") == f": install it with {install.install_hint('validation')}"
+
+
+def test_what_validation_does_not_hold_keeps_its_own_extra():
+    assert install.missing_hint("hqq", "validation") == install.missing_hint("hqq")
