@@ -238,6 +238,11 @@ def test_limits_are_finite_and_above_zero(option, text, allowed, capsys):
     assert said.count("\n") == 1
 
 
+def test_no_more_bits_than_a_plain_cache_has(capsys):
+    assert run(["doctor", "--model", "nowhere", "--offline", "--bits", "99"]) == 2
+    assert "bits 99: allowed are numbers above 0, and no more than the 16 of a plain cache" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
     tiny_directory(tmp_path)
     planted().save_pretrained(tmp_path)

@@ -35,8 +35,8 @@ def doctor(methods: list[Method], **given: Any) -> int:
     if not given["bound"] > 0:
         raise ValueError(f"bound {given['bound']:g}: allowed are numbers above 0, nats a token")
     if (bits := given["mean_bits"]) is not None:
-        if not bits > 0:
-            raise ValueError(f"bits {bits:g}: allowed are numbers above 0")
+        if not 0 < bits <= 16:
+            raise ValueError(f"bits {bits:g}: allowed are numbers above 0, and no more than the 16 of a plain cache")
         methods = [method for method in methods if not isinstance(method, Full)] or methods  # no mix has both
     device = pick_device(given["device"])
     start = perf_counter()
