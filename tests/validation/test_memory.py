@@ -235,5 +235,5 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     assert cli.run(["speed"]) == 2
     err = capsys.readouterr().err
     assert "torch" in err
-    assert install_hint("runtime") in err
+    assert install_hint("validation") in err
     assert err.count("\n") == 1
