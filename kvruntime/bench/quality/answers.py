@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,8 @@ def answer_tasks(
         return Task(key, measure, cost=4 * work_of(part), guest=True)
 
     def task(group: Call, part: Part, contender: Contender) -> Task:
-        measure = partial(measure_answers, loaded, contender, part, group, batch, chat and part.chat, led)
+        answer = partial(answer_call, loaded, contender, group, batch, chat and part.chat, led)
+        measure = partial(measure_answers, contender.name, part.name, group, answer)
         cost = work_of(part) * (1 if contender.name in BASE else 2)
         return Task(key_of(KIND, part, contender), measure, cost=cost, guest=contender.package != "kvruntime")
 
@@ -139,39 +140,31 @@ def answer_tasks(
     return tasks
 
 
-def measure_answers(
-    loaded: LoadedModel,
-    contender: Contender,
-    part: Part,
-    group: Call,
-    batch: int,
-    chat: bool,
-    led: dict[str, list[list[int]]],
-    tick: Tick,
-) -> Row:
+def measure_answers(contender: str, part: str, group: Call, answer: Callable[[Tick], None], tick: Tick) -> Row:
     """The row's figures: ``score`` (mean of ``scores``), what was answered, tokens of a prompt, bits, seconds.
 
-    ``group`` is answered whole, and each of its parts has its share of the seconds.  ``led``: what transformers' own
-    uncompressed cache answered to a part, by its digest.
+    Where ``group`` does not hold them yet, ``answer`` answers it whole.
     """
-    named = contender.name, part.name
-    if named not in group.given:
-        _answer(loaded, contender, part, group, batch, chat, led, tick)
-    row = group.given.pop(named)
+    if (contender, part) not in group.given:
+        answer(tick)
+    row = group.given.pop((contender, part))
     return {"score": sum(row["scores"]) / len(row["scores"]), **row}
 
 
-def _answer(
+def answer_call(
     loaded: LoadedModel,
     contender: Contender,
-    part: Part,
     group: Call,
     batch: int,
     chat: bool,
     led: dict[str, list[list[int]]],
     tick: Tick,
 ) -> None:
-    """One call for all parts of ``group``, whose figures go into ``group.given``."""
+    """One call for all parts of ``group``, whose figures go into ``group.given``; each has its share of the seconds.
+
+    ``led``: what transformers' own uncompressed cache answered to a part, by its digest.
+    """
+    part = group.parts[0]  # what follows or continues is alone
     start = perf_counter()
     longest = 0
     if part.follows and part.sha256 not in led:
