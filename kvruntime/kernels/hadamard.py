@@ -17,7 +17,7 @@ def log2(size):
 def rotate_rows(x, N: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     """float32 ``x [N, WIDTH]``, every ``SIZE`` channels times the normalised Hadamard matrix, which is its own inverse.
 
-    Sums and differences in pairs 1, 2, 4, ... channels apart, as :func:`kvruntime.methods.kivi.reference.rotated` adds.
+    Sums and differences in pairs 1, 2, 4, ... channels apart, as :func:`kvruntime.kernels.reference.rotated` adds.
     """
     second = tl.arange(0, 2)[None, None, :, None] == 1
     for i in tl.static_range(log2(SIZE)):

@@ -1,9 +1,10 @@
-"""Partial attention in plain PyTorch, the rotary embedding of one token, rows in one line, and a slot mapping."""
+"""What the references of all methods share, in plain PyTorch: partial attention, fresh tokens, rows in one line, the
+rotary embedding of one token, the Hadamard rotation, and a slot mapping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,9 @@ class Scores(NamedTuple):
 
 PLAIN = Scores()
 
+Fresh = tuple[Tensor, Tensor, Tensor | None]
+"""Tokens not yet stored: key, value, and how many each row has of them (None in a line with starts)."""
+
 
 class Partial:
     """A running softmax over blocks of tokens: ``add`` blocks, then ``result`` (arXiv 2112.05682)."""
@@ -59,8 +63,7 @@ class Partial:
 
     def add(self, key: Tensor, value: Tensor, visible: Tensor | None = None, more: Tensor | None = None) -> None:
         """A block of tokens ``[batch_size, num_kv_heads, n, dim]``; ``visible`` and ``more``, both of which a token
-        must
-        satisfy, broadcast to ``[..., rows, n]``."""
+        must satisfy, broadcast to ``[..., rows, n]``."""
         if more is not None:
             visible = more if visible is None else visible & more
         score = self.query @ key.float().transpose(-1, -2)
@@ -104,6 +107,36 @@ def embedded(
     return query * cos + turned[0] * sin, key * cos + turned[1] * sin
 
 
+def embed(query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor] | None, positions: Tensor) -> Tensor:
+    """:func:`embedded`, the query in place; the key is returned.
+
+    | tensor | shape |
+    |---|---|
+    | query | [batch_size, num_q_heads, 1, key_dim] |
+    | key | [batch_size, num_kv_heads, 1, key_dim] |
+    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
+    | positions | [batch_size] int32 |
+    """
+    turned, key = embedded(query, key, rotary, positions)
+    if rotary is not None:
+        query.copy_(turned)
+    return key
+
+
+def rotated(x: Tensor, size: int) -> Tensor:
+    """``x [..., channels]``, every ``size`` channels times the normalised Hadamard matrix, which is its own inverse;
+    float32.
+
+    Sums and differences in pairs 1, 2, 4, ... channels apart: what the kernels that do so get, to the bit.
+    """
+    x, apart = x.float(), 1
+    while apart < size:
+        first, second = x.unflatten(-1, (-1, 2, apart)).unbind(-2)
+        x = torch.stack((first + second, first - second), -2).flatten(-3)
+        apart *= 2
+    return x * size**-0.5
+
+
 def row_counts(counts: Sequence[int] | Tensor | None, starts: Tensor | None, batch_size: int, length: int) -> list[int]:
     """Tokens that each row brings, on the host: of a line by its ``starts``; where nothing is said, all ``length``."""
     if starts is not None:
@@ -123,28 +156,35 @@ def padded(line: Tensor, counts: Sequence[int]) -> Tensor:
     return out
 
 
-def check_table(table: Tensor | None, batch_size: int, pool: str) -> None:
-    """Raises ``ValueError`` for a block table of another shape or type; ``pool``: the shape of what it leads to."""
-    if table is not None and (table.dtype != torch.int32 or table.dim() != 2 or len(table) != batch_size):
-        raise ValueError(
-            f"block table {list(table.shape)} of {table.dtype}: expected [{batch_size}, num_blocks] int32 over {pool}"
-        )
+def by_row(
+    attend: Callable[[Tensor, Fresh | None], Tensor], query: Tensor, fresh: Fresh | None, starts: Tensor
+) -> Tensor:
+    """``attend(query, fresh)`` of rows that lie in one line, in which row b's tokens begin at ``starts[b]``.
+
+    | tensor | of rows, for ``attend`` | in the line |
+    |---|---|---|
+    | query | [batch_size, num_q_heads, L, key_dim] | [tokens, num_q_heads, key_dim] |
+    | fresh key, value | [batch_size, num_kv_heads, L, dim]: not yet stored, causal | [tokens, num_kv_heads, dim] |
+    | fresh counts | [batch_size] int32: row b's tokens are the last counts[b] of the L | None |
+    | starts | None | [batch_size + 1] int32 |
+    | out | [batch_size, num_q_heads, L, value_dim], query's dtype | [tokens, num_q_heads, value_dim] |
+    """
+    counts = starts.diff().tolist()
+    if fresh is not None:
+        key, value = (padded(x, counts) for x in fresh[:2])
+        fresh = (key, value, torch.tensor(counts, dtype=torch.int32, device=query.device))
+    ends = zip(attend(padded(query, counts), fresh), counts, strict=True)
+    return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
 
 
-def table_places(table: Tensor | None, size: int, token: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and slot of tokens ``token [batch_size, n]``, ``size`` a block of ``table``, each ``[batch_size, n]``;
-    something that exists where they are not ``wanted``."""
-    token = torch.where(wanted, token, 0)
-    if table is None:
-        return torch.arange(len(token), device=token.device)[:, None].expand_as(token), token
-    block = table.gather(1, token // size) if token.numel() else token
-    return torch.where(wanted, block, 0).long(), token % size
-
-
-def behind(counts: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """How many tokens of its row come before each of ``length`` columns, whose last ``counts[b]`` are row b's:
-    ``[batch_size, length]``, below 0 of columns that are none of the row's."""
-    return torch.arange(length, device=device) - (length - torch.tensor(counts, device=device)[:, None])
+def causal(counts: Tensor | None, length: int, q_per_kv: int) -> tuple[Tensor, Tensor]:
+    """Which of L columns are a row's own, its last ``counts[b]``: ``[batch_size, L]``; and which fresh tokens each
+    query sees, the row's up to its own: ``[batch_size, 1, q_per_kv * L, L]``."""
+    assert counts is not None
+    index = torch.arange(length, device=counts.device)
+    real = index >= length - counts[:, None]
+    visible = (index[None, :] <= index[:, None]) & real[:, None, :]
+    return real, visible.repeat(1, q_per_kv, 1)[:, None]
 
 
 def store_slots(key: Tensor, value: Tensor, pool_key: Tensor, pool_value: Tensor, slots: Tensor) -> None:

@@ -47,7 +47,7 @@ GROUPS = {
     "packers": Group(
         (
             *_files("kvruntime/methods", "*/reference.py", "*/words.py", "*/coding.py", "*/levels.py"),
-            "kvruntime/kernels/reference.py",
+            *("kvruntime/kernels/reference.py", "kvruntime/kernels/slot_reference.py"),
         ),
         PACKERS,
     ),

@@ -42,7 +42,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import PLAIN, Partial, Scores, embedded, padded, row_counts
+from kvruntime.kernels.reference import (
+    PLAIN,
+    Fresh,
+    Partial,
+    Scores,
+    by_row,
+    causal,
+    embed,
+    padded,
+    rotated,
+    row_counts,
+)
 from kvsim.methods.kivi import Record
 from kvsim.methods.packing import channel_chunks
 
@@ -84,20 +95,6 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, nbits: int) -> Tensor:
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     level = (x.float().clamp(-LIMIT, LIMIT) - zero) * inverse
     return torch.where(level.isnan(), 0.0, level).clamp(0, 2**nbits - 1).round().int()
-
-
-def rotated(x: Tensor, size: int) -> Tensor:
-    """``x [..., channels]``, every ``size`` channels times the normalised Hadamard matrix, which is its own inverse;
-    float32.
-
-    Sums and differences in pairs 1, 2, 4, ... channels apart: what the kernels that do so get, to the bit.
-    """
-    x, apart = x.float(), 1
-    while apart < size:
-        first, second = x.unflatten(-1, (-1, 2, apart)).unbind(-2)
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
-        apart *= 2
-    return x * size**-0.5
 
 
 def stored_values(value: Tensor, record: Record, dtype: torch.dtype) -> Tensor:
@@ -401,10 +398,6 @@ class Stored(NamedTuple):
         return self.exact_key, self.exact_value
 
 
-Fresh = tuple[Tensor, Tensor, Tensor | None]
-"""Tokens not yet stored: key, value, and how many each row has of them (None in a line with starts)."""
-
-
 def check(stored: Stored, layout: Layout, batch_size: int) -> None:
     """Raises ``ValueError`` for a table of another shape or type, and for what no pool of exact tokens holds."""
     records, table, pages = stored.records, stored.block_table, stored.exact_table
@@ -536,21 +529,13 @@ def step(
     positions: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store one token a row, and count it.
+    """Store one token a row, ``value [batch_size, num_kv_heads, 1, value_dim]``, and count it.
 
-    | tensor | shape |
-    |---|---|
-    | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
-    | key, value | [batch_size, num_kv_heads, 1, dim] |
-    | lengths | [batch_size] int32: tokens that each row holds before, in memory of its own; left as it is |
-    | positions | [batch_size] int32: of the rotary embedding; it may be ``lengths`` |
-    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
-
+    ``lengths [batch_size]`` int32: tokens that each row holds before, in memory of its own; left as it is.
+    :func:`kvruntime.kernels.reference.embed` has the other shapes; ``positions`` may be ``lengths``.
     ``stored.lengths`` becomes ``lengths + 1``, and ``stored.packed`` what is packed then.
     """
-    turned, key = embedded(query, key, rotary, positions)
-    if rotary is not None:
-        query.copy_(turned)
+    key = embed(query, key, rotary, positions)
     held, packed = lengths.tolist(), stored.packed.tolist()
     append(key, value, None, stored, layout, (held, packed))
     plan = (layout.record.num_tokens, layout.sink, layout.residual)
@@ -582,26 +567,15 @@ def attend(
 ) -> Tensor:
     """Attention over everything a layer stores, one block of records at a time.
 
-    | tensor | shape |
-    |---|---|
-    | query | [batch_size, num_q_heads, L, key_dim] |
-    | fresh | (key, value [batch_size, num_kv_heads, L, dim], counts [batch_size]): not yet stored, causal |
-    | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
-    | starts | [batch_size + 1] int32, or None |
-
-    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at
-    ``starts[b]``, the fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes
-    the output: chunks of prompts, single tokens and drafts beside each other.  Raises ``ValueError`` where
-    :func:`check` does.
+    :func:`kvruntime.kernels.reference.by_row` has the shapes; a line has chunks of prompts, single tokens and drafts
+    beside each other.  Raises ``ValueError`` where :func:`check` does.
     """
     if starts is not None:
-        counts = row_counts(None, starts, len(stored.lengths), 0)
-        if fresh is not None:
-            key, value = (padded(x, counts) for x in fresh[:2])
-            fresh = (key, value, torch.tensor(counts, dtype=torch.int32, device=query.device))
-        out = attend(padded(query, counts), stored, layout, scale, fresh, scores=scores)
-        ends = zip(out, counts, strict=True)
-        return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
+
+        def rows(query: Tensor, fresh: Fresh | None) -> Tensor:
+            return attend(query, stored, layout, scale, fresh, scores=scores)
+
+        return by_row(rows, query, fresh, starts)
     record, sink, residual = layout
     lengths, packed, block_table, pages = stored.lengths, stored.packed, stored.block_table, stored.exact_table
     check(stored, layout, query.shape[0])
@@ -644,13 +618,10 @@ def attend(
         state.add(stored.exact_key, stored.exact_value, held, scores.sees(token, newest))
     real = None
     if fresh is not None:
-        key, value, number = fresh
-        assert number is not None
+        key, value, counts = fresh
         value = stored_values(value, record, fresh_type(value.dtype))
-        index = torch.arange(length, device=query.device)
-        real = index >= length - number[:, None]  # [batch_size, L]
-        causal = (index[None, :] <= index[:, None]) & real[:, None, :]
-        state.add(key, value, causal.repeat(1, q_per_kv, 1)[:, None], scores.sees(lengths[:, None] + ahead, newest))
+        real, visible = causal(counts, length, q_per_kv)
+        state.add(key, value, visible, scores.sees(lengths[:, None] + ahead, newest))
     out = state.result(scores.sinks_of(heads, length)).reshape(batch, q_heads, length, -1)
     if record.rotation:
         out = rotated(out, record.rotation)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import PLAIN, Partial, Scores
-from kvruntime.methods.token.reference import BLOCK_TOKENS, Fresh, Layout, Stored, places, read
+from kvruntime.kernels.reference import PLAIN, Fresh, Partial, Scores
+from kvruntime.kernels.slot_reference import BLOCK_TOKENS
+from kvruntime.methods.token.reference import Layout, Stored, read, slots
 
 BLOCK_SCORES = 1 << 24
 """Scores of one block of queries over one block of tokens, at most: 64 MiB of float32."""
@@ -29,19 +30,16 @@ def attend(
     them, or by one query where that makes more.
     """
     batch, q_heads, length, _ = query.shape
-    lengths = stored.lengths + int(stepped)
-    most = int(lengths.max()) if batch else 0
+    held_slots = slots(stored, stepped)
     out = query.new_empty(batch, q_heads, length, layout.key_dim)
     size = max(1, BLOCK_SCORES // max(1, batch * q_heads * BLOCK_TOKENS))
     for start in range(0, length, size):
         part = query[:, :, start : start + size]
         end = start + part.shape[2]
         state = Partial(part.reshape(batch, 1, q_heads * (end - start), -1), layout.key_dim, scale, scores.softcap)
-        for first in range(0, most, BLOCK_TOKENS):
-            token = torch.arange(first, min(first + BLOCK_TOKENS, most), device=query.device).expand(batch, -1)
-            held = token < lengths[:, None]
-            latent, rope = read(stored, layout, *places(stored, token, held))
-            state.add(torch.cat([latent, rope], -1), latent, held[:, None, None])
+        for index, slot, held in held_slots.blocks(BLOCK_TOKENS):
+            latent, rope = read(stored, layout, index, slot)
+            state.add(torch.cat([latent, rope], -1), latent, held)
         if fresh is not None:
             _add_fresh(state, fresh, q_heads, start, end)
         done = state.result(scores.sinks_of(1, end - start)).reshape(batch, q_heads, end - start, -1)

@@ -26,17 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvruntime.kernels.reference import (
-    PLAIN,
-    Partial,
-    Scores,
-    behind,
-    check_table,
-    embedded,
-    padded,
-    row_counts,
-    table_places,
-)
+from kvruntime.kernels import slot_reference
+from kvruntime.kernels.reference import PLAIN, Fresh, Scores, embed, rotated
+from kvruntime.kernels.slot_reference import Slots, arriving
 from kvruntime.methods.token.coding import (
     LARGEST,
     LIMIT,
@@ -49,7 +41,6 @@ from kvruntime.methods.token.coding import (
 )
 from kvruntime.methods.token.levels import magnitudes, steps, thresholds
 
-BLOCK_TOKENS = 1024
 TINY = 2.0**-100
 """Scales below it count as 0: their reciprocals would leave float32."""
 ZERO_BITS = 15
@@ -95,23 +86,6 @@ class Stored(NamedTuple):
     key_lookup: Tensor | None = None
     value_lookup: Tensor | None = None
     block_table: Tensor | None = None
-
-
-Fresh = tuple[Tensor, Tensor, Tensor | None]
-"""Tokens not yet stored: key, value, and how many each row has of them (None in a line with starts)."""
-
-
-def rotated(x: Tensor, size: int) -> Tensor:
-    """``x [..., channels]``, every ``size`` channels times the normalised Hadamard matrix; float32.
-
-    Sums and differences in pairs 1, 2, 4, ... channels apart, as :mod:`kvruntime.kernels.hadamard` adds.
-    """
-    x, apart = x.float(), 1
-    while apart < size:
-        first, second = x.unflatten(-1, (-1, 2, apart)).unbind(-2)
-        x = torch.stack((first + second, first - second), -2).flatten(-3)
-        apart *= 2
-    return x * size**-0.5
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -275,14 +249,16 @@ def decode(codes: Tensor, scale: Tensor, coding: str, dim: int, signs: Tensor | 
     return level * scale.float()[..., None]
 
 
+def slots(stored: Stored, stepped: bool = False) -> Slots:
+    """Where its tokens lie, ``stepped`` ones too.  Raises ``ValueError`` for a block table of another shape or type."""
+    found = Slots(stored.lengths + int(stepped), stored.key_codes.shape[2], stored.block_table)
+    found.check("[pool_size, num_kv_heads, n, ...]")
+    return found
+
+
 def check(stored: Stored) -> None:
-    """Raises ``ValueError`` for a block table of another shape or type."""
-    check_table(stored.block_table, len(stored.lengths), "[pool_size, num_kv_heads, n, ...]")
-
-
-def places(stored: Stored, token: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and slot of tokens ``token [batch_size, n]``; something that exists where they are not ``wanted``."""
-    return table_places(stored.block_table, stored.key_codes.shape[2], token, wanted)
+    """Raises ``ValueError`` where :func:`slots` does."""
+    slots(stored)
 
 
 def append(
@@ -293,27 +269,13 @@ def append(
     layout: Layout,
     starts: Tensor | None = None,
 ) -> None:
-    """Store new tokens behind what each row holds.
-
-    | tensor | shape |
-    |---|---|
-    | key, value | [batch_size, num_kv_heads, L, dim]; row b's tokens are the last counts[b] of the L |
-    | counts | a number a row; None: all are |
-    | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], row b's from starts[b] |
-    """
-    check(stored)
-    counts = row_counts(counts, starts, len(stored.lengths), key.shape[2])
-    if starts is not None:
-        key, value = padded(key, counts), padded(value, counts)
-    ahead = behind(counts, key.shape[2], key.device)
-    wanted = ahead >= 0
-    index, slot = places(stored, stored.lengths[:, None] + ahead, wanted)
-    index, slot = index[wanted], slot[wanted]
+    """Store new tokens behind what each row holds: :func:`kvruntime.kernels.slot_reference.arriving` has the shapes."""
+    index, slot, new_key, new_value = arriving(key, value, counts, slots(stored), starts)
     for new, coding, codes, scale, signs in (
-        (key, layout.key, stored.key_codes, stored.key_scale, stored.key_signs),
-        (value, layout.value, stored.value_codes, stored.value_scale, stored.value_signs),
+        (new_key, layout.key, stored.key_codes, stored.key_scale, stored.key_signs),
+        (new_value, layout.value, stored.value_codes, stored.value_scale, stored.value_signs),
     ):
-        made = encode(new.transpose(1, 2)[wanted], coding, scale.dtype, signs, layout.corrected)
+        made = encode(new, coding, scale.dtype, signs, layout.corrected)
         codes[index, :, slot], scale[index, :, slot] = made
 
 
@@ -326,19 +288,11 @@ def step(
     positions: Tensor,
     rotary: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Store one token a row.
+    """Store one token a row, ``value [batch_size, num_kv_heads, 1, value_dim]``.
 
-    | tensor | shape |
-    |---|---|
-    | query | [batch_size, num_q_heads, 1, key_dim]; with ``rotary`` it is embedded in place |
-    | key, value | [batch_size, num_kv_heads, 1, dim] |
-    | positions | [batch_size] int32: of the rotary embedding; it may be ``stored.lengths`` |
-    | rotary | (cos, sin), each [positions, key_dim]; None: already embedded |
+    :func:`kvruntime.kernels.reference.embed` has the other shapes; ``positions`` may be ``stored.lengths``.
     """
-    turned, key = embedded(query, key, rotary, positions)
-    if rotary is not None:
-        query.copy_(turned)
-    append(key, value, None, stored, layout)
+    append(embed(query, key, rotary, positions), value, None, stored, layout)
 
 
 def attend(
@@ -351,51 +305,16 @@ def attend(
     stepped: bool = False,
     scores: Scores = PLAIN,
 ) -> Tensor:
-    """Attention over everything a layer stores.
+    """Attention over everything a layer stores: :func:`kvruntime.kernels.reference.by_row` has the shapes.
 
-    | tensor | shape |
-    |---|---|
-    | query | [batch_size, num_q_heads, L, key_dim] |
-    | fresh | (key, value [batch_size, num_kv_heads, L, dim], counts [batch_size]): not yet stored, causal |
-    | out | [batch_size, num_q_heads, L, value_dim], query's dtype |
-    | starts | [batch_size + 1] int32, or None |
-
-    With ``starts`` all rows' queries are one line [tokens, num_q_heads, key_dim], in which row b's begin at
-    ``starts[b]``, the fresh key and value lie alike, [tokens, num_kv_heads, dim], their counts are None, and so comes
-    the output.  ``stepped``: each row holds one token more than its length says, which :func:`step` has just stored.
+    ``stepped``: each row holds one token more than its length says, which :func:`step` has just stored.
     """
-    if starts is not None:
-        counts = row_counts(None, starts, len(stored.lengths), 0)
-        if fresh is not None:
-            key, value = (padded(x, counts) for x in fresh[:2])
-            fresh = (key, value, torch.tensor(counts, dtype=torch.int32, device=query.device))
-        out = attend(padded(query, counts), stored, layout, scale, fresh, None, stepped, scores)
-        ends = zip(out, counts, strict=True)
-        return torch.cat([row[:, row.shape[1] - count :].transpose(0, 1) for row, count in ends])
-    check(stored)
-    batch, q_heads, length, _ = query.shape
-    heads = stored.key_codes.shape[1]
-    lengths = stored.lengths + int(stepped)
-    grouped = query.reshape(batch, heads, q_heads // heads * length, -1)
-    state = Partial(grouped, layout.value_dim, scale, scores.softcap)
-    most = int(lengths.max()) if batch else 0
-    for first in range(0, most, BLOCK_TOKENS):
-        token = torch.arange(first, min(first + BLOCK_TOKENS, most), device=query.device).expand(batch, -1)
-        held = token < lengths[:, None]
-        key, value = read(stored, layout, *places(stored, token, held))
-        state.add(key, value, held[:, None, None])
-    real = None
-    if fresh is not None:
-        new_key, new_value, number = fresh
-        assert number is not None
-        index = torch.arange(length, device=query.device)
-        real = index >= length - number[:, None]  # [batch_size, L]
-        causal = (index[None, :] <= index[:, None]) & real[:, None, :]
-        state.add(new_key, new_value, causal.repeat(1, q_heads // heads, 1)[:, None])
-    out = state.result(scores.sinks_of(heads, length)).reshape(batch, q_heads, length, -1)
-    if real is not None:
-        out = torch.where(real[:, None, :, None], out, 0.0)
-    return out.to(query.dtype)
+
+    def decoded(index: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        return read(stored, layout, index, slot)
+
+    shape = stored.key_codes.shape[1], layout.value_dim
+    return slot_reference.attend(query, slots(stored, stepped), decoded, *shape, scale, fresh, starts, scores=scores)
 
 
 def read(stored: Stored, layout: Layout, index: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
