@@ -17,7 +17,7 @@ class Layer(Protocol):
     """One attention layer's cache: what ``method.buffers(shape, batch_size, num_provided)`` lists, filled and read.
 
     :class:`kvruntime.methods.rows.Rows` has the books and the defaults; a method's layer adds ``append``, ``attend``,
-    ``step``, ``tokens`` and ``crop``.
+    ``step`` and ``tokens``.
     """
 
     method: Any

@@ -173,7 +173,7 @@ class Rows:
                 at = left.reshape(*left.shape, *(1 for _ in raw.shape[3:])).expand(*left.shape, *raw.shape[3:])
                 raw[rows, :, sink:last] = raw[rows].gather(2, at)
                 raw[rows, :, last:longest] = 0
-        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+        self.forgot(counts)
 
     def provide(self, num_tokens: int) -> None:
         """Makes the tensors provide for ``num_tokens`` tokens a row.  Raises ``ValueError`` beyond ``max_seq_len``, and
@@ -232,6 +232,24 @@ class Rows:
         return list(lengths)
 
     @staticmethod
+    def check_fresh(query: Tensor, fresh: Fresh | None) -> None:
+        """Raises ``ValueError`` for several queries ``[batch_size, num_q_heads, L, key_dim]`` without fresh tokens."""
+        if fresh is None and query.shape[2] != 1:
+            raise ValueError(
+                f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
+            )
+
+    def counted(self, query: Tensor, fresh: Fresh | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``fresh`` with its lengths on the device, as kernels and references take it, once :meth:`check_fresh` allows
+        it."""
+        self.check_fresh(query, fresh)
+        if fresh is None:
+            return None
+        key, value, lengths = fresh
+        counts = [query.shape[2]] * self.batch_size if lengths is None else lengths
+        return key, value, on_device(counts, query.device)
+
+    @staticmethod
     def append_all(held: Sequence[tuple[Any, ...]]) -> None:
         """``append`` of each ``(layer, *arguments)``."""
         for layer, *arguments in held:
@@ -246,7 +264,7 @@ class Rows:
         self.row_lengths = [length + num_steps for length in self.row_lengths]
 
     def forgot(self, counts: Sequence[int]) -> None:
-        """Enters in the host's books how many tokens each row forgot in steps on a GPU."""
+        """Enters in the host's books how many tokens each row forgot."""
         self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
 
     @staticmethod
@@ -274,6 +292,13 @@ class Rows:
             least = max(self.row_lengths) - min(self.row_lengths)
             raise ValueError(f"cannot crop to {num_tokens} tokens: allowed are {least} and above (a shorter row)")
 
+    def crop(self, num_tokens: int) -> None:
+        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row, once
+        :meth:`check_crop` allows it; in the books alone."""
+        self.check_crop(num_tokens)
+        drop = max(0, max(self.row_lengths) - num_tokens)
+        self.row_lengths = [length - drop for length in self.row_lengths]
+
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self.row_lengths = [0] * self.batch_size
@@ -295,6 +320,13 @@ def rows_of(index: Tensor, batch_size: int) -> list[int]:
             f"rows {index.tolist()!s:.80}: allowed are whole numbers from 0 to {batch_size - 1}, at least one"
         )
     return rows
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """A number a row, int32; of rows that are alike, as a fill leaves them, without a copy from the host."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=torch.int32, device=device)
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def staying(dropped: Tensor, count: int) -> Tensor:

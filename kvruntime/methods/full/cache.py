@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvruntime.kernels.reference import PLAIN, Partial, Scores, embedded
+from kvruntime.kernels.reference import PLAIN, Partial, Scores, causal, embedded
 from kvruntime.methods.full.reference import Stored
-from kvruntime.methods.rows import Fresh, Rows, Steps
+from kvruntime.methods.rows import Fresh, Rows, Steps, on_device
 from kvsim.layout import LayerShape
 from kvsim.methods.full import Full
 
@@ -58,7 +58,7 @@ class FullLayer(Rows):
             elif len(set(ends)) == 1:
                 store[:, :, self.row_lengths[0] : ends[0]] = fresh[:, :, length - counts[0] :]
             else:
-                slots = self._on_device(self.row_lengths)[:, None] + torch.arange(counts[0], device=self.device)
+                slots = on_device(self.row_lengths, self.device)[:, None] + torch.arange(counts[0], device=self.device)
                 rows = torch.arange(self.batch_size, device=self.device)[:, None]
                 store[rows, :, slots] = fresh[:, :, length - counts[0] :].transpose(1, 2).to(store.dtype)
         self.row_lengths = ends
@@ -76,8 +76,7 @@ class FullLayer(Rows):
         ``[batch_size, num_q_heads, L, value_dim]`` in the query's type; padding queries get zeros.
         """
         batch_size, num_q_heads, length, _ = query.shape
-        if fresh is None and length != 1:
-            raise ValueError(f"{length} queries over stored tokens only: allowed is 1, or give the fresh tokens")
+        self.check_fresh(query, fresh)
         # Query heads that share a kv head become more queries of it: [batch_size, num_kv_heads, q_per_kv * L, key_dim]
         packed = query.reshape(batch_size, self.shape.num_kv_heads, -1, self.shape.key_dim)
         plain = fresh is None and scores.is_plain
@@ -98,7 +97,9 @@ class FullLayer(Rows):
         position = torch.arange(length, device=query.device)
         counts = [length] * self.batch_size if fresh is None or fresh[2] is None else fresh[2]
         first = [held - count for held, count in zip(self.row_lengths, counts, strict=True)]
-        token = self._on_device(first)[:, None] + position + (0 if fresh is None else length)  # of each query's own
+        token = (
+            on_device(first, self.device)[:, None] + position + (0 if fresh is None else length)
+        )  # of each query's own
         newest = token.repeat(1, group)
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)
@@ -109,13 +110,11 @@ class FullLayer(Rows):
             return state.result(sinks)
         key, value, lengths = fresh
         within = scores.sees(token, newest)
-        causal = position <= position[:, None]  # [L queries, L keys]
         if lengths is None:
-            state.add(key, value, causal.repeat(group, 1), within)
+            state.add(key, value, (position <= position[:, None]).repeat(group, 1), within)
             return state.result(sinks)
-        real = position >= length - self._on_device(lengths)[:, None]  # [batch_size, L]
-        visible = causal & real[:, None, None]  # [batch_size, 1, L, L]
-        state.add(key, value, visible.repeat(1, 1, group, 1), within)
+        real, visible = causal(on_device(lengths, self.device), length, group)
+        state.add(key, value, visible, within)
         return torch.where(real.repeat(1, group)[:, None, :, None], state.result(sinks), 0.0)
 
     def _visible(self, start: int, stop: int) -> Tensor | None:
@@ -123,10 +122,7 @@ class FullLayer(Rows):
         if min(self.row_lengths) >= stop:
             return None
         slots = torch.arange(start, stop, device=self.device)
-        return slots < self._on_device(self.row_lengths)[:, None, None, None]
-
-    def _on_device(self, counts: list[int]) -> Tensor:
-        return torch.tensor(counts).to(self.device, non_blocking=True)
+        return slots < on_device(self.row_lengths, self.device)[:, None, None, None]
 
     def step(
         self,
@@ -166,7 +162,7 @@ class FullLayer(Rows):
                 if count:
                     tensor[row, :, sink : length - count] = tensor[row, :, sink + count : length].clone()
                     tensor[row, :, length - count : length] = 0
-        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
+        self.forgot(counts)
 
     def reset(self) -> None:
         """Forget every token; the buffers stay, zeroed (a NaN left behind would reach a shorter row's sums)."""
@@ -175,13 +171,9 @@ class FullLayer(Rows):
         super().reset()
 
     def crop(self, num_tokens: int) -> None:
-        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row.
-
-        Their slots are zeroed (a NaN left behind would reach a shorter row's sums).
-        """
-        self.check_crop(num_tokens)
-        drop = max(0, max(self.row_lengths) - num_tokens)
-        self.row_lengths = [length - drop for length in self.row_lengths]
+        """The same, and their slots are zeroed (a NaN left behind would reach a shorter row's sums)."""
+        before = self.row_lengths
+        super().crop(num_tokens)
         for tensor in self.tensors.values():
-            for row, length in enumerate(self.row_lengths):
-                tensor[row, :, length : length + drop] = 0
+            for row, (length, end) in enumerate(zip(self.row_lengths, before, strict=True)):
+                tensor[row, :, length:end] = 0

@@ -151,10 +151,6 @@ class KiviLayer(Rows):
         calls, with which the kernel shares out work as it goes and may need one launch instead of two.  Returns
         ``[batch_size, num_q_heads, L, value_dim]``; padding queries get zeros.
         """
-        if fresh is None and query.shape[2] != 1:
-            raise ValueError(
-                f"{query.shape[2]} queries over stored tokens only: allowed is 1, or give the fresh tokens"
-            )
         return self._attend(query, scale, fresh, None, arrivals, scores)
 
     @classmethod
@@ -171,13 +167,7 @@ class KiviLayer(Rows):
         arrivals: Tensor | None = None,
         scores: Scores = PLAIN,
     ) -> Tensor:
-        new = None
-        if fresh is not None:
-            if fresh[2] is None:  # a fill needs no copy from the host
-                counts = torch.full((self.batch_size,), query.shape[2], dtype=torch.int32, device=query.device)
-            else:
-                counts = torch.tensor(fresh[2], dtype=torch.int32, device=query.device)
-            new = (fresh[0], fresh[1], counts)
+        new = self.counted(query, fresh)
         run: Any = reference.attend
         planned: dict[str, Any] = {}
         if query.is_cuda:

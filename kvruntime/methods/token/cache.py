@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvruntime.kernels.reference import PLAIN, Scores, embedded
-from kvruntime.methods.rows import Fresh, Rows, Steps
+from kvruntime.methods.rows import Fresh, Rows, Steps, on_device
 from kvruntime.methods.token import latent_reference, reference
 from kvruntime.methods.token.coding import sections
 from kvruntime.methods.token.levels import lookup_table, signs
@@ -91,17 +91,13 @@ class TokenLayer(Rows):
 
     def stored(self, lengths: Tensor | None = None) -> reference.Stored:
         """What the kernels are told that this layer holds; ``lengths``: those on the device, where steps count."""
-        if lengths is None and len(set(self.row_lengths)) == 1:  # a fill needs no copy from the host
-            lengths = torch.full((self.batch_size,), self.row_lengths[0], dtype=torch.int32, device=self.device)
-        elif lengths is None:
-            lengths = torch.tensor(self.row_lengths, dtype=torch.int32).to(self.device, non_blocking=True)
         held = self.tensors
         return reference.Stored(
             held["key_codes"].view(torch.uint8),
             held["key_scale"],
             held["value_codes"].view(torch.uint8),
             held["value_scale"],
-            lengths,
+            on_device(self.row_lengths, self.device) if lengths is None else lengths,
             *(self.shared.get(name) for name in self._shared_names),
         )
 
@@ -123,14 +119,8 @@ class TokenLayer(Rows):
         without it L must be 1.  ``scores``: what the model does to them.  Returns
         ``[batch_size, num_q_heads, L, value_dim]`` in the query's type; padding queries get zeros.
         """
-        length = query.shape[2]
-        if fresh is None and length != 1:
-            raise ValueError(f"{length} queries over stored tokens only: allowed is 1, or give the fresh tokens")
+        new = self.counted(query, fresh)
         self._check(scores, query.device)
-        new = None
-        if fresh is not None:
-            counts = [length] * self.batch_size if fresh[2] is None else fresh[2]
-            new = (fresh[0], fresh[1], torch.tensor(counts, dtype=torch.int32, device=query.device))
         if self.is_latent:
             if query.is_cuda and new is None:
                 return self._latent(query, self.stored(), scale, max(self.row_lengths), stepped=False)
@@ -194,13 +184,7 @@ class TokenLayer(Rows):
             for row, (length, count) in enumerate(zip(self.row_lengths, counts, strict=True)):
                 if count:
                     raw[row, :, sink : length - count] = raw[row, :, sink + count : length].clone()
-        self.row_lengths = [length - count for length, count in zip(self.row_lengths, counts, strict=True)]
-
-    def crop(self, num_tokens: int) -> None:
-        """Cut the longest row to ``num_tokens``, and as many newest tokens from every other row."""
-        self.check_crop(num_tokens)
-        drop = max(0, max(self.row_lengths) - num_tokens)
-        self.row_lengths = [length - drop for length in self.row_lengths]
+        self.forgot(counts)
 
 
 def _kernels(name: str) -> Any:
