@@ -66,20 +66,39 @@ def cli(context: click.Context) -> None:
 
 
 MODEL_HELP = "Catalogue name (random weights), smollm2-135m, a model directory, or a hub id (owner/name)."
+model_options = options(
+    click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP), method_options
+)
+device_option = click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+gpu_option = click.option("--device", help="cuda, cuda:1.  [default: cuda]")
 machine_options = options(
-    click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]"),
+    device_option,
     click.option("--weights-dtype", help="fp16, bf16 or fp32.  [default: fp16 on CUDA, else fp32]"),
     click.option("--seed", type=SEED, default=0, show_default=True, help="Of random weights, tokens and sampling."),
     click.option("--offline", is_flag=True, help="Never download anything."),
 )
+text_option = click.option(
+    "--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]"
+)
+chunk_option = click.option(
+    "--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"
+)
 text_options = options(
-    click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]"),
+    text_option,
     click.option("--window", type=int, default=512, show_default=True, help="Tokens a window; windows do not overlap."),
-    click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"),
+    chunk_option,
     click.option(
         "--max-tokens",
         type=int,
         help="Tokens of the text to use.  [default: 4096 on a CPU, in bench 2048, else 32768; 0: all]",
+    ),
+)
+windows_option = click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+peers_option = click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+peer_options = options(
+    peers_option,
+    click.option(
+        "--peer", multiple=True, help="These alone: quanto, hqq:nbits=4, tiny-turboquant, transformers. Repeatable."
     ),
 )
 record_options = options(
@@ -104,7 +123,7 @@ record_options = options(
 @click.option(
     "--only", type=click.Choice(["memory", "speed", "quality"]), multiple=True, help="Not everything. Repeatable."
 )
-@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@peers_option
 @click.option("--plots/--no-plots", default=True, show_default=True, help="Draw pictures beside the results file.")
 @record_options
 @machine_options
@@ -131,7 +150,7 @@ def bench_command(context: click.Context, **given: Any) -> int:
 @click.option("--quick", is_flag=True, help="Three shapes, attention only.")
 @click.option("--compile-ahead/--no-compile-ahead", default=True, help="In several processes at once.")
 @record_options
-@click.option("--device", help="cuda, cuda:1.  [default: cuda]")
+@gpu_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random keys and values.")
 def kernels_command(**given: Any) -> int:
     """The decode kernel and the packer against what this card can do and against float16 attention.  Needs CUDA."""
@@ -146,10 +165,10 @@ def kernels_command(**given: Any) -> int:
 @click.option("--size", "sizes", multiple=True, help="BATCHxTOKENS, steps alone, such as 8x32k. Repeatable.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Fillings of the cache, each timed.")
 @click.option("--quick", is_flag=True, help="Few contexts, no largest batch.")
-@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@peers_option
 @click.option("--compile-ahead/--no-compile-ahead", default=True, help="In several processes at once.")
 @record_options
-@click.option("--device", help="cuda, cuda:1.  [default: cuda]")
+@gpu_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and tokens.")
 def engine_command(**given: Any) -> int:
     """Whole decode steps over context and batch, every layout against the float16 engine.  Needs CUDA."""
@@ -185,7 +204,7 @@ def engine_command(**given: Any) -> int:
 @click.option("--peers", is_flag=True, help="Other libraries' caches too, timed once: quanto, hqq, tiny-turboquant.")
 @click.option("--lock", type=Path, help="Several commands with one FILE: first calls side by side, timed ones alone.")
 @record_options
-@click.option("--device", help="cuda, cuda:1.  [default: cuda]")
+@gpu_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and tokens.")
 def generate_bench_command(**given: Any) -> int:
     """Stock generate() with the compressed cache against transformers' own.  Needs CUDA."""
@@ -195,11 +214,10 @@ def generate_bench_command(**given: Any) -> int:
 
 
 @cli.command("perplexity")
-@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
-@method_options
+@model_options
 @text_options
-@click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
-@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
+@windows_option
+@peers_option
 @record_options
 @machine_options
 def perplexity_command(**given: Any) -> int:
@@ -210,11 +228,10 @@ def perplexity_command(**given: Any) -> int:
 
 
 @cli.command("eval")
-@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
-@method_options
-@click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]")
+@model_options
+@text_option
 @click.option("--window", type=int, multiple=True, help="Tokens a window. Repeatable.  [default: 1024 and 4096]")
-@click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]")
+@chunk_option
 @click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
 @click.option("--prompt-length", type=int, help="Tokens of a window fed at once, first; 0: none.  [default: 128]")
 @click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
@@ -235,10 +252,7 @@ def perplexity_command(**given: Any) -> int:
 @click.option("--examples", type=int, help="Examples a part of a task, or of a file.  [default: the task's, or all]")
 @click.option("--plain", is_flag=True, help="Prompts as they are, without the model's chat template.")
 @click.option("--batch", type=int, help="Sequences run together.  [default: 4 on a CPU, else 32]")
-@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
-@click.option(
-    "--peer", multiple=True, help="These alone: quanto, hqq:nbits=4, tiny-turboquant, transformers. Repeatable."
-)
+@peer_options
 @record_options
 @machine_options
 def eval_command(**given: Any) -> int:
@@ -250,13 +264,12 @@ def eval_command(**given: Any) -> int:
 
 
 @cli.command("compare")
-@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
-@method_options
-@click.option("--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]")
+@model_options
+@text_option
 @click.option("--window", type=int, help="Tokens a window.  [default: 1024]")
-@click.option("--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]")
+@chunk_option
 @click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
-@click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+@windows_option
 @click.option("--speed-batch", type=int, help="Sequences decoded together for speed.  [default: 1 on a CPU, else 32]")
 @click.option("--prompt-tokens", type=int, help="For speed.  [default: 256 on a CPU, else 512]")
 @click.option("--decode-tokens", type=int, help="For speed.  [default: 16 on a CPU, else 64]")
@@ -264,10 +277,7 @@ def eval_command(**given: Any) -> int:
 @click.option("--ablation", is_flag=True, help="Bits x groups x residual x sinks too.")
 @click.option("--ablation-tokens", type=int, help="Tokens of its text.  [default: 2048 on a CPU, else 32768]")
 @click.option("--picture", type=Path, help="PNG or SVG of bytes a token, quality and speed.")
-@click.option("--peers", is_flag=True, help="Other libraries' caches too: quanto, hqq, tiny-turboquant.")
-@click.option(
-    "--peer", multiple=True, help="These alone: quanto, hqq:nbits=4, tiny-turboquant, transformers. Repeatable."
-)
+@peer_options
 @record_options
 @machine_options
 def compare_command(**given: Any) -> int:
@@ -278,8 +288,7 @@ def compare_command(**given: Any) -> int:
 
 
 @cli.command("doctor")
-@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
-@method_options
+@model_options
 @click.option("--bound", type=float, default=0.05, show_default=True, help="KL divergence allowed, nats a token.")
 @click.option(
     "--bits",
@@ -309,10 +318,9 @@ def lm_eval_command(arguments: tuple[str, ...]) -> int:
 
 
 @cli.command("axes")
-@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
-@method_options
+@model_options
 @text_options
-@click.option("--batch", type=int, help="Windows scored together.  [default: 4 on a CPU, else 32]")
+@windows_option
 @record_options
 @machine_options
 def axes_command(**given: Any) -> int:
@@ -343,8 +351,7 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
 @cli.command("generate")
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=Path, help="Text file with the prompt; -: standard input, as without a PROMPT.")
-@click.option("--model", "model_name", default="smollm2-135m", show_default=True, help=MODEL_HELP)
-@method_options
+@model_options
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to generate at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy.")
 @click.option(
@@ -363,7 +370,7 @@ def generate_command(compare: str | None, **given: Any) -> int:
 
 
 @cli.command("selfcheck")
-@click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+@device_option
 def selfcheck_command(device: str | None) -> int:
     """Checks both caches on this machine: kernels against reference, shapes, bytes.  Exit 1 on a failure."""
     from kvruntime.selfcheck import selfcheck
@@ -373,7 +380,7 @@ def selfcheck_command(device: str | None) -> int:
 
 @cli.command("calibrate")
 @click.option("--out", type=Path, default=Path("profile.json"), show_default=True, help="Profile to write.")
-@click.option("--device", help="cpu, cuda, cuda:1.  [default: cuda where there is one]")
+@device_option
 @click.option("--seconds", type=float, default=45.0, show_default=True, help="About how long to measure.")
 @click.option(
     "--part", "parts", multiple=True, help="Measure this part of the profile anew, keep the rest. Repeatable."
