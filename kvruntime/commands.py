@@ -8,6 +8,7 @@ from typing import Any
 
 from kvruntime.bench.given import (
     check_given,
+    check_reads,
     contenders_given,
     finish,
     given_or,
@@ -16,6 +17,7 @@ from kvruntime.bench.given import (
     prompt_given,
     resolve_given,
     say,
+    text_given,
 )
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tasks import Task
@@ -111,10 +113,7 @@ def perplexity(methods: list[Method], **given: Any) -> int:
     check_given(given)
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
-    results = open_results(given, device, Path("kvruntime-perplexity.json"))
-    contenders, missing = contenders_given(methods, given["peers"])
-    results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
-    loaded = load_given(resolve_given(given), device, given, contenders)
+    results, contenders, loaded = text_given(methods, device, given, Path("kvruntime-perplexity.json"))
     batch = given_or(given["batch"], 4 if device == "cpu" else 32)
     tasks = quality_tasks(loaded, contenders, _quality(loaded, text, given, batch), given["seed"])
     return finish(tasks, results, tables)
@@ -219,8 +218,7 @@ def _real(source: Source, loaded: LoadedModel | None, asked: str | None, where: 
 
 
 def _quality(loaded: LoadedModel, text: Any, given: dict[str, Any], batch: int) -> Quality:
-    if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
+    check_reads(loaded)
     cpu = loaded.device.type == "cpu"
     most = given_or(given["max_tokens"], 4096 if cpu else 32768) or None
     windows = token_windows(loaded.tokenizer, text, given["window"], most)

@@ -127,6 +127,25 @@ def contenders_given(
     return contenders, list(missing)
 
 
+def check_reads(loaded: LoadedModel) -> None:
+    """Raises ``ValueError`` for a model without a tokenizer."""
+    if loaded.tokenizer is None:
+        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
+
+
+def text_given(
+    methods: list[Method], device: str, given: dict[str, Any], default: Path, widths: Sequence[int] = WIDTHS[:1]
+) -> tuple[Results, list[Contender], LoadedModel]:
+    """What a command needs that scores text alone: its results file, with rows that say which peers are missing, the
+    caches, and the model.  Raises ``ValueError`` where :func:`check_reads` does."""
+    results = open_results(given, device, default)
+    contenders, missing = contenders_given(methods, given["peers"], widths, given.get("peer", ()))
+    results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
+    loaded = load_given(resolve_given(given), device, given, contenders)
+    check_reads(loaded)
+    return results, contenders, loaded
+
+
 def finish(
     tasks: list[Task],
     results: Results,

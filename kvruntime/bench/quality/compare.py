@@ -8,16 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvruntime.bench.given import (
-    check_given,
-    contenders_given,
-    finish,
-    given_or,
-    load_given,
-    open_results,
-    resolve_given,
-    say,
-)
+from kvruntime.bench.given import check_given, finish, given_or, say, text_given
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.model.caches import ours
 from kvruntime.bench.model.peers import WIDTHS
@@ -39,12 +30,7 @@ def compare(methods: list[Method], **given: Any) -> int:
     device = pick_device(given["device"])
     cpu = device == "cpu"
     text = load_text(given["text_path"])
-    results = open_results(given, device, Path("kvruntime-compare.json"))
-    contenders, missing = contenders_given(methods, given["peers"], WIDTHS, given["peer"])
-    results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
-    loaded = load_given(resolve_given(given), device, given, contenders)
-    if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
+    results, contenders, loaded = text_given(methods, device, given, Path("kvruntime-compare.json"), WIDTHS)
     window = given["window"] or min(1024, loaded.max_positions or 1024)
     sizes = {**given, "window": [window], "reference_chunk": None}
     tasks: list[Task] = window_tasks(loaded, contenders, text_windows(loaded, text, sizes), given["seed"])

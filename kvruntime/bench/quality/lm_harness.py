@@ -17,6 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from kvruntime.bench.given import check_reads
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import BASE
 from kvruntime.bench.harness.tasks import Task, Tick
@@ -64,8 +65,7 @@ class KvruntimeLM(HFLM):
             kind = None if dtype in (None, "auto") else parse_dtype(str(dtype))
             found = resolve(pretrained, offline=offline, say=lambda line: print(line, file=sys.stderr))
             pretrained = load(found, pick_device(None if device in (None, "", "None") else device), kind)
-        if pretrained.tokenizer is None:
-            raise ValueError(f"{pretrained.source.name} {pretrained.no_tokenizer}: text cannot be scored")
+        check_reads(pretrained)
         self.loaded, self.chunk = pretrained, int(chunk)
         super().__init__(pretrained=pretrained.model, tokenizer=pretrained.tokenizer, **kwargs)
 

@@ -7,15 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvruntime.bench.given import (
-    check_given,
-    contenders_given,
-    finish,
-    given_or,
-    load_given,
-    open_results,
-    resolve_given,
-)
+from kvruntime.bench.given import check_given, finish, given_or, text_given
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.model.peers import WIDTHS
 from kvruntime.bench.quality.answers import answer_tasks, asked_of
@@ -46,12 +38,7 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     data = data_given(given["task"], given["data"])
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
-    results = open_results(given, device, Path("kvruntime-eval.json"))
-    contenders, missing = contenders_given(methods, given["peers"], WIDTHS, given["peer"])
-    results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
-    loaded = load_given(resolve_given(given), device, given, contenders)
-    if loaded.tokenizer is None:
-        raise ValueError(f"{loaded.source.name} {loaded.no_tokenizer}: text cannot be scored")
+    results, contenders, loaded = text_given(methods, device, given, Path("kvruntime-eval.json"), WIDTHS)
     tasks: list[Task] = []
     if given["window"] or not (given["task"] or given["lm_eval"]):
         tasks += window_tasks(loaded, contenders, text_windows(loaded, text, given), given["seed"])
