@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import isfinite, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsim import catalog
 from kvsim.engines import ENGINES, Engine, EngineChoice, engine_fields, make_engine
@@ -31,6 +31,7 @@ FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
 Value = int | str
+Row = TypeVar("Row")
 
 
 def brief(text: str) -> str:
@@ -78,13 +79,18 @@ def parse_dtype(text: str) -> str:
 
 def parse_reserve(text: str) -> float:
     """``10%`` or ``0.1`` -> 0.1.  Raises ``ValueError``."""
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = -1.0
+    share = _share(text)
     if not 0 <= share < 1:
         raise ValueError(f"reserve {brief(text)}: allowed are 0% to below 100%, or 0 to below 1")
     return share
+
+
+def _share(text: str) -> float:
+    """A share; -1 of what is none."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return -1.0
 
 
 def parse_value(text: str) -> Value:
@@ -274,6 +280,28 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
     return [f"{', '.join(group)} left out: {reason}" for reason, group in names.items()]
 
 
+def rows_of(
+    methods: Iterable[Method], make: Callable[[Method], Iterable[Row]], whose: str, *, named: bool = False
+) -> tuple[list[Row], list[str]]:
+    """The rows of every method that can be, and notes that say which are left out and why.
+
+    Raises the ``ValueError`` of a method that was ``named``, and one that begins with ``whose`` where none can be.
+    """
+    rows: list[Row] = []
+    reasons: dict[str, str] = {}
+    for method in methods:
+        try:
+            rows.extend(make(method))
+        except ValueError as error:
+            if named:
+                raise
+            reasons[method.name] = str(error)
+    notes = left_out(reasons)
+    if not rows:
+        raise ValueError(f"{whose}: {'; '.join(notes)}")
+    return rows, notes
+
+
 LOGNORMAL = ("mean", "sigma", "output_mean", "output_sigma", "max")
 """Options of lognormal request lengths."""
 SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min)?")
@@ -296,10 +324,7 @@ def parse_seconds(text: str, what: str) -> float:
 
 def parse_share(text: str, what: str) -> float:
     """``1%`` or ``0.01`` -> 0.01, from 0 to below 10.  Raises ``ValueError``."""
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        share = -1.0
+    share = _share(text)
     if not 0 <= share < 10:
         raise ValueError(f"{what} {brief(text)}: allowed are shares such as 1% or 0.01")
     return share

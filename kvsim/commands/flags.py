@@ -13,6 +13,7 @@ import click
 from kvsim.commandline import TextType
 from kvsim.engines import ENGINES, IDEAL, Engine, engine_fields, label, own_flags, owner
 from kvsim.hardware import Hardware
+from kvsim.layout import Method
 from kvsim.memory.estimate import Estimate, estimate
 from kvsim.memory.sharding import Sharding
 from kvsim.methods import METHODS
@@ -24,13 +25,13 @@ from kvsim.output.tables import fitted
 from kvsim.specs import (
     Value,
     choose_methods,
-    left_out,
     parse_card,
     parse_dtype,
     parse_engine_choice,
     parse_human,
     parse_size,
     parse_value,
+    rows_of,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -181,18 +182,11 @@ class Selection:
         self, model: Model, batch: int, contexts: Iterable[int], shared_prefix: int = 0
     ) -> tuple[list[Estimate], list[str]]:
         """Rows and notes.  A method that was not asked for by name and cannot hold the model becomes a note."""
-        rows: list[Estimate] = []
-        reasons: dict[str, str] = {}
-        for method in self.methods:
-            try:
-                rows += [estimate(model, method, batch, ctx, self.engine, shared_prefix) for ctx in contexts]
-            except ValueError as error:
-                if not self.default:
-                    raise
-                reasons[method.name] = str(error)
-        notes = left_out(reasons)
-        if not rows:
-            raise ValueError(f"{model.name}: {'; '.join(notes)}")
+
+        def weighed(method: Method) -> list[Estimate]:
+            return [estimate(model, method, batch, ctx, self.engine, shared_prefix) for ctx in contexts]
+
+        rows, notes = rows_of(self.methods, weighed, model.name, named=not self.default)
         return rows, [*self.notes, *notes]
 
 

@@ -25,7 +25,6 @@ from kvsim.output.schema import envelope
 from kvsim.specs import (
     brief,
     choose_methods,
-    left_out,
     milliseconds,
     parse_card,
     parse_lengths,
@@ -34,6 +33,7 @@ from kvsim.specs import (
     parse_serving,
     parse_share,
     parse_size,
+    rows_of,
 )
 from kvsim.whole_numbers import LARGEST
 
@@ -98,19 +98,11 @@ def command(
     place = _Place(model, card, _sharding(count, data_parallel_size, gpu), weights, reserve, engine, max_num_seqs)
     cost = lowest(card.id, place.sharding.ranks) if price is None else given(card.id, price)
     asked = _rates(rates)
-    methods, rows, reasons = choose_methods(specs or WEIGHED, {}, None)[0], [], dict[str, str]()
-    for method in methods:
-        try:
-            rows += [
-                (method, *row) for row in _served(place.server(method), lengths, sample, limits, least, asked, place)
-            ]
-        except ValueError as error:
-            if specs:
-                raise
-            reasons[method.name] = str(error)
-    notes = left_out(reasons)
-    if not rows:
-        raise ValueError(f"{model.name}: {'; '.join(notes)}")
+
+    def served(method: Method) -> list[tuple[Method, ServiceLevel, bool]]:
+        return [(method, *row) for row in _served(place.server(method), lengths, sample, limits, least, asked, place)]
+
+    rows, notes = rows_of(choose_methods(specs or WEIGHED, {}, None)[0], served, model.name, named=bool(specs))
     if model.max_positions is not None and lengths.longest > model.max_positions:
         notes.append(f"{lengths.longest:,} tokens are beyond the model's {model.max_positions:,} positions")
     notes += [

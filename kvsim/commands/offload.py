@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -13,11 +14,12 @@ from kvsim.commands.flags import show
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES
 from kvsim.hardware import Hardware, given, lowest
+from kvsim.layout import Method
 from kvsim.models.load import load_model
 from kvsim.models.weight_storage import check_weight_bits
 from kvsim.output import text
 from kvsim.output.schema import envelope
-from kvsim.specs import brief, choose_methods, left_out, parse_card, parse_serving, parse_sizes
+from kvsim.specs import brief, choose_methods, parse_card, parse_serving, parse_sizes, rows_of
 
 WEIGHED = ("fp16", "fp8")
 
@@ -56,29 +58,22 @@ def command(
     cost = lowest(card.id, count or 1) if price is None else given(card.id, price)
     tiers = [_tier(place, card) for place in dict.fromkeys(places or TIERS)]
     model, serving = load_model(model_name), parse_serving(engine, card, count or 1)
-    rows: list[Offload] = []
-    reasons: dict[str, str] = {}
-    for method in choose_methods(specs or WEIGHED, {}, None)[0]:
-        try:
-            for tokens in parse_sizes(ctx):
-                rows += offload(
-                    model,
-                    method,
-                    card,
-                    tiers,
-                    tokens,
-                    num_cards=count or 1,
-                    weight_bits=weight_bits,
-                    engine=serving,
-                    usd_per_hour=cost.usd_per_hour if cost else None,
-                )
-        except ValueError as error:
-            if specs:
-                raise
-            reasons[method.name] = str(error)
-    notes = left_out(reasons)
-    if not rows:
-        raise ValueError(f"{model.name}: {'; '.join(notes)}")
+
+    def loaded(method: Method) -> Iterator[Offload]:
+        for tokens in parse_sizes(ctx):
+            yield from offload(
+                model,
+                method,
+                card,
+                tiers,
+                tokens,
+                num_cards=count or 1,
+                weight_bits=weight_bits,
+                engine=serving,
+                usd_per_hour=cost.usd_per_hour if cost else None,
+            )
+
+    rows, notes = rows_of(choose_methods(specs or WEIGHED, {}, None)[0], loaded, model.name, named=bool(specs))
     notes += [f"price: {cost.label}"] if cost else [f"no price of {card.id} is listed: give --price"]
     if as_json:
         inputs: dict[str, Any] = {"model": model.name, "gpu": card.id, "cards": count or 1, "engine": serving.name}

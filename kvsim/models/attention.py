@@ -234,13 +234,17 @@ class Latent:
             return body.num_q_heads
         return body.reader.count_or_none("own_q_heads", f"{self.prefix}num_attention_heads") or body.num_q_heads
 
+    def head_sizes(self, body: Body) -> tuple[int, int, int | None]:
+        """A head's ``(key width without the rotary part, value width)``, and the queries' rank where they have one."""
+        reader = body.reader
+        nope = reader.count("nope", f"{self.prefix}qk_nope_head_dim")
+        value = reader.count("value", f"{self.prefix}v_head_dim")
+        return nope, value, reader.count_or_none("q_lora_rank", f"{self.prefix}q_lora_rank", fill=True)
+
     def matrices(self, body: Body) -> dict[str, int]:
         """Weights of its projections, by DeepSeek's names for them."""
         reader, hidden, heads = body.reader, body.hidden, self.q_heads(body)
-        rank, rope = self.sizes(body)
-        nope = reader.count("nope", f"{self.prefix}qk_nope_head_dim")
-        value = reader.count("value", f"{self.prefix}v_head_dim")
-        low = reader.count_or_none("q_lora_rank", f"{self.prefix}q_lora_rank", fill=True)
+        (rank, rope), (nope, value, low) = self.sizes(body), self.head_sizes(body)
         query = heads * (nope + rope)
         out = {"q_proj": hidden * query} if low is None else {"q_a_proj": hidden * low, "q_b_proj": low * query}
         if self.own:
@@ -252,10 +256,7 @@ class Latent:
 
     def params(self, body: Body) -> int:
         reader, hidden, heads = body.reader, body.hidden, self.q_heads(body)
-        rank, rope = self.sizes(body)
-        nope = reader.count("nope", f"{self.prefix}qk_nope_head_dim")
-        value = reader.count("value", f"{self.prefix}v_head_dim")
-        low = reader.count_or_none("q_lora_rank", f"{self.prefix}q_lora_rank", fill=True)
+        (rank, rope), (nope, value, low) = self.sizes(body), self.head_sizes(body)
         query = heads * (nope + rope)
         total = hidden * query if low is None else (hidden + 1 + query) * low
         if not self.rotary:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvsim.analysis.explain import Explanation, explain, model_numbers
+from kvsim.layout import Method
 from kvsim.memory.estimate import Estimate, estimate
 from kvsim.methods.formulas import Number
 from kvsim.output import text
@@ -14,7 +15,7 @@ from kvsim.output.page.deployment import beyond, weights_chart
 from kvsim.output.page.question import Question
 from kvsim.output.page.table import Figure, amount, answers, listed, paragraph, section, table
 from kvsim.output.schema import envelope, explain_rows, model_object
-from kvsim.specs import left_out
+from kvsim.specs import rows_of
 
 
 @dataclass
@@ -38,18 +39,14 @@ def answer(question: Question, check: Callable[[], None] = lambda: None) -> Answ
     Raises ``ValueError`` where no method can hold the model.
     """
     model, batch, tokens = question.model, question.batch_size, question.num_tokens
-    weighed, explained = [], []
-    reasons: dict[str, str] = {}
-    for method in question.methods:
+
+    def made(method: Method) -> list[tuple[Estimate, Explanation]]:
         check()
-        try:
-            weighed.append(estimate(model, method, batch, tokens))
-            explained.append(explain(model, method, batch, tokens))
-        except ValueError as error:
-            reasons[method.name] = str(error)
-    notes = [*model.notes, *left_out(reasons), *beyond(question)]
-    if not weighed:
-        raise ValueError(f"{model.name}: {'; '.join(left_out(reasons))}")
+        return [(estimate(model, method, batch, tokens), explain(model, method, batch, tokens))]
+
+    rows, notes = rows_of(question.methods, made, model.name)
+    weighed, explained = map(list, zip(*rows, strict=True))
+    notes = [*model.notes, *notes, *beyond(question)]
     return Answer(question, model_numbers(model, batch, tokens), weighed, explained, notes)
 
 
