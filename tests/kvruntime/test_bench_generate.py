@@ -46,6 +46,8 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     assert all(row["first_token_seconds"][0] > 0 and row["beside"] for row in steps)
     timed = {row["method"]: len(row["calls"]) for row in steps}
     assert timed == {report.STOCK[0]: 3, report.STOCK[1]: 2, method.name: 2}
+    assert {len(row.get("middle_steps", ())) for row in steps if row["call"] != calls.DRAFTED} == {2}
+    assert not any("middle_steps" in row for row in steps if row["call"] == calls.DRAFTED)
     assert {row.get("kernel") for row in steps if row["method"] == method.name} == {"PyTorch reference"}
     talks = [row for row in results.rows if row["kind"] == "conversation"]
     assert [row["method"] for row in talks] == [report.STOCK[0], method.name]

@@ -83,6 +83,8 @@ class Entrant:
         self.one, self.call, self.size, self.repeats = one, call, size, repeats
         self.starts: list[float] = []
         self.steps: list[float] = []
+        self.middles: list[float] = []
+        """Of each timed call the median step, where every step is one token a row."""
         self.said: Row = {}
         self.held = 0
         """Bytes of the device that stay between its calls: a static cache and what was compiled for it."""
@@ -129,6 +131,8 @@ class Entrant:
         times = self.run(clock, model, LONG, seed)
         self.starts.append(times[0])
         self.steps.append(per_token(times))
+        if self.call != DRAFTED:
+            self.middles.append(middle_step(times))
         self.peak = max(self.peak or 0, allocated(clock, peak=True) - before + self.held + weights)
 
     def row(self) -> Row:
@@ -140,6 +144,8 @@ class Entrant:
             "calls": list(self.steps),
             "tokens_per_second": self.size[0] / median(self.steps),
         }
+        if self.middles:
+            out["middle_steps"] = list(self.middles)
         if self.peak:
             out["peak_nbytes"] = self.peak
         return out

@@ -206,6 +206,7 @@ def subject_tasks(
     capturing are in it; ``beside``: other processes ran first calls at the same time.  ``seconds_per_step``: from the
     token ``SHORT`` to the token ``LONG`` of one call, ``[median, min, max]`` of ``calls``, each of them; the first one
     of the dynamic cache has lengths that are new to the process, and ``new_length_seconds`` is its median step.
+    ``middle_steps``: of each timed call the median step, which one pause of the host does not move; not of drafts.
     ``first_token_seconds``: of timed calls, likewise.
     ``peak_nbytes``: what PyTorch's allocator holds at the most with this cache alone, the weights included.
     ``calls_of_model``: the steps of a timed call, fewer than its tokens where they are drafted.
