@@ -39,7 +39,7 @@ MASKS = "create_masks_for_generate"
 PREPARES = "_prepare_cache_for_generation"
 """The method by which ``generate()`` tells how many tokens a cache may need."""
 
-REFUSED = ("position_bias", "head_mask", "output_attentions")
+REFUSED = frozenset(("position_bias", "head_mask", "output_attentions"))
 """Keyword arguments that would change the scores or ask for them."""
 
 SCORE_BLOCK = 1 << 26
@@ -377,8 +377,8 @@ def _refuse(
             f"{type(module).__name__} attends to {num_columns} tokens with sliding_window {window}, "
             "which a kvruntime cache does not support"
         )
-    for name in REFUSED:
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+    for name in REFUSED & kwargs.keys():
+        if kwargs[name] is not None and kwargs[name] is not False:
             raise ValueError(f"{type(module).__name__} attends with {name}, which a kvruntime cache does not support")
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise ValueError(f"{type(module).__name__} attends without a causal mask: a kvruntime cache cannot")

@@ -125,10 +125,11 @@ class LaunchRecord:
         None, and nothing is launched, where one of the first ``num_given`` lies so that Triton would compile other
         kernels; the rest begin where PyTorch's allocator lets tensors begin.
         """
-        addresses = [x.data_ptr() for x in tensors]
-        for index in range(num_given):
-            if (addresses[index] ^ self.at[index]) % ALIGNED:
-                return None
+        addresses, before = list(map(Tensor.data_ptr, tensors)), self.addresses
+        if addresses[:num_given] != before[:num_given]:
+            for address, recorded_at in zip(addresses[:num_given], self.at, strict=False):
+                if (address ^ recorded_at) % ALIGNED:
+                    return None
         out = tensors[0].new_empty(self.shape, dtype=self.dtype)
         temporary = tensors[0].new_empty(self.temporary, dtype=torch.uint8) if self.temporary else out
         if self.device is None:
@@ -138,10 +139,11 @@ class LaunchRecord:
                 run([places.get(at, value) for at, value in enumerate(values)])
             return out
         addresses += (out.data_ptr(), temporary.data_ptr())
-        if addresses != self.addresses:  # most lie where they lay
-            for address, before, places_of in zip(addresses, self.addresses, self.slots, strict=True):
-                if address != before:
-                    for given, at, offset in places_of:
+        if addresses != before:  # most lie where they lay
+            stays = addresses[num_given:-2] == before[num_given:-2]
+            for index in (*range(num_given), -2, -1) if stays else range(len(addresses)):
+                if (address := addresses[index]) != before[index]:
+                    for given, at, offset in self.slots[index]:
                         given[at] = address + offset
             self.addresses = addresses
         stream, hooks = driver.active.get_current_stream(self.device), knobs.runtime

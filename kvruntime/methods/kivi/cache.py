@@ -277,11 +277,14 @@ class KiviLayer(Rows):
 
     def advance(self, num_steps: int) -> None:
         """Enters steps of one token a row in the host's books, which steps on a GPU left behind."""
-        if len(set(self.row_lengths)) == len(set(self.row_packed)) == 1:  # rows are mostly alike
-            self.row_packed = [self._flushed(self.row_lengths[0], self.row_packed[0], num_steps)] * self.batch_size
+        lengths, packed = self.row_lengths, self.row_packed
+        length, count = lengths[0], packed[0]
+        if lengths.count(length) == packed.count(count) == len(lengths):  # rows are mostly alike
+            method = self.method
+            if length + num_steps - method.sink_length - count > method.residual_length:
+                self.row_packed = [self._flushed(length, count, num_steps)] * len(packed)
         else:
-            states = zip(self.row_lengths, self.row_packed, strict=True)
-            self.row_packed = [self._flushed(*state, num_steps) for state in states]
+            self.row_packed = [self._flushed(*state, num_steps) for state in zip(lengths, packed, strict=True)]
         super().advance(num_steps)
 
     def catch_up(self, lengths: Tensor) -> None:
