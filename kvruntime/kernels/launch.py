@@ -11,9 +11,11 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -36,8 +38,11 @@ ALIGNED = 16
 """Bytes: Triton compiles a kernel for addresses that are multiples of it, and one for others."""
 TEMPORARY = 512
 """Bytes at multiples of which temporary tensors begin, as PyTorch's own do."""
-STREAM, HEAD = 3, 9
-"""Of what runs a compiled kernel: where the stream comes, after the grid, and how many come before the kernel's own."""
+STREAM = 3
+"""Where the stream comes among what runs a compiled kernel, after the grid."""
+DIRECT = triton.__version__.startswith("3.6.")
+"""Whether it is known what Triton's launcher, which is Python, calls: a function of C.  For a kernel that wants no
+scratch memory it does nothing else."""
 
 _recording = threading.local()
 
@@ -96,8 +101,9 @@ class LaunchRecord:
         self.calls: list[tuple[Any, list[Any], list[Any]]] = []
         """Of the interpreter: a launch as a function of all its values, those values, and which of them are tensors:
         ``(which value, which tensor, offset in bytes, type)``."""
-        self.launches: list[tuple[Any, list[Any], Any]] = []
-        """Of a GPU: what runs a compiled kernel, all that it is given, and the kernel as Triton's hooks are told."""
+        self.launches: list[tuple[Any, list[Any], int, Any]] = []
+        """Of a GPU: what runs a compiled kernel, all that it is given, how many of these come before the kernel's own,
+        and the kernel as Triton's hooks are told."""
         self.slots: list[list[tuple[list[Any], int, int]]] = [[] for _ in range(len(given) + 1)]
         """Where in these each tensor's address goes: ``(all that is given, which of it, offset in bytes)``."""
         self.addresses: list[int] = [0] * len(self.slots)
@@ -114,10 +120,11 @@ class LaunchRecord:
                 continue
             size = (*grid, 1, 1)[:3]
             told = compiled[size]  # what it runs is loaded now
-            head = [*size, 0, compiled.function, compiled.packed_metadata, None, None, None]
-            self.launches.append((compiled.run, [*head, *values], told))
+            run, head = _entry(compiled, size)
+            whole = [*head, *values]
+            self.launches.append((run, whole, len(head), told))
             for at, index, offset, _ in tensors_at:
-                self.slots[index].append((self.launches[-1][1], HEAD + at, offset))
+                self.slots[index].append((whole, len(head) + at, offset))
 
     def __call__(self, tensors: Sequence[Tensor], num_given: int) -> Tensor | None:
         """The launches again, over ``tensors`` in the place of those that were recorded; returns the new tensor.
@@ -148,13 +155,25 @@ class LaunchRecord:
             self.addresses = addresses
         stream, hooks = driver.active.get_current_stream(self.device), knobs.runtime
         hooked = _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook)
-        for run, given, told in self.launches:
+        for run, given, head, told in self.launches:
             if hooked:
-                told(*given[HEAD:], stream=stream)
+                told(*given[head:], stream=stream)
             else:  # without what Triton gathers at each launch for hooks
                 given[STREAM] = stream
                 run(*given)
         return out
+
+
+def _entry(compiled: Any, size: tuple[int, ...]) -> tuple[Any, list[Any]]:
+    """What runs a compiled kernel, and what it is given before the kernel's own values, the stream among it."""
+    launcher, given = compiled.run, [compiled.packed_metadata, None, None, None]
+    direct = getattr(launcher, "launch", None)
+    if not (DIRECT and hasattr(launcher, "launch_pdl")) or isinstance(direct, FunctionType):
+        return launcher, [*size, 0, compiled.function, *given]
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return launcher, [*size, 0, compiled.function, *given]
+    options = launcher.launch_cooperative_grid, launcher.launch_pdl
+    return direct, [*size, 0, compiled.function, *options, None, None, *given]
 
 
 def _interpreted(kernel: Any, grid: Any, options: dict[str, Any]) -> Callable[[list[Any]], None]:

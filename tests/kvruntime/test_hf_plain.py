@@ -90,11 +90,12 @@ def test_launches_made_again_are_those_of_a_step(on_device, monkeypatch):
 
 
 @pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("grid", [(5,), (5, 7), (5, 7, 2)], ids=str)
-def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, hooked, monkeypatch):
+def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, direct, hooked, monkeypatch):
     """Triton 3.6 reads all three; what is compiled is played here, two addresses and a number are its values: of a
     tensor that a call is given, and of one that is held and moves once.  Where a hook is set, Triton's own launch
-    tells it."""
+    tells it.  ``direct``: by what its launcher calls, of a kernel without scratch memory."""
     calls: list[object] = []
     told: list[object] = []
     if hooked:
@@ -109,13 +110,24 @@ def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, hooked, monkeypa
         def __getitem__(self, sizes):
             return lambda *_, **__: Compiled()
 
-    class Compiled:
-        function, packed_metadata = "function", "metadata"
+    class Launch:
+        def __call__(self, x, y, z, stream, function, together, early, scratch, profile, *given):
+            assert direct
+            assert (stream, function, together, early, scratch, profile) == (7, "function", False, True, None, None)
+            assert given[:4] == ("metadata", None, None, None)
+            calls.append(((x, y, z), given[4:]))
 
-        def run(self, x, y, z, stream, function, metadata, metadata_for_hooks, enter, leave, *values):
-            assert stream == 7
+    class Launcher:
+        launch, launch_cooperative_grid, launch_pdl = Launch(), False, True
+        global_scratch_size, profile_scratch_size = 0, 0
+
+        def __call__(self, x, y, z, stream, function, metadata, metadata_for_hooks, enter, leave, *values):
+            assert (stream, direct) == (7, False)
             assert (function, metadata, enter, leave) == ("function", "metadata", None, None)
             calls.append(((x, y, z), values))
+
+    class Compiled:
+        function, packed_metadata, run = "function", "metadata", Launcher()
 
         def __getitem__(self, sizes):
             x, y, z = sizes
@@ -133,6 +145,7 @@ def test_a_compiled_kernel_is_given_three_sizes_of_a_grid(grid, hooked, monkeypa
         return torch.zeros(1)
 
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 7)))
+    monkeypatch.setattr(launch, "DIRECT", direct)
     _, record = recorded(call, [x, y])
     given = [(x, y), (elsewhere[0], y), (elsewhere[1], moved), (elsewhere[1], moved), (x, moved)]
     for each in given:
