@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import call
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -91,7 +92,7 @@ class Weights:
     @property
     def hooked(self) -> bool:
         """Whether a module has a hook that a graph would not run."""
-        if any(found() for found in self.hooks) or any(len(found() or ()) != count for found, count in self.own):
+        if any(map(call, self.hooks)) or any(len(found() or ()) != count for found, count in self.own):
             return True
         return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
