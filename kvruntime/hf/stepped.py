@@ -51,7 +51,7 @@ class SteppedLayer(CacheLayer):
         self.counts, self.is_last = counts, is_last
 
     @property
-    def ahead(self) -> int:
+    def ahead(self) -> int:  # type: ignore[override]
         return self.counts.ahead
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

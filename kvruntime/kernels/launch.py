@@ -77,7 +77,9 @@ class LaunchRecord:
     def __init__(self, calls: list[Any], tensors: Sequence[Tensor], out: Tensor) -> None:
         self.device = None if any(compiled is None for _, compiled, *_ in calls) else out.get_device()
         """None in Triton's interpreter, which compiles nothing and takes tensors."""
-        self.shape, self.dtype = out.shape, out.dtype
+        self.shape = tuple(out.shape)
+        self.dtype = None if out.dtype == tensors[0].dtype else out.dtype
+        """None: that of the first tensor, which takes the host less to say."""
         self.at = [tensor.data_ptr() for tensor in tensors]
         self.temporary = 0
         """Bytes of the temporary tensors together."""
