@@ -112,8 +112,8 @@ class Graphs:
         """By the tokens a row."""
         self.weights: Weights | None = None
         self.failed = ""
-        self.several = True
-        """Whether steps of several tokens a row can be captured, as far as is known."""
+        self.several = ""
+        """Why steps of several tokens a row cannot be captured, as far as is known; empty where they can."""
         self.stream: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,10 +135,11 @@ class Graphs:
     def state(self) -> str:
         if self.failed:
             return f"plain, {self.failed}"
-        if self.held:
-            sizes = sorted(self.held)
-            return "CUDA graph" if sizes == [1] else f"CUDA graphs of {', '.join(map(str, sizes))} tokens a row"
-        return f"plain {self.counts.moves_beside or 'so far'}"
+        sizes = sorted(self.held)
+        out = "CUDA graph" if sizes == [1] else f"CUDA graphs of {', '.join(map(str, sizes))} tokens a row"
+        if not sizes:
+            out = f"plain {self.counts.moves_beside or 'so far'}"
+        return f"{out}; of several tokens plain, {self.several}" if self.several else out
 
     def run(self, model: Any, own: Callable[[Any], bool], forward: Any, args: Any, kwargs: Any) -> Any:
         """``forward(*args, **kwargs)``, or the replay of a step that is like it."""
@@ -149,7 +150,7 @@ class Graphs:
             stays = not self.failed and counts.is_fixed_beside
             if not stays:
                 self.held = {}
-            elif self.several:
+            elif not self.several:
                 counts.at_once = self._tokens(args, kwargs)
             inputs = self._inputs(model, args, kwargs) if stays else None
             if inputs is None:
@@ -305,7 +306,7 @@ class Graphs:
         lines = str(first).strip().splitlines() or [type(first).__name__]
         which, failed = "every decode step", f"its step cannot be captured ({lines[0]})"
         if self.counts.at_once > 1:
-            which, self.several = "every step of several tokens", False
+            which, self.several = "every step of several tokens", failed
         else:
             self.failed, self.held = failed, {}
         warnings.warn(f"kvruntime: {which} of this model waits for the host, {failed}", RuntimeWarning, stacklevel=2)

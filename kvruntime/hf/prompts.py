@@ -1,7 +1,8 @@
 """What ``generate()`` does with a cache that it is given, where that would be wrong or drop the cache without a word.
 
 A prompt that does not go on from what the cache holds is refused; a model that gives up its cache to compute a sequence
-anew (rotary scaling that switches at a length) computes it into the same cache.
+anew (rotary scaling that switches at a length) computes it into the same cache; assisted decoding drafts no more tokens
+than a cache of ``max_seq_len`` has room for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 from kvruntime.hf.cache import TAKES_CACHE, Cache
 
 CACHE = "cache" if TAKES_CACHE else "past_key_values"
-METHODS = ("prepare_inputs_for_generation", "_prefill")
+DRAFTS = "_get_candidate_generator"
+"""The method by which ``generate()`` makes what drafts."""
+METHODS = ("prepare_inputs_for_generation", "_prefill", DRAFTS)
 """The methods of ``generate()`` that are watched."""
 
 
@@ -80,6 +83,11 @@ class MethodWrapper:
             if given.get("is_first_iteration", True):
                 self._begin(cache, given["input_ids"], more, given.get("generation_config"))
             return self.original(*args, **kwargs)
+        if self.name == DRAFTS:
+            drafts = self.original(*args, **kwargs)
+            if cache.max_seq_len is not None:
+                fit(drafts, cache.max_seq_len - _elsewhere(cache, given["input_ids"], more.get("attention_mask")))
+            return drafts
         if given.get("is_first_iteration") and kwargs.get("next_sequence_length") is None:
             kwargs |= self._after_held(cache, given.get("input_ids"), given.get("attention_mask"), more)
         out = self.original(*args, **kwargs)
@@ -123,6 +131,25 @@ class MethodWrapper:
             self.seen.put(cache, None)
         else:
             self.seen.put(cache, ids)
+
+
+def _elsewhere(cache: Cache, ids: Tensor, mask: Tensor | None) -> int:
+    """How many more tokens a cache holds than ``ids [1, columns]`` has columns, whose ``mask`` says what is padding."""
+    columns = cache.prompt_columns if mask is None else int(mask.count_nonzero())
+    return (columns or ids.shape[1]) - ids.shape[1]
+
+
+def fit(drafts: Any, room: int) -> None:
+    """Lets ``drafts``, a candidate generator of transformers, draft up to ``room`` columns of ids: prompt lookup drafts
+    beyond the last token that ``generate()`` may keep."""
+    get = drafts.get_candidates
+
+    def get_candidates(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        ids, logits = get(input_ids, *args, **kwargs)
+        count = max(0, min(ids.shape[1], room) - input_ids.shape[1])
+        return ids[:, : input_ids.shape[1] + count], None if logits is None or not count else logits[:, :count]
+
+    drafts.get_candidates = get_candidates
 
 
 def watch(model: Any) -> None:
