@@ -57,7 +57,8 @@ def make_cache(
     method, ``ValueError`` for an option or a model that cannot be run right.
     """
     if not hasattr(model, "config"):
-        what = f"a {type(model).__name__}" if hasattr(model, "to_dict") else f"{model!r:.80}"
+        is_named = hasattr(model, "to_dict") or hasattr(model, "parameters")
+        what = f"a {type(model).__name__}" if is_named else f"{model!r:.80}"
         raise ValueError(f"model {what}: allowed are loaded transformers models")
     if max_seq_len is not None and not isinstance(max_seq_len, int):
         raise ValueError(f"max_seq_len {max_seq_len!r}: allowed are whole numbers")

@@ -77,7 +77,7 @@ class Switch:
         cache = _given(args, kwargs)
         if cache is not None:
             self.off(cache)
-            cache.let_go()
+            cache.let_go(output is None)
             cache.forward.end(cache.layers, output is None)
 
     def create_masks(self, *args: Any, **kwargs: Any) -> Any:

@@ -367,6 +367,8 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         dequantized, in the type that they came in; zeros where a row has padding."""
         if self.shape is None:
             raise ValueError("the layer was given no tokens yet: there is nothing to read")
+        if self.held is not None:
+            self.held.store()
         store, shape = self.store, self.shape
         size = store.batch_size, shape.num_kv_heads, self.num_columns
         out = [
@@ -517,6 +519,16 @@ def _refuse_assignment(to: object) -> None:
         raise ValueError("keys and values of a kvruntime cache are read only: update() stores more of them")
 
 
+def num_removed(given: Any) -> int:
+    """How many tokens ``crop(given)`` takes back; transformers 5.17 hands over a tensor.  Raises ``ValueError``."""
+    count = -int(given)
+    if count != -given:
+        raise ValueError(f"crop({given}): allowed are whole numbers")
+    if count < 0:
+        raise ValueError(f"crop({given}): allowed is 0 or below, minus the number of tokens to remove")
+    return count
+
+
 def filled(x: Tensor, dim: int) -> Tensor:
     """``x [..., channels]`` with zeros up to ``dim`` channels."""
     return x if x.shape[-1] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[-1]))
@@ -636,8 +648,8 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
     def hold(self) -> None:
         """A forward begins: layers may keep a first prompt until :meth:`let_go`."""
 
-    def let_go(self) -> None:
-        """It ended."""
+    def let_go(self, raised: bool = False) -> None:
+        """It ended, or ``raised``."""
 
     def begin(self, drafts: bool, prompt_columns: int) -> None:
         """``generate()`` begins, with ``drafts`` or without: for these it has windows and states record what could come
@@ -759,10 +771,11 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         if self.stores:
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``, int64 or bool."""
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice) -> None:
+        """Keep the rows ``indices``: int64 or bool, a list or a slice."""
         if self.stores:
-            self.reorder_cache(torch.arange(self.batch_size)[indices.cpu()])
+            chosen = indices.cpu() if isinstance(indices, Tensor) else indices
+            self.reorder_cache(torch.arange(self.batch_size)[chosen])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` columns.
@@ -770,9 +783,7 @@ class Cache(cache_utils.Cache):  # type: ignore[misc]
         Raises ``ValueError`` when one of their tokens is packed already, or a window or a state cannot take it
         back, and for a positive number.
         """
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): allowed is 0 or below, minus the number of tokens to remove")
+        tokens_to_remove = -num_removed(tokens_to_remove)
         self.forward.check(self.layers)
         num_columns = self.get_seq_length()
         keep = max(0, num_columns + tokens_to_remove)

@@ -149,6 +149,8 @@ class StepCounts(Counts):
         """Whether padding lies between a row's tokens."""
         self.at_once = 1
         """Tokens a row that the forward under way brings, if it is a step."""
+        self.partial: list[Any] = []
+        """Layers that have stored the step under way, which is counted once the last one has."""
 
     def write(self, store: Layer, num_q_heads: int, num_columns: int, columns: Columns) -> None:
         self.longest, self.ahead, self.counter = max(store.seq_lengths), 0, store
@@ -254,8 +256,7 @@ class StepCounts(Counts):
         ahead, self.ahead = self.ahead, 0
         for layer in self.layers if ahead else ():
             layer.num_columns += ahead
-            if layer.is_initialized and layer.store.device.type == "cuda":
-                layer.store.advance(ahead)
+            layer.advance_store(ahead)
         self.longest += ahead
 
     def make_room(self) -> None:
@@ -293,6 +294,9 @@ class StepCounts(Counts):
         else:
             self.positions.add_(self.at_once)
         self.num_columns.add_(self.at_once)
+        for layer in self.partial:
+            layer.under_way = 0
+        self.partial = []
         if not self.tracing:
             self.ahead += self.at_once
 
@@ -308,5 +312,17 @@ class StepCounts(Counts):
             self.positions.sub_(num_columns)
             self.num_columns.sub_(num_columns)
 
+    def end_partial(self, raised: bool) -> None:
+        """A forward ended, or ``raised``, before its last layer: where it raised, the step will be run again, which
+        stores the tokens in the same places."""
+        partial, self.partial = self.partial, []
+        if not raised:
+            self.settle()
+        for layer in partial:
+            if not raised or layer.advanced:
+                layer.num_columns += layer.under_way
+                layer.advance_store(layer.under_way)
+            layer.under_way = 0
+
     def reset(self) -> None:
-        self.started, self.ahead, self.longest = False, 0, 0
+        self.started, self.ahead, self.longest, self.partial = False, 0, 0, []

@@ -62,6 +62,7 @@ def layer_kinds(model: Any) -> list[Kind]:
             raise ValueError(f"{name} is not supported: {meaning} (config key {key} = {getattr(config, key)})")
     if getattr(config, "kv_lora_rank", None) and (why := latents.unsupported(model, config)):
         raise ValueError(f"{name} is not supported: {why}")
+    _refuse_encoder(model, name)
     _refuse_cross_attention(model, name, config)
     _refuse_other_sinks(model, name)
     kinds = _long_windows(_kinds(name, config), config)
@@ -207,6 +208,13 @@ def _shape(config: Any) -> LayerShape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     head_dim = getattr(config, "global_head_dim", None) or head_dim
     return LayerShape(heads, head_dim, getattr(config, "v_head_dim", None) or head_dim)
+
+
+def _refuse_encoder(model: Any, name: str) -> None:
+    """A model of which no layer attends causally; the vision tower of one that does may."""
+    causal = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if causal and not any(causal):
+        raise ValueError(f"{name} is not supported: an encoder, whose layers attend without a causal mask")
 
 
 def _refuse_cross_attention(model: Any, name: str, config: Any) -> None:

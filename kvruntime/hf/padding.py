@@ -160,7 +160,7 @@ class Columns:
 
     def reorder(self, rows: list[int]) -> None:
         """Rows become ``rows``."""
-        self.padding = [list(self.padding[row]) for row in rows]
+        self.padding = [list(self.padding[row]) for row in rows] if self.padding else []
         self._seen = self._expected = None
 
     def lost(self, num_columns: int, keep: int) -> int:

@@ -71,7 +71,8 @@ class MethodWrapper:
 
     def __init__(self, name: str, original: Any, seen: PromptIds) -> None:
         self.name, self.original, self.seen = name, original, seen
-        self.__signature__ = inspect.signature(original)
+        bare = [each.replace(annotation=each.empty) for each in inspect.signature(original).parameters.values()]
+        self.__signature__ = inspect.Signature(bare)  # some annotations cannot be pickled, and a model can
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self._given(args, kwargs)

@@ -27,6 +27,7 @@ from kvruntime.hf.cache import (
     Length,
     PendingUpdate,
     filled,
+    num_removed,
     told,
 )
 from kvruntime.hf.counts import StepCounts, StepLength
@@ -43,6 +44,10 @@ class SteppedLayer(CacheLayer):
 
     heads = 0, 0, 0
     """Key and value heads, and the sizes of each."""
+    under_way = 0
+    """Tokens a row that this layer has stored of the step under way, which no book counts yet."""
+    advanced = 0
+    """Of these, what the host's books of ``store`` count all the same, because they were read."""
 
     def __init__(
         self, method: Method, books: Books, max_seq_len: int | None, counts: StepCounts, is_last: bool
@@ -115,14 +120,31 @@ class SteppedLayer(CacheLayer):
         self.pending = False
         if self.is_last:
             steps.stepped()
+        elif not steps.tracing:
+            self.under_way = steps.at_once
+            steps.partial.append(self)
         return out
+
+    def advance_store(self, num_tokens: int) -> None:
+        """Enters so many tokens a row in the host's books of ``store``, where steps leave them behind."""
+        if self.is_initialized and self.store.device.type == "cuda":
+            self.store.advance(num_tokens - self.advanced)
+            self.advanced = 0
 
     def settle(self) -> None:
         self.counts.settle()
 
     def read(self) -> tuple[Tensor, Tensor]:
+        """As :meth:`CacheLayer.read`; between two layers of a forward what came in it too, as stock layers have it."""
         self.settle()
-        return super().read()
+        if self.under_way and not self.advanced:
+            self.advance_store(self.under_way)
+            self.advanced = self.under_way
+        self.num_columns += self.under_way
+        try:
+            return super().read()
+        finally:
+            self.num_columns -= self.under_way
 
     def get_seq_length(self) -> Any:
         """The columns held; while a graph is captured, a tensor."""
@@ -143,6 +165,7 @@ class SteppedLayer(CacheLayer):
 
     def reset(self) -> None:
         self.counts.reset()
+        self.under_way = self.advanced = 0
         super().reset()
 
 
@@ -289,7 +312,7 @@ class SteppedCache(Cache):
 
     def hold(self) -> None:
         """A first prompt's keys and values are stored together: a launch of each layer's own costs the host more."""
-        self.let_go()  # what an interrupt left
+        self.let_go(True)  # what an interrupt left
         if torch.compiler.is_compiling() or self.counts.tracing or self.counts.started:
             return
         packed = self.counts.layers
@@ -299,7 +322,9 @@ class SteppedCache(Cache):
         for layer in packed:
             layer.held = held
 
-    def let_go(self) -> None:
+    def let_go(self, raised: bool = False) -> None:
+        if self.counts.partial:
+            self.counts.end_partial(raised)
         last = self.counts.layers[-1]
         held = last.held
         if held is None:
@@ -351,7 +376,7 @@ class SteppedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """As :meth:`Cache.crop`.  Assisted decoding calls it after every step: of packed layers alone the device's
         counts are told in few launches, and nothing where no token is taken back."""
-        count = -int(tokens_to_remove)
+        count = num_removed(tokens_to_remove)
         if not self.counts.exact and not count:
             self.forward.check(self.layers)
         elif self._are_tokens(count):

@@ -435,3 +435,73 @@ def test_torch_compile_of_a_whole_model_with_a_plain_cache(model):
             torch.compile(model, backend="eager", fullgraph=True)(ids, **argument(new_cache(model, "kivi")))
     assert model.config._attn_implementation == "sdpa"
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [False, True], ids=["planned", "steps"])
+def test_a_hook_between_layers_reads_what_the_layer_has_just_stored(model, steps, monkeypatch):
+    """As pruning code does: also of a first prompt, whose layers are stored together, and in the middle of a step."""
+    monkeypatch.setattr(empty, "steps_on", lambda device: steps)
+    ids, read = prompt(2, 46)["input_ids"], {}
+
+    def hook(module, args, kwargs, output):
+        (past,) = (given for given in kwargs.values() if hasattr(given, "get_seq_length"))
+        layer = past.layers[module.layer_idx]
+        read[past] += [torch.Tensor.clone(layer.keys), torch.Tensor.clone(layer.values)]
+
+    for each in model.model.layers:
+        each.self_attn.register_forward_hook(hook, with_kwargs=True)
+    caches = [make_cache(model, "fp32"), make_cache(model, "kivi", nbits=8, residual_length=32), DynamicCache()]
+    for cache in caches:
+        read[cache] = []
+        for start, stop in ((0, 40), (40, 41), (41, 42), (42, 45), (45, 46)):
+            model(ids[:, start:stop], **argument(cache))
+        assert cache.get_seq_length() == 46
+        if cache is not caches[-1]:
+            assert isinstance(cache, SteppedCache) == steps
+            assert set(map(tuple, (store.row_lengths for store in cache.stores))) == {(46, 46)}
+    for cache, kind in zip(caches, ("fp32", "kivi"), strict=False):
+        for got, want in zip(read[cache], read[caches[-1]], strict=True):
+            assert_near(kind, got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_forward_over_some_layers_is_noticed(model, length, monkeypatch):
+    """In a step as well, whose tokens are counted after the last layer."""
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
+    ids, cache, layers = prompt(1, 24)["input_ids"], make_cache(model, "fp32"), model.model.layers
+    model(ids[:, :20], **argument(cache))
+    model.model.layers = layers[:1]
+    model(ids[:, :length], **argument(cache))
+    model.model.layers = layers
+    with pytest.raises(ValueError, match=f"hold 20 and {20 + length} tokens: a forward or update ended half-way"):
+        model(ids[:, :1], **argument(cache))
+    cache.reset()
+    assert torch.equal(model(ids, **argument(cache)).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_model_is_saved_with_what_make_cache_added(model):
+    cache, ids = make_cache(model, "fp32"), prompt(1, 20)["input_ids"]
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again(ids, **argument(make_cache(again, "fp32"))).logits, model(ids).logits)
+        assert torch.equal(again(ids, **argument(cache)).logits, model(ids).logits)
+        cache.reset()
+
+
+@torch.no_grad()
+def test_rows_are_chosen_as_of_a_stock_cache(model):
+    ids, cache = prompt(3, 20)["input_ids"], make_cache(model, "fp32")
+    cache.reorder_cache(torch.tensor([0, 0]))  # nothing is held
+    for rows in ([0, 2], slice(1, 3), torch.tensor([True, False, True])):
+        past = DynamicCache()
+        for one in (cache, past):
+            model(ids, **argument(one))
+            one.batch_select_indices(rows)
+        assert torch.equal(cache.layers[1].read()[0], past.layers[1].keys)
+        cache.reset()
+    for given, message in ((-2.5, "allowed are whole numbers"), (2, "allowed is 0 or below")):
+        for one in (cache, SteppedCache(cache.method, 2)):
+            with pytest.raises(ValueError, match=message):
+                one.crop(given)

@@ -34,6 +34,16 @@ def test_encoder_decoders_are_refused():
         make_cache(transformers.T5ForConditionalGeneration(config))
 
 
+def test_encoders_are_refused():
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="BertForMaskedLM is not supported: an encoder, whose layers attend without"):
+        make_cache(transformers.BertForMaskedLM(config))
+    config.is_decoder = True
+    assert make_cache(transformers.BertLMHeadModel(config)).get_seq_length() == 0
+
+
 def test_layers_of_cross_attention_are_named():
     """By a config key where it lists them, as Llama 3.2 Vision's does, else by the module that is one."""
     rope = {"rope_type": "default", "rope_theta": 1e4}
@@ -157,6 +167,8 @@ def test_what_is_no_loaded_model(model):
 def test_a_config_in_place_of_a_model_is_named_by_its_class():
     with pytest.raises(ValueError, match=r"^model a LlamaConfig: allowed are loaded transformers models$"):
         make_cache(tiny("Llama").config)
+    with pytest.raises(ValueError, match=r"^model a DataParallel: allowed are loaded transformers models$"):
+        make_cache(torch.nn.DataParallel(tiny("Llama")))
 
 
 def test_the_methods_that_run_are_those_with_a_layer():
