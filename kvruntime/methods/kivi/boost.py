@@ -22,7 +22,7 @@ from kvruntime.methods.kivi.quantize import (
     load_tokens,
     store_codes,
 )
-from kvruntime.methods.kivi.words import boosted_channels, chunks, value_param_offset
+from kvruntime.methods.kivi.words import at_once, boosted_channels, chunks, value_param_offset
 
 
 @triton.constexpr_function
@@ -97,43 +97,48 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
     TILE_WORDS: tl.constexpr = TILE * W * BOOST // 32 if LOWER else TILE * DIM * NBITS // 32
     words_ptr = record_ptr + (BOOST_CODES if LOWER else 0)
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    t = tl.arange(0, TILE)
+    TOKENS: tl.constexpr = at_once(TILE, W)
+    t = tl.arange(0, TOKENS)
     d = C0 + tl.arange(0, W)
     channel = tl.load(order_ptr + d).to(tl.int32)
     factor = tl.where(d < boosted_channels(DIM), 1.0 * (1 << BOOST), 1.0)
     shift = tl.where(d < boosted_channels(DIM), BOOST, 0)
     everything = t[:, None] >= 0
-    SPAN: tl.constexpr = GROUP if GROUP > TILE else TILE
-    GROUPS: tl.constexpr = 1 if GROUP > TILE else TILE // GROUP  # of a tile
+    SPAN: tl.constexpr = GROUP if GROUP > TOKENS else TOKENS
+    GROUPS: tl.constexpr = SPAN // GROUP  # of tokens at once
+    TURNS: tl.constexpr = TILE // TOKENS
     for span in range(RECORD // SPAN):
         low = tl.full([GROUPS, W], LIMIT, tl.float32)
         high = tl.full([GROUPS, W], -LIMIT, tl.float32)
         nans = tl.zeros([GROUPS, W], tl.int32)
-        for tile in range(SPAN // TILE):
-            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + tile * TILE + t, channel, everything, length,
+        for turn in range(SPAN // TOKENS):
+            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + turn * TOKENS + t, channel, everything, length,
                             count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             x, is_nan = finite(x)
-            x = tl.reshape(x, (GROUPS, TILE // GROUPS, W))
+            x = tl.reshape(x, (GROUPS, TOKENS // GROUPS, W))
             low = tl.minimum(low, tl.min(x, 1))
             high = tl.maximum(high, tl.max(x, 1))
-            nans = tl.maximum(nans, tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, TILE // GROUPS, W)), 1))
+            nans = tl.maximum(nans, tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, TOKENS // GROUPS, W)), 1))
         scale, zero, inverse, top = boosted_params(low, high, nans > 0, factor[None, :], NBITS)
         if not LOWER:
             at = (span * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + d[None, :]
             tl.store(half_ptr + at, scale)
             tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
-        for tile in range(SPAN // TILE):
-            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + tile * TILE + t, channel, everything, length,
+        for turn in range(SPAN // TOKENS):
+            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + turn * TOKENS + t, channel, everything, length,
                             count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             x, is_nan = finite(x)
-            x = tl.reshape(x, (GROUPS, TILE // GROUPS, W))
-            is_nan = tl.reshape(is_nan, (GROUPS, TILE // GROUPS, W))
-            codes = tl.reshape(long_codes(x, is_nan, inverse[:, None, :], zero[:, None, :], top[:, None, :]), (TILE, W))
-            tile_ptr = words_ptr + (span * (SPAN // TILE) + tile) * TILE_WORDS
+            x = tl.reshape(x, (GROUPS, TOKENS // GROUPS, W))
+            is_nan = tl.reshape(is_nan, (GROUPS, TOKENS // GROUPS, W))
+            codes = tl.reshape(
+                long_codes(x, is_nan, inverse[:, None, :], zero[:, None, :], top[:, None, :]), (TOKENS, W)
+            )
+            now = span * (SPAN // TOKENS) + turn
+            tile_ptr = words_ptr + now // TURNS * TILE_WORDS
             if LOWER:
-                store_codes(tile_ptr, codes & ((1 << BOOST) - 1), "key", TILE, 0, W, BOOST)
+                store_codes(tile_ptr, codes & ((1 << BOOST) - 1), "key", TILE, 0, W, BOOST, now % TURNS)
             else:
-                store_codes(tile_ptr, codes >> shift[None, :], "key", TILE, C0, W, NBITS)
+                store_codes(tile_ptr, codes >> shift[None, :], "key", TILE, C0, W, NBITS, now % TURNS)
 
 
 @triton.jit
@@ -160,25 +165,26 @@ def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, 
                         PAGE: tl.constexpr):  # fmt: skip
     """A record's values, tile after tile: a scale a token, codes around zero."""
     CHUNKS: tl.constexpr = chunks(DIM)
-    t = tl.arange(0, TILE)
-    for tile in range(RECORD // TILE):
-        token = first + tile * TILE + t
+    TOKENS: tl.constexpr = at_once(TILE, DIM) if len(CHUNKS) == 1 else TILE
+    TURNS: tl.constexpr = TILE // TOKENS
+    t = tl.arange(0, TOKENS)
+    for turn in range(RECORD // TOKENS):
+        token = first + turn * TOKENS + t
         tiles = ()
-        squares = tl.zeros([TILE], tl.float32)
+        squares = tl.zeros([TOKENS], tl.float32)
         for i in tl.static_range(len(CHUNKS)):
             d = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
-            x = load_rotated(exact_ptr, new_ptr, token, d, length, stride_new_t, pages, NEW, TILE, CHUNKS[i][1], SIZE,
+            x = load_rotated(exact_ptr, new_ptr, token, d, length, stride_new_t, pages, NEW, TOKENS, CHUNKS[i][1], SIZE,
                              DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
-            squares += sum_of_squares(x, TILE, CHUNKS[i][1])
+            squares += sum_of_squares(x, TOKENS, CHUNKS[i][1])
             tiles = tiles + (x,)  # type: ignore[assignment]
         scale = (tl.sqrt_rn(squares * (1 / DIM)) * step_of(NBITS)).to(tl.float16)
         scale = tl.where(squares == squares, scale, tl.full(scale.shape, float("nan"), tl.float16))
-        tl.store(half_ptr + value_param_offset(0, tile * TILE + t, RECORD), scale)
+        tl.store(half_ptr + value_param_offset(0, turn * TOKENS + t, RECORD), scale)
         inverse = inverse_of(scale)[:, None]
         for i in tl.static_range(len(CHUNKS)):
             level = tl.floor(tiles[i] * inverse) + 1.0 * (1 << (NBITS - 1))
             level = tl.where(level == level, level, 0.0)
             codes = tl.minimum(tl.maximum(level, 0.0), 1.0 * ((1 << NBITS) - 1)).to(tl.int32)
-            store_codes(
-                words_ptr + tile * (TILE * DIM * NBITS // 32), codes, "value", TILE, CHUNKS[i][0], CHUNKS[i][1], NBITS
-            )
+            tile_ptr = words_ptr + turn // TURNS * (TILE * DIM * NBITS // 32)
+            store_codes(tile_ptr, codes, "value", TILE, CHUNKS[i][0], CHUNKS[i][1], NBITS, turn % TURNS)

@@ -43,6 +43,7 @@ from kvruntime.methods.kivi.quantize import (
     within,
 )
 from kvruntime.methods.kivi.words import (
+    at_once,
     boosted_channels,
     chunks,
     groups_in,
@@ -156,10 +157,12 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     TILE_WORDS: tl.constexpr = TILE * DIM * NBITS // 32
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    t = tl.arange(0, TILE)
+    TOKENS: tl.constexpr = at_once(TILE, W)
+    TURNS: tl.constexpr = TILE // TOKENS
+    t = tl.arange(0, TOKENS)
     d = C0 + tl.arange(0, W)
     everything = t[:, None] >= 0
-    if GROUP == 0 or GROUP >= TILE:  # one scale for the whole tile: look at every tile of the group, then pack them
+    if GROUP == 0 or GROUP >= TOKENS:  # one scale for all at once: look at the whole group, then pack it
         SPAN: tl.constexpr = RECORD if GROUP == 0 else GROUP
         for group in range(RECORD // SPAN):
             if GROUP == 0:
@@ -169,8 +172,8 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
                 low = tl.full([W], LIMIT, tl.float32)
                 high = tl.full([W], -LIMIT, tl.float32)
                 nans = tl.zeros([W], tl.int32)
-                for tile in range(SPAN // TILE):
-                    token = first + group * SPAN + tile * TILE + t
+                for turn in range(SPAN // TOKENS):
+                    token = first + group * SPAN + turn * TOKENS + t
                     x = load_tokens(
                         exact_ptr,
                         new_ptr,
@@ -195,8 +198,8 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
                 tl.store(half_ptr + group * DIM + d, scale)
                 tl.store(half_ptr + (RECORD // SPAN + group) * DIM + d, zero)
             inverse = inverse_of(scale)
-            for tile in range(SPAN // TILE):
-                token = first + group * SPAN + tile * TILE + t
+            for turn in range(SPAN // TOKENS):
+                token = first + group * SPAN + turn * TOKENS + t
                 x = load_tokens(
                     exact_ptr,
                     new_ptr,
@@ -215,11 +218,13 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
                 )
                 x, is_nan = finite(x)
                 codes = tl.where(is_nan, 0, encode(x, inverse[None, :], zero[None, :], LEVELS))
-                store_codes(record_ptr + (group * (SPAN // TILE) + tile) * TILE_WORDS, codes, "key", TILE, C0, W, NBITS)
+                now = group * (SPAN // TOKENS) + turn
+                tile_ptr = record_ptr + now // TURNS * TILE_WORDS
+                store_codes(tile_ptr, codes, "key", TILE, C0, W, NBITS, now % TURNS)
     else:
-        GROUPS: tl.constexpr = TILE // GROUP
-        for tile in range(RECORD // TILE):
-            token = first + tile * TILE + t
+        GROUPS: tl.constexpr = TOKENS // GROUP
+        for turn in range(RECORD // TOKENS):
+            token = first + turn * TOKENS + t
             x = load_tokens(
                 exact_ptr,
                 new_ptr,
@@ -240,11 +245,12 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
             x = tl.reshape(x, (GROUPS, GROUP, W))
             nans = tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, GROUP, W)), 1)
             scale, zero = scale_zero(tl.min(x, 1), tl.max(x, 1), nans > 0, LEVELS)
-            at = (tile * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + d[None, :]
+            at = (turn * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + d[None, :]
             tl.store(half_ptr + at, scale)
             tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
             codes = encode(x, inverse_of(scale)[:, None, :], zero[:, None, :], LEVELS)
-            store_codes(record_ptr + tile * TILE_WORDS, tl.reshape(codes, (TILE, W)), "key", TILE, C0, W, NBITS)
+            codes = tl.reshape(codes, (TOKENS, W))
+            store_codes(record_ptr + turn // TURNS * TILE_WORDS, codes, "key", TILE, C0, W, NBITS, turn % TURNS)
 
 
 @triton.jit
@@ -256,54 +262,56 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     ZEROS: tl.constexpr = RECORD * (DIM // GROUP)
     GROUPS: tl.constexpr = groups_in(C0, W, GROUP)
-    t = tile * TILE + tl.arange(0, TILE)
+    TOKENS: tl.constexpr = at_once(TILE, W)
     d = C0 + tl.arange(0, W)
-    x = load_tokens(
-        exact_ptr,
-        new_ptr,
-        first + t,
-        d,
-        t[:, None] >= 0,
-        length,
-        count,
-        stride_new_t,
-        pages,
-        NEW,
-        DIM,
-        SINK,
-        RESIDUAL,
-        PAGE,
-    )
-    x, is_nan = finite(x)
-    if whole_groups(C0, W, GROUP):
-        x = tl.reshape(x, (TILE, W // GROUP, GROUP))
-        nans = tl.max(tl.reshape(is_nan.to(tl.int32), (TILE, W // GROUP, GROUP)), 2)
-        scale, zero = scale_zero(tl.min(x, 2), tl.max(x, 2), nans > 0, LEVELS)
-        group = GROUPS[0] + tl.arange(0, W // GROUP)
-        at = value_param_offset(group[None, :], t[:, None], RECORD)
-        tl.store(half_ptr + at, scale)
-        tl.store(half_ptr + at + ZEROS, zero)
-        codes = tl.reshape(encode(x, inverse_of(scale)[:, :, None], zero[:, :, None], LEVELS), (TILE, W))
-    else:  # groups that cross chunks or are no power of two: one at a time
-        codes = tl.zeros([TILE, W], tl.int32)
-        member = tl.arange(0, next_power_of_2(GROUP))
-        inside = (member < GROUP)[None, :]
-        FIRST: tl.constexpr = GROUPS[0]
-        LAST: tl.constexpr = GROUPS[1]
-        for g in tl.static_range(FIRST, LAST):
-            y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t,
-                            pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
-            y, y_nan = finite(y)
-            low = tl.min(tl.where(inside, y, LIMIT), 1)
-            high = tl.max(tl.where(inside, y, -LIMIT), 1)
-            nans = tl.max((y_nan & inside).to(tl.int32), 1)
-            scale, zero = scale_zero(low, high, nans > 0, LEVELS)
-            at = value_param_offset(g, t, RECORD)
+    for turn in range(TILE // TOKENS):
+        t = tile * TILE + turn * TOKENS + tl.arange(0, TOKENS)
+        x = load_tokens(
+            exact_ptr,
+            new_ptr,
+            first + t,
+            d,
+            t[:, None] >= 0,
+            length,
+            count,
+            stride_new_t,
+            pages,
+            NEW,
+            DIM,
+            SINK,
+            RESIDUAL,
+            PAGE,
+        )
+        x, is_nan = finite(x)
+        if whole_groups(C0, W, GROUP):
+            x = tl.reshape(x, (TOKENS, W // GROUP, GROUP))
+            nans = tl.max(tl.reshape(is_nan.to(tl.int32), (TOKENS, W // GROUP, GROUP)), 2)
+            scale, zero = scale_zero(tl.min(x, 2), tl.max(x, 2), nans > 0, LEVELS)
+            group = GROUPS[0] + tl.arange(0, W // GROUP)
+            at = value_param_offset(group[None, :], t[:, None], RECORD)
             tl.store(half_ptr + at, scale)
             tl.store(half_ptr + at + ZEROS, zero)
-            mine = encode(x, inverse_of(scale)[:, None], zero[:, None], LEVELS)
-            codes = tl.where((d // GROUP == g)[None, :], mine, codes)
-    store_codes(words_ptr, codes, "value", TILE, C0, W, NBITS)
+            codes = tl.reshape(encode(x, inverse_of(scale)[:, :, None], zero[:, :, None], LEVELS), (TOKENS, W))
+        else:  # groups that cross chunks or are no power of two: one at a time
+            codes = tl.zeros([TOKENS, W], tl.int32)
+            member = tl.arange(0, next_power_of_2(GROUP))
+            inside = (member < GROUP)[None, :]
+            FIRST: tl.constexpr = GROUPS[0]
+            LAST: tl.constexpr = GROUPS[1]
+            for g in tl.static_range(FIRST, LAST):
+                y = load_tokens(exact_ptr, new_ptr, first + t, g * GROUP + member, inside, length, count, stride_new_t,
+                                pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+                y, y_nan = finite(y)
+                low = tl.min(tl.where(inside, y, LIMIT), 1)
+                high = tl.max(tl.where(inside, y, -LIMIT), 1)
+                nans = tl.max((y_nan & inside).to(tl.int32), 1)
+                scale, zero = scale_zero(low, high, nans > 0, LEVELS)
+                at = value_param_offset(g, t, RECORD)
+                tl.store(half_ptr + at, scale)
+                tl.store(half_ptr + at + ZEROS, zero)
+                mine = encode(x, inverse_of(scale)[:, None], zero[:, None], LEVELS)
+                codes = tl.where((d // GROUP == g)[None, :], mine, codes)
+        store_codes(words_ptr, codes, "value", TILE, C0, W, NBITS, turn)
 
 
 @triton.jit
@@ -747,6 +755,7 @@ def permuting(record: Record) -> dict[str, int]:
 
 @cache
 def pack_launch(record: Record) -> dict[str, int]:
-    """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps."""
-    warps = 1 if in_word_order(record) else pack_warps(record)
+    """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps,
+    but of heads whose 16 values do not fit its registers."""
+    warps = pack_warps(record) if not in_word_order(record) else 1 if record.value_dim <= 256 else 4
     return {"PARTS": num_parts(record, PART * warps), "SIZE": PART * warps, "num_warps": warps}

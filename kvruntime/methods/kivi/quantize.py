@@ -155,26 +155,29 @@ def load_tokens(exact_ptr, new_ptr, token, channel, mask, length, count, stride_
 
 
 @triton.jit
-def store_plane(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
-                NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
-    AXES: tl.constexpr = order_axes(STREAM, TILE, WIDTH, BITS, 0)
+def store_plane(words_ptr, codes, turn, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr,
+                WIDTH: tl.constexpr, NBITS: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
+    TOKENS: tl.constexpr = codes.shape[0]
+    AXES: tl.constexpr = order_axes(STREAM, TOKENS, WIDTH, BITS, 0)
     FIELD_BITS: tl.constexpr = field_bits(BITS)
     plane = tl.permute(tl.reshape((codes >> LOW) & ((1 << BITS) - 1), AXES[0]), AXES[1])
     # The two half words, then field by field.  Not tl.sum of shifted codes: over a permuted axis Triton 3.6 adds up the
     # wrong ones on a device (values at 4 and 8 bits, and at 2 bits with 128 channels), though not in the interpreter.
-    even, odd = tl.split(tl.reshape(plane, (TILE * WIDTH // 2, 2)))
+    even, odd = tl.split(tl.reshape(plane, (TOKENS * WIDTH // 2, 2)))
     word = even | (odd << 16)
     for i in tl.static_range(FIELD_BITS):
-        even, odd = tl.split(tl.reshape(word, (TILE * WIDTH >> (i + 2), 2)))
+        even, odd = tl.split(tl.reshape(word, (TOKENS * WIDTH >> (i + 2), 2)))
         word = even | (odd << (BITS << i))
-    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + tl.arange(0, TILE * WIDTH * BITS // 32)
+    WORDS: tl.constexpr = TOKENS * WIDTH * BITS // 32
+    at = words_before(TILE, CHANNEL, NBITS, WIDTH, LOW) + turn * WORDS + tl.arange(0, WORDS)
     tl.store(words_ptr + at, word)
 
 
 @triton.jit
 def store_codes(words_ptr, codes, STREAM: tl.constexpr, TILE: tl.constexpr, CHANNEL: tl.constexpr, WIDTH: tl.constexpr,
-                NBITS: tl.constexpr):  # fmt: skip
-    """One tile's codes ``[TILE, WIDTH]`` to their words."""
+                NBITS: tl.constexpr, turn=0):  # fmt: skip
+    """One tile's codes ``[TILE, WIDTH]`` to their words, or those of the tokens whose ``turn`` it is
+    (:func:`kvruntime.methods.kivi.words.at_once`)."""
     PLANE_LIST: tl.constexpr = planes(NBITS)
     for i in tl.static_range(len(PLANE_LIST)):
-        store_plane(words_ptr, codes, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1])
+        store_plane(words_ptr, codes, turn, STREAM, TILE, CHANNEL, WIDTH, NBITS, PLANE_LIST[i][0], PLANE_LIST[i][1])

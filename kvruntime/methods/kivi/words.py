@@ -9,7 +9,10 @@ import triton.language as tl
 
 from kvsim.methods import packing as layout
 from kvsim.methods.kivi import Record
-from kvsim.methods.packing import PLANES
+from kvsim.methods.packing import MIN_TOKENS, PLANES
+
+MOST_CODES = 8192
+"""That a program packs at once: 32 a thread of eight warps.  Twice as many boosted keys take 832 bytes of stack."""
 
 channel_chunks = triton.constexpr_function(
     layout.channel_chunks
@@ -43,6 +46,13 @@ def order_axes(stream, tile, width, bits, way):
     """``(shape, permutation)`` of one tile's codes: ``way`` 0 from logical to memory order, 1 back."""
     order = tile_order(stream, tile, width, bits)
     return (order.memory_shape, order.to_logical) if way else (order.logical_shape, order.from_logical)
+
+
+@triton.constexpr_function
+def at_once(tile, width):
+    """Tokens of a tile of a chunk of channels that are packed at once: all, or 16 of a wide chunk, whose words lie one
+    behind the other there."""
+    return tile if tile * width <= MOST_CODES else MIN_TOKENS
 
 
 @triton.constexpr_function
