@@ -256,7 +256,7 @@ def gather(name: str, sm: int) -> dict[str, int]:
     record = method.record(LayerShape(8, dim, dim))
     constants = words.record_constants(record) | {"NUM_HEADS": 8, "PAGE": 8, "DOT": tl.float16, "BLOCK_B": 32}
     types = arguments(paged_kernels.gather_kernel, "bf16", begins_ptr="*i32", before_ptr="*i32")
-    return resources(paged_kernels.gather_kernel, types, constants, sm, 4)
+    return resources(paged_kernels.gather_kernel, types, constants, sm, paged_kernels.gather_warps(record))
 
 
 def store_slots(name: str, sm: int) -> dict[str, int]:
@@ -305,8 +305,9 @@ def attend(
     if not pool:
         types = own_rows(types) | ({"table_ptr": "*i32"} if table else {})
     types = ordered(types, record)
-    block_m = attention.block_rows(rows, dim)
-    options = attention.launch(record, block_m)
+    wide = 2 * dim > attention.WIDE
+    block_m = 16 if wide else attention.block_rows(rows, dim)
+    options = attention.launch(record, block_m, wide)
     constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_M": block_m, "BLOCK_N": options["BLOCK_N"], "DOT": tl.float16, "NUM_STAGES": options["NUM_STAGES"],

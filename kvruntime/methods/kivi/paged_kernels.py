@@ -30,7 +30,7 @@ from kvruntime.methods.kivi.paged import layout_of, record_of, stored
 from kvruntime.methods.kivi.quantize import LIMIT
 from kvruntime.methods.kivi.words import chunks, record_constants
 from kvruntime.methods.room import Batch, Pages
-from kvsim.methods.kivi import Kivi
+from kvsim.methods.kivi import Kivi, Record
 
 ANYWHERE = ["starts_ptr", "lengths_ptr", "slots_ptr", "block_table_ptr", "exact_table_ptr"]
 """What an engine slices from row to row: no step compiles a kernel anew because of where they begin."""
@@ -185,8 +185,14 @@ def gather(
         *pages.value.stride()[:3], batch.block_table.stride(0), batch.exact_table.stride(0), rows,
         NUM_HEADS=heads, PAGE=pages.key.shape[2], BLOCK_B=lines.block_b(rows),
         DOT=tl.float32 if key.dtype == torch.float32 else tl.float16, **record_constants(record),
-        enable_fp_fusion=True, num_warps=4,
+        enable_fp_fusion=True, num_warps=gather_warps(record),
     )  # fmt: skip
+
+
+def gather_warps(record: Record) -> int:
+    """Of a program of :func:`gather_kernel`: of a head of 512 channels a tile takes 1,080 bytes of stack with four."""
+    widest = 1 << max(record.key_dim, record.value_dim).bit_length() - 1
+    return max(4, record.tile * widest // 2048)
 
 
 def store(method: Kivi, key: Tensor, value: Tensor, pages: Pages, batch: Batch) -> None:
