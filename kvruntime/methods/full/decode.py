@@ -25,6 +25,7 @@ from kvruntime.kernels.lines import row_of, rows_of
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel, scaled, sink_logits
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.kernels.rotary import embedded_token
+from kvruntime.kernels.splits import plan_splits
 from kvruntime.methods.full.reference import Fresh, Stored, check
 
 TILES = {2: (128, 64, 32, 16), 4: (16,)}
@@ -38,7 +39,6 @@ BESIDE_BYTES = 10 << 10
 POOL_TILE = 64
 """Tokens a step of the loop at most where a block holds fewer: each looks up its place,
 and more take all registers of sm_80."""
-MAX_SPLITS = 128
 MAX_Q_PER_KV = 16
 
 
@@ -352,20 +352,6 @@ def plan_tile(channels: int, element_size: int, room: int) -> tuple[int, int]:
     tiles = TILES[element_size]
     tile = next((tile for tile in tiles if tile * under_way + BESIDE_BYTES <= room), tiles[-1])
     return tile, max(1, room // (tile * under_way + BESIDE_BYTES))
-
-
-def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
-    """Splits of a row: those that end first, where ``at_once`` programs run and each costs a tile more than it has.
-
-    >>> plan_splits(8, 131072, 128, 132), plan_splits(24, 20000, 128, 132), plan_splits(512, 4096, 128, 132)
-    (16, 11, 1)
-    """
-    tiles = -(-num_tokens // tile)
-
-    def end(splits: int) -> int:
-        return -(-programs * splits // at_once) * (-(-tiles // splits) + 1)
-
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=end)
 
 
 def attend(

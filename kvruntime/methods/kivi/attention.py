@@ -39,6 +39,7 @@ from kvruntime.kernels.merge import (
     softmax_step,
 )
 from kvruntime.kernels.reference import PLAIN, Scores
+from kvruntime.kernels.splits import MAX_SPLITS
 from kvruntime.methods.kivi.pack import New, places
 from kvruntime.methods.kivi.reference import LIMIT, Fresh, Layout, Stored, fresh_type
 from kvruntime.methods.kivi.words import (
@@ -56,7 +57,6 @@ from kvsim.methods.kivi import Record
 
 WIDE = 512
 """Bytes of a head's channels above which a step takes fewer tokens and rows, so that it fits shared memory."""
-MAX_SPLITS = 128
 REGISTERS = 255
 """Of a thread that looks up a table: left to choose, ptxas takes 168 on sm_80 and spills."""
 

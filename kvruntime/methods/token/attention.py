@@ -26,6 +26,7 @@ from kvruntime.kernels.hadamard import rotate_rows
 from kvruntime.kernels.launch import num_multiprocessors, overlaps
 from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
+from kvruntime.kernels.splits import plan_splits
 from kvruntime.methods.token import fast
 from kvruntime.methods.token.lookup import INTERPRETED, field_at, field_levels, load_shifts, load_tables, unit_of
 from kvruntime.methods.token.reference import Fresh, Layout, Stored
@@ -48,7 +49,8 @@ from kvruntime.methods.token.words import (
     word_sizes,
 )
 
-MAX_SPLITS = 128
+OVERHEAD = 2
+"""Tiles that a program costs besides its own."""
 LEAST_M = 8
 MOST_M = {True: 16, False: 8}
 """Queries a program, at least, and at most of codes of four bits and fewer, and of others: more take all registers."""
@@ -443,20 +445,6 @@ def plan_tile(layout: Layout, block_m: int) -> int:
     return TILE if small or block_m == LEAST_M else TILE // 2
 
 
-def plan_splits(programs: int, num_tokens: int, tile: int, at_once: int) -> int:
-    """Splits of a row: those that end first, where ``at_once`` programs run and each costs two tiles more than it has.
-
-    >>> plan_splits(64, 32768, 32, 2112), plan_splits(8, 32768, 32, 2112), plan_splits(512, 4096, 32, 2112)
-    (32, 128, 4)
-    """
-    tiles = -(-num_tokens // tile)
-
-    def end(splits: int) -> int:
-        return -(-programs * splits // at_once) * (-(-tiles // splits) + 2)
-
-    return min(range(1, min(tiles, MAX_SPLITS) + 1), key=end)
-
-
 def plan_warps(parts: int, dim: int) -> int:
     """Of a program that merges so many parts of ``dim`` channels and rotates them.
 
@@ -528,7 +516,7 @@ def attend(
         if quick:
             own = fast.plan(layout, fast.page_tokens(stored))
             tile, at_once = own.tile, own.programs
-        splits = plan_splits(rows * blocks, longest, tile, sms * at_once)
+        splits = plan_splits(rows * blocks, longest, tile, sms * at_once, OVERHEAD)
     merged = splits > 1 or value_turn > 0 or quick
     lse = torch.empty(*out.shape[:-1], splits, dtype=torch.float32, device=query.device)
     partial = (

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kvruntime.kernels.launch import num_multiprocessors
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
-from kvruntime.methods.token.attention import number_of, plan_splits, rotated, scale_and_zero
+from kvruntime.kernels.splits import plan_splits
+from kvruntime.methods.token.attention import OVERHEAD, number_of, rotated, scale_and_zero
 from kvruntime.methods.token.coding import rotation, sections
 from kvruntime.methods.token.levels import magnitudes
 from kvruntime.methods.token.lookup import level_of, unit_of
@@ -165,7 +166,7 @@ def attend(
     tile, blocks = TILE // 2 if wide else TILE, triton.cdiv(heads, BLOCK_M)
     if (splits := num_splits) is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
-        splits = plan_splits(batch_size * blocks, max(1, num_tokens or slots), tile, sms * PROGRAMS_PER_SM)
+        splits = plan_splits(batch_size * blocks, max(1, num_tokens or slots), tile, sms * PROGRAMS_PER_SM, OVERHEAD)
         splits = min(splits, max(1, MOST_MERGED // (turn or COMBINE_D)))
     out = torch.empty(batch_size, heads, 1, rank, dtype=dtype, device=query.device)
     partial = torch.empty(batch_size, heads, splits, rank, dtype=torch.float32, device=query.device)
