@@ -60,7 +60,10 @@ METHODS = {
     "2-bit g32 d256": (Kivi(), 256),
     "seed d64": (kivi_seed(), 64),
     "boost d128": (kivi_boost(), 128),
+    "boost d256": (kivi_boost(), 256),
     "rotated d128": (Kivi(value_nbits=4, rotate_values=True), 128),
+    "rotated d256": (Kivi(value_nbits=4, rotate_values=True), 256),
+    "3-bit g32 d512": (Kivi(nbits=3), 512),
 }
 LAYERS = {  # rows, N, K, norm, bias, activation, dtype
     "gpt2 qkv": (1, 2304, 768, "layer", True, None, "fp16"),
@@ -700,12 +703,27 @@ KERNELS = {
     function.__name__: function
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
-BOOSTED = {
+DIFFERING = {
     "boost d128": (pack, store, choose, attend, attend_fresh, combine, advance, advance_spread),
+    "boost d256": (pack, choose, advance, advance_spread),
     "rotated d128": (pages, pages_single, gather),
+    "rotated d256": (pack, advance),
+    "3-bit g32 d512": (pack, advance, attend_fresh),
 }
 """Layouts whose kernels are compiled where they differ from others'."""
 KERNELS["choose"] = choose
+HEADS = (
+    "2-bit g32 d64",
+    "2-bit g64 d128",
+    "3-bit g32 d96",
+    "k4v2 gv16 d80",
+    "2-bit g32 d256",
+    "seed d64",
+    "boost d128",
+)
+PER_HEAD = {function.__name__: HEADS for function in (store, store_layers, freeze, freeze_layers, store_full, combine)}
+PER_HEAD |= {"combine_few": HEADS}
+"""Kernels that layouts of as many channels and tokens have in common."""
 IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
 IN_POOLS |= {function.__name__: function for function in (pages, pages_single, gather)}
 POOLED = ("2-bit g32 d128", "3-bit g32 d96", "rotated d128")
@@ -796,9 +814,9 @@ if __name__ == "__main__":
     tasks = [
         (kernel, name, sm)
         for kernel in KERNELS
-        for name in names.get(kernel, POOLED if kernel in IN_POOLS else METHODS)
+        for name in names.get(kernel, POOLED if kernel in IN_POOLS else PER_HEAD.get(kernel, METHODS))
         for sm in targets.get(kernel, TARGETS)
-        if (KERNELS[kernel] in BOOSTED[name] if name in BOOSTED else kernel != "choose")
+        if (KERNELS[kernel] in DIFFERING[name] if name in DIFFERING else kernel != "choose")
     ]
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
