@@ -112,6 +112,7 @@ CODED = {  # coding of keys and of values, head dimension, type of scales
     "int8": ("int8", "int8", 128, "fp32"),
     "int4 d80": ("int4", "int4", 80, "fp16"),
     "e4m3 e5m2": ("e4m3", "e5m2", 128, "fp32"),
+    "e4m3 e5m2 d256": ("e4m3", "e5m2", 256, "fp32"),
     "lloyd4": ("lloyd4", "lloyd4", 128, "fp16"),
     "lloyd3": ("lloyd3", "lloyd3", 128, "fp16"),
     "lloyd2 lloyd3 d64": ("lloyd2", "lloyd3", 64, "fp16"),
@@ -707,7 +708,7 @@ DIFFERING = {
     "boost d128": (pack, store, choose, attend, attend_fresh, combine, advance, advance_spread),
     "boost d256": (pack, choose, advance, advance_spread),
     "rotated d128": (pages, pages_single, gather),
-    "rotated d256": (pack, advance),
+    "rotated d256": (pack, advance, gather),
     "3-bit g32 d512": (pack, advance, attend_fresh),
 }
 """Layouts whose kernels are compiled where they differ from others'."""
@@ -726,7 +727,7 @@ PER_HEAD |= {"combine_few": HEADS}
 """Kernels that layouts of as many channels and tokens have in common."""
 IN_POOLS = {function.__name__: function for function in (pack_pool, store_pool, attend_pool, advance_pool)}
 IN_POOLS |= {function.__name__: function for function in (pages, pages_single, gather)}
-POOLED = ("2-bit g32 d128", "3-bit g32 d96", "rotated d128")
+POOLED = ("2-bit g32 d128", "3-bit g32 d96", "rotated d128", "rotated d256")
 """Layouts whose kernels over pools are compiled: word order, not, and values that are rotated."""
 KERNELS |= IN_POOLS
 CHANGED = {name: METHODS[name] for name in ("2-bit g32 d64", "2-bit g64 d128", "2-bit g32 d256")}

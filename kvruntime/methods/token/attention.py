@@ -63,7 +63,7 @@ ROTATED_ROWS = 4
 PROGRAMS_PER_SM = {True: 16, False: 10}
 """Programs of one warp a multiprocessor, as the splits are planned: of codes of four bits at most, and of others."""
 LARGE_TILE, LARGE_PROGRAMS = 64, 6
-"""Those of few queries a row over fp8."""
+"""Those of few queries a row over fp8, in heads of 128 channels at most."""
 MERGED_VALUES = 2048
 """Of a warp of a merge, at most four.  More warps are slower: the next layer's attention finds fewer registers."""
 
@@ -440,7 +440,7 @@ def plan_tile(layout: Layout, block_m: int) -> int:
     """Tokens a step of the loop."""
     streams = ((layout.key, layout.key_dim), (layout.value, layout.value_dim))
     if is_fp8(layout) and block_m == LEAST_M:
-        return LARGE_TILE
+        return LARGE_TILE if max(layout.key_dim, layout.value_dim) <= 128 else TILE // 2
     small = few_bits(layout) and all(num_pieces(*each) == 1 for each in streams)
     return TILE if small or block_m == LEAST_M else TILE // 2
 
