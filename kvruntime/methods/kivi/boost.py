@@ -97,7 +97,7 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
     TILE_WORDS: tl.constexpr = TILE * W * BOOST // 32 if LOWER else TILE * DIM * NBITS // 32
     words_ptr = record_ptr + (BOOST_CODES if LOWER else 0)
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    TOKENS: tl.constexpr = at_once(TILE, W)
+    TOKENS: tl.constexpr = at_once("key", TILE, W, BOOST if LOWER else NBITS)
     t = tl.arange(0, TOKENS)
     d = C0 + tl.arange(0, W)
     channel = tl.load(order_ptr + d).to(tl.int32)
@@ -165,7 +165,7 @@ def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, 
                         PAGE: tl.constexpr):  # fmt: skip
     """A record's values, tile after tile: a scale a token, codes around zero."""
     CHUNKS: tl.constexpr = chunks(DIM)
-    TOKENS: tl.constexpr = at_once(TILE, DIM) if len(CHUNKS) == 1 else TILE
+    TOKENS: tl.constexpr = at_once("value", TILE, DIM, NBITS) if len(CHUNKS) == 1 else TILE
     TURNS: tl.constexpr = TILE // TOKENS
     t = tl.arange(0, TOKENS)
     for turn in range(RECORD // TOKENS):

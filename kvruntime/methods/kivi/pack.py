@@ -157,7 +157,7 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     TILE_WORDS: tl.constexpr = TILE * DIM * NBITS // 32
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    TOKENS: tl.constexpr = at_once(TILE, W)
+    TOKENS: tl.constexpr = at_once("key", TILE, W, NBITS)
     TURNS: tl.constexpr = TILE // TOKENS
     t = tl.arange(0, TOKENS)
     d = C0 + tl.arange(0, W)
@@ -262,7 +262,7 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     ZEROS: tl.constexpr = RECORD * (DIM // GROUP)
     GROUPS: tl.constexpr = groups_in(C0, W, GROUP)
-    TOKENS: tl.constexpr = at_once(TILE, W)
+    TOKENS: tl.constexpr = at_once("value", TILE, W, NBITS)
     d = C0 + tl.arange(0, W)
     for turn in range(TILE // TOKENS):
         t = tile * TILE + turn * TOKENS + tl.arange(0, TOKENS)

@@ -49,10 +49,13 @@ def order_axes(stream, tile, width, bits, way):
 
 
 @triton.constexpr_function
-def at_once(tile, width):
-    """Tokens of a tile of a chunk of channels that are packed at once: all, or 16 of a wide chunk, whose words lie one
-    behind the other there."""
-    return tile if tile * width <= MOST_CODES else MIN_TOKENS
+def at_once(stream, tile, width, nbits):
+    """Tokens of a tile of a chunk of ``width`` channels that are packed at once: all, or of more than ``MOST_CODES``
+    16, where the words of any 16 lie one behind the other."""
+    halvings = (tile // MIN_TOKENS).bit_length() - 1
+    orders = [tile_order(stream, tile, width, bits) for bits in PLANES[nbits]]
+    parts = all(order.from_logical[:halvings] == tuple(range(halvings)) for order in orders)
+    return MIN_TOKENS if tile * width > MOST_CODES and parts else tile
 
 
 @triton.constexpr_function
