@@ -104,19 +104,14 @@ POINTS += [("rotated g32", 128, "five", "float16"), ("rotated k2v4 g64", 128, "p
 METHODS |= ROTATED
 
 
+def rotate_rows(x, n, width, size):
+    return gluon_numpy.Value(reference.rotated(torch.from_numpy(x.a), size).numpy())
+
+
 def numpy_kernels(**replaced):
     """The names of ``fast.py``, its kernels and those that it takes from the files beside it in NumPy."""
-    made: dict[int, object] = {}
-    for module in (fast_plan, fast_operands, fast_copies, fast_exact, fast_merge, fast):
-        names = gluon_numpy.run_file(Path(module.__file__))
-        names |= {name: made[id(value)] for name, value in names.items() if id(value) in made}
-        if module is fast_plan:
-            names |= replaced
-        if module is fast_merge:
-            names["rotate_rows"] = lambda x, n, width, size: gluon_numpy.Value(
-                reference.rotated(torch.from_numpy(x.a), size).numpy()
-            )
-        made |= {id(value): names[name] for name, value in vars(module).items() if callable(value) and name in names}
+    modules = (fast_plan, fast_operands, fast_copies, fast_exact, fast_merge, fast)
+    names = gluon_numpy.run_modules(modules, fast_plan=replaced, fast_merge={"rotate_rows": rotate_rows})
     names |= replaced
     names["supports"] = lambda *_: True
     properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)

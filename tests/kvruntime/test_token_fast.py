@@ -5,8 +5,6 @@ On a CUDA device (sm_80 on) they run there, elsewhere in NumPy (gluon_numpy.py, 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
@@ -15,7 +13,19 @@ pytest.importorskip("triton", reason="the runtime extra (triton) is not installe
 import gluon_numpy  # noqa: E402
 
 from kvruntime.kernels import merge  # noqa: E402
-from kvruntime.methods.token import attention, fast, fast_store, fast_words, paged, reference, store  # noqa: E402
+from kvruntime.methods.token import (  # noqa: E402
+    attention,
+    fast,
+    fast_copies,
+    fast_instructions,
+    fast_operands,
+    fast_plan,
+    fast_store,
+    fast_words,
+    paged,
+    reference,
+    store,
+)
 from kvruntime.methods.token.cache import layout_of  # noqa: E402
 from kvruntime.methods.token.coding import num_bytes  # noqa: E402
 from kvruntime.methods.token.levels import signs  # noqa: E402
@@ -74,10 +84,7 @@ def close(have: torch.Tensor, want: torch.Tensor, turned: bool) -> None:
 
 def numpy_attention(query, stored, layout, scale, num_splits):
     """``attention.attend`` of the calls that the kernel takes, its kernel in NumPy."""
-    words = gluon_numpy.run_file(Path(fast_words.__file__))
-    names = gluon_numpy.run_file(
-        Path(fast.__file__), **{name: words[name] for name in words if hasattr(fast_words, name)}
-    )
+    names = gluon_numpy.run_modules((fast_words, fast_instructions, fast_copies, fast_operands, fast))
     names |= {"overlaps": lambda x: True, "HIDDEN": merge.HIDDEN.value}
     if stored.key_signs is not None:
         query = reference.rotated(query * stored.key_signs, layout.key_dim).to(torch.float16)
@@ -98,7 +105,7 @@ def test_attention_agrees_with_the_reference(name: str) -> None:
     stored = filled(layout)
     for q_per_kv in (1, 3, 4) if ON_CUDA else (3 + odd,):
         query = normal(3, len(COUNTS), HEADS * q_per_kv, 1, layout.key_dim)
-        assert not ON_CUDA or fast.supports(query, stored, layout, None, None)
+        assert not ON_CUDA or fast_plan.supports(query, stored, layout, None, None)
         want = reference.attend(query.float(), stored, layout, 0.1)
         for splits in (1, 3, None) if ON_CUDA else (1 + odd,):
             have = (attention.attend if ON_CUDA else numpy_attention)(query, stored, layout, 0.1, num_splits=splits)
@@ -131,7 +138,7 @@ def test_attention_over_pages(name: str) -> None:
         table[row, -(-count // PAGE_TOKENS) :] = -(1 << 30)
     pool = Stored(*views, stored.lengths, *stored[5:9])._replace(block_table=table)
     query = normal(3, len(COUNTS), HEADS * 4, 1, 128)
-    assert not ON_CUDA or fast.supports(query, pool, layout, None, None)
+    assert not ON_CUDA or fast_plan.supports(query, pool, layout, None, None)
     want = reference.attend(query.float(), stored, layout, 0.1)
     for splits in (1, 3, None) if ON_CUDA else (1,):
         have = (attention.attend if ON_CUDA else numpy_attention)(query, pool, layout, 0.1, num_splits=splits)
@@ -153,8 +160,7 @@ def test_a_nan_reaches_the_output(name: str) -> None:
 
 def numpy_append(key, value, counts, stored, layout):
     """``store.append`` of the tokens that the kernel takes, its kernel in NumPy."""
-    words = gluon_numpy.run_file(Path(fast_words.__file__))
-    names = gluon_numpy.run_file(Path(fast_store.__file__), lanes=words["lanes"])
+    names = gluon_numpy.run_modules((fast_words, fast_store))
     names["append"](key, value, torch.tensor(counts, dtype=torch.int32), stored, layout)
 
 

@@ -35,6 +35,7 @@ from kvruntime.methods.kivi import append, attention, forget, paged_kernels, ste
 from kvruntime.methods.kivi import pack as quantize
 from kvruntime.methods.token import attention as token
 from kvruntime.methods.token import fast as token_fast
+from kvruntime.methods.token import fast_plan as token_fast_plan
 from kvruntime.methods.token import fast_store as token_fast_store
 from kvruntime.methods.token import latent
 from kvruntime.methods.token import paged_kernels as token_pages
@@ -634,12 +635,12 @@ def attend_token_whole(name: str, sm: int, page: int = 0) -> dict[str, int]:
     """In whole numbers."""
     key, value, dim, scale = WHOLE_NUMBERS[name]
     layout = Layout(key, value, dim, dim)
-    own = token_fast.plan(layout, page)
+    own = token_fast_plan.plan(layout, page)
     types = arguments(
         token_fast.attend_kernel, "fp16", key_scale_ptr=f"*{scale}", value_scale_ptr=f"*{scale}", partial_ptr="*fp32",
         lse_ptr="*fp32", scale_log2="fp32",
     )  # fmt: skip
-    constants = token_fast.constants(layout) | {
+    constants = token_fast_plan.constants(layout) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "TILE": own.tile, "STAGES": own.stages, "EARLY": sm >= 90, "MORE": 1,
         "PAGE": page,
     }  # fmt: skip

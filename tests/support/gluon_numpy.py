@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -433,4 +434,16 @@ def run_file(path, **others: object) -> dict[str, object]:
     barriers.MBarrierLayout = Layout
     exec(compile(text, str(path), "exec"), names)
     names.update(others)
+    return names
+
+
+def run_modules(modules, **replaced: dict[str, object]) -> dict[str, object]:
+    """The names of the last of kernel files that take kernels from those before them, which run here too; ``replaced``:
+    by a module's last name, what it and those behind it have in the place of its own."""
+    made: dict[int, object] = {}
+    for module in modules:
+        names = run_file(Path(module.__file__))
+        names |= {name: made[id(value)] for name, value in names.items() if id(value) in made}
+        names |= replaced.get(module.__name__.rpartition(".")[2], {})
+        made |= {id(value): names[name] for name, value in vars(module).items() if callable(value) and name in names}
     return names

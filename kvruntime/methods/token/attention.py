@@ -27,7 +27,7 @@ from kvruntime.kernels.launch import num_multiprocessors, overlaps
 from kvruntime.kernels.lines import row_of
 from kvruntime.kernels.merge import COMBINE_D, FUSED_MERGE, HIDDEN, LOG2E, combine_kernel
 from kvruntime.kernels.splits import plan_splits
-from kvruntime.methods.token import fast
+from kvruntime.methods.token import fast, fast_plan
 from kvruntime.methods.token.lookup import INTERPRETED, field_at, field_levels, load_shifts, load_tables, unit_of
 from kvruntime.methods.token.reference import Fresh, Layout, Stored
 from kvruntime.methods.token.store import LIMIT, constants, line_strides, product_dtype, strides_of, table_of
@@ -509,12 +509,12 @@ def attend(
     slots = stored.key_codes.shape[2]
     longest = max(1, num_tokens or (slots if num_blocks is None else slots * num_blocks))
     splits = num_splits
-    quick = not portable and fast.supports(query, stored, layout, fresh, starts)
+    quick = not portable and fast_plan.supports(query, stored, layout, fresh, starts)
     if splits is None:
         sms = num_multiprocessors(query.device) if query.is_cuda else 1
         at_once = LARGE_PROGRAMS if tile == LARGE_TILE else PROGRAMS_PER_SM[few_bits(layout)]
         if quick:
-            own = fast.plan(layout, fast.page_tokens(stored))
+            own = fast_plan.plan(layout, fast_plan.page_tokens(stored))
             tile, at_once = own.tile, own.programs
         splits = plan_splits(rows * blocks, longest, tile, sms * at_once, OVERHEAD)
     merged = splits > 1 or value_turn > 0 or quick

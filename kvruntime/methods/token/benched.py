@@ -69,7 +69,7 @@ def about(layer: TokenLayer, query: Tensor, plain: bool) -> dict[str, Any]:
     """Which kernel attends, and how it splits the tokens."""
     if layer.device.type == "cpu":
         return {"kernel": "reference"}
-    quick = import_module("kvruntime.methods.token.fast").supports(query, layer.stored(), layer.layout, None, None)
+    quick = import_module("kvruntime.methods.token.fast_plan").supports(query, layer.stored(), layer.layout, None, None)
     return {"kernel": "portable" if plain else "Gluon" if quick else "Triton", "splits": splits(layer, query)}
 
 

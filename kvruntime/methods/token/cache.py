@@ -71,10 +71,10 @@ class TokenLayer(Rows):
         numbers, or the other one, and of a layout that the first would read why."""
         if self.device.type != "cuda":
             return "PyTorch reference"
-        fast = _kernels("fast")
-        if not fast.holds(self.layout, 1, torch.float16):
+        plan = _kernels("fast_plan")
+        if not plan.holds(self.layout, 1, torch.float16):
             return "Triton"
-        if not fast.aligned(self.num_provided, self.tensors["key_scale"].element_size()):
+        if not plan.aligned(self.num_provided, self.tensors["key_scale"].element_size()):
             return f"Triton (rows of {self.num_provided:,} tokens: whole numbers take an even number)"
         return "Triton, whole numbers"
 

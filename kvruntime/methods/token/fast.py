@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,345 +10,46 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvruntime.kernels.launch import overlaps
 from kvruntime.kernels.merge import HIDDEN, LOG2E
+from kvruntime.methods.token.fast_copies import copy_paged, page_of
+from kvruntime.methods.token.fast_instructions import (
+    divided,
+    fma,
+    four_of,
+    mma,
+    own_tables,
+    selected,
+    swapped,
+    transposed,
+)
+from kvruntime.methods.token.fast_operands import (
+    LINE,
+    key_operands,
+    load_scales,
+    output_channel,
+    query_channel,
+    scale_and_zero,
+    value_operands,
+    whole_scores,
+)
+from kvruntime.methods.token.fast_plan import constants, page_tokens, plan
 from kvruntime.methods.token.fast_words import (
     center_of,
-    halves,
     held_bytes,
-    key_asm,
-    key_constraints,
     key_swizzle,
-    key_types,
     lanes,
-    nbits_of,
-    num_tables,
-    own_asm,
-    tile_copy,
-    token_bytes,
-    value_asm,
-    value_constraints,
     value_layout,
     value_swizzle,
     value_types,
-    word_axes,
 )
-from kvruntime.methods.token.levels import level_bytes, steps
-from kvruntime.methods.token.reference import Fresh, Layout, Stored
+from kvruntime.methods.token.reference import Layout, Stored
 
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton 3.9, before it
-
-NEW_API = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # Triton 3.9
 MAGIC = gl.constexpr(12582912.0)
 MAGIC_BITS = gl.constexpr(0x4B400000)
 NAN_LSE = gl.constexpr(1.0e20)
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 WEIGHT = gl.constexpr(65535.0)
 WEIGHT_MAGIC = gl.constexpr(8388608.0)
 QUERY = gl.constexpr(32639.0)
-
-
-@gluon.jit
-def divided(x):
-    """``x [..., N]`` as a tuple of ``N`` tensors."""
-    N: gl.constexpr = x.shape[len(x.shape) - 1]
-    HALVES: gl.constexpr = halves(x.shape)
-    if N == 1:
-        parts = (x.reshape(HALVES[0]),)
-    elif N == 2:
-        parts = gl.split(x)
-    else:
-        first, second = gl.split(x.reshape(HALVES[1]).permute(HALVES[2]))
-        parts = divided(first) + divided(second)
-    return parts
-
-
-@gluon.jit
-def mma(a, b, c, UNSIGNED: gl.constexpr):
-    """``c + a b`` of ``mma.m16n8k32``, each register a tensor: ``a`` four, ``b`` two, ``c`` four."""
-    TYPES: gl.constexpr = "s8.u8" if UNSIGNED else "s8.s8"
-    b0 = gl.broadcast(b[0], a[0])[0]
-    b1 = gl.broadcast(b[1], a[0])[0]
-    return gl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k32.row.col.s32." + TYPES + ".s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-        "{$10, $11, $12, $13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def fma(a, b, c):
-    """``a * b + c``, rounded once."""
-    a, b = gl.broadcast(a, b)
-    a, c = gl.broadcast(a, c)
-    a, b = gl.broadcast(a, b)
-    return gl.fma(a, b, c)
-
-
-@gluon.jit
-def swapped(x):
-    """float32 of the lane whose columns are four further on or back."""
-    return gl.inline_asm_elementwise(
-        "shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def transposed(even, odd):
-    """Weights' lowest 16 bits of columns 2 c and 2 c + 1 of row r, as rows 2 c and 2 c + 1 of column r."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 x; prmt.b32 x, $1, $2, 0x5410; movmatrix.sync.aligned.m8n8.trans.b16 $0, x; }",
-        "=r,r,r", [even, odd], dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def selected(x, order):
-    """Bytes of ``x`` by ``order``, 4 being zero."""
-    order = gl.broadcast(order, x)[0]
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [x, order], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def four_of(registers, AT: gl.constexpr):
-    """Registers ``(rr, hi)`` in the order of a product's: rows first."""
-    return registers[AT], registers[AT + 2], registers[AT + 1], registers[AT + 3]
-
-
-@gluon.jit
-def own_tables(positive, LEVELS: gl.constexpr, LAYOUT: gl.constexpr, RANK: gl.constexpr):
-    """Words of the table of levels, each ``[1, ...]`` in a register of each thread."""
-    tables = ()
-    for number in gl.static_range(num_tables(LEVELS)):
-        nothing = gl.full([1] * RANK, positive, gl.int32, LAYOUT)
-        tables = tables + (gl.inline_asm_elementwise(
-            own_asm(LEVELS, number), "=r,r", [nothing], dtype=gl.int32, is_pure=True, pack=1
-        ),)  # fmt: skip
-    return tables
-
-
-@gluon.jit
-def spread(tables, x):
-    """Each table as wide as ``x``."""
-    out = ()
-    for i in gl.static_range(len(tables)):
-        out = out + (gl.broadcast(tables[i], x)[0],)
-    return out
-
-
-@gluon.jit
-def copy_codes(codes, codes_ptr, begin, limit, CODING: gl.constexpr, DIM: gl.constexpr, TILE: gl.constexpr,
-               UNIT: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
-    """Start copying ``TILE`` tokens' codes from token ``begin`` on, as words of ``UNIT`` bytes: neighbouring lanes copy
-    neighbouring bytes, and of tokens whose bytes are no power of two some lanes copy nothing."""
-    WORDS: gl.constexpr = held_bytes(CODING, DIM) // UNIT
-    REAL: gl.constexpr = token_bytes(CODING, DIM) // UNIT
-    LAYOUT: gl.constexpr = tile_copy(WORDS, 16 // UNIT)
-    TYPE: gl.constexpr = gl.int16 if UNIT == 2 else gl.int32
-    t = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    w = gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    base = codes_ptr.to(gl.pointer_type(TYPE), bitcast=True) + begin.to(gl.int64) * REAL
-    at, real = gl.broadcast(t.to(gl.int64) * REAL + w, begin + t < limit)
-    if WORDS > REAL:
-        if WHOLE:
-            copy_async(codes, base + at, mask=gl.broadcast(w < REAL, at)[0])
-        else:
-            copy_async(codes, base + at, mask=real & (w < REAL))
-    elif WHOLE:
-        copy_async(codes, base + at)
-    else:
-        copy_async(codes, base + at, mask=real)
-
-
-@gluon.jit
-def copy_stream(codes, scales, codes_ptr, scale_ptr, begin, limit, stage, CODING: gl.constexpr, DIM: gl.constexpr,
-                TILE: gl.constexpr, UNIT: gl.constexpr, WHOLE: gl.constexpr):  # fmt: skip
-    """Start copying ``TILE`` tokens' codes and scales from token ``begin`` on to a stage; none from ``limit`` on."""
-    copy_codes(codes.index(stage), codes_ptr, begin, limit, CODING, DIM, TILE, UNIT, WHOLE)
-    EACH: gl.constexpr = 4 // scale_ptr.dtype.element_ty.itemsize  # scales a word
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    i = gl.arange(0, TILE // EACH, layout=LAYOUT)
-    at = scale_ptr.to(gl.pointer_type(gl.int32), bitcast=True) + (begin // EACH + i)
-    if WHOLE:
-        copy_async(scales.index(stage), at)
-    else:
-        copy_async(scales.index(stage), at, mask=begin + i * EACH < limit)
-
-
-@gluon.jit
-def copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr, value_scale_ptr,
-              tile, limit, stage, KEY_CODING: gl.constexpr, VALUE_CODING: gl.constexpr, DIM: gl.constexpr,
-              TILE: gl.constexpr):  # fmt: skip
-    """Start copying a tile, of which nothing is read from token ``limit`` on."""
-    begin = tile * TILE
-    if begin + TILE <= limit:
-        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, 4,
-                    True)  # fmt: skip
-        copy_stream(values, value_scales, value_codes_ptr, value_scale_ptr, begin, limit, stage, VALUE_CODING, DIM,
-                    TILE, 2, True)  # fmt: skip
-    elif begin < limit:
-        copy_stream(keys, key_scales, key_codes_ptr, key_scale_ptr, begin, limit, stage, KEY_CODING, DIM, TILE, 4,
-                    False)  # fmt: skip
-        copy_stream(values, value_scales, value_codes_ptr, value_scale_ptr, begin, limit, stage, VALUE_CODING, DIM,
-                    TILE, 2, False)  # fmt: skip
-    async_copy.commit_group()
-
-
-@gluon.jit
-def page_of(table_ptr, tile, limit, TILE: gl.constexpr, PAGE: gl.constexpr):
-    """Which block of a pool holds a tile (``PAGE`` tokens a block, a multiple of ``TILE``); 0 of rows without blocks,
-    and from token ``limit`` on."""
-    page = limit.to(gl.int64) * 0
-    if PAGE > 0:
-        page = gl.load(table_ptr + tile * TILE // PAGE, mask=tile * TILE < limit, other=0).to(gl.int64)
-    return page
-
-
-@gluon.jit
-def copy_paged(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr, value_scale_ptr,
-               page, strides, tile, limit, stage, KEY_CODING: gl.constexpr, VALUE_CODING: gl.constexpr,
-               DIM: gl.constexpr, TILE: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
-    """:func:`copy_tile` of a row whose blocks of ``PAGE`` tokens lie in a pool, of a tile of block ``page``."""
-    if PAGE > 0:
-        key_codes_ptr += page * strides[0]
-        key_scale_ptr += page * strides[1]
-        value_codes_ptr += page * strides[2]
-        value_scale_ptr += page * strides[3]
-        inner = tile % (PAGE // TILE)
-        limit -= (tile - inner) * TILE
-        tile = inner
-    copy_tile(keys, values, key_scales, value_scales, key_codes_ptr, value_codes_ptr, key_scale_ptr, value_scale_ptr,
-              tile, limit, stage, KEY_CODING, VALUE_CODING, DIM, TILE)  # fmt: skip
-
-
-@gluon.jit
-def reinterpreted(memory, TYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Shared memory as another."""
-    if NEW_API:
-        seen = memory.reinterpret(TYPE, SHAPE, LAYOUT)
-    else:
-        seen = memory._reinterpret(TYPE, SHAPE, LAYOUT)
-    return seen
-
-
-@gluon.jit
-def key_operands(codes, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
-    """Registers of the ``m``th 16 keys: a tuple, for each row (hi) and step, of (lower, upper)."""
-    WARP: gl.constexpr = lanes([8, 4], 0, 1)
-    AXES: gl.constexpr = word_axes(CODING, DIM)
-    SHAPE: gl.constexpr = [2, 8, AXES[0], 4, AXES[1]]
-    N: gl.constexpr = AXES[0] * AXES[1]
-    ALL: gl.constexpr = [codes.shape[0] * codes.shape[1] // 16, 16, codes.shape[2]]
-    held = reinterpreted(codes, gl.int32, ALL, key_swizzle(CODING, DIM))
-    words = held.index(stage * (codes.shape[1] // 16) + m).reshape(SHAPE).load(lanes(SHAPE, 1, 3))
-    words = divided(words.permute([1, 3, 0, 2, 4]).reshape([8, 4, 2 * N]))
-    out = ()
-    if CODING == "int8":
-        for i in gl.static_range(2 * N):
-            out = out + (gl.convert_layout(words[i], WARP, assert_trivial=True),)
-    elif CODING == "lloyd3":
-        for hi in gl.static_range(2):
-            for i in gl.static_range(2):
-                word = gl.convert_layout(words[hi * N + i], WARP, assert_trivial=True)
-                second = gl.convert_layout(words[hi * N + 2], WARP, assert_trivial=True)
-                out = out + gl.inline_asm_elementwise(
-                    key_asm(CODING, LEVELS, i), key_constraints(CODING, LEVELS), (word, second) + spread(tables, word),
-                    dtype=key_types(CODING), is_pure=True, pack=1,
-                )  # fmt: skip
-    else:
-        for i in gl.static_range(2 * N):
-            word = gl.convert_layout(words[i], WARP, assert_trivial=True)
-            out = out + gl.inline_asm_elementwise(
-                key_asm(CODING, LEVELS, 0), key_constraints(CODING, LEVELS), (word,) + spread(tables, word),
-                dtype=key_types(CODING), is_pure=True, pack=1,
-            )  # fmt: skip
-    return out
-
-
-@gluon.jit
-def third_planes(words, second, tables, CODING: gl.constexpr, LEVELS: gl.constexpr, PLACE: gl.constexpr):
-    """Of eight words of two bits a code and the words of third bits: registers for each parity of the codes."""
-    return gl.inline_asm_elementwise(
-        value_asm(CODING, LEVELS, PLACE), value_constraints(CODING, LEVELS), (words, second) + spread(tables, second),
-        dtype=value_types(CODING), is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def value_operands(codes, stage, m, tables, CODING: gl.constexpr, DIM: gl.constexpr, LEVELS: gl.constexpr):
-    """Registers of 16 values: a tuple, for each output of the PTX, its element and ``(rr, hi)``, of
-    ``[words / 16, 8, 4]``."""
-    HELD: gl.constexpr = held_bytes(CODING, DIM) // 2
-    WORDS: gl.constexpr = HELD // 2 if CODING == "lloyd3" else HELD
-    OT: gl.constexpr = WORDS // 16
-    LO: gl.constexpr = lanes([OT, 8, 4], 1, 2)
-    words = codes.index(stage).slice(16 * m, 16).permute([1, 0]).load(value_layout(HELD, 16))
-    out = ()
-    if CODING == "lloyd3":
-        EIGHT: gl.constexpr = value_layout(8, 16)
-        first, others = gl.split(words.reshape([2, 16, 16]).permute([1, 2, 0]))
-        low, high = gl.split(first.reshape([2, 8, 16]).permute([1, 2, 0]))
-        second, _unused = gl.split(others.reshape([2, 8, 16]).permute([1, 2, 0]))
-        second = gl.convert_layout(second, EIGHT, assert_trivial=True)
-        lower = third_planes(gl.convert_layout(low, EIGHT, assert_trivial=True), second, tables, CODING, LEVELS, 0)
-        upper = third_planes(gl.convert_layout(high, EIGHT, assert_trivial=True), second, tables, CODING, LEVELS, 1)
-        found = ()
-        for number in gl.static_range(2):
-            found = found + (gl.join(lower[number], upper[number]).permute([2, 0, 1]).reshape([WORDS, 16]),)
-    elif len(value_types(CODING)) == 1:
-        found = (gl.inline_asm_elementwise(
-            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words),
-            dtype=value_types(CODING)[0], is_pure=True, pack=2,
-        ),)  # fmt: skip
-    else:
-        found = gl.inline_asm_elementwise(
-            value_asm(CODING, LEVELS, 0), value_constraints(CODING, LEVELS), (words,) + spread(tables, words),
-            dtype=value_types(CODING), is_pure=True, pack=2,
-        )  # fmt: skip
-    for number in gl.static_range(len(found)):
-        pieces = divided(found[number].reshape([OT, 2, 8, 2, 4, 2]).permute([0, 2, 4, 5, 1, 3]).reshape([OT, 8, 4, 8]))
-        for i in gl.static_range(8):
-            out = out + (gl.convert_layout(pieces[i], LO, assert_trivial=True),)
-    return out
-
-
-@gluon.jit
-def whole_scores(parts, LAYOUT: gl.constexpr):
-    """Accumulators ``[8, 4, 2 (hi), 2 (column)]`` of each 16 tokens as the float32 that they are ``MAGIC`` more of."""
-    N: gl.constexpr = len(parts)
-    if N == 2:
-        x = gl.join(parts[0], parts[1])
-    elif N == 4:
-        x = gl.join(gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3]))
-    else:
-        x = gl.join(gl.join(gl.join(parts[0], parts[4]), gl.join(parts[2], parts[6])),
-                    gl.join(gl.join(parts[1], parts[5]), gl.join(parts[3], parts[7])))  # fmt: skip
-    x = x.reshape([8, 4, 2, 2, N]).permute([4, 0, 1, 2, 3])
-    return gl.convert_layout(x, LAYOUT, assert_trivial=True).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def load_scales(scales, stage, TYPE: gl.constexpr, TILE: gl.constexpr, LAYOUT: gl.constexpr):
-    """``[M, 8 (r), 2 (hi)]`` of a stage."""
-    ALL: gl.constexpr = [TILE]
-    return (
-        reinterpreted(scales.index(stage), TYPE, ALL, LINE).reshape([TILE // 16, 2, 8]).permute([0, 2, 1]).load(LAYOUT)
-    )
-
-
-@gluon.jit
-def scale_and_zero(stored, CODING: gl.constexpr):
-    """``(scale, zero point)`` in float32."""
-    zero = stored
-    if CODING == "int4":
-        TYPE: gl.constexpr = stored.dtype
-        SAME: gl.constexpr = gl.int32 if TYPE == gl.float32 else gl.int16
-        bits = stored.to(SAME, bitcast=True)
-        zero = (bits & 15).to(gl.float32)
-        stored = gl.where(stored == stored, bits & ~15, bits).to(SAME).to(TYPE, bitcast=True)
-    return stored.to(gl.float32), zero
 
 
 @gluon.jit(do_not_specialize=["num_blocks", "num_splits"], do_not_specialize_on_alignment=["lengths_ptr", "table_ptr"])
@@ -634,115 +332,6 @@ def attend_kernel(
     lse = gl.where(saw, peak + gl.log2(gl.where(saw, total, 1.0)), HIDDEN)
     lse = gl.where(total == total, lse, NAN_LSE)  # a part that is not a number hides all others
     gl.store(lse_ptr + (slot + member) * num_splits + split, lse, mask=member < Q_PER_KV)
-
-
-@gluon.jit
-def query_channel(s, half, e, c, CODING: gl.constexpr, DIM: gl.constexpr):
-    if CODING == "int8":
-        VECTORS: gl.constexpr = min(4, DIM // 16)
-        k = s * 2 + half
-        channel = ((k // VECTORS * 4 + c) * VECTORS + k % VECTORS) * 4 + e
-    elif CODING == "int4":
-        channel = ((s // min(4, DIM // 32) * 4 + c) * min(4, DIM // 32) + s % min(4, DIM // 32)) * 8 + 2 * e + half
-    elif CODING == "lloyd4":
-        channel = ((s // min(4, DIM // 32) * 4 + c) * min(4, DIM // 32) + s % min(4, DIM // 32)) * 8 + 4 * half + e
-    elif CODING == "lloyd3":
-        channel = (s // 2 * 4 + c) * 16 + 8 * half + 2 * e + s % 2
-    else:
-        channel = (c * (DIM // 64) + s // 2) * 16 + 8 * half + 2 * e + s % 2
-    return channel
-
-
-@gluon.jit
-def output_channel(word, number, element, parity, CODING: gl.constexpr):
-    if CODING == "int8":
-        channel = 2 * word + parity
-    elif CODING == "int4":
-        channel = 4 * word + 2 * parity + element
-    elif CODING == "lloyd4":
-        channel = 4 * word + 2 * element + parity
-    else:
-        channel = 8 * word + 4 * element + 2 * parity + number
-    return channel
-
-
-TILE = 64
-"""Tokens that blocks of a pool have, or whole multiples of them."""
-DIMS = {"lloyd2": (128,), "lloyd3": (128,), "lloyd4": (64, 128), "int4": (64, 128), "int8": (64, 128)}
-Q_PER_KV = 4
-
-
-class Plan(NamedTuple):
-    """Tokens a step of the loop; steps held in shared memory; registers a thread; programs a multiprocessor."""
-
-    tile: int
-    stages: int
-    registers: int
-    programs: int
-
-
-PLANS = {
-    "lloyd2": Plan(128, 2, 255, 8),
-    "lloyd3": Plan(64, 3, 168, 8),
-    "lloyd4": Plan(64, 2, 216, 8),
-    "int4": Plan(128, 2, 255, 6),
-    "int8": Plan(64, 2, 255, 6),
-}
-"""As measured on an H200."""
-
-
-def plan(layout: Layout, page: int = 0) -> Plan:
-    """How the kernel goes about a layout: by the coding of more bits, in tiles that lie within a ``page``."""
-    found = PLANS[max(layout.key, layout.value, key=nbits_of)]
-    return found._replace(tile=min(found.tile, page)) if page else found
-
-
-def page_tokens(stored: Stored) -> int:
-    """Tokens of a block of the pool; 0 of rows without blocks."""
-    return 0 if stored.block_table is None else stored.key_codes.shape[2]
-
-
-def holds(layout: Layout, q_per_kv: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel reads these codings for so many queries a key."""
-    return (
-        q_per_kv <= Q_PER_KV
-        and dtype in (torch.float16, torch.bfloat16)
-        and layout.key_dim == layout.value_dim
-        and all(layout.key_dim in DIMS.get(name, ()) for name in (layout.key, layout.value))
-    )
-
-
-def aligned(num_slots: int, scale_nbytes: int) -> bool:
-    """Whether every row's scales begin at whole words: those of two bytes not where a row has an odd number."""
-    return num_slots * scale_nbytes % 4 == 0
-
-
-def supports(query: Tensor, stored: Stored, layout: Layout, fresh: Fresh | None, starts: Tensor | None) -> bool:
-    """Whether :func:`attend_parts` takes this call."""
-    scales, codes = (stored.key_scale, stored.value_scale), (stored.key_codes, stored.value_codes)
-    return (
-        query.is_cuda
-        and fresh is None
-        and starts is None
-        and page_tokens(stored) % TILE == 0
-        and all(x.stride(2) == x.shape[3] for x in codes)
-        and all(x.stride(2) == 1 for x in scales)
-        and query.shape[2] == 1
-        and holds(layout, query.shape[1] // stored.key_codes.shape[1], query.dtype)
-        and all(aligned(stride, x.element_size()) for x in scales for stride in x.stride()[:2])
-        and all(stride % 16 == 0 for x in codes for stride in x.stride()[:2])
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
-def constants(layout: Layout) -> dict[str, object]:
-    """What the kernel is told of a layout at compile time."""
-    out: dict[str, object] = {"KEY_CODING": layout.key, "VALUE_CODING": layout.value, "DIM": layout.key_dim}
-    for stream, name in (("KEY", layout.key), ("VALUE", layout.value)):
-        nbits = int(name.removeprefix("lloyd")) if name.startswith("lloyd") else 0
-        out[f"{stream}_LEVELS"] = level_bytes(layout.key_dim, nbits) if nbits else ()
-        out[f"{stream}_UNIT"] = steps(layout.key_dim, nbits)[0] if nbits else 1.0
-    return out
 
 
 def attend_parts(

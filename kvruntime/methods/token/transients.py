@@ -48,9 +48,10 @@ def attend(row: dict[str, Any], model: Model, method: Any, shape: LayerShape) ->
 
 def whole_numbers(row: dict[str, Any], model: Model, method: Any, shape: LayerShape) -> bool:
     """Whether the kernel in whole numbers attends, whose parts are merged also where there is one."""
-    from kvruntime.methods.token import fast
+    from kvruntime.methods.token import fast_plan
 
     nbytes = next(buffer.nbytes for buffer in method.buffers(LayerShape(1, shape.key_dim, shape.value_dim), 1, 1)
                   if buffer.name == "key_scale")  # fmt: skip
     q_per_kv, dtype = model.num_q_heads // shape.num_kv_heads, getattr(torch, row["dtype"])
-    return fast.holds(layout_of(method, shape), q_per_kv, dtype) and fast.aligned(row.get("max_seq_len") or 0, nbytes)
+    held = fast_plan.holds(layout_of(method, shape), q_per_kv, dtype)
+    return held and fast_plan.aligned(row.get("max_seq_len") or 0, nbytes)
