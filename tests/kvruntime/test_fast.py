@@ -27,6 +27,7 @@ from kvruntime.methods.kivi import (  # noqa: E402
     fast_merge,
     fast_operands,
     fast_plan,
+    fast_split,
     reference,
 )
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
@@ -108,10 +109,12 @@ def rotate_rows(x, n, width, size):
     return gluon_numpy.Value(reference.rotated(torch.from_numpy(x.a), size).numpy())
 
 
-def numpy_kernels(**replaced):
+def numpy_kernels(copies=None, **replaced):
     """The names of ``fast.py``, its kernels and those that it takes from the files beside it in NumPy."""
-    modules = (fast_plan, fast_operands, fast_copies, fast_exact, fast_merge, fast)
-    names = gluon_numpy.run_modules(modules, fast_plan=replaced, fast_merge={"rotate_rows": rotate_rows})
+    modules = (fast_plan, fast_operands, fast_copies, fast_exact, fast_merge, fast_split, fast)
+    names = gluon_numpy.run_modules(
+        modules, fast_plan=replaced, fast_copies=copies or {}, fast_merge={"rotate_rows": rotate_rows}
+    )
     names |= replaced
     names["supports"] = lambda *_: True
     properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=228 << 10, major=9)
@@ -590,14 +593,13 @@ def test_drawn(attend, name, dim, splits, merged, monkeypatch) -> None:
     if DEVICE == "cuda":
         monkeypatch.setattr(fast_plan, "MERGED_PARTS", 16 if merged else 0)
     else:
-        names = numpy_kernels(MERGED_PARTS=16 if merged else 0)
-        run, draw = names["attend"], names["draw"]
+        draw = gluon_numpy.run_modules((fast_plan, fast_operands, fast_copies))["draw"]
 
         def counted(pointer, wanted):
             drawn.append(bool(wanted))
             return draw(pointer, wanted)
 
-        names["draw"] = counted
+        run = numpy_kernels({"draw": counted}, MERGED_PARTS=16 if merged else 0)["attend"]
     arrivals = torch.zeros(2 * 3 * 8, dtype=torch.int32, device=DEVICE)
     for _ in range(2):
         out = run(sized(query), *cache.arguments, dim**-0.5, num_splits=splits, arrivals=arrivals)

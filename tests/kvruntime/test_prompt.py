@@ -22,14 +22,14 @@ from kvruntime import Engine, make_cache  # noqa: E402
 from kvruntime.hf import cache as hf_cache  # noqa: E402
 from kvruntime.hf.attention import attention  # noqa: E402
 from kvruntime.hf.cache import AppendQueue, PendingUpdate  # noqa: E402
-from kvruntime.methods.kivi import append, pack  # noqa: E402
+from kvruntime.methods.kivi import append, first_record  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_seed  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, ROWS, LAYERS = 2, 2, 2
-KERNELS = {"freeze_kernel": pack, "pack_kernel": append, "store_kernel": append}
+KERNELS = {"freeze_kernel": first_record, "pack_kernel": append, "store_kernel": append}
 """The storing kernels, and where they are launched."""
 METHODS = {
     "2-bit g32": (Kivi(residual_length=64), 64),

@@ -31,7 +31,7 @@ from kvruntime.kernels import gated, merge, rotary, slots
 from kvruntime.kernels import prompt as prompts
 from kvruntime.kernels import rms_norm as norms
 from kvruntime.methods.full import decode
-from kvruntime.methods.kivi import append, attention, forget, paged_kernels, step, words
+from kvruntime.methods.kivi import append, attention, first_record, forget, paged_kernels, step, words
 from kvruntime.methods.kivi import pack as quantize
 from kvruntime.methods.token import attention as token
 from kvruntime.methods.token import fast as token_fast
@@ -346,8 +346,8 @@ def freeze(name: str, sm: int, layers: bool = False) -> dict[str, int]:
         "NUM_HEADS": 8, "KEY_DIM": dim, "KEY_NBITS": method.nbits, "RECORD": method.record_length, "BLOCK_T": 64,
         "SINK": method.sink_length, "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_D": min(64, dim),
     }  # fmt: skip
-    types = own_rows(arguments(quantize.freeze_kernel, "bf16", params_ptr="*fp16"))
-    return resources(quantize.freeze_kernel, types if layers else one_layer(types), constants, sm, 4)
+    types = own_rows(arguments(first_record.freeze_kernel, "bf16", params_ptr="*fp16"))
+    return resources(first_record.freeze_kernel, types if layers else one_layer(types), constants, sm, 4)
 
 
 def choose(name: str, sm: int) -> dict[str, int]:
@@ -357,7 +357,9 @@ def choose(name: str, sm: int) -> dict[str, int]:
         "NUM_HEADS": 8, "KEY_DIM": dim, "RECORD": method.record_length, "SINK": method.sink_length,
         "RESIDUAL": method.residual_length, "NEW": True, "BLOCK_D": triton.next_power_of_2(dim),
     }  # fmt: skip
-    return resources(quantize.order_kernel, own_rows(arguments(quantize.order_kernel, "bf16")), constants, sm, 4)
+    return resources(
+        first_record.order_kernel, own_rows(arguments(first_record.order_kernel, "bf16")), constants, sm, 4
+    )
 
 
 def freeze_layers(name: str, sm: int) -> dict[str, int]:

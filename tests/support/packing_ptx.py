@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from ptx_numpy import Program
 
-from kvruntime.methods.kivi import pack, reference, step
+from kvruntime.methods.kivi import kernel_arguments, pack, reference, step
 from kvruntime.methods.kivi.words import record_constants
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_seed
@@ -120,7 +120,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
         types = compile_kernels.one_layer(types)
     else:
         columns = ("key_ptr", "value_ptr", "exact_key_ptr", "exact_value_ptr", "records_ptr", "params_ptr")
-        table = torch.zeros(layers, pack.COLUMNS.value, dtype=torch.int64)
+        table = torch.zeros(layers, kernel_arguments.COLUMNS.value, dtype=torch.int64)
         table[-1] = torch.tensor([values[name] for name in columns])
         values["layers_ptr"] = memory.place(table)
         values |= dict.fromkeys(columns, 0)

@@ -13,17 +13,9 @@ from kvruntime.kernels import lines
 from kvruntime.kernels.hadamard import rotated_tokens
 from kvruntime.kernels.lines import rows_of
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.kivi.pack import (
-    ALIGNMENT,
-    New,
-    freeze,
-    of_layer,
-    order,
-    pack_kernel,
-    pack_launch,
-    permuting,
-    places,
-)
+from kvruntime.methods.kivi.first_record import freeze, order
+from kvruntime.methods.kivi.kernel_arguments import ALIGNMENT, New, of_layer, places
+from kvruntime.methods.kivi.pack import pack_kernel, pack_launch, permuting
 from kvruntime.methods.kivi.quantize import LIMIT, new_tokens
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants

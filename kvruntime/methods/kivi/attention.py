@@ -40,7 +40,7 @@ from kvruntime.kernels.merge import (
 )
 from kvruntime.kernels.reference import PLAIN, Scores
 from kvruntime.kernels.splits import MAX_SPLITS
-from kvruntime.methods.kivi.pack import New, places
+from kvruntime.methods.kivi.kernel_arguments import New, places
 from kvruntime.methods.kivi.reference import LIMIT, Fresh, Layout, Stored, fresh_type
 from kvruntime.methods.kivi.words import (
     boosted_channels,

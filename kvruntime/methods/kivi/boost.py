@@ -1,7 +1,7 @@
 """Triton: packing of boosted key channels and of rotated values, and the choice of the channels that are boosted.
 
 The arithmetic is ``pack_boosted``'s and ``pack_symmetric``'s of :mod:`kvruntime.methods.kivi.reference`.  A prompt's
-records are packed by programs that share nothing, so ``kvruntime.methods.kivi.pack.order_kernel`` chooses before them.
+records are packed by programs that share nothing, so ``first_record.order_kernel`` chooses before them.
 A step packs one record, by the program that chooses first where it is the row's first.
 """
 

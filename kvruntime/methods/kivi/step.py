@@ -24,21 +24,10 @@ from kvruntime.kernels.hadamard import rotated_tokens
 from kvruntime.kernels.launch import launch_kernel, overlaps
 from kvruntime.kernels.rotary import embedded_token
 from kvruntime.methods.kivi.boost import choose_order
-from kvruntime.methods.kivi.pack import (
-    New,
-    direct,
-    freeze,
-    in_word_order,
-    key_part,
-    num_key_parts,
-    num_parts,
-    num_value_parts,
-    pack_part,
-    pack_warps,
-    permuting,
-    places,
-    record_at,
-)
+from kvruntime.methods.kivi.first_record import freeze
+from kvruntime.methods.kivi.kernel_arguments import New, places
+from kvruntime.methods.kivi.pack import in_word_order, num_parts, pack_part, pack_warps, permuting, record_at
+from kvruntime.methods.kivi.pack_words import direct, key_part, num_key_parts, num_value_parts
 from kvruntime.methods.kivi.quantize import LIMIT
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants
