@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,7 @@ from kvsim.commands.model_choice import cards, model_option
 from kvsim.commands.request_times import Load, draft_weights, request_times
 from kvsim.engines import ENGINES, Engine, Pool
 from kvsim.hardware import Hardware
+from kvsim.layout import Method
 from kvsim.memory.capacity import RESERVE, Room, held_share, largest_batch, largest_context, room
 from kvsim.memory.estimate import Estimate, check_sizes
 from kvsim.memory.sharding import Deployment, Sharding, stages
@@ -185,6 +187,8 @@ def _answer(
     held = model if load.drafts is None else load.drafts.with_draft(model)
     rows, left_out = chosen.weigh(held, load.batch, [tokens.context], prefix)
     notes = [*beyond(model, [tokens.context]), *said, *left_out]
+    if load.constants is not None:
+        notes += _not_calibrated(load.constants, serving.name, [row.method for row in rows])
     deployments = [Deployment(held, row.method, serving, sharding, prefix) for row in rows]
     rank = stages(model, sharding)[0] if sharding != Sharding() else model
     notes += [f"{serving.name}: {line}" for line in serving.notes(rank, rows[0].method)]
@@ -330,6 +334,14 @@ def _constants(
     timed_as = Serving(engine=engine, profile=fixed, sharding=sharding).timed_as
     notes.append(measured.note(timed_as))
     return fixed
+
+
+def _not_calibrated(fixed: Constants, engine: str, methods: Iterable[Method]) -> list[str]:
+    """A note of the methods whose attention a profile does not measure, where there are any."""
+    from kvsim.latency.roofline import coded
+
+    names = [method.name for method in methods if f"{engine}/{coded(method)}" in fixed.kernels]
+    return [f"{', '.join(names)}: attention over tokens coded one by one is as stated, no profile has it"] * bool(names)
 
 
 def _times_object(times: Times | None) -> dict[str, Any]:

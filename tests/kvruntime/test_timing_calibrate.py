@@ -330,6 +330,20 @@ def test_the_last_line_is_what_a_card_does_of_its_data_sheet() -> None:
     )
 
 
+def test_estimate_says_whose_attention_a_profile_does_not_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens coded one by one have kernels of their own, which calibration does not time."""
+    path = PROFILE.with_name("nvidia-h200.json")
+    ask = ["estimate", "--model", "llama-3-8b", "--gpu", "h200", "--engine", "kvruntime", "--json"]
+    told = {}
+    for methods in (("kivi",), ("kivi", "int8", "turboquant")):
+        given = [word for name in methods for word in ("--method", name)]
+        assert run([*ask, *given, "--profile", str(path)]) == 0
+        notes = json.loads(capsys.readouterr().out)["notes"]
+        told[methods] = [note for note in notes if "no profile has it" in note]
+    assert [len(notes) for notes in told.values()] == [0, 1]
+    assert told["kivi", "int8", "turboquant"][0].startswith("int8, turboquant-4bit: ")
+
+
 def test_estimate_takes_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half the measured bandwidth, twice the time of the weights' stream."""
     figures = {"read_bandwidth": 3e12, "copy_bandwidth": 2.9e12, "flops": 6e14, "layer_seconds": 1e-9}
