@@ -170,40 +170,57 @@ def quality(
 @click.option("--part", "names", multiple=True, help="One of them alone. Repeatable.")
 @click.option("--minutes", type=click.FloatRange(0, DAY), default=15.0, show_default=True, help="At the most.")
 @click.option("--record", is_flag=True, help="Write under validation/results, beside this project's cards.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out: leave out the parts that ended well.")
 @click.option("--out", "folder", type=click.Path(path_type=Path), default=Path("validation-run"), show_default=True)
-def run_(device: str | None, names: tuple[str, ...], minutes: float, record: bool, folder: Path) -> int:
+def run_(device: str | None, names: tuple[str, ...], minutes: float, record: bool, resume: bool, folder: Path) -> int:
     """Measures this card in under a quarter of an hour, part by part, and writes its report."""
-    from kvruntime.bench.harness.progress import Progress
-    from kvruntime.bench.harness.results import describe
     from kvsim.commands.calibrate import of_data_sheet
     from kvsim.latency.profile import load_profile
-    from validation.recorded import FOLDER, slug
+    from validation.recorded import FOLDER, circumstances, slug
     from validation.report import pages
     from validation.report.claims import failures
     from validation.report.points import collect
     from validation.report.records import memory_rows, reliability_rows
     from validation.run import parts
+    from validation.run.done import Done
+    from validation.run.progress import RunProgress
 
     device = _device(device)
     wanted, left = parts.chosen(device, names)
-    card = describe(device, [])["device"]["name"] if device != "cpu" else "cpu"
+    facts = circumstances(device, "")
+    card = facts["device_name"] if device != "cpu" else "cpu"
     results = FOLDER if record else folder / "results"
+    done = Done(folder / "run.json", facts | {"results": "recorded" if record else "beside"}, resume)
+    todo = [part for part in wanted if done.of(part, parts.file_of(part, results, slug(card))) is None]
+    if not (resume or record):  # what an earlier run left is none of this one's
+        for part in todo:
+            parts.file_of(part, results, slug(card)).unlink(missing_ok=True)
     rounds = parts.rounds(wanted)
-    costs = [max(part.seconds for part in each) for each in rounds]
-    _say(f"{card}: {len(wanted)} parts, about {sum(costs) / 60:.0f} minutes, {minutes:g} at the most")
+    costs = [max((part.seconds for part in each if part in todo), default=0.0) for each in rounds]
+    before = f", {len(wanted) - len(todo)} done before" if len(todo) < len(wanted) else ""
+    _say(f"{card}: {len(wanted)} parts{before}, about {sum(costs) / 60:.0f} minutes, {minutes:g} at the most")
     for line in left:
         _say(f"not here: {line}")
-    files, outcomes = [], []
-    with Progress(costs, most=60 * minutes) as progress:
-        steps = parts.carry_out(wanted, results, slug(card), device, progress.say, minutes)
-        for each in rounds:
-            progress.begin(" and ".join(part.name for part in each))
-            found = next(steps)
-            progress.end()
-            for outcome in found:
-                progress.say(outcome.line)
-                files += [outcome.file] if outcome.file.exists() and outcome.file not in files else []
-            outcomes += found
+    outcomes, stopped = [], False
+    progress = RunProgress(costs, most=60 * minutes)
+    with progress:
+        steps = parts.carry_out(
+            wanted, results, slug(card), device, progress.passed_on, minutes, done.of if resume else None
+        )
+        try:
+            for each in rounds:
+                progress.begin(" and ".join(part.name for part in each))
+                found = next(steps)
+                progress.end()
+                done.put(found)
+                for outcome in found:
+                    progress.say(outcome.line)
+                outcomes += found
+        except KeyboardInterrupt:
+            progress.say(f"interrupted: here is the report of what there is; --resume --out {folder} goes on")
+            stopped = True
+    there = [parts.file_of(part, results, slug(card)) for part in wanted]
+    files = [path for path in dict.fromkeys(there) if path.exists()]
     measured, profiles = ([path for path in files if (path.parent.name == "profiles") == it] for it in (False, True))
     points = collect(measured, profiles)
     for path in pages.write(folder, points, memory_rows(measured), reliability_rows(measured), title=card):
@@ -212,6 +229,8 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     for path in profiles:
         click.echo(of_data_sheet(load_profile(path)))
     click.echo(pages.summary(pages.verdicts(points.points)))
+    if stopped:
+        return 130
     return 1 if failures(points.points) or any(outcome.code for outcome in outcomes) else 0
 
 

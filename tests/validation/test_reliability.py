@@ -22,7 +22,9 @@ from validation.claims import phases as claimed  # noqa: E402
 from validation.documents import reliability_table  # noqa: E402
 from validation.reliability import memory, phases, processes, record, runs, subjects  # noqa: E402
 from validation.reliability.findings import Broken, Findings  # noqa: E402
+from validation.report.collection import Collection  # noqa: E402
 from validation.run import parts  # noqa: E402
+from validation.run.progress import RunProgress  # noqa: E402
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -190,8 +192,10 @@ def test_the_parts_of_a_run_by_device() -> None:
     assert names == [part.name for part in parts.PARTS if not part.cpu]
     assert left == ["resident: it weighs a process's pages, and caches lie in the memory of cuda"]
     rounds = parts.rounds(own)
-    assert [part.name for part in rounds[0]] == ["memory", "phases"]
-    assert [len(each) for each in rounds[1:]] == [1] * (len(names) - 2)
+    assert [part.name for part in rounds[0]] == ["calibrate"]
+    assert [[part.name for part in each] for each in rounds if len(each) > 1] == [["memory", "phases"]]
+    assert sum(map(len, rounds)) == len(names)
+    assert parts.chosen("cuda", ["memory", "calibrate"])[0] == [own[0], own[names.index("memory")]]
     assert sum(max(part.seconds for part in each) for each in rounds) * parts.MOST <= 60 * parts.MINUTES
     here, left = parts.chosen("cpu")
     assert {"calibrate", "memory", "phases", "largest", "resident"} == {part.name for part in here}
@@ -239,7 +243,8 @@ def ended(stat: Path) -> bool:
 
 
 def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch) -> None:
-    """A part gets half as much again as it should take, or what is left; none is begun after that."""
+    """A part gets half as much again as it should take, more where later ones leave it, or what is left; none is begun
+    after that."""
     now, limits = [0.0], []
 
     def process(command: Any, seconds: float, say: Any, begun: Any) -> tuple[int, str]:
@@ -251,12 +256,68 @@ def test_a_run_ends_with_its_minutes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parts, "_process", process)
     own = [parts.Part(name, (), 60, "", together=name == "a") for name in "bacd"]
     found = list(parts.carry_out(own, tmp_path, "card", "cpu", print, minutes=2))
-    assert [[outcome.part.name for outcome in each] for each in found] == [["a"], ["b"], ["c"], ["d"]]
+    assert [[outcome.part.name for outcome in each] for each in found] == [["b"], ["a"], ["c"], ["d"]]
     assert limits == [90, 70, 20]
     assert [each[0].line for each in found][2:] == [
         "c: done in 50 s, nothing recorded",
         "d: no time was left for it",
     ]
+    limits.clear()
+    list(parts.carry_out(own, tmp_path, "card", "cpu", print, minutes=6))
+    assert limits == [180, 190, 200, 210]
+
+
+def test_a_run_that_was_cut_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    """What ended well is not run again, what was cut goes on in its file; without --resume everything is anew."""
+    own = [parts.Part(name, (name,), 60, name, again=("more",)) for name in ("one", "two", "three")]
+    ran: list[list[str]] = []
+
+    def process(command: list[str], seconds: float, say: Any, begun: Any) -> tuple[int | None, str]:
+        ran.append(command[2:-2])
+        kind = command[2]
+        (tmp_path / "out" / "results" / kind / "cpu.json").write_text('{"schema": "none"}')
+        if kind == "two" and len(ran) < 3:
+            raise KeyboardInterrupt
+        return 0, ""
+
+    monkeypatch.setattr(parts, "PARTS", tuple(own))
+    monkeypatch.setattr(parts, "_process", process)
+    monkeypatch.setattr("validation.report.points.collect", lambda *files: Collection())
+    monkeypatch.setattr("validation.report.pages.write", lambda *given, **named: [tmp_path / "report.html"])
+    monkeypatch.setattr("validation.report.records.memory_rows", lambda files: [])
+    monkeypatch.setattr("validation.report.records.reliability_rows", lambda files: [])
+    ask = ["run", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert cli.run(ask) == 130
+    said = capsys.readouterr()
+    assert "--resume" in said.err
+    assert "report.html" in said.out
+    assert ran == [["one"], ["two"]]
+    assert cli.run([*ask, "--resume"]) == 0
+    assert "one: done before" in capsys.readouterr().err
+    assert ran[2:] == [["two", "more"], ["three", "more"]]
+    assert cli.run(ask) == 0
+    assert ran[4:] == [["one"], ["two"], ["three"]]
+    state = tmp_path / "out" / "run.json"
+    state.write_text(state.read_text().replace('"code": "', '"code": "0'))
+    assert cli.run([*ask, "--resume"]) == 0
+    assert len(ran) == 10
+    state.write_text("{}")
+    assert cli.run([*ask, "--resume"]) == 2
+    assert "is no run's" in capsys.readouterr().err
+
+
+def test_a_run_says_what_is_left_while_a_part_runs(monkeypatch, capsys) -> None:
+    now = [0.0]
+    monkeypatch.setattr("validation.run.progress.clock", lambda: now[0])
+    monkeypatch.setattr("kvruntime.bench.harness.progress.clock", lambda: now[0])
+    with RunProgress([100.0, 100.0]) as progress:
+        progress.begin("calibrate")
+        for second in (10, 20, 25, 80, 1000):
+            now[0] = second
+            progress.passed_on(f"at {second}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:4] == ["at 10", "at 20  about 4 min left", "at 25"]  # 1.2 times the rest
+    assert lines[4:] == ["at 80  about 2 min left", "at 1000  about 2 min left"]  # never more than before
 
 
 def test_a_run_reports_what_its_parts_left_behind(tmp_path, monkeypatch, capsys) -> None:

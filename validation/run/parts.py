@@ -1,8 +1,8 @@
 """The parts of a run: a command each, in a process of its own, all of them within a quarter of an hour.
 
-Parts that weigh share the device and run at once; those that time follow, each alone.  A part that fails or runs out
-of its time leaves what it recorded until then; the others go on.  What a device cannot run (a CPU has no CUDA graphs)
-is no part of its run, and is said.
+Parts that time run alone, one by one; those that weigh share the device and run at once.  A part that fails or runs
+out of its time leaves what it recorded until then; the others go on.  What a device cannot run (a CPU has no CUDA
+graphs) is no part of its run, and is said.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ COMPILED = "kvruntime:compiled"
 @dataclass(frozen=True)
 class Part:
     """``words`` after ``python -m``, with ``{file}`` where it records, in ``folder``.  ``seconds``: what it should
-    take on a card where Triton compiles from nothing, and may not exceed by more than half.  ``cuda``: it needs a GPU;
-    ``cpu``: it is of a CPU alone.  ``together``: it times nothing."""
+    take on a card where Triton compiles from nothing, and may not exceed by more than half unless what comes after it
+    leaves more.  ``cuda``: it needs a GPU;
+    ``cpu``: it is of a CPU alone.  ``together``: it times nothing.  ``again``: words with which it goes on where it
+    was stopped."""
 
     name: str
     words: tuple[str, ...]
@@ -50,6 +52,7 @@ class Part:
     cuda: bool = False
     cpu: bool = False
     together: bool = False
+    again: tuple[str, ...] = ()
 
     def refuses(self, cuda: bool, device: str) -> str:
         """Why it does not run on ``device``; empty where it does."""
@@ -61,9 +64,6 @@ class Part:
 RELIABILITY = ("validation", "reliability", "--quick", "--out", "{file}", "--run")
 """Those of its runs that have figures; all of them take a card five minutes."""
 PARTS = (
-    Part("memory", ("validation", "memory", "--quick", "--out", "{file}"), 120, "", together=True),
-    Part("phases", (*RELIABILITY, "memory by phase"), 110, "reliability", together=True),
-    Part("resident", (*RELIABILITY, "resident memory"), 20, "reliability", cpu=True),
     Part(
         "calibrate",
         ("kvruntime", "calibrate", "--seconds", "8", "--without", COMPILED, "--out", "{file}"),
@@ -94,6 +94,16 @@ PARTS = (
         "kernels",
         cuda=True,
     ),
+    Part(
+        "memory",
+        ("validation", "memory", "--quick", "--out", "{file}"),
+        130,
+        "",
+        together=True,
+        again=("--resume",),
+    ),
+    Part("phases", (*RELIABILITY, "memory by phase"), 110, "reliability", together=True),
+    Part("resident", (*RELIABILITY, "resident memory"), 20, "reliability", cpu=True),
     Part("largest", (*RELIABILITY, "the largest batch"), 25, "reliability"),
     Part(
         "calibrate compiled",
@@ -110,24 +120,29 @@ PARTS = (
         cuda=True,
     ),
 )
-"""In this order: what predicts first, then what it predicts; what takes longest for what it says is last."""
+"""In this order, so that a run that is cut has what says most: the profile, what it predicts, what is weighed; what
+takes longest for what it says is last."""
 OWN_ESTIMATE = re.compile(r"  about \d+ (min|s) left$")
 """What a part says of its own end, beside what is said of the whole."""
 MOST = 1.5
-"""What a part may take of its own seconds."""
+"""What a part may take of its own seconds; more where the parts after it leave that."""
 
 
 class Outcome(NamedTuple):
-    """How a part ended: ``code`` of its process, None where it was stopped or not begun; its file where it left one."""
+    """How a part ended: ``code`` of its process, None where it was stopped or not begun; its file where it left one.
+    ``before``: it did in an earlier run."""
 
     part: Part
     code: int | None
     seconds: float
     file: Path
     said: str
+    before: bool = False
 
     @property
     def line(self) -> str:
+        if self.before:
+            return f"{self.part.name}: done before, in {self.seconds:.0f} s"
         if not self.seconds:
             return f"{self.part.name}: no time was left for it"
         ended = "stopped" if self.code is None else "done" if not self.code else f"exit code {self.code}"
@@ -143,7 +158,7 @@ def chosen(device: str, names: Sequence[str] = ()) -> tuple[list[Part], list[str
     for name in names:
         if name not in known:
             raise LookupError(f"unknown part {name!r}: allowed are {', '.join(known)}")
-    wanted = [known[name] for name in names] or list(PARTS)
+    wanted = [part for part in PARTS if part.name in names] or list(PARTS)
     cuda = device.startswith("cuda")
     reasons = {part.name: reason for part in wanted if (reason := part.refuses(cuda, device))}
     left = [f"{name}: {reason}" for name, reason in reasons.items()]
@@ -151,9 +166,19 @@ def chosen(device: str, names: Sequence[str] = ()) -> tuple[list[Part], list[str
 
 
 def rounds(parts: Sequence[Part]) -> list[list[Part]]:
-    """The parts that run at once: all that share the device, then each other one alone."""
-    together = [part for part in parts if part.together]
-    return [together] * bool(together) + [[part] for part in parts if not part.together]
+    """The parts that run at once: neighbours that share the device, and each other one alone."""
+    out: list[list[Part]] = []
+    for part in parts:
+        if part.together and out and out[-1][-1].together:
+            out[-1].append(part)
+        else:
+            out.append([part])
+    return out
+
+
+def file_of(part: Part, folder: Path, name: str) -> Path:
+    """Where a part records in ``folder``, of the card of this name."""
+    return folder / part.folder / f"{name}.json"
 
 
 def carry_out(
@@ -163,26 +188,33 @@ def carry_out(
     device: str,
     say: Callable[[str], None],
     minutes: float = MINUTES,
+    earlier: Callable[[Part, Path], Outcome | None] | None = None,
 ) -> Iterator[list[Outcome]]:
     """The outcomes of each of the :func:`rounds` as it ends; what is begun later than after ``minutes`` is left out.
 
-    ``name``: of the card, for file names; ``say``: told what the parts say.
+    ``name``: of the card, for file names; ``say``: told what the parts say; ``earlier``: how a part with this file
+    ended in the run that this one goes on with, None where it has to run.
     """
     end, begun = clock() + 60 * minutes, list[subprocess.Popen[str]]()
 
     def work(part: Part) -> Outcome:
-        file = folder / part.folder / f"{name}.json"
+        file = file_of(part, folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)
+        if earlier is not None and (found := earlier(part, file)) is not None:
+            return found
         started = clock()
         if started >= end:
             return Outcome(part, None, 0.0, file, "")
         there = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file  # as a record tells it
-        words = [word.format(file=there) for word in part.words]
-        limit = min(MOST * part.seconds, end - started)
+        words = [word.format(file=there) for word in (*part.words, *(part.again if earlier is not None else ()))]
+        limit = min(end - started, max(MOST * part.seconds, end - started - sum(later)))
         code, said = _process([sys.executable, "-m", *words, "--device", device], limit, say, begun)
         return Outcome(part, code, clock() - started, file, said)
 
-    for each in rounds(parts):
+    queue = rounds(parts)
+    later = [max(part.seconds for part in each) for each in queue]
+    for each in queue:
+        later.pop(0)
         with ThreadPoolExecutor(len(each)) as pool:
             try:
                 found = list(pool.map(work, each))
