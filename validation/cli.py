@@ -177,7 +177,7 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     from kvsim.commands.calibrate import of_data_sheet
     from kvsim.latency.profile import load_profile
     from validation.recorded import FOLDER, circumstances, slug
-    from validation.report import pages
+    from validation.report import breakeven, pages
     from validation.report.claims import failures
     from validation.report.points import collect
     from validation.report.records import memory_rows, reliability_rows
@@ -229,9 +229,12 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     for path in profiles:
         click.echo(of_data_sheet(load_profile(path)))
     click.echo(pages.summary(pages.verdicts(points.points)))
+    if even := breakeven.breakevens(points.points):
+        click.echo(breakeven.sentence(even))
     if stopped:
         return 130
-    return 1 if failures(points.points) or any(outcome.code for outcome in outcomes) else 0
+    wrong = failures(points.points) or breakeven.beyond(even)
+    return 1 if wrong or any(outcome.code for outcome in outcomes) else 0
 
 
 @cli.command()
@@ -284,7 +287,7 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     """A verdict a claim over FILES, or all of validation/results, in one HTML file and Markdown; 1 where one fails."""
     from kvsim.output.tables import plain
     from validation.claims import serving
-    from validation.report import pages
+    from validation.report import breakeven, pages
     from validation.report.claims import failures, verdicts
     from validation.report.points import collect
     from validation.report.records import memory_rows, reliability_rows
@@ -305,7 +308,9 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
         click.echo(pages.kept(runs))
     if served := serving.rows_of(files):
         click.echo(serving.kept(served))
-    return 1 if failures(found.points) or serving.broken(served) else 0
+    if even := breakeven.breakevens(found.points):
+        click.echo(breakeven.sentence(even))
+    return 1 if failures(found.points) or serving.broken(served) or breakeven.beyond(even) else 0
 
 
 @cli.command("serving")

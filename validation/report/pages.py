@@ -13,17 +13,12 @@ from kvsim.atomic import replace_file
 from kvsim.install import missing_hint
 from kvsim.output.tables import compact
 from validation.documents import report as earlier
-from validation.report import calibrated, coverage, pictures
+from validation.report import breakeven, calibrated, coverage, pictures
 from validation.report.claims import CLAIMS, Verdict, explained, verdicts
 from validation.report.collection import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
-Sizes = dict[tuple[str, int], dict[str, Point]]
-"""Method and context -> the points of each claim."""
 WORST = 10
-MARGIN = 0.01
-"""What a method's step must gain before it pays: the default of kvsim breakeven."""
-BREAKEVEN = f"The first recorded context from which a method's step is {MARGIN:.0%} shorter, as kvsim breakeven asks."
 CALIBRATED = (
     "The same recorded steps by the stated constants and by the card's profile, which saw none of them.  Where the "
     "host takes part, a profile is of a run."
@@ -70,14 +65,8 @@ def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[d
     out.append(Section(f"The worst {WORST} points", [], worst_table(found.points)))
     if calibrated.pairs(found.points):
         out.append(Section("Calibrated beside stated", [CALIBRATED], calibrated.beside(found.points)))
-    if even := breakevens(found.points):
-        out.append(
-            Section(
-                "Break-even",
-                [BREAKEVEN],
-                even,
-            )
-        )
+    if even := breakeven.breakevens(found.points):
+        out.append(Section("Break-even", [f"{breakeven.SAYS}  {breakeven.sentence(even)}"], breakeven.table(even)))
     out.append(Section("What the recorded times cover", [], coverage.axes(found.points)))
     out.append(Section("What was not covered", [], coverage.gaps(found)))
     if runs:
@@ -143,59 +132,6 @@ def worst_table(points: Sequence[Point]) -> Table:
         for point in chosen
     ]
     return ["claim", "point", "predicted", "measured", "error", "why", "record"], body
-
-
-def breakevens(points: Sequence[Point]) -> Table | None:
-    """Of each card, model and method in batch 1: the first recorded context at which a step is shorter than the
-    uncompressed one's, measured, predicted and by the card's profile; and how many recorded contexts lie between."""
-    body = []
-    of = {claim: [p for p in points if p.claim == claim] for claim in ("engine", "engine, calibrated")}
-    groups: dict[tuple[str, str], Sizes] = {}
-    for claim, own in of.items():
-        for point in own:
-            rows, _, tokens = point.factors["size"].partition(" x ")
-            if rows == "1":
-                key = point.factors["card"], point.factors["model"]
-                size = point.factors["method"], int(tokens.replace(",", ""))
-                groups.setdefault(key, {}).setdefault(size, {})[claim] = point
-    for (card, model), sizes in groups.items():
-        body += [[card, model, *line] for line in _breakevens(sizes, tuple(of))]
-    heads = ["card", "model", "method", "measured", "as stated", "calibrated", "contexts", "grid steps apart"]
-    return (heads, body) if body else None
-
-
-def _breakevens(sizes: Sizes, claims: Sequence[str]) -> list[list[str]]:
-    """Of one card and model: method, context measured and by each claim, contexts of the grid, steps apart."""
-    plain = {tokens: each for (method, tokens), each in sizes.items() if method in ("fp16", "bf16")}
-    out = []
-    for method in dict.fromkeys(method for method, _ in sizes if method not in ("fp16", "bf16")):
-        grid = sorted(tokens for name, tokens in sizes if name == method and tokens in plain)
-        if len(grid) < 2:
-            continue
-        pairs = [(sizes[method, tokens], plain[tokens]) for tokens in grid]
-        cells: list[int | None] = [
-            shorter([own[claims[0]].measured < (1 - MARGIN) * base[claims[0]].measured for own, base in pairs])
-        ]
-        for claim in claims:
-            there = all(claim in own and claim in base for own, base in pairs)
-            cells.append(
-                shorter([own[claim].predicted < (1 - MARGIN) * base[claim].predicted for own, base in pairs])
-                if there
-                else None
-            )
-        known = [cell for cell in cells if cell is not None]
-        said = ["no profile" if cell is None else f"{grid[cell]:,}" if cell < len(grid) else "none" for cell in cells]
-        out.append([method, *said, f"{len(grid)}", f"{max(abs(cell - known[0]) for cell in known)}"])
-    return out
-
-
-def shorter(below: Sequence[bool]) -> int:
-    """The first place from which on all are true; their number where the last is not.
-
-    >>> shorter([True, False, True, True])
-    2
-    """
-    return max((index + 1 for index, each in enumerate(below) if not each), default=0)
 
 
 def reliability_table(runs: Sequence[dict[str, Any]]) -> Table:
