@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="the runtime extra (torch) is not installed"
 
 from validation import cli
 from validation.recorded import FOLDER
-from validation.report import breakeven, calibrated, coverage, pages, pictures
+from validation.report import breakeven, calibrated, coverage, pace, pages, pictures
 from validation.report.claims import CLAIMS, by_factor, explained, failures, verdicts
 from validation.report.collection import Point
 from validation.report.points import collect
@@ -140,10 +140,28 @@ def test_by_a_profile_layouts_break_even_within_a_step_of_the_grid(found) -> Non
     assert far == [("gpt2-xl", "kivi-2bit-g32-r128")], far
 
 
+def test_rows_of_another_day_are_held_at_the_pace_of_its_host() -> None:
+    """One row that is 1.2 times as slow as the others of its run is told from a host that is 1.5 times as slow."""
+
+    def point(measured: float, run: str) -> Point:
+        claim = "stock generate, calibrated, another day"
+        return Point(claim, 10.0, measured, {"card": "c", "model": "m"}, "x", run=run)
+
+    own = [point(15.0, "slow"), point(15.0, "slow"), point(15.0, "slow"), point(18.0, "slow"), point(10.0, "few")]
+    held = list(pace.paced(own))
+    assert {each.claim for each in held} == {"stock generate, calibrated, at that day's pace"}
+    assert [each.predicted for each in held] == [15.0] * 4  # whatever the row itself is
+    assert [round(each.error, 3) for each in held] == [0, 0, 0, -0.167]
+    _, body = pace.table(own) or ([], [])
+    assert body == [["stock generate, calibrated", "c", "slow", "4", "1.50"]]
+    assert pace.table(own[-1:]) is None
+
+
 def test_what_a_profile_says_stands_beside_what_is_stated_of_the_same_steps(found) -> None:
     pairs = calibrated.pairs(found.points)
     assert all(one.measured == other.measured and one.factors == other.factors for one, other in pairs)
-    assert len(pairs) == sum(", calibrated" in point.claim for point in found.points)
+    of_profiles = [point for point in found.points if ", calibrated" in point.claim]
+    assert len(pairs) == sum(not point.claim.endswith(pace.PACED) for point in of_profiles)
     assert any(one.predicted != other.predicted for one, other in pairs)
     head, body = calibrated.beside(found.points)
     assert {len(line) for line in body} == {len(head)}

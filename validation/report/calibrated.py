@@ -7,11 +7,12 @@ from statistics import mean
 
 from validation.report.claims import RUNTIMES
 from validation.report.collection import Point
+from validation.report.pace import DAY, PACED
 
 Table = tuple[list[str], list[list[str]]]
 Pair = tuple[Point, Point]
 
-MARK, DAY = ", calibrated", ", another day"
+MARK = ", calibrated"
 
 
 def pairs(points: Sequence[Point]) -> list[Pair]:
@@ -20,7 +21,7 @@ def pairs(points: Sequence[Point]) -> list[Pair]:
     out = []
     for point in points:
         runtime, calibrated, _ = point.claim.partition(MARK)
-        if calibrated and runtime in RUNTIMES:
+        if calibrated and runtime in RUNTIMES and not point.claim.endswith(PACED):
             out.append((stated[_key(point, runtime)], point))
     return out
 

@@ -16,6 +16,7 @@ class Point:
     """One figure: ``predicted`` and ``measured`` in the claim's unit, and what it depends on (``factors``).
 
     ``parts``: what the prediction is made of, where it is a sum.  ``spread``: the least and greatest measured.
+    ``run``: the hash of the code that measured a step, which tells one day's rows from another's.
     """
 
     claim: str
@@ -25,6 +26,7 @@ class Point:
     source: str
     parts: dict[str, float] = field(default_factory=dict)
     spread: tuple[float, float] | None = None
+    run: str = ""
 
     @property
     def error(self) -> float:

@@ -13,7 +13,7 @@ from kvsim.atomic import replace_file
 from kvsim.install import missing_hint
 from kvsim.output.tables import compact
 from validation.documents import report as earlier
-from validation.report import breakeven, calibrated, coverage, pictures
+from validation.report import breakeven, calibrated, coverage, pace, pictures
 from validation.report.claims import CLAIMS, Verdict, explained, verdicts
 from validation.report.collection import Collection, Point
 
@@ -22,6 +22,10 @@ WORST = 10
 CALIBRATED = (
     "The same recorded steps by the stated constants and by the card's profile, which saw none of them.  Where the "
     "host takes part, a profile is of a run."
+)
+PACES = (
+    "Steps whose kernels the host launches take as long as the host does.  How many times as long as by the profile "
+    f"they took in each run of {pace.FEWEST} rows and more, the median."
 )
 NUMBERED = (
     "Errors are predicted / measured - 1.  The shaded band is what the claim allows a single point; each point says "
@@ -65,6 +69,8 @@ def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[d
     out.append(Section(f"The worst {WORST} points", [], worst_table(found.points)))
     if calibrated.pairs(found.points):
         out.append(Section("Calibrated beside stated", [CALIBRATED], calibrated.beside(found.points)))
+    if hosts := pace.table(found.points):
+        out.append(Section("Hosts of other days", [PACES], hosts))
     if even := breakeven.breakevens(found.points):
         out.append(Section("Break-even", [f"{breakeven.SAYS}  {breakeven.sentence(even)}"], breakeven.table(even)))
     out.append(Section("What the recorded times cover", [], coverage.axes(found.points)))

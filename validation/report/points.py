@@ -30,6 +30,7 @@ from validation.claims.subjects import rebuild_method
 from validation.latency.ways import COMPILED, ENGINE, GENERATE, NEW, SEEN, STATIC, prompt_way, served, ways
 from validation.recorded import FOLDER
 from validation.report.collection import Collection, Point
+from validation.report.pace import DAY, paced
 from validation.report.split import split
 
 Row = dict[str, Any]
@@ -57,6 +58,7 @@ def collect(paths: Sequence[Path] | None = None, profiles: Sequence[Path] | None
         if own is None:
             raise ValueError(f"{path} is no record: its schema is {file['schema']!r}")
         own(file, path.name, found, calibrated)
+    found.points += list(paced(found.points))
     return found
 
 
@@ -280,14 +282,15 @@ def _timed(
     for name, fixed in ((claim, None), (own, constants_of(profile, runtime, card))):
         if name == claim or fixed is not None:
             step = decode_step(*load, Serving(engine=served(runtime), profile=fixed))
-            yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
+            run = row.get("code") or ""
+            yield Point(name, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high), run)
 
 
 def another_day(profile: Profile | None, runtime: str, row: Row) -> str:
     """What is said of a row whose runtime the host takes part in, and which another run than the profile's measured:
     hosts differ, and one differs by the day."""
     same = profile is None or runtime == ENGINE or (row.get("code") or "") in profile.codes.get(runtime, ())
-    return "" if same else ", another day"
+    return "" if same else DAY
 
 
 def constants_of(profile: Profile | None, runtime: str, card: Hardware) -> Constants | None:
