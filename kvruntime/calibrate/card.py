@@ -31,6 +31,7 @@ from kvsim.latency.profile import PARTS, SCHEMA, Part, described, load_profile, 
 from kvsim.methods import method_named
 from kvsim.models.model import Model
 
+CUT = "the calibration was cut"
 RUNTIME = "pytorch"
 """Whose kernels the card's own figures are of."""
 
@@ -83,7 +84,13 @@ def calibrate(
             if out.exists():  # which stays until this one is whole
                 beside = Path(stack.enter_context(TemporaryDirectory())) / out.name
             write(beside, profile)  # what the parts are fitted beside
-        measured, lacks = measure(plan, place, say, wanted)
+
+        def keep(so_far: dict[str, list[Step]]) -> None:
+            if beside == out and not only:  # no profile was there: of one that is cut, what is known of the first shape
+                own, _ = fitted(out, so_far, lambda line: None, profile["code"])
+                write(out, profile | {"parts": own, "lacks": dict.fromkeys(set(PARTS) - set(own), CUT)})
+
+        measured, lacks = measure(plan, place, say, wanted, keep)
         parts, failed = fitted(beside, measured, say, profile["code"])
     if only:
         stay = {name: part for name, part in kept["parts"].items() if name not in wanted}
@@ -155,15 +162,24 @@ def refit(path: Path, say: Callable[[str], None] = lambda line: None) -> dict[st
 
 
 def measure(
-    plan: Plan, place: torch.device, say: Callable[[str], None], wanted: Collection[str] = PARTS
+    plan: Plan,
+    place: torch.device,
+    say: Callable[[str], None],
+    wanted: Collection[str] = PARTS,
+    keep: Callable[[dict[str, list[Step]]], None] = lambda found: None,
 ) -> tuple[dict[str, list[Step]], dict[str, str]]:
-    """The steps of every runtime, and why one has none or fewer."""
+    """The steps of every runtime, and why one has none or fewer; ``keep`` is given those of the shapes so far where
+    another shape begins."""
     if place.type == "cuda" and ENGINE in wanted:
         compile_ahead(cases(plan), str(place), say)
     found: dict[str, list[Step]] = {}
     lacks: dict[str, str] = {}
+    shape = ""
     for step in steps(plan, place, say, wanted):
         if isinstance(step, Step):
+            if shape not in ("", step.shape):
+                keep(found)
+            shape = step.shape
             found.setdefault(step.runtime, []).append(step)
             size = f"{step.batch_size} x {step.num_tokens:,}"
             say(f"{step.runtime}, {step.shape} {step.method.name} {size}: {step.seconds * 1e3:.3f} ms")

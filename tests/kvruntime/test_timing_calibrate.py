@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,10 +92,15 @@ def test_a_profile_that_is_there_stays_until_another_is_whole(
     measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvruntime.calibrate import card
+    from kvruntime.calibrate.steps import CPU, Step
+    from kvsim.methods import method_named
+    from kvsim.models.model import Model
 
-    def stopped(*_: object) -> None:
+    def stopped(plan: object, place: object, say: object, wanted: object, keep: Any) -> None:
+        keep(of_first)
         raise KeyboardInterrupt
 
+    of_first: dict[str, list[Step]] = {}
     before = json.loads(measured.read_text(encoding="utf-8"))
     names = ("read_bandwidth", "copy_bandwidth", "weight_bandwidth", "flops", "layer_seconds", "attention")
     monkeypatch.setattr(card, "figures", lambda *_: {name: before[name] for name in names})
@@ -106,6 +112,16 @@ def test_a_profile_that_is_there_stays_until_another_is_whole(
             card.calibrate(path, "cpu", 1.0)
     assert json.loads(old.read_text(encoding="utf-8")) == before
     assert not load_profile(new).parts  # of a card that had none, its own figures at least
+    rows = [row for row in before["parts"]["transformers"]["rows"] if row["shape"] == "wide"]
+    model = Model.from_config(CPU.subjects["wide"].shape.config(CPU.positions))
+    for row in rows * 2:
+        about = "transformers", "wide", model, method_named(row["method"]), row["batch_size"], row["num_tokens"]
+        of_first.setdefault("transformers", []).append(Step(*about, row["value"], row["low"], row["high"]))
+    with pytest.raises(KeyboardInterrupt):
+        card.calibrate(tmp_path / "cut.json", "cpu", 1.0)
+    cut = load_profile(tmp_path / "cut.json")
+    assert list(cut.parts) == ["transformers"]  # and what the first shape tells
+    assert cut.missing()[0] == "kvruntime: the calibration was cut"
 
 
 def test_a_part_is_measured_anew_and_the_rest_stays(
@@ -121,7 +137,9 @@ def test_a_part_is_measured_anew_and_the_rest_stays(
     path.write_text(json.dumps(before), encoding="utf-8")
     own = ("transformers", "transformers:new")
 
-    def slower(plan: object, place: object, say: object, wanted: tuple[str, ...]) -> tuple[dict[str, list[Step]], dict]:
+    def slower(
+        plan: object, place: object, say: object, wanted: tuple[str, ...], keep: object
+    ) -> tuple[dict[str, list[Step]], dict]:
         assert wanted == own  # one call has the lengths of both
         found: dict[str, list[Step]] = {}
         for name in wanted:
