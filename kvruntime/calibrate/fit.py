@@ -23,9 +23,11 @@ from kvsim.latency.roofline import Serving, method_width, packed_layout, scales_
 from kvsim.latency.steps import decode_step
 from kvsim.layout import Method
 
-HELD, FEW = 0.03, 0.3
-"""How much a constant is held to its start, against a step that is mispredicted; the same where there are hardly more
-steps than constants, and the start is what other records gave."""
+HELD = 0.03
+"""How much a constant is held to its start, against a step that is mispredicted."""
+FEW = {GENERATE: 0.3, COMPILED: 0.1}
+"""The same where there are hardly more steps than constants, and the start is what other records gave: many of them, or
+few."""
 ROUNDS = 30
 WIDE = {"layer": "wide", "channel": "channel"}
 GRAPHS = (GENERATE, COMPILED)
@@ -52,7 +54,7 @@ def fit(runtime: str, steps: Sequence[Step], base: Constants, card: Hardware, st
     def residuals(point: np.ndarray) -> np.ndarray:
         return np.log(predicted(runtime, part_at(point), steps, base, card) / [step.seconds for step in steps])
 
-    found = part_at(damped(residuals, len(names), FEW if runtime in GRAPHS else HELD))
+    found = part_at(damped(residuals, len(names), FEW.get(runtime, HELD)))
     ratios = np.array([step.seconds for step in steps]) / predicted(runtime, found, steps, base, card)
     return replace(found, low=float(ratios.min()), high=float(ratios.max()))
 

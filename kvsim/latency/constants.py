@@ -29,7 +29,9 @@ class Constants:
     ``engine_table_share``: by engine, of ``engine_layer_seconds`` what a layer takes of a model that adds a table of
     positions and rotates nothing (GPT-2), where the host launches every operation;
     ``engine_layer_shares``: by engine, how many times as long as another a layer with a constant ``state`` or a
-    ``window`` takes;
+    ``window`` takes, and what share of a layer each ``norm`` beyond two a layer takes;
+    ``engine_state_passes``: by engine, how often a step reads and writes a constant state (PyTorch's operators do it
+    one after the other);
     ``engine_copies``: by engine, what of the cache a step copies before attention reads it: ``cache``, all of it once
     (a cache that grows by concatenation), or ``heads``, once for every query head where these share keys and values;
     ``engine_wide``: by engine, above how many ``rows`` a step takes ``layer_seconds`` a layer more, and
@@ -47,7 +49,8 @@ class Constants:
 
     Prompts: ``engine_prompt_seconds``, by engine: what the host takes a layer to launch a prompt's kernels, behind
     which the card works, in place of ``prefill_seconds``, which are a server's; ``engine_prompt_passes``: how often a
-    token's hidden state, in 16 bits, goes through memory in a layer, element by element.
+    token's hidden state, in 16 bits, goes through memory in a layer, element by element, and ``engine_prompt_norms``:
+    the share of these that each norm beyond two a layer adds.
 
     Servers: ``chunk_tokens``: prompt tokens a step.  ``prompt_steps``: by engine that runs prompts in steps of their
     own, the share of them that a request waits for.  ``prefill_seconds``, ``prefill_queue``: what a first token waits
@@ -93,8 +96,10 @@ class Constants:
     engine_step_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_prompt_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_prompt_passes: Mapping[str, float] = field(default_factory=dict)
+    engine_prompt_norms: Mapping[str, float] = field(default_factory=dict)
     engine_table_share: Mapping[str, float] = field(default_factory=dict)
     engine_layer_shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    engine_state_passes: Mapping[str, float] = field(default_factory=dict)
     engine_copies: Mapping[str, str] = field(default_factory=dict)
     engine_link: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     host_launched: tuple[str, ...] = ()

@@ -157,7 +157,7 @@ class Roofline:
         shares, model = self.fixed.engine_layer_shares.get(self.engine, {}), self.model
         windows = sum(layer.window is not None for layer in model.cache_layers)
         more = (shares.get("state", 1.0) - 1) * len(model.state_layers) + (shares.get("window", 1.0) - 1) * windows
-        return model.num_blocks + more
+        return model.num_blocks + more + shares.get("norm", 0.0) * model.more_norms
 
     @property
     def table_share(self) -> float:
@@ -323,9 +323,10 @@ class Roofline:
         return 0.0 if own else self.fixed.sequence_seconds * batch_size
 
     def states(self, batch_size: Any) -> Any:
-        """Seconds to read and write the constant states of the layers that have one."""
+        """Seconds to read and write the constant states of the layers that have one, as often as the engine does."""
         nbytes = sum(buffer.nbytes for layer in self.model.state_layers for buffer in layer.buffers(1))
-        return 2 * nbytes * batch_size / self.ranks / (self.weight_efficiency * self.bandwidth)
+        passes = 2 * self.fixed.engine_state_passes.get(self.engine, 1.0)
+        return passes * nbytes * batch_size / self.ranks / (self.weight_efficiency * self.bandwidth)
 
     def communication(self, num_tokens: Any, prompt: bool = False) -> Any:
         """Two all-reduces a layer of the 16-bit hidden states: a ring over each link's one direction, or over the
@@ -380,7 +381,8 @@ class Roofline:
         """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""
         compute = self.products(num_prompts * new, num_prompts) + num_prompts * self.prompt_attention(num_tokens, new)
         passes = self.fixed.engine_prompt_passes.get(self.engine, 0.0)
-        states = num_prompts * new * self.model.num_blocks * self.model.hidden_size * 2
+        norms = self.fixed.engine_prompt_norms.get(self.engine, 0.0) * self.model.more_norms
+        states = num_prompts * new * (self.model.num_blocks + norms) * self.model.hidden_size * 2
         compute = (compute + passes * states / self.bandwidth) / self.sharding.prefill_context_parallel_size
         stream, unpack = self.weights(num_prompts * new)
         return float(compute), float(self.chunks(num_prompts * new) * (stream + unpack))

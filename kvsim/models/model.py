@@ -20,7 +20,7 @@ from kvsim.models.config import MAX_LAYERS, Body, ConfigReader, Keys, Shapes
 from kvsim.models.families import FAMILIES, REFUSED, WRAPPERS, known_keys
 from kvsim.models.families.family import Family
 from kvsim.models.layer_kinds import spelled
-from kvsim.models.parameters import Weights, count_weights, mixer_kind, weight_modules
+from kvsim.models.parameters import Weights, count_weights, mixer_kind, more_norms, weight_modules
 from kvsim.models.quantization import cache_dtype, config_bits, expert_bits
 from kvsim.nearest import hint
 
@@ -97,7 +97,7 @@ class Model:
     that is key and value kept twice), ``compressed`` (with the buffers of unfilled blocks), ``float32 index`` (index
     keys of 32 bits), ``index positions`` (three positions of every token beside the first index keys).
     ``cache_dtype``: the type of cache that the checkpoint asks for (``fp8``, ``nvfp4``), which an engine's ``auto``
-    means.
+    means.  ``more_norms``: norms of all layers beyond two each, those of queries and of keys one each.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Model:
     quirks: tuple[str, ...] = ()
     cache_dtype: str | None = None
     expert_bits: float | None = None
+    more_norms: int = 0
     read: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
     @classmethod
@@ -159,6 +160,7 @@ class Model:
             dtype=dtype,
             weight_bits=bits,
             expert_bits=routed_bits,
+            more_norms=more_norms(body, family, plan),
             sources=tuple(reader.sources.items()),
             notes=tuple(body.notes),
             kinds=kinds,

@@ -67,6 +67,16 @@ def count_weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> W
         return None
 
 
+def more_norms(body: Body, family: Family, plan: list[tuple[str, bool]]) -> int:
+    """Norms beyond two a layer: around the mixer's and the MLP's results, and of queries and keys."""
+    out = max(0, family.norms - 2) * len(plan)
+    for kind, _ in plan:
+        for mixer in family.mixers.get(mixer_kind(family, kind), ()):
+            if isinstance(mixer, Attention) and mixer.qk_norm:
+                out += 2 * bool(body.reader.switch(mixer.qk_norm_if))
+    return out
+
+
 def _weights(body: Body, family: Family, plan: list[tuple[str, bool]]) -> Weights:
     reader, hidden = body.reader, body.hidden
     mixing = {kind: _mixer_params(body, family, kind) for kind in {kind for kind, _ in plan}}

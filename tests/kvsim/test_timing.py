@@ -378,13 +378,31 @@ def test_this_projects_engine_as_it_was_recorded() -> None:
 
 
 def test_layers_of_other_kinds_take_their_share() -> None:
-    """Of an engine whose layers' seconds are known: 29 of Gemma 3's 34 slide, 48 of Qwen3.5's 64 have a state."""
-    shares = {"transformers": {"window": 1.5, "state": 3.0}}
+    """Of an engine whose layers' seconds are known: 29 of Gemma 3's 34 slide, 48 of Qwen3.5's 64 have a state.  Gemma's
+    layers have four norms, and its queries and keys one each, as those of Qwen's other 16 layers."""
+    shares = {"transformers": {"window": 1.5, "state": 3.0, "norm": 0.25}}
     fixed = replace(constants(), engine_layer_shares=shares, host_launched=())
     each, step = (getattr(fixed, f"engine_{name}_seconds")["transformers"] for name in ("layer", "step"))
-    for name, blocks in (("llama-3-8b", 32), ("gemma-3-4b-it", 5 + 1.5 * 29), ("qwen3.5-27b", 16 + 3 * 48)):
+    norms = {"gemma-3-4b-it": 4 * 34, "qwen3.5-27b": 2 * 16, "qwen3-0.6b": 2 * 28, "gpt2": 0}
+    assert {name: load_model(name).more_norms for name in norms} == norms
+    gemma, qwen = 5 + 1.5 * 29 + 34, 16 + 3 * 48 + 8
+    for name, blocks in (("llama-3-8b", 32), ("gemma-3-4b-it", gemma), ("qwen3.5-27b", qwen)):
         parts = decode_step(load_model(name), FP16, H100, 1, 512, Serving(engine="transformers", profile=fixed)).parts
         assert parts["overhead"] == pytest.approx(each * blocks + step)
+
+
+def test_states_are_read_and_written_as_often_as_an_engine_does() -> None:
+    """Qwen3.5's of eight rows are eight times those of one, and a constant of the engine times that of one pass."""
+    model, many = load_model("qwen3.5-27b"), {"kvruntime:generate": 10.0}
+    kv = {
+        (passes, rows): Roofline(
+            model, H100, Serving(engine="kvruntime:generate", profile=replace(constants(), engine_state_passes=more))
+        ).states(rows)
+        for passes, more in (("one", {}), ("ten", many))
+        for rows in (1, 8)
+    }
+    assert kv["ten", 1] == pytest.approx(10 * kv["one", 1])
+    assert kv["ten", 8] == pytest.approx(8 * kv["ten", 1])
 
 
 def test_the_engines_numbers_are_those_that_fit_its_recorded_steps() -> None:

@@ -35,8 +35,14 @@ the share of a layer's seconds that one takes in a model with a table of positio
 KINDS: dict[str, Callable[[Model], bool]] = {
     "state": lambda model: bool(model.state_layers),
     "window": lambda model: any(layer.window is not None for layer in model.cache_layers),
+    "norm": lambda model: bool(model.more_norms),
 }
-"""Kinds of layers beside full attention whose share of a layer's seconds is fitted, and which models have them."""
+"""Kinds of layers beside full attention whose share of a layer's seconds is fitted, and norms beyond two a layer, and
+which models have them."""
+SHARES = {"state": 1.0, "window": 1.0, "norm": 0.15}
+"""Where these begin."""
+PASSES = (GENERATE,)
+"""Ways in which the card is not ahead of the host, so that how often states are read shows."""
 
 
 def load(folder: Path = RESULTS) -> list[RecordedStep]:
@@ -67,7 +73,9 @@ def fit(steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
 
 def _fitted(runtime: str, steps: Sequence[RecordedStep], fixed: Constants) -> Constants:
     kinds = [name for name, has in KINDS.items() if any(has(step.model) for step in steps)]
-    start = START[runtime] | (dict.fromkeys(kinds, 1.0) if runtime != NEW else {})
+    start = START[runtime] | ({kind: SHARES[kind] for kind in kinds} if runtime != NEW else {})
+    if runtime in PASSES and "state" in kinds:
+        start |= {"passes": 4.0}
     first = np.array(list(start.values()))
 
     def at(point: np.ndarray, short: Callable[[float], float] = float) -> Constants:
@@ -96,8 +104,10 @@ def with_way(fixed: Constants, runtime: str, found: Mapping[str, float]) -> Cons
     if runtime == NEW:
         table = {runtime: fixed.engine_table_share.get(SEEN, 1.0)}
         shares = dict(fixed.engine_layer_shares.get(SEEN, {}))
+    passes = {runtime: found["passes"]} if "passes" in found else {}
     return replace(
         fixed,
+        engine_state_passes={**fixed.engine_state_passes, **passes},
         engine_layer_seconds={**fixed.engine_layer_seconds, runtime: layer},
         engine_step_seconds={**fixed.engine_step_seconds, runtime: found.get("step", 0.0)},
         engine_wide={**fixed.engine_wide, **({runtime: {"rows": 1, **wide}} if wide else {})},

@@ -34,7 +34,7 @@ HOSTS = {
     SEEN: (SEEN, "transformers:new", "transformers:static"),
 }
 """Whose forward runs a prompt, and the runtimes whose prompts are the same."""
-START = {"passes": 180.0, ENGINE: 4.7e-4, GENERATE: 1.9e-3, SEEN: 1e-3}
+START = {"passes": 180.0, "norm": 0.2, ENGINE: 4.7e-4, GENERATE: 1.9e-3, SEEN: 1e-3}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def with_prompts(fixed: Constants, found: dict[str, float]) -> Constants:
         fixed,
         engine_prompt_seconds={**fixed.engine_prompt_seconds, **seconds},
         engine_prompt_passes={**fixed.engine_prompt_passes, **dict.fromkeys(seconds, found["passes"])},
+        engine_prompt_norms={**fixed.engine_prompt_norms, **dict.fromkeys(seconds, found["norm"])},
     )
 
 

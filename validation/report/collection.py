@@ -60,6 +60,8 @@ class Collection:
 
     points: list[Point] = field(default_factory=list)
     left: Counter[tuple[str, str]] = field(default_factory=Counter)
+    parts_left: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """What else rows timed that has no point, of rows that have one."""
     rows: int = 0
 
     def take(self, made: Iterable[Point]) -> None:

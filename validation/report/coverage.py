@@ -60,6 +60,7 @@ def gaps(found: Collection) -> Table:
     """What has no point: rows left out with the reason, and methods, models and runtimes that nothing was weighed or
     timed of."""
     body = [[each.what, f"{each.rows}", each.reason] for each in found.uncovered]
+    body += [[what, f"{rows}", reason] for (what, reason), rows in sorted(found.parts_left.items())]
     for words, claims in WHOLE.items():
         points = [point for point in found.points if point.claim in claims]
         known = {_type(point.factors["method"]) for point in points}

@@ -302,7 +302,7 @@ def _prefill(row: Row, card: Hardware, source: str, found: Collection, profile: 
     """The time to the first token: of a prompt that the card bounds, or the host that launches its kernels."""
     runtime, (median, low, high) = prompt_way(row)
     if runtime and _model(row["model"]).state_layers:
-        found.leave("prompts of models with constant states", "their mixers run in PyTorch's operators, token by token")
+        found.parts_left["prompts of models with constant states", "their mixers run in PyTorch's operators"] += 1
     elif runtime:
         step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine=runtime))
         claim = "short prompts" if step.parts["overhead"] else "first token"
