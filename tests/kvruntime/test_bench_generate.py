@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import types
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -54,6 +57,32 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     shown = capsys.readouterr().out
     for words in ("of best stock", "2 turns on one cache", "2 x 16 padded", "greedy, broken: ZeroDivisionError"):
         assert words in shown
+
+
+def test_what_was_compiled_of_a_size_is_let_go_before_another(monkeypatch) -> None:
+    """torch.compile compiles one function eight times, and then runs it eagerly."""
+    begun = []
+    monkeypatch.setattr("torch.compiler.reset", lambda: begun.append(True))
+    method = Kivi(group_size=32, residual_length=128, dtype="float32")
+    one = next(each for each in suite.contenders((method,), True, False) if each.runs and each.package == "kvruntime")
+    text = types.SimpleNamespace(vocab_size=8)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text), device="cpu")
+    group = rounds.Group(suite.Clock("cpu"), lambda: model, rounds.Turns(None), 0, lambda *_: None)
+    broken = replace(one, cache=Failing(one.cache), around=lambda model: nullcontext())
+    group.entrants.append(rounds.Entrant(broken, calls.GREEDY, (1, 8), 1))
+    with pytest.raises(ZeroDivisionError):
+        group.row(group.entrants[0])
+    assert begun == [True]
+
+
+class Failing:
+    """A contender's cache that cannot be made."""
+
+    def __init__(self, cache: Any) -> None:
+        self.free = cache.free
+
+    def __call__(self, model: Any, num_tokens: int) -> Any:
+        raise ZeroDivisionError
 
 
 def test_a_conversation_loads_and_compiles_while_nobody_times(tmp_path, monkeypatch) -> None:

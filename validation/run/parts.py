@@ -76,7 +76,7 @@ PARTS = (
             *("kvruntime", "bench", "generate", *GENERATED, *OTHERS),
             *("--cache", "dynamic", "--cache", "ours", "--anew", "--out", "{file}"),
         ),
-        80,
+        100,
         "generate",
         cuda=True,
     ),
@@ -103,7 +103,7 @@ PARTS = (
         again=("--resume",),
     ),
     Part("phases", (*RELIABILITY, "memory by phase"), 110, "reliability", together=True),
-    Part("resident", (*RELIABILITY, "resident memory"), 20, "reliability", cpu=True),
+    Part("resident", (*RELIABILITY, "resident memory"), 30, "reliability", cpu=True),
     Part("largest", (*RELIABILITY, "the largest batch"), 25, "reliability"),
     Part(
         "calibrate compiled",
@@ -115,7 +115,7 @@ PARTS = (
     Part(
         "compiled",
         ("kvruntime", "bench", "generate", *GENERATED, "--cache", "ours", "--compiled", "--anew", "--out", "{file}"),
-        50,
+        90,
         "generate",
         cuda=True,
     ),
