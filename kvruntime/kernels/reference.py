@@ -1,5 +1,8 @@
-"""What the references of all methods share, in plain PyTorch: partial attention, fresh tokens, rows in one line, the
-rotary embedding of one token, the Hadamard rotation, and a slot mapping."""
+"""What the kernels of this folder mean, in plain PyTorch, for the references of all methods.
+
+Attention over blocks of tokens (``merge``, ``prompt``), rows in one line (``lines``), the rotary embedding of one token
+(``rotary``), the Hadamard rotation (``hadamard``) and a slot mapping (``slots``).
+"""
 
 from __future__ import annotations
 
