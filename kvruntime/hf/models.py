@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -167,6 +168,8 @@ def _kinds(name: str, config: Any) -> list[Kind]:
     stock = DynamicCache(config=config).layers
     if len(stock) != config.num_hidden_layers:
         raise ValueError(f"{name} is not supported: {len(stock)} of {config.num_hidden_layers} layers have a cache")
+    if DynamicLayer in map(type, stock) and not hasattr(config, "num_attention_heads"):
+        raise ValueError(f"{name} is not supported: it has no attention (no config key num_attention_heads)")
     kinds, each = [], list(getattr(config, "per_layer_config", None) or [config] * len(stock))
     for layer, config in zip(stock, each, strict=True):
         if type(layer) is DynamicLayer:
@@ -211,7 +214,12 @@ def _shape(config: Any) -> LayerShape:
 
 
 def _refuse_encoder(model: Any, name: str) -> None:
-    """A model of which no layer attends causally; the vision tower of one that does may."""
+    """A model of which no layer attends causally; the vision tower of one that does may.  And one whose past is no
+    cache of transformers' own."""
+    code = sys.modules[type(model).__module__]
+    own = [each for each in vars(code).values() if isinstance(each, type) and each.__module__ == code.__name__]
+    if caches := [each.__name__ for each in own if issubclass(each, DynamicCache)]:
+        raise ValueError(f"{name} is not supported: it takes a cache of its own alone, {caches[0]}")
     causal = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     if causal and not any(causal):
         raise ValueError(f"{name} is not supported: an encoder, whose layers attend without a causal mask")

@@ -44,6 +44,15 @@ def test_encoders_are_refused():
     assert make_cache(transformers.BertLMHeadModel(config)).get_seq_length() == 0
 
 
+def test_models_with_a_past_of_their_own_are_refused():
+    rwkv = transformers.RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="RwkvForCausalLM is not supported: it has no attention"):
+        make_cache(transformers.RwkvForCausalLM(rwkv))
+    minimax = transformers.MiniMaxConfig(**{**GQA, "num_local_experts": 2, "layer_types": ["full_attention"] * 2})
+    with pytest.raises(ValueError, match="it takes a cache of its own alone, MiniMaxCache"):
+        make_cache(transformers.MiniMaxForCausalLM(minimax))
+
+
 def test_layers_of_cross_attention_are_named():
     """By a config key where it lists them, as Llama 3.2 Vision's does, else by the module that is one."""
     rope = {"rope_type": "default", "rope_theta": 1e4}

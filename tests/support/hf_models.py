@@ -68,6 +68,36 @@ MODELS: dict[str, tuple[str, dict[str, object], str]] = {
     "Nemotron": ("NemotronConfig", GQA, "partial RoPE"),
     "Persimmon": ("PersimmonConfig", SMALL, "multi-head, normalized queries and keys"),
     "Helium": ("HeliumConfig", {**GQA, "head_dim": 32}, "grouped-query"),
+    "GPT-J": ("GPTJConfig", {**GPT, "rotary_dim": 16}, "multi-head, partial RoPE"),
+    "Qwen2-MoE": (
+        "Qwen2MoeConfig",
+        {**GQA, **EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        "grouped-query, experts and a shared one",
+    ),
+    "Phi-3.5-MoE": (
+        "PhimoeConfig",
+        {**GQA, "sliding_window": None, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "grouped-query, experts",
+    ),
+    "GLM-4.5": (
+        "Glm4MoeConfig",
+        {
+            **GQA,
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+        "partial RoPE, experts",
+    ),
+    "MiniMax-M2": (
+        "MiniMaxM2Config",
+        {**GQA, "head_dim": 32, "num_local_experts": 2, "num_experts_per_tok": 1, "rotary_dim": 16},
+        "normalized queries and keys, experts",
+    ),
+    "ERNIE 4.5": ("Ernie4_5Config", {**GQA, "head_dim": 32}, "grouped-query"),
+    "Seed-OSS": ("SeedOssConfig", {**GQA, "head_dim": 32}, "grouped-query, biases"),
     "Apertus": ("ApertusConfig", {**GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "normalized"),
 }
 """Family -> (transformers config class, its arguments, what is particular about it)."""
