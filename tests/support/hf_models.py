@@ -68,7 +68,6 @@ MODELS: dict[str, tuple[str, dict[str, object], str]] = {
     "Nemotron": ("NemotronConfig", GQA, "partial RoPE"),
     "Persimmon": ("PersimmonConfig", SMALL, "multi-head, normalized queries and keys"),
     "Helium": ("HeliumConfig", {**GQA, "head_dim": 32}, "grouped-query"),
-    "GPT-J": ("GPTJConfig", {**GPT, "rotary_dim": 16}, "multi-head, partial RoPE"),
     "Qwen2-MoE": (
         "Qwen2MoeConfig",
         {**GQA, **EXPERTS, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
