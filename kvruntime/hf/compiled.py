@@ -62,6 +62,8 @@ class CompiledLayer(CacheLayer):
 
     is_compileable = True
     max_seq_len: int
+    turn = -1
+    """Of the step that was last stored here, by ``Counts.turn``."""
 
     def __init__(self, method: Method, books: Books, max_seq_len: int, counts: Counts, is_last: bool) -> None:
         super().__init__(method, books, max_seq_len)
@@ -106,8 +108,17 @@ class CompiledLayer(CacheLayer):
             self.catch_up()
 
     def read(self) -> tuple[Tensor, Tensor]:
-        self.settle()
-        return super().read()
+        """As :meth:`CacheLayer.read`; between two layers of a step its token too.  The host's count of columns stays
+        behind, as that of every other layer does."""
+        held, counts = self.num_columns, self.counts
+        if counts.started and held <= int(counts.num_columns):  # else in the middle of a forward that the host plans
+            under_way = int(self.turn == counts.turn)
+            self.num_columns = int(counts.num_columns) + under_way
+            self.store.catch_up(counts.positions + under_way)
+        try:
+            return super().read()
+        finally:
+            self.num_columns = held
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
         super().append(key, value, lengths, query)
@@ -127,6 +138,9 @@ class CompiledLayer(CacheLayer):
             torch._assert_async((steps.positions < longest).all(), FULL)
             steps.positions.add_(1)
             steps.num_columns.add_(1)
+        if not torch.compiler.is_compiling():
+            self.turn = steps.turn
+            steps.turn += self.is_last
         return out
 
     def get_seq_length(self) -> Any:

@@ -37,6 +37,8 @@ class Counts:
     """``[batch_size, columns]`` bool: which columns hold a token; None where all do."""
     columns: int
     """How many there are when the longest row is full."""
+    turn = 0
+    """Which step is next, or under way."""
 
     def __init__(self, method: Method, max_seq_len: int) -> None:
         self.method, self.max_seq_len = repr(method), max_seq_len

@@ -56,12 +56,11 @@ def put_prefix(store: PrefixStore, cache: Any, tokens: Sequence[int], row: int =
         raise ValueError(
             f"row {row} of the cache has padding: allowed are rows whose first token is their first column"
         )
-    layers = []
+    layers, used = [], [layer for layer in cache.layers if layer.is_initialized]
+    for layer in used:  # all, before one may be refused: their books agree
+        layer.settle()
     for layer in cache.layers:
-        count = 0
-        if layer.is_initialized:
-            layer.settle()
-            count = layer.store.row_lengths[row]
+        count = layer.store.row_lengths[row] if layer.is_initialized else 0
         if count != len(tokens):
             raise ValueError(f"row {row} of the cache holds {count:,} tokens: allowed are the {len(tokens):,} given")
         layers.append(LayerPrefix(*room_of(store.method).paged.read_row(layer.store, row)))

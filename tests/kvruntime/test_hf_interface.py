@@ -438,11 +438,12 @@ def test_torch_compile_of_a_whole_model_with_a_plain_cache(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps", [False, True], ids=["planned", "steps"])
-def test_a_hook_between_layers_reads_what_the_layer_has_just_stored(model, steps, monkeypatch):
+@pytest.mark.parametrize("way", ["planned", "steps", "compiled"])
+def test_a_hook_between_layers_reads_what_the_layer_has_just_stored(model, way, monkeypatch):
     """As pruning code does: also of a first prompt, whose layers are stored together, and in the middle of a step."""
-    monkeypatch.setattr(empty, "steps_on", lambda device: steps)
+    monkeypatch.setattr(empty, "steps_on", lambda device: way == "steps")
     ids, read = prompt(2, 46)["input_ids"], {}
+    options = {"compiled": True, "max_seq_len": 50} if way == "compiled" else {}
 
     def hook(module, args, kwargs, output):
         (past,) = (given for given in kwargs.values() if hasattr(given, "get_seq_length"))
@@ -451,18 +452,20 @@ def test_a_hook_between_layers_reads_what_the_layer_has_just_stored(model, steps
 
     for each in model.model.layers:
         each.self_attn.register_forward_hook(hook, with_kwargs=True)
-    caches = [make_cache(model, "fp32"), make_cache(model, "kivi", nbits=8, residual_length=32), DynamicCache()]
+    kivi = make_cache(model, "kivi", nbits=8, residual_length=32, **options)
+    caches = [make_cache(model, "fp32", **options), kivi, DynamicCache()]
     for cache in caches:
         read[cache] = []
         for start, stop in ((0, 40), (40, 41), (41, 42), (42, 45), (45, 46)):
             model(ids[:, start:stop], **argument(cache))
+            cache.layers[0].keys.sum()  # of one layer alone
         assert cache.get_seq_length() == 46
-        if cache is not caches[-1]:
-            assert isinstance(cache, SteppedCache) == steps
-            assert set(map(tuple, (store.row_lengths for store in cache.stores))) == {(46, 46)}
-    for cache, kind in zip(caches, ("fp32", "kivi"), strict=False):
+    assert isinstance(kivi, SteppedCache) == (way == "steps")
+    for cache, kind in ((caches[0], "fp32"), (kivi, "kivi")):
         for got, want in zip(read[cache], read[caches[-1]], strict=True):
             assert_near(kind, got, want)
+        cache.crop(-1)
+        assert set(map(tuple, (store.row_lengths for store in cache.stores))) == {(45, 45)}
 
 
 @torch.no_grad()
