@@ -286,7 +286,7 @@ def reliability(
 def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     """A verdict a claim over FILES, or all of validation/results, in one HTML file and Markdown; 1 where one fails."""
     from kvsim.output.tables import plain
-    from validation.claims import serving
+    from validation.claims import quality_bars, serving
     from validation.report import breakeven, pages
     from validation.report.claims import failures, verdicts
     from validation.report.points import collect
@@ -295,8 +295,10 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
     try:
         found = collect(files or None)
         judged = verdicts(found.points)
+        quality = ([], []) if files else (quality_bars.bars(), quality_bars.besides())
         if not check:
-            for path in pages.write(folder, found, memory_rows(files or None), reliability_rows(files or None)):
+            weighed, ran = memory_rows(files or None), reliability_rows(files or None)
+            for path in pages.write(folder, found, weighed, ran, quality=quality):
                 if path.suffix in (".html", ".md"):
                     click.echo(f"wrote {path}")
     except (KeyError, TypeError, AttributeError) as error:
@@ -310,7 +312,10 @@ def report(folder: Path, check: bool, files: tuple[Path, ...]) -> int:
         click.echo(serving.kept(served))
     if even := breakeven.breakevens(found.points):
         click.echo(breakeven.sentence(even))
-    return 1 if failures(found.points) or serving.broken(served) or breakeven.beyond(even) else 0
+    if any(quality):
+        click.echo(quality_bars.kept(*quality))
+    wrong = failures(found.points), serving.broken(served), breakeven.beyond(even), quality_bars.broken(*quality)
+    return 1 if any(wrong) else 0
 
 
 @cli.command("serving")

@@ -28,7 +28,7 @@ PLACES = {
     "validation/documents/extras_table.py": "the table of extras, one of them for a program that serves",
     "validation/reliability/mutant_subjects.py": "the files that are mutated, and their tests",
     "validation/latency/attention.py": "the kernels of engines that were measured",
-    "validation/documents/quality_tables.py": "the tables that hold methods as published beside ours",
+    "validation/claims/quality_bars.py": "what holds methods as published beside ours",
 }
 """Where a method or an engine may be named outside its own room, and why."""
 

@@ -12,8 +12,9 @@ pytest.importorskip("torch", reason="the runtime extra (torch) is not installed"
 
 from kvruntime.bench.quality.comparison import ABLATION, ablation_methods
 from kvruntime.bench.quality.report import change, uncompressed
+from validation.claims import quality_bars
+from validation.claims.quality_bars import BARS, EXACT, QUALITY, best, candidates, exact_tokens
 from validation.documents import quality_picture, quality_tables
-from validation.documents.quality_tables import BARS, EXACT, QUALITY, best, candidates, exact_tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,6 +138,38 @@ def test_other_libraries_stand_beside_the_best_of_no_more_bits(tmp_path: Path) -
         ("none of so few", "", "", "not judged"),
         ("none of so few", "", "", "not judged"),
     }
+
+
+def test_what_the_report_holds_of_quality(tmp_path: Path) -> None:
+    """A bar that is missed, another library ahead of ours or beside none of so few, and windows without one each fail."""
+    library, long = {"package": "hqq"}, {"window": 4096}
+    held = [row("fp16", 16, 3.0, 3.2), row("x", 2.5, 3.001, 3.201), row("hqq", 2.5, 3.1, 3.3, **library)]
+    far = [row("fp16", 16, 2.0, 2.2, **long), row("x", 2.5, 2.001, 2.201, **long)]
+    theirs = row("hqq", 2.5, 2.1, 2.3, **long, **library)
+
+    def judged(*rows: dict) -> tuple[list[str], str]:
+        folder = write(tmp_path / "q", *rows)
+        given = quality_bars.bars(folder), quality_bars.besides(folder)
+        return quality_bars.broken(*given), quality_bars.kept(*given)
+
+    assert judged(*held, *far, theirs) == (
+        [],
+        "All 8 bars of quality hold as recorded; at equal bits 4 of 4 comparisons with other libraries and plain KIVI "
+        "are ahead, 0 level, none behind.",
+    )
+    assert judged(*held, *far)[0] == ["windows of 4,096: no other library is recorded"]
+    better = row("hqq", 2.5, 2.0005, 2.2005, **long, **library)
+    wrong, said = judged(*held, *far, better)
+    assert wrong == [f"hqq, {name}, windows of 4,096: x is behind" for name in ("bits 2.500", "bits held 2.935")]
+    assert said.startswith("Quality FAILS in 2 of 12 verdicts as recorded: hqq, bits 2.500")
+    few = row("hqq", 2.25, 2.1, 2.3, **long, **library)
+    assert judged(*held, *far, few)[0][0] == "hqq, bits 2.250, windows of 4,096: no method of so few"
+    lossy = row("x", 2.5, 2.04, 2.24, **long)
+    assert judged(*held, far[0], lossy, theirs)[0][0] == "≤ 2.65 bits, windows of 4,096: missed by 0.78 points"
+
+
+def test_every_bar_and_comparison_that_is_recorded_holds() -> None:
+    assert quality_bars.broken(quality_bars.bars(), quality_bars.besides()) == []
 
 
 def test_what_is_compared_has_speeds_where_they_are_recorded(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.quality.pictures import draw_comparison
-from validation.documents.quality_tables import QUALITY, ablation_groups, candidates, is_uniform, recorded
+from validation.claims.quality_bars import QUALITY, candidates, is_uniform, recorded
+from validation.documents.quality_tables import ablation_groups
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "quality-bytes.svg"
 WINDOW = 1024

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from math import exp
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from kvruntime.bench.harness.results import Row, read
+from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import groups, kernels
 from kvruntime.bench.model.report import heading
 from kvruntime.bench.quality import comparison
 from kvruntime.bench.quality.answers import KIND as ANSWERS
-from kvruntime.bench.quality.report import answers_cells, change, position_cells, uncompressed, windows_cells
-from kvruntime.bench.quality.windows import KIND as WINDOWS
+from kvruntime.bench.quality.report import answers_cells, position_cells, uncompressed, windows_cells
 from kvruntime.eval.intervals import perplexity_change
 from kvruntime.eval.tasks import TASKS
 from kvsim.output.tables import compact
-from validation.documents.memory_tables import circumstances
-from validation.recorded import FOLDER
-
-QUALITY = FOLDER / "quality"
-BARS: tuple[tuple[float, dict[int, float]], ...] = (
-    (2.65, {1024: 0.024, 4096: 0.033}),
-    (3.15, {1024: 0.011, 4096: 0.016}),
-    (3.5, {1024: 0.006, 4096: 0.0065}),
-    (4.25, {1024: 0.003, 4096: 0.0045}),
+from validation.claims import quality_bars
+from validation.claims.quality_bars import (
+    BARS,
+    QUALITY,
+    candidates,
+    is_prompted,
+    is_uniform,
+    recorded,
+    window_groups,
 )
-"""Bits of an element, everything counted -> window -> the most that perplexity may rise (SmolLM2-135M-Instruct,
-WikiText-2's test split)."""
-MODEL = "smollm2-135m"
-"""The model that bars are of."""
-JUDGED = "wiki"
-"""How the name of the text begins that bars are of."""
-PLAIN_KIVI = re.compile(r"kivi-\d+bit-g\d+-r\d+$")
-"""Names of KIVI as its paper has it: judged beside other libraries, not among ours."""
-COUNTED = {"bits": "bits", "bits held": "held_bits"}
-"""What is equal where methods are compared -> the field of a row."""
-EXACT = 136
-"""Most exact tokens of a method that a bar takes: bars were set with a residual of 128 and four first tokens, which the
-bits of an element do not show."""
+from validation.documents.memory_tables import circumstances
 
 
 def block(arguments: str, folder: Path = QUALITY) -> str:
@@ -51,93 +36,21 @@ def block(arguments: str, folder: Path = QUALITY) -> str:
     return BLOCKS[arguments.strip()](folder)
 
 
-def recorded(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The recorded files, by name."""
-    return [(path, read(path)) for path in sorted(folder.glob("*.json"))]
-
-
-def window_groups(folder: Path) -> list[tuple[Path, dict[str, Any], list[Row]]]:
-    """Every text and length of window that was recorded."""
-    return [(path, file, group) for path, file in recorded(folder) for group in groups(file["rows"], WINDOWS)]
-
-
-def candidates(folder: Path) -> dict[int, list[list[Row]]]:
-    """Length of window -> every group of rows that bars are judged over, those that were fed the longest prompt first:
-    of the model and text, with as many tokens as the largest recording has, and the uncompressed cache among them."""
-    found: dict[int, list[list[Row]]] = {}
-    for _, _, group in window_groups(folder):
-        first = group[0]
-        if is_prompted(group) or uncompressed(group) is None:
-            continue
-        if first["model"] == MODEL and first["text"].startswith(JUDGED):
-            found.setdefault(first["window"], []).append(group)
-    for window, several in found.items():
-        most = max(group[0]["num_tokens"] for group in several)
-        whole = [group for group in several if group[0]["num_tokens"] == most]
-        found[window] = sorted(whole, key=lambda group: -group[0].get("prompt_length", 0))
-    return found
-
-
-def best(groups: Sequence[Sequence[Row]], bits: float) -> tuple[Row, tuple[float, float, float]] | None:
-    """The row of at most ``bits`` and :data:`EXACT` exact tokens whose perplexity rises least against that of its own
-    group's uncompressed cache, and by how much."""
-    there = []
-    for group in groups:
-        base = uncompressed(group)
-        for row in group:
-            off = change(row, base)
-            if off is not None and 0 < row["bits"] <= bits and exact_tokens(row) <= EXACT:
-                there.append((row, off))
-    return min(there, key=lambda one: one[1][0], default=None)
-
-
-def exact_tokens(row: Row) -> float:
-    """Tokens of a window that the row's cache holds in 16 bits, from what it holds in all."""
-    if row["bits"] >= 16:
-        return float(row["window"])
-    return float((row["held_bits"] - row["bits"]) * row["window"] / (16 - row["bits"]))
-
-
 def bars(folder: Path) -> str:
     """Each bar, the best that was recorded within its bits, and whether it holds."""
-    found = candidates(folder)
-    body = []
-    for bits, limits in BARS:
-        for window, limit in limits.items():
-            chosen = best(found.get(window, []), bits)
-            cells = [f"≤ {bits:g}", f"{window:,}", f"≤ +{limit:.2%}"]
-            if chosen is None:
-                body.append([*cells, "not recorded", "", "", "not recorded"])
-                continue
-            row, (off, low, high) = chosen
-            verdict = "holds" if off <= limit else f"missed by {100 * (off - limit):.2f} points"
-            body.append(
-                [*cells, row["method"], f"{row['bits']:.3f}", f"{off:+.2%} ({low:+.2%} to {high:+.2%})", verdict]
-            )
-    head = ["bits", "window", "bar", "best recorded", "its bits", "perplexity (95 % interval)", "verdict"]
-    return compact(head, body)
+    return compact(*quality_bars.bars_table(quality_bars.bars(folder)))
 
 
 def short_bars(folder: Path) -> str:
     """A line a width: what was recorded in each length of window, and whether the bar holds."""
-    found = candidates(folder)
-    body = []
-    for bits, limits in BARS:
-        cells = [f"≤ {bits:g}"]
-        for window, limit in limits.items():
-            chosen = best(found.get(window, []), bits)
-            if chosen is None:
-                cells.append("not recorded")
-                continue
-            off = chosen[1][0]
-            cells.append(f"{off:+.2%} (bar +{limit:.2%}: {'holds' if off <= limit else 'missed'})")
-        body.append(cells)
-    return compact(["bits of an element", *(f"windows of {window:,}" for window in BARS[0][1])], body)
-
-
-def is_prompted(group: Sequence[Row]) -> bool:
-    """Whether a group's windows are prompts for the most part, as those are that evicting methods are judged on."""
-    return bool(2 * group[0].get("prompt_length", 0) > group[0]["window"])
+    lines: dict[float, list[str]] = {}
+    for bar in quality_bars.bars(folder):
+        said = "not recorded"
+        if bar.best is not None:
+            verdict = "holds" if bar.verdict == "holds" else "missed"
+            said = f"{bar.best[1][0]:+.2%} (bar +{bar.limit:.2%}: {verdict})"
+        lines.setdefault(bar.bits, [f"≤ {bar.bits:g}"]).append(said)
+    return compact(["bits of an element", *(f"windows of {window:,}" for window in BARS[0][1])], list(lines.values()))
 
 
 def windows(folder: Path) -> str:
@@ -248,60 +161,9 @@ def of_most_examples(rows: Sequence[Row]) -> list[Row]:
 
 
 def peers(folder: Path) -> str:
-    """Every other library's cache, and plain KIVI, beside the best of ours that has no more bits: of a further element,
-    and of all that is held at the window."""
-    body = []
-    everything = [group for _, _, group in window_groups(folder)]
-    for group in everything:
-        if not any(is_library(row) for row in group):
-            continue
-        base = uncompressed(group)
-        group = [*group, *(row for other in everything for row in beginnings(other, group))]
-        here = f"{group[0]['num_windows']} x {group[0]['window']:,}"
-        judged = [row for row in group if 0 < row["bits"] < 16 and (is_library(row) or PLAIN_KIVI.match(row["method"]))]
-        own = [row for row in group if 0 < row["bits"] < 16 and row not in judged and is_uniform(row)]
-        for theirs in sorted(judged, key=lambda row: (not is_library(row), row["method"])):
-            for name, counted in COUNTED.items():
-                within = [row for row in own if row[counted] <= theirs[counted] + 5e-4]
-                chosen = min(within, key=lambda row: fmean(row["window_nll"]), default=None)
-                off = change(theirs, base)
-                cells = [
-                    here,
-                    theirs["method"],
-                    f"{name} {theirs[counted]:.3f}",
-                    "" if off is None else f"{off[0]:+.2%}",
-                ]
-                if chosen is None:
-                    body.append([*cells, "none of so few", "", "", "not judged"])
-                    continue
-                ours, less = change(chosen, base), perplexity_change(chosen["window_nll"], theirs["window_nll"])
-                cells += [chosen["method"], f"{chosen[counted]:.3f}", "" if ours is None else f"{ours[0]:+.2%}"]
-                verdict = "ahead" if less[2] < 0 else "level" if less[1] <= 0 else "behind"
-                body.append([*cells, f"{verdict} ({less[0]:+.1%})"])
-    head = ["windows", "theirs", "counted", "perplexity", "ours, of no more", "its bits", "perplexity", "verdict"]
+    """Every other library's cache, and plain KIVI, beside the best of ours that has no more bits."""
+    head, body = quality_bars.besides_table(quality_bars.besides(folder))
     return compact(head, body) if body else "Nothing is recorded yet."
-
-
-def beginnings(longer: Sequence[Row], group: Sequence[Row]) -> list[Row]:
-    """Of rows over more windows of the same text, fed alike, the windows that ``group`` is of: the first ones.  Methods
-    that ``group`` holds are left out."""
-    first, held = group[0], {row["method"] for row in group}
-    same = ("model", "model_sha256", "dtype", "text_sha256", "window", "chunk", "prompt_length")
-    count = first["num_windows"]
-    if longer[0]["num_windows"] <= count or any(longer[0].get(name) != first.get(name) for name in same):
-        return []
-    rows = [row for row in longer if row["method"] not in held]
-    return [{**row, "num_windows": count, "window_nll": row["window_nll"][:count]} for row in rows]
-
-
-def is_uniform(row: Row) -> bool:
-    """Whether all layers have one setting, which was not chosen for this model."""
-    return not row["method"].startswith("mix-")
-
-
-def is_library(row: Row) -> bool:
-    """Whether a row is of another library's compressed cache."""
-    return row["package"] != "kvruntime" and row["bits"] < 16
 
 
 def compared(folder: Path) -> str:

@@ -12,12 +12,16 @@ from typing import Any
 from kvsim.atomic import replace_file
 from kvsim.install import missing_hint
 from kvsim.output.tables import compact
+from validation.claims import quality_bars
 from validation.documents import report as earlier
 from validation.report import breakeven, calibrated, coverage, pace, pictures
 from validation.report.claims import CLAIMS, Verdict, explained, verdicts
 from validation.report.collection import Collection, Point
 
 Table = tuple[list[str], list[list[str]]]
+Quality = tuple[Sequence[quality_bars.Bar], Sequence[quality_bars.Beside]]
+NONE: Quality = ((), ())
+"""No verdicts of quality: those of all records alone are given."""
 WORST = 10
 CALIBRATED = (
     "The same recorded steps by the stated constants and by the card's profile, which saw none of them.  Where the "
@@ -44,9 +48,11 @@ class Section:
     level: int = 2
 
 
-def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]] = ()) -> list[Section]:
+def sections(
+    found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]] = (), quality: Quality = NONE
+) -> list[Section]:
     """Everything of the report but the older tables of bytes.  ``rows``: those of ``validation memory``; ``runs``:
-    those of ``validation reliability``."""
+    those of ``validation reliability``; ``quality``: its bars, and other libraries' caches beside ours."""
     judged = verdicts(found.points)
     out = [Section("Verdicts", [summary(judged)], verdict_table(judged))]
     for verdict in judged:
@@ -77,6 +83,10 @@ def sections(found: Collection, rows: Sequence[dict[str, Any]], runs: Sequence[d
     out.append(Section("What was not covered", [], coverage.gaps(found)))
     if runs:
         out.append(Section("Reliability", [kept(runs)], reliability_table(runs)))
+    if any(quality):
+        judged_bars, beside = quality
+        out.append(Section("Quality", [quality_bars.kept(*quality)], quality_bars.bars_table(judged_bars)))
+        out.append(Section("Quality at equal bits", [], quality_bars.besides_table(beside), level=3))
     return out
 
 
@@ -166,13 +176,14 @@ def write(
     rows: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
     title: str = "",
+    quality: Quality = NONE,
 ) -> list[Path]:
     """``report.html``, ``report.md`` and its pictures in ``folder``, each replaced in one step; what was written.
     Those that matplotlib draws are left out where it is not installed, and the report says so.
 
     Raises ``ValueError`` for a folder that cannot be written.
     """
-    parts = sections(found, rows, runs)
+    parts = sections(found, rows, runs, quality)
     pngs = {}
     if find_spec("matplotlib"):
         from validation.documents.figures import draw
