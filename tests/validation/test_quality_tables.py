@@ -141,7 +141,7 @@ def test_other_libraries_stand_beside_the_best_of_no_more_bits(tmp_path: Path) -
 
 
 def test_what_the_report_holds_of_quality(tmp_path: Path) -> None:
-    """A bar that is missed, another library ahead of ours or beside none of so few, and windows without one each fail."""
+    """A bar that is missed, a library ahead of ours or beside none of so few, and windows without one: each fails."""
     library, long = {"package": "hqq"}, {"window": 4096}
     held = [row("fp16", 16, 3.0, 3.2), row("x", 2.5, 3.001, 3.201), row("hqq", 2.5, 3.1, 3.3, **library)]
     far = [row("fp16", 16, 2.0, 2.2, **long), row("x", 2.5, 2.001, 2.201, **long)]

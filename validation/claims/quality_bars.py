@@ -190,7 +190,7 @@ def beginnings(longer: Sequence[Row], group: Sequence[Row]) -> list[Row]:
 
 
 def broken(judged: Sequence[Bar], beside: Sequence[Beside]) -> list[str]:
-    """One line for each bar that does not hold, for each cache that is ahead of ours or that none of ours stands beside,
+    """A line for each bar that does not hold, for each cache that is ahead of ours or that none of ours stands beside,
     and for each length of window of the bars in which no other library was judged."""
     out = [f"≤ {bar.bits:g} bits, windows of {bar.window:,}: {bar.verdict}" for bar in judged if bar.verdict != "holds"]
     for each in beside:
