@@ -4,6 +4,7 @@ KIVI, loses less than ours in no more bits."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +162,8 @@ def besides(folder: Path = QUALITY) -> list[Beside]:
     for group in everything:
         if not any(is_library(row) for row in group):
             continue
-        base = uncompressed(group)
         group = [*group, *(row for other in everything for row in beginnings(other, group))]
+        base = uncompressed(group)
         judged = [row for row in group if 0 < row["bits"] < 16 and (is_library(row) or PLAIN_KIVI.match(row["method"]))]
         own = [row for row in group if 0 < row["bits"] < 16 and row not in judged and is_uniform(row)]
         for theirs in sorted(judged, key=lambda row: (not is_library(row), row["method"])):
@@ -190,14 +191,13 @@ def beginnings(longer: Sequence[Row], group: Sequence[Row]) -> list[Row]:
 
 
 def broken(judged: Sequence[Bar], beside: Sequence[Beside]) -> list[str]:
-    """A line for each bar that does not hold, for each cache that is ahead of ours or that none of ours stands beside,
-    and for each length of window of the bars in which no other library was judged."""
+    """A line for each bar that does not hold, for each cache that is ahead of ours, and for each length of window of
+    the bars in which no other library was judged."""
     out = [f"≤ {bar.bits:g} bits, windows of {bar.window:,}: {bar.verdict}" for bar in judged if bar.verdict != "holds"]
     for each in beside:
-        if each.verdict in ("behind", "not judged"):
+        if each.ours is not None and each.verdict == "behind":
             what = f"{each.theirs['method']}, {each.counted} {each.theirs[COUNTED[each.counted]]:.3f}"
-            ours = "no method of so few" if each.ours is None else f"{each.ours['method']} is behind"
-            out.append(f"{what}, windows of {each.theirs['window']:,}: {ours}")
+            out.append(f"{what}, windows of {each.theirs['window']:,}: {each.ours['method']} is behind")
     seen = {each.theirs["window"] for each in beside if is_library(each.theirs)}
     missing = dict.fromkeys(bar.window for bar in judged if bar.window not in seen)
     return out + [f"windows of {window:,}: no other library is recorded" for window in missing]
@@ -205,11 +205,13 @@ def broken(judged: Sequence[Bar], beside: Sequence[Beside]) -> list[str]:
 
 def kept(judged: Sequence[Bar], beside: Sequence[Beside]) -> str:
     """One sentence over the bars and the comparisons at equal bits."""
-    wrong, level = broken(judged, beside), sum(each.verdict == "level" for each in beside)
+    wrong = broken(judged, beside)
     if wrong:
         return f"Quality FAILS in {len(wrong)} of {len(judged) + len(beside)} verdicts as recorded: {'; '.join(wrong)}."
-    said = f"All {len(judged)} bars of quality hold as recorded; at equal bits {len(beside) - level} of {len(beside)}"
-    return f"{said} comparisons with other libraries and plain KIVI are ahead, {level} level, none behind."
+    counts = Counter(each.verdict for each in beside)
+    said = f"All {len(judged)} bars of quality hold as recorded; of {len(beside)} comparisons at equal bits with other"
+    said += f" libraries and plain KIVI {counts['ahead']} are ahead, {counts['level']} level, none behind"
+    return f"{said}, {few} not judged (none of ours holds so few)." if (few := counts["not judged"]) else f"{said}."
 
 
 def bars_table(judged: Sequence[Bar]) -> tuple[list[str], list[list[str]]]:
