@@ -167,18 +167,23 @@ class Study:
             out.append(tuple(row))
         return out
 
+    def check_bits(self, bits: float) -> None:
+        """Raises ``ValueError`` for a mean of ``bits`` below those of the smallest method for all layers."""
+        least = self._bits([self.methods[0]] * len(self.shapes))
+        if bits < least - 1e-9:
+            raise ValueError(f"bits {bits:g}: allowed are those of {self.methods[0].name} and above, {least:.3f}")
+
     def propose_within(self, alone: Sequence[Sequence[float]], bits: float) -> Proposal:
         """The choice by layer of the least divergence together, where layers' divergences ``alone`` add up, within a
         mean of ``bits``: from the fewest bits on, the step that takes away the most a bit, as long as one fits.
 
         Raises ``ValueError`` for ``bits`` below those of the smallest method.
         """
+        self.check_bits(bits)
         each = [[self._bits([method], [shape]) for method in self.methods] for shape in self.shapes]
         sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes]
         level, left = [0] * len(each), bits * sum(sizes)
         left -= sum(of[0] * size for of, size in zip(each, sizes, strict=True))
-        if left < -1e-9 * sum(sizes):
-            raise ValueError(f"bits {bits:g}: allowed are those of {self.methods[0].name} and above, {each[0][0]:.3f}")
         while True:
             steps = [
                 ((alone[i][at] - alone[i][to]) / more, i, to, more)

@@ -176,6 +176,7 @@ def test_the_command(tmp_path, capsys):
     [
         (["--window", "1"], "window 1: allowed are 2 and above"),
         (["--window", "300"], "window 300 exceeds the model's 256 positions"),
+        (["--window", "999999"], "window 999999 exceeds the model's 256 positions"),  # longer than the text, too
         (["--batch", "0"], "batch 0: allowed are 1 to"),
         (["--reference-chunk", "0"], "reference chunk 0: allowed are 1 to"),
     ],

@@ -243,6 +243,13 @@ def test_no_more_bits_than_a_plain_cache_has(capsys):
     assert "bits 99: allowed are numbers above 0, and no more than the 16 of a plain cache" in capsys.readouterr().err
 
 
+def test_too_few_bits_are_refused_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+    tiny_directory(tmp_path)
+    monkeypatch.setattr(Study, "layers", lambda study: pytest.fail("measured"))
+    assert run(["doctor", "--model", str(tmp_path), "--offline", "--device", "cpu", "--bits", "1"]) == 2
+    assert "bits 1: allowed are those of kivi-k2+2v2-rotv-g64-r128-s4 and above, 3.000" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path, capsys):
     tiny_directory(tmp_path)
     planted().save_pretrained(tmp_path)

@@ -49,6 +49,8 @@ def doctor(methods: list[Method], **given: Any) -> int:
     else:
         ids = token_windows(loaded.tokenizer, load_text(given["text_path"]), tokens, ROWS * tokens)
     study = Study(loaded.model, ids, tuple(methods))
+    if bits is not None:
+        study.check_bits(bits)
     findings = study.layers()
     uniform = study.uniform()
     if bits is None:

@@ -87,10 +87,10 @@ def text_windows(loaded: LoadedModel, text: Text, given: dict[str, Any]) -> list
     most = given_or(given["max_tokens"], CPU_TOKENS if cpu else 0) or None
     found: dict[tuple[int, ...], Windows] = {}
     for length in lengths:
+        if limit is not None and length > limit:
+            raise ValueError(f"window {length} exceeds the model's {limit} positions")
         ids = token_windows(loaded.tokenizer, text, length, most)
         count, window = ids.shape
-        if limit is not None and window > limit:
-            raise ValueError(f"window {window} exceeds the model's {limit} positions")
         chunk = min(given_or(given["chunk"], 16 if cpu else 1), window)
         batch = min(given_or(given["batch"], 4 if cpu else 32), count)
         wide = -(-given_or(given["reference_chunk"], REFERENCE_CHUNK) // chunk) * chunk
