@@ -27,10 +27,11 @@ def warn_of_biases(model: Any, method: Method, shapes: Sequence[LayerShape]) -> 
     _JUDGED.add(model)
     found = {index: ratio for index, ratio in enumerate(key_bias_ratios(model)) if ratio >= LARGE}
     if found:
-        layers = ", ".join(map(str, list(found)[:6])) + (", ..." if len(found) > 6 else "")
+        layers = f"layer{'s' if len(found) > 1 else ''} "
+        layers += ", ".join(map(str, list(found)[:6])) + (", ..." if len(found) > 6 else "")
         most = f"{max(found.values()):,.0f}"
         warnings.warn(
-            f"{type(model).__name__}: keys of layers {layers} have biases of up to {most} times their spread, which "
+            f"{type(model).__name__}: keys of {layers} have biases of up to {most} times their spread, which "
             "few bits hold badly: `kvruntime doctor` says what it costs",
             UserWarning,
             stacklevel=3,

@@ -52,7 +52,7 @@ def test_make_cache_warns_once_of_large_key_biases():
         warnings.simplefilter("error")
         make_cache(model, "fp16")
         make_cache(model, Evict(inner=Full()))
-    with pytest.warns(UserWarning, match="Qwen2ForCausalLM: keys of layers 2 have biases of up to") as caught:
+    with pytest.warns(UserWarning, match="Qwen2ForCausalLM: keys of layer 2 have biases of up to") as caught:
         make_cache(model, Evict(budget=512, sink_length=0, inner=Kivi(nbits=8)))
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
@@ -157,7 +157,7 @@ def test_a_large_bias_costs_even_at_eight_bits(ids):
         exact = model(ids).logits.log_softmax(-1)
 
     def divergence(method):
-        with pytest.warns(UserWarning, match="keys of layers") if method.nbits == 8 else warnings.catch_warnings():
+        with pytest.warns(UserWarning, match="keys of layer") if method.nbits == 8 else warnings.catch_warnings():
             cache = make_cache(model, method)
         from kvruntime.hf.cache import argument
 
