@@ -155,17 +155,14 @@ class Study:
             scale = measured.kl / max(1e-30, self._error(findings, level))
         return min([best, *(one for one in uniform if one.kl <= bound)], key=lambda one: one.bits)
 
-    def alone(self) -> list[tuple[float, ...]]:
-        """Of each layer the divergence with that layer alone stored by each method, nats a token; a forward each."""
-        out = []
-        for layer in range(len(self.shapes)):
-            row = []
-            for method in self.methods:
-                chosen: list[Method | None] = [None] * len(self.shapes)
-                chosen[layer] = method
-                row.append(self.divergence(chosen))
-            out.append(tuple(row))
-        return out
+    def layer_alone(self, layer: int) -> tuple[float, ...]:
+        """The divergence with this layer alone stored by each method, nats a token; a forward each."""
+        row = []
+        for method in self.methods:
+            chosen: list[Method | None] = [None] * len(self.shapes)
+            chosen[layer] = method
+            row.append(self.divergence(chosen))
+        return tuple(row)
 
     def check_bits(self, bits: float) -> None:
         """Raises ``ValueError`` for a mean of ``bits`` below those of the smallest method for all layers."""

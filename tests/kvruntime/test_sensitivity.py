@@ -188,7 +188,7 @@ def test_a_mean_of_bits_goes_where_it_saves_most(ids):
     """None of the choices of as many bits has less error, where single layers' errors add up."""
     study = Study(planted(), ids, LADDER[:2])
     study.layers()
-    alone = study.alone()
+    alone = [study.layer_alone(layer) for layer in range(4)]
     few, more = (one.bits for one in study.uniform())
     chosen = study.propose_within(alone, few + (more - few) * 0.6)
     assert chosen.bits == pytest.approx(few + (more - few) / 2)

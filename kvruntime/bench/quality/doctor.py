@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 from kvruntime.bench.given import check_given, load_given, resolve_given, say
+from kvruntime.bench.harness.progress import Progress
 from kvruntime.bench.model.caches import ours
 from kvruntime.bench.model.report import heading
 from kvruntime.checkpoints.load import LoadedModel, pick_device
@@ -56,7 +57,7 @@ def doctor(methods: list[Method], **given: Any) -> int:
     if bits is None:
         proposal = study.propose(findings, uniform, given["bound"])
     else:
-        proposal = study.propose_within(study.alone(), bits)
+        proposal = study.propose_within(alone(study), bits)
     seconds = perf_counter() - start
     whole = as_json(loaded, study, findings, uniform, proposal, given["bound"], bits)
     if (wrong := not_finite(whole)) is not None:
@@ -66,6 +67,17 @@ def doctor(methods: list[Method], **given: Any) -> int:
     else:
         print(report(loaded, study, findings, uniform, proposal, given["bound"], bits, seconds))
     return 0
+
+
+def alone(study: Study) -> list[tuple[float, ...]]:
+    """Every layer alone under every method, with the time left: minutes on a CPU."""
+    out = []
+    with Progress([1.0] * len(study.shapes)) as progress:
+        for layer in range(len(study.shapes)):
+            progress.begin(f"layer {layer} alone")
+            out.append(study.layer_alone(layer))
+            progress.end()
+    return out
 
 
 def report(
