@@ -208,12 +208,16 @@ def test_the_ablation_says_how_much_of_it_is_there(tmp_path: Path) -> None:
     assert quality_tables.block("ablation", write(tmp_path / "s", *rows[:0])) == "Nothing is recorded yet."
 
 
-def test_the_picture_names_what_is_recorded() -> None:
+def test_the_pictures_name_what_is_recorded() -> None:
+    drawn, found = quality_picture.NEEDLES.read_text(encoding="utf-8"), quality_picture.needles()
+    assert {row["length"] for row in found} == {1024, 2048, 4096}
+    assert all(f">{row['method']}<" in drawn for row in found)
     picture = quality_picture.PICTURE.read_text(encoding="utf-8")
     _, rows = quality_picture.shown()
     assert len(rows) > 15
     assert all(f">{each['method']}<" in picture for each in rows)
-    assert f"]({quality_picture.PICTURE.name})" in (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert all(f"]({path.name})" in text for path in (quality_picture.PICTURE, quality_picture.NEEDLES))
 
 
 def test_recorded_answers_come_with_what_they_are_worth(tmp_path: Path) -> None:

@@ -205,10 +205,15 @@ def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
     y = [100 * entry.change for entry in entries]
     errors = [[100 * (e.change - e.low) for e in entries], [100 * (e.high - e.change) for e in entries]]
     axes.errorbar(x, y, errors, fmt="none", ecolor="0.6", capsize=2, zorder=1)
-    rates = [entry.speed_ratio for entry in entries if entry.speed_ratio is not None]
-    if len(rates) == len(entries):
-        dots = axes.scatter(x, y, c=rates, cmap="viridis", s=45, zorder=2)
-        axes.figure.colorbar(dots, ax=axes, label="decoding speed, of the uncompressed cache's", fraction=0.04)
+    timed = [index for index, entry in enumerate(entries) if entry.speed_ratio is not None]
+    if timed:
+        rates = [entries[index].speed_ratio for index in timed]
+        axes.scatter(x, y, s=45, facecolors="white", edgecolors="0.4", zorder=2)
+        dots = axes.scatter(
+            [x[index] for index in timed], [y[index] for index in timed], c=rates, cmap="viridis", s=45, zorder=3
+        )
+        label = "decoding speed, of the uncompressed cache's" + "; white: not timed" * (len(timed) < len(entries))
+        axes.figure.colorbar(dots, ax=axes, label=label, fraction=0.04)
     else:
         axes.scatter(x, y, s=45, zorder=2)
     best = compared.frontier(entries)
