@@ -205,13 +205,11 @@ def comparison(rows: Sequence[Row], group: Sequence[Row], axes: Axes) -> None:
     y = [100 * entry.change for entry in entries]
     errors = [[100 * (e.change - e.low) for e in entries], [100 * (e.high - e.change) for e in entries]]
     axes.errorbar(x, y, errors, fmt="none", ecolor="0.6", capsize=2, zorder=1)
-    timed = [index for index, entry in enumerate(entries) if entry.speed_ratio is not None]
+    timed = [(a, b, e.speed_ratio) for e, a, b in zip(entries, x, y, strict=True) if e.speed_ratio is not None]
     if timed:
-        rates = [entries[index].speed_ratio for index in timed]
         axes.scatter(x, y, s=45, facecolors="white", edgecolors="0.4", zorder=2)
-        dots = axes.scatter(
-            [x[index] for index in timed], [y[index] for index in timed], c=rates, cmap="viridis", s=45, zorder=3
-        )
+        at, heights, rates = ([each[place] for each in timed] for place in range(3))
+        dots = axes.scatter(at, heights, c=rates, cmap="viridis", s=45, zorder=3)
         label = "decoding speed, of the uncompressed cache's" + "; white: not timed" * (len(timed) < len(entries))
         axes.figure.colorbar(dots, ax=axes, label=label, fraction=0.04)
     else:
