@@ -93,6 +93,15 @@ def test_tables_without_rows_say_so(tmp_path: Path) -> None:
         quality_tables.block("bar", tmp_path)
 
 
+def test_a_heading_shows_few_commands(tmp_path: Path) -> None:
+    runs = [{"command": ["kvruntime", name], "commit": commit} for name, commit in (("a", "x1"), ("b", "x2"))]
+    few = write(tmp_path / "q", row("fp16", 16, 3.0, **runs[0]), row("x", 2, 3.0, **runs[1]))
+    assert "`kvruntime a` (commit x1), `kvruntime b` (commit x2) on card" in quality_tables.block("windows", few)
+    third = {"command": ["kvruntime", "c"], "commit": "x2"}
+    many = write(few, row("fp16", 16, 3.0, **runs[0]), row("x", 2, 3.0, **runs[1]), row("y", 2, 3.0, **third))
+    assert "3 commands, which the rows name, of commits x1, x2 on card" in quality_tables.block("windows", many)
+
+
 def test_what_follows_a_long_prompt_is_judged_alone(tmp_path: Path) -> None:
     """Half of the window's loss is the prompt's, which is the same for all; the change is that of the other half."""
     long = {"window": 9, "num_windows": 2, "prompt_length": 5}

@@ -137,14 +137,19 @@ def by_model(folder: Path, kind: str, rank: Callable[[list[Row]], int]) -> list[
     return sorted(best.values(), key=lambda group: max(int(row["nbytes"]) for row in group))
 
 
-def circumstances(file: dict[str, Any]) -> str:
-    """Device, versions, and every command and commit that measured rows of a results file, in one sentence."""
+def circumstances(file: dict[str, Any], most: int | None = None) -> str:
+    """Device, versions, and every command and commit that measured rows of a results file, in one sentence.  Of more
+    commands than ``most`` their number and the commits alone."""
     versions = ", ".join(f"{name} {file['versions'][name]}" for name in ("torch", "triton", "transformers"))
     runs: dict[str, None] = {}
     for row in file["rows"]:
         command = row.get("command", file["command"])
         runs[f"`{shlex.join(command)}` (commit {commit(row, file)})"] = None
-    return f"{', '.join(runs)} on {file['device']['name']}, {versions}"
+    said = ", ".join(runs)
+    if most is not None and len(runs) > most:
+        commits = dict.fromkeys(commit(row, file) for row in file["rows"])
+        said = f"{len(runs)} commands, which the rows name, of commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{said} on {file['device']['name']}, {versions}"
 
 
 def commit(row: Row, file: dict[str, Any]) -> str:

@@ -28,6 +28,9 @@ from validation.claims.quality_bars import (
 )
 from validation.documents.memory_tables import circumstances
 
+COMMANDS = 2
+"""Commands that a table's heading shows in full, at most."""
+
 
 def block(arguments: str, folder: Path = QUALITY) -> str:
     """The table called ``arguments``, one of ``BLOCKS``, in Markdown.  Raises ``ValueError`` for other words."""
@@ -65,7 +68,7 @@ def windows(folder: Path) -> str:
         fed = f"{f'a prompt of {prompt}, then ' if prompt else ''}{first['chunk']} a step"
         fed += f", the reference {first['reference_chunk']}"
         link = f"[{path.name}](../validation/results/quality/{path.name})"
-        ran = circumstances({**file, "rows": group})
+        ran = circumstances({**file, "rows": group}, COMMANDS)
         parts.append(f"{heading('Windows', first, f'{what}, {fed}')}; {ran} ({link}):")
         parts.append(compact(*windows_cells(group)))
         parts += [said] if (said := kernels(group).strip()) else []
@@ -104,7 +107,7 @@ def prompted(folder: Path) -> str:
         link = f"[{path.name}](../validation/results/quality/{path.name})"
         what = f"{first['text']}, {first['num_windows']} windows of {window:,}: a prompt of {prompt:,}, then"
         what += f" {first['chunk']} a step, scored behind the prompt"
-        ran = circumstances({**file, "rows": group})
+        ran = circumstances({**file, "rows": group}, COMMANDS)
         parts += [f"{heading('Prompted', first, what)}; {ran} ({link}):", compact(head, body)]
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
@@ -128,7 +131,7 @@ def answers(folder: Path) -> str:
             rows = [row for row in rows if "failed" not in row]
             if rows:
                 link = f"[{path.name}](../validation/results/quality/{path.name})"
-                ran = circumstances({**file, "rows": rows})
+                ran = circumstances({**file, "rows": rows}, COMMANDS)
                 what = f"{task.what}, {shared_examples(rows)} examples that all methods answered"
                 parts += [f"{heading(name, rows[0], what)}; {ran} ({link}):", compact(*answers_cells(rows))]
                 more = of_most_examples(rows)
@@ -209,7 +212,7 @@ def ablation(folder: Path) -> str:
         what = f"{there} of {count} combinations, {first['text']}, {first['num_windows']} windows of"
         what += f" {first['window']:,}, {first['chunk']} a step"
         link = f"[{path.name}](../validation/results/quality/{path.name})"
-        ran = circumstances({**file, "rows": group})
+        ran = circumstances({**file, "rows": group}, COMMANDS)
         parts += [f"{heading('Ablation', first, what)}; {ran} ({link}):"]
         parts += [compact(comparison.ablation_cells(group)[0], body)]
         if comparison.effects(group):
