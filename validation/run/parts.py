@@ -67,7 +67,7 @@ PARTS = (
     Part(
         "calibrate",
         ("kvruntime", "calibrate", "--seconds", "8", "--without", COMPILED, "--out", "{file}"),
-        110,
+        145,
         "profiles",
     ),
     Part(
@@ -76,7 +76,7 @@ PARTS = (
             *("kvruntime", "bench", "generate", *GENERATED, *OTHERS),
             *("--cache", "dynamic", "--cache", "ours", "--anew", "--out", "{file}"),
         ),
-        100,
+        145,
         "generate",
         cuda=True,
     ),
@@ -97,7 +97,7 @@ PARTS = (
     Part(
         "memory",
         ("validation", "memory", "--quick", "--out", "{file}"),
-        130,
+        110,
         "",
         together=True,
         again=("--resume",),
