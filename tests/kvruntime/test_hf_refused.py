@@ -67,7 +67,7 @@ def test_layers_of_cross_attention_are_named():
         make_cache(model)
 
 
-@pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
+@pytest.mark.parametrize("name", sorted(REFUSED_ARGUMENTS))
 def test_what_would_change_the_scores_is_refused_where_a_layer_attends(name):
     """The second line of defence, for a model whose config did not say so."""
     model, ids = copy.deepcopy(tiny("Llama")), torch.arange(8, device=DEVICE)[None]
