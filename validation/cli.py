@@ -190,15 +190,23 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     facts = circumstances(device, "")
     card = facts["device_name"] if device != "cpu" else "cpu"
     results = FOLDER if record else folder / "results"
-    done = Done(folder / "run.json", facts | {"results": "recorded" if record else "beside"}, resume)
-    todo = [part for part in wanted if done.of(part, parts.file_of(part, results, slug(card))) is None]
-    if not (resume or record):  # what an earlier run left is none of this one's
+    if resume and not (folder / "run.json").exists():
+        raise ValueError(f"no run in {folder} (run.json): leave --resume out, or give the --out of the run")
+    done = Done(folder / "run.json", facts | {"results": "recorded" if record else "beside"}, resume or bool(names))
+    if not resume:
+        done.forget(wanted)
+    anew = [part.name for part in wanted if done.of(part, parts.file_of(part, results, slug(card))) is None]
+    done.forget([part for part in parts.PARTS if part.extends in anew])
+    todo = [part for part in wanted if part.name in anew or part.extends in anew]
+    if not (resume or record or names):  # what an earlier run left is none of this one's
         for part in todo:
             parts.file_of(part, results, slug(card)).unlink(missing_ok=True)
     rounds = parts.rounds(wanted)
     costs = [max((part.seconds for part in each if part in todo), default=0.0) for each in rounds]
     before = f", {len(wanted) - len(todo)} done before" if len(todo) < len(wanted) else ""
     _say(f"{card}: {len(wanted)} parts{before}, about {sum(costs) / 60:.0f} minutes, {minutes:g} at the most")
+    if done.other:
+        _say(f"the run in {folder} is of another {done.other}: every part runs anew")
     for line in left:
         _say(f"not here: {line}")
     outcomes, stopped = [], False

@@ -86,7 +86,7 @@ def calibrate(
             write(beside, profile)  # what the parts are fitted beside
 
         def keep(so_far: dict[str, list[Step]]) -> None:
-            if beside == out and not only:  # no profile was there: of one that is cut, what is known of the first shape
+            if beside == out and not only:  # no profile was there: of one that is cut, what is known by then
                 own, _ = fitted(out, so_far, lambda line: None, profile["code"])
                 write(out, profile | {"parts": own, "lacks": dict.fromkeys(set(PARTS) - set(own), CUT)})
 

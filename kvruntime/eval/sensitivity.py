@@ -168,7 +168,7 @@ class Study:
         """Raises ``ValueError`` for a mean of ``bits`` below those of the smallest method for all layers."""
         least = self._bits([self.methods[0]] * len(self.shapes))
         if bits < least - 1e-9:
-            raise ValueError(f"bits {bits:g}: allowed are those of {self.methods[0].name} and above, {least:.3f}")
+            raise ValueError(f"bits {bits:g}: allowed are {least:.3f} and above, those of {self.methods[0].name}")
 
     def propose_within(self, alone: Sequence[Sequence[float]], bits: float) -> Proposal:
         """The choice by layer of the least divergence together, where layers' divergences ``alone`` add up, within a

@@ -122,6 +122,7 @@ class CompiledLayer(CacheLayer):
 
     def append(self, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None = None) -> None:
         super().append(key, value, lengths, query)
+        self.turn = -1  # a step that was cut before its last layer is none of the next ones
         if self.is_last:
             self.counts.dtype = self.dtype
             self.counts.write(self.store, self.num_q_heads, self.num_columns, self.columns)

@@ -129,7 +129,7 @@ class SteppedLayer(CacheLayer):
         """Enters so many tokens a row in the host's books of ``store``, where steps leave them behind."""
         if self.is_initialized and self.store.device.type == "cuda":
             self.store.advance(num_tokens - self.advanced)
-            self.advanced = 0
+        self.advanced = 0
 
     def settle(self) -> None:
         self.counts.settle()

@@ -491,6 +491,20 @@ def test_a_forward_over_some_layers_is_noticed(model, length, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_step_that_was_cut_leaves_nothing_to_read(model):
+    """Of a compiled cache, whose layers had stored it, in the sequence after ``reset()``."""
+    cache, ids = make_cache(model, "fp32", compiled=True, max_seq_len=60), prompt(1, 24)["input_ids"]
+    model(ids[:, :20], **argument(cache))
+    layers, model.model.layers = model.model.layers, model.model.layers[:1]
+    model(ids[:, :1], **argument(cache))
+    model.model.layers = layers
+    cache.reset()
+    for start, stop in ((0, 20), (20, 21), (21, 24)):
+        model(ids[:, start:stop], **argument(cache))
+        assert [layer.keys.shape[2] for layer in cache.layers] == [stop] * len(cache.layers)
+
+
+@torch.no_grad()
 def test_a_model_is_saved_with_what_make_cache_added(model):
     cache, ids = make_cache(model, "fp32"), prompt(1, 20)["input_ids"]
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):

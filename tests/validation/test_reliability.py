@@ -300,10 +300,55 @@ def test_a_run_that_was_cut_goes_on(tmp_path, monkeypatch, capsys) -> None:
     state = tmp_path / "out" / "run.json"
     state.write_text(state.read_text().replace('"code": "', '"code": "0'))
     assert cli.run([*ask, "--resume"]) == 0
+    assert "is of another code: every part runs anew" in capsys.readouterr().err
     assert len(ran) == 10
-    state.write_text("{}")
+    for text, why in (("{}", "is no run's"), (state.read_text().replace(": 0.0", ': "x"'), "seconds of a part")):
+        state.write_text(text)
+        assert cli.run([*ask, "--resume"]) == 2
+        assert why in capsys.readouterr().err
+    state.unlink()
     assert cli.run([*ask, "--resume"]) == 2
-    assert "is no run's" in capsys.readouterr().err
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_a_run_begun_anew_counts_nothing_of_an_earlier_one(tmp_path, monkeypatch, capsys) -> None:
+    """Also where it is cut at once.  One part alone leaves the others'; what adds to a file begun anew runs again."""
+    own = [parts.Part("one", ("one",), 60, "one"), parts.Part("more", ("more",), 60, "one", extends="one")]
+    own.append(parts.Part("two", ("two",), 60, "two"))
+    ran: list[str] = []
+    cut = [""]
+
+    def process(command: list[str], seconds: float, say: Any, begun: Any) -> tuple[int | None, str]:
+        ran.append(command[2])
+        for folder in ("one", "two"):
+            path = tmp_path / "out" / "results" / folder / "cpu.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"schema": "none"}')
+        if command[2] == cut[0]:
+            raise KeyboardInterrupt
+        return 0, ""
+
+    monkeypatch.setattr(parts, "PARTS", tuple(own))
+    monkeypatch.setattr(parts, "_process", process)
+    monkeypatch.setattr("validation.report.points.collect", lambda *files: Collection())
+    monkeypatch.setattr("validation.report.pages.write", lambda *given, **named: [])
+    monkeypatch.setattr("validation.report.records.memory_rows", lambda files: [])
+    monkeypatch.setattr("validation.report.records.reliability_rows", lambda files: [])
+
+    def run(*words: str) -> list[str]:
+        ran.clear()
+        cli.run(["run", "--device", "cpu", "--out", str(tmp_path / "out"), *words])
+        return list(ran)
+
+    assert run() == ["one", "more", "two"]
+    assert run("--part", "two") == ["two"]
+    assert run("--resume") == []
+    assert run("--part", "one") == ["one"]
+    assert run("--resume") == ["more"]
+    cut[0] = "one"
+    assert run() == ["one"]
+    cut[0] = ""
+    assert run("--resume") == ["one", "more", "two"]
 
 
 def test_a_run_says_what_is_left_while_a_part_runs(monkeypatch, capsys) -> None:

@@ -127,7 +127,7 @@ def table_of(fixed: Constants) -> dict[str, Any]:
     for name in BY_ENGINE:
         value = dict(getattr(fixed, name))
         if value or name in table["constants"]:  # nothing may be recorded of it yet
-            table["constants"].setdefault(name, {"source": FITTED_ON})["value"] = value
+            table["constants"][name]["value"] = value  # its source is said where it is entered
     for name in ("decode_band", "parallel_band", "prefill_band"):
         source = f"what {serving.NUM_CONSTANTS} constants left over on groups held out, python -m validation time"
         table["constants"][name] = {"value": list(getattr(fixed, name)), "source": source}

@@ -28,18 +28,30 @@ class Done:
     def __init__(self, path: Path, facts: Mapping[str, Any], resume: bool) -> None:
         self.path, self.facts = path, {name: facts.get(name) for name in SAME}
         self.seconds: dict[str, float] = {}
+        self.other = ""
+        """What the run in the file has otherwise than this one, so that none of its parts counts."""
         if resume and path.exists():
             found: dict[str, Any] = read_json(path, "run")
             if found.get("schema") != SCHEMA or not isinstance(found.get("parts"), dict):
                 raise ValueError(f"{path} is no run's (schema {SCHEMA!r}): leave --resume out, or give another --out")
+            if not all(isinstance(taken, (int, float)) for taken in found["parts"].values()):
+                raise ValueError(f"{path}: the seconds of a part are a number, given {found['parts']}")
             if found.get("facts") == self.facts:
                 self.seconds = {str(name): float(taken) for name, taken in found["parts"].items()}
+            else:
+                self.other = next(name for name in SAME if (found.get("facts") or {}).get(name) != self.facts[name])
 
     def of(self, part: Part, file: Path) -> Outcome | None:
         """How it ended in an earlier run; None where it has to run."""
         if part.name not in self.seconds or not file.exists():
             return None
         return Outcome(part, 0, self.seconds[part.name], file, "", before=True)
+
+    def forget(self, parts: Iterable[Part]) -> None:
+        """These have to run, whatever becomes of this run."""
+        for part in parts:
+            self.seconds.pop(part.name, None)
+        self.put(())
 
     def put(self, outcomes: Iterable[Outcome]) -> None:
         """Notes those that ended well, in one step."""

@@ -43,7 +43,7 @@ class Part:
     take on a card where Triton compiles from nothing, and may not exceed by more than half unless what comes after it
     leaves more.  ``cuda``: it needs a GPU;
     ``cpu``: it is of a CPU alone.  ``together``: it times nothing.  ``again``: words with which it goes on where it
-    was stopped."""
+    was stopped.  ``extends``: the part whose file it adds to, which begins that file anew where it runs."""
 
     name: str
     words: tuple[str, ...]
@@ -53,6 +53,7 @@ class Part:
     cpu: bool = False
     together: bool = False
     again: tuple[str, ...] = ()
+    extends: str = ""
 
     def refuses(self, cuda: bool, device: str) -> str:
         """Why it does not run on ``device``; empty where it does."""
@@ -111,6 +112,7 @@ PARTS = (
         90,
         "profiles",
         cuda=True,
+        extends="calibrate",
     ),
     Part(
         "compiled",

@@ -97,9 +97,8 @@ class FullLayer(Rows):
         position = torch.arange(length, device=query.device)
         counts = [length] * self.batch_size if fresh is None or fresh[2] is None else fresh[2]
         first = [held - count for held, count in zip(self.row_lengths, counts, strict=True)]
-        token = (
-            on_device(first, self.device)[:, None] + position + (0 if fresh is None else length)
-        )  # of each query's own
+        own = 0 if fresh is None else length  # a query's own token
+        token = on_device(first, self.device)[:, None] + position + own
         newest = token.repeat(1, group)
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)

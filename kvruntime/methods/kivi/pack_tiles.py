@@ -41,21 +41,9 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
                 for turn in range(SPAN // TOKENS):
                     token = first + group * SPAN + turn * TOKENS + t
                     x = load_tokens(
-                        exact_ptr,
-                        new_ptr,
-                        token,
-                        d,
-                        everything,
-                        length,
-                        count,
-                        stride_new_t,
-                        pages,
-                        NEW,
-                        DIM,
-                        SINK,
-                        RESIDUAL,
-                        PAGE,
-                    )
+                        exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, pages, NEW, DIM, SINK,
+                        RESIDUAL, PAGE,
+                    )  # fmt: skip
                     x, is_nan = finite(x)
                     low = tl.minimum(low, tl.min(x, 0))
                     high = tl.maximum(high, tl.max(x, 0))
@@ -67,21 +55,9 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
             for turn in range(SPAN // TOKENS):
                 token = first + group * SPAN + turn * TOKENS + t
                 x = load_tokens(
-                    exact_ptr,
-                    new_ptr,
-                    token,
-                    d,
-                    everything,
-                    length,
-                    count,
-                    stride_new_t,
-                    pages,
-                    NEW,
-                    DIM,
-                    SINK,
-                    RESIDUAL,
-                    PAGE,
-                )
+                    exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, pages, NEW, DIM, SINK,
+                    RESIDUAL, PAGE,
+                )  # fmt: skip
                 x, is_nan = finite(x)
                 codes = tl.where(is_nan, 0, encode(x, inverse[None, :], zero[None, :], LEVELS))
                 now = group * (SPAN // TOKENS) + turn
@@ -92,21 +68,9 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
         for turn in range(RECORD // TOKENS):
             token = first + turn * TOKENS + t
             x = load_tokens(
-                exact_ptr,
-                new_ptr,
-                token,
-                d,
-                everything,
-                length,
-                count,
-                stride_new_t,
-                pages,
-                NEW,
-                DIM,
-                SINK,
-                RESIDUAL,
+                exact_ptr, new_ptr, token, d, everything, length, count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL,
                 PAGE,
-            )
+            )  # fmt: skip
             x, is_nan = finite(x)
             x = tl.reshape(x, (GROUPS, GROUP, W))
             nans = tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, GROUP, W)), 1)
@@ -133,21 +97,9 @@ def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, co
     for turn in range(TILE // TOKENS):
         t = tile * TILE + turn * TOKENS + tl.arange(0, TOKENS)
         x = load_tokens(
-            exact_ptr,
-            new_ptr,
-            first + t,
-            d,
-            t[:, None] >= 0,
-            length,
-            count,
-            stride_new_t,
-            pages,
-            NEW,
-            DIM,
-            SINK,
-            RESIDUAL,
-            PAGE,
-        )
+            exact_ptr, new_ptr, first + t, d, t[:, None] >= 0, length, count, stride_new_t, pages, NEW, DIM, SINK,
+            RESIDUAL, PAGE,
+        )  # fmt: skip
         x, is_nan = finite(x)
         if whole_groups(C0, W, GROUP):
             x = tl.reshape(x, (TOKENS, W // GROUP, GROUP))
