@@ -133,6 +133,9 @@ def test_one_slow_step_moves_the_mean_of_a_first_call_and_not_its_middle() -> No
     row = {"package": "transformers", "seconds_per_step": [0.3, 0.1, 0.5], "calls": [0.5, 0.1], "repeats": 1}
     assert [way.seconds[0] for way in ways.ways(row)] == [0.5, 0.1]
     assert [way.seconds[0] for way in ways.ways(row | {"new_length_seconds": 0.4})] == [0.4, 0.1]
+    assert [way.seconds[0] for way in ways.ways(row | {"middle_steps": [0.09]})] == [0.5, 0.09]
+    ours = row | {"package": "kvruntime", "runs": "", "middle_steps": [0.2]}  # whose steps that pack are no pauses
+    assert [way.seconds[0] for way in ways.ways(ours)] == [0.3]
 
 
 def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:

@@ -9,8 +9,9 @@
 | ``transformers:new`` | the same at lengths that are new to it: cuDNN plans its attention every step |
 | ``transformers:static`` | the static cache, compiled |
 
-A row of the dynamic cache is two: its first call has only new lengths, the others only seen ones.  Of the first it is
-the median step where the row has it, else the mean; one that ran beside other processes is left out.
+A row of the dynamic cache is two: its first call has only new lengths, the others only seen ones.  Of a call it is
+the median step where the row has it, which a pause of the host does not move, else the mean; a first call that ran
+beside other processes is left out.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def ways(row: Mapping[str, Any]) -> list[Way]:
     if compiled:
         return [Way(STATIC, (middle, low, high))]
     first, *others = row.get("calls") or ([high] if row["repeats"] == 1 else [high, low])
-    first = row.get("new_length_seconds", first)
+    first, others = row.get("new_length_seconds", first), row.get("middle_steps", others)
     found = [] if row.get("beside") else [Way(NEW, (first, first, first))]
     return found + ([Way(SEEN, (median_low(others), min(others), max(others)))] if others else [])
 
