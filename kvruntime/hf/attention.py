@@ -377,7 +377,7 @@ def _refuse(
             f"{type(module).__name__} attends to {num_columns} tokens with sliding_window {window}, "
             "which a kvruntime cache does not support"
         )
-    for name in REFUSED & kwargs.keys():
+    for name in (each for each in REFUSED if each in kwargs):
         if kwargs[name] is not None and kwargs[name] is not False:
             raise ValueError(f"{type(module).__name__} attends with {name}, which a kvruntime cache does not support")
     if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:

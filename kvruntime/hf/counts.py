@@ -315,13 +315,13 @@ class StepCounts(Counts):
             self.num_columns.sub_(num_columns)
 
     def end_partial(self, raised: bool) -> None:
-        """A forward ended, or ``raised``, before its last layer: where it raised, the step will be run again, which
-        stores the tokens in the same places."""
+        """A forward ended, or ``raised``, before its last layer: where it raised in a step of one token, that will be
+        run again, which stores the token in the same place.  Of several each layer has counted its own."""
         partial, self.partial = self.partial, []
         if not raised:
             self.settle()
         for layer in partial:
-            if not raised or layer.advanced:
+            if not raised or layer.advanced or layer.under_way > 1:
                 layer.num_columns += layer.under_way
                 layer.advance_store(layer.under_way)
             layer.under_way = 0

@@ -343,6 +343,24 @@ def test_a_forward_that_ended_between_layers_is_noticed(model, name, held, lengt
         assert torch.equal(got, want)
 
 
+@torch.no_grad()
+def test_a_step_of_several_that_ended_between_layers_is_noticed(model, monkeypatch):
+    """Each layer counts its own tokens of such a step: run again, it would store them twice."""
+    monkeypatch.setattr(empty, "steps_on", lambda device: True)
+    ids, cache, layer = prompt(1, 45)["input_ids"], make_cache(model), model.model.layers[1]
+    model(ids[:, :40], **argument(cache))
+
+    def fails(*args, **kwargs):
+        raise RuntimeError
+
+    layer.forward = fails
+    with pytest.raises(RuntimeError):
+        model(ids[:, 40:], **argument(cache))
+    del layer.forward
+    with pytest.raises(ValueError, match="hold 40 and 45 tokens: a forward or update ended half-way"):
+        model(ids[:, 40:], **argument(cache))
+
+
 def test_an_interrupt_leaves_neither_model_nor_cache_as_during_a_forward(model):
     """No hook runs after one: the next forward, or update, finds out."""
     ids, cache = prompt(1, 20)["input_ids"], make_cache(model)
@@ -423,6 +441,7 @@ def test_another_dtype_within_a_sequence_is_refused(model, name, length):
         assert model(ids, **argument(cache)).logits.dtype == torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:.*functools.lru_cache:UserWarning")  # PyTorch 2.11 tells that it ignores one
 def test_torch_compile_of_a_whole_model_with_a_plain_cache(model):
     """The tokens of generate(), past the limit of compilations too; whole graphs are what ``compiled=True`` is for."""
     torch._dynamo.reset()

@@ -17,9 +17,10 @@ from kvruntime.hf.cache import argument
 GENERATE = {"max_new_tokens": 10, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
+@pytest.mark.filterwarnings("ignore:kvruntime. every decode step of this model waits for the host:RuntimeWarning")
 @pytest.mark.parametrize("family", MODELS)
 def test_greedy_generation_is_stock(family):
-    """A left-padded ragged batch: the same tokens, logits within 1e-5."""
+    """A left-padded ragged batch: the same tokens, logits within 1e-5.  On CUDA Phi-3.5-MoE waits for the host."""
     model, inputs = tiny(family), prompt(3, 24, (0, 5, 13))
     stock = model.generate(**inputs, **GENERATE)
     cache = make_cache(model, "fp32")
