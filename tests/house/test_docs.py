@@ -216,7 +216,7 @@ def test_every_file_of_an_experiment_is_named() -> None:
     """And each that is named is there; a name may end in a star."""
     text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
     files = {path.name for path in EXPERIMENTS.iterdir() if path.suffix in {".json", ".patch", ".py"}}
-    named = re.findall(r"`(h\d+-[\w*-]+\.json|[\w-]+\.patch|[\w-]+-[\w-]+\.py)`", text)
+    named = re.findall(r"`((?:h\d+|cpu)-[\w*-]+\.json|[\w-]+\.patch|[\w-]+-[\w-]+\.py)`", text)
     found = {name: set(fnmatch.filter(files, name)) for name in named}
     assert all(found.values()), [name for name, matches in found.items() if not matches]
     assert set().union(*found.values()) == files

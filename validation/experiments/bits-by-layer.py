@@ -244,6 +244,7 @@ SETS = {
     "half": (("2+2x16g64", "2+2x32g64", "3+1x16g64", "3+2x16g64"), VALUES),
     "all": (KEYS, VALUES),
     "pairs": (("2+2x16g64", "3+1x16g64"), ("2", "3", "4")),
+    "one": (("2+1x16g64", "2+2x16g64", "3+1x16g64", "3+2x16g64"), ("1", *VALUES)),
 }
 """Options among which a choice is made: few are few kernels to build."""
 
@@ -385,7 +386,8 @@ def main() -> None:
         key, _, value = text.partition(",")
         jobs.append(Job(text, [(key, value)] * layers))
     for budget in given.budget:
-        sets = given.set if given.set or given.count else SETS
+        measured = [name for name, (_, values) in SETS.items() if {f"v{value}" for value in values} <= errors.keys()]
+        sets = given.set if given.set or given.count else measured
         jobs += [Job(f"{name} {budget}", allocate(errors, SETS[name], budget)) for name in sets]
         jobs += [Job(f"{count} methods {budget}", few(errors, budget, count)) for count in given.count]
     judge = Judge(loaded.model)
