@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import os
+from functools import partial
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime.methods.kivi import append, attention, reference  # noqa: E402
+from kvruntime.methods.kivi import append, attention, pack, reference, words  # noqa: E402
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
@@ -107,13 +108,37 @@ def test_every_two_of_layout_steps_and_dtype_meet() -> None:
 @pytest.mark.parametrize(("name", "steps", "dtype"), WORDS)
 def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
     method, dim = PACK[name]
+    same_words(method, dim, dtype, STEPS[steps], steps > 0, len(name) + steps)
+
+
+TURNED = {
+    "boost": (kivi_boost(residual_length=64), "float16"),
+    "rotated values": (Kivi(value_nbits=4, rotate_values=True, residual_length=64), "float32"),
+    "3-bit g32": (Kivi(nbits=3, residual_length=64), "float16"),
+}
+"""Layouts whose heads of 128 are packed whole or, with fewer codes at once, in turns."""
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_words_in_turns_bit_exact(name: str, monkeypatch) -> None:
+    method, dtype = TURNED[name]
+    turned = {words.at_once(stream, 64, 128, bits, 4096) for stream, bits in (("key", 2), ("value", 2), ("value", 4))}
+    assert turned == {16}
+    for most in (4096, 8192):
+        monkeypatch.setattr(append, "pack_launch", partial(pack.pack_launch, most=most))
+        same_words(method, 128, dtype, STEPS[1][:1] + STEPS[1][4:5], True, 7)
+
+
+def same_words(method: Kivi, dim: int, dtype: str, steps, has_books: bool, seed: int) -> None:
+    """The kernels' buffers after ``steps``, new tokens and how many of them are real in each of two rows, are the
+    reference's to the bit.  Without books, as many programs start as any lengths need."""
     shape = LayerShape(HEADS, dim, dim)
     record = method.record(shape)
-    generator = torch.Generator().manual_seed(len(name) + steps)
+    generator = torch.Generator().manual_seed(seed)
     wanted, got = (poisoned(method, shape, 2, 460) for _ in range(2))
     layout = layout_of(method, record)
     lengths, packed = [0, 0], [0, 0]
-    for size, counts in STEPS[steps]:
+    for size, counts in steps:
         key = torch.randn(2, size, HEADS, dim, generator=generator).to(getattr(torch, dtype)).transpose(1, 2)
         value = torch.randn(2, HEADS, size, dim, generator=generator).to(getattr(torch, dtype))
         key[..., 3] = 1.5  # channels and tokens without range
@@ -125,7 +150,7 @@ def test_words_bit_exact(name: str, steps: int, dtype: str) -> None:
         key, value = key.to(DEVICE), value.to(DEVICE)
         for tensors in (wanted, got):
             tensors["lengths"].copy_(torch.tensor([lengths, packed]))
-        books = (lengths, packed) if steps else None  # without them, as many programs as any lengths need
+        books = (lengths, packed) if has_books else None
         reference.append(key, value, list(counts), stored(wanted), layout, books)
         append.append(key, value, list(counts), stored(got), layout, books)
         states = list(zip(lengths, packed, counts, strict=True))

@@ -375,7 +375,7 @@ def advance(name: str, sm: int, spread: bool = False, pool: bool = False) -> dic
     constants = words.record_constants(record) | {
         "NUM_HEADS": 8, "Q_PER_KV": 4, "SINK": method.sink_length, "RESIDUAL": method.residual_length,
         "BLOCK_Q": 4, "BLOCK_K": block, "BLOCK_V": block, "SIZE": size,
-        "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 16 if pool else 0,
+        "SPREAD": spread, "ROTARY": True, "EARLY": sm >= 90, "PAGE": 16 if pool else 0, "MOST": words.MOST_CODES,
     }  # fmt: skip
     types = arguments(step.step_kernel, "bf16", params_ptr="*fp16", ticket_ptr="*i32")
     types = ordered(types if pool else own_rows(types), record)

@@ -14,9 +14,9 @@ import torch
 from ptx_numpy import Program
 
 from kvruntime.methods.kivi import kernel_arguments, pack, reference, step
-from kvruntime.methods.kivi.words import record_constants
+from kvruntime.methods.kivi.words import MOST_CODES, record_constants
 from kvsim.layout import LayerShape
-from kvsim.methods import Kivi, kivi_seed
+from kvsim.methods import Kivi, kivi_boost, kivi_seed
 
 HEADS = 2
 LAYOUTS = {
@@ -52,8 +52,8 @@ class Memory:
 def launches(record: pack.Record) -> list[dict[str, int]]:
     """How :func:`quantize.append` packs the record, and how a decode step does: whole, and in parts."""
     count = pack.num_parts(record, step.WHOLE)
-    whole = {"PARTS": count, "SIZE": step.WHOLE, "num_warps": pack.pack_warps(record)}
-    parts = dict(zip(("PARTS", "SIZE", "num_warps"), step.parts_launch(record), strict=True))
+    whole = {"PARTS": count, "SIZE": step.WHOLE, "MOST": MOST_CODES, "num_warps": pack.pack_warps(record)}
+    parts = dict(zip(("PARTS", "SIZE", "num_warps"), step.parts_launch(record), strict=True)) | {"MOST": MOST_CODES}
     out: list[dict[str, int]] = []
     for launch in (pack.pack_launch(record), whole, parts):
         alike = [one for one in out if (one["PARTS"], one["num_warps"]) == (launch["PARTS"], launch["num_warps"])]
@@ -82,7 +82,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
     held = {buffer.name: torch.zeros(buffer.shape, dtype=getattr(torch, buffer.dtype)) for buffer in buffers}
     stores = [held[name] for name in ("records", "exact_key", "exact_value")]
     lengths = torch.zeros(2, 1, dtype=torch.int32)
-    store = reference.Stored(*stores, *lengths, held.get("key_params"))
+    store = reference.Stored(*stores, *lengths, held.get("key_params"), key_order=held.get("key_order"))
     layout = reference.Layout(record, sink, residual)
     if stored:
         reference.append(randn(stored), randn(stored), None, store, layout)
@@ -92,6 +92,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
     reference.append(key, value, None, store, layout, ([stored], [0]))
     values |= {"key_ptr": memory.place(key), "value_ptr": memory.place(value)}
     values["params_ptr"] = memory.place(held.get("key_params", torch.zeros(1)))
+    values["order_ptr"] = memory.place(held.get("key_order", torch.zeros(1)))
     values["lengths_ptr"] = memory.place(torch.tensor([stored], dtype=torch.int32))
     values["packed_ptr"] = memory.place(torch.tensor([0], dtype=torch.int32))
     values["counts_ptr"] = memory.place(torch.tensor([length], dtype=torch.int32))
@@ -127,7 +128,7 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
     ptx = compile_kernels.compiled(kernel, types, constants, 90, num_warps)["ptx"]
     for block in range(2 * launch["PARTS"]):
         for head in range(HEADS):
-            arguments = [values[name] for name in kernel.arg_names if name in values] + [0, 0]
+            arguments = [values[name] for name in kernel.arg_names if name in types and name in values] + [0, 0]
             Program(ptx, memory.cells, arguments, (block, head, layers - 1)).run()
     words = held["records"].numpy()
     wrong = memory.cells[start : start + words.nbytes].view(np.int32).reshape(words.shape) != words
@@ -141,3 +142,7 @@ if __name__ == "__main__":
             for stored, layers in points:
                 wrong = differing(method, dim, stored, launch, layers)
                 print(json.dumps([name, launch["num_warps"], stored, wrong, layers]), flush=True)
+    turned = kivi_boost(residual_length=64)  # heads of 128, 16 tokens at once
+    launch = pack.pack_launch(turned.record(LayerShape(HEADS, 128, 128)), most=4096)
+    wrong = differing(turned, 128, 37, launch, 1)
+    print(json.dumps(["boost d128 in turns", launch["num_warps"], 37, wrong, 1]), flush=True)

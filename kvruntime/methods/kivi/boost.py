@@ -91,13 +91,13 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
                       NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
                       BOOST: tl.constexpr, LOWER: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
                       TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr,
-                      PARAMS: tl.constexpr, BOOST_CODES: tl.constexpr):  # fmt: skip
+                      PARAMS: tl.constexpr, BOOST_CODES: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
     """One chunk of a record's key channels in the row's order: upper bits, scales and zeros, or with ``LOWER`` the
     lower bits of the boosted channels, which the chunk then is."""
     TILE_WORDS: tl.constexpr = TILE * W * BOOST // 32 if LOWER else TILE * DIM * NBITS // 32
     words_ptr = record_ptr + (BOOST_CODES if LOWER else 0)
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    TOKENS: tl.constexpr = at_once("key", TILE, W, BOOST if LOWER else NBITS)
+    TOKENS: tl.constexpr = at_once("key", TILE, W, BOOST if LOWER else NBITS, MOST)
     t = tl.arange(0, TOKENS)
     d = C0 + tl.arange(0, W)
     channel = tl.load(order_ptr + d).to(tl.int32)
@@ -161,11 +161,11 @@ def load_rotated(exact_ptr, new_ptr, token, channel, length, stride_new_t, pages
 @triton.jit
 def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, stride_new_t, pages, NEW: tl.constexpr,
                         DIM: tl.constexpr, NBITS: tl.constexpr, SIZE: tl.constexpr, RECORD: tl.constexpr,
-                        TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
-                        PAGE: tl.constexpr):  # fmt: skip
+                        TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr,
+                        MOST: tl.constexpr):  # fmt: skip
     """A record's values, tile after tile: a scale a token, codes around zero."""
     CHUNKS: tl.constexpr = chunks(DIM)
-    TOKENS: tl.constexpr = at_once("value", TILE, DIM, NBITS) if len(CHUNKS) == 1 else TILE
+    TOKENS: tl.constexpr = at_once("value", TILE, DIM, NBITS, MOST) if len(CHUNKS) == 1 else TILE
     TURNS: tl.constexpr = TILE // TOKENS
     t = tl.arange(0, TOKENS)
     for turn in range(RECORD // TOKENS):

@@ -21,7 +21,7 @@ from kvruntime.methods.kivi.kernel_arguments import of_layer
 from kvruntime.methods.kivi.pack_tiles import pack_keys, pack_values
 from kvruntime.methods.kivi.pack_words import direct, num_key_parts, num_value_parts, pack_key_part, pack_value_part
 from kvruntime.methods.kivi.quantize import new_tokens
-from kvruntime.methods.kivi.words import boosted_channels, chunks
+from kvruntime.methods.kivi.words import MOST_CODES, boosted_channels, chunks
 from kvsim.methods.kivi import Record
 
 PART = 2048
@@ -47,9 +47,10 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
               VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
               RESIDUAL: tl.constexpr, PAGE: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
               VALUE_PARAMS: tl.constexpr, SIZE: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr,
-              ROTATION: tl.constexpr):  # fmt: skip
+              ROTATION: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
     """A part of the record of one head that begins with token ``first``, keys' parts first: pointers are the head's
-    own, but ``zero_offset`` from scale to zero."""
+    own, but ``zero_offset`` from scale to zero.  ``MOST``: codes that are packed at once
+    (:func:`kvruntime.methods.kivi.words.at_once`)."""
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
     if part < KEY_PARTS:
         if BOOST > 0:
@@ -57,10 +58,11 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
             for i in tl.static_range(len(CHANNELS)):
                 pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt,
                                   key_pages, NEW, CHANNELS[i][0], CHANNELS[i][1], KEY_DIM, KEY_NBITS, BOOST, False,
-                                  KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
+                                  KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES,
+                                  MOST)  # fmt: skip
             pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages,
                               NEW, 0, boosted_channels(KEY_DIM), KEY_DIM, KEY_NBITS, BOOST, True, KEY_GROUP, RECORD,
-                              TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES)  # fmt: skip
+                              TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES, MOST)  # fmt: skip
         elif direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
             pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset,
                           key_pages, NEW, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE,
@@ -70,13 +72,14 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
             for i in tl.static_range(len(KEY_CHUNKS)):
                 pack_keys(exact_key_ptr, key_ptr, record_ptr, params_ptr, first, length, count, stride_kt, zero_offset,
                           key_pages, NEW, KEY_CHUNKS[i][0], KEY_CHUNKS[i][1], KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD,
-                          TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS)  # fmt: skip
+                          TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, MOST)  # fmt: skip
     else:
         words_ptr = record_ptr + RECORD * KEY_DIM * KEY_NBITS // 32
         half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * VALUE_PARAMS
         if ROTATION > 0:
             pack_rotated_values(exact_value_ptr, value_ptr, words_ptr, half_ptr, first, length, stride_vt, value_pages,
-                                NEW, VALUE_DIM, VALUE_NBITS, ROTATION, RECORD, TILE, SINK, RESIDUAL, PAGE)  # fmt: skip
+                                NEW, VALUE_DIM, VALUE_NBITS, ROTATION, RECORD, TILE, SINK, RESIDUAL, PAGE,
+                                MOST)  # fmt: skip
         elif direct(VALUE_DIM, VALUE_NBITS, VALUE_GROUP):
             pack_value_part(exact_value_ptr, value_ptr, words_ptr, half_ptr, part - KEY_PARTS, first, length, stride_vt,
                             value_pages, NEW, VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK, RESIDUAL,
@@ -88,7 +91,7 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
                     pack_values(exact_value_ptr, value_ptr, words_ptr + tile * (TILE * VALUE_DIM * VALUE_NBITS // 32),
                                 half_ptr, tile, first, length, count, stride_vt, value_pages, NEW, VALUE_CHUNKS[i][0],
                                 VALUE_CHUNKS[i][1], VALUE_DIM, VALUE_NBITS, VALUE_GROUP, RECORD, TILE, SINK,
-                                RESIDUAL, PAGE)  # fmt: skip
+                                RESIDUAL, PAGE, MOST)  # fmt: skip
 
 
 @triton.jit
@@ -101,7 +104,7 @@ def pack_kernel(
     VALUE_NBITS: tl.constexpr, KEY_GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, RECORD: tl.constexpr,
     TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, NEW: tl.constexpr, KEY_PARAMS: tl.constexpr,
     VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Optional: ``order_ptr``, of boosted channels; ``counts_ptr``, tokens that each row brings; ``starts_ptr``, where
     in the line of new tokens each row's begin; ``layers_ptr`` (:func:`kvruntime.methods.kivi.append.addresses`);
@@ -155,7 +158,8 @@ def pack_kernel(
     pack_part(tl.program_id(0) % PARTS, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_ptr, row_params_ptr,
               order_ptr, first, length, count, stride_kt, stride_vt, batch_size * NUM_HEADS * KEY_DIM, key_pages,
               value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE, SINK,
-              RESIDUAL, PAGE, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST, BOOST_CODES, ROTATION)  # fmt: skip
+              RESIDUAL, PAGE, NEW, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST, BOOST_CODES, ROTATION,
+              MOST)  # fmt: skip
 
 
 def pack_warps(record: Record) -> int:
@@ -184,8 +188,8 @@ def permuting(record: Record) -> dict[str, int]:
 
 
 @cache
-def pack_launch(record: Record) -> dict[str, int]:
-    """Programs a record, elements a program and warps of :func:`pack_kernel`: one warp, where nothing crosses warps,
-    but of heads whose 16 values do not fit its registers."""
+def pack_launch(record: Record, most: int = MOST_CODES) -> dict[str, int]:
+    """Programs a record, elements a program, codes at once (``most``) and warps of :func:`pack_kernel`: one warp, where
+    nothing crosses warps, but of heads whose 16 values do not fit its registers."""
     warps = pack_warps(record) if not in_word_order(record) else 1 if record.value_dim <= 256 else 4
-    return {"PARTS": num_parts(record, PART * warps), "SIZE": PART * warps, "num_warps": warps}
+    return {"PARTS": num_parts(record, PART * warps), "SIZE": PART * warps, "MOST": most, "num_warps": warps}

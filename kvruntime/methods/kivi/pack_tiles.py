@@ -18,12 +18,12 @@ def next_power_of_2(n):
 def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, stride_new_t, zero_offset, pages,
               NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
               GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
-              PAGE: tl.constexpr, PARAMS: tl.constexpr):  # fmt: skip
+              PAGE: tl.constexpr, PARAMS: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
     """One chunk of a record's key channels."""
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     TILE_WORDS: tl.constexpr = TILE * DIM * NBITS // 32
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    TOKENS: tl.constexpr = at_once("key", TILE, W, NBITS)
+    TOKENS: tl.constexpr = at_once("key", TILE, W, NBITS, MOST)
     TURNS: tl.constexpr = TILE // TOKENS
     t = tl.arange(0, TOKENS)
     d = C0 + tl.arange(0, W)
@@ -87,12 +87,12 @@ def pack_keys(exact_ptr, new_ptr, record_ptr, params_ptr, first, length, count, 
 def pack_values(exact_ptr, new_ptr, words_ptr, half_ptr, tile, first, length, count, stride_new_t, pages,
                 NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
                 GROUP: tl.constexpr, RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr,
-                RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+                RESIDUAL: tl.constexpr, PAGE: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
     """One chunk of one tile's value channels."""
     LEVELS: tl.constexpr = 2.0**NBITS - 1
     ZEROS: tl.constexpr = RECORD * (DIM // GROUP)
     GROUPS: tl.constexpr = groups_in(C0, W, GROUP)
-    TOKENS: tl.constexpr = at_once("value", TILE, W, NBITS)
+    TOKENS: tl.constexpr = at_once("value", TILE, W, NBITS, MOST)
     d = C0 + tl.arange(0, W)
     for turn in range(TILE // TOKENS):
         t = tile * TILE + turn * TOKENS + tl.arange(0, TOKENS)

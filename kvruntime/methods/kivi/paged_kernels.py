@@ -46,7 +46,7 @@ def pages_kernel(
     TILE: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD_WORDS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, PAGE: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_D: tl.constexpr, EARLY: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr,
-    ROTATION: tl.constexpr,
+    ROTATION: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """One part of a record of one row and head.  ``SINGLE``: of rows that bring one token, which is stored too; else of
     rows that bring more.  Strides of tables are those from row to row."""
@@ -95,7 +95,7 @@ def pages_kernel(
               exact_key_ptr, first, after, 0, 0, 0, 0, (table_ptr, stride_xb, stride_xt),
               (table_ptr, stride_yb, stride_yt), KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP,
               RECORD, TILE, 0, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST, BOOST_CODES,
-              ROTATION)  # fmt: skip
+              ROTATION, MOST)  # fmt: skip
 
 
 @triton.jit(

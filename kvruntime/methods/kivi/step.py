@@ -30,7 +30,7 @@ from kvruntime.methods.kivi.pack import in_word_order, num_parts, pack_part, pac
 from kvruntime.methods.kivi.pack_words import direct, key_part, num_key_parts, num_value_parts
 from kvruntime.methods.kivi.quantize import LIMIT
 from kvruntime.methods.kivi.reference import Layout, Stored
-from kvruntime.methods.kivi.words import record_constants
+from kvruntime.methods.kivi.words import MOST_CODES, record_constants
 from kvsim.methods.kivi import Record
 
 FEW_PROGRAMS = 264
@@ -58,7 +58,7 @@ def step_kernel(
     RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, KEY_PARAMS: tl.constexpr,
     VALUE_PARAMS: tl.constexpr, RECORD_WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, SIZE: tl.constexpr, SPREAD: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
-    PAGE: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr,
+    PAGE: tl.constexpr, BOOST: tl.constexpr, BOOST_CODES: tl.constexpr, ROTATION: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """``SPREAD``: each of a record's parts, of ``SIZE`` elements, has a program of its own.  ``lengths_ptr`` is read,
     ``held_ptr`` and ``packed_ptr`` are written.  Tables, strides and ``PAGE``: as
@@ -135,7 +135,7 @@ def step_kernel(
                       order_ptr, SINK + packed, length, 0, 0, 0, batch_size * NUM_HEADS * KEY_DIM, key_pages,
                       value_pages, KEY_DIM, VALUE_DIM, KEY_NBITS, VALUE_NBITS, KEY_GROUP, VALUE_GROUP, RECORD, TILE,
                       SINK, RESIDUAL, PAGE, False, KEY_PARAMS, VALUE_PARAMS, SIZE, BOOST,
-                      BOOST_CODES, ROTATION)  # fmt: skip
+                      BOOST_CODES, ROTATION, MOST)  # fmt: skip
         tl.debug_barrier()  # the token takes the slot of the oldest one packed
     if PAGE == 0:
         slot = length
@@ -213,6 +213,6 @@ def step(
         NUM_HEADS=heads, Q_PER_KV=query.shape[1] // heads, SINK=sink, RESIDUAL=residual, **record_constants(record),
         BLOCK_Q=triton.next_power_of_2(query.shape[1] // heads), BLOCK_K=triton.next_power_of_2(record.key_dim),
         BLOCK_V=triton.next_power_of_2(record.value_dim), SIZE=size, SPREAD=spread, ROTARY=rotary is not None,
-        PAGE=where.page, EARLY=early, enable_fp_fusion=False, num_warps=warps, **own,
+        PAGE=where.page, EARLY=early, MOST=MOST_CODES, enable_fp_fusion=False, num_warps=warps, **own,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

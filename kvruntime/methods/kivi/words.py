@@ -12,7 +12,8 @@ from kvsim.methods.kivi import Record
 from kvsim.methods.packing import MIN_TOKENS, PLANES
 
 MOST_CODES = 8192
-"""That a program packs at once: 32 a thread of eight warps.  Twice as many boosted keys take 832 bytes of stack."""
+"""The most codes that a program packs at once, as the launches of packing plan it (``MOST`` of their kernels): 32 a
+thread of eight warps.  Twice as many boosted keys take 832 bytes of stack."""
 
 channel_chunks = triton.constexpr_function(
     layout.channel_chunks
@@ -49,13 +50,13 @@ def order_axes(stream, tile, width, bits, way):
 
 
 @triton.constexpr_function
-def at_once(stream, tile, width, nbits):
-    """Tokens of a tile of a chunk of ``width`` channels that are packed at once: all, or of more than ``MOST_CODES``
+def at_once(stream, tile, width, nbits, most):
+    """Tokens of a tile of a chunk of ``width`` channels that are packed at once: all, or of more than ``most`` codes
     16, where the words of any 16 lie one behind the other."""
     halvings = (tile // MIN_TOKENS).bit_length() - 1
     orders = [tile_order(stream, tile, width, bits) for bits in PLANES[nbits]]
     parts = all(order.from_logical[:halvings] == tuple(range(halvings)) for order in orders)
-    return MIN_TOKENS if tile * width > MOST_CODES and parts else tile
+    return MIN_TOKENS if tile * width > most and parts else tile
 
 
 @triton.constexpr_function
