@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from runtime_tiny import tiny_directory  # noqa: E402
 
 from kvruntime.bench.engine.suite import Models  # noqa: E402
-from kvruntime.bench.generate import calls, report, rounds, suite  # noqa: E402
+from kvruntime.bench.generate import calls, grounded, report, rounds, suite  # noqa: E402
 from kvruntime.bench.harness import session  # noqa: E402
 from kvruntime.bench.harness.results import Results  # noqa: E402
 from kvruntime.cli import run as command  # noqa: E402
@@ -41,11 +41,17 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     assert session.carry_out(tasks, results, report.line, report.tables) == 0
     turns.close()
     failed = {(row["method"], row["call"]) for row in results.rows if "failed" in row}
-    assert failed == {("broken", call) for call in kinds[:3]}
+    assert failed == {("broken", call) for call in (*kinds[:3], calls.UNDRAFTED)}
     steps = [row for row in results.rows if row["kind"] == "generate" and "failed" not in row]
     greedy = [(row["method"], row["runs"], row["batch_size"]) for row in steps if row["call"] == "greedy"]
     assert greedy == [(one.name, one.runs, batch) for batch in (1, 2) for one in own]
-    assert {row["batch_size"] for row in steps if row["call"] == calls.DRAFTED} == {1}
+    beside = [(row["method"], row["prompt"], row["calls_of_model"]) for row in steps if row["call"] == calls.UNDRAFTED]
+    random = "64 random tokens, repeated"
+    assert beside == [(one.name, random, rounds.LONG) for one in own]
+    drafted = [row for row in steps if row["call"] == calls.DRAFTED]
+    assert [(row["method"], row["batch_size"], row["prompt"]) for row in drafted] == [
+        (one.name, 1, random) for one in own if one.name != report.STOCK[1]
+    ]
     assert all(row["first_token_seconds"][0] > 0 and row["beside"] for row in steps)
     timed = {row["method"]: len(row["calls"]) for row in steps}
     assert timed == {report.STOCK[0]: 3, report.STOCK[1]: 2, method.name: 2}
@@ -55,8 +61,59 @@ def test_a_sitting_on_a_tiny_model(tmp_path, monkeypatch, capsys) -> None:
     talks = [row for row in results.rows if row["kind"] == "conversation"]
     assert [row["method"] for row in talks] == [report.STOCK[0], method.name]
     shown = capsys.readouterr().out
-    for words in ("of best stock", "2 turns on one cache", "2 x 16 padded", "greedy, broken: ZeroDivisionError"):
+    for words in (
+        "of best stock",
+        "2 turns on one cache",
+        "2 x 16 padded",
+        "greedy, broken: ZeroDivisionError",
+        f"drafts against none, 1 x 24 of {random}: transformers-dynamic ",
+    ):
         assert words in shown
+
+
+TEMPLATE = "{% for each in messages %}<{{ each.role }}>{{ each.content }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_drafted_prompt_asks_for_its_own_prose(tmp_path, template) -> None:
+    """Of exactly as many tokens as are asked for: three texts of one length, or as much more as the answer begins
+    with."""
+    tiny_directory(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = template
+    for num_tokens in (600, 601, 602):
+        ids = grounded.tokens(tokenizer, num_tokens)
+        assert len(ids) == num_tokens
+        shown = "".join(tokenizer.convert_ids_to_tokens(ids))
+        before, text = shown.split(grounded.AGAIN)[0].split("\n\n", 1)
+        assert before.endswith("word for word.")
+        text = text.removesuffix("<user>").split("<assistant>" if template else "\n\n" + text[:20])[0]
+        assert shown.count(text) == grounded.COPIES - 1 + (not shown.endswith(text))
+        assert shown.count(grounded.AGAIN) == grounded.COPIES - 1
+    model = types.SimpleNamespace(device="cpu")
+    both = [calls.prompt(model, 1, 600, 0, call, tokenizer) for call in (calls.DRAFTED, calls.UNDRAFTED)]
+    assert torch.equal(*both)
+    assert both[0].tolist() == [grounded.tokens(tokenizer, 600)]
+    assert calls.prompt_name(calls.UNDRAFTED, tokenizer) == grounded.name()
+    with pytest.raises(ValueError, match="a prompt of 40 tokens that asks for a text again: allowed are "):
+        grounded.tokens(tokenizer, 40)
+
+
+def test_a_longer_call_is_a_row_of_its_own() -> None:
+    """The cache has room for it, steps are timed to its end, and stock caches of other lengths are not beside it."""
+    rooms = []
+    one = suite.Contender("none", lambda model, room: rooms.append(room))
+    entrant = rounds.Entrant(one, calls.GREEDY, (1, 24), 1, 100)
+
+    def clock(model, ids, num_new, cache, call):
+        return [0.01 * (at + 1) for at in range(num_new)], ids
+
+    clock.device, clock.steps = "cpu", 100
+    entrant.first(clock, None, lambda entrant: None)
+    entrant.again(clock, None, lambda entrant: None, 0, 0)
+    assert rooms == [124, 124]
+    assert entrant.row()["seconds_per_step"] == pytest.approx([0.01] * 3)
+    assert entrant.row()["calls_of_model"] == 100
 
 
 def test_what_was_compiled_of_a_size_is_let_go_before_another(monkeypatch) -> None:
@@ -67,7 +124,7 @@ def test_what_was_compiled_of_a_size_is_let_go_before_another(monkeypatch) -> No
     one = next(each for each in suite.contenders((method,), True, False) if each.runs and each.package == "kvruntime")
     text = types.SimpleNamespace(vocab_size=8)
     model = types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: text), device="cpu")
-    group = rounds.Group(suite.Clock("cpu"), lambda: model, rounds.Turns(None), 0, lambda *_: None)
+    group = rounds.Group(suite.Clock("cpu"), lambda: (model, None), rounds.Turns(None), 0, lambda *_: None)
     broken = replace(one, cache=Failing(one.cache), around=lambda model: nullcontext())
     group.entrants.append(rounds.Entrant(broken, calls.GREEDY, (1, 8), 1))
     with pytest.raises(ZeroDivisionError):
@@ -153,8 +210,13 @@ def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:
     ours = {**same, "method": "kivi-2bit-g64-r64", "seconds_per_step": [1e-3] * 3, "first_call_seconds": 1.0}
     assert report.best_stock(ours, rows) is rows[1]
     assert report.best_stock(ours, rows[:1]) is None
-    drafted = {"call": calls.DRAFTED}
-    assert report.best_stock(ours | drafted, [row | drafted for row in rows[:1]]) == rows[0] | drafted
+    drafted, undrafted = {"call": calls.DRAFTED, "prompt": "p"}, {"call": calls.UNDRAFTED, "prompt": "p"}
+    dynamic, static = rows[0] | drafted, rows[1] | undrafted
+    assert report.best_stock(ours | drafted, [dynamic]) == dynamic
+    assert report.best_stock(ours | drafted, [dynamic, static]) == static  # drafts or not, it is stock
+    assert report.best_stock(ours | undrafted, [dynamic, static]) == static
+    assert report.best_stock(ours | drafted, [dynamic, static | {"prompt": "q"}]) == dynamic
+    assert report.best_stock(ours | {"new_tokens": 256}, rows) is None
     assert report.line(ours, rows).endswith("1.00 ms a step, first call 1.0 s, 2.00x")
 
 
@@ -163,6 +225,7 @@ def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:
     [
         (["--model", "gpt3"], "unknown model 'gpt3'"),
         (["--repeats", "0"], "repeats 0"),
+        (["--new-tokens", "8"], "new tokens 8: allowed are 9 to 4,096"),
         (["--device", "cpu"], "needs a CUDA"),
     ],
 )

@@ -1,18 +1,20 @@
-"""Calls of stock ``generate()`` whose tokens are timed: greedy, left-padded, sampled and drafted ones."""
+"""Calls of stock ``generate()`` whose tokens are timed: greedy, left-padded, sampled and drafted ones.
+
+Beside each drafted one goes an undrafted one, greedy at the same prompt.
+"""
 
 from __future__ import annotations
 
 from time import perf_counter
 from typing import Any
 
-GREEDY, PADDED, SAMPLED, DRAFTED, CONVERSATION = "greedy", "padded", "sampled", "drafted", "conversation"
-CALLS = (GREEDY, PADDED, SAMPLED, DRAFTED, CONVERSATION)
+GREEDY, PADDED, SAMPLED, CONVERSATION = "greedy", "padded", "sampled", "conversation"
+UNDRAFTED, DRAFTED = "undrafted", "drafted"
+CALLS = (GREEDY, PADDED, SAMPLED, UNDRAFTED, DRAFTED, CONVERSATION)
 DRAFT = 4
 """Tokens that assisted decoding looks up in the prompt for one step."""
-
-
 REPEATED = 64
-"""Tokens that a prompt repeats, so that there is something to look up."""
+"""Random tokens that a prompt repeats where there is no text, so that there is something to look up."""
 
 
 class Times:
@@ -87,13 +89,34 @@ def options(call: str) -> dict[str, Any]:
     return {"do_sample": False}
 
 
-def prompt(model: Any, batch_size: int, num_tokens: int, seed: int, call: str = GREEDY) -> Any:
-    """Random tokens ``[batch_size, num_tokens]`` on the model's device; where they are drafted, ``REPEATED`` of them
-    again and again."""
+def prompt(
+    model: Any, batch_size: int, num_tokens: int, seed: int, call: str = GREEDY, tokenizer: Any = None
+) -> Any:
+    """Random tokens ``[batch_size, num_tokens]`` on the model's device; where they are drafted, or are timed beside it,
+    :mod:`kvruntime.bench.generate.grounded`'s with a ``tokenizer``, else ``REPEATED`` random ones again and again.
+
+    Raises ``ValueError`` where the first are to be fewer than they can be.
+    """
     import torch
 
+    looked_up = call in (DRAFTED, UNDRAFTED)
+    if looked_up and tokenizer is not None:
+        from kvruntime.bench.generate.grounded import tokens
+
+        return torch.tensor([tokens(tokenizer, num_tokens)] * batch_size, device=model.device)
     generator = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
-    drawn = min(REPEATED, num_tokens) if call == DRAFTED else num_tokens
+    drawn = min(REPEATED, num_tokens) if looked_up else num_tokens
     ids = torch.randint(1, vocab, (batch_size, drawn), generator=generator)
     return ids.repeat(1, -(-num_tokens // drawn))[:, :num_tokens].to(model.device)
+
+
+def prompt_name(call: str, tokenizer: Any) -> str:
+    """What a row says of :func:`prompt`'s tokens; nothing of plain random ones."""
+    if call not in (DRAFTED, UNDRAFTED):
+        return ""
+    if tokenizer is None:
+        return f"{REPEATED} random tokens, repeated"
+    from kvruntime.bench.generate.grounded import name
+
+    return name()

@@ -8,7 +8,7 @@ from math import ceil
 from statistics import median_low
 
 from kvruntime.bench.engine.report import groups
-from kvruntime.bench.generate.calls import CALLS, DRAFTED
+from kvruntime.bench.generate.calls import CALLS, DRAFTED, UNDRAFTED
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.tables import kernels, ratio
 from kvruntime.bench.kernels.report import done, size
@@ -27,7 +27,7 @@ PRESETS = {make().name: name for name, make in METHODS.items() if isfunction(mak
 """What a method that is settings of another is asked for by, by its own name."""
 QUANTIZED = ("optimum-quanto", "hqq")
 """The libraries under transformers' own quantized cache."""
-SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens")
+SIZE = ("kind", "model", "weights", "dtype", "batch_size", "num_tokens", "new_tokens", "prompt")
 
 
 def label(row: Row) -> str:
@@ -42,9 +42,11 @@ def call(row: Row) -> str:
 
 
 def same_size(row: Row, rows: Iterable[Row]) -> list[Row]:
-    """Finished rows of transformers' own caches, the quantized ones too, at a row's size and under its kind of call."""
+    """Finished rows of transformers' own caches, the quantized ones too, at a row's size and under its kind of call;
+    beside drafted ones those at the same prompt without drafts."""
     own = (one for one in done(rows, row["kind"]) if one["method"] in STOCK or one.get("package") in QUANTIZED)
-    return [one for one in own if call(one) == call(row) and all(one[name] == row[name] for name in SIZE)]
+    calls = (DRAFTED, UNDRAFTED) if call(row) == DRAFTED else (call(row),)
+    return [one for one in own if call(one) in calls and all(one.get(name) == row.get(name) for name in SIZE)]
 
 
 def best_stock(row: Row, rows: Iterable[Row]) -> Row | None:
@@ -131,6 +133,7 @@ def generate_table(group: Sequence[Row]) -> str:
         best = best_stock(row, group)
         share = "" if best is None or row["method"] in STOCK else ratio(seconds(best) / seconds(row))
         at = f"{row['batch_size']} x {size(row['num_tokens'])} {call(row)}".removesuffix(" greedy")
+        at += f", {row['new_tokens']} new" if "new_tokens" in row else ""
         at += f", {row['calls_of_model']} calls" if call(row) == DRAFTED else ""
         middle, least, most = (1e3 * value for value in spread(row))
         cells = [at, label(row), f"{middle:.2f}", f"{least:.2f} to {most:.2f}", share]
@@ -147,7 +150,8 @@ def generate_table(group: Sequence[Row]) -> str:
         what += ", of other libraries' caches one call"
     if any(row.get("beside") for row in group):
         what += "; first calls beside other processes"
-    return heading("generate()", group[0], what) + "\n" + plain(head, body) + kernels(group) + ways(group)
+    under = kernels(group) + ways(group) + drafts(group)
+    return heading("generate()", group[0], what) + "\n" + plain(head, body) + under
 
 
 def ways(group: Iterable[Row]) -> str:
@@ -159,6 +163,26 @@ def ways(group: Iterable[Row]) -> str:
             several = ", several tokens planned by the host" if alone else ""
             said[f"{call(row)}: {row['steps']}{several}"] = None
     return f"\nsteps: {'; '.join(said)}" if said else ""
+
+
+def undrafted(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The row of the same cache at the same prompt of the same run, without drafts."""
+    names = (*SIZE, "method", "runs", "package")
+    alike = (one for one in rows if call(one) == UNDRAFTED and "failed" not in one)
+    return next((one for one in alike if all(one.get(name) == row.get(name) for name in names)), None)
+
+
+def drafts(group: Sequence[Row]) -> str:
+    """What drafts gave each cache, in a line a prompt: tokens a call of the model, and how many times as fast as
+    without them."""
+    said: dict[str, list[str]] = {}
+    for row in group:
+        if call(row) == DRAFTED and (beside := undrafted(row, group)) is not None:
+            gave = f"{label(row)} {beside['calls_of_model'] / row['calls_of_model']:.1f} tokens a call, "
+            new = f", {row['new_tokens']} new" if "new_tokens" in row else ""
+            at = f"{row['batch_size']} x {size(row['num_tokens'])}{new} of {row['prompt']}"
+            said.setdefault(at, []).append(gave + ratio(seconds(beside) / seconds(row)))
+    return "".join(f"\ndrafts against none, {at}: {'; '.join(each)}" for at, each in said.items())
 
 
 def conversation_table(group: Sequence[Row]) -> str:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-from kvruntime.bench.generate.calls import DRAFTED, Clock, prompt
+from kvruntime.bench.generate.calls import DRAFTED, Clock, prompt, prompt_name
 from kvruntime.bench.generate.report import FIRST_CALL, STOCK
 from kvruntime.bench.harness.results import Row
 from kvruntime.bench.harness.session import release, say
 from kvruntime.bench.harness.tables import of_kernel
 
 SHORT, LONG = FIRST_CALL, 72
-"""The new tokens between which steps are timed."""
+"""The new tokens between which steps are timed, unless more or fewer are asked for."""
 
 
 class Turns:
@@ -79,8 +80,12 @@ class Turns:
 class Entrant:
     """One cache at one size under one kind of call: what its calls took."""
 
-    def __init__(self, one: Any, call: str, size: tuple[int, int], repeats: int) -> None:
+    def __init__(
+        self, one: Any, call: str, size: tuple[int, int], repeats: int, num_new: int | None = None
+    ) -> None:
         self.one, self.call, self.size, self.repeats = one, call, size, repeats
+        self.num_new = LONG if num_new is None else num_new
+        """New tokens of a timed call."""
         self.starts: list[float] = []
         self.steps: list[float] = []
         self.middles: list[float] = []
@@ -95,27 +100,27 @@ class Entrant:
     def is_dynamic(self) -> bool:
         return bool(self.one.name == STOCK[0])
 
-    def run(self, clock: Clock, model: Any, num_new: int, seed: int) -> list[float]:
+    def run(self, clock: Clock, model: Any, num_new: int, asks: Prompt) -> list[float]:
         """One call with an empty cache; what it leaves behind is given back."""
         with self.one.around(model):
-            ids = prompt(model, *self.size, seed, self.call)
-            cache = self.one.cache(model, self.size[1] + LONG)
+            ids = asks(self)
+            cache = self.one.cache(model, self.size[1] + self.num_new)
             times, _ = clock(model, ids, num_new, cache, self.call)
         if len(times) < num_new:
             raise RuntimeError(f"{len(times)} of {num_new} tokens came")
         self.said |= of_kernel(cache)
         if steps := getattr(cache, "steps", ""):
             self.said["steps"] = steps
-        if num_new == LONG:
+        if num_new == self.num_new:
             self.said["calls_of_model"] = clock.steps
         return times
 
-    def first(self, clock: Clock, model: Any, seed: int) -> None:
+    def first(self, clock: Clock, model: Any, asks: Prompt) -> None:
         """The call in which all compiling and capturing is; of the dynamic cache a long one, whose lengths are new to
         the process."""
         before = allocated(clock)
         long = self.is_dynamic or self.call == DRAFTED  # whose steps are not of one length
-        times = self.run(clock, model, LONG if long else SHORT, seed)
+        times = self.run(clock, model, self.num_new if long else SHORT, asks)
         self.said["first_call_seconds"] = times[SHORT - 1]
         if self.is_dynamic:
             self.steps.append(per_token(times))
@@ -123,12 +128,12 @@ class Entrant:
         release()
         self.held = max(0, allocated(clock) - before)
 
-    def again(self, clock: Clock, model: Any, seed: int, weights: int, kept: int) -> None:
+    def again(self, clock: Clock, model: Any, asks: Prompt, weights: int, kept: int) -> None:
         """A timed call.  ``weights``: bytes on the device before any cache; ``kept``: after all first calls."""
         if allocated(clock) > kept:  # a cache that an earlier call left in a cycle
             release()
         before = allocated(clock, anew=True)
-        times = self.run(clock, model, LONG, seed)
+        times = self.run(clock, model, self.num_new, asks)
         self.starts.append(times[0])
         self.steps.append(per_token(times))
         if self.call != DRAFTED:
@@ -153,13 +158,13 @@ class Entrant:
 
 def per_token(times: Sequence[float]) -> float:
     """Seconds between two tokens after the first ``SHORT``."""
-    return (times[LONG - 1] - times[SHORT - 1]) / (LONG - SHORT)
+    return (times[-1] - times[SHORT - 1]) / (len(times) - SHORT)
 
 
 def middle_step(times: Sequence[float]) -> float:
     """The median of the seconds between one token and the next after the first ``SHORT``: at new lengths one of 64 may
     take six times as long as the others."""
-    return median(after - before for before, after in pairwise(times[SHORT - 1 : LONG]))
+    return median(after - before for before, after in pairwise(times[SHORT - 1 :]))
 
 
 def allocated(clock: Clock, *, peak: bool = False, anew: bool = False) -> int:
@@ -173,15 +178,25 @@ def allocated(clock: Clock, *, peak: bool = False, anew: bool = False) -> int:
     return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
 
 
+Prompt = Callable[[Entrant], Any]
+"""Tokens of an entrant's calls."""
+
+
 class Group:
     """What takes part at one size; measured together, when the first row of it is asked for.
 
+    ``load()``: the model, and the tokenizer by which drafted calls are given a text, or None.
     ``record(entrant, row)``: is told of every row as it stands after each round, so that a run that is stopped keeps
     what it has.  Each entrant's failure is its own.
     """
 
     def __init__(
-        self, clock: Clock, load: Callable[[], Any], turns: Turns, seed: int, record: Callable[[Entrant, Row], None]
+        self,
+        clock: Clock,
+        load: Callable[[], tuple[Any, Any]],
+        turns: Turns,
+        seed: int,
+        record: Callable[[Entrant, Row], None],
     ) -> None:
         self.clock, self.load, self.turns, self.seed, self.record = clock, load, turns, seed, record
         self.entrants: list[Entrant] = []
@@ -202,21 +217,28 @@ class Group:
 
     def _measure(self) -> None:
         self.turns.together()
-        model = self.load()
+        model, tokenizer = self.load()
+        asks = partial(self._prompt, model, tokenizer)
         release()
         weights = allocated(self.clock)
         for entrant in self.entrants:
-            self._try(entrant, lambda one: one.first(self.clock, model, self.seed))
+            self._try(entrant, lambda one: one.first(self.clock, model, asks))
         kept = allocated(self.clock)
         with self.turns.alone():
             for turn in range(max(entrant.repeats for entrant in self.entrants)):
                 for entrant in self.entrants:
                     if entrant.failure is None and turn < entrant.repeats:
-                        self._try(entrant, lambda one: one.again(self.clock, model, self.seed, weights, kept))
+                        self._try(entrant, lambda one: one.again(self.clock, model, asks, weights, kept))
                         if entrant.failure is None:
                             self.record(entrant, entrant.row())
         for one in {id(entrant.one): entrant.one for entrant in self.entrants}.values():
             getattr(one.cache, "free", int)()
+
+    def _prompt(self, model: Any, tokenizer: Any, entrant: Entrant) -> Any:
+        """The tokens of an entrant's calls, whose row says what they are."""
+        if said := prompt_name(entrant.call, tokenizer):
+            entrant.said["prompt"] = said
+        return prompt(model, *entrant.size, self.seed, entrant.call, tokenizer)
 
     def _try(self, entrant: Entrant, work: Callable[[Entrant], None]) -> None:
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.engine.suite import Models, chosen, key_of, size_of
 from kvruntime.bench.engine.suite import Subject as Shape
-from kvruntime.bench.generate.calls import CONVERSATION, DRAFTED, GREEDY, Clock, prompt
+from kvruntime.bench.generate.calls import CONVERSATION, DRAFTED, GREEDY, UNDRAFTED, Clock, prompt
 from kvruntime.bench.generate.report import STOCK, line, tables
 from kvruntime.bench.generate.rounds import LONG, SHORT, Entrant, Group, Turns
 from kvruntime.bench.harness.results import Results, Row, describe
@@ -30,6 +30,8 @@ __all__ = ["LONG", "SHORT", "Clock", "Subject", "contenders", "generate", "promp
 TURNS, TURN = 10, 32
 """Turns of a conversation, and tokens of each: as many are said as are answered."""
 K = 1024
+MOST_NEW = 4 * K
+"""New tokens of a timed call, for which models have positions besides a prompt's."""
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,13 @@ def measure_conversation(
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is timed of every subject: kinds of calls, timed calls of each cache, and with whom the device is shared."""
+    """What is timed of every subject: kinds of calls, timed calls of each cache, with whom the device is shared, and
+    new tokens of a call, where they are others than ``LONG``."""
 
     calls: Sequence[str] = (GREEDY,)
     repeats: int = 3
     turns: Turns | None = None
+    num_new: int | None = None
 
 
 def subject_tasks(
@@ -220,12 +224,14 @@ def subject_tasks(
 
     ``first_call_seconds``: ``SHORT`` tokens in a process that has not run this cache at this size, so compiling and
     capturing are in it; ``beside``: other processes ran first calls at the same time.  ``seconds_per_step``: from the
-    token ``SHORT`` to the token ``LONG`` of one call, ``[median, min, max]`` of ``calls``, each of them; the first one
-    of the dynamic cache has lengths that are new to the process, and ``new_length_seconds`` is its median step.
+    token ``SHORT`` to the token ``LONG``, or ``new_tokens``, of one call, ``[median, min, max]`` of ``calls``, each of
+    them; the first one of the dynamic cache has lengths that are new to the process, and ``new_length_seconds`` is its
+    median step.
     ``middle_steps``: of each timed call the median step, which one pause of the host does not move; not of drafts.
     ``first_token_seconds``: of timed calls, likewise.
     ``peak_nbytes``: what PyTorch's allocator holds at the most with this cache alone, the weights included.
-    ``calls_of_model``: the steps of a timed call, fewer than its tokens where they are drafted.
+    ``calls_of_model``: the steps of a timed call, fewer than its tokens where they are drafted.  ``prompt``: what the
+    tokens of a drafted call are, and of the undrafted one that is timed beside it.
     """
     from kvruntime.bench.model.peers import package_version
 
@@ -234,6 +240,10 @@ def subject_tasks(
 
     def model() -> Any:
         return models.loaded(subject.shape).model
+
+    def read() -> tuple[Any, Any]:
+        loaded = models.loaded(subject.shape)
+        return loaded.model, loaded.tokenizer
 
     beside = {"beside": True} if turns.file else {}
 
@@ -249,15 +259,21 @@ def subject_tasks(
 
     out = []
     timed = [call for call in schedule.calls if call != CONVERSATION]
+    if DRAFTED in timed:  # beside it the same without drafts
+        timed.insert(timed.index(DRAFTED), UNDRAFTED)
     for size in subject.sizes if timed else ():
-        group = Group(clock, model, turns, models.seed, record)
+        group = Group(clock, read, turns, models.seed, record)
         for one in parts:
             for call in timed:
-                if call == DRAFTED and (size[0] > 1 or one.name == STOCK[1]):
-                    continue  # transformers drafts for one row; a static cache's end comes within a draft
-                entrant = Entrant(one, call, size, 1 if one.is_guest else schedule.repeats)
+                if call in (DRAFTED, UNDRAFTED) and size[0] > 1:
+                    continue  # transformers drafts for one row
+                if call == DRAFTED and one.name == STOCK[1]:
+                    continue  # a static cache's end comes within a draft
+                entrant = Entrant(one, call, size, 1 if one.is_guest else schedule.repeats, schedule.num_new)
                 of = {"runs": one.runs, "call": call, "batch_size": size[0], "num_tokens": size[1]}
                 of |= {"repeats": entrant.repeats}
+                if schedule.num_new is not None:
+                    of["new_tokens"] = schedule.num_new
                 if one.is_guest:
                     of["package_version"] = package_version(one.package)
                 key = keys[id(entrant)] = key_of("generate", models, subject.shape, one.name, one.package, **of)
@@ -311,6 +327,8 @@ def generate(**given: Any) -> int:
             raise LookupError(f"unknown model {name!r}: allowed are {', '.join(SUBJECTS)}")
     if not 1 <= given["repeats"] <= MOST:
         raise ValueError(f"repeats {given['repeats']}: allowed are 1 to {MOST:,}")
+    if not SHORT < given["new_tokens"] <= MOST_NEW:
+        raise ValueError(f"new tokens {given['new_tokens']}: allowed are {SHORT + 1} to {MOST_NEW:,}")
     device = pick_device(given["device"])
     if not device.startswith("cuda"):
         raise ValueError(f"bench generate times CUDA graphs: it needs a CUDA device, not {device}")
@@ -322,7 +340,8 @@ def generate(**given: Any) -> int:
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
     results = Results(out, header, resume=given["resume"], anew=given["anew"])
     models, clock = Models(device, given["seed"]), Clock(device)
-    schedule = Schedule(given["calls"] or (GREEDY, CONVERSATION), given["repeats"], turns)
+    num_new = None if given["new_tokens"] == LONG else given["new_tokens"]
+    schedule = Schedule(given["calls"] or (GREEDY, CONVERSATION), given["repeats"], turns, num_new)
     tasks: list[Task] = []
     for name in dict.fromkeys(names):
         subject = SUBJECTS[name]
