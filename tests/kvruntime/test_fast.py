@@ -263,6 +263,7 @@ def test_several_queries(attend, name, dim, sharing) -> None:
     fresh = (*(sized(x) for x in new), counts)
     out = attend(sized(query), *cache.arguments, dim**-0.5, fresh, **SHARING[sharing])
     assert out.shape == query.shape
+    assert out.transpose(1, 2).is_contiguous()  # as an output projection reads it, without a copy
     errors = [cache.error(out, sized(query), dim**-0.5, row, fresh) for row in range(3)]
     assert max(errors) <= 2e-3, (lengths, count, q_per_kv, errors)
 

@@ -27,7 +27,7 @@ from kvruntime.hf import empty, graphs  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.counts import StepCounts  # noqa: E402
 from kvruntime.methods import Steps, make_layer  # noqa: E402
-from kvruntime.methods.kivi import attention  # noqa: E402
+from kvruntime.methods.kivi import append, attention  # noqa: E402
 from kvruntime.methods.kivi import cache as kivi_cache  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
@@ -127,12 +127,29 @@ def test_a_step_of_several_is_an_attention_and_an_append(method, dim, on_device)
             torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
         else:
             assert torch.equal(got, want)
+        assert got.transpose(1, 2).is_contiguous()  # as an output projection reads it, without a copy
         KiviLayer.crop_all(layers, max(layers[0].row_lengths) - 1)
         for name, tensor in layers[0].tensors.items():
             assert torch.equal(tensor, layers[1].tensors[name]), (length, name)
         assert (layers[0].row_lengths, layers[0].row_packed) == (layers[1].row_lengths, layers[1].row_packed)
         assert layers[0].tensors["lengths"].tolist() == [layers[0].row_lengths, layers[0].row_packed]
     assert layers[0].row_packed != packed
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_row_of_a_step_of_several_has_its_order_of_channels(rows, on_device, monkeypatch):
+    """Of several rows one may hold no record yet."""
+    begun, run = [], append.order
+    monkeypatch.setattr(append, "order", lambda *given: begun.append(rows) or run(*given))
+    layer = make_layer(kivi_boost(residual_length=64), LayerShape(1, 64, 64), rows, 256, DEVICE)
+    tokens = torch.randn(rows, 1, 126, 64, dtype=torch.float16, device=DEVICE)
+    layer.append(tokens, tokens, [126, 40][:rows])
+    assert begun == [rows]
+    assert layer.row_packed == [64, 0][:rows]
+    lengths = torch.tensor(layer.row_lengths, dtype=torch.int32, device=DEVICE)
+    fresh = tokens[:, :, :5]
+    layer.step(fresh, fresh, fresh, 0.1, Steps(lengths, lengths, layer.scratch(1), layer.num_provided))
+    assert begun == [rows] * rows
 
 
 def test_a_step_of_several_takes_embedded_tokens():

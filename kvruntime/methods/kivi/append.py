@@ -94,13 +94,15 @@ def append(
     books: tuple[list[int], list[int]] | None = None,
     starts: Tensor | None = None,
     layers: Tensor | None = None,
+    is_ordered: bool = False,
 ) -> None:
     """Store new tokens: the tensors and their meaning are :func:`kvruntime.methods.kivi.reference.append`'s.
 
     Without ``books``, or with a line, nothing is read back: as many programs start as any lengths may need, whatever
     the rows hold, so that a CUDA graph of it holds too (``counts`` then None or int32 on the device).  With them, an
     append that packs nothing is one launch.  ``layers``: :func:`addresses` of many layers, the tensors being the
-    first's; they share everything else, tables too.
+    first's; they share everything else, tables too.  ``is_ordered``: every row holds a record, whose order of channels
+    stays.
     """
     record, sink, residual = layout
     if layers is not None and record.boosted:
@@ -131,7 +133,7 @@ def append(
     if most:
         if stored.key_params is not None:
             freeze(new, stored, layout, layers)
-        if stored.key_order is not None and (books is None or starts is not None or 0 in books[1]):
+        if stored.key_order is not None and not is_ordered and (books is None or starts is not None or 0 in books[1]):
             order(new, stored, layout)
         launch = pack_launch(record)
         blocks = (

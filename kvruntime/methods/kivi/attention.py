@@ -382,7 +382,7 @@ def attend_kernel(
     inverse = tl.where(saw, 1.0 / tl.where(saw, total, 1.0), 0.0)
     inside = position < num_queries
     if BLOCK_B == 0:
-        out_row = (row.to(tl.int64) * (NUM_HEADS * Q_PER_KV) + query_head) * num_queries + position
+        out_row = (row.to(tl.int64) * num_queries + position) * (NUM_HEADS * Q_PER_KV) + query_head
     else:
         out_row = (start + position).to(tl.int64) * (NUM_HEADS * Q_PER_KV) + query_head
     out_row = out_row * num_splits + split
@@ -424,8 +424,9 @@ def attend(
 ) -> Tensor:
     """Attention over everything a layer stores; tensors as :func:`kvruntime.methods.kivi.reference.attend` has them.
 
-    Lengths, counts, starts and tables are int32 and stay on the device.  ``num_splits`` overrides the plan, which is
-    made for rows of ``num_tokens``, or of what the buffers provide for.
+    Lengths, counts, starts and tables are int32 and stay on the device.  A query's heads come out side by side, as a
+    model's output projection reads them.  ``num_splits`` overrides the plan, which is made for rows of ``num_tokens``,
+    or of what the buffers provide for.
     """
     record, sink, residual = layout
     batch_size, heads = len(stored.lengths), stored.exact_key.shape[1]
@@ -448,7 +449,7 @@ def attend(
     if starts is None:
         blocks, rows = -(-num_queries * q_per_kv // block_m), batch_size * heads
         query_strides = query.stride()[:3]
-        out = query.new_empty(batch_size, q_heads, num_queries, record.value_dim)
+        out = query.new_empty(batch_size, num_queries, q_heads, record.value_dim)
     else:
         blocks, rows = lines.num_blocks(num_queries, batch_size, block_m, q_per_kv), heads
         query_strides = (0, query.stride(1), query.stride(0))
@@ -484,7 +485,7 @@ def attend(
             BLOCK_S=triton.next_power_of_2(num_splits), enable_fp_fusion=FUSED_MERGE,
             num_warps=8 if block_d > 64 else 4,
         )  # fmt: skip
-    return out
+    return out if starts is not None else out.transpose(1, 2)
 
 
 def rotated(value: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -251,7 +251,8 @@ class KiviLayer(Rows):
         out = self._attend(query, scale, (key, value, None), steps.num_tokens if key.is_cuda else None, None, scores)
         if key.is_cuda:
             append, stored = _kernels("append"), self.stored()
-            append.append(key, value, None, stored, self.layout)
+            one = self.batch_size == 1  # which holds a record, where channels are boosted, or no step takes several
+            append.append(key, value, None, stored, self.layout, is_ordered=one)
             append.count(stored, self.layout, key.shape[2])
         else:
             self.append(key, value)

@@ -347,7 +347,8 @@ def attend(
     of a row at least, which no other call uses at the same time: then, where a row has one query, programs share out
     the end of long rows as they come to it, and one launch does it all where splits are few.
 
-    ``out [batch_size, num_q_heads, L, value_dim]``: where the output goes, contiguous; None: to a tensor of its own.
+    ``out [batch_size, num_q_heads, 1, value_dim]``: where the output of one query a row goes, contiguous; None: to a
+    tensor of its own, in which a query's heads lie side by side, as a model's output projection reads them.
 
     ``early``: from compute capability 9.0 on this is launched while what runs before it on the stream still ends, and
     waits for that before it reads what that may have written, but for one thing: without a block table a program asks
@@ -406,7 +407,7 @@ def attend(
     partial = query.new_empty(slots, fixed["HEADS"], dim, dtype=torch.float32)
     lse = query.new_empty(slots, fixed["HEADS"], dtype=torch.float32)
     if out is None:
-        out = query.new_empty(batch_size, q_heads, length, dim)
+        out = query.new_empty(batch_size, length, q_heads, dim).transpose(1, 2)
     grid = (splits, batch_size * blocks) if num_queries is None else (batch_size * blocks, splits)
     launch_kernel(
         attend_kernel, (splits,) if block_b else grid, query, stored.records, stored.exact_key, stored.exact_value,

@@ -134,11 +134,12 @@ def combine_kernel(partial_ptr, lse_ptr, packed_ptr, draws_ptr, out_ptr, chunks,
     if num_queries is None:
         member = query_head % Q_PER_KV
         block = query_head // Q_PER_KV * blocks + member // HEADS
-    else:  # numbered as the columns are: heads of one query, then the next query
+    else:  # numbered as the columns are, key/value head by head; heads of one query lie side by side in the output
         group = query_head // (num_queries * Q_PER_KV)
         member = query_head % (num_queries * Q_PER_KV)
         block = group * blocks + member // HEADS
-        query_head = (group * Q_PER_KV + member % Q_PER_KV) * num_queries + member // Q_PER_KV
+        query_head = (group // NUM_HEADS * num_queries + member // Q_PER_KV) * NUM_HEADS + group % NUM_HEADS
+        query_head = query_head * Q_PER_KV + member % Q_PER_KV
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     if BLOCK_B == 0:
         slot = block * num_splits
