@@ -163,7 +163,7 @@ def _prefill_side(
     given, longest = max(1, round(lengths.mean_input)), lengths.input_quantile(INPUT_SHARE)
     found = shortcuts.found(Deployment(model, method, engine, sharding), place.cache_nbytes)
     mean, long = (
-        prefill(model, place.card, 1, tokens, serving, cached_tokens=found.tokens(tokens)).seconds
+        prefill(model, place.card, 1, tokens, serving, cached_tokens=found.tokens(tokens), method=method).seconds
         for tokens in (given, longest)
     )
     beside = constants().prefill_seconds  # a wait, not work

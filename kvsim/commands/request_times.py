@@ -110,7 +110,10 @@ def request_times(model: Model, deployment: Deployment, space: Room, load: Load,
         if output is None:
             token = decode_step(model, method, card, max(1.0, replica / stages), prompt, serving)
             held = float(replica)
-            first = prefill(model, card, 1, prompt, serving, cached_tokens=cached) if card.fp16_flops else None
+            if card.fp16_flops:
+                first = prefill(model, card, 1, prompt, serving, cached_tokens=cached, method=method)
+            else:
+                first = None
         else:
             plain = sharding == Sharding(tensor_parallel_size=sharding.tensor_parallel_size)
             if load.told or not plain:

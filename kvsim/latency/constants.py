@@ -50,7 +50,10 @@ class Constants:
     Prompts: ``engine_prompt_seconds``, by engine: what the host takes a layer to launch a prompt's kernels, behind
     which the card works, in place of ``prefill_seconds``, which are a server's; ``engine_prompt_passes``: how often a
     token's hidden state, in 16 bits, goes through memory in a layer, element by element, and ``engine_prompt_norms``:
-    the share of these that each norm beyond two a layer adds.
+    the share of these that each norm beyond two a layer adds; ``engine_masked_efficiency``: by engine that gives
+    attention a mask where a window is shorter than the prompt, the share of the FLOP/s at which it multiplies every
+    pair, those hidden too; ``engine_order_seconds``: by engine, what a layer takes more whose key channels are stored
+    in an order that the prompt tells (the host waits for the card there, so nothing hides it).
 
     Servers: ``chunk_tokens``: prompt tokens a step.  ``prompt_steps``: by engine that runs prompts in steps of their
     own, the share of them that a request waits for.  ``prefill_seconds``, ``prefill_queue``: what a first token waits
@@ -97,6 +100,8 @@ class Constants:
     engine_prompt_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_prompt_passes: Mapping[str, float] = field(default_factory=dict)
     engine_prompt_norms: Mapping[str, float] = field(default_factory=dict)
+    engine_masked_efficiency: Mapping[str, float] = field(default_factory=dict)
+    engine_order_seconds: Mapping[str, float] = field(default_factory=dict)
     engine_table_share: Mapping[str, float] = field(default_factory=dict)
     engine_layer_shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     engine_state_passes: Mapping[str, float] = field(default_factory=dict)

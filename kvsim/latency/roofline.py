@@ -367,15 +367,26 @@ class Roofline:
         return total
 
     def prompt_attention(self, num_tokens: int, new: int) -> float:
-        """Seconds of the attention of a prompt's last ``new`` tokens."""
+        """Seconds of the attention of a prompt's last ``new`` tokens.
+
+        Engines of ``engine_masked_efficiency`` hide what has left a window by a mask: every pair is multiplied."""
         half = self._flops(16)
         if half is None:
             raise ValueError(f"{self.hardware.id}: its arithmetic (FLOP/s) is not known, no prefill time")
-        pairs = sum(
-            count * (PROMPT_WIDTH if layer.kind == "mla" else _width(layer)) * seen(layer, num_tokens, new)
-            for layer, count in Counter(self.model.cache_layers).items()
-        )
-        return 2 * pairs * self.model.num_q_heads / (self.fixed.attention_efficiency * half) / self.ranks
+        masked, total = self.fixed.engine_masked_efficiency.get(self.engine), 0.0
+        for layer, count in Counter(self.model.cache_layers).items():
+            width = count * (PROMPT_WIDTH if layer.kind == "mla" else _width(layer))
+            if masked and layer.window is not None and layer.window < num_tokens:
+                total += width * num_tokens * new / masked
+            else:
+                total += width * seen(layer, num_tokens, new) / self.fixed.attention_efficiency
+        return 2 * total * self.model.num_q_heads / half / self.ranks
+
+    def ordering(self, method: Method) -> float:
+        """Seconds that prompts take more where ``method`` stores key channels in an order that they tell."""
+        chosen = placed(self.serving.stored(self.model, method), self.model.cache_layers).items()
+        ordered = sum(count for (_, own), count in chosen if getattr(own, "boost_nbits", 0))
+        return ordered * self.fixed.engine_order_seconds.get(self.engine, 0.0)
 
     def prompt(self, num_prompts: Any, num_tokens: int, new: int) -> tuple[float, float]:
         """Seconds of the arithmetic and of the weight stream of ``num_prompts`` prompts' last ``new`` tokens, alone."""

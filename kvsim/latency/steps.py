@@ -104,17 +104,19 @@ def prefill(
     serving: Serving = DEFAULT,
     *,
     cached_tokens: int = 0,
+    method: Method | None = None,
 ) -> Step:
     """The prefill of ``batch_size`` prompts of ``num_tokens`` tokens, the first ``cached_tokens`` of each at hand.
+
+    ``method``: what stores their keys and values, where that is to be counted.
 
     Raises ``ValueError`` where the card's arithmetic or bandwidth or the model's number of weights is not known.
     """
     _positive(batch_size=batch_size, num_tokens=num_tokens, tensor_parallel=serving.tensor_parallel)
     _check_cached(cached_tokens, num_tokens)
     roofline = Roofline(model, hardware, serving)
-    return as_step(
-        _prefill_parts(roofline, batch_size, num_tokens, num_tokens - cached_tokens), roofline.fixed.prefill_band
-    )
+    parts = _prefill_parts(roofline, batch_size, num_tokens, num_tokens - cached_tokens, method)
+    return as_step(parts, roofline.fixed.prefill_band)
 
 
 def running(
@@ -242,7 +244,7 @@ def first_token(
     step = token_step(*load, cached_tokens=cached_tokens, num_running=held)
     roofline = Roofline(model, hardware, serving)
     fixed = roofline.fixed
-    parts = _prefill_parts(roofline, 1, input_len, input_len - cached_tokens)
+    parts = _prefill_parts(roofline, 1, input_len, input_len - cached_tokens, method)
     own = sum(parts.values()) - fixed.prefill_seconds
     parts["queue"] = fixed.prefill_queue * (batch_size - 1) * own
     parts["queue"] += (batch_size / held - 1) * output_len * step.seconds.value
@@ -295,7 +297,9 @@ def _decode_parts(
     return parts
 
 
-def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: int) -> dict[str, Any]:
+def _prefill_parts(
+    roofline: Roofline, batch_size: int, num_tokens: int, new: int, method: Method | None = None
+) -> dict[str, Any]:
     chunks = roofline.chunks(batch_size * new)
     share = roofline.pipelined(chunks)
     compute, stream = roofline.prompt(batch_size, num_tokens, new)
@@ -303,10 +307,11 @@ def _prefill_parts(roofline: Roofline, batch_size: int, num_tokens: int, new: in
     launches = fixed.engine_prompt_seconds.get(roofline.engine)
     overhead = fixed.prefill_seconds + chunks * roofline.block_seconds
     if launches is not None:  # one forward of the model, launched while the card works; no server before it
-        overhead = max(0.0, launches * roofline.table_share * roofline.model.num_blocks - max(compute, stream))
+        overhead = max(0.0, launches * roofline.model.num_blocks - max(compute, stream))
     return {
         "weights": stream,
         "compute": max(0.0, compute - stream),
+        "kv": 0.0 if method is None or new < num_tokens else roofline.ordering(method),
         "overhead": overhead,
         "communication": roofline.communication(batch_size * new, prompt=True),
     }

@@ -330,6 +330,35 @@ def test_several_cards_share_the_stream_and_talk() -> None:
         decode_step(LLAMA, FP16, replace(H100, link_bandwidth=None), 1, 128, Serving(tensor_parallel=2))
 
 
+def test_a_prompt_behind_a_mask_multiplies_every_pair() -> None:
+    serving, fixed = Serving(engine="transformers"), constants()
+    gemma, tokens = load_model("gemma-3-4b-it"), 16384
+    found = Roofline(gemma, H100, serving)
+    causal = replace(fixed, engine_masked_efficiency={})
+    within = Roofline(gemma, H100, Serving(engine="transformers", profile=causal)).prompt_attention(tokens, tokens)
+    windows = [layer for layer in gemma.cache_layers if layer.window]
+    width = 2 * 2 * 256 * gemma.num_q_heads * len(windows)  # a product of keys and one of values
+    window = windows[0].window
+    assert H100.fp16_flops
+    assert window
+    every = width * tokens**2 / (fixed.engine_masked_efficiency["transformers"] * H100.fp16_flops)
+    hidden = width * seen(windows[0], tokens, tokens) / (fixed.attention_efficiency * H100.fp16_flops)
+    assert found.prompt_attention(tokens, tokens) == pytest.approx(within - hidden + every)
+    short = Roofline(gemma, H100, Serving(engine="transformers", profile=causal)).prompt_attention(window, window)
+    assert found.prompt_attention(window, window) == pytest.approx(short)  # nothing has left the windows
+
+
+def test_ordered_key_channels_delay_the_first_token_of_layers_that_are_packed() -> None:
+    serving = Serving(engine=make_engine("kvruntime", steps="generate"))
+    each = constants().engine_order_seconds["kvruntime:generate"]
+    boost = make_method("kivi-boost")
+    for name, packed in (("llama-3.1-8b", 32), ("gemma-3-4b-it", 5)):
+        model = load_model(name)
+        plain, ordered = (prefill(model, H100, 8, 2048, serving, method=method) for method in (KIVI, boost))
+        assert ordered.parts == plain.parts | {"kv": pytest.approx(packed * each)}
+        assert prefill(model, H100, 8, 2048, serving, method=boost, cached_tokens=1024).parts["kv"] == 0
+
+
 def test_a_prefix_at_hand_shortens_the_prefill() -> None:
     whole_prompt, half = prefill(LLAMA, H100, 1, 16384), prefill(LLAMA, H100, 1, 16384, cached_tokens=8192)
     assert 0.45 < half.seconds.value / whole_prompt.seconds.value < 0.75  # the rest still looks at all of it

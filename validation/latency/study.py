@@ -139,7 +139,7 @@ def table_of(fixed: Constants) -> dict[str, Any]:
 BY_ENGINE = (
     *("engine_layer_seconds", "engine_step_seconds", "engine_table_share", "engine_wide", "overlapped"),
     *("engine_prompt_seconds", "engine_prompt_passes", "engine_prompt_norms", "engine_link", "engine_layer_shares"),
-    "engine_state_passes",
+    *("engine_state_passes", "engine_masked_efficiency", "engine_order_seconds"),
 )
 """The constants by engine that are fitted on this project's own records."""
 

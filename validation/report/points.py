@@ -304,7 +304,9 @@ def _prefill(row: Row, card: Hardware, source: str, found: Collection, profile: 
     if runtime and _model(row["model"]).state_layers:
         found.parts_left["prompts of models with constant states", "their mixers run in PyTorch's operators"] += 1
     elif runtime:
-        step = prefill(_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine=runtime))
+        method = method_named("bf16") if row["package"] == "transformers" else _method(row, found)
+        load = (_model(row["model"]), card, row["batch_size"], row["num_tokens"], Serving(engine=served(runtime)))
+        step = prefill(*load, method=method)
         claim = "short prompts" if step.parts["overhead"] else "first token"
         yield Point(claim, step.seconds.value, median, _factors(row, card), source, step.parts, (low, high))
 
