@@ -83,7 +83,11 @@ class Part:
 
 def with_part(fixed: Constants, name: str, part: Part, card: Hardware, source: str = "measured") -> Constants:
     """``fixed`` with the constants of the runtime ``name`` in place of the stated ones, as shares of the peaks of
-    ``card``."""
+    ``card``.
+
+    What windows, states and further norms take beside a layer is the card's in a graph and stays as stated; where the
+    host launches every kernel it is a share of the layer's seconds.
+    """
     peak = card.bandwidth or part.weight_bandwidth
     engine = name.partition(":")[0]
     kernels = {
@@ -102,6 +106,11 @@ def with_part(fixed: Constants, name: str, part: Part, card: Hardware, source: s
         )
         for kernel, rates in part.kernels.items()
     }
+    shares = dict(fixed.engine_layer_shares.get(name, {}))
+    if name not in HOST_LAUNCHED and part.layer_seconds:
+        scale = constants().engine_layer_seconds.get(name, part.layer_seconds) / part.layer_seconds
+        whole = {kind: float(kind != "norm") for kind in shares}  # of a layer: a norm is one more, others stand for one
+        shares = {kind: whole[kind] + (share - whole[kind]) * scale for kind, share in shares.items()}
     own = {"weight_efficiency": part.weight_bandwidth / peak, "prefill_efficiency": fixed.prefill_efficiency}
     own |= {"weight_ops": part.weight_ops} if part.weight_ops else {}
     wide = {key: value for key, value in fixed.engine_wide.items() if key != name}
@@ -109,6 +118,7 @@ def with_part(fixed: Constants, name: str, part: Part, card: Hardware, source: s
         fixed,
         engine_layer_seconds={**fixed.engine_layer_seconds, name: part.layer_seconds},
         engine_step_seconds={**fixed.engine_step_seconds, name: part.step_seconds},
+        engine_layer_shares={**fixed.engine_layer_shares, **({name: shares} if shares else {})},
         engine_wide=wide | ({name: dict(part.wide)} if part.wide else {}),
         overlapped={**fixed.overlapped, name: own},
         host_launched=tuple(dict.fromkeys((*fixed.host_launched, *((name,) if name in HOST_LAUNCHED else ())))),

@@ -22,6 +22,7 @@ from kvsim.engines import make_engine
 from kvsim.hardware import find_hardware
 from kvsim.latency.attention_curve import Kernel
 from kvsim.latency.constants import constants
+from kvsim.latency.profile import Part, with_part
 from kvsim.latency.roofline import Roofline, Serving, find_kernel, hit_share, seen
 from kvsim.latency.steps import (
     MOST,
@@ -418,6 +419,18 @@ def test_layers_of_other_kinds_take_their_share() -> None:
     for name, blocks in (("llama-3-8b", 32), ("gemma-3-4b-it", gemma), ("qwen3.5-27b", qwen)):
         parts = decode_step(load_model(name), FP16, H100, 1, 512, Serving(engine="transformers", profile=fixed)).parts
         assert parts["overhead"] == pytest.approx(each * blocks + step)
+
+
+def test_a_profile_keeps_what_a_graph_takes_beside_its_layers() -> None:
+    """Norms, windows and states are the card's in a graph, whatever a profile says of a layer; launches are the host's."""
+    model, stated = load_model("gemma-3-4b-it"), constants()
+    for name, beside in (("kvruntime:generate", 1.0), ("transformers", 3.0)):
+        layer = stated.engine_layer_seconds[name]
+        fixed = with_part(stated, name, Part(1e12, 3 * layer), H100)
+        alone, measured = (Roofline(model, H100, Serving(engine=name, profile=each)).blocks for each in (stated, fixed))
+        more = (alone - model.num_blocks) * layer
+        assert more > 0
+        assert measured * 3 * layer == pytest.approx(model.num_blocks * 3 * layer + beside * more)
 
 
 def test_states_are_read_and_written_as_often_as_an_engine_does() -> None:
