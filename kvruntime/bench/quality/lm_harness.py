@@ -7,6 +7,7 @@ after that.  Contexts are stored after one forward; continuations are decoded an
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -31,7 +32,14 @@ from kvruntime.specs import DEFAULT, chosen_method
 from kvsim.layout import Method
 from kvsim.specs import parse_dtype
 
-HFLM_TAKES = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwargs"}
+LOG = logging.getLogger(__name__)
+LM_EVAL_TAKES = (
+    "add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "max_batch_size", "max_length",
+    "prefix_token_id", "think_end_token", "truncation",
+)  # fmt: skip
+"""What lm_eval's own model still reads where it is given a loaded model."""
+OTHERS = inspect.signature(HFLM.__init__).parameters.keys() - {"self", "kwargs", *LM_EVAL_TAKES}
+"""What it reads only where it loads the model itself, or in forwards that have no cache."""
 
 
 @register_model("kvruntime")
@@ -41,7 +49,8 @@ class KvruntimeLM(HFLM):
     ``pretrained``: a name, directory or hub id as of ``kvruntime --model``, or a :class:`LoadedModel`.  ``method``: one
     with its options, ``kivi:nbits=2``, or a :class:`Contender`; arguments that lm_eval's own model does not take are
     the method's options too, ``method=kivi,nbits=2,group_size=64``.  ``chunk``: tokens of a continuation that are fed
-    at a time, 1 as in decoding.  Raises ``LookupError`` and ``ValueError`` as ``kvruntime`` does.
+    at a time, 1 as in decoding.  Raises ``LookupError`` and ``ValueError`` as ``kvruntime`` does, ``ValueError`` also
+    for an argument that would do nothing and for ``batch_size=auto``, which lm_eval finds without a cache.
     """
 
     def __init__(
@@ -54,7 +63,14 @@ class KvruntimeLM(HFLM):
         offline: bool = False,
         **kwargs: Any,
     ) -> None:
-        options = [f"{name}={kwargs.pop(name)}" for name in list(kwargs) if name not in HFLM_TAKES]
+        if idle := [name for name in kwargs if name in OTHERS]:
+            own = "pretrained, method and its options, chunk, device, dtype, offline"
+            raise ValueError(f"model argument {', '.join(idle)}: allowed are {own}, {', '.join(LM_EVAL_TAKES)}")
+        size = str(kwargs.setdefault("batch_size", 1))
+        self.batch = int(size) if size.isdecimal() else 0
+        if self.batch < 1:
+            raise ValueError(f"batch_size {size}: allowed are 1 and above, in whole numbers")
+        options = [f"{name}={kwargs.pop(name)}" for name in list(kwargs) if name not in LM_EVAL_TAKES]
         if isinstance(method, str):
             joint = "," if ":" in method else ":"
             method = chosen_method([joint.join([method, ",".join(options)]) if options else method], None, {})
@@ -70,9 +86,8 @@ class KvruntimeLM(HFLM):
         super().__init__(pretrained=pretrained.model, tokenizer=pretrained.tokenizer, **kwargs)
 
     def _answerer(self) -> Answerer:
-        batch = self.batch_size if isinstance(self.batch_size, int) else 1
         build = self.contender.build
-        return Answerer(self.model, self.tokenizer, lambda n: build(self.model, n), max(1, batch), self.chunk)
+        return Answerer(self.model, self.tokenizer, lambda n: build(self.model, n), self.batch, self.chunk)
 
     def _loglikelihood_tokens(
         self,
@@ -87,6 +102,8 @@ class KvruntimeLM(HFLM):
             _, context, continuation = requests[index]
             room = max(1, self.max_length + 1 - len(continuation))
             pairs.append((context[-room:], continuation))
+        if cut := sum(len(requests[index][1]) > len(pair[0]) for index, pair in zip(order, pairs, strict=True)):
+            LOG.warning("%d of %d contexts exceed %d tokens and lose their start", cut, len(pairs), self.max_length)
         bar = tqdm(total=len(pairs), disable=disable_tqdm, desc="Running loglikelihood requests")
         with self.contender.around(self.model):
             found = self._answerer().continuations(pairs, tick=lambda share: bar.update(round(share * len(pairs))))
