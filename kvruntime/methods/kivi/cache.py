@@ -60,8 +60,10 @@ class KiviLayer(Rows):
         counts = self.make_room(key, lengths, value)
         if query is not None and query.shape[2] > 1 and self.wants_query:
             weights = reference.channel_weights(query, self.shape.num_kv_heads, lengths)
-            rows = [row for row, count in enumerate(counts) if count]
-            self.tensors["key_order"][rows] = weights[rows]
+            if not all(counts):  # a row without new tokens keeps its own
+                some = torch.tensor(counts).to(query.device, non_blocking=True) > 0
+                weights = torch.where(some[:, None, None], weights, self.tensors["key_order"])
+            self.tensors["key_order"].copy_(weights)
         self._store(key, value, counts)
         self._count(counts)
 

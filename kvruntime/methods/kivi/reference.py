@@ -120,7 +120,7 @@ def channel_weights(query: Tensor, num_kv_heads: int, lengths: Sequence[int] | N
     query = query[:, :, -WEIGHING:].float()
     batch_size, _, length, dim = query.shape
     if lengths is not None:
-        counts = torch.tensor(lengths, device=query.device).clamp(max=length)
+        counts = torch.tensor(lengths).clamp(max=length).to(query.device, non_blocking=True)
         real = torch.arange(length, device=query.device) >= length - counts[:, None]
         query = query * real[:, None, :, None]
     square = query.nan_to_num(0.0, LIMIT, -LIMIT).square().reshape(batch_size, num_kv_heads, -1, dim).mean(2)
