@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 
 from kvruntime.hf import latents
 from kvruntime.hf.exact import EMPTY, ExactPart, Kind
+from kvruntime.hf.handed_on import touched
 from kvruntime.methods import changes_scores, holds_latents
 from kvsim.engines.kvruntime import LONG_WINDOW, latent_names
 from kvsim.layout import LayerShape, Method
@@ -52,7 +53,7 @@ def layer_kinds(model: Any) -> list[Kind]:
     """What each layer of ``model`` keeps, read from its text config.
 
     Raises ``ValueError``, naming the reason, for a model with layers of another kind, with none that could be packed,
-    or that does not attend through transformers' attention interface.
+    or that does not attend through transformers' attention interface to what the cache gives.
     """
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
@@ -70,6 +71,8 @@ def layer_kinds(model: Any) -> list[Kind]:
     interface = model._supports_attention_backend or model._is_stateful
     if not (interface and model._can_set_attn_implementation()):
         raise ValueError(f"{name} is not supported: it does not go through transformers' attention interface")
+    if found := touched(model):
+        raise ValueError(f"{name} is not supported: {found}")
     if not any(kind.shape for kind in kinds):
         held = sorted({NAMES[kind.keeps] for kind in kinds if kind.keeps in NAMES})
         slides = any(kind.window for kind in kinds) and not getattr(config, "attention_chunk_size", None)

@@ -43,6 +43,21 @@ REFUSED = {
         {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
         "MambaForCausalLM is not supported: nothing to pack, its layers are linear-attention or state-space",
     ),
+    "split values": (
+        "DiffLlamaConfig",
+        GQA,
+        r"DiffLlamaAttention works on what the cache gives before it attends \(torch\.chunk\(value_states, 2",
+    ),
+    "a mask made of values": (
+        "DogeConfig",
+        {**GQA, "sliding_window": None},
+        r"DogeAttention works on what the cache gives before it attends \(value_states\.transpose",
+    ),
+    "repeated heads": (
+        "JetMoeConfig",
+        {**GQA, "kv_channels": 32, "num_local_experts": 2, "num_experts_per_tok": 2},
+        r"JetMoeAttention works on what the cache gives before it attends \(key_states\.repeat",
+    ),
     "cross-attention": (
         "GPT2Config",
         {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 97, "add_cross_attention": True},
