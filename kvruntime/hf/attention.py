@@ -258,7 +258,7 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    _refuse(module, query, key.num_columns, dropout, kwargs, key.layer.window)
+    _refuse(module, query, key, dropout, kwargs)
     layer, fresh_key, fresh_value = key.layer, key.fresh, value.fresh
     if key.steps is not None and layer.takes_mask(attention_mask):
         layer.num_q_heads, plain = query.shape[1], query.shape[3] - fresh_value.shape[3]
@@ -368,10 +368,15 @@ def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _refuse(
-    module: torch.nn.Module, query: Tensor, num_columns: int, dropout: float, kwargs: dict[str, Any], own: int | None
+    module: torch.nn.Module, query: Tensor, key: PendingUpdate, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    """``own``: the window that the layer sees to."""
-    window = kwargs.get("sliding_window")
+    """Raises ``ValueError`` for what would change the scores, and for a window that is the config's alone."""
+    own, num_columns, window = key.layer.window, key.num_columns, kwargs.get("sliding_window")
+    if own and not window and not key.layer.columns.slides:
+        raise ValueError(
+            f"{type(module).__name__} attends without the window of {own} tokens that its config names: "
+            "a kvruntime cache cannot follow it"
+        )
     if window and window != own and (num_columns > window or window_applies(window, getattr(module, "config", None))):
         raise ValueError(
             f"{type(module).__name__} attends to {num_columns} tokens with sliding_window {window}, "
@@ -389,7 +394,10 @@ def _refuse(
 
 
 def _without_window(function: Any) -> Any:
-    """The causal mask function of one that is causal within a window.  Raises ``ValueError`` for any other."""
+    """The causal mask function of one that is causal, within a window or not: some models make both masks, whichever
+    their layers take.  Raises ``ValueError`` for any other."""
+    if function is causal_mask_function:
+        return function
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     inside = [each for cell in cells if isinstance(cell, tuple) for each in cell]
     names = {each.__qualname__.partition(".")[0] for each in inside}
@@ -408,7 +416,10 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
             raise ValueError(f"a mask of {kwargs.get('q_length')} tokens that is more than causal: the host plans it")
         length.counts.at_once = 1  # several tokens that see otherwise, as an image's may: no step
     if isinstance(length, Length) and length.window:  # the layer sees to it: rows are counted without padding there
-        kwargs |= {"mask_function": _without_window(kwargs["mask_function"]), "local_size": None}
+        function = _without_window(kwargs["mask_function"])
+        if length.columns is not None and function is not kwargs["mask_function"]:
+            length.columns.slides = True
+        kwargs |= {"mask_function": function, "local_size": None}
     if isinstance(length, Length) and kwargs.get("q_length") == 1:
         given = kwargs.get("attention_mask")
         if given is None:

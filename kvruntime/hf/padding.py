@@ -36,6 +36,8 @@ class Columns:
         self._seen: tuple[int, int, bool] | None = None
         self._mask: weakref.ref[Tensor] | None = None
         self._lengths: list[int] | None = None
+        self.slides = False
+        """Whether a mask was made of a window, which the layers see to."""
         self.scattered = False
         """Whether the columns last read have padding after a token of the same row."""
         self._checked: Tensor | None = None

@@ -28,6 +28,7 @@ from kvsim.methods.evict import windowed  # noqa: E402
 from kvsim.models.model import Model  # noqa: E402
 
 FAMILIES = {"Mistral": "MistralConfig", "Phi-3": "Phi3Config"}
+CLASSES = {**FAMILIES, "Cohere 2": "Cohere2Config"}
 SLIDES = {
     **GQA,
     "num_hidden_layers": 1,
@@ -39,7 +40,7 @@ SLIDES = {
 
 def sliding(family, **options):
     torch.manual_seed(3)
-    config = getattr(transformers, FAMILIES[family])(**SLIDES | options)
+    config = getattr(transformers, CLASSES[family])(**SLIDES | options)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and "attn" in name:
@@ -70,6 +71,26 @@ def test_chunks_and_single_tokens_are_stock():
         for start, stop in ((0, 600), (600, 601), (601, 1250), (1250, 1251), (1251, 1300)):
             outs.append(model(ids[:, start:stop], **argument(cache)).logits)
         torch.testing.assert_close(torch.cat(outs, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_makes_a_full_mask_too_is_stock():
+    """Cohere 2 makes a mask of each kind, whichever its layers take."""
+    model, ids = sliding("Cohere 2", layer_types=["sliding_attention"]), prompt(1, LONG_WINDOW + 9)["input_ids"]
+    cache = make_cache(model, "fp32")
+    with torch.no_grad():
+        parts = [model(part, **argument(cache)).logits for part in ids.split((LONG_WINDOW + 8, 1), 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_that_no_layer_attends_by_is_refused(monkeypatch):
+    """Its config alone names one: the layers see all, and a packed window would not."""
+    model = sliding("Cohere 2", layer_types=["sliding_attention"])
+    module = transformers.models.cohere2.modeling_cohere2
+    monkeypatch.setattr(module, "create_sliding_window_causal_mask", module.create_causal_mask)
+    model.model.layers[0].self_attn.sliding_window = None
+    cache = make_cache(model, "fp32")
+    with torch.no_grad(), pytest.raises(ValueError, match="Cohere2Attention attends without the window of 1024"):
+        model(prompt(1, 8)["input_ids"], **argument(cache))
 
 
 @pytest.mark.parametrize("method", [Full("float32"), Kivi(2, 32, 64, dtype="float32")], ids=["full", "packed"])
