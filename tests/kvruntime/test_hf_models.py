@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_latents import LATENTS
 from hf_mixed import MIXED
-from hf_models import MODELS, prompt, tiny
+from hf_models import MODELS, MORE, prompt, tiny
 from hf_oracle import step
 from hf_tables import counts, table
 from hf_vision import VISIONS
@@ -46,7 +46,18 @@ def test_kivi_is_what_it_stores_read_back(family):
     assert cache.stores[0].row_packed == [192, 192]
 
 
+@pytest.mark.parametrize("family", MORE)
+def test_a_short_generation_is_stock(family):
+    """Of a ragged batch, longer than a window where there is one: the same tokens, logits within 1e-5."""
+    model, inputs, few = tiny(family), prompt(2, 20, (0, 3)), {**GENERATE, "max_new_tokens": 3}
+    stock, cache = model.generate(**inputs, **few), make_cache(model, "fp32")
+    ours = model.generate(**inputs, **few, **argument(cache))
+    assert torch.equal(ours.sequences, stock.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), atol=1e-5, rtol=1e-5)
+    assert cache.stores[0].row_lengths == [22, 19]
+
+
 def test_the_tables_have_every_family():
     families = len(MODELS) + len(MIXED) + len(LATENTS)
-    assert table().count("\n") == families + len(VISIONS) + 1
+    assert table().count("\n") == families + len(MORE) + len(VISIONS) + 1
     assert counts().startswith(f"{families} families: {len(MODELS)} of full attention alone")

@@ -101,11 +101,55 @@ MODELS: dict[str, tuple[str, dict[str, object], str]] = {
 }
 """Family -> (transformers config class, its arguments, what is particular about it)."""
 
+MOE = {**GQA, "head_dim": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MOE_HUNYUAN = {**GQA, "head_dim": 32, "num_experts": 4, "moe_topk": 2}
+MOE_GRANITE = {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2}
+DBRX = {
+    "vocab_size": VOCAB,
+    "d_model": 128,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 512,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 128},
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+ALL = "every layer"
+MORE: dict[str, tuple[str, dict[str, object], str, str]] = {
+    "BitNet": ("BitNetConfig", GQA, f"{ALL}: grouped-query", ""),
+    "DBRX": ("DbrxConfig", DBRX, f"{ALL}: clipped projections, experts", ""),
+    "GLM-4-0414": ("Glm4Config", {**GQA, "head_dim": 32}, f"{ALL}: partial RoPE", ""),
+    "ERNIE 4.5 MoE": ("Ernie4_5_MoeConfig", {**MOE, "moe_num_experts": 4, "moe_k": 2}, f"{ALL}: experts", ""),
+    "dots.llm1": ("Dots1Config", {**MOE, **GROUPS}, f"{ALL}: normalized queries and keys, experts", ""),
+    "Hunyuan": ("HunYuanDenseV1Config", {**GQA, "head_dim": 32}, f"{ALL}: normalized queries and keys", ""),
+    "Hunyuan-MoE": ("HunYuanMoEV1Config", MOE_HUNYUAN, f"{ALL}: experts", ""),
+    "Arcee": ("ArceeConfig", GQA, f"{ALL}: grouped-query; AFM-4.5B", ""),
+    "Ministral 3": ("Ministral3Config", {**GQA, "head_dim": 32, "sliding_window": None}, f"{ALL}: grouped-query", ""),
+    "Granite-MoE": ("GraniteMoeConfig", MOE_GRANITE, f"{ALL}: experts", ""),
+    "FlexOlmo": ("FlexOlmoConfig", {**GQA, **EXPERTS}, f"{ALL}: normalized queries and keys, experts", ""),
+    "EXAONE 4": (
+        "Exaone4Config",
+        {**GQA, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        "full attention without RoPE",
+        "windows",
+    ),
+    "LFM2-MoE": (
+        "Lfm2MoeConfig",
+        {**MOE, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+        "full attention",
+        "convolutions",
+    ),
+}
+"""Families that are run by one short generation each: -> (config class, its arguments, what is packed, what stays)."""
+
 
 @cache
 def tiny(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """The family's tiny model, seeded; every caller gets the same object."""
-    config_class, arguments, _ = MODELS[family]
+    config_class, arguments, *_ = {**MODELS, **MORE}[family]
     torch.manual_seed(7)
     config_class = getattr(transformers, config_class)
     model = transformers.AutoModelForCausalLM.from_config(config_class(**arguments)).eval().to(DEVICE, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hf_latents import LATENTS
 from hf_mixed import MIXED
-from hf_models import MODELS
+from hf_models import MODELS, MORE
 from hf_refused import REFUSED, refused_table
 from hf_vision import VISIONS
 
@@ -13,8 +13,8 @@ def counts() -> str:
     """One sentence."""
     return (
         f"{len(MODELS) + len(MIXED) + len(LATENTS)} families: {len(MODELS)} of full attention alone, {len(MIXED)} that "
-        f"mix layers or change scores and {len(LATENTS)} of latents; {len(VISIONS)} vision-language classes; "
-        f"{len(REFUSED)} kinds that are refused by name."
+        f"mix layers or change scores and {len(LATENTS)} of latents; {len(MORE)} more by one short generation each; "
+        f"{len(VISIONS)} vision-language classes; {len(REFUSED)} kinds that are refused by name."
     )
 
 
@@ -25,6 +25,8 @@ def table() -> str:
         lines.append(f"| {family} | `{config_class.removesuffix('Config')}` | every layer: {note} | |")
     for family, (config_class, _, packed, exact) in MIXED.items():
         lines.append(f"| {family} | `{config_class.removesuffix('Config')}` | {packed} | {exact} |")
+    for family, (config_class, _, packed, exact) in MORE.items():
+        lines.append(f"| {family} ² | `{config_class.removesuffix('Config')}` | {packed} | {exact} |")
     for family, (config_class, _, note) in LATENTS.items():
         name = config_class.removesuffix("Config")
         lines.append(f"| {family} | `{name}` | every layer's latents and rotary keys; {note} | |")
