@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from kvruntime.specs import SEED, chosen_method, chosen_methods, method_options, parse_length
 from kvsim import __version__
 from kvsim.commandline import Group, TextType, one_line, os_message
-from kvsim.commands.flags import options
+from kvsim.commands.flags import TOKENS, options
 from kvsim.install import missing_hint
 from kvsim.methods.defaults import DEFAULT_SPECS, EXAMPLE
 
@@ -81,15 +81,15 @@ text_option = click.option(
     "--text", "text_path", type=Path, help="UTF-8 text to score.  [default: Python's language reference]"
 )
 chunk_option = click.option(
-    "--chunk", type=int, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"
+    "--chunk", type=TOKENS, help="Tokens fed at a time, 1 as in decoding.  [default: 1 on CUDA, else 16]"
 )
 text_options = options(
     text_option,
-    click.option("--window", type=int, default=512, show_default=True, help="Tokens a window; windows do not overlap."),
+    click.option("--window", type=TOKENS, default=512, show_default=True, help="Tokens a window; they do not overlap."),
     chunk_option,
     click.option(
         "--max-tokens",
-        type=int,
+        type=TOKENS,
         help="Tokens of the text to use.  [default: 4096 on a CPU, in bench 2048, else 32768; 0: all]",
     ),
 )
@@ -113,8 +113,8 @@ record_options = options(
 @method_options
 @click.option("--ctx", default="128,256,512,1k,2k", show_default=True, help="Tokens to weigh the cache at.")
 @click.option("--batch", default=None, help="Batch sizes for speed.  [default: 1,4 on a CPU, else 1,8,64]")
-@click.option("--prompt-tokens", type=int, help="For speed.  [default: 256 on a CPU, else 512]")
-@click.option("--decode-tokens", type=int, help="For speed.  [default: 16 on a CPU, else 128]")
+@click.option("--prompt-tokens", type=TOKENS, help="For speed.  [default: 256 on a CPU, else 512]")
+@click.option("--decode-tokens", type=TOKENS, help="For speed.  [default: 16 on a CPU, else 128]")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Speed runs before the timed ones.")
 @click.option("--repeats", type=int, help="Timed speed runs.  [default: 3 on a CPU, else 5]")
 @click.option("--quality-model", help="Real model for quality.  [default: the model if it is real, else smollm2-135m]")
@@ -231,11 +231,11 @@ def perplexity_command(**given: Any) -> int:
 @cli.command("eval")
 @model_options
 @text_option
-@click.option("--window", type=int, multiple=True, help="Tokens a window. Repeatable.  [default: 1024 and 4096]")
+@click.option("--window", type=TOKENS, multiple=True, help="Tokens a window. Repeatable.  [default: 1024 and 4096]")
 @chunk_option
-@click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
-@click.option("--prompt-length", type=int, help="Tokens of a window fed at once, first; 0: none.  [default: 128]")
-@click.option("--reference-chunk", type=int, help="Tokens that the reference is fed at a time.  [default: 128]")
+@click.option("--max-tokens", type=TOKENS, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
+@click.option("--prompt-length", type=TOKENS, help="Tokens of a window fed at once, first; 0: none.  [default: 128]")
+@click.option("--reference-chunk", type=TOKENS, help="Tokens that the reference is fed at a time.  [default: 128]")
 @click.option(
     "--task", multiple=True, help="needle, passkey, ruler, agreement, lambada, gsm8k or longbench. Repeatable."
 )
@@ -267,16 +267,16 @@ def eval_command(**given: Any) -> int:
 @cli.command("compare")
 @model_options
 @text_option
-@click.option("--window", type=int, help="Tokens a window.  [default: 1024]")
+@click.option("--window", type=TOKENS, help="Tokens a window.  [default: 1024]")
 @chunk_option
-@click.option("--max-tokens", type=int, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
+@click.option("--max-tokens", type=TOKENS, help="Tokens of the text to use.  [default: 8192 on a CPU, else 0: all]")
 @windows_option
 @click.option("--speed-batch", type=int, help="Sequences decoded together for speed.  [default: 1 on a CPU, else 32]")
-@click.option("--prompt-tokens", type=int, help="For speed.  [default: 256 on a CPU, else 512]")
-@click.option("--decode-tokens", type=int, help="For speed.  [default: 16 on a CPU, else 64]")
+@click.option("--prompt-tokens", type=TOKENS, help="For speed.  [default: 256 on a CPU, else 512]")
+@click.option("--decode-tokens", type=TOKENS, help="For speed.  [default: 16 on a CPU, else 64]")
 @click.option("--repeats", type=int, help="Timed speed runs.  [default: 3]")
 @click.option("--ablation", is_flag=True, help="Bits x groups x residual x sinks too.")
-@click.option("--ablation-tokens", type=int, help="Tokens of its text.  [default: 2048 on a CPU, else 32768]")
+@click.option("--ablation-tokens", type=TOKENS, help="Tokens of its text.  [default: 2048 on a CPU, else 32768]")
 @click.option("--picture", type=Path, help="PNG or SVG of bytes a token, quality and speed.")
 @peer_options
 @record_options
@@ -298,7 +298,7 @@ def compare_command(**given: Any) -> int:
     help="Instead of a bound: the least divergence within so many bits an element, in the mean of the layers.",
 )
 @click.option("--text", "text_path", type=Path, help="UTF-8 text to look at.  [default: Python's language reference]")
-@click.option("--tokens", type=int, help="Tokens to look at.  [default: 512]")
+@click.option("--tokens", type=TOKENS, help="Tokens to look at.  [default: 512]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @machine_options
 def doctor_command(**given: Any) -> int:
@@ -353,7 +353,7 @@ def plot_command(results: Path, out: Path, suffix: str) -> None:
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=Path, help="Text file with the prompt; -: standard input, as without a PROMPT.")
 @model_options
-@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to generate at most.")
+@click.option("--max-new-tokens", type=TOKENS, default=64, show_default=True, help="Tokens to generate at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0: greedy.")
 @click.option(
     "-tp", "--tensor-parallel-size", type=int, default=1, show_default=True, help="Processes, started by torchrun."

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvsim.commands.flags import LAYOUT_FLAGS, options
+from kvsim.commands.flags import LAYOUT_FLAGS, TOKENS, options
 from kvsim.engines.kvruntime import check_runs, names
 from kvsim.layout import Method
 from kvsim.methods import METHODS
@@ -32,7 +32,7 @@ method_options = options(
     ),
     click.option("--nbits", type=int, multiple=True, help="Bits a code: 1, 2, 3, 4 or 8. Repeatable."),
     click.option("--group-size", type=int, multiple=True, help="Elements that share a scale. Repeatable."),
-    click.option("--residual-length", type=int, multiple=True, help="Newest tokens kept exact. Repeatable."),
+    click.option("--residual-length", type=TOKENS, multiple=True, help="Newest tokens kept exact. Repeatable."),
     *LAYOUT_FLAGS,
 )
 

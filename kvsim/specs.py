@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvsim.latency.speculation import Speculation
 
 SIZE = re.compile(r"(\d{1,15})([kKmM]?)")
+COUNT = re.compile(r"([+-]?\d{1,15})([kKmM]?)")
 HUMAN = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
 HUMAN_FACTOR = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -48,6 +49,20 @@ def parse_size(text: str, what: str = "ctx") -> int:
             f"{what} {brief(text)}: allowed are whole numbers from 1 to {LARGEST:,}, such as 4096, 128k or 1M"
         )
     return size
+
+
+def parse_tokens(text: str, what: str) -> int:
+    """``131072``, ``128k`` (1024s), ``1M``, ``0`` or ``-1`` -> a whole number, whose least the command knows.
+
+    Raises ``ValueError`` for another text and for a number beyond :data:`LARGEST`.
+    """
+    match = COUNT.fullmatch(text.strip())
+    count = int(match[1]) * FACTOR[match[2].lower()] if match else LARGEST + 1
+    if abs(count) > LARGEST:
+        raise ValueError(
+            f"{what} {brief(text)}: allowed are whole numbers up to {LARGEST:,}, such as 4096, 128k or 1M"
+        )
+    return count
 
 
 def parse_human(text: str, what: str) -> int:

@@ -30,11 +30,29 @@ from kvsim.specs import (
     parse_engine_choice,
     parse_human,
     parse_size,
+    parse_tokens,
     parse_value,
     rows_of,
 )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class TokensType(click.ParamType):  # type: ignore[type-arg]
+    """A number of tokens, ``4096``, ``128k`` or ``1M``, as every option of such numbers takes it."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_tokens(value, max(param.opts, key=len).lstrip("-") if param else self.name)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+TOKENS = TokensType()
 
 
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -80,7 +98,7 @@ def method_flags(
 
 
 LAYOUT_FLAGS = (
-    click.option("--sink-length", type=int, help="First tokens kept exact."),
+    click.option("--sink-length", type=TOKENS, help="First tokens kept exact."),
     click.option("--key-nbits", type=int, help="Bits a key code."),
     click.option("--value-nbits", type=int, help="Bits a value code."),
     click.option(
@@ -108,7 +126,7 @@ method_options = options(
     ),
     click.option("--nbits", type=int, help="Bits a code: 1, 2, 3, 4 or 8."),
     click.option("--group-size", type=int, help="Elements that share a scale."),
-    click.option("--residual-length", type=int, help="Newest tokens kept exact."),
+    click.option("--residual-length", type=TOKENS, help="Newest tokens kept exact."),
     *LAYOUT_FLAGS,
     click.option(
         "--kv-cache-dtype",
@@ -131,7 +149,7 @@ engine_option = click.option(
     f"{PAGED} where a flag is {label(PAGED)}'s alone]",
 )
 engine_options = options(
-    click.option("--block-size", type=int, help=f"Tokens a block ({PAGED}).  [default: 16]"),
+    click.option("--block-size", type=TOKENS, help=f"Tokens a block ({PAGED}).  [default: 16]"),
     click.option("--max-num-seqs", type=int, help="Most sequences at once."),
     click.option(
         "--max-num-batched-tokens",

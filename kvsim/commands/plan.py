@@ -14,7 +14,7 @@ from kvsim.analysis.plan import MAX_BATCH, RISK, Demand, Plan, nearest, plan
 from kvsim.analysis.request_lengths import Lengths, constant
 from kvsim.analysis.shortcuts import Shortcuts
 from kvsim.commandline import Command
-from kvsim.commands.flags import WeightChoice, gathered, own_cache, show, weights_gathered
+from kvsim.commands.flags import TOKENS, WeightChoice, gathered, own_cache, show, weights_gathered
 from kvsim.commands.model_choice import cards, model_option
 from kvsim.engines import ENGINES, IDEAL, EngineChoice, engine_fields, owner
 from kvsim.hardware import Hardware, Price, given, lowest
@@ -100,7 +100,7 @@ PAGED = owner("block_size")
     help="Requests at the end of their answers, or at random moments.",
 )
 @click.option("--engine", help=f"Whose bytes: {', '.join(ENGINES)}.  [default: ideal, or {PAGED} with --block-size]")
-@click.option("--block-size", type=int, help="As vLLM's: tokens a block.")
+@click.option("--block-size", type=TOKENS, help="As vLLM's: tokens a block.")
 @click.option("--reserve", help="Share of a card's memory held back.  [default: the engine's, else 10%]")
 @click.option("--gpu-memory-utilization", type=float, help="As vLLM's: 1 - reserve.")
 @click.option("--tensor-parallel-size", "--tp", "-tp", type=click.IntRange(1), help="As vLLM's: share every layer.")

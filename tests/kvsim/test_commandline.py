@@ -11,6 +11,7 @@ import pytest
 from kvsim import cli
 from kvsim.commandline import LONGEST, Command, Group, TextType, one_line, os_message
 from kvsim.commands import LAZY
+from kvsim.commands.flags import TOKENS
 from kvsim.specs import parse_value
 
 
@@ -41,6 +42,18 @@ def runs(package: str):
         return cli
     pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
     return pytest.importorskip(f"{package}.cli")
+
+
+@pytest.mark.parametrize("package", ["kvsim", "kvruntime"])
+def test_every_number_of_tokens_is_taken_in_thousands(package: str) -> None:
+    """A whole number of tokens by the help of its option takes ``4k`` and ``1M``: none is click's own integer."""
+    for path, command in commands(runs(package).cli):
+        for option in command.params:
+            if isinstance(option, click.Option) and (option.help or "").startswith(("Tokens", "Newest t", "First")):
+                assert option.type.name != "integer", (path, option.opts)
+                if option.type is TOKENS:
+                    context = click.Context(command)
+                    assert [TOKENS.convert(text, option, context) for text in ("4k", "1M", "0")] == [4096, 1 << 20, 0]
 
 
 @pytest.mark.parametrize("package", ["kvsim", "kvruntime", "validation"])
