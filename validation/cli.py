@@ -204,7 +204,8 @@ def run_(device: str | None, names: tuple[str, ...], minutes: float, record: boo
     rounds = parts.rounds(wanted)
     costs = [max((part.seconds for part in each if part in todo), default=0.0) for each in rounds]
     before = f", {len(wanted) - len(todo)} done before" if len(todo) < len(wanted) else ""
-    _say(f"{card}: {len(wanted)} parts{before}, about {sum(costs) / 60:.0f} minutes, {minutes:g} at the most")
+    together = f" in {len(rounds)} rounds, some at once" if len(rounds) < len(wanted) else ""
+    _say(f"{card}: {len(wanted)} parts{together}{before}, about {sum(costs) / 60:.0f} minutes, {minutes:g} at the most")
     if done.other:
         _say(f"the run in {folder} is of another {done.other}: every part runs anew")
     for line in left:
