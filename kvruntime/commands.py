@@ -9,6 +9,7 @@ from typing import Any
 from kvruntime.bench.given import (
     check_given,
     check_reads,
+    check_window,
     contenders_given,
     finish,
     given_or,
@@ -222,8 +223,6 @@ def _quality(loaded: LoadedModel, text: Any, given: dict[str, Any], batch: int) 
     cpu = loaded.device.type == "cpu"
     most = given_or(given["max_tokens"], 4096 if cpu else 32768) or None
     windows = token_windows(loaded.tokenizer, text, given["window"], most)
-    limit = loaded.max_positions
-    if limit is not None and windows.shape[1] > limit:
-        raise ValueError(f"window {windows.shape[1]} exceeds the model's {limit} positions")
+    check_window(windows.shape[1], loaded.max_positions)
     chunk = min(given_or(given["chunk"], 16 if cpu else 1), windows.shape[1])
     return Quality(text.name, text.sha256, windows, chunk, min(batch, len(windows)))

@@ -12,7 +12,7 @@ from kvruntime.bench.harness.tasks import Interruption, Task, run
 from kvruntime.bench.model.caches import Contender, ours
 from kvruntime.bench.model.peers import WIDTHS, find_peers, package_version
 from kvruntime.bench.model.tasks import check_methods, went_wrong
-from kvruntime.checkpoints.load import LoadedModel, Source, load, resolve
+from kvruntime.checkpoints.load import LoadedModel, Source, config_of, load, resolve
 from kvsim.engines.kvruntime import MOST
 from kvsim.install import install_hint
 from kvsim.layout import Method
@@ -100,9 +100,20 @@ def resolve_given(given: dict[str, Any]) -> Source:
 
 
 def load_given(
-    source: Source, device: str, given: dict[str, Any], contenders: list[Contender], ranks: int = 1
+    source: Source,
+    device: str,
+    given: dict[str, Any],
+    contenders: list[Contender],
+    ranks: int = 1,
+    check: Callable[[Any], None] | None = None,
 ) -> LoadedModel:
-    """The model, or its part in one of ``ranks``, once all ``contenders`` were found to hold its layers."""
+    """The model, or its part in one of ``ranks``, once all ``contenders`` were found to hold its layers.
+
+    ``check`` raises ``ValueError`` where the model's transformers config does not go with an option: before its weights
+    are read.
+    """
+    if check is not None:
+        check(config_of(source))
     say(f"loading {source.name}, weights: {source.weights}")
     loaded = load(source, device, given["weights_dtype"], say, ranks)
     if contenders:
@@ -127,6 +138,12 @@ def contenders_given(
     return contenders, list(missing)
 
 
+def check_window(window: int, limit: int | None) -> None:
+    """Raises ``ValueError`` for a window beyond the ``limit`` of positions that a model has, None where it has none."""
+    if limit is not None and window > limit:
+        raise ValueError(f"window {window} exceeds the model's {limit} positions")
+
+
 def check_reads(loaded: LoadedModel) -> None:
     """Raises ``ValueError`` for a model without a tokenizer."""
     if loaded.tokenizer is None:
@@ -134,14 +151,25 @@ def check_reads(loaded: LoadedModel) -> None:
 
 
 def text_given(
-    methods: list[Method], device: str, given: dict[str, Any], default: Path, widths: Sequence[int] = WIDTHS[:1]
+    methods: list[Method],
+    device: str,
+    given: dict[str, Any],
+    default: Path,
+    widths: Sequence[int] = WIDTHS[:1],
+    windows: Sequence[int] = (),
 ) -> tuple[Results, list[Contender], LoadedModel]:
     """What a command needs that scores text alone: its results file, with rows that say which peers are missing, the
-    caches, and the model.  Raises ``ValueError`` where :func:`check_reads` does."""
+    caches, and the model.  Raises ``ValueError`` where :func:`check_reads` does, and for a window of ``windows`` that
+    is longer than the model's positions."""
+
+    def check(config: Any) -> None:
+        for window in windows:
+            check_window(window, getattr(config, "max_position_embeddings", None))
+
     results = open_results(given, device, default)
     contenders, missing = contenders_given(methods, given["peers"], widths, given.get("peer", ()))
     results.rows = [row for row in results.rows if row["kind"] != "missing"] + missing
-    loaded = load_given(resolve_given(given), device, given, contenders)
+    loaded = load_given(resolve_given(given), device, given, contenders, check=check if windows else None)
     check_reads(loaded)
     return results, contenders, loaded
 

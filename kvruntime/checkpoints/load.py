@@ -126,6 +126,20 @@ def resolve(name: str, *, seed: int = SEED, offline: bool = False, say: Callable
     return Source(name, f"random (seed {seed})", config=config, seed=seed)
 
 
+def config_of(source: Source) -> Any:
+    """transformers' configuration of a model, without its weights.
+
+    Raises ``ValueError`` for an architecture that transformers does not know, ``OSError`` where a hub id cannot be had.
+    """
+    from transformers import AutoConfig
+
+    _quiet()
+    with one_line(source.name):
+        if source.config is not None:
+            return AutoConfig.for_model(**source.config)
+        return AutoConfig.from_pretrained(source.path, local_files_only=not source.download, trust_remote_code=False)
+
+
 def load(
     source: Source,
     device: str,
@@ -302,16 +316,14 @@ def _random(source: Source, device: str, dtype: torch.dtype) -> Any:
     Raises ``ValueError`` before any weight is made where no cache runs under the model, or where it does not fit.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from kvruntime.hf.models import layer_kinds
 
-    assert source.config is not None
     cuda = [torch.device(device).index] if torch.device(device).type == "cuda" else []
-    with one_line(source.name):
-        config = AutoConfig.for_model(**source.config)
-        with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    config = config_of(source)
+    with one_line(source.name), torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     layer_kinds(outline)
     size, free = sum(tensor.nbytes for tensor in outline.parameters()), _free_nbytes(device)
     if free is not None and size > free:

@@ -164,19 +164,13 @@ class Study:
             row.append(self.divergence(chosen))
         return tuple(row)
 
-    def check_bits(self, bits: float) -> None:
-        """Raises ``ValueError`` for a mean of ``bits`` below those of the smallest method for all layers."""
-        least = self._bits([self.methods[0]] * len(self.shapes))
-        if bits < least - 1e-9:
-            raise ValueError(f"bits {bits:g}: allowed are {least:.3f} and above, those of {self.methods[0].name}")
-
     def propose_within(self, alone: Sequence[Sequence[float]], bits: float) -> Proposal:
         """The choice by layer of the least divergence together, where layers' divergences ``alone`` add up, within a
         mean of ``bits``: from the fewest bits on, the step that takes away the most a bit, as long as one fits.
 
         Raises ``ValueError`` for ``bits`` below those of the smallest method.
         """
-        self.check_bits(bits)
+        check_bits(bits, self.methods, self.shapes)
         each = [[self._bits([method], [shape]) for method in self.methods] for shape in self.shapes]
         sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes]
         level, left = [0] * len(each), bits * sum(sizes)
@@ -218,15 +212,26 @@ class Study:
 
     def _bits(self, methods: Sequence[Method], shapes: Sequence[LayerShape] | None = None) -> float:
         """The mean of an element, of ``shapes`` or of all layers."""
-        shapes = self.shapes if shapes is None else shapes
-        sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes]
-        pairs = zip(methods, shapes, sizes, strict=True)
-        return sum(packed_bits(method, [shape]) * size for method, shape, size in pairs) / sum(sizes)
+        return mean_bits(methods, self.shapes if shapes is None else shapes)
 
     def _log_probabilities(self, look: Callable[..., Tensor]) -> Tensor:
         with attending(self.model, look), torch.inference_mode():
             logits = self.model(input_ids=self.ids.to(self.model.device), use_cache=False).logits
         return torch.as_tensor(logits).float().log_softmax(-1)
+
+
+def mean_bits(methods: Sequence[Method], shapes: Sequence[LayerShape]) -> float:
+    """Bits of an element in the mean of layers of ``shapes``, each stored by its own of ``methods``."""
+    sizes = [shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes]
+    pairs = zip(methods, shapes, sizes, strict=True)
+    return sum(packed_bits(method, [shape]) * size for method, shape, size in pairs) / sum(sizes)
+
+
+def check_bits(bits: float, methods: Sequence[Method], shapes: Sequence[LayerShape]) -> None:
+    """Raises ``ValueError`` for a mean of ``bits`` below those of the smallest of ``methods`` for all layers."""
+    least, name = min((mean_bits([method] * len(shapes), shapes), method.name) for method in methods)
+    if bits < least - 1e-9:
+        raise ValueError(f"bits {bits:g}: allowed are {least:.3f} and above, those of {name}")
 
 
 def read_back(method: Method, shape: LayerShape, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,14 @@ def layer_kinds(model: Any) -> list[Kind]:
     return kinds
 
 
+def config_shapes(name: str, config: Any) -> list[LayerShape]:
+    """What one token leaves in each packed layer, from the transformers ``config`` of the model called ``name`` alone.
+
+    Raises ``ValueError`` for layers that are cached in another way; :func:`layer_kinds` sees to what else is refused.
+    """
+    return [kind.shape for kind in _kinds(name, config.get_text_config(decoder=True)) if kind.shape]
+
+
 def layer_shapes(model: Any) -> list[LayerShape]:
     """What one token leaves in each layer of ``model``, of tensor parallel's ranks in this one.
 

@@ -326,6 +326,34 @@ def test_bad_input_is_one_line(name, folder, here, capsys):
     assert message in lines[0]
 
 
+BEFORE_LOADING = {
+    "eval --window 300": "window 300 exceeds the model's 256 positions",
+    "eval --window 100q": "window '100q': allowed are whole numbers up to",
+    "eval --window 1M": "window 1048576 exceeds the model's 256 positions",
+    "compare --window 1k": "window 1024 exceeds the model's 256 positions",
+    "compare --max-tokens 1G": "max-tokens '1G': allowed are whole numbers up to",
+    "eval --task lambada --data none.txt": "data none.txt: there is no none.txt",
+    "doctor --bits 1": "bits 1: allowed are 3.000 and above",
+    "doctor --text none.txt": "cannot read text file none.txt",
+}
+
+
+@pytest.mark.parametrize("command", BEFORE_LOADING)
+def test_a_wrong_value_is_named_before_a_model_is_loaded(command, folder, here, capsys):
+    assert run([*command.split(), "--model", str(folder), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert BEFORE_LOADING[command] in line
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [("generate --size 1by4k", "size '1by4k'"), ("generate --out .", "cannot write ."), ("engine --out .", "cannot")],
+)
+def test_a_wrong_value_is_named_before_a_missing_device(command, wrong, here, capsys):
+    assert run(["bench", *command.split(), "--device", "cpu"]) == 2
+    assert wrong in capsys.readouterr().err
+
+
 COUNTS = {
     "bench": ("--prompt-tokens", "--decode-tokens", "--repeats", "--warmup", "--quality-batch", "--window", "--chunk"),
     "perplexity": ("--batch", "--max-tokens", "--group-size", "--residual-length", "--sink-length", "--nbits"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, release, say, task
+from kvruntime.bench.harness.store import check_writable
 from kvruntime.bench.harness.tables import of_kernel
 from kvruntime.checkpoints.load import shape_sha256
 from kvsim.engines.kvruntime import MOST
@@ -378,6 +379,8 @@ def engine(**given: Any) -> int:
     if not 1 <= given["repeats"] <= MOST:
         raise ValueError(f"repeats {given['repeats']}: allowed are 1 to {MOST:,}")
     methods = {one.model: chosen(given["specs"], one.dtype) for one in subjects}
+    out = given["out"] or Path("kvruntime-engine.json")
+    check_writable(out)
     device = pick_device(given["device"])
     if not device.startswith("cuda"):
         raise ValueError(f"bench engine times CUDA graphs: it needs a CUDA device, not {device}")
@@ -385,7 +388,6 @@ def engine(**given: Any) -> int:
 
     torch.cuda.set_device(device)
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
-    out = given["out"] or Path("kvruntime-engine.json")
     results = Results(out, header, resume=given["resume"], anew=given["anew"])
     results.rows = [row for row in results.rows if row["kind"] != "missing"]
     models = Models(device, given["seed"])

@@ -16,6 +16,7 @@ from kvruntime.bench.generate.report import STOCK, line, tables
 from kvruntime.bench.generate.rounds import LONG, SHORT, Entrant, Group, Turns
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, task
+from kvruntime.bench.harness.store import check_writable
 from kvsim.engines.kvruntime import MOST
 from kvsim.layout import Method
 
@@ -329,6 +330,10 @@ def generate(**given: Any) -> int:
         raise ValueError(f"repeats {given['repeats']}: allowed are 1 to {MOST:,}")
     if not SHORT < given["new_tokens"] <= MOST_NEW:
         raise ValueError(f"new tokens {given['new_tokens']}: allowed are {SHORT + 1} to {MOST_NEW:,}")
+    sizes = tuple(map(size_of, given["sizes"]))
+    methods = {name: chosen(given["specs"], SUBJECTS[name].dtype) for name in names}
+    out: Path = given["out"] or Path("kvruntime-generate.json")
+    check_writable(out)
     device = pick_device(given["device"])
     if not device.startswith("cuda"):
         raise ValueError(f"bench generate times CUDA graphs: it needs a CUDA device, not {device}")
@@ -336,7 +341,6 @@ def generate(**given: Any) -> int:
 
     torch.cuda.set_device(device)
     turns = Turns(given["lock"])
-    out: Path = given["out"] or Path("kvruntime-generate.json")
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": given["seed"]}
     results = Results(out, header, resume=given["resume"], anew=given["anew"])
     models, clock = Models(device, given["seed"]), Clock(device)
@@ -347,12 +351,11 @@ def generate(**given: Any) -> int:
         subject = SUBJECTS[name]
         if given["quick"]:
             subject = replace(subject, sizes=subject.sizes[:2], conversation=None)
-        if given["sizes"]:
+        if sizes:
             talks = subject.conversation if CONVERSATION in given["calls"] else None
-            subject = replace(subject, sizes=tuple(map(size_of, given["sizes"])), conversation=talks)
-        methods = chosen(given["specs"], subject.dtype)
-        methods = methods[1:] if given["specs"] else methods[-2:]
-        found = contenders(methods, given["compiled"], given["peers"], given["plain"])
+            subject = replace(subject, sizes=sizes, conversation=talks)
+        ours = methods[name][1:] if given["specs"] else methods[name][-2:]
+        found = contenders(ours, given["compiled"], given["peers"], given["plain"])
         parts = [one for one in found if not given["caches"] or kind_of(one) in given["caches"]]
         loads = PulledModels(device, given["seed"], name) if given["pulled"] else models
         tasks += subject_tasks(loads, subject, parts, clock, schedule, results)

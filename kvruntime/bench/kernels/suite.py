@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvruntime.bench.harness.results import Results, Row, describe
 from kvruntime.bench.harness.session import carry_out, say, task
+from kvruntime.bench.harness.store import check_writable
 from kvsim.layout import Method
 from kvsim.specs import parse_size
 
@@ -214,6 +215,8 @@ def kernels(**given: Any) -> int:
     shapes = [make_shape(spec) for spec in given["shapes"] or (QUICK if given["quick"] else SHAPES)]
     named = named_methods(given["specs"])
     methods = named or layouts()
+    out = given["out"] or Path("kvruntime-kernels.json")
+    check_writable(out)
     device = pick_device(given["device"])
     if not device.startswith("cuda"):
         raise ValueError(f"bench kernels times CUDA graphs: it needs a CUDA device, not {device}")
@@ -225,7 +228,6 @@ def kernels(**given: Any) -> int:
     torch.cuda.set_device(device)
     bench = cuda_bench(torch.device(device), given["seed"])
     header = describe(device, ["kvruntime", *sys.argv[1:]]) | {"seed": bench.seed}
-    out = given["out"] or Path("kvruntime-kernels.json")
     results = Results(out, header, resume=given["resume"], anew=given["anew"])
     parts = given["parts"] or (("attend",) if given["quick"] else ("attend", "pack"))
     tasks, cases = ceiling_tasks(bench), []

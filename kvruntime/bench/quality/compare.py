@@ -30,7 +30,8 @@ def compare(methods: list[Method], **given: Any) -> int:
     device = pick_device(given["device"])
     cpu = device == "cpu"
     text = load_text(given["text_path"])
-    results, contenders, loaded = text_given(methods, device, given, Path("kvruntime-compare.json"), WIDTHS)
+    asked = () if given["window"] is None else (given["window"],)
+    results, contenders, loaded = text_given(methods, device, given, Path("kvruntime-compare.json"), WIDTHS, asked)
     window = given["window"] or min(1024, loaded.max_positions or 1024)
     sizes = {**given, "window": [window], "reference_chunk": None}
     tasks: list[Task] = window_tasks(loaded, contenders, text_windows(loaded, text, sizes), given["seed"])

@@ -13,8 +13,9 @@ from kvruntime.bench.model.caches import ours
 from kvruntime.bench.model.report import heading
 from kvruntime.checkpoints.load import LoadedModel, pick_device
 from kvruntime.eval.bits import packed_bits
-from kvruntime.eval.sensitivity import LayerFinding, Proposal, Study
+from kvruntime.eval.sensitivity import LayerFinding, Proposal, Study, check_bits
 from kvruntime.eval.text import load_text, token_windows
+from kvruntime.hf.models import config_shapes
 from kvsim.engines.kvruntime import check_runs
 from kvsim.finite_json import json_text, not_finite
 from kvsim.layout import Method
@@ -39,19 +40,24 @@ def doctor(methods: list[Method], **given: Any) -> int:
         if not 0 < bits <= 16:
             raise ValueError(f"bits {bits:g}: allowed are numbers above 0, and no more than the 16 of a plain cache")
         methods = [method for method in methods if not isinstance(method, Full)] or methods  # no mix has both
+    text = load_text(given["text_path"])
     device = pick_device(given["device"])
     start = perf_counter()
-    loaded = load_given(resolve_given(given), device, given, [ours(method) for method in methods])
+    source = resolve_given(given)
+
+    def check(config: Any) -> None:
+        if bits is not None and (shapes := config_shapes(source.name, config)):
+            check_bits(bits, methods, shapes)
+
+    loaded = load_given(source, device, given, [ours(method) for method in methods], check=check)
     tokens = min(given["tokens"] or TOKENS, loaded.max_positions or TOKENS)
     if loaded.tokenizer is None:
         say(f"{loaded.source.name} {loaded.no_tokenizer}: random tokens are looked at")
         generator = torch.Generator().manual_seed(given["seed"])
         ids = torch.randint(loaded.vocab_size, (ROWS, tokens), generator=generator)
     else:
-        ids = token_windows(loaded.tokenizer, load_text(given["text_path"]), tokens, ROWS * tokens)
+        ids = token_windows(loaded.tokenizer, text, tokens, ROWS * tokens)
     study = Study(loaded.model, ids, tuple(methods))
-    if bits is not None:
-        study.check_bits(bits)
     findings = study.layers()
     uniform = study.uniform()
     if bits is None:

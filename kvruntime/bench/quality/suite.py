@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvruntime.bench.given import check_given, finish, given_or, text_given
+from kvruntime.bench.given import check_given, check_window, finish, given_or, text_given
 from kvruntime.bench.harness.tasks import Task
 from kvruntime.bench.model.peers import WIDTHS
 from kvruntime.bench.quality.answers import answer_tasks, asked_of
@@ -38,7 +38,8 @@ def evaluate(methods: list[Method], **given: Any) -> int:
     data = data_given(given["task"], given["data"])
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
-    results, contenders, loaded = text_given(methods, device, given, Path("kvruntime-eval.json"), WIDTHS)
+    default, windows = Path("kvruntime-eval.json"), given["window"]
+    results, contenders, loaded = text_given(methods, device, given, default, WIDTHS, windows)
     tasks: list[Task] = []
     if given["window"] or not (given["task"] or given["lm_eval"]):
         tasks += window_tasks(loaded, contenders, text_windows(loaded, text, given), given["seed"])
@@ -58,8 +59,8 @@ def evaluate(methods: list[Method], **given: Any) -> int:
 def data_given(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
     """``--data``, ``PATH`` for the one task that needs it or ``TASK=PATH``: task -> path.
 
-    Raises ``LookupError`` for an unknown task, ``ValueError`` for a task without the file that it needs and a file that
-    no task needs.
+    Raises ``LookupError`` for an unknown task, ``ValueError`` for a task without the file that it needs, a file that no
+    task needs and one that is not there.
     """
     needing = [name for name in names if task_named(name).needs]
     found: dict[str, Path] = {}
@@ -71,6 +72,8 @@ def data_given(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
             of = f"TASK=PATH of {', '.join(needing)}" if needing else "none, no task here needs a file"
             raise ValueError(f"data {entry}: allowed is {of}")
         found[name] = Path(path)
+        if not found[name].exists():
+            raise ValueError(f"data {entry}: there is no {path}")
     for name in needing:
         if name not in found:
             raise ValueError(f"task {name} needs --data {name}=PATH: {TASKS[name].needs}")
@@ -87,8 +90,7 @@ def text_windows(loaded: LoadedModel, text: Text, given: dict[str, Any]) -> list
     most = given_or(given["max_tokens"], CPU_TOKENS if cpu else 0) or None
     found: dict[tuple[int, ...], Windows] = {}
     for length in lengths:
-        if limit is not None and length > limit:
-            raise ValueError(f"window {length} exceeds the model's {limit} positions")
+        check_window(length, limit)
         ids = token_windows(loaded.tokenizer, text, length, most)
         count, window = ids.shape
         chunk = min(given_or(given["chunk"], 16 if cpu else 1), window)
