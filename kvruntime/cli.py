@@ -197,7 +197,7 @@ def engine_command(**given: Any) -> int:
     help="Kinds of calls. Repeatable.  [default: greedy, conversation]",
 )
 @click.option("--repeats", type=int, default=3, show_default=True, help="Timed calls of each cache, in turns.")
-@click.option("--new-tokens", type=int, default=72, show_default=True, help="Of a timed call, steps from the 8th on.")
+@click.option("--new-tokens", type=TOKENS, default=72, show_default=True, help="Of a call, timed from the 8th on.")
 @click.option("--quick", is_flag=True, help="Two sizes a model, no conversation.")
 @click.option("--compiled", is_flag=True, help="make_cache(..., compiled=True) too: half a minute a size.")
 @click.option("--plain", is_flag=True, help="make_cache(..., compiled=False) too: the host plans every step.")
