@@ -409,6 +409,8 @@ def _without_window(function: Any) -> Any:
 def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Stock ``sdpa_mask``; but for one token on a kvruntime cache it never waits for the device to skip the mask."""
     length = kwargs.get("kv_length")
+    if isinstance(length, Length) and length.window and length.columns is not None:
+        length.columns.slides |= kwargs.get("mask_function") is not causal_mask_function
     if isinstance(length, StepLength):
         if kwargs.get("q_length") == 1 or kwargs.get("mask_function") is causal_mask_function:
             return length.mask(kwargs.get("attention_mask"))
@@ -416,10 +418,7 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
             raise ValueError(f"a mask of {kwargs.get('q_length')} tokens that is more than causal: the host plans it")
         length.counts.at_once = 1  # several tokens that see otherwise, as an image's may: no step
     if isinstance(length, Length) and length.window:  # the layer sees to it: rows are counted without padding there
-        function = _without_window(kwargs["mask_function"])
-        if length.columns is not None and function is not kwargs["mask_function"]:
-            length.columns.slides = True
-        kwargs |= {"mask_function": function, "local_size": None}
+        kwargs |= {"mask_function": _without_window(kwargs["mask_function"]), "local_size": None}
     if isinstance(length, Length) and kwargs.get("q_length") == 1:
         given = kwargs.get("attention_mask")
         if given is None:
