@@ -11,9 +11,10 @@ from kvsim.methods import packing as layout
 from kvsim.methods.kivi import Record
 from kvsim.methods.packing import MIN_TOKENS, PLANES
 
-MOST_CODES = 8192
-"""The most codes that a program packs at once, as the launches of packing plan it (``MOST`` of their kernels): 32 a
-thread of eight warps.  Twice as many boosted keys take 832 bytes of stack."""
+MOST_CODES = 4096
+"""The most codes that a program packs at once, as the launches of packing plan it (``MOST`` of their kernels).  Twice
+as many, 32 a thread of eight warps, take 197 to 255 registers of boosted keys with heads of 128, so that a
+multiprocessor holds one program: two of 96 to 118 fit (``compile_kernels.py``, Triton 3.6 and 3.9)."""
 
 channel_chunks = triton.constexpr_function(
     layout.channel_chunks
