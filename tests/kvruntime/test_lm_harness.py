@@ -1,6 +1,10 @@
 """lm-evaluation-harness' interface: the model class by its own registry, requests, tasks from a local file."""
 
+import importlib
 import json
+import sys
+from fnmatch import fnmatch
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -45,6 +49,85 @@ def test_rows_of_the_harness_become_a_table():
     assert "gsm8k of lm_eval 0.4.13, 20 examples" in shown
     assert "0.2500 ± 0.0500" in shown
     assert "0.2000" in shown
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The module over a small registry, ``HFLM`` and ``TaskManager`` of its own: lm_eval need not be installed."""
+
+    class HFLM:
+        def __init__(self, pretrained, tokenizer=None, max_length=None, batch_size=1, softmax_dtype=None, revision=""):
+            self.model, self.tokenizer, self.max_length = pretrained, tokenizer, max_length
+            self.kept = []
+            self.cache_hook = SimpleNamespace(add_partial=lambda kind, key, answer: self.kept.append(key))
+
+    class TaskManager:
+        def __init__(self, include_path=None):
+            self.all = ["gsm8k", "mmlu_one", "mmlu_two"]
+
+        def match_tasks(self, names):
+            return [task for task in self.all if any(fnmatch(task, name) for name in names)]
+
+    parts = {
+        "": {}, ".api": {}, ".models": {}, ".tasks": {"TaskManager": TaskManager},
+        ".api.registry": {"register_model": lambda name: lambda made: made},
+        ".models.huggingface": {"HFLM": HFLM},
+    }
+    for name, held in parts.items():
+        module = ModuleType(f"lm_eval{name}")
+        vars(module).update(held)
+        monkeypatch.setitem(sys.modules, f"lm_eval{name}", module)
+    name = "kvruntime.bench.quality.lm_harness"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(importlib.import_module("kvruntime.bench.quality"), "lm_harness", None, raising=False)
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+
+
+def test_over_long_contexts_lose_their_start_and_answers_keep_their_order(stand_in, tmp_path, caplog):
+    model = stand_in.KvruntimeLM(str(directory(tmp_path)), "fp32", device="cpu", max_length=24, batch_size="2")
+    assert model.batch == 2
+    text = [1 + 7 * place % 97 for place in range(60)]
+    requests = [
+        (("ab", "c"), text[:5], text[5:6]),
+        (None, text[:50], text[50:53]),  # a window of a rolling text has no request of its own
+        (("long", "d"), text[10:32], text[32:35]),  # 22 and 2 of 3: the last is predicted, not fed
+    ]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert caplog.messages == ["1 of 3 contexts exceed 24 tokens and lose their start"]
+    assert model.kept == [("long", "d"), ("ab", "c")]
+    for (_, context, continuation), (own, greedy) in zip(requests, found, strict=True):
+        ids = torch.tensor([[*context, *continuation][-25:]])
+        with torch.inference_mode():
+            logits = model.model(ids[:, :-1]).logits.float().log_softmax(-1)[0, -len(continuation) :]
+        chosen = torch.tensor(continuation)
+        assert own == pytest.approx(float(logits.gather(1, chosen[:, None]).sum()), abs=1e-3)
+        assert greedy == bool((logits.argmax(-1) == chosen).all())
+
+
+def test_tasks_are_known_before_a_model_is_loaded(stand_in, tmp_path, capsys):
+    assert stand_in.tasks_named(["mmlu_*", "gsm8k", "mmlu_two"], None)[1] == ["mmlu_one", "mmlu_two", "gsm8k"]
+    words = ["eval", "--offline", "--out", str(tmp_path / "r.json"), "--lm-eval"]
+    assert run([*words, "gsm8"]) == 2
+    said = "lm_eval has no task 'gsm8': `kvruntime lm-eval ls tasks` lists them"
+    assert capsys.readouterr().err == f"kvruntime: error: {said}\n"
+    assert run([*words, "gsm8k", "--lm-eval-include", "nowhere"]) == 2
+    assert capsys.readouterr().err == "kvruntime: error: lm-eval-include nowhere: allowed is a folder with tasks\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"softmax_dtype": "float32"}, "model argument softmax_dtype: allowed are pretrained, .*max_length"),
+        ({"tokenizer": "t", "revision": "r"}, "model argument tokenizer, revision: allowed"),
+        ({"batch_size": "auto:4"}, "batch_size auto:4: allowed are 1 and above"),
+        ({"batch_size": 0}, "batch_size 0: allowed are 1 and above"),
+        ({"max_lenght": 8}, "max_lenght"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused_before_a_model_is_loaded(stand_in, given, said):
+    with pytest.raises((ValueError, LookupError), match=said):
+        stand_in.KvruntimeLM("no such folder", "kivi", device="cpu", **given)
 
 
 def directory(folder):
@@ -141,8 +224,11 @@ def test_the_commands(tmp_path, capsys):
         (task, method) for task in ("made_generate", "made_words") for method in ("fp16", "kivi-2bit-g32-r32")
     ]
     assert rows[2]["metrics"]["made_words"]["perplexity,none"] > 1
-    assert run([*words, "--lm-eval", "no_such_task", "--out", str(out)]) == 2
-    assert "lm_eval has no task 'no_such_task'" in capsys.readouterr().err
+    for wrong in (["no_such_task"], ["made_words", "--lm-eval-include", str(out)]):
+        assert run([*words, "--lm-eval", *wrong, "--out", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert "lm_eval has no task 'no_such_task'" in said or "lm-eval-include" in said
+        assert "loading" not in said
     words = ["lm-eval", "run", "--model", "kvruntime", "--model_args", f"pretrained={folder},method=kivi,nbits=4"]
     assert run([*words, "--tasks", "made_words", "--include_path", str(tasks), "--device", "cpu"]) == 0
     assert "made_words" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -121,27 +122,38 @@ class KvruntimeLM(HFLM):
             return super()._model_generate(context, max_length, stop, **argument(cache), **generation_kwargs)
 
 
+def tasks_named(names: Sequence[str], include: str | None) -> tuple[Any, list[str]]:
+    """lm_eval's ``TaskManager`` and those of its tasks that ``names``, which may hold ``*``, stand for.
+
+    ``include``: a folder with tasks of one's own.
+
+    Raises ``LookupError`` for a task that lm_eval does not know, ``ValueError`` for an ``include`` that is no folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include is not None and not Path(include).is_dir():
+        raise ValueError(f"lm-eval-include {include}: allowed is a folder with tasks")
+    manager = TaskManager(include_path=include)
+    found: list[str] = []
+    for name in names:
+        if not (there := manager.match_tasks([name])):
+            raise LookupError(f"lm_eval has no task {name!r}: `kvruntime lm-eval ls tasks` lists them")
+        found += there
+    return manager, list(dict.fromkeys(found))
+
+
 def harness_tasks(
     loaded: LoadedModel,
     contenders: Sequence[Contender],
     names: Sequence[str],
+    manager: Any,
     *,
     batch: int,
     limit: int | None,
-    include: str | None,
     chat: bool,
     seed: int,
 ) -> list[Task]:
-    """One a task of lm_eval and contender.
-
-    Raises ``LookupError`` for a task that lm_eval does not know.
-    """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include)
-    for name in names:
-        if not manager.match_tasks([name]):
-            raise LookupError(f"lm_eval has no task {name!r}: `kvruntime lm-eval ls tasks` lists them")
+    """One a task of lm_eval's ``manager`` and contender."""
 
     def task(name: str, contender: Contender) -> Task:
         key = {"kind": KIND, **subject(loaded, contender, seed), "task": name, "limit": limit, "chat": chat}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ def evaluate(methods: list[Method], **given: Any) -> int:
         check_whole("length", length)
     check_given({**given, "window": None})
     if given["lm_eval"]:
-        import_module("kvruntime.bench.quality.lm_harness")  # where lm_eval is missing, said before a model is loaded
+        from kvruntime.bench.quality.lm_harness import harness_tasks, tasks_named
+
+        manager, named = tasks_named(given["lm_eval"], given["lm_eval_include"])  # before a model is loaded
     data = data_given(given["task"], given["data"])
     text = load_text(given["text_path"])
     device = pick_device(given["device"])
@@ -48,11 +49,9 @@ def evaluate(methods: list[Method], **given: Any) -> int:
         asked = asked_of(loaded, given, text.content, data.get(name))
         tasks += answer_tasks(loaded, contenders, name, asked, batch, not given["plain"], results.rows)
     if given["lm_eval"]:
-        from kvruntime.bench.quality.lm_harness import harness_tasks
-
-        how = {"batch": batch, "limit": given["examples"], "include": given["lm_eval_include"]}
         chat = not given["plain"] and bool(getattr(loaded.tokenizer, "chat_template", None))
-        tasks += harness_tasks(loaded, contenders, given["lm_eval"], **how, chat=chat, seed=given["seed"])
+        how = {"batch": batch, "limit": given["examples"], "chat": chat, "seed": given["seed"]}
+        tasks += harness_tasks(loaded, contenders, named, manager, **how)
     return finish(tasks, results, tables)
 
 
