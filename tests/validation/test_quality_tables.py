@@ -280,3 +280,17 @@ def test_the_readme_says_what_is_recorded() -> None:
         off = change(row, uncompressed(group))
         assert off is not None
         assert words == f"{100 * off[0]:.1f}"
+
+
+def test_tasks_of_lm_eval_are_a_table_each_with_what_ran_them(tmp_path: Path) -> None:
+    about = {"kind": "lm-eval", "model": "m", "weights": "w", "dtype": "float32", "limit": 4, "lm_eval": "0.4.13"}
+    rows = [
+        {**about, "task": task, "num_examples": {task: 4}, "method": method, "command": [method, task],
+         "metrics": {task: {"acc,none": score, "acc_stderr,none": 0.25}}}
+        for task in ("one", "two") for method, score in (("fp16", 0.5), ("kivi", 0.25))
+    ]  # fmt: skip
+    first, *_, second, table = quality_tables.block("harness", write(tmp_path, *rows)).split("\n\n")
+    assert "m, weights: w, float32; one of lm_eval 0.4.13, 4 examples; `fp16 one` (commit c0ffee), `kivi one`" in first
+    assert "two of lm_eval" in second
+    assert cells(table) == [["fp16", "0.5000 ± 0.2500"], ["kivi", "0.2500 ± 0.2500"]]
+    assert quality_tables.block("harness", tmp_path / "none") == "Nothing is recorded yet."

@@ -12,7 +12,15 @@ from kvruntime.bench.harness.tables import groups, kernels
 from kvruntime.bench.model.report import heading
 from kvruntime.bench.quality import comparison
 from kvruntime.bench.quality.answers import KIND as ANSWERS
-from kvruntime.bench.quality.report import answers_cells, position_cells, uncompressed, windows_cells
+from kvruntime.bench.quality.report import (
+    answers_cells,
+    harness_cells,
+    harness_groups,
+    harness_what,
+    position_cells,
+    uncompressed,
+    windows_cells,
+)
 from kvruntime.eval.intervals import perplexity_change
 from kvruntime.eval.tasks import TASKS
 from kvsim.output.tables import compact
@@ -143,6 +151,18 @@ def answers(folder: Path) -> str:
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
 
+def harness(folder: Path) -> str:
+    """Every task of lm-evaluation-harness that was recorded: its metrics, a line a method."""
+    parts = []
+    for path, file in recorded(folder):
+        for group in harness_groups(file["rows"]):
+            link = f"[{path.name}](../validation/results/quality/{path.name})"
+            ran = circumstances({**file, "rows": group}, COMMANDS)
+            parts += [f"{heading('lm-eval', group[0], harness_what(group))}; {ran} ({link}):"]
+            parts += [compact(*harness_cells(group))]
+    return "\n\n".join(parts) or "Nothing is recorded yet."
+
+
 def shared_examples(rows: Sequence[Row]) -> int:
     """How many examples of a task's rows every one of their methods answered."""
     answered: dict[str, set[str]] = {}
@@ -228,6 +248,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "prompted": prompted,
     "positions": positions,
     "answers": answers,
+    "harness": harness,
     "peers": peers,
     "compared": compared,
     "ablation": ablation,

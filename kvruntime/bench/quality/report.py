@@ -30,7 +30,8 @@ def tables(rows: Sequence[Row]) -> str:
     for group in groups(rows, KIND):
         blocks += [windows_table(group), positions_table(group)]
     blocks += answers_tables(rows)
-    blocks += harness_tables(rows)
+    for group in harness_groups(rows):
+        blocks.append("\n".join([heading("lm-eval", group[0], harness_what(group)), plain(*harness_cells(group))]))
     blocks += [note(row) for row in rows if row["kind"] in ("missing", "skipped") or "failed" in row]
     return "\n\n".join(blocks)
 
@@ -152,22 +153,29 @@ def answers_table(group: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def harness_tables(rows: Sequence[Row]) -> list[str]:
-    """One table a task of lm_eval: its metrics with their standard errors, a line a method."""
+def harness_groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each task of lm_eval, over the same examples of the same model."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row["kind"] == HARNESS and "failed" not in row:
             names = ("model", "model_sha256", "dtype", "task", "limit", "chat", "lm_eval")
             found.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return [harness_table(group) for group in found.values()]
+    return list(found.values())
 
 
-def harness_table(group: Sequence[Row]) -> str:
-    first, names = group[0], dict[tuple[str, str], None]()
+def harness_what(group: Sequence[Row]) -> str:
+    """``gsm8k of lm_eval 0.4.13, 20 examples``."""
+    first = group[0]
+    return f"{first['task']} of lm_eval {first['lm_eval']}, {sum(first['num_examples'].values()):,} examples"
+
+
+def harness_cells(group: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of one task of lm_eval: its metrics with their standard errors, a line a method."""
+    names = dict[tuple[str, str], None]()
     for row in group:
         names |= {(task, name): None for task, values in row["metrics"].items() for name in values}
     shown = [(task, name) for task, name in names if "_stderr" not in name and name != "sample_len"]
-    many = len(first["metrics"]) > 1
+    many = len(group[0]["metrics"]) > 1
     body = []
     for row in group:
         cells = []
@@ -176,10 +184,7 @@ def harness_table(group: Sequence[Row]) -> str:
             error = row["metrics"].get(task, {}).get(_stderr(name))
             cells.append("" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error else ""))
         body.append([row["method"], *cells])
-    head = ["method", *(f"{task} {name}" if many else name for task, name in shown)]
-    count = sum(first["num_examples"].values())
-    what = f"{first['task']} of lm_eval {first['lm_eval']}, {count:,} examples"
-    return "\n".join([heading("lm-eval", first, what), plain(head, body)])
+    return ["method", *(f"{task} {name}" if many else name for task, name in shown)], body
 
 
 def _stderr(name: str) -> str:
