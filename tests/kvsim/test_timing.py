@@ -422,7 +422,7 @@ def test_layers_of_other_kinds_take_their_share() -> None:
 
 
 def test_a_profile_keeps_what_a_graph_takes_beside_its_layers() -> None:
-    """Norms, windows and states are the card's in a graph, whatever a profile says of a layer; launches are the host's."""
+    """Norms, windows and states are the card's in a graph, whatever a profile says of a layer; launches the host's."""
     model, stated = load_model("gemma-3-4b-it"), constants()
     for name, beside in (("kvruntime:generate", 1.0), ("transformers", 3.0)):
         layer = stated.engine_layer_seconds[name]
