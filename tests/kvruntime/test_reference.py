@@ -18,6 +18,7 @@ from kvruntime.methods.kivi import reference  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Full, Kivi, kivi_boost, kivi_seed  # noqa: E402
+from kvsim.methods.token import PerTokenHead  # noqa: E402
 
 METHODS = {
     "full": Full("float32"),
@@ -158,3 +159,29 @@ def test_scales_over_a_sequence_are_frozen_at_the_first_flush():
     layer.reset()
     layer.append(100 * normal(5, 2, 2, most + 40, 64), normal(6, 2, 2, most + 40, 64))
     assert (layer.tensors["key_params"][0] > 5 * first[0, 0]).all()
+
+
+def test_a_check_of_what_is_stored_runs_nothing():
+    """Kernels ask at every step, and what PyTorch launches between two kernels keeps the second from starting early."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from kvruntime.methods.full import reference as full
+    from kvruntime.methods.token import reference as token
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    called, layers = [], {}
+    for name, method in (("full", Full("float32")), ("token", PerTokenHead("int8")), ("kivi", METHODS["kivi"])):
+        layers[name] = make_layer(method, SHAPE, 2, 64, torch.device("cpu"))
+        layers[name].append(normal(1, 2, 2, 5, 64), normal(2, 2, 2, 5, 64))
+    held, codes, kivi = (layers[name] for name in ("full", "token", "kivi"))
+    stored = full.Stored(held.tensors["key"], held.tensors["value"], torch.tensor([5, 5], dtype=torch.int32))
+    coded, packed = codes.stored(), kivi.stored()
+    with Recorder():
+        full.check(stored)
+        token.check(coded)
+        reference.check(packed, kivi.layout, 2)
+    assert called == []

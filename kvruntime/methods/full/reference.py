@@ -38,13 +38,13 @@ class Stored(NamedTuple):
 
 def slots(stored: Stored, stepped: bool = False) -> Slots:
     """Where its tokens lie, ``stepped`` ones too.  Raises ``ValueError`` for a block table of another shape or type."""
-    found = Slots(stored.lengths + int(stepped), stored.key.shape[2], stored.block_table)
+    found = Slots(stored.lengths + 1 if stepped else stored.lengths, stored.key.shape[2], stored.block_table)
     found.check("[pool_size, num_kv_heads, n, dim]")
     return found
 
 
 def check(stored: Stored) -> None:
-    """Raises ``ValueError`` where :func:`slots` does."""
+    """Raises ``ValueError`` where :func:`slots` does.  Kernels ask at every step: nothing runs on the device."""
     slots(stored)
 
 
