@@ -53,7 +53,7 @@ class Constants:
     the share of these that each norm beyond two a layer adds; ``engine_masked_efficiency``: by engine that gives
     attention a mask where a window is shorter than the prompt, the share of the FLOP/s at which it multiplies every
     pair, those hidden too; ``engine_order_seconds``: by engine, what a layer takes more whose key channels are stored
-    in an order that the prompt tells (the host waits for the card there, so nothing hides it).
+    in an order that the prompt tells.
 
     Servers: ``chunk_tokens``: prompt tokens a step.  ``prompt_steps``: by engine that runs prompts in steps of their
     own, the share of them that a request waits for.  ``prefill_seconds``, ``prefill_queue``: what a first token waits
