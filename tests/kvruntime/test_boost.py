@@ -158,6 +158,13 @@ def test_weights_are_in_proportion() -> None:
     assert reference.channel_weights(query, 2, [0]).max() == 0
 
 
+def test_queries_that_weigh_are_clamped() -> None:
+    """As everything is: squares of more than float32 holds would compare to nothing."""
+    query = torch.tensor([1e30, reference.LIMIT, math.inf, -math.inf, reference.LIMIT / 2, math.nan])
+    code = reference.channel_weights(query.expand(1, 1, 3, 6), 1)[0, 0].tolist()
+    assert code == [224, 224, 224, 224, 216, 0]
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 256])
 def test_the_rotation_is_sylvesters_and_its_own_inverse(dim: int) -> None:
     x = normal(1, 3, dim)

@@ -117,14 +117,15 @@ def channel_weights(query: Tensor, num_kv_heads: int, lengths: Sequence[int] | N
     square of a head's queries, in the last ``WEIGHING`` tokens, in proportion to that of its largest channel.
     ``lengths``: row b's real tokens are the last ``lengths[b]``.
     """
-    query = query[:, :, -WEIGHING:].float()
+    query = query[:, :, -WEIGHING:].nan_to_num(0.0).float().clamp(-LIMIT, LIMIT)
     batch_size, _, length, dim = query.shape
     if lengths is not None:
         counts = torch.tensor(lengths).clamp(max=length).to(query.device, non_blocking=True)
         real = torch.arange(length, device=query.device) >= length - counts[:, None]
         query = query * real[:, None, :, None]
-    square = query.nan_to_num(0.0, LIMIT, -LIMIT).square().reshape(batch_size, num_kv_heads, -1, dim).mean(2)
-    share = (square / square.amax(-1, keepdim=True).clamp(min=1e-30)).sqrt()
+    square = query.square().reshape(batch_size, num_kv_heads, -1, dim).sum(2)
+    share = square / square.amax(-1, keepdim=True).clamp(min=1e-30)
+    share = share.double().sqrt().float()  # correctly rounded, which PyTorch's float32 root on a CPU is not
     mantissa, exponent = torch.frexp(share * 2.0**TOP_WEIGHT)
     code = (exponent - 4) * 8 + (mantissa * 16).round().long() - 8
     return code.clamp(0, 255).to(torch.uint8)
