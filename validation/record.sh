@@ -103,6 +103,7 @@ sanitized() { # compute-sanitizer over the kernels' grid in float16, in one proc
         tests/kvruntime/test_prompt.py::test_layers_stored_together_hold_what_each_holds_alone
         tests/kvruntime/test_prompt.py::test_layers_that_differ_are_stored_alone
         tests/kvruntime/test_kernels.py::test_words_bit_exact tests/kvruntime/test_engine_linear.py
+        tests/kvruntime/test_kernels.py::test_boosted_channels_weigh_what_queries_say
         tests/kvruntime/test_token_fast.py tests/kvruntime/test_token.py tests/kvruntime/test_paged.py
         tests/kvruntime/test_hf_latents.py::test_the_kernel_is_the_reference
         tests/kvruntime/test_hf_windows.py::test_steps_forget_what_the_host_would
@@ -110,7 +111,7 @@ sanitized() { # compute-sanitizer over the kernels' grid in float16, in one proc
             and not generate and not 8b_model and not padded_graph and not anew")
     local kernels=() name
     for name in append attend combine step store pack freeze linear product stream add_norm embed rms_norm rotate silu_product \
-        order pages gather store_slots latent forget prompt; do
+        order weigh pages gather store_slots latent forget prompt; do
         kernels+=(--kernel-name "kns=${name}_kernel")
     done
     OMP_NUM_THREADS=1 python3 -m pytest -q -n $(($(nproc) * 3 / 4)) "${points[@]}" || return

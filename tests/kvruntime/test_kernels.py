@@ -14,7 +14,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 triton = pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
-from kvruntime.methods.kivi import append, attention, pack, reference, words  # noqa: E402
+from kvruntime.methods.kivi import append, attention, first_record, pack, reference, words  # noqa: E402
+from kvruntime.methods.kivi.kernel_arguments import New  # noqa: E402
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
 from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
@@ -162,6 +163,44 @@ def same_words(method: Kivi, dim: int, dtype: str, steps, has_books: bool, seed:
         for buffer in wanted:
             assert torch.equal(bits(wanted[buffer]), bits(got[buffer])), (buffer, size)
     assert max(packed) > 0
+
+
+WEIGHED = {
+    dim: ((1, 4, 7)[place % 3], DTYPES[(place + place // 3) % 3])
+    for place, dim in enumerate((40, 72, 80, 96, 112, 120, 128, 192, 256))
+}
+"""Query heads a key/value head and dtype by head dimension: every two of these two meet."""
+
+
+@pytest.mark.parametrize("dim", WEIGHED)
+def test_boosted_channels_weigh_what_queries_say(dim: int) -> None:
+    """Integers have exact sums, so that the codes are the reference's; of other numbers a sum may round another way,
+    by which a code moves one step at the most."""
+    q_per_kv, name = WEIGHED[dim]
+    dtype, counts = getattr(torch, name), [300, 0, 17]
+    generator = torch.Generator().manual_seed(dim)
+    whole = torch.randint(-3, 4, (3, 300, HEADS * q_per_kv, dim), generator=generator).to(dtype)
+    whole[0, :, 0] *= torch.arange(300)[:, None] < 44  # not among the last 256
+    whole[0, 290, 0, 3], whole[0, 291, 0, 5], whole[0, 292, -1, 7] = float("nan"), float("inf"), -float("inf")
+    whole[2, :, :q_per_kv] = 0
+    whole[2, : 300 - 17] = float("nan")  # padding
+    whole = whole.to(DEVICE).transpose(1, 2)
+    other = torch.randn(3, HEADS * q_per_kv, 300, dim, generator=generator) * torch.logspace(-4, 1, dim)
+    other = other.to(DEVICE, dtype)
+    for query, lengths, most in ((whole, counts, 0), (whole[:, :, -40:], counts, 0), (other, None, 1)):
+        given = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        order = torch.full((3, HEADS, dim), 77, dtype=torch.uint8, device=DEVICE)
+        held = Stored(*[torch.empty(0, device=DEVICE)] * 5, key_order=order)
+        first_record.weigh(query, New(query, query, HEADS, 300, given, None), held)
+        want = reference.channel_weights(query.cpu(), HEADS, lengths)
+        if lengths:
+            want[1] = 77  # a row without new tokens keeps its own
+            assert not want[2, 0].any()
+            assert want[0].float().std() > 0
+        assert (order.cpu().int() - want.int()).abs().max() <= most
+    weighed = order.clone()
+    first_record.weigh(query.mT.contiguous().mT, New(query, query, HEADS, 300, None, None), held)
+    assert torch.equal(order, weighed)  # channels that do not lie next to each other
 
 
 METHODS = {

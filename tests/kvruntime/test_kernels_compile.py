@@ -43,7 +43,7 @@ def test_all_compile_without_spills() -> None:
     assert {kernel for kernel, *_ in rows} == {
         *("pack", "store", "freeze", "advance", "attend", "attend_fresh", "attend_table", "combine", "store_full"),
         *("attend_full", "advance_spread", "combine_few", "pack_layers", "store_layers", "freeze_layers"),
-        *("linear", "dense", "stream", "add_norm", "rms_norm", "rotate", "silu_product", "choose"),
+        *("linear", "dense", "stream", "add_norm", "rms_norm", "rotate", "silu_product", "choose", "weigh"),
         *("pack_pool", "store_pool", "attend_pool", "advance_pool", "attend_full_pool", "append_full_pool"),
         *("append_token", "step_token", "attend_token", "rotate_token", "append_token_pool", "attend_token_pool"),
         *("attend_token_whole", "append_token_whole", "attend_token_pages", "store_token_pages", "store_token_page"),

@@ -25,12 +25,17 @@ from kvruntime.hf.cache import AppendQueue, PendingUpdate  # noqa: E402
 from kvruntime.methods.kivi import append, first_record  # noqa: E402
 from kvruntime.methods.kivi.cache import KiviLayer  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi, kivi_seed  # noqa: E402
+from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, ROWS, LAYERS = 2, 2, 2
 KERNELS = {"freeze_kernel": first_record, "pack_kernel": append, "store_kernel": append}
 """The storing kernels, and where they are launched."""
+BOOSTED = dict.fromkeys(("weigh_kernel", "order_kernel"), first_record) | {
+    "pack_kernel": append,
+    "store_kernel": append,
+}
+"""Those of boosted channels."""
 METHODS = {
     "2-bit g32": (Kivi(residual_length=64), 64),
     "2-bit g64": (Kivi(group_size=64, residual_length=64), 128),
@@ -62,20 +67,20 @@ def prompts(dim: int, size: int, lengths: list[int] | None, seed: int) -> list[t
     return out
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> Counter:
+def counted(monkeypatch: pytest.MonkeyPatch, run: bool = True, kernels: dict = KERNELS) -> Counter:
     """Launches of the storing kernels from now on."""
     count: Counter = Counter()
 
     class Kernel:
         def __init__(self, name: str) -> None:
-            self.name, self.kernel = name, getattr(KERNELS[name], name)
+            self.name, self.kernel = name, getattr(kernels[name], name)
 
         def __getitem__(self, grid: tuple[int, ...]):
             count[self.name] += 1
             return self.kernel[grid] if run else lambda *args, **kwargs: None
 
-    for name in KERNELS:
-        monkeypatch.setattr(KERNELS[name], name, Kernel(name))
+    for name in kernels:
+        monkeypatch.setattr(kernels[name], name, Kernel(name))
     return count
 
 
@@ -186,6 +191,33 @@ def test_a_layer_of_a_prompt_costs_the_host_no_more_than_uncompressed(method: st
     assert uploads == more_uploads
     least, most = (work(layers, "fp32", prompt)[0] for layers in (2, 6))
     assert many - few < most - least
+
+
+@pytest.mark.parametrize("lengths", [None, [150, 150], [220, 140], [0, 220]], ids=str)
+def test_a_boosted_prompt_is_stored_in_four_launches(lengths: list[int] | None, monkeypatch) -> None:
+    """Beside them the layer's lengths are filled in, or where rows differ copied to the device with the tokens' counts.
+    """
+    key, value, _ = prompts(64, 220, None, 0)[0]
+    query = torch.randint(-9, 10, (ROWS, 220, 4 * HEADS, 64), generator=torch.Generator().manual_seed(1)).half()
+    query = (query * torch.linspace(0, 2, 64).round().half()).to(DEVICE).transpose(1, 2)
+    shape = LayerShape(HEADS, 64, 64)
+    method = kivi_boost(residual_length=64)
+    stored, alone, launched = (KiviLayer(method, shape, ROWS, 512, device) for device in (DEVICE, "cpu", DEVICE))
+    for layer in (stored, alone, launched):
+        layer.tensors["key_order"][:] = 200
+    with as_device():
+        stored.append(key, value, lengths, query)
+    alone.append(key.cpu(), value.cpu(), lengths, query.cpu())
+    assert max(stored.row_packed) > 0
+    for name, tensor in stored.tensors.items():
+        assert torch.equal(tensor.cpu().view(torch.uint8), alone.tensors[name].view(torch.uint8)), name
+    count = counted(monkeypatch, run=DEVICE == "cuda", kernels=BOOSTED)
+    with as_device(), Operators() as operators:
+        launched.append(key, value, lengths, query)
+    assert count == dict.fromkeys(BOOSTED, 1)
+    ragged = lengths is not None and len(set(lengths)) > 1
+    assert operators.uploads == 3 * ragged
+    assert ragged or operators.total == 2 + (lengths is not None)
 
 
 def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,6 +362,15 @@ def choose(name: str, sm: int) -> dict[str, int]:
     )
 
 
+def weigh(name: str, sm: int) -> dict[str, int]:
+    """What a prompt's queries say of boosted channels."""
+    dim = METHODS[name][1]
+    block = triton.next_power_of_2(dim)
+    constants = {"NUM_HEADS": 8, "Q_PER_KV": 4, "KEY_DIM": dim, "BLOCK_N": first_record.WEIGHED_AT_ONCE // block}
+    types = arguments(first_record.weigh_kernel, "bf16")
+    return resources(first_record.weigh_kernel, types, constants | {"BLOCK_D": block}, sm, 8)
+
+
 def freeze_layers(name: str, sm: int) -> dict[str, int]:
     return freeze(name, sm, layers=True)
 
@@ -708,14 +717,16 @@ KERNELS = {
     for function in (pack, store, freeze, advance, attend, attend_fresh, attend_table, combine, combine_few, store_full)
 } | {function.__name__: function for function in (advance_spread, pack_layers, store_layers, freeze_layers)}
 DIFFERING = {
-    "boost d128": (pack, store, choose, attend, attend_fresh, combine, advance, advance_spread),
-    "boost d256": (pack, choose, advance, advance_spread),
+    "boost d128": (pack, store, choose, weigh, attend, attend_fresh, combine, advance, advance_spread),
+    "boost d256": (pack, choose, weigh, advance, advance_spread),
     "rotated d128": (pages, pages_single, gather),
     "rotated d256": (pack, advance, gather),
     "3-bit g32 d512": (pack, advance, attend_fresh),
 }
 """Layouts whose kernels are compiled where they differ from others'."""
-KERNELS["choose"] = choose
+KERNELS |= {function.__name__: function for function in (choose, weigh)}
+BOOSTED = ("choose", "weigh")
+"""Kernels of layouts with boosted channels alone."""
 HEADS = (
     "2-bit g32 d64",
     "2-bit g64 d128",
@@ -820,7 +831,7 @@ if __name__ == "__main__":
         for kernel in KERNELS
         for name in names.get(kernel, POOLED if kernel in IN_POOLS else PER_HEAD.get(kernel, METHODS))
         for sm in targets.get(kernel, TARGETS)
-        if (KERNELS[kernel] in DIFFERING[name] if name in DIFFERING else kernel != "choose")
+        if (KERNELS[kernel] in DIFFERING[name] if name in DIFFERING else kernel not in BOOSTED)
     ]
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:

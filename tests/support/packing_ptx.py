@@ -1,4 +1,5 @@
-"""Compile the packing kernel for sm_90, run its PTX in NumPy and count the words that differ from the reference's.
+"""Compile the packing kernel for sm_90, run its PTX in NumPy and count the words that differ from the reference's;
+and so with what boosted channels weigh.
 
 JSON lines ``[layout, warps, tokens stored before, [words that differ, by section], layers]``.  Run by
 ``test_packing_ptx.py`` in a process of its own, because the interpreter and the compiler exclude each other.
@@ -11,9 +12,10 @@ import json
 import compile_kernels
 import numpy as np
 import torch
+import triton
 from ptx_numpy import Program
 
-from kvruntime.methods.kivi import kernel_arguments, pack, reference, step
+from kvruntime.methods.kivi import first_record, kernel_arguments, pack, reference, step
 from kvruntime.methods.kivi.words import MOST_CODES, record_constants
 from kvsim.layout import LayerShape
 from kvsim.methods import Kivi, kivi_boost, kivi_seed
@@ -135,6 +137,33 @@ def differing(method: Kivi, dim: int, stored: int, launch: dict[str, int], layer
     return [int(wrong[..., offset : offset + size].sum()) for _, offset, size in record.sections]
 
 
+def differing_weights(dim: int) -> int:
+    """Channels of three rows, one without new tokens, whose weights differ from the reference's."""
+    q_per_kv, counts, kernel = 3, [300, 0, 17], first_record.weigh_kernel
+    query = torch.randint(-3, 4, (3, 300, HEADS * q_per_kv, dim), generator=torch.Generator().manual_seed(dim)).half()
+    query[0, 299, 0, 3], query[0, 298, 0, 5] = float("nan"), float("inf")
+    query[2, :, :q_per_kv] = 0
+    memory, block = Memory(), triton.next_power_of_2(dim)
+    values = {
+        "query_ptr": memory.place(query),
+        "order_ptr": memory.place(torch.full((3, HEADS, dim), 77, dtype=torch.uint8)),
+        "counts_ptr": memory.place(torch.tensor(counts, dtype=torch.int32)),
+    }
+    query = query.transpose(1, 2)
+    values |= zip(("stride_qb", "stride_qh", "stride_qt"), query.stride()[:3], strict=True)
+    values["num_queries"] = 300
+    constants = {"NUM_HEADS": HEADS, "Q_PER_KV": q_per_kv, "KEY_DIM": dim, "BLOCK_D": block}
+    constants["BLOCK_N"] = first_record.WEIGHED_AT_ONCE // block
+    ptx = compile_kernels.compiled(kernel, compile_kernels.arguments(kernel, "fp16"), constants, 90, 8)["ptx"]
+    arguments = [values[name] for name in kernel.arg_names if name in values] + [0, 0]
+    for program in range(3 * HEADS):
+        Program(ptx, memory.cells, arguments, (program, 0, 0)).run()
+    want = reference.channel_weights(query, HEADS, counts)
+    want[1] = 77
+    start = values["order_ptr"]
+    return int((memory.cells[start : start + want.nbytes].reshape(want.shape) != want.numpy()).sum())
+
+
 if __name__ == "__main__":
     for name, (method, dim) in LAYOUTS.items():
         for turn, launch in enumerate(launches(method.record(LayerShape(HEADS, dim, dim)))):
@@ -146,3 +175,5 @@ if __name__ == "__main__":
     launch = pack.pack_launch(turned.record(LayerShape(HEADS, 128, 128)), most=4096)
     wrong = differing(turned, 128, 37, launch, 1)
     print(json.dumps(["boost d128 in turns", launch["num_warps"], 37, wrong, 1]), flush=True)
+    for dim in (96, 128):
+        print(json.dumps([f"weights d{dim}", 8, 0, [differing_weights(dim)], 1]), flush=True)

@@ -282,6 +282,9 @@ class Program:
         if op[0] == "fma":
             a, b, c = (value.astype(np.longdouble) for value in values)
             return (a * b + c).astype(TYPES[kind])
+        if op[0] == "div" and kind[0] in "su":
+            assert all((value >= 0).all() for value in values), "of negative numbers NumPy rounds the other way"
+            return values[0] // np.maximum(values[1], 1)  # what is divided by nothing is not used
         if op[0] == "mad":
             return values[0] * values[1] + values[2]
         table = NO_NAN if op[0] in NO_NAN and kind.startswith("f") and "NaN" not in op else PLAIN

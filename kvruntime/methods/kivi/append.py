@@ -13,12 +13,13 @@ from kvruntime.kernels import lines
 from kvruntime.kernels.hadamard import rotated_tokens
 from kvruntime.kernels.lines import rows_of
 from kvruntime.methods.kivi import reference
-from kvruntime.methods.kivi.first_record import freeze, order
+from kvruntime.methods.kivi.first_record import freeze, order, weigh
 from kvruntime.methods.kivi.kernel_arguments import ALIGNMENT, New, of_layer, places
 from kvruntime.methods.kivi.pack import pack_kernel, pack_launch, permuting
 from kvruntime.methods.kivi.quantize import LIMIT, new_tokens
 from kvruntime.methods.kivi.reference import Layout, Stored
 from kvruntime.methods.kivi.words import record_constants
+from kvruntime.methods.rows import on_device
 
 
 @triton.jit
@@ -93,6 +94,7 @@ def append(
     layout: Layout,
     books: tuple[list[int], list[int]] | None = None,
     starts: Tensor | None = None,
+    query: Tensor | None = None,
     layers: Tensor | None = None,
     is_ordered: bool = False,
 ) -> None:
@@ -121,8 +123,10 @@ def append(
         known = [new_length] * batch_size if counts is None else list(counts)
         least = min(known)
         if least < new_length:
-            ragged = torch.tensor(known, dtype=torch.int32).to(key.device, non_blocking=True)
+            ragged = on_device(known, key.device)
     new = New(key, value, heads, new_length, ragged, starts)
+    if query is not None and stored.key_order is not None:
+        weigh(query, new, stored)
     where, strides = places(stored, layout), new.strides()
     most = -(-new_length // record.num_tokens) * record.num_tokens  # a row's unpacked tokens fit its residual
     if books is not None and starts is None and not isinstance(counts, Tensor):

@@ -58,13 +58,8 @@ class KiviLayer(Rows):
         are boosted.
         """
         counts = self.make_room(key, lengths, value)
-        if query is not None and query.shape[2] > 1 and self.wants_query:
-            weights = reference.channel_weights(query, self.shape.num_kv_heads, lengths)
-            if not all(counts):  # a row without new tokens keeps its own
-                some = torch.tensor(counts).to(query.device, non_blocking=True) > 0
-                weights = torch.where(some[:, None, None], weights, self.tensors["key_order"])
-            self.tensors["key_order"].copy_(weights)
-        self._store(key, value, counts)
+        weighs = query is not None and query.shape[2] > 1 and self.wants_query
+        self._store(key, value, counts, query=query if weighs else None)
         self._count(counts)
 
     @property
@@ -107,9 +102,9 @@ class KiviLayer(Rows):
             key_order=held.get("key_order"),
         )
 
-    def _store(self, key: Tensor, value: Tensor, counts: list[int], **layers: Tensor) -> None:
+    def _store(self, key: Tensor, value: Tensor, counts: list[int], **more: Tensor | None) -> None:
         store = _kernels("append").append if key.is_cuda else reference.append
-        store(key, value, counts, self.stored(), self.layout, (self.row_lengths, self.row_packed), **layers)
+        store(key, value, counts, self.stored(), self.layout, (self.row_lengths, self.row_packed), **more)
 
     def _count(self, counts: list[int]) -> None:
         """Enter ``counts`` stored tokens a row in the books, here and on the device."""

@@ -1,7 +1,7 @@
 """Triton: what is decided before a row packs for the first time, for all its records.
 
-``order_kernel``: the order of its key channels where some are boosted.  ``freeze_kernel``: where a whole sequence
-shares its key scales, those.
+``weigh_kernel``: what key channels weigh by a prompt's queries, where some are boosted.  ``order_kernel``: the order of
+these channels.  ``freeze_kernel``: where a whole sequence shares its key scales, those.
 """
 
 from __future__ import annotations
@@ -14,6 +14,49 @@ from kvruntime.methods.kivi import reference
 from kvruntime.methods.kivi.boost import choose_order
 from kvruntime.methods.kivi.kernel_arguments import New, of_layer
 from kvruntime.methods.kivi.quantize import LIMIT, finite, load_tokens, new_tokens, scale_zero
+
+WEIGHING = tl.constexpr(reference.WEIGHING)
+TOP_WEIGHT = tl.constexpr(reference.TOP_WEIGHT)
+WEIGHED_AT_ONCE = 8192
+"""Elements of queries that a program of :func:`weigh_kernel` loads at once: 32 a thread."""
+
+
+@triton.jit
+def weigh_kernel(
+    query_ptr, order_ptr, counts_ptr, stride_qb, stride_qh, stride_qt, num_queries,
+    NUM_HEADS: tl.constexpr, Q_PER_KV: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What the channels of one row and key/value head weigh, a program each; a row without new tokens keeps its own.
+
+    Over the queries ``x`` of the head's group in the row's last ``WEIGHING`` tokens, in float32::
+
+        square[d] = sum x[d]**2        share[d] = sqrt(square[d] / max square)
+        (8 + code[d] % 8) 2**(code[d] // 8) ~ share[d] 2**TOP_WEIGHT
+
+    which is ``channel_weights`` of :mod:`kvruntime.methods.kivi.reference`.  ``BLOCK_N`` queries are summed side by
+    side, then all into one.  The code is the share's own bits, rounded half to even to three of its mantissa."""
+    row = tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0) % NUM_HEADS
+    tokens = tl.minimum(new_tokens(row, counts_ptr, num_queries), tl.minimum(num_queries, WEIGHING))
+    if tokens == 0:
+        return
+    query_ptr += row.to(tl.int64) * stride_qb + (head * Q_PER_KV).to(tl.int64) * stride_qh
+    query_ptr += tl.cast(num_queries - tokens, tl.int64) * stride_qt
+    d = tl.arange(0, BLOCK_D)
+    squares = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for begin in range(0, Q_PER_KV * tokens, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)  # the group's heads one behind the other
+        at = (n // tokens).to(tl.int64) * stride_qh + (n % tokens).to(tl.int64) * stride_qt
+        wanted = (n < Q_PER_KV * tokens)[:, None] & (d < KEY_DIM)[None, :]
+        x = finite(tl.load(query_ptr + at[:, None] + d[None, :], mask=wanted, other=0.0).to(tl.float32))[0]
+        squares += x * x
+    square = tl.sum(squares, 0)
+    most = tl.maximum(tl.max(square, 0), 1e-30)
+    share = tl.sqrt_rn(tl.div_rn(square, tl.zeros([BLOCK_D], tl.float32) + most)).to(tl.int32, bitcast=True)
+    rounded = (share + 0x7FFFF + ((share >> 20) & 1)) >> 20
+    code = tl.maximum(rounded - 8 * (130 - TOP_WEIGHT), 0)
+    tl.store(order_ptr + (row.to(tl.int64) * NUM_HEADS + head) * KEY_DIM + d, code.to(tl.uint8), mask=d < KEY_DIM)
 
 
 @triton.jit
@@ -94,6 +137,23 @@ def freeze_kernel(
     at = rows * KEY_DIM + d
     tl.store(params_ptr + at, scale, mask=d < KEY_DIM)
     tl.store(params_ptr + tl.cast(batch_size, tl.int64) * (NUM_HEADS * KEY_DIM) + at, zero, mask=d < KEY_DIM)
+
+
+def weigh(query: Tensor, new: New, stored: reference.Stored) -> None:
+    """Write what channels weigh to ``key_order`` of every row with ``new`` tokens; other rows are left alone.
+
+    ``query [batch_size, num_q_heads, N, key_dim]``: of the last N of these tokens.
+    """
+    batch_size, num_q_heads, length, dim = query.shape
+    if query.stride(3) != 1:
+        query = query[:, :, -reference.WEIGHING :].contiguous()
+        length = query.shape[2]
+    block = triton.next_power_of_2(dim)
+    weigh_kernel[(batch_size * new.num_heads,)](
+        query, stored.key_order, new.counts, *query.stride()[:3], length,
+        NUM_HEADS=new.num_heads, Q_PER_KV=num_q_heads // new.num_heads, KEY_DIM=dim, BLOCK_N=WEIGHED_AT_ONCE // block,
+        BLOCK_D=block, enable_fp_fusion=True, num_warps=8,
+    )  # fmt: skip
 
 
 def freeze(new: New, stored: reference.Stored, layout: reference.Layout, layers: Tensor | None = None) -> None:

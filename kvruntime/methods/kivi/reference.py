@@ -449,6 +449,7 @@ def append(
     layout: Layout,
     books: tuple[list[int], list[int]] | None = None,
     starts: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> None:
     """Store new tokens: pack what the residual cannot hold, oldest first, then write the rest to their exact slots.
 
@@ -458,6 +459,7 @@ def append(
     | counts | a number a row; None: all are |
     | books | (lengths, packed) of ``stored`` as the host knows them; None: they are read |
     | starts | [batch_size + 1] int32: key and value are one line [tokens, num_kv_heads, dim], row b's from starts[b] |
+    | query | [batch_size, num_q_heads, N, key_dim]: the last N of the L, by which a prompt's channels weigh; or None |
 
     ``stored.lengths`` and ``packed`` stay as they are.  What is written is a function of the tokens alone: rows that
     share a record or a page write the same words to it.
@@ -472,6 +474,9 @@ def append(
     value = stored_values(value, record, stored.exact_value.dtype)
     tables = (stored.block_table, stored.exact_table)
     key_params, key_order = stored.key_params, stored.key_order
+    if query is not None and key_order is not None:
+        brings = [row for row, count in enumerate(counts) if count]  # others keep theirs
+        key_order[brings] = channel_weights(query, key.shape[1], counts)[brings]
     alike: dict[tuple[int, int, int], list[int]] = {}
     for row, state in enumerate(zip(lengths, packed, counts, strict=True)):
         alike.setdefault(state, []).append(row)
