@@ -69,7 +69,8 @@ class AppendQueue:
     def append(self, layer: Layer, key: Tensor, value: Tensor, lengths: list[int] | None, query: Tensor | None) -> None:
         """``layer.append(key, value, lengths, query)``, now or later."""
         self._held.append((layer, key, value, lengths, query))
-        self._nbytes += key.nbytes + value.nbytes + (0 if query is None else query.nbytes)
+        self._nbytes += key.nbytes + value.nbytes
+        self._nbytes += 0 if query is None else query.untyped_storage().nbytes()  # of which it may be a part
         if self._nbytes >= HELD_NBYTES:
             self.store()
 
@@ -433,12 +434,17 @@ class CacheLayer(cache_utils.CacheLayerMixin):  # type: ignore[misc]
         return filled(key, self.store.shape.key_dim), filled(value, self.store.shape.value_dim)
 
     def _observed(self, query: Tensor | None) -> Tensor | None:
-        """Queries, for a method that asks for them, such that the root of the channels that it sees scales them."""
-        if query is None or not self.store.wants_query:
+        """Queries, for a method that asks for them: as many as it looks at, such that the root of the channels that it
+        sees scales them, if that matters to it."""
+        store = self.store
+        if query is None or not store.wants_query:
             return None
-        dim = self.store.shape.key_dim
+        if store.last_queries is not None:
+            query = query[:, :, -store.last_queries :]
+        dim = store.shape.key_dim
         factor = dim**0.5 * (query.shape[3] ** -0.5 if self.scale is None else self.scale)
-        return filled(query, dim) if abs(factor - 1) < 1e-6 else filled(query, dim) * factor
+        query = filled(query, dim)
+        return query * factor if store.scales_queries and abs(factor - 1) >= 1e-6 else query
 
     def step(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, steps: Any, scores: Scores = PLAIN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Layer(Protocol):
     tensors: dict[str, Tensor]
     shared: dict[str, Tensor]
     num_layers: int
+    last_queries: ClassVar[int | None]
+    scales_queries: ClassVar[bool]
 
     @property
     def is_croppable(self) -> bool: ...

@@ -57,6 +57,12 @@ class Rows:
     wants_query = False
     """Whether a prompt's queries decide what is kept: ``append`` is then given them."""
 
+    last_queries: ClassVar[int | None] = None
+    """Of how many of a prompt's last tokens ``append`` looks at the queries; None: of all."""
+
+    scales_queries: ClassVar[bool] = True
+    """Whether the scale of the model's scores matters to what ``append`` makes of queries."""
+
     again: Any = None
     """What :meth:`step` remembers of its launches, of this process alone."""
 

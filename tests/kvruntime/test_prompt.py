@@ -220,6 +220,26 @@ def test_a_boosted_prompt_is_stored_in_four_launches(lengths: list[int] | None, 
     assert ragged or operators.total == 2 + (lengths is not None)
 
 
+@pytest.mark.parametrize(("method", "kept"), [("kivi-boost", 256), ("evict:policy=snapkv,budget=128", 300)])
+def test_queries_come_as_methods_look_at_them(method: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boosted channels are told the last queries and nothing of a scale, by a view; who compares scores with others'
+    is told it all."""
+    layer = make_cache(engine(1, "kivi").model, method, max_seq_len=400).layers[0]
+    query, key, value = torch.randn(3, 2, 2, 300, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    layer.scale = 1.0  # 64**-0.5 is usual
+    layer.pend(key, value)
+    given = []
+    monkeypatch.setattr(layer.store, "append", lambda *args: given.append(args[3]))
+    with Operators() as operators:
+        layer.append_first(key, value, None, query)
+    assert given[0].shape == (2, 2, kept, 64)
+    if method == "kivi-boost":
+        assert torch.equal(given[0], query[:, :, -256:])
+        assert not operators.total
+    else:
+        torch.testing.assert_close(given[0], 8 * query)
+
+
 def test_what_is_held_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = engine(5, "kivi")
     plain.prefill([[1] * 150] * 2)

@@ -28,6 +28,8 @@ class KiviLayer(Rows):
     """Keys and values of ``batch_size`` rows in one layer: packed records, and exact tokens beside them."""
 
     ROW_AXES: ClassVar[dict[str, int]] = {"lengths": 1, "key_params": 1}
+    last_queries: ClassVar[int | None] = reference.WEIGHING
+    scales_queries: ClassVar[bool] = False  # they are compared with each other
 
     method: Kivi
 
@@ -54,8 +56,8 @@ class KiviLayer(Rows):
         """Store ``key [batch_size, num_kv_heads, L, key_dim]`` and ``value`` alike.
 
         ``lengths``: row b's real tokens are the last ``lengths[b]`` of the L (the rest is left padding, which is
-        not stored); ``None`` takes all.  ``query [batch_size, num_q_heads, L, key_dim]``: a prompt's, where channels
-        are boosted.
+        not stored); ``None`` takes all.  ``query [batch_size, num_q_heads, N, key_dim]``: a prompt's of the last N of
+        the L, where channels are boosted; those of the last :attr:`last_queries` are looked at.
         """
         counts = self.make_room(key, lengths, value)
         weighs = query is not None and query.shape[2] > 1 and self.wants_query
