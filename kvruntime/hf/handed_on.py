@@ -1,6 +1,8 @@
-"""Whether a model's layers hand on what the cache gives to the attention function as it is, read from their source.
+"""Whether a model's layers work on what the cache gives before they attend, read from their source.
 
-A kvruntime cache gives no tensors, so that a layer which slices, repeats or mixes what it is given cannot run.
+A kvruntime cache gives no tensors, so that a layer which slices, repeats or mixes what it is given cannot run.  Only
+what is sure to run is told here, before any weight is used; the rest is refused by
+:class:`kvruntime.hf.cache.PendingUpdate` where it does run.
 """
 
 from __future__ import annotations
@@ -8,88 +10,106 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
-"""transformers' table of attention functions: what is taken from it attends."""
-
-KNOWN = frozenset(("expand_kv", "_upcast_and_reordered_attn"))
-"""Methods that may be given them: of latents (:mod:`kvruntime.hf.latents`), and one of eager attention alone."""
-
 READ = frozenset(("shape", "dtype", "device"))
-"""What may be read of them."""
+"""What may be read of keys and values that the cache gave."""
+
+TORCH = frozenset(("torch", "F", "nn"))
+"""What a model's source calls PyTorch's modules, whose functions take tensors."""
+
+MAYBE = {
+    ast.If: ("body", "orelse"),
+    ast.IfExp: ("body", "orelse"),
+    ast.For: ("body", "orelse"),
+    ast.While: ("body", "orelse"),
+    ast.Try: ("body", "handlers", "orelse"),
+    ast.Match: ("cases",),
+    ast.BoolOp: ("values",),
+    ast.Lambda: ("body",),
+    ast.FunctionDef: ("body",),
+}
+"""What may run or not, by node: the names of its fields."""
 
 
 def touched(model: Any) -> str:
-    """Which layer of ``model`` does not hand on what the cache gives, and what it does instead, in words; empty where
-    all do, or where a class has no source."""
-    for kind in dict.fromkeys(map(type, model.modules())):
-        for function in _methods(kind):
-            if found := _touches(function):
-                return f"{kind.__name__} works on what the cache gives before it attends ({found})"
+    """Which layer of ``model`` is sure to work on what the cache gives, and how, in words; empty where none is, as
+    where a class has no source or a module's ``forward`` was replaced."""
+    for kind in dict.fromkeys(type(each) for each in model.modules() if "forward" not in vars(each)):
+        if found := _touches(inspect.unwrap(kind.forward)):
+            return f"{kind.__name__} works on what the cache gives before it attends ({found})"
     return ""
-
-
-def _methods(kind: type) -> Iterator[Any]:
-    """The methods of a class that call ``update``."""
-    for name in dict.fromkeys(name for base in kind.__mro__ for name in vars(base)):
-        function = inspect.unwrap(method) if inspect.isfunction(method := getattr(kind, name, None)) else None
-        if "update" in getattr(getattr(function, "__code__", None), "co_names", ()):
-            yield function
 
 
 @lru_cache(maxsize=1024)
 def _touches(function: Any) -> str:
-    """The first expression that works on keys or values that the ``update`` of a cache gave; empty where none does."""
+    """The first expression sure to work on keys or values that a cache's ``update`` gave; empty where none is."""
+    if "update" not in getattr(getattr(function, "__code__", None), "co_names", ()):
+        return ""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):
         return ""
     parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
-    attends = {each.id for node in ast.walk(tree) if _takes_function(node) for each in _targets(node)}
-    for given in (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and _is_update(node)):
-        names, end = {each.id for each in _targets(given)}, given.end_lineno or given.lineno
-        read = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
-        for node in read:
-            if node.id in names and node.lineno > end and not _is_handed_on(node, parents, attends):
-                return _shown(node, parents)
+    for given in (node for node in ast.walk(tree) if _is_update(node)):
+        names, branches = {each.id for each in _targets(given)}, _branches(given, parents)
+        for read in (node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in names):
+            if _is_work(read, parents) and _branches(read, parents) <= branches and _follows(read, given, tree):
+                return _shown(read, parents)
     return ""
 
 
-def _takes_function(node: ast.AST) -> bool:
-    """Whether it is ``attention_interface = ALL_ATTENTION_FUNCTIONS...``."""
-    value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-    return value is not None and any(isinstance(each, ast.Name) and each.id == FUNCTIONS for each in ast.walk(value))
-
-
-def _is_update(node: ast.Assign) -> bool:
-    """Whether it is ``key, value = cache.update(key, value, ...)``."""
-    if not (isinstance(node.value, ast.Call) and len(node.value.args) > 1):
+def _is_update(node: ast.AST) -> bool:
+    """Whether it is ``key, value = past_key_values.update(key, value, ...)``, or a ``cache``'s."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and len(node.value.args) > 1):
         return False
     called = node.value.func
-    return isinstance(called, ast.Attribute) and called.attr == "update" and len(_targets(node)) == 2
+    if not (isinstance(called, ast.Attribute) and called.attr == "update" and len(_targets(node)) == 2):
+        return False
+    return any(word in ast.unparse(called.value).lower() for word in ("past", "cache"))
 
 
 def _targets(node: Any) -> list[ast.Name]:
     """The names that an assignment gives values to."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+    return [each for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)]
 
 
-def _is_handed_on(name: ast.Name, parents: dict[ast.AST, ast.AST], attends: set[str]) -> bool:
-    """Whether a key or value is read of, kept for a later layer, or given to what attends."""
+def _branches(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> set[tuple[ast.AST, str]]:
+    """The parts of a function around ``node`` that may run or not."""
+    found = set()
+    while node in parents:
+        child, node = node, parents[node]
+        for name in MAYBE.get(type(node), ()):
+            part = getattr(node, name)
+            if child is part or (isinstance(part, list) and child in part):
+                found.add((node, name))
+    return found
+
+
+def _follows(read: ast.Name, given: Any, tree: ast.AST) -> bool:
+    """Whether what is ``read`` is sure to be what ``given`` assigned: nothing returned or gave the name another value
+    between the two."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt) and given.end_lineno < node.lineno and (node.end_lineno or 0) < read.lineno:
+            if isinstance(node, ast.Return | ast.Raise | ast.Break | ast.Continue):
+                return False
+            stored = (each for each in ast.walk(node) if isinstance(each, ast.Name) and each.id == read.id)
+            if any(isinstance(each.ctx, ast.Store | ast.Del) for each in stored):
+                return False
+    return read.lineno > given.end_lineno
+
+
+def _is_work(name: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
+    """Whether a key or value is calculated with, sliced or asked for what only a tensor has.  A function that it is
+    given to may be the one that attends."""
     parent = parents[name]
-    parent = parents[parent] if isinstance(parent, ast.keyword) else parent
     if isinstance(parent, ast.Attribute):
-        return parent.attr in READ
-    if isinstance(parent, ast.Call):
-        called = parent.func
-        is_attention = isinstance(called, ast.Name) and called.id in attends
-        return is_attention or (isinstance(called, ast.Attribute) and called.attr in KNOWN)
-    is_kept = isinstance(parent, ast.Tuple) and isinstance(parents[parent], ast.Assign)
-    return is_kept or (isinstance(parent, ast.Compare) and isinstance(parent.ops[0], ast.Is | ast.IsNot))
+        return parent.attr not in READ
+    parent = parents[parent] if isinstance(parent, ast.keyword) else parent
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Attribute):
+        return ast.unparse(parent.func).partition(".")[0] in TORCH
+    return isinstance(parent, ast.BinOp) or (isinstance(parent, ast.Subscript) and parent.value is name)
 
 
 def _shown(name: ast.Name, parents: dict[ast.AST, ast.AST]) -> str:

@@ -11,6 +11,8 @@ import torch
 import transformers
 from hf_models import DEVICE, GQA, tiny
 from hf_refused import REFUSED, refused
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from kvruntime import make_cache
 from kvruntime.hf.attention import REFUSED as REFUSED_ARGUMENTS
@@ -51,6 +53,40 @@ def test_models_with_a_past_of_their_own_are_refused():
     minimax = transformers.MiniMaxConfig(**{**GQA, "num_local_experts": 2, "layer_types": ["full_attention"] * 2})
     with pytest.raises(ValueError, match="it takes a cache of its own alone, MiniMaxCache"):
         make_cache(transformers.MiniMaxForCausalLM(minimax))
+
+
+def attend(module, query, key, value, mask, given):
+    function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    return function(module, query, key, value, mask, dropout=0.0, scaling=module.scaling, **given)
+
+
+class OwnAttention(modeling_llama.LlamaAttention):
+    """As a model's own code may have it: work on keys and values only without a cache, and a function that attends."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **given):
+        past = next((given.pop(name) for name in ("cache", "past_key_values") if name in given), None)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        states = (part(hidden_states).view(shape).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = states
+        query, key = modeling_llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past is not None:
+            key, value = past.update(key, value, self.layer_idx)
+        else:
+            key, value = key.contiguous(), value[:]
+        if self.config._attn_implementation == "eager":
+            raise AssertionError(key.mean())
+        out, weights = attend(self, query, key, value, attention_mask, given)
+        key, value = out.flatten(2), weights
+        return self.o_proj(key.contiguous()), value
+
+
+def test_layers_that_hand_on_in_their_own_way_run():
+    model, ids = copy.deepcopy(tiny("Llama")), torch.arange(8, device=DEVICE)[None]
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    cache = make_cache(model, "fp32")
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, **argument(cache)), want)
 
 
 def test_layers_of_cross_attention_are_named():
