@@ -212,10 +212,10 @@ def test_ratios_are_to_the_faster_of_the_stock_caches() -> None:
     assert report.best_stock(ours, rows[:1]) is None
     drafted, undrafted = {"call": calls.DRAFTED, "prompt": "p"}, {"call": calls.UNDRAFTED, "prompt": "p"}
     dynamic, static = rows[0] | drafted, rows[1] | undrafted
-    assert report.best_stock(ours | drafted, [dynamic]) == dynamic
+    assert report.best_stock(ours | drafted, [dynamic]) is None  # the static cache without drafts may be faster
     assert report.best_stock(ours | drafted, [dynamic, static]) == static  # drafts or not, it is stock
     assert report.best_stock(ours | undrafted, [dynamic, static]) == static
-    assert report.best_stock(ours | drafted, [dynamic, static | {"prompt": "q"}]) == dynamic
+    assert report.best_stock(ours | drafted, [dynamic, static | {"prompt": "q"}]) is None
     assert report.best_stock(ours | {"new_tokens": 256}, rows) is None
     assert report.line(ours, rows).endswith("1.00 ms a step, first call 1.0 s, 2.00x")
 

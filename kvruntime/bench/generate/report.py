@@ -51,10 +51,10 @@ def same_size(row: Row, rows: Iterable[Row]) -> list[Row]:
 
 def best_stock(row: Row, rows: Iterable[Row]) -> Row | None:
     """The fastest of transformers' own caches at the same size; None before its static cache was measured, which is
-    the fastest but at long lengths.  Drafts and conversations do without: it does not run them."""
+    the fastest but at long lengths, of drafted calls at the same prompt without drafts.  Conversations do without: it
+    does not run them."""
     own = same_size(row, rows)
-    needs_static = row["kind"] == "generate" and call(row) != DRAFTED
-    if needs_static and all(one["method"] != STOCK[1] for one in own):
+    if row["kind"] == "generate" and all(one["method"] != STOCK[1] for one in own):
         return None
     return min(own, key=seconds, default=None)
 
