@@ -5,17 +5,22 @@ On a CUDA device the kernels run there; elsewhere in Triton's interpreter (conft
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="the runtime extra (torch) is not installed")
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
+from count_ops import Ops  # noqa: E402
+
 from kvruntime.kernels.reference import embedded  # noqa: E402
+from kvruntime.methods import Steps, make_layer  # noqa: E402
 from kvruntime.methods.full import decode  # noqa: E402
 from kvruntime.methods.kivi import reference, step  # noqa: E402
 from kvruntime.methods.kivi.reference import Layout, Stored  # noqa: E402
 from kvsim.layout import LayerShape  # noqa: E402
-from kvsim.methods import Kivi, kivi_boost, kivi_seed  # noqa: E402
+from kvsim.methods import Kivi, kivi_boost, kivi_seed, make_method  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS, ROWS = 2, 3
@@ -165,3 +170,51 @@ def test_what_a_step_does_not_support() -> None:
         step.step(empty, empty, empty, Stored(*[empty] * 5), Layout(record, 0, 32), empty, empty, empty)
     with pytest.raises(ValueError, match="17 query heads"):
         decode.attend(empty, decode.Stored(slots, slots, torch.zeros(1)), 1.0)
+
+
+FREE = {"detach", "device", "empty", "new_empty", "view", "slice", "transpose", "split_with_sizes", "unbind", "select"}
+"""Operators of PyTorch that launch nothing."""
+
+
+class Scratch:
+    """Of a step, on a GPU that is not there: PyTorch asks for the device where it cuts a tensor."""
+
+    shape = torch.Size([1])
+
+    def __getitem__(self, at: slice) -> torch.Tensor:
+        return torch.empty(ROWS if at.stop else 2 * ROWS * HEADS, dtype=torch.int32, device="cuda")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what it remembers of a GPU that is not there would be another's")
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("name", ["bf16", "kivi", "kivi-seed", "kivi-boost", "fp8-token-head", "int4", "turboquant"])
+def test_a_step_on_a_gpu_launches_this_packages_kernels_alone(name: str, rotary: bool, monkeypatch) -> None:
+    """What PyTorch launched between two would cost its own time and keep the second from starting early."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from triton.runtime.jit import KernelInterface
+
+    launched: list[str] = []
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **more: launched.append(kernel.fn.__name__)
+    )
+    memory = {"shared_memory_per_block_optin": 227 << 10, "shared_memory_per_multiprocessor": 228 << 10}
+    h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, **memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():
+        layer = make_layer(make_method(name), LayerShape(HEADS, 128, 128), ROWS, 1024, torch.device("cuda", 0))
+        layer.row_lengths = [600] * ROWS
+        if hasattr(layer, "row_packed"):
+            layer.row_packed = [256] * ROWS
+        query, key, value = new(ROWS, 4 * HEADS, 1, 128).split([2 * HEADS, HEADS, HEADS], 1)
+        steps = Steps(new(ROWS, dtype=torch.int32), new(ROWS, dtype=torch.int32), Scratch(), 1024)
+        embedding = (new(1024, 128), new(1024, 128)) if rotary else None
+        with Ops() as ops:
+            out = layer.step(query, key, value, 0.1, steps, embedding)
+    assert out.shape == (ROWS, 2 * HEADS, 1, 128)
+    assert set(ops.counts) <= FREE
+    assert "attend_kernel" in launched
