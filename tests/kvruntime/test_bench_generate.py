@@ -97,6 +97,9 @@ def test_a_drafted_prompt_asks_for_its_own_prose(tmp_path, template) -> None:
     assert calls.prompt_name(calls.UNDRAFTED, tokenizer) == grounded.name()
     with pytest.raises(ValueError, match="a prompt of 40 tokens that asks for a text again: allowed are "):
         grounded.tokens(tokenizer, 40)
+    tokenizer.chat_template = "<user>{{ messages[-3].content }}{{ messages[-1].content }}<assistant>"
+    with pytest.raises(ValueError, match="a chat template shows 0 of 3 texts: allowed are those that show all"):
+        grounded.tokens(tokenizer, 600)
 
 
 def test_a_longer_call_is_a_row_of_its_own() -> None:

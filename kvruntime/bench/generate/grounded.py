@@ -27,9 +27,11 @@ def tokens(tokenizer: Any, num_tokens: int) -> list[int]:
     """Exactly ``num_tokens`` of the chat, by the tokenizer's template where it has one, else its turns one below the
     other.  What is left of them once the text has equal parts of it begins the answer.
 
-    Raises ``ValueError`` where the requests alone take more.
+    Raises ``ValueError`` where the requests alone take more, and for a template that leaves turns out.
     """
     before, *between = (_ids(tokenizer, part, not at) for at, part in enumerate(_parts(tokenizer)))
+    if len(between) != COPIES:
+        raise ValueError(f"a chat template shows {len(between)} of {COPIES} texts: allowed are those that show all")
     taken = len(before) + sum(map(len, between))
     length, rest = divmod(num_tokens - taken, COPIES)
     if length < 1:
