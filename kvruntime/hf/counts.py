@@ -60,7 +60,7 @@ class Counts:
                 self.visible = torch.ones(len(lengths), 1, 1, 1, dtype=torch.bool, device=device)
                 for tensor in (self.positions, self.scratch, self.num_columns, self.visible):
                     torch._dynamo.mark_static_address(tensor, guard=False)
-            self.positions.copy_(torch.tensor(lengths, dtype=torch.int32))
+            self.positions.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
             self.num_columns.fill_(num_columns)
             self.padded, self.started = any(columns.padding), True
             self.columns = num_columns + self.max_seq_len - max(store.seq_lengths)

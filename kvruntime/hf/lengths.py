@@ -27,7 +27,7 @@ class Lengths:
             if [length + 1 for length in known] == rows:
                 lengths.add_(1)
             else:
-                lengths.copy_(torch.tensor(rows, dtype=torch.int32))
+                lengths.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
             known[:] = rows
         return Steps(lengths, lengths, scratch, store.most_held)
 

@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="the runtime extra (transformers) is 
 pytest.importorskip("triton", reason="the runtime extra (triton) is not installed")
 
 from hf_models import DEVICE, prompt, tiny  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
@@ -27,6 +28,8 @@ from kvruntime.hf.attention import is_own  # noqa: E402
 from kvruntime.hf.cache import argument  # noqa: E402
 from kvruntime.hf.counts import AHEAD, GROWTH, StepCounts  # noqa: E402
 from kvruntime.hf.graphs import Graph, Weights, flattened, rebuilt  # noqa: E402
+from kvruntime.hf.lengths import Lengths  # noqa: E402
+from kvruntime.hf.padding import Columns  # noqa: E402
 from kvruntime.hf.stepped import SteppedCache  # noqa: E402
 from kvruntime.kernels.gated import silu_product  # noqa: E402
 from kvruntime.kernels.rms_norm import rms_norm  # noqa: E402
@@ -125,6 +128,29 @@ def test_what_is_provided_for():
     counts.expected = 100_000
     assert (counts.capacity(300), counts.capacity(40_000)) == (300 + AHEAD, 60_000)
     assert StepCounts(Full(), 512).capacity(300) == 300
+
+
+def test_what_a_prompt_leaves_for_steps_is_told_without_a_wait():
+    """A copy from the host that waits ends only when the device has done all that was launched before."""
+    waited = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.copy_.default and not (*args, False)[2]:
+                waited.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    store = make_layer(Full("float32"), LayerShape(2, 32, 32), 2, 64, torch.device("cpu"))
+    store.row_lengths = [5, 7]
+    columns, lengths = Columns(), Lengths()
+    columns.padding = [[range(2)], []]
+    lengths.before(store, 2)
+    store.row_lengths = [25, 27]
+    with Copies():
+        StepCounts(Full("float32"), 64).write(store, 2, 27, columns)
+        steps = lengths.before(store, 2)
+    assert steps.lengths.tolist() == [25, 27]
+    assert waited == []
 
 
 def test_growth_in_a_loop_of_ones_own(stepping):
