@@ -20,7 +20,7 @@ PAIRS = [] if os.environ.get("EVERY_POINT") else ["--pairs"]
 """``EVERY_POINT=1``: every layout on every target, for who changes a kernel."""
 STACK = 24
 """Bytes of stack a thread: 24 (six registers) of 3 bits of turboquant in a pool on sm_90 under Triton 3.9, 16 on sm_100
-under 3.6; of boosted channels that are packed 24 on sm_90 under 3.6, 16 on others; 8 of others."""
+under 3.6; 8 of others."""
 GROWN = 1.05
 """Of the recorded instructions, the most of Triton 3.6, 3.7 and 3.9 (``compile_kernels.py --record`` with each)."""
 

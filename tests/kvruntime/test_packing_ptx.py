@@ -26,7 +26,7 @@ def test_compiled_packing_writes_the_words_of_the_reference() -> None:
     run = subprocess.run([sys.executable, here / "packing_ptx.py"], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 45
+    assert len(rows) == 47
     assert {warps for _, warps, *_ in rows} == {1, 4, 8}
     assert {(layers, stored) for _, _, stored, _, layers in rows} == {(1, 0), (1, 37), (3, 0)}
     assert not [row for row in rows if any(row[3])]

@@ -171,9 +171,10 @@ if __name__ == "__main__":
             for stored, layers in points:
                 wrong = differing(method, dim, stored, launch, layers)
                 print(json.dumps([name, launch["num_warps"], stored, wrong, layers]), flush=True)
-    turned = kivi_boost(residual_length=64)  # heads of 128, 16 tokens at once
-    launch = pack.pack_launch(turned.record(LayerShape(HEADS, 128, 128)), most=4096)
-    wrong = differing(turned, 128, 37, launch, 1)
-    print(json.dumps(["boost d128 in turns", launch["num_warps"], 37, wrong, 1]), flush=True)
+    for nbits, dim in ((2, 128), (2, 64), (3, 128)):  # boosted keys, and values in turns
+        method = kivi_boost(nbits, residual_length=64)
+        launch = pack.pack_launch(method.record(LayerShape(HEADS, dim, dim)))
+        wrong = differing(method, dim, 37, launch, 1)
+        print(json.dumps([f"boost {nbits} d{dim}", launch["num_warps"], 37, wrong, 1]), flush=True)
     for dim in (96, 128):
         print(json.dumps([f"weights d{dim}", 8, 0, [differing_weights(dim)], 1]), flush=True)

@@ -12,17 +12,32 @@ import triton.language as tl
 
 from kvruntime.kernels.hadamard import rotated_tokens, sum_of_squares
 from kvruntime.methods.kivi import reference
+from kvruntime.methods.kivi.pack_words import bias, load_direct, word_runs
 from kvruntime.methods.kivi.quantize import (
+    INTERPRETED,
     LIMIT,
     ROUND,
-    ROUND_BITS,
     exact_at,
     finite,
+    greater,
+    greatest,
     inverse_of,
+    least,
+    lesser,
     load_tokens,
     store_codes,
+    within,
 )
-from kvruntime.methods.kivi.words import at_once, boosted_channels, chunks, value_param_offset
+from kvruntime.methods.kivi.words import (
+    at_once,
+    boosted_channels,
+    chunks,
+    next_power_of_2,
+    planes,
+    value_param_offset,
+    word_offset,
+    words_before,
+)
 
 
 @triton.constexpr_function
@@ -68,8 +83,21 @@ def choose_order(exact_ptr, new_ptr, order_ptr, first, length, count, stride_new
 
 
 @triton.jit
-def boosted_params(low, high, has_nan, factor, NBITS: tl.constexpr):
-    """``(float16 scale, zero, inverse of a long code's step, the highest long code)``."""
+def is_boosted(order_ptr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Whether channel ``[WIDTH]`` of a head is boosted."""
+    first = tl.load(order_ptr + tl.arange(0, boosted_channels(DIM))).to(tl.int32)[None, :]
+    group = tl.arange(0, WIDTH // 16)[:, None]
+    bits = tl.sum(tl.where(first // 16 == group, 1 << first % 16, 0), 1)
+    return tl.reshape((bits[:, None] >> tl.arange(0, 16)[None, :]) & 1, (WIDTH,)) == 1
+
+
+@triton.jit
+def boosted_params(low, high, wide, NBITS: tl.constexpr, BOOST: tl.constexpr):
+    """``(float16 scale, zero, inverse of a long code's step, the highest long code)`` of groups with the given range,
+    NaN where one is among them; codes are long where channels are ``wide``."""
+    low, has_nan = finite(low.to(tl.float32))
+    high = finite(high.to(tl.float32))[0]
+    factor = tl.where(wide, 1.0 * (1 << BOOST), 1.0)[None, :]
     top = factor * (1 << NBITS) - 1.0
     scale = tl.div_rn(high - low, top / factor).to(tl.float16)
     nan = tl.full(scale.shape, float("nan"), tl.float16)
@@ -78,67 +106,118 @@ def boosted_params(low, high, has_nan, factor, NBITS: tl.constexpr):
 
 
 @triton.jit
-def long_codes(x, is_nan, inverse, zero, top):
-    """Long codes (int32), rounding half to even."""
-    level = (x - zero.to(tl.float32)) * inverse
-    level = tl.where(level == level, level, 0.0)
-    level = tl.minimum(tl.maximum(level, 0.0), top)
-    return tl.where(is_nan, 0, (level + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS)
+def in_order(x, order_ptr, C0: tl.constexpr, W: tl.constexpr):
+    """``x [N, channels]`` at ``W`` of the row's places, from place ``C0`` on."""
+    channel = tl.load(order_ptr + C0 + tl.arange(0, W)).to(tl.int32)[None, :]
+    return tl.gather(x, tl.broadcast_to(channel, (x.shape[0], W)), 1)
 
 
 @triton.jit
-def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, count, stride_new_t, pages,
-                      NEW: tl.constexpr, C0: tl.constexpr, W: tl.constexpr, DIM: tl.constexpr, NBITS: tl.constexpr,
-                      BOOST: tl.constexpr, LOWER: tl.constexpr, GROUP: tl.constexpr, RECORD: tl.constexpr,
-                      TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr, PAGE: tl.constexpr,
-                      PARAMS: tl.constexpr, BOOST_CODES: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
-    """One chunk of a record's key channels in the row's order: upper bits, scales and zeros, or with ``LOWER`` the
-    lower bits of the boosted channels, which the chunk then is."""
-    TILE_WORDS: tl.constexpr = TILE * W * BOOST // 32 if LOWER else TILE * DIM * NBITS // 32
-    words_ptr = record_ptr + (BOOST_CODES if LOWER else 0)
+def fours_of(x, inverse, zero, top, wide, TILE: tl.constexpr, BOOST: tl.constexpr):
+    """Long codes of ``x [TILE, W]``, four to a word: int32 ``[TILE / 4, W]``, whose byte ``j`` is of token
+    ``TILE / 4 * j`` + row.  Channels that are not boosted have ``BOOST`` lower bits of 0."""
+    W: tl.constexpr = x.shape[1]
+    level = tl.reshape(within(x).to(tl.float32), (zero.shape[0], TILE // zero.shape[0], W))
+    level = (level - zero.to(tl.float32)[:, None, :]) * inverse[:, None, :]
+    if INTERPRETED:
+        level = tl.where(level == level, level, 0.0)
+    level = tl.minimum(tl.maximum(level, 0.0), top[:, None, :])  # of 0 and NaN a device takes 0
+    code = tl.reshape((level + ROUND).to(tl.int32, bitcast=True), (4, TILE // 4, W))
+    fours = tl.sum(code << (8 * tl.arange(0, 4))[:, None, None], 0) - bias(8)
+    return tl.where(wide[None, :], fours, fours << BOOST)
+
+
+@triton.constexpr_function
+def fields_of(width, bits):
+    """Of a word of a plane of keys: its channel pairs in a byte, its channel pairs, its tokens."""
+    pairs = min(16 // bits, width // 8)
+    return min(8 // bits, pairs), pairs, 16 // bits // pairs
+
+
+@triton.jit
+def store_plane_of_fours(words_ptr, fours, TILE: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr):
+    """One tile's words of a chunk of channels and a plane: ``BITS`` bits from bit ``LOW`` of codes (:func:`fours_of`).
+
+    The channels that share a byte are put together in all four codes at once, before these part."""
+    W: tl.constexpr = fours.shape[1]
+    FIELDS: tl.constexpr = fields_of(W, BITS)
+    IN_BYTE: tl.constexpr = FIELDS[0]
+    PAIRS: tl.constexpr = FIELDS[1]
+    TOKENS: tl.constexpr = FIELDS[2]
+    MASK: tl.constexpr = 0x01010101 * ((1 << BITS) - 1)
+    x = tl.reshape((fours >> LOW) & MASK, (TILE // 4, W // (2 * IN_BYTE), IN_BYTE, 2))
+    x = tl.sum(x << (BITS * tl.arange(0, IN_BYTE))[None, None, :, None], 2)
+    x = (x[None, :, :, :] >> (8 * tl.arange(0, 4))[:, None, None, None]) & 255
+    x = tl.reshape(x, (TILE // 8 // TOKENS, TOKENS, 8, W // 2 // PAIRS, PAIRS // IN_BYTE, 2))
+    byte = BITS * IN_BYTE * tl.arange(0, PAIRS // IN_BYTE)[:, None] + 16 * tl.arange(0, 2)[None, :]
+    x = tl.sum(tl.sum(x << byte[None, None, None, None, :, :], 5), 4)
+    x = tl.sum(x << (BITS * PAIRS * tl.arange(0, TOKENS))[None, :, None, None], 1)
+    token = tl.arange(0, TILE // 8 // TOKENS)[:, None] * (8 * TOKENS) + tl.arange(0, 8)[None, :]
+    at = word_offset(token, word_runs("key", TILE, W, BITS, False))
+    by_channel = word_offset(tl.arange(0, W // 2 // PAIRS) * (2 * PAIRS), word_runs("key", TILE, W, BITS, True))
+    tl.store(words_ptr + at[:, :, None] + by_channel[None, None, :], x)
+
+
+@triton.jit
+def store_fours(words_ptr, fours, TILE: tl.constexpr, CHANNEL: tl.constexpr, NBITS: tl.constexpr,
+                LOWEST: tl.constexpr):  # fmt: skip
+    """One tile's words of the chunk at ``CHANNEL``: ``NBITS`` bits from bit ``LOWEST`` of codes, plane after plane."""
+    W: tl.constexpr = fours.shape[1]
+    PLANE_LIST: tl.constexpr = planes(NBITS)
+    for i in tl.static_range(len(PLANE_LIST)):
+        plane_ptr = words_ptr + words_before(TILE, CHANNEL, NBITS, W, PLANE_LIST[i][1])
+        store_plane_of_fours(plane_ptr, fours, TILE, PLANE_LIST[i][0], LOWEST + PLANE_LIST[i][1])
+
+
+@triton.jit
+def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, stride_new_t, pages, NEW: tl.constexpr,
+                      DIM: tl.constexpr, NBITS: tl.constexpr, BOOST: tl.constexpr, GROUP: tl.constexpr,
+                      RECORD: tl.constexpr, TILE: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
+                      PAGE: tl.constexpr, PARAMS: tl.constexpr, BOOST_CODES: tl.constexpr):  # fmt: skip
+    """A record's keys, a tile at a time: loaded and coded in the channels' own order, and put in the row's four codes
+    at once.  Groups of more than a tile are loaded twice, for their ranges and for their codes."""
+    WIDTH: tl.constexpr = next_power_of_2(DIM)
+    BOOSTED: tl.constexpr = boosted_channels(DIM)
+    CHUNKS: tl.constexpr = chunks(DIM)
+    SPAN: tl.constexpr = GROUP if GROUP > TILE else TILE
+    GROUPS: tl.constexpr = SPAN // GROUP
     half_ptr = record_ptr.to(tl.pointer_type(tl.float16), bitcast=True) + 2 * PARAMS
-    TOKENS: tl.constexpr = at_once("key", TILE, W, BOOST if LOWER else NBITS, MOST)
-    t = tl.arange(0, TOKENS)
-    d = C0 + tl.arange(0, W)
-    channel = tl.load(order_ptr + d).to(tl.int32)
-    factor = tl.where(d < boosted_channels(DIM), 1.0 * (1 << BOOST), 1.0)
-    shift = tl.where(d < boosted_channels(DIM), BOOST, 0)
-    everything = t[:, None] >= 0
-    SPAN: tl.constexpr = GROUP if GROUP > TOKENS else TOKENS
-    GROUPS: tl.constexpr = SPAN // GROUP  # of tokens at once
-    TURNS: tl.constexpr = TILE // TOKENS
+    t = tl.arange(0, TILE)[:, None]
+    d = tl.arange(0, WIDTH)
+    if WIDTH > DIM:  # channels that there are not have no place: others are loaded for them
+        d = tl.max_contiguous(tl.multiple_of(tl.where(d < DIM, d, d - DIM), 16), 16)
+    d = d[None, :]
+    wide = is_boosted(order_ptr, DIM, WIDTH)
     for span in range(RECORD // SPAN):
-        low = tl.full([GROUPS, W], LIMIT, tl.float32)
-        high = tl.full([GROUPS, W], -LIMIT, tl.float32)
-        nans = tl.zeros([GROUPS, W], tl.int32)
-        for turn in range(SPAN // TOKENS):
-            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + turn * TOKENS + t, channel, everything, length,
-                            count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
-            x, is_nan = finite(x)
-            x = tl.reshape(x, (GROUPS, TOKENS // GROUPS, W))
-            low = tl.minimum(low, tl.min(x, 1))
-            high = tl.maximum(high, tl.max(x, 1))
-            nans = tl.maximum(nans, tl.max(tl.reshape(is_nan.to(tl.int32), (GROUPS, TOKENS // GROUPS, W)), 1))
-        scale, zero, inverse, top = boosted_params(low, high, nans > 0, factor[None, :], NBITS)
-        if not LOWER:
-            at = (span * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + d[None, :]
-            tl.store(half_ptr + at, scale)
-            tl.store(half_ptr + at + RECORD // GROUP * DIM, zero)
-        for turn in range(SPAN // TOKENS):
-            x = load_tokens(exact_ptr, new_ptr, first + span * SPAN + turn * TOKENS + t, channel, everything, length,
-                            count, stride_new_t, pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
-            x, is_nan = finite(x)
-            x = tl.reshape(x, (GROUPS, TOKENS // GROUPS, W))
-            is_nan = tl.reshape(is_nan, (GROUPS, TOKENS // GROUPS, W))
-            codes = tl.reshape(
-                long_codes(x, is_nan, inverse[:, None, :], zero[:, None, :], top[:, None, :]), (TOKENS, W)
-            )
-            now = span * (SPAN // TOKENS) + turn
-            tile_ptr = words_ptr + now // TURNS * TILE_WORDS
-            if LOWER:
-                store_codes(tile_ptr, codes & ((1 << BOOST) - 1), "key", TILE, 0, W, BOOST, now % TURNS)
-            else:
-                store_codes(tile_ptr, codes >> shift[None, :], "key", TILE, C0, W, NBITS, now % TURNS)
+        x = load_direct(exact_ptr, new_ptr, first + span * SPAN, t, d, length, stride_new_t, pages, NEW, DIM, SINK,
+                        RESIDUAL, PAGE)  # fmt: skip
+        y = tl.reshape(x, (GROUPS, TILE // GROUPS, WIDTH))
+        low = least(y, 1)
+        high = greatest(y, 1)
+        for turn in range(1, SPAN // TILE):
+            x = load_direct(exact_ptr, new_ptr, first + span * SPAN + turn * TILE, t, d, length, stride_new_t, pages,
+                            NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+            low = lesser(low, least(x, 0)[None, :])
+            high = greater(high, greatest(x, 0)[None, :])
+        scale, zero, inverse, top = boosted_params(low, high, wide, NBITS, BOOST)
+        both = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        both |= zero.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        for i in tl.static_range(len(CHUNKS)):
+            params = in_order(both, order_ptr, CHUNKS[i][0], CHUNKS[i][1])
+            at = (span * GROUPS + tl.arange(0, GROUPS))[:, None] * DIM + (CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1]))
+            tl.store(half_ptr + at, params.to(tl.int16).to(tl.float16, bitcast=True))
+            tl.store(half_ptr + at + RECORD // GROUP * DIM, (params >> 16).to(tl.int16).to(tl.float16, bitcast=True))
+        for turn in range(SPAN // TILE):
+            if SPAN > TILE:
+                x = load_direct(exact_ptr, new_ptr, first + span * SPAN + turn * TILE, t, d, length, stride_new_t,
+                                pages, NEW, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+            fours = fours_of(x, inverse, zero, top, wide, TILE, BOOST)
+            tile = span * (SPAN // TILE) + turn
+            for i in tl.static_range(len(CHUNKS)):
+                upper = in_order(fours, order_ptr, CHUNKS[i][0], CHUNKS[i][1])
+                store_fours(record_ptr + tile * (TILE * DIM * NBITS // 32), upper, TILE, CHUNKS[i][0], NBITS, BOOST)
+            lower = in_order(fours, order_ptr, 0, BOOSTED)
+            store_fours(record_ptr + BOOST_CODES + tile * (TILE * BOOSTED * BOOST // 32), lower, TILE, 0, BOOST, 0)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from kvruntime.methods.kivi.kernel_arguments import of_layer
 from kvruntime.methods.kivi.pack_tiles import pack_keys, pack_values
 from kvruntime.methods.kivi.pack_words import direct, num_key_parts, num_value_parts, pack_key_part, pack_value_part
 from kvruntime.methods.kivi.quantize import new_tokens
-from kvruntime.methods.kivi.words import MOST_CODES, boosted_channels, chunks
+from kvruntime.methods.kivi.words import MOST_CODES, chunks
 from kvsim.methods.kivi import Record
 
 PART = 2048
@@ -54,15 +54,9 @@ def pack_part(part, key_ptr, value_ptr, exact_key_ptr, exact_value_ptr, record_p
     KEY_PARTS: tl.constexpr = num_key_parts(RECORD, KEY_DIM, KEY_NBITS, KEY_GROUP, SIZE, BOOST)
     if part < KEY_PARTS:
         if BOOST > 0:
-            CHANNELS: tl.constexpr = chunks(KEY_DIM)
-            for i in tl.static_range(len(CHANNELS)):
-                pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt,
-                                  key_pages, NEW, CHANNELS[i][0], CHANNELS[i][1], KEY_DIM, KEY_NBITS, BOOST, False,
-                                  KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES,
-                                  MOST)  # fmt: skip
-            pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, count, stride_kt, key_pages,
-                              NEW, 0, boosted_channels(KEY_DIM), KEY_DIM, KEY_NBITS, BOOST, True, KEY_GROUP, RECORD,
-                              TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS, BOOST_CODES, MOST)  # fmt: skip
+            pack_boosted_keys(exact_key_ptr, key_ptr, record_ptr, order_ptr, first, length, stride_kt, key_pages, NEW,
+                              KEY_DIM, KEY_NBITS, BOOST, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE, KEY_PARAMS,
+                              BOOST_CODES)  # fmt: skip
         elif direct(KEY_DIM, KEY_NBITS, KEY_GROUP):
             pack_key_part(exact_key_ptr, key_ptr, record_ptr, params_ptr, part, first, length, stride_kt, zero_offset,
                           key_pages, NEW, KEY_DIM, KEY_NBITS, KEY_GROUP, RECORD, TILE, SINK, RESIDUAL, PAGE,

@@ -6,12 +6,7 @@ import triton
 import triton.language as tl
 
 from kvruntime.methods.kivi.quantize import LIMIT, encode, finite, inverse_of, load_tokens, scale_zero, store_codes
-from kvruntime.methods.kivi.words import at_once, groups_in, value_param_offset, whole_groups
-
-
-@triton.constexpr_function
-def next_power_of_2(n):
-    return triton.next_power_of_2(n)
+from kvruntime.methods.kivi.words import at_once, groups_in, next_power_of_2, value_param_offset, whole_groups
 
 
 @triton.jit
