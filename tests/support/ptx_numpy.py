@@ -276,6 +276,10 @@ class Program:
             return (
                 product if op[0] == "mul" else product + self.get(x[3], f"b{8 * product.itemsize}").view(product.dtype)
             )
+        if op[:2] == ["add", "rm"]:
+            a, b = (self.get(name, kind) for name in x[1:])
+            total, exact = a + b, a.astype(np.longdouble) + b.astype(np.longdouble)
+            return np.where(total > exact, np.nextafter(total, TYPES[kind](-np.inf)), total)
         if not set(op[1:-1]) <= {"rn", "lo", "NaN", "full"}:
             raise NotImplementedError(".".join(op))
         values = [self.get(name, kind) for name in x[1:]]

@@ -17,7 +17,6 @@ from kvruntime.methods.kivi.quantize import (
     INTERPRETED,
     LIMIT,
     ROUND,
-    exact_at,
     finite,
     greater,
     greatest,
@@ -221,20 +220,33 @@ def pack_boosted_keys(exact_ptr, new_ptr, record_ptr, order_ptr, first, length, 
 
 
 @triton.jit
-def load_rotated(exact_ptr, new_ptr, token, channel, length, stride_new_t, pages, NEW: tl.constexpr, N: tl.constexpr,
-                 WIDTH: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, SINK: tl.constexpr, RESIDUAL: tl.constexpr,
-                 PAGE: tl.constexpr):  # fmt: skip
-    """Tokens at whole rotations of channels, float32 ``[N, WIDTH]`` as exact slots hold them:
+def load_rotated(exact_ptr, new_ptr, first, token, channel, length, stride_new_t, pages, NEW: tl.constexpr,
+                 N: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, DIM: tl.constexpr, SINK: tl.constexpr,
+                 RESIDUAL: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """Tokens ``first + token`` at whole rotations of channels, float32 ``[N, WIDTH]`` as exact slots hold them:
     new ones are rotated here."""
-    stored = token < length
-    at = exact_at(token, stored, pages, DIM, SINK, RESIDUAL, PAGE)
-    x = tl.load(exact_ptr + at[:, None] + channel[None, :], mask=stored[:, None], other=0.0).to(tl.float32)
+    x = load_direct(exact_ptr, new_ptr, first, token[:, None], channel[None, :], length, stride_new_t, pages, NEW, DIM,
+                    SINK, RESIDUAL, PAGE).to(tl.float32)  # fmt: skip
     if NEW:
-        new_at = (token - length)[:, None] * stride_new_t + channel[None, :]
-        y = tl.load(new_ptr + new_at, mask=~stored[:, None], other=0.0).to(tl.float32)
-        y = rotated_tokens(y, exact_ptr.dtype.element_ty, N, WIDTH, SIZE, LIMIT)
-        x = tl.where(stored[:, None], x, y.to(tl.float32))
+        y = rotated_tokens(x, exact_ptr.dtype.element_ty, N, WIDTH, SIZE, LIMIT)
+        x = tl.where((first + token < length)[:, None], x, y.to(tl.float32))
     return x
+
+
+@triton.jit
+def centred(x, inverse, NBITS: tl.constexpr):
+    """Codes around zero of ``x`` (int32, in the lowest ``NBITS`` bits): adding 1.5 * 2**23 and rounding down leaves no
+    fraction bits."""
+    HALF: tl.constexpr = 1.0 * (1 << (NBITS - 1))
+    level = x * inverse
+    if INTERPRETED:
+        level = tl.where(level == level, level, -HALF)
+    level = tl.minimum(tl.maximum(level, -HALF), HALF - 1.0)  # of the least and NaN a device takes the least
+    if INTERPRETED:
+        return (tl.floor(level) + HALF).to(tl.int32)
+    level = tl.inline_asm_elementwise("add.rm.f32 $0, $1, $2;", "=f,f,f", [level, tl.full(level.shape, ROUND + HALF,
+                                      tl.float32)], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+    return level.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -248,13 +260,12 @@ def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, 
     TURNS: tl.constexpr = TILE // TOKENS
     t = tl.arange(0, TOKENS)
     for turn in range(RECORD // TOKENS):
-        token = first + turn * TOKENS + t
         tiles = ()
         squares = tl.zeros([TOKENS], tl.float32)
         for i in tl.static_range(len(CHUNKS)):
             d = CHUNKS[i][0] + tl.arange(0, CHUNKS[i][1])
-            x = load_rotated(exact_ptr, new_ptr, token, d, length, stride_new_t, pages, NEW, TOKENS, CHUNKS[i][1], SIZE,
-                             DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
+            x = load_rotated(exact_ptr, new_ptr, first + turn * TOKENS, t, d, length, stride_new_t, pages, NEW, TOKENS,
+                             CHUNKS[i][1], SIZE, DIM, SINK, RESIDUAL, PAGE)  # fmt: skip
             squares += sum_of_squares(x, TOKENS, CHUNKS[i][1])
             tiles = tiles + (x,)  # type: ignore[assignment]
         scale = (tl.sqrt_rn(squares * (1 / DIM)) * step_of(NBITS)).to(tl.float16)
@@ -262,8 +273,6 @@ def pack_rotated_values(exact_ptr, new_ptr, words_ptr, half_ptr, first, length, 
         tl.store(half_ptr + value_param_offset(0, turn * TOKENS + t, RECORD), scale)
         inverse = inverse_of(scale)[:, None]
         for i in tl.static_range(len(CHUNKS)):
-            level = tl.floor(tiles[i] * inverse) + 1.0 * (1 << (NBITS - 1))
-            level = tl.where(level == level, level, 0.0)
-            codes = tl.minimum(tl.maximum(level, 0.0), 1.0 * ((1 << NBITS) - 1)).to(tl.int32)
+            codes = centred(tiles[i], inverse, NBITS)
             tile_ptr = words_ptr + turn // TURNS * (TILE * DIM * NBITS // 32)
             store_codes(tile_ptr, codes, "value", TILE, CHUNKS[i][0], CHUNKS[i][1], NBITS, turn % TURNS)

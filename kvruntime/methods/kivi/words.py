@@ -13,7 +13,7 @@ from kvsim.methods.packing import MIN_TOKENS, PLANES
 
 MOST_CODES = 4096
 """The most codes that a program packs at once, as the launches of packing plan it (``MOST`` of their kernels); boosted
-keys, which are packed a tile at a time, do not ask.  Twice as many take 4,400 instructions for 2,704 of ``kivi-boost``
+keys, which are packed a tile at a time, do not ask.  Twice as many take 4,400 instructions for 2,700 of ``kivi-boost``
 with heads of 128, and no less time an element (``compile_kernels.py``, Triton 3.6 and 3.9)."""
 
 channel_chunks = triton.constexpr_function(
