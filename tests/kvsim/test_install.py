@@ -18,10 +18,8 @@ from kvsim import install
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("kvsim", "kvruntime", "validation")
 DISTRIBUTION = {"optimum": "optimum-quanto", "tiny_turboquant": "tiny-turboquant", "lm_eval": "lm-eval"}
-"""Module -> distribution, where they differ."""
-
-WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers", "tqdm"}
-"""What comes with transformers."""
+DISTRIBUTION |= dict.fromkeys(("huggingface_hub", "tokenizers", "tqdm"), "transformers")
+"""Module -> the distribution that brings it, where they differ."""
 
 SUPPORT = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
 """What scripts of experiments take from the tests."""
@@ -52,9 +50,7 @@ def test_every_package_that_is_imported_has_its_extra() -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
-    others = (
-        imported - sys.stdlib_module_names - set(PACKAGES) - {"click", "vllm"} - WITH_TRANSFORMERS - PLANNERS - SUPPORT
-    )
+    others = imported - sys.stdlib_module_names - set(PACKAGES) - {"click", "vllm"} - PLANNERS - SUPPORT
     assert others <= set(install.EXTRA)
 
 
@@ -106,7 +102,8 @@ def test_any_other_install_is_repeated_with_the_extra(
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("scipy.optimize", "validation"), ("torch", "runtime"), ("hqq", "peers")]
+    ("module", "extra"),
+    [("scipy.optimize", "validation"), ("torch", "runtime"), ("huggingface_hub", "runtime"), ("hqq", "peers")],
 )
 def test_a_missing_module_names_its_extra(module: str, extra: str) -> None:
     assert install.missing_hint(module) == f": install it with {install.install_hint(extra)}"
