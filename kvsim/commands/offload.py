@@ -57,10 +57,11 @@ def command(
     check_weight_bits(weight_bits)
     cost = lowest(card.id, count or 1) if price is None else given(card.id, price)
     tiers = [_tier(place, card) for place in dict.fromkeys(places or TIERS)]
+    contexts = parse_sizes(ctx)
     model, serving = load_model(model_name), parse_serving(engine, card, count or 1)
 
     def loaded(method: Method) -> Iterator[Offload]:
-        for tokens in parse_sizes(ctx):
+        for tokens in contexts:
             yield from offload(
                 model,
                 method,

@@ -107,4 +107,5 @@ def test_bad_input_is_one_line(more: list[str], message: str, capsys) -> None:
     out, err = capsys.readouterr()
     assert not out
     assert message in err
+    assert "left out" not in err  # it is not the method that is wrong
     assert err.count("\n") == 1
