@@ -333,6 +333,8 @@ BEFORE_LOADING = {
     "compare --window 1k": "window 1024 exceeds the model's 256 positions",
     "compare --max-tokens 1G": "max-tokens '1G': allowed are whole numbers up to",
     "eval --task lambada --data none.txt": "data none.txt: there is no none.txt",
+    "eval --task lambada --data .": "cannot read LAMBADA file: . is not a regular file",
+    "eval --task longbench --data .": "cannot read LongBench config config/dataset2prompt.json",
     "doctor --bits 1": "bits 1: allowed are 3.000 and above",
     "doctor --text none.txt": "cannot read text file none.txt",
 }

@@ -13,7 +13,7 @@ from kvruntime.bench.quality.answers import answer_tasks, asked_of
 from kvruntime.bench.quality.report import tables
 from kvruntime.bench.quality.windows import Windows, window_tasks
 from kvruntime.checkpoints.load import LoadedModel, pick_device
-from kvruntime.eval.tasks import TASKS, task_named
+from kvruntime.eval.tasks import TASKS, TaskRequest, task_named
 from kvruntime.eval.text import Text, load_text, token_windows
 from kvruntime.eval.windows import PROMPT_LENGTH, REFERENCE_CHUNK
 from kvsim.layout import Method
@@ -59,7 +59,7 @@ def data_given(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
     """``--data``, ``PATH`` for the one task that needs it or ``TASK=PATH``: task -> path.
 
     Raises ``LookupError`` for an unknown task, ``ValueError`` for a task without the file that it needs, a file that no
-    task needs and one that is not there.
+    task needs, one that is not there and one that its task cannot read.
     """
     needing = [name for name in names if task_named(name).needs]
     found: dict[str, Path] = {}
@@ -76,6 +76,7 @@ def data_given(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
     for name in needing:
         if name not in found:
             raise ValueError(f"task {name} needs --data {name}=PATH: {TASKS[name].needs}")
+        TASKS[name].parts(TaskRequest(len, (), "", data=found[name]))  # read before a model is loaded
     return found
 
 
