@@ -32,7 +32,7 @@ def write(path: Path, answer: Mapping[str, Any]) -> None:
 def to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     """A line a row under one of names; an object within a row gives a column a key (``tpot_seconds_low``).
 
-    What a row does not have (``null``) is empty.
+    What a row does not have (``null``) is empty; ``true`` and ``false`` are as in JSON and in ``kvsim sweep``'s files.
     """
     flat = [_flat(row) for row in rows]
     whole = {
@@ -53,5 +53,5 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             out |= {f"{name}_{key}": each for key, each in _flat(value).items()}
         else:
-            out[name] = value
+            out[name] = str(value).lower() if isinstance(value, bool) else value
     return out

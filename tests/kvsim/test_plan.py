@@ -354,6 +354,7 @@ def test_the_rows_as_a_file(tmp_path, capsys, monkeypatch) -> None:
     for line, row in zip(csv_rows(tmp_path), out["rows"], strict=True):
         assert (line["method"], line["gpu"], line["refusal"]) == (row["method"], row["gpu"], row["refusal"] or "")
         assert line["tpot_seconds_high"] == (str(row["tpot_seconds"]["high"]) if row["tpot_seconds"] else "")
+        assert line["fits"] == json.dumps(row["fits"])
         assert "tpot_seconds" not in line
     monkeypatch.setattr("kvsim.commands.plan.load_model", lambda name: pytest.fail("work before the file's name"))
     for name, wrong in (
