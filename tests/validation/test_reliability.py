@@ -309,6 +309,9 @@ def test_a_run_that_was_cut_goes_on(tmp_path, monkeypatch, capsys) -> None:
     state.unlink()
     assert cli.run([*ask, "--resume"]) == 2
     assert "no run in" in capsys.readouterr().err
+    state.touch()
+    assert cli.run([*ask[:-1], str(state)]) == 2
+    assert f"out {state} is a file: allowed is a folder" in capsys.readouterr().err
 
 
 def test_a_run_begun_anew_counts_nothing_of_an_earlier_one(tmp_path, monkeypatch, capsys) -> None:

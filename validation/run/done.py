@@ -22,10 +22,13 @@ SAME = ("device_name", "driver", "versions", "code", "results")
 class Done:
     """The parts that ended well, by name, with their seconds; ``resume``: those that the file holds count.
 
-    ``facts``: the circumstances of this run.  Raises ``ValueError`` for a file that is none of a run's.
+    ``facts``: the circumstances of this run.  Raises ``ValueError`` for a file that is none of a run's, or one where
+    its folder should be.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any], resume: bool) -> None:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise ValueError(f"out {path.parent} is a file: allowed is a folder, or a name that is not taken")
         self.path, self.facts = path, {name: facts.get(name) for name in SAME}
         self.seconds: dict[str, float] = {}
         self.other = ""
