@@ -70,6 +70,7 @@ def test_a_command_of_kvruntime_runs(line: str, tiny: Path, tmp_path: Path, monk
     from kvruntime.cli import cli, run
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("A prompt that is short enough for a tiny model.")
     words = shlex.split(line, comments=True)[1:]
     if any(mark in line for mark in PARSED):
         parses(cli, words)
